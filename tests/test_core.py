@@ -1,0 +1,611 @@
+"""The learning core against the plain reference, gradients, properties and bad input."""
+
+from __future__ import annotations
+
+import functools
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import reference
+import utils
+from utils import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def users(counts, F=12, seed=0, dtype=torch.float64, scale=30.0):
+    """Random comparisons: as many users as counts, one list entry each."""
+    g = torch.Generator().manual_seed(seed)
+    return [scale * torch.randn(m, F, generator=g, dtype=dtype) for m in counts]
+
+
+COUNTS = [3, 1, 7, 4, 9, 2]
+
+
+def start(estimator, K, X, seed=1, dtype=torch.float64):
+    """The initial values that a model with this seed draws."""
+    torch.manual_seed(seed)
+    draw = torch.randn if estimator is utils.LoRe else torch.rand
+    return draw(len(X), K, dtype=dtype), torch.randn(X[0].shape[1], K, dtype=dtype)
+
+
+def close(actual, expected, tolerance):
+    assert torch.isfinite(actual).all()
+    assert torch.linalg.norm(actual - expected) <= tolerance * torch.linalg.norm(expected)
+
+
+# ------------------------------------------------------------------- Trajectories
+
+PRECISION = [(torch.float64, 1e-9), (torch.float32, 1e-3)]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISION)
+@pytest.mark.parametrize(("alpha", "K"), [(0.0, 3), (0.02, 3), (0.0, 1)])
+def test_joint_follows_the_reference(alpha, K, dtype, tolerance):
+    X, direction = users(COUNTS, dtype=dtype), users([1], seed=5, dtype=dtype)[0][0]
+    logits, V = start(utils.LoRe, K, X, dtype=dtype)
+    logits, V, losses = reference.joint(X, logits, V, 100, 0.5, direction, alpha)
+    torch.manual_seed(1)
+    model = utils.LoRe(direction[:, None], alpha, len(X), 12, K, 100, 0.5, dtype=dtype)
+    W, learned = model.train(X)
+    close(learned, V, tolerance)
+    close(W, logits.softmax(1), tolerance)
+    close(model.losses, torch.tensor(losses, dtype=dtype), tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISION)
+@pytest.mark.parametrize("alpha", [0.0, 100.0])
+def test_alternating_follows_the_reference(alpha, dtype, tolerance):
+    X, direction = users(COUNTS, dtype=dtype), users([1], seed=5, dtype=dtype)[0][0]
+    logits, V = start(utils.LoRe_regularized, 4, X, dtype=dtype)
+    logits, V, losses = reference.alternating(X, logits, V, 100, 0.5, direction, alpha)
+    torch.manual_seed(1)
+    model = utils.LoRe_regularized(direction, alpha, len(X), 12, 4, 100, 0.5, dtype=dtype)
+    W, learned = model.train(X)
+    expected = logits.softmax(1)
+    kept = expected.amax(0) >= 1e-2
+    close(W, expected[:, kept], tolerance)
+    close(learned, V[:, kept], tolerance)
+    close(model.losses, torch.tensor(losses, dtype=dtype), tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISION)
+def test_few_shot_follows_the_reference(dtype, tolerance):
+    X = users(COUNTS, dtype=dtype)
+    V = users([12], F=3, seed=3, dtype=dtype, scale=1.0)[0]
+    torch.manual_seed(2)
+    logits = torch.stack([torch.randn(3, dtype=dtype) for _ in X])
+    expected = reference.few_shot(X, V, logits, 100, 0.1)
+    torch.manual_seed(2)
+    fitted = utils.PersonalizeBatch(len(X), 12, 3, 100, 0.1, dtype=dtype).train(X, V)
+    for w, e in zip(fitted, expected, strict=True):
+        close(w, e, tolerance)
+
+
+def test_weighted_comparisons_follow_the_reference():
+    X = users(COUNTS)
+    c = [torch.rand(len(x), dtype=torch.float64) + 0.1 for x in X]
+    logits, V = start(utils.LoRe, 3, X)
+    expected = reference.joint(X, logits, V, 60, 0.5, c=c)
+    torch.manual_seed(1)
+    W, learned = utils.LoRe(None, 0, len(X), 12, 3, 60, dtype=torch.float64).train(X, c)
+    close(learned, expected[1], 1e-9)
+    direction = users([1], seed=5)[0][0]
+    logits, V = start(utils.LoRe_regularized, 3, X)
+    expected = reference.alternating(X, logits, V, 60, 0.5, direction, 10.0, c=c)
+    torch.manual_seed(1)
+    model = utils.LoRe_regularized(direction, 10.0, len(X), 12, 3, 60, dtype=torch.float64)
+    assert model.train(X, c)[1].shape == expected[1].shape
+    close(model.losses, torch.tensor(expected[2], dtype=torch.float64), 1e-9)
+    few = utils.PersonalizeBatch(len(X), 12, 3, 60, dtype=torch.float64, generator=4)
+    weights = few.train(X, learned, c)
+    for w, e in zip(weights, reference.few_shot(X, learned, few.logits, 60, 0.1, c), strict=True):
+        close(w, e, 1e-9)
+
+
+def test_a_comparison_of_weight_two_is_that_comparison_twice():
+    X = users([4, 3])
+    twice = [torch.cat([x, x[:1]]) for x in X]
+    c = [torch.tensor([2.0] + [1.0] * (len(x) - 1)) for x in X]
+    fit = functools.partial(utils.LoRe, None, 0, 2, 12, 2, 40, generator=0, dtype=torch.float64)
+    close(fit().train(X, c)[1], fit().train(twice)[1], 1e-9)
+    data = utils.Comparisons.from_list(X, c)
+    again = utils.Comparisons.from_list(twice)
+    V, W = torch.randn(12, 2, dtype=torch.float64), torch.rand(2, 2, dtype=torch.float64)
+    for some in (data, again):
+        some.result = some.accuracies(some.features.project(V), W)
+    torch.testing.assert_close(data.result, again.result)
+
+
+@pytest.mark.parametrize("estimator", [utils.LoRe, utils.LoRe_regularized])
+def test_models_trained_side_by_side_follow_their_own_trajectories(estimator):
+    X, direction = users(COUNTS), users([1], seed=5)[0][0]
+    cases = [(1, 0.0, 0.0), (3, 0.1, 0.0), (2, 0.0, 3.0), (5, 0.1, 1.0)]
+    models = [
+        [
+            estimator(direction, alpha, 6, 12, K, 80, generator=K, shrinkage=s, dtype=torch.float64)
+            for K, alpha, s in cases
+        ]
+        for _ in range(2)
+    ]
+    together = utils.train_together(models[0], utils.Comparisons.from_list(X))
+    for (W, V), shared, alone in zip(together, *models, strict=True):
+        expected = alone.train(X)
+        close(W, expected[0], 1e-9)
+        close(V, expected[1], 1e-9)
+        close(shared.losses, alone.losses, 1e-9)
+
+
+def test_float32_arithmetic_on_any_float_input_and_views_are_not_copied():
+    whole = torch.cat(users(COUNTS, dtype=torch.float32))
+    views = list(whole.split(COUNTS))
+    data = utils.Comparisons.from_list(views)
+    assert data.features.x.data_ptr() == whole.data_ptr()
+    model = functools.partial(utils.LoRe, None, 0, 6, 12, 2, 30, generator=0)
+    expected = model().train(views)[1]
+    assert expected.dtype == torch.float32
+    for dtype, tolerance in ((torch.float64, 1e-6), (torch.float16, 1e-2), (torch.bfloat16, 5e-2)):
+        V = model().train([x.to(dtype) for x in views])[1]
+        assert V.dtype == torch.float32
+        close(V, expected, tolerance)
+    strangers = [x.clone() for x in views]
+    close(model().train(strangers)[1], expected, 1e-6)
+    backwards = utils.Comparisons.from_list(views[::-1])
+    torch.testing.assert_close(backwards.features.x, torch.cat(views[::-1]))
+
+
+def test_streamed_features_equal_dense_ones(monkeypatch):
+    table = torch.randn(40, 12, dtype=torch.float64) * 20
+    g = torch.Generator().manual_seed(3)
+    chosen, rejected = (torch.randint(40, (26,), generator=g) for _ in range(2))
+    stream = utils.RowFeatures(lambda index: table[index], 12, chosen, rejected)
+    X = list((table[chosen] - table[rejected]).split(COUNTS))
+    monkeypatch.setitem(utils.CHUNK_BYTES, "cpu", 12 * 4 * 7)  # seven rows at a time
+    torch.testing.assert_close(stream.dense(torch.float64).x, torch.cat(X))
+    model = functools.partial(utils.LoRe, None, 0, 6, 12, 3, 50, generator=0, dtype=torch.float64)
+    dense = model().train(X)
+    streamed = utils.train_together([model()], utils.Comparisons(stream, COUNTS))[0]
+    close(streamed[1], dense[1], 1e-9)
+    close(streamed[0], dense[0], 1e-9)
+
+
+# -------------------------------------------------------- Gradients and optimisers
+
+
+def test_gradients_by_finite_differences():
+    X = users([2, 3], F=4)
+    data = utils.Comparisons.from_list(X)
+    model = utils.LoRe(X[0][0], 0.05, 2, 4, 2, generator=0, dtype=torch.float64, shrinkage=0.0)
+    training = utils._Training([model], data)
+    training._joint_step.__self__._step = lambda optimizer, closure: closure()
+    training._joint_step(0)
+    c = reference.ones(X)
+    for tensor in (training.V, training.weights.logits):
+        for i in range(tensor.numel()):
+            values = []
+            for shift in (1e-5, -1e-5):
+                moved = tensor.detach().clone()
+                moved.view(-1)[i] += shift
+                V = moved if tensor is training.V else training.V
+                logits = moved if tensor is not training.V else training.weights.logits
+                values.append(reference.joint_objective(X, c, V, logits, X[0][0], 0.05))
+            slope = float(values[0] - values[1]) / 2e-5
+            assert math.isclose(slope, float(tensor.grad.reshape(-1)[i]), abs_tol=1e-6)
+
+
+def test_shrinkage_gradient_is_that_of_its_loss():
+    X = users([2, 3, 4], F=5)
+    data = utils.Comparisons.from_list(X)
+    Z = data.features.project(torch.randn(5, 3, dtype=torch.float64))
+    logits = torch.randn(3, 3, dtype=torch.float64)
+    population = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+
+    def loss(free):
+        W = free.softmax(1)
+        total = 0.0
+        for u, z in enumerate(Z.split([2, 3, 4])):
+            total = total - torch.nn.functional.logsigmoid(z @ W[u] / 100).mean()
+            total = total + 2.5 / len(z) * (population * (population / W[u]).log()).sum()
+        return total
+
+    per = 1 / data.user_weight()
+    weights = utils.UserWeights(logits, [3], data, per[data.user], [2.5], per, population)
+    value = weights.set_gradient(Z)
+    free = logits.clone().requires_grad_()
+    expected = loss(free)
+    expected.backward()
+    torch.testing.assert_close(weights.logits.grad, free.grad)
+    torch.testing.assert_close(value[0], expected.detach())
+
+
+def test_strong_shrinkage_gives_the_population_and_none_gives_the_plain_fit():
+    X, V = users([5] * 4), torch.randn(12, 3, dtype=torch.float64)
+    data = utils.Comparisons.from_list(X)
+    Z, population = data.features.project(V), torch.tensor([0.7, 0.2, 0.1])
+    logits = torch.zeros(4, 3)
+    strong = utils.fit_weights(Z, data, logits, shrinkage=1e6, population=population,
+                               num_iterations=2000, learning_rate=0.02)  # fmt: skip
+    torch.testing.assert_close(strong, population.expand(4, 3).double(), atol=2e-3, rtol=0)
+    plain = utils.fit_weights(Z, data, logits)
+    zero = utils.fit_weights(Z, data, logits, shrinkage=0.0, population=population)
+    torch.testing.assert_close(plain, zero)
+    assert (plain - population).abs().max() > 0.05
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        torch.optim.AdamW,
+        functools.partial(torch.optim.SGD, lr=20.0, momentum=0.9),
+        functools.partial(torch.optim.LBFGS, lr=0.5, max_iter=4),
+    ],
+)
+@pytest.mark.parametrize("estimator", [utils.LoRe, utils.LoRe_regularized])
+def test_other_optimisers_lower_the_loss(optimizer, estimator):
+    X = users(COUNTS, dtype=torch.float32)
+    model = estimator(None, 0, 6, 12, 2, 60, 0.1, generator=0, optimizer=optimizer)
+    W, V = model.train(X)
+    assert torch.isfinite(V).all()
+    assert model.losses[-1] < 0.9 * model.losses[0]
+
+
+def test_lbfgs_models_are_trained_one_by_one():
+    X = users(COUNTS)
+    lbfgs = functools.partial(torch.optim.LBFGS, lr=0.5)
+    make = functools.partial(utils.LoRe, None, 0, 6, 12, num_iterations=5, generator=0,
+                             optimizer=lbfgs, dtype=torch.float64)  # fmt: skip
+    models = [make(num_basis_vectors=K) for K in (1, 3)]
+    together = utils.train_together(models, utils.Comparisons.from_list(X))
+    for (_, V), K in zip(together, (1, 3), strict=True):
+        close(V, make(num_basis_vectors=K).train(X)[1], 1e-9)
+
+
+# --------------------------------------------------------------- Planted worlds
+
+
+def planted(counts, F=16, K=3, seed=0, spread=1.0):
+    """Users with low-rank rewards: comparisons ordered by V* w*, with logistic noise."""
+    g = torch.Generator().manual_seed(seed)
+    V = torch.linalg.qr(torch.randn(F, K, generator=g))[0] * 4
+    W = torch.distributions.Dirichlet(torch.full((K,), 0.3))
+    torch.manual_seed(seed)
+    W = W.sample((len(counts),)) if spread else torch.full((len(counts), K), 1 / K)
+    X = []
+    for m, w in zip(counts, W, strict=True):
+        x = torch.randn(m, F, generator=g)
+        flip = torch.rand(m, generator=g) > torch.sigmoid(x @ V @ w)
+        X.append(torch.where(flip[:, None], -x, x))
+    return X, V, W
+
+
+def largest_angle(A, B):
+    """The largest principal angle between two subspaces, in radians."""
+    a, b = torch.linalg.qr(A.double())[0], torch.linalg.qr(B.double())[0]
+    return float(torch.linalg.svdvals(a.T @ b).clamp(max=1).acos().max())
+
+
+def test_the_planted_subspace_is_recovered_as_comparisons_grow():
+    angles = []
+    for m in (10, 60, 360):
+        X, V, _ = planted([m] * 80)
+        _, learned = utils.solve_regularized(None, 0, X, 3, 600, 0.5, generator=0)
+        angles.append(largest_angle(learned, V))
+    assert angles[0] > angles[1] > angles[2]
+    assert angles[2] < 0.35
+
+
+def test_new_users_come_within_two_points_of_the_planted_model():
+    X, V, W = planted([300] * 120)
+    few, test = [x[:150] for x in X[80:]], [x[150:] for x in X[80:]]
+    _, learned = utils.solve_regularized(None, 0, X[:80], 3, 600, 0.5, generator=0)
+    fitted = utils.learn_multiple_few_shot(few, learned, 500, 0.1, generator=1)
+    ours = utils.eval_multiple(fitted, learned, test).mean()
+    theirs = utils.eval_multiple(W[80:], V, test).mean()
+    alone = utils.solve_regularized(None, 0, X[:80], 1, 600, 0.5, generator=0)[1]
+    shared = utils.eval_multiple(torch.ones(40, 1), alone, test).mean()
+    assert ours > theirs - 0.02
+    assert ours > shared + 0.02
+
+
+def test_with_one_shared_taste_higher_ranks_do_not_beat_one_direction():
+    X, _, _ = planted([60] * 80, spread=0)
+    train, test = [x[:30] for x in X], [x[30:] for x in X]
+    means = utils.run([1, 3, 5], [0], None, train[:60], test[:60], train[60:], test[60:], 60, 20,
+                      generator=0, num_iterations=300, progress=False)  # fmt: skip
+    assert means.seen[1:].max() <= means.seen[0] + 0.005
+    assert means.unseen[1:].max() <= means.unseen[0] + 0.005
+
+
+# ------------------------------------------------------------------- Properties
+
+
+@given(st.permutations(range(6)), st.integers(0, 3))
+@settings(max_examples=10, deadline=None)
+def test_the_order_of_users_and_comparisons_does_not_matter(order, seed):
+    X = users(COUNTS)
+    model = utils.LoRe(None, 0, 6, 12, 2, 25, generator=seed, dtype=torch.float64)
+    moved = utils.LoRe(None, 0, 6, 12, 2, 25, generator=seed, dtype=torch.float64)
+    moved.W0 = moved.W0[list(order)]
+    W, V = model.train(X)
+    shuffled = [X[u][torch.randperm(len(X[u]))] for u in order]
+    W2, V2 = moved.train(shuffled)
+    close(V2, V, 1e-9)
+    close(W2, W[list(order)], 1e-9)
+
+
+@given(st.floats(-50, 50), st.integers(0, 3))
+@settings(max_examples=10, deadline=None)
+def test_adding_a_constant_to_a_users_logits_changes_nothing(constant, seed):
+    X = users(COUNTS)
+    model = utils.LoRe(None, 0, 6, 12, 3, 20, generator=seed, dtype=torch.float64)
+    moved = utils.LoRe(None, 0, 6, 12, 3, 20, generator=seed, dtype=torch.float64)
+    moved.W0 = moved.W0 + constant
+    close(moved.train(X)[1], model.train(X)[1], 1e-9)
+
+
+@given(st.integers(0, 100), st.floats(0.1, 10))
+@settings(max_examples=25, deadline=None)
+def test_swapping_chosen_and_rejected_mirrors_the_accuracy_and_scale_does_not_matter(seed, scale):
+    torch.manual_seed(seed)
+    x, V, w = torch.randn(9, 5), torch.randn(5, 3), torch.rand(3)
+    accuracy = utils.evaluate_model(x, V, w)
+    assert accuracy == pytest.approx(reference.accuracy(x, V, w))
+    assert utils.evaluate_model(-x, V, w) == pytest.approx(1 - accuracy)
+    assert utils.evaluate_model(x, V, scale * w) == accuracy
+    assert utils.evaluate_model(torch.zeros(4, 5), V, w) == 0  # a tie is not right
+
+
+# ------------------------------------------------------------ Pipeline and files
+
+
+def test_run_equals_its_parts_and_saves_what_it_reports(tmp_path):
+    X = users([8] * 9, dtype=torch.float32)
+    direction = torch.randn(12)
+    names = [f"user-{i}" for i in range(6)]
+    result = utils.run([0, 1, 3], [0.0, 0.1], direction[:, None], [x[:5] for x in X[:6]],
+                       [x[5:] for x in X[:6]], [x[:5] for x in X[6:]], [x[5:] for x in X[6:]],
+                       6, 3, "cpu", generator=7, num_iterations=40, progress=False,
+                       save_dir=tmp_path, user_ids=names)  # fmt: skip
+    assert len(result) == 8
+    assert all(len(column) == 6 for column in result)
+    train, seen, *_, few_std, unseen_std = result
+    base = [reference.accuracy(x[5:], direction[:, None], torch.ones(1)) for x in X[:6]]
+    assert seen[0] == pytest.approx(np.mean(base)) == pytest.approx(result.seen[3])
+    assert result.seen_std[0] == pytest.approx(np.std(base))
+    W, V = utils.solve_regularized(direction, 0.1, [x[:5] for x in X[:6]], 3, 40, 0.5, generator=7)
+    basis = utils.load_basis(tmp_path / "basis-K03-alpha0.1.safetensors")
+    close(basis.V, V, 1e-5)
+    assert basis.users == names
+    assert basis.settings["rank"] == 3
+    torch.testing.assert_close(basis.reference, direction)
+    again = [reference.accuracy(X[u][5:], basis.V, basis.W[u]) for u in range(6)]
+    assert result.seen[5] == pytest.approx(np.mean(again))
+    again = [reference.accuracy(X[6 + u][5:], basis.V, basis.W_unseen[u]) for u in range(3)]
+    assert result.unseen[5] == pytest.approx(np.mean(again))
+    assert len(list(tmp_path.iterdir())) == 6
+
+
+def test_run_regularized_is_run_with_the_other_estimator():
+    X = users([8] * 6, dtype=torch.float32)
+    arguments = ([1, 2], [10.0], X[0][0], X, X, X, X, 6, 6, "cpu")
+    quick = {"num_iterations": 30, "generator": 0, "progress": False}
+    result = utils.run_regularized(*arguments, **quick)
+    same = utils.run(*arguments, estimator=utils.LoRe_regularized, few_shot_learning_rate=0.5,
+                     **quick)  # fmt: skip
+    np.testing.assert_array_equal(np.array(result), np.array(same))
+
+
+def test_the_shot_sweep_equals_one_fit_at_a_time():
+    X = users([8] * 5, dtype=torch.float64)
+    V = torch.randn(12, 3, dtype=torch.float64)
+    few, test = (utils.Comparisons.from_list([x[s] for x in X]) for s in (slice(5), slice(5, 8)))
+    basis = utils.Basis(V, torch.ones(5, 3) / 3)
+    g = torch.Generator().manual_seed(3)
+    shots, trials = [2, 5], 3
+    fitted, held_out = utils.sweep_shots(basis, few, test, shots, trials, g, num_iterations=40)
+    g = torch.Generator().manual_seed(3)
+    draws = [[torch.randperm(5, generator=g)[:s] for _ in X] for _ in range(trials) for s in shots]
+    logits = utils.draw_logits(5 * len(draws), 3, g, torch.float64)
+    for d, draw in enumerate(draws):
+        some = [x[:5][rows] for x, rows in zip(X, draw, strict=True)]
+        weights = reference.few_shot(some, V, logits[5 * d : 5 * d + 5], 40, 0.1)
+        for u, (x, w) in enumerate(zip(X, weights, strict=True)):
+            assert held_out[d // 2, d % 2, u] == pytest.approx(reference.accuracy(x[5:], V, w))
+            assert fitted[d // 2, d % 2, u] == pytest.approx(reference.accuracy(some[u], V, w))
+
+
+def test_the_sweep_returns_every_alpha_and_rank_and_dialogues_are_shots():
+    X = users([6] * 4, dtype=torch.float32)
+    quick = {"num_iterations": 20, "few_shot_iterations": 20, "generator": 0, "progress": False}
+    one = utils.run_few_shot_vary_shots(2, [0.0], [2], [1, 3], X, X, X, None, 4, 4, **quick)
+    assert [len(row) for row in one] == [2, 2, 2, 2]
+    many = utils.run_few_shot_vary_shots(2, [0.0], [1, 2], [1, 3], X, X, X, None, 4, 4, **quick)
+    assert many.unseen.shape == (2, 2)
+    data = utils.Comparisons.from_list(X)
+    dialogs = torch.tensor([0, 0, 0, 1, 2, 2] * 4)
+    units = utils._shot_units(data, dialogs)
+    assert [len(rows) for rows in units[1]] == [3, 1, 2]
+    assert torch.cat(units[1]).tolist() == list(range(6, 12))
+
+
+def test_own_and_shared_rewards():
+    X = users([20] * 6, F=16, dtype=torch.float32)  # more comparisons than features, just
+    directions = utils.learn_multiple(X, 200)
+    one = utils.learn_multiple([X[2]], 200)
+    close(directions[2], one[0], 1e-4)
+    accuracy = utils.eval_multiple([torch.ones(1)] * 6, directions, X)
+    shared = utils.learn_single_reward(X, 200, generator=0)
+    assert accuracy.min() > 0.8
+    assert accuracy.mean() > utils.eval_multiple([torch.ones(1)] * 6, shared, X).mean() + 0.1
+    shared = utils.learn_single_reward(X, 100, generator=0)
+    close(shared, utils.solve_regularized(None, 0, X, 1, 100, 0.5, generator=0)[1], 1e-6)
+    pulled = utils.learn_single_reward_regularized(torch.ones(16), 1e4, X, 100, generator=0)
+    assert torch.nn.functional.cosine_similarity(pulled[:, 0], torch.ones(16), dim=0) > 0.95
+
+
+def test_training_goes_on_from_a_checkpoint(tmp_path):
+    X = users(COUNTS)
+
+    def model(steps=90):
+        return utils.LoRe(X[0][0], 0.1, 6, 12, 3, steps, generator=0, dtype=torch.float64)
+
+    data = utils.Comparisons.from_list(X)
+    checkpoint = utils.Checkpoint(tmp_path / "state", every=20)
+    whole = utils.train_together([model()], data)[0]
+
+    class Killed(Exception):
+        pass
+
+    def fail_at_50(training, step, tick=checkpoint.tick):
+        tick(training, step)
+        if step == 50:
+            raise Killed
+
+    checkpoint.tick = fail_at_50
+    with pytest.raises(Killed):
+        utils.train_together([model()], data, checkpoint)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["state.0.20.pt", "state.0.40.pt"]
+    resumed = model()
+    rest = utils.Checkpoint(tmp_path / "state", every=20)
+    W, V = utils.train_together([resumed], data, rest)[0]
+    torch.testing.assert_close(V, whole[1], rtol=0, atol=0)
+    assert len(resumed.losses) == 90 and resumed.losses.min() > 0
+    with pytest.raises(InputError, match="other settings"):
+        utils.train_together([model(91)], data, rest)
+    rest.remove()
+    assert not list(tmp_path.iterdir())
+
+
+# ----------------------------------------------------------------------- Sampling
+
+
+def test_simulated_users_choose_best_and_worst():
+    g = torch.Generator().manual_seed(0)
+    rewards, features = torch.randn(7, 8, 10, generator=g), torch.randn(7, 8, 5, generator=g)
+    W = utils.generate_population(0.1, 3, generator=1)
+    chosen, rejected = utils.simulate_choices(rewards, W)
+    for u in range(3):
+        for p in range(7):
+            scores = [sum(float(a * b) for a, b in zip(r, W[u], strict=True)) for r in rewards[p]]
+            assert scores[chosen[u, p]] == max(scores)
+            assert scores[rejected[u, p]] == min(scores)
+    dense = utils.simulate_population(rewards, features, W)
+    assert dense.shape == (3, 7, 5)
+    expected = features[2, chosen[1, 2]] - features[2, rejected[1, 2]]
+    torch.testing.assert_close(dense[1, 2], expected)
+    torch.testing.assert_close(utils.simulate_user(rewards, features, W[1]), dense[1])
+    sparse = utils.create_sparse_tensor(dense, 0.5, generator=2)
+    assert [x.shape for x in sparse] == [(4, 5)] * 3
+
+
+def test_populations_are_on_the_simplex_and_sparser_for_small_alpha():
+    peaks = []
+    for alpha in (0.001, 0.1, 10.0):
+        W = utils.generate_population(alpha, 400, generator=0)
+        torch.testing.assert_close(W.sum(1), torch.ones(400))
+        peaks.append(float(W.amax(1).mean()))
+    assert peaks[0] > 0.99 > peaks[1] > peaks[2]
+    generator = torch.Generator().manual_seed(3)
+    same = utils.generate_population(0.1, 5, generator)
+    torch.testing.assert_close(utils.generate_popupulation(0.1, 5, 3), same)
+
+
+def test_shots_are_drawn_without_replacement_from_a_seed(caplog):
+    X = [torch.arange(6.0)[:, None], torch.arange(3.0)[:, None]]
+    drawn = utils.sample_shots(X, 4, generator=0)
+    assert "a user has only 3" in caplog.text
+    assert len(caplog.records) == 1
+    assert [len(x) for x in drawn] == [4, 3]
+    assert len(drawn[0].unique()) == 4
+    torch.testing.assert_close(drawn[0], utils.sample_shots(X, 4, generator=0)[0])
+
+
+def test_prism_dialogues_become_differences():
+    g = torch.Generator().manual_seed(0)
+    pairs = [(torch.randn(4, generator=g), torch.randn(4, generator=g)) for _ in range(6)]
+    world = {"a": {"d1": pairs[:2], "d2": pairs[2:3]}, "b": {"d3": pairs[3:]}}
+    X = utils.create_dataset_prism(world)
+    torch.testing.assert_close(X[0][2], pairs[2][0] - pairs[2][1])
+    assert [len(x) for x in X] == [3, 3]
+    some = utils.create_dataset_prism_shots(world, 1, generator=0)
+    assert len(some[0]) in (1, 2) and len(some[1]) == 3
+
+
+# ---------------------------------------------------------------------- Bad input
+
+GOOD = users([3, 4], dtype=torch.float32)
+
+
+def bad(u, row, value):
+    X = [x.clone() for x in GOOD]
+    X[u][row, 3] = value
+    return X
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: utils.solve_regularized(None, 0, [], 1), "no users"),
+        (lambda: utils.Comparisons.from_list([]), "no users"),
+        (lambda: utils.Comparisons.from_list([GOOD[0], GOOD[1][:0]]), "user 1 has no comparisons"),
+        (lambda: utils.Comparisons.from_list([GOOD[0], GOOD[1][:, :5]]), "user 1: 5 features"),
+        (lambda: utils.Comparisons.from_list(bad(1, 2, math.nan)), "user 1, row 2: NaN"),
+        (lambda: utils.Comparisons.from_list(bad(0, 1, math.inf)), "user 0, row 1: NaN or inf"),
+        (lambda: utils.LoRe(torch.ones(5), 1, 2, 12, 2), r"reference has shape \(5,\)"),
+        (lambda: utils.LoRe(torch.ones(12, 2), 1, 2, 12, 2), r"reference has shape \(12, 2\)"),
+        (lambda: utils.LoRe(None, 1, 2, 12, 2), "there is none"),
+        (lambda: utils.LoRe(None, 0, 2, 12, -1), "ranks start at 0"),
+        (lambda: utils.LoRe(None, 0, 2, 12, 3), "more than 2 users"),
+        (lambda: utils.LoRe(None, 0, 20, 12, 13), "12 features can support"),
+        (lambda: utils.LoRe(None, 0, 3, 12, 2).train(GOOD), "2 users given, the model expects 3"),
+        (lambda: utils.LoRe(None, 0, 2, 11, 2).train(GOOD), "12 wide, the model expects 11"),
+        (lambda: utils.sample_shots(GOOD, 0), "at least 1"),
+        (lambda: utils.generate_population(0.0, 3), "must be positive"),
+        (lambda: utils.evaluate_model(GOOD[0], torch.ones(5, 2), torch.ones(2)), "basis has shape"),
+        (
+            lambda: utils.evaluate_model(GOOD[0], torch.ones(12, 2, device="meta"), torch.ones(2)),
+            "move them to one device",
+        ),
+        (
+            lambda: utils.run([0], [0], None, GOOD, GOOD, GOOD, GOOD, 2, 2, progress=False),
+            "there is none",
+        ),
+        (
+            lambda: utils.run([1], [0], None, GOOD, GOOD, GOOD, GOOD, 3, 2, progress=False),
+            "2 users' features given where 3",
+        ),
+        (lambda: utils.Comparisons.from_list(GOOD, [torch.ones(3), torch.ones(2)]), "2 weights"),
+    ],
+)
+def test_bad_input_is_one_clear_error(call, message):
+    with pytest.raises(InputError, match=message):
+        call()
+
+
+def test_basis_files_are_checked(tmp_path):
+    with pytest.raises(InputError, match="no such basis file"):
+        utils.load_basis(tmp_path / "none.safetensors")
+    (tmp_path / "bad.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(InputError, match="not a readable safetensors file"):
+        utils.load_basis(tmp_path / "bad.safetensors")
+    basis = utils.Basis(torch.ones(4, 2), torch.ones(2, 2), users=["a", "b", "c"])
+    with pytest.raises(InputError, match="3 user ids for 2 rows"):
+        utils.save_basis(tmp_path / "x", basis)
+
+
+def test_importing_the_module_draws_nothing_and_picks_no_device():
+    code = (
+        "import torch; torch.manual_seed(5); before = torch.get_rng_state(); import utils; "
+        "assert torch.equal(before, torch.get_rng_state()); "
+        "assert not torch.cuda.is_initialized(); print('clean')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "clean\n", done.stderr
