@@ -167,11 +167,16 @@ class RowFeatures:
         for part in _chunks(len(self.index), self.num_features, self.device):
             yield part, self.rows(self.index[part]).to(self.device, dtype)
 
-    def project(self, V: Tensor) -> Tensor:
-        """X V [N, C] for V [F, C]."""
+    def rewards(self, V: Tensor) -> Tensor:
+        """E V [rows, C] of the distinct rows, in the order of ``index``, for V [F, C]."""
         rewards = V.new_empty(len(self.index), V.shape[1])
         for part, e in self._parts(V.dtype):
             torch.mm(e, V, out=rewards[part])
+        return rewards
+
+    def project(self, V: Tensor) -> Tensor:
+        """X V [N, C] for V [F, C]."""
+        rewards = self.rewards(V)
         return rewards[self.chosen] - rewards[self.rejected]
 
     def backproject(self, G: Tensor) -> Tensor:
@@ -1183,10 +1188,14 @@ def fit_bases(
     data: Comparisons,
     num_users: int,
     *,
+    shrinkages: Sequence[float] = (0.0,),
     checkpoint: Checkpoint | None = None,
     **settings: Any,
 ) -> list[Basis]:
     """A basis for every (alpha, rank), alphas outermost; rank 0 is the reference itself.
+
+    With several shrinkages, each rank above 1 gets a basis for each of them (lower ranks have no
+    weights to shrink).
 
     Args:
         estimator: ``LoRe`` or ``LoRe_regularized``.
@@ -1195,6 +1204,7 @@ def fit_bases(
         reference: [F] or [F, 1]; None if there is none.
         data: comparisons of the users, or this process's share.
         num_users: users in all.
+        shrinkages: pulls of the weights towards the users' mean, in comparisons.
         checkpoint: where to keep the state of the training.
         settings: of the estimator: num_iterations, learning_rate, generator, optimizer, ...
 
@@ -1206,22 +1216,32 @@ def fit_bases(
     for rank in ranks:
         check_rank(rank, F, num_users)
         _require(rank > 0 or direction is not None, "rank 0 is the reference model: there is none")
-    asked = [(float(alpha), int(rank)) for alpha in alphas for rank in ranks]
+    asked = [
+        (float(alpha), int(rank), float(shrinkage))
+        for alpha in alphas
+        for rank in ranks
+        for shrinkage in (shrinkages if rank > 1 else (0.0,))
+    ]
     models = {
-        (alpha, rank): estimator(direction, alpha, num_users, F, rank, **settings)
-        for alpha, rank in dict.fromkeys(asked)
+        (alpha, rank, shrinkage): estimator(
+            direction, alpha, num_users, F, rank, shrinkage=shrinkage, **settings
+        )
+        for alpha, rank, shrinkage in dict.fromkeys(asked)
         if rank > 0
     }
     trained = train_together(list(models.values()), data, checkpoint) if models else []
     fitted = dict(zip(models, trained, strict=True))
     bases = []
-    for alpha, rank in asked:
+    for alpha, rank, shrinkage in asked:
+        about = {
+            "rank": rank, "alpha": alpha, "shrinkage": shrinkage, "estimator": estimator.__name__
+        }  # fmt: skip
         if rank == 0:
             W, V = torch.ones(num_users, 1), direction.float()[:, None]
-            fitted[alpha, rank] = W.to(data.device), V.to(data.device)
-        W, V = fitted[alpha, rank]
-        losses = models[alpha, rank].losses if rank else torch.empty(0)
-        about = {"rank": rank, "alpha": alpha, "estimator": estimator.__name__}
+            bases.append(Basis(V.to(data.device), W.to(data.device), direction, settings=about))
+            continue
+        W, V = fitted[alpha, rank, shrinkage]
+        losses = models[alpha, rank, shrinkage].losses
         bases.append(Basis(V, W, direction, settings=about, losses=losses))
     return bases
 
@@ -1236,7 +1256,7 @@ def personalize(
     """Weights [U, K] of new users from their few comparisons (eq. 11); ones where K <= 1.
 
     Args:
-        basis: with V frozen; its mean weights are the population's, for shrinkage.
+        basis: with V frozen; shrunk like its own users, towards their mean weights.
         data: the few comparisons.
         generator: of the initial logits.
         Z: the comparisons projected on V, where that is already known.
@@ -1247,7 +1267,10 @@ def personalize(
         return torch.ones(data.num_users, 1, device=data.device)
     Z = data.features.project(basis.V) if Z is None else Z
     logits = draw_logits(data.num_users, K, generator, Z.dtype)
-    return fit_weights(Z, data, logits, population=basis.W.mean(0), **settings)
+    shrinkage = basis.settings.get("shrinkage", 0.0)
+    return fit_weights(
+        Z, data, logits, population=basis.W.mean(0), shrinkage=shrinkage, **settings
+    )
 
 
 class Accuracies(NamedTuple):
@@ -1415,65 +1438,54 @@ def run_few_shot_vary_shots(
         num_iterations=num_iterations, learning_rate=learning_rate, optimizer=optimizer,
         progress=progress,
     )  # fmt: skip
+    draws = draw_shots(few, num_shots, trials, generator)
     rows = []
     for basis in bases:
-        sweep = sweep_shots(
-            basis, few, unseen, num_shots, trials, generator, num_iterations=few_shot_iterations,
+        W, fitted = sweep_shots(
+            basis, few, draws, generator, num_iterations=few_shot_iterations,
             learning_rate=few_shot_learning_rate, optimizer=optimizer, progress=progress,
         )  # fmt: skip
-        over_trials = [accuracy.mean(2) for accuracy in sweep]  # [trials, S]
+        both = (fitted, sweep_accuracies(basis, unseen, W))
+        over_trials = [accuracy.mean(2).cpu().numpy() for accuracy in both]  # [trials, S]
         rows.append([a.mean(0) for a in over_trials] + [a.std(0) for a in over_trials])
     columns = np.array(rows).transpose(1, 0, 2)  # [4, alphas * ranks, S]
     return ShotAccuracies(*(columns[:, 0] if len(bases) == 1 else columns))
 
 
-def sweep_shots(
-    basis: Basis,
+class Shots(NamedTuple):
+    """Random shots of new users: ``rows[(trial * S + s) * U + u]`` are a user's row numbers."""
+
+    rows: list[Tensor]
+    sizes: list[int]  # the S numbers of shots
+    trials: int
+
+
+def draw_shots(
     few: Comparisons,
-    unseen: Comparisons,
-    shots: Sequence[int],
+    sizes: Sequence[int],
     trials: int,
     generator: Seed = None,
     dialogs: Tensor | None = None,
-    **settings: Any,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Few-shot fits of every trial and number of shots, all at once.
-
-    The comparisons are projected once; every (trial, number of shots, user) is then a user of its
-    own in one batch.
+) -> Shots:
+    """Draw every new user's shots, for every trial and number of shots; all where too few.
 
     Args:
-        basis: with V frozen.
-        few: comparisons of the new users that shots are drawn from.
-        unseen: their held-out comparisons.
-        shots: numbers of shots.
-        trials: random draws per number of shots.
-        generator: of the draws and initial logits.
-        dialogs: dialogue of each comparison of ``few`` [N]; a shot is then a whole dialogue.
-        settings: of ``fit_weights``.
-
-    Returns:
-        Accuracies [trials, S, U] on the shots themselves and on the held-out comparisons.
+        few: the new users' comparisons.
+        sizes: numbers of shots.
+        trials: draws per number of shots.
+        generator: of the draws.
+        dialogs: dialogue of each comparison [N]; a shot is then a whole dialogue.
     """
+    _require(trials >= 1 and all(size >= 1 for size in sizes), "trials and shots start at 1")
     generator = as_generator(generator)
-    Z, Z_test = few.features.project(basis.V), unseen.features.project(basis.V)
     units = _shot_units(few, dialogs)
-    _require(all(shot >= 1 for shot in shots), "numbers of shots start at 1")
-    _warn_of_short_users(min(map(len, units)), shots)
-    batch = max(1, (1 << 24) // (Z.numel() * len(shots)))  # trials that fit in memory together
-    fitted, held_out = [], []
-    for start in range(0, trials, batch):
-        sizes = [*shots] * min(batch, trials - start)
-        count = len(sizes)
-        draws = [_draw_shots(units, size, generator) for size in sizes]
-        rows = torch.cat([row for draw in draws for row in draw]).to(Z.device)
-        drawn = few.select(rows, [len(row) for draw in draws for row in draw])
-        W = personalize(basis, drawn, generator, Z[rows], **settings)
-        fitted.append(drawn.accuracies(Z[rows], W).cpu().view(count, -1))
-        populations = W.view(count, few.num_users, -1)
-        held_out.append(torch.stack([unseen.accuracies(Z_test, w).cpu() for w in populations]))
-    shape = (trials, len(shots), few.num_users)
-    return tuple(torch.cat(parts).view(shape).numpy() for parts in (fitted, held_out))
+    _warn_of_short_users(min(map(len, units)), sizes)
+    rows = []
+    for size in [*sizes] * trials:
+        for unit in units:
+            order = torch.randperm(len(unit), generator=generator)[:size].tolist()
+            rows.append(torch.cat([unit[i] for i in order]))
+    return Shots(rows, list(sizes), trials)
 
 
 def _shot_units(data: Comparisons, dialogs: Tensor | None) -> list[list[Tensor]]:
@@ -1484,14 +1496,52 @@ def _shot_units(data: Comparisons, dialogs: Tensor | None) -> list[list[Tensor]]
     return [[row[dialogs[row] == d] for d in dialogs[row].unique()] for row in rows]
 
 
-def _draw_shots(
-    units: list[list[Tensor]], shots: int, generator: torch.Generator | None
-) -> list[Tensor]:
-    """Row numbers of ``shots`` random shots of each user; all of them where there are fewer."""
-    orders = [torch.randperm(len(unit), generator=generator)[:shots].tolist() for unit in units]
-    return [
-        torch.cat([unit[i] for i in order]) for unit, order in zip(units, orders, strict=True)
-    ]
+def sweep_shots(
+    basis: Basis,
+    few: Comparisons,
+    draws: Shots,
+    generator: Seed = None,
+    flip: bool = False,
+    **settings: Any,
+) -> tuple[Tensor, Tensor]:
+    """Few-shot weights of every trial, number of shots and user, fitted in one batch.
+
+    The comparisons are projected once; every (trial, number of shots, user) is then a user of its
+    own.
+
+    Args:
+        basis: with V frozen.
+        few: the new users' comparisons.
+        draws: which of them are the shots.
+        generator: of the initial logits, and of the flips.
+        flip: swap chosen and rejected of each shot by a coin: what is left when the labels say
+            nothing.
+        settings: of ``fit_weights``.
+
+    Returns:
+        Weights [trials, S, U, K], and accuracies [trials, S, U] on the shots themselves.
+    """
+    generator = as_generator(generator)
+    Z = few.features.project(basis.V)
+    if flip:
+        Z = Z * (torch.randint(2, (len(Z), 1), generator=generator) * 2 - 1).to(Z)
+    fits = few.num_users * len(draws.sizes)
+    batch = max(1, (1 << 24) // (Z.numel() * len(draws.sizes))) * fits  # what fits in memory
+    weights, fitted = [], []
+    for start in range(0, len(draws.rows), batch):
+        some = draws.rows[start : start + batch]
+        rows = torch.cat(some).to(Z.device)
+        drawn = few.select(rows, [len(row) for row in some])
+        weights.append(personalize(basis, drawn, generator, Z[rows], **settings))
+        fitted.append(drawn.accuracies(Z[rows], weights[-1]))
+    shape = (draws.trials, len(draws.sizes), few.num_users)
+    return torch.cat(weights).view(*shape, -1), torch.cat(fitted).view(shape)
+
+
+def sweep_accuracies(basis: Basis, unseen: Comparisons, W: Tensor) -> Tensor:
+    """Held-out accuracies [trials, S, U] of weights [trials, S, U, K]."""
+    Z = unseen.features.project(basis.V)
+    return torch.stack([unseen.accuracies(Z, w) for w in W.flatten(0, 1)]).view(W.shape[:3])
 
 
 def _warn_of_short_users(fewest: int, shots: Iterable[int]) -> None:

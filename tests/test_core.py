@@ -410,7 +410,9 @@ def test_the_shot_sweep_equals_one_fit_at_a_time():
     basis = utils.Basis(V, torch.ones(5, 3) / 3)
     g = torch.Generator().manual_seed(3)
     shots, trials = [2, 5], 3
-    fitted, held_out = utils.sweep_shots(basis, few, test, shots, trials, g, num_iterations=40)
+    drawn = utils.draw_shots(few, shots, trials, g)
+    W, fitted = utils.sweep_shots(basis, few, drawn, g, num_iterations=40)
+    held_out = utils.sweep_accuracies(basis, test, W)
     g = torch.Generator().manual_seed(3)
     draws = [[torch.randperm(5, generator=g)[:s] for _ in X] for _ in range(trials) for s in shots]
     logits = utils.draw_logits(5 * len(draws), 3, g, torch.float64)
@@ -418,8 +420,9 @@ def test_the_shot_sweep_equals_one_fit_at_a_time():
         some = [x[:5][rows] for x, rows in zip(X, draw, strict=True)]
         weights = reference.few_shot(some, V, logits[5 * d : 5 * d + 5], 40, 0.1)
         for u, (x, w) in enumerate(zip(X, weights, strict=True)):
-            assert held_out[d // 2, d % 2, u] == pytest.approx(reference.accuracy(x[5:], V, w))
-            assert fitted[d // 2, d % 2, u] == pytest.approx(reference.accuracy(some[u], V, w))
+            at = (d // 2, d % 2, u)
+            assert float(held_out[at]) == pytest.approx(reference.accuracy(x[5:], V, w))
+            assert float(fitted[at]) == pytest.approx(reference.accuracy(some[u], V, w))
 
 
 def test_the_sweep_returns_every_alpha_and_rank_and_dialogues_are_shots():
