@@ -39,6 +39,7 @@ LOGIT_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 3e-3}
 TREE_MODELS = ("llama", "qwen2", "qwen3", "mistral", "gemma")
 # Rotary embeddings that give a token the same angles whatever else is in its batch.
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+POOLING = "last token, after the final norm"
 FULL = "full_attention"
 NAMES = ("model", "tokenizer")  # facts that may change: the same files under another path
 MANIFEST, INDEX, HEAD = "manifest.json", "index.safetensors", "head.safetensors"
@@ -315,7 +316,7 @@ def _plan(
         **_weights(source.model, config),
         "tokenizer": source.tokenizer or source.model,
         "template_sha256": _sha256(tokenizer.get_chat_template().encode()),
-        "pooling": "last token, after the final norm",
+        "pooling": POOLING,
         "dtype": dtype,
         "max_length": max_length,
         "truncation_side": truncation_side,
@@ -470,7 +471,7 @@ def _padded(rows: list[int], tokens: list[Tokens], padding: str) -> _Pass:
 
 
 @dataclass
-class _Engine:
+class Engine:
     """A loaded reward model and how it takes its conversations."""
 
     model: Any
@@ -591,13 +592,13 @@ def _load_engine(
     method: str,
     batch_tokens: int,
     padding: str,
-) -> _Engine:
+) -> Engine:
     method, why = choose_method(_load_config(source), method, attention)
     log.info("embedding method: %s (%s)", method, why)
     model, has_head = _load_model(source, getattr(torch, dtype), attention)
     # Batches of one pool the last token: a pad id could be that token, and pooling would skip it.
     model.config.get_text_config().pad_token_id = None
-    return _Engine(model.to(device).eval(), has_head, method, device, batch_tokens, padding)
+    return Engine(model.to(device).eval(), has_head, method, device, batch_tokens, padding)
 
 
 def choose_method(config: Any, method: str, attention: str) -> tuple[str, str]:
@@ -683,7 +684,7 @@ def _weights(model: str, config: Any) -> dict[str, str | None]:
 
 
 def _embed_shards(
-    folder: Path, plan: _Plan, engine: _Engine, todo: list[int], worker: int, progress: bool
+    folder: Path, plan: _Plan, engine: Engine, todo: list[int], worker: int, progress: bool
 ) -> None:
     shards = [plan.shard(i) for i in todo]
     total = sum(len(ids) for tokens in shards for ids in tokens)

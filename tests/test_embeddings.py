@@ -1,0 +1,651 @@
+"""Embeddings equal those of plain transformers, whatever computes, kills or shares the run."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import embeddings
+import models
+from embeddings import embed, open_store
+from utils import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+MODELS = {
+    "llama": models.tiny_llama,
+    "llama, pad is eos": lambda folder: models.tiny_llama(folder, pad_is_eos=True),
+    "qwen3": models.tiny_qwen,
+    "qwen2": lambda folder: models.tiny_qwen(folder, kind="Qwen2"),
+    "mistral": lambda folder: models.tiny_other(folder, "Mistral", sliding_window=None),
+    "gemma": lambda folder: models.tiny_other(folder, "Gemma"),
+    "sliding window": models.sliding_window,
+}
+METHODS = {
+    "auto": {},
+    "tree, small rows": {"batch_tokens": 120, "shard_size": 5},
+    "tree, eager": {"attention": "eager"},
+    "sorted": {"method": "sorted"},
+    "left-padded": {"method": "sorted", "padding": "left"},
+    "single": {"method": "single"},
+}
+
+
+def chat(*contents: str) -> list[dict[str, str]]:
+    roles = ("user", "assistant")
+    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]
+
+
+def some_chats() -> list[list[dict[str, str]]]:
+    """Shared prompts, a dialogue's turns, a duplicate and text outside ASCII."""
+    prompts = ["Hello there", "Hello then, who?", "Что?"]
+    answers = ["yes", "yes, of course", "no " * 20, "ok 👍"]
+    chats = [chat(prompt, answer) for prompt in prompts for answer in answers]
+    chats += [chat("Hello there", "yes", "Why?", end) for end in ("So.", "So that you know.")]
+    return [*chats, chats[3]]
+
+
+def plain_rows(model: Path, chats: list, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """One conversation at a time through transformers alone."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    body = AutoModelForSequenceClassification.from_pretrained(model, dtype=dtype).base_model
+    rows = []
+    for each in chats:
+        ids = tokenizer.apply_chat_template(each, return_tensors="pt", return_dict=True)
+        with torch.inference_mode():
+            rows.append(body(ids["input_ids"]).last_hidden_state[0, -1])
+    return torch.stack(rows).float()
+
+
+def distance(rows: torch.Tensor, other: torch.Tensor) -> float:
+    """Largest difference of two rows, as a share of the row."""
+    return float(((rows - other).norm(dim=1) / other.norm(dim=1)).max())
+
+
+def all_rows(store: embeddings.Store) -> torch.Tensor:
+    return store.rows(torch.arange(len(store)))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.tiny_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def quiet(llama: Path) -> dict[str, Any]:
+    """Settings of most runs: several shards, no bar."""
+    return {"model": str(llama), "shard_size": 4, "progress": False}
+
+
+@pytest.fixture
+def finished(tmp_path: Path, quiet: dict[str, Any]) -> Path:
+    embed(some_chats(), tmp_path / "finished", **quiet)
+    return tmp_path / "finished"
+
+
+# ------------------------------------------------------------------- The same rows
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_method_gives_the_rows_of_plain_transformers(kind: str, tmp_path: Path) -> None:
+    model, chats = MODELS[kind](tmp_path / "model"), some_chats()
+    expected = plain_rows(model, chats)
+    for name, settings in METHODS.items():
+        store = embed(chats, tmp_path / name, model=str(model), progress=False, **settings)
+        assert distance(all_rows(store), expected) < 1e-5, name
+
+
+def test_batching_adds_no_error_to_bfloat16s_own(llama: Path, tmp_path: Path) -> None:
+    chats, settings = some_chats(), {"dtype": "bfloat16", "progress": False}
+    exact = plain_rows(llama, chats)
+    own = distance(plain_rows(llama, chats, torch.bfloat16), exact)
+    for method in ("tree", "sorted"):
+        store = embed(chats, tmp_path / method, model=str(llama), method=method, **settings)
+        assert store.manifest["dtype"] == "bfloat16"
+        assert 1e-3 < distance(all_rows(store), exact) < 1.5 * own
+
+
+def test_head_is_the_models_own_and_gives_its_logits(llama: Path, finished: Path) -> None:
+    store = open_store(finished)
+    model = AutoModelForSequenceClassification.from_pretrained(llama)
+    assert torch.equal(store.head, model.score.weight[0])
+    down = model.model.layers[-1].mlp.down_proj.weight
+    assert torch.equal(store.last_linear, down[:, 0])
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    ids = torch.tensor([embeddings.render(tokenizer, some_chats()[2])])
+    logit = model(ids).logits[0, 0]
+    assert all_rows(store)[2] @ store.head == pytest.approx(logit.item(), rel=1e-4)
+
+
+def test_a_checkpoint_without_head_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = models.headless(tmp_path / "model")
+    store = embed(some_chats(), tmp_path / "out", model=str(model), progress=False)
+    assert store.head is None
+    assert store.manifest["reference"] == "none"
+    assert "no score head" in caplog.text
+    assert distance(all_rows(store), plain_rows(model, some_chats())) < 1e-5
+
+
+def test_several_outputs_are_no_reference(tmp_path: Path) -> None:
+    model = models.tiny_llama(tmp_path / "model", num_labels=3)
+    store = embed(some_chats(), tmp_path / "out", model=str(model), progress=False)
+    assert store.head is None
+    assert store.manifest["reference"] == "score head with 3 outputs"
+
+
+def _first_token(self: Any, input_ids: torch.Tensor, **options: Any) -> Any:
+    return _logits(self, self.model(input_ids).last_hidden_state[:, 0])
+
+
+def _squashed(self: Any, input_ids: torch.Tensor, **options: Any) -> Any:
+    return _logits(self, self.model(input_ids).last_hidden_state[:, -1].tanh())
+
+
+def _logits(self: Any, states: torch.Tensor) -> Any:
+    return type("Output", (), {"logits": self.score(states)})
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [(_first_token, "pools number 1 of"), (_squashed, "score head times the last hidden state")],
+)
+def test_another_pooling_or_head_stops_the_run(
+    forward: Any, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, quiet: dict
+) -> None:
+    monkeypatch.setattr("transformers.LlamaForSequenceClassification.forward", forward)
+    with pytest.raises(InputError, match=message):
+        embed(some_chats(), tmp_path / "out", **quiet)
+
+
+def test_a_wrong_tree_mask_stops_the_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, quiet: dict
+) -> None:
+    def causal(ends: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return torch.full((len(ends), len(ends)), torch.finfo(dtype).min).triu(1)[None, None]
+
+    monkeypatch.setattr(embeddings, "tree_mask", causal)
+    with pytest.raises(InputError, match="--method single"):
+        embed(some_chats(), tmp_path / "out", **quiet)
+
+
+def test_infinite_embeddings_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, quiet: dict
+) -> None:
+    monkeypatch.setattr(embeddings.Engine, "_check", lambda *_: None)
+    forward = embeddings.Engine._forward
+    monkeypatch.setattr(embeddings.Engine, "_forward", lambda *a: forward(*a) / 0)
+    with pytest.raises(InputError, match="--dtype"):
+        embed(some_chats(), tmp_path / "out", **quiet)
+
+
+# ---------------------------------------------------------------------------- Text
+
+
+def test_one_bos_whether_template_or_tokenizer_writes_it(llama: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    expected = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+    text = embeddings.render_text(tokenizer, chat("Hi"))
+    assert text == expected
+    assert tokenizer(text)["input_ids"].count(tokenizer.bos_token_id) == 2  # the trap
+    ids = embeddings.render(tokenizer, chat("Hi"))
+    assert tokenizer.decode(ids) == expected
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ bos_token }}", "")
+    assert embeddings.render(tokenizer, chat("Hi")) == ids
+    tokenizer.chat_template = "{{ bos_token }}" * 3 + tokenizer.chat_template
+    assert embeddings.render(tokenizer, chat("Hi")) == ids
+
+
+def test_no_bos_where_the_model_has_none(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(models.tiny_qwen(tmp_path))
+    ids = embeddings.render(tokenizer, chat("Hi", "you"))
+    expected = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nyou<|im_end|>\n"
+    assert tokenizer.decode(ids) == expected
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_long_conversations_are_cut_and_counted(side: str, tmp_path: Path, quiet: dict) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(quiet["model"])
+    chats = [chat("Short", "one"), chat("Long " * 30, "the end")]
+    ids = [embeddings.render(tokenizer, each) for each in chats]
+    cut = [ids[1][0], *ids[1][-39:]] if side == "left" else ids[1][:40]
+    store = embed(chats, tmp_path / "out", **quiet, max_length=40, truncation_side=side)
+    assert store.manifest["num_truncated"] == 1
+    assert store.manifest["tokens_given"] == len(ids[0]) + 40
+    model = AutoModelForSequenceClassification.from_pretrained(quiet["model"])
+    expected = model.base_model(torch.tensor([cut])).last_hidden_state[:, -1].detach()
+    assert distance(store.rows(torch.tensor([1])), expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ([{"role": "user", "content": ["a", "b"]}], "conversation 1, message 0: content .* list"),
+        ([*chat("a"), {"role": "assistant", "content": None}], "message 1: content .* NoneType"),
+        ([{"content": "a"}], "conversation 1, message 0: role .* NoneType"),
+        (["a"], "conversation 1, message 0: expected role and content"),
+        ("text", "conversation 1: expected a list"),
+        (None, "conversation 1: expected a list"),
+        ([], "conversation 1 has no messages"),
+        (chat("\ud83d"), "conversation 1, message 0: content .* surrogate"),
+    ],
+)
+def test_what_is_not_text_is_refused_by_row(
+    bad: Any, message: str, tmp_path: Path, quiet: dict
+) -> None:
+    with pytest.raises(InputError, match=message):
+        embed([chat("a", "b"), bad], tmp_path / "out", **quiet)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model": "no/such-model"}, "no/such-model cannot be loaded"),
+        ({"device": "cuda"}, "--device cpu"),
+        ({"shard": "3/2"}, "--shard 3/2"),
+        ({"shard": "one"}, "--shard one"),
+        ({"batch_tokens": -1}, "positive"),
+        ({"max_length": 0}, "positive"),
+    ],
+)
+def test_bad_settings_are_refused(
+    settings: dict, message: str, tmp_path: Path, quiet: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match=message):
+        embed(some_chats(), tmp_path / "out", **{**quiet, **settings})
+
+
+def test_no_template_and_a_refusing_template_are_named(tmp_path: Path) -> None:
+    model = models.tiny_llama(tmp_path / "model")
+    template = model / "chat_template.jinja"
+    template.write_text("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(InputError, match="roles must alternate"):
+        embed(some_chats(), tmp_path / "out", model=str(model))
+    template.unlink()
+    with pytest.raises(InputError, match="--tokenizer"):
+        embed(some_chats(), tmp_path / "out", model=str(model))
+
+
+# ------------------------------------------------------------------- Once, not twice
+
+
+def test_shared_tokens_and_duplicates_are_computed_once(llama: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    ids = [tuple(embeddings.render(tokenizer, each)) for each in some_chats()]
+    prefixes = {each[: i + 1] for each in ids for i in range(len(each))}
+    settings = {"model": str(llama), "batch_tokens": 10**6, "progress": False}
+    manifest = embed(some_chats(), tmp_path / "out", **settings).manifest
+    assert manifest["tokens_given"] == sum(map(len, ids))
+    assert manifest["tokens_computed"] == len(prefixes)
+    assert (manifest["num_conversations"], manifest["num_distinct"]) == (15, 14)
+
+
+token_lists = st.lists(
+    st.lists(st.integers(0, 2), min_size=1, max_size=6).map(tuple), min_size=1, max_size=8
+)
+
+
+@given(token_lists)
+def test_tree_mask_lets_a_token_see_its_ancestors_only(lists: list[tuple[int, ...]]) -> None:
+    tokens = [np.array(ids) for ids in sorted(set(lists))]
+    shared = [0] + [embeddings.shared_prefix(a, b) for a, b in zip(tokens, tokens[1:])]  # noqa: B905
+    tree = embeddings._tree(list(range(len(tokens))), tokens, shared)
+    sees = embeddings.tree_mask(tree.ends, torch.float32)[0, 0] == 0
+    for row, place in zip(tokens, tree.last[1].tolist(), strict=True):
+        path = sees[place].nonzero()[:, 0]
+        assert tree.ids[0, path].tolist() == row.tolist()
+        assert tree.positions[0, path].tolist() == list(range(len(row)))
+    assert len(tree.ends) == len({ids[: i + 1] for ids in lists for i in range(len(ids))})
+
+
+@given(st.lists(st.tuples(st.integers(1, 60), st.integers(0, 60)), min_size=1, max_size=8))
+def test_packing_is_the_cheapest_of_all_cuts(sizes: list[tuple[int, int]]) -> None:
+    lengths = [length for length, _ in sizes]
+    shared = [min(s, a, b) for (b, s), a in zip(sizes, [0, *lengths[:-1]], strict=True)]
+    budget, n = 64, len(sizes)
+
+    def tokens(start: int, stop: int) -> int:
+        return sum(lengths[start:stop]) - sum(shared[start + 1 : stop])
+
+    def cost(trees: list[tuple[int, int]]) -> float:
+        if any(b - a > 1 and tokens(a, b) > budget for a, b in trees):
+            return float("inf")
+        return sum(budget / 32 + tokens(*t) + tokens(*t) ** 2 / (5 * budget) for t in trees)
+
+    def cuts(start: int) -> list[list[tuple[int, int]]]:
+        ends = range(start + 1, n + 1)
+        return [[(start, end), *rest] for end in ends for rest in cuts(end)] if start < n else [[]]
+
+    found = embeddings.pack(lengths, shared, budget)
+    assert cost(found) == pytest.approx(min(map(cost, cuts(0))))
+
+
+def test_method_is_chosen_by_architecture_and_said(
+    tmp_path: Path, quiet: dict, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    assert embed(some_chats(), tmp_path / "llama", **quiet).manifest["method"] == "tree"
+    model = str(models.sliding_window(tmp_path / "model"))
+    store = embed(some_chats(), tmp_path / "window", **{**quiet, "model": model})
+    assert store.manifest["method"] == "sorted"
+    assert "sliding window" in caplog.text
+    with pytest.raises(InputError, match="sliding window"):
+        embed(some_chats(), tmp_path / "forced", **{**quiet, "model": model, "method": "tree"})
+
+
+def test_position_codes_that_depend_on_the_batch_get_no_batch(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = models.tiny_llama(tmp_path / "model", rope_parameters=rope)
+    store = embed(some_chats(), tmp_path / "out", model=str(model), progress=False)
+    assert store.manifest["method"] == "single"
+
+
+def test_the_last_line_counts(
+    tmp_path: Path, quiet: dict, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="embeddings")
+    facts = embed(some_chats(), tmp_path / "out", **quiet).manifest
+    expected = f"15 conversations, 14 distinct, 0 cut, {facts['tokens_given']} tokens; "
+    expected += f"now {facts['tokens_computed']} tokens computed"
+    assert caplog.messages[-1].startswith(expected)
+
+
+@pytest.mark.parametrize("method", ["tree", "sorted"])
+def test_full_gpu_memory_halves_the_batches(
+    method: str,
+    tmp_path: Path,
+    quiet: dict,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    forward, sizes = embeddings.Engine._forward, []
+
+    def limited(self: Any, step: Any) -> torch.Tensor:
+        sizes.append(step.ids.numel())
+        if step.ids.numel() > 200:
+            raise torch.cuda.OutOfMemoryError("full")
+        return forward(self, step)
+
+    monkeypatch.setattr(embeddings.Engine, "_forward", limited)
+    quiet = {**quiet, "method": method, "shard_size": 50}
+    store = embed(some_chats(), tmp_path / "out", **quiet, batch_tokens=1000)
+    assert max(sizes) > 200 >= sizes[-1]
+    assert distance(all_rows(store), plain_rows(Path(quiet["model"]), some_chats())) < 1e-5
+    lower = int(caplog.messages[-1].split()[-1])  # as --batch-tokens in the warning
+    smaller = embed(some_chats(), tmp_path / "smaller", **quiet, batch_tokens=lower)
+    assert contents(store.folder) == contents(smaller.folder)
+    long = [chat("Long " * 60, "end")]
+    monkeypatch.setattr(embeddings.Engine, "_forward", limited)
+    with pytest.raises(InputError, match="--max-length"):
+        embed(long, tmp_path / "long", **quiet)
+
+
+# ------------------------------------------------------------------------- On disk
+
+
+def test_files_and_manifest(finished: Path) -> None:
+    manifest = json.loads((finished / "manifest.json").read_text())
+    shards = [f"embeddings-0000{i}-of-00004.safetensors" for i in (1, 2, 3, 4)]
+    files = {*shards, "index.safetensors", "head.safetensors"}
+    assert set(contents(finished)) == {*files, "manifest.json"}
+    assert {path: hashlib.sha256((finished / path).read_bytes()).hexdigest() for path in files} == (
+        manifest["files"]
+    )
+    assert manifest["conversations_sha256"] == embeddings.digest(some_chats())
+    assert (manifest["num_features"], manifest["pooling"]) == (32, embeddings.POOLING)
+
+
+def test_reading_maps_the_shards_and_takes_any_rows(finished: Path) -> None:
+    store = open_store(finished)
+    assert (len(store), store.num_features) == (15, 32)
+    index = torch.tensor([14, 0, 3, 3, 9])
+    rows = store.rows(index)
+    assert rows.dtype == torch.float32
+    assert torch.equal(rows, all_rows(store)[index])
+    assert torch.equal(rows[0], rows[2])  # the duplicate
+    assert store.rows(torch.tensor([], dtype=torch.long)).shape == (0, 32)
+    if Path("/proc/self/maps").exists():
+        assert str(finished / "embeddings-00002-of-00004") in Path("/proc/self/maps").read_text()
+
+
+def test_the_store_knows_its_conversations(finished: Path) -> None:
+    open_store(finished).check(some_chats())
+    with pytest.raises(InputError, match="other conversations"):
+        open_store(finished).check(some_chats()[::-1])
+
+
+def test_a_finished_run_loads_no_model(
+    finished: Path, quiet: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = contents(finished)
+    monkeypatch.setattr(embeddings, "_load_engine", lambda *_: pytest.fail("loaded a model"))
+    assert len(embed(some_chats(), finished, **quiet)) == 15
+    assert contents(finished) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["embeddings-00002-of-00004.safetensors", "index.safetensors", "head.safetensors"]
+)
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_damaged_files_are_made_again(name: str, damage: str, finished: Path, quiet: dict) -> None:
+    before, path = contents(finished), finished / name
+    data = before[name]
+    path.unlink()
+    if damage == "flip":
+        path.write_bytes(data[:-5] + bytes([data[-5] ^ 1]) + data[-4:])
+    if damage == "cut":
+        path.write_bytes(data[: len(data) // 2])
+        with pytest.raises(InputError, match=name):
+            open_store(finished)
+    if damage == "remove":
+        with pytest.raises(InputError, match=name):
+            open_store(finished)
+    embed(some_chats(), finished, **quiet)
+    assert contents(finished) == before
+
+
+def test_a_damaged_manifest_is_written_again(finished: Path, quiet: dict) -> None:
+    before = contents(finished)
+    (finished / "manifest.json").write_bytes(before["manifest.json"][:50])
+    with pytest.raises(InputError, match="no finished embeddings"):
+        open_store(finished)
+    embed(some_chats(), finished, **quiet)
+    assert contents(finished) == before
+
+
+def _other_template(folder: Path) -> Path:
+    model = models.tiny_llama(folder)
+    template = (model / "chat_template.jinja").read_text()
+    (model / "chat_template.jinja").write_text(template + " ")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: {"model": str(models.tiny_llama(folder, seed=1))}, "weights_sha256"),
+        (lambda folder: {"tokenizer": str(_other_template(folder))}, "template_sha256"),
+        (lambda folder: {"max_length": 30}, "max_length = 2048, asked for is 30"),
+        (lambda folder: {"dtype": "bfloat16"}, "dtype = float32"),
+        (lambda folder: {"shard_size": 5}, "shard_size = 4"),
+    ],
+)
+def test_a_store_of_something_else_is_refused(
+    change: Any, message: str, finished: Path, quiet: dict, tmp_path: Path
+) -> None:
+    before = contents(finished)
+    with pytest.raises(InputError, match=message):
+        embed(some_chats(), finished, **{**quiet, **change(tmp_path / "other")})
+    (finished / "manifest.json").unlink()
+    with pytest.raises(InputError, match="belongs to other embeddings"):
+        embed(some_chats(), finished, **{**quiet, **change(tmp_path / "other")})
+    del before["manifest.json"]
+    assert contents(finished) == before
+
+
+def test_other_text_and_foreign_shards_are_refused(
+    finished: Path, quiet: dict, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="conversations_sha256"):
+        embed(some_chats()[1:], finished, **quiet)
+    embed(some_chats()[:-2], tmp_path / "other", **quiet)
+    name = "embeddings-00001-of-00004.safetensors"
+    (tmp_path / "other" / name).replace(finished / name)
+    with pytest.raises(InputError, match=name):
+        embed(some_chats(), finished, **quiet)
+
+
+def test_the_same_model_under_another_path_is_the_same(
+    finished: Path, quiet: dict, tmp_path: Path
+) -> None:
+    (tmp_path / "moved").symlink_to(quiet["model"])
+    embed(some_chats(), finished, **{**quiet, "model": str(tmp_path / "moved")})
+
+
+def test_a_full_disk_keeps_what_is_done(
+    tmp_path: Path, quiet: dict, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, fsync = [], os.fsync
+
+    def full(file: int) -> None:
+        synced.append(file)
+        if len(synced) > 5:  # index, manifest, head and two shards are done
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match="00003-of-00004.* No space left on device"):
+        embed(some_chats(), tmp_path / "out", **quiet)
+    assert len(list((tmp_path / "out").iterdir())) == 5
+    monkeypatch.undo()
+    embed(some_chats(), tmp_path / "out", **quiet)
+    assert contents(tmp_path / "out") == contents(finished)
+
+
+# --------------------------------------------------------------- Killed, or in parts
+
+KILLED = """
+import os, signal, sys
+import torch
+import embeddings, test_embeddings
+
+folder, model, points = sys.argv[1], sys.argv[2], int(sys.argv[3])
+torch.set_num_threads(1)  # a forked child cannot use its parent's threads
+steps, limit = 0, None
+
+def step(function):
+    def counted(*arguments):
+        global steps
+        steps += 1
+        if steps == limit:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments)
+    return counted
+
+def run(out):
+    embeddings.embed(test_embeddings.some_chats(), out, model=model, shard_size=4, progress=False)
+
+for owner, name in [(os, "fsync"), (os, "replace"), (embeddings.Engine, "_forward")]:
+    setattr(owner, name, step(getattr(owner, name)))
+run(folder + "/whole")
+total = steps
+for point in range(points):
+    steps, limit = 0, 1 + point * (total - 1) // (points - 1)
+    child = os.fork()
+    if not child:
+        run(f"{folder}/killed-{point}")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+"""
+
+
+def _python(*arguments: str, **settings: str) -> subprocess.CompletedProcess:
+    """A Python process that sees the project and the tests; fails with what it wrote."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    given = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(
+        [sys.executable, *arguments], env={**os.environ, **given}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def test_killed_anywhere_it_resumes_to_the_same_bytes(tmp_path: Path, llama: Path) -> None:
+    _python("-c", KILLED, str(tmp_path), str(llama), "10")
+    whole, states = contents(tmp_path / "whole"), set()
+    for point in range(10):
+        folder = tmp_path / f"killed-{point}"
+        states.add(len(list(folder.iterdir())))
+        with pytest.raises(InputError, match="no finished embeddings"):
+            open_store(folder)
+        embed(some_chats(), folder, model=str(llama), shard_size=4, progress=False)
+        assert contents(folder) == whole
+    assert len(states) > 4
+
+
+RANK = """
+import sys
+import embeddings, test_embeddings
+
+settings = dict(model=sys.argv[2], shard_size=4, progress=False)
+store = embeddings.embed(test_embeddings.some_chats(), sys.argv[1], **settings)
+"""
+
+
+def test_two_processes_write_the_same_bytes(tmp_path: Path, llama: Path, finished: Path) -> None:
+    (tmp_path / "rank.py").write_text(RANK)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    _python(*launch, str(tmp_path / "rank.py"), str(tmp_path / "two"), str(llama))
+    assert contents(tmp_path / "two") == contents(finished)
+
+
+def test_parts_of_a_job_array_complete_each_other(
+    tmp_path: Path, quiet: dict, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "parts"
+    assert embed(some_chats(), folder, **quiet, shard="2/3") is None
+    assert not (folder / "embeddings-00001-of-00004.safetensors").exists()
+    with pytest.raises(InputError, match="no finished embeddings"):
+        open_store(folder)
+    assert embed(some_chats(), folder, **quiet, shard="3/3") is None
+    monkeypatch.setenv("WORLD_SIZE", "2")  # two ranks in the last part: six workers in all
+    monkeypatch.setenv("RANK", "0")
+    assert embed(some_chats(), folder, **quiet, shard="1/3") is None
+    monkeypatch.undo()
+    assert len(embed(some_chats(), folder, **quiet, shard="1/3")) == 15
+    assert contents(folder) == contents(finished)
+
+
+# --------------------------------------------------------------------- A real model
+
+
+@pytest.mark.slow
+def test_smollm2_rows_equal_one_at_a_time(tmp_path: Path) -> None:
+    model = models.smollm2(tmp_path / "model")
+    store = embed(some_chats(), tmp_path / "out", model=str(model), progress=False)
+    assert store.manifest["method"] == "tree"
+    assert store.manifest["tokens_given"] > 2 * store.manifest["tokens_computed"]
+    assert distance(all_rows(store), plain_rows(model, some_chats())) < 1e-5
+    assert store.head.shape == (576,)
