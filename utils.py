@@ -52,6 +52,14 @@ def _require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let ``write`` make a file beside the path, then put it in place: whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{path.name}.{os.getpid()}.part")
+    write(draft)
+    os.replace(draft, path)
+
+
 def as_generator(seed: Seed) -> torch.Generator | None:
     """A generator for a seed; a generator and None (torch's global one) stay what they are."""
     return torch.Generator().manual_seed(int(seed)) if isinstance(seed, int | np.integer) else seed
@@ -884,11 +892,7 @@ class Checkpoint:
             "logits": training.weights.logits, "V": training.V,
             "optimizers": [o.state_dict() for o in training.optimizers],
         }  # fmt: skip
-        file = self._file(step)
-        draft = file.with_suffix(".part")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state, draft)
-        os.replace(draft, file)
+        write_whole(self._file(step), lambda draft: torch.save(state, draft))
         for old in self._steps()[:-2]:
             self._file(old).unlink()
 
@@ -1152,11 +1156,7 @@ def save_basis(path: str | Path, basis: Basis) -> None:
         "users": json.dumps([str(u) for u in basis.users]),
         "users_unseen": json.dumps([str(u) for u in basis.users_unseen]),
     }
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".part")
-    save_file(kept, draft, metadata=metadata)
-    os.replace(draft, path)
+    write_whole(Path(path), lambda draft: save_file(kept, draft, metadata=metadata))
 
 
 def load_basis(path: str | Path) -> Basis:
