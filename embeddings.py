@@ -102,14 +102,14 @@ def embed(
     batch_tokens = batch_tokens or (1024 if device == "cpu" else 4096)
     if min(max_length, batch_tokens, shard_size) < 1:
         raise InputError("--max-length, --batch-tokens and --shard-size must be positive")
-    source = _Source(model, tokenizer, revision, trust_remote_code)
+    source = Source(model, tokenizer, revision, trust_remote_code)
     conversations = check_conversations(conversations)
     plan = _plan(conversations, source, dtype, max_length, truncation_side, shard_size)
     _claim(folder, plan, worker)
     mine = range(worker, plan.num_shards, workers)
     todo = [i for i in mine if not _is_sound(plan.path(folder, i), plan.identity)]
     if todo or not _is_sound(folder / HEAD, plan.identity):
-        engine = _load_engine(source, dtype, device, attention, method, batch_tokens, padding)
+        engine = load_engine(source, dtype, device, attention, method, batch_tokens, padding)
         _write_tensors(folder / HEAD, engine.reference(), plan.identity, worker)
         _embed_shards(folder, plan, engine, todo, worker, progress and worker == 0)
     return _finish(folder, plan, worker)
@@ -255,11 +255,13 @@ def _cut(ids: Tokens, bos: int | None, max_length: int, truncation_side: str) ->
 # ------------------------------------------------------------------------------ Plan
 
 
-class _Source(NamedTuple):
+class Source(NamedTuple):
+    """Where model and tokenizer come from, as the arguments of ``embed`` say it."""
+
     model: str
-    tokenizer: str | None
-    revision: str | None
-    trust_remote_code: bool
+    tokenizer: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -297,13 +299,13 @@ def shard_name(shard: int, num_shards: int) -> str:
 
 def _plan(
     conversations: list[Conversation],
-    source: _Source,
+    source: Source,
     dtype: str,
     max_length: int,
     truncation_side: str,
     shard_size: int,
 ) -> _Plan:
-    config, tokenizer = _load_config(source), _load_tokenizer(source)
+    config, tokenizer = _load_config(source), load_tokenizer(source)
     max_length = min(max_length, getattr(config, "max_position_embeddings", None) or max_length)
     texts = [render_text(tokenizer, conversation) for conversation in conversations]
     whole = _tokenize(tokenizer, texts)
@@ -472,14 +474,21 @@ def _padded(rows: list[int], tokens: list[Tokens], padding: str) -> _Pass:
 
 @dataclass
 class Engine:
-    """A loaded reward model and how it takes its conversations."""
+    """A loaded reward model, and how it takes its conversations.
+
+    Args:
+        model: sequence-classification model of transformers on its device.
+        has_head: whether its score head is the checkpoint's own, not a random one.
+        method: tree, sorted or single.
+        batch_tokens: most tokens in one forward pass.
+        padding: side on which the sorted method pads.
+    """
 
     model: Any
     has_head: bool
     method: str
-    device: str
     batch_tokens: int
-    padding: str
+    padding: str = "right"
     tokens_computed: int = 0
     checked: bool = False
 
@@ -505,7 +514,10 @@ class Engine:
         return {name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}
 
     def embed(self, tokens: list[Tokens], bar: tqdm) -> Tensor:
-        """Embeddings [conversations, F] of a shard; halves its passes when a GPU runs full."""
+        """Embeddings [n, F] of n distinct, sorted conversations, in the model's dtype.
+
+        The bar moves by the tokens given. Where a GPU runs full the passes are halved.
+        """
         before = bar.n, self.tokens_computed
         while True:
             try:
@@ -548,10 +560,10 @@ class Engine:
     def _forward(self, step: _Pass) -> Tensor:
         """Embeddings [conversations of the pass, F]."""
         given = {"position_ids": step.positions, "attention_mask": step.mask}
-        given = {k: v.to(self.device) for k, v in given.items() if v is not None}
+        given = {k: v.to(self.model.device) for k, v in given.items() if v is not None}
         if step.ends is not None:
-            given["attention_mask"] = tree_mask(step.ends.to(self.device), self.model.dtype)
-        ids = step.ids.to(self.device)
+            given["attention_mask"] = tree_mask(step.ends.to(self.model.device), self.model.dtype)
+        ids = step.ids.to(self.model.device)
         hidden = self.body(input_ids=ids, use_cache=False, **given).last_hidden_state
         return hidden[step.last]
 
@@ -560,7 +572,7 @@ class Engine:
         self.checked = True
         if not self.has_head:
             return
-        alone = torch.from_numpy(ids)[None].to(self.device)
+        alone = torch.from_numpy(ids)[None].to(self.model.device)
         logit = self.model(input_ids=alone, use_cache=False).logits[0].float()
         if self._gives(row, logit):
             return
@@ -584,21 +596,22 @@ class Engine:
         return bool(((own - logit).abs() <= tolerance * scale).all())
 
 
-def _load_engine(
-    source: _Source,
+def load_engine(
+    source: Source,
     dtype: str,
     device: str,
     attention: str,
     method: str,
     batch_tokens: int,
-    padding: str,
+    padding: str = "right",
 ) -> Engine:
+    """Load a reward model with its score head; the arguments are those of ``embed``."""
     method, why = choose_method(_load_config(source), method, attention)
     log.info("embedding method: %s (%s)", method, why)
     model, has_head = _load_model(source, getattr(torch, dtype), attention)
     # Batches of one pool the last token: a pad id could be that token, and pooling would skip it.
     model.config.get_text_config().pad_token_id = None
-    return Engine(model.to(device).eval(), has_head, method, device, batch_tokens, padding)
+    return Engine(model.to(device).eval(), has_head, method, batch_tokens, padding)
 
 
 def choose_method(config: Any, method: str, attention: str) -> tuple[str, str]:
@@ -624,7 +637,7 @@ def choose_method(config: Any, method: str, attention: str) -> tuple[str, str]:
     return ("sorted", reason) if reason else ("tree", "shared prefixes are computed once")
 
 
-def _load_model(source: _Source, dtype: torch.dtype, attention: str) -> tuple[Any, bool]:
+def _load_model(source: Source, dtype: torch.dtype, attention: str) -> tuple[Any, bool]:
     """The model and whether its checkpoint has a score head."""
     from transformers import AutoModel, AutoModelForSequenceClassification
 
@@ -646,13 +659,14 @@ def _load_model(source: _Source, dtype: torch.dtype, attention: str) -> tuple[An
     return model, has_head
 
 
-def _load_config(source: _Source) -> Any:
+def _load_config(source: Source) -> Any:
     from transformers import AutoConfig  # slow to import, and readers of a store do without
 
     return _pretrained(AutoConfig, source.model, source)
 
 
-def _load_tokenizer(source: _Source) -> Any:
+def load_tokenizer(source: Source) -> Any:
+    """The tokenizer, which has a chat template; InputError otherwise."""
     from transformers import AutoTokenizer
 
     name = source.tokenizer or source.model
@@ -662,7 +676,7 @@ def _load_tokenizer(source: _Source) -> Any:
     return tokenizer
 
 
-def _pretrained(loader: Any, name: str, source: _Source, **options: Any) -> Any:
+def _pretrained(loader: Any, name: str, source: Source, **options: Any) -> Any:
     if name == source.model:
         options["revision"] = source.revision
     try:

@@ -1,0 +1,190 @@
+"""Embedding against one conversation at a time: tokens and seconds in the same run.
+
+    python benchmarks/embedding.py                    # SmolLM2-135M, float32, on a CPU
+    python benchmarks/embedding.py --device cuda      # random weights of 8B shape, bfloat16
+
+Cases a to c have made-up tokens in the lengths of the data sets, d has the text of a PRISM slice.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import experiments
+from embeddings import Engine, Source, Tokens, load_engine, load_tokenizer, render
+from PersonalLLM.smollm2 import reward_model
+
+PRISM = experiments.ROOT.parent / "shared" / "data" / "prism_slice" / "conversations.jsonl"
+LLAMA_8B = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "num_labels": 1,
+}
+ROW = "{:32} {:>9} {:>9} {:>6} {:>9} {:>9} {:>6} {:>5} {:>10}"
+HEADINGS = (
+    "case",
+    "given",
+    "computed",
+    "ratio",
+    "alone s",
+    "shared s",
+    "ratio",
+    "share",
+    "deviation",
+)
+
+
+def main(
+    model: str | None = None,
+    device: str = "cpu",
+    posts: int = 50,
+    dialogues: int = 25,
+    prompts: int = 50,
+    prism: int = 100,
+    batch_tokens: int = 0,
+    parts: int = 5,
+    seed: int = 0,
+) -> None:
+    """Print tokens given and computed, seconds one at a time and shared, and their ratios.
+
+    Share is the seconds' ratio over the tokens' ratio; deviation is the largest difference of a
+    row between the two, over the row's length.
+
+    Args:
+        model: local reward model; by default SmolLM2 on a CPU and a random 8B Llama on CUDA.
+        device: cpu or cuda; float32 or bfloat16 goes with it.
+        posts: case a, posts with six short summaries each.
+        dialogues: case b, dialogues of four turns with two candidates each.
+        prompts: case c, prompts with eight responses each.
+        prism: case d, dialogues of the PRISM slice beside the project.
+        batch_tokens: most tokens in one forward pass; 0 means 1024 on a CPU, 4096 on a GPU.
+        parts: each case is timed in so many parts, alternating, as machines have other work.
+        seed: of the made-up tokens and random weights.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        name = model or (str(reward_model(Path(folder) / "smollm2")) if device == "cpu" else None)
+        engine = _engine(name, device, batch_tokens or (1024 if device == "cpu" else 4096), seed)
+        cases = _made_up(engine, posts, dialogues, prompts, np.random.default_rng(seed))
+        if name and PRISM.exists():
+            cases["d  PRISM, opening turns"] = _prism(load_tokenizer(Source(name)), prism)
+    _time(engine, [np.arange(9), np.arange(20)])
+    print(ROW.format(*HEADINGS))
+    for case, conversations in cases.items():
+        print(ROW.format(case, *_measure(engine, conversations, parts)), flush=True)
+    if len(cases) < 4:
+        print(f"d  PRISM is skipped: it takes {PRISM} and a model with a tokenizer (--model)")
+
+
+def _engine(name: str | None, device: str, batch_tokens: int, seed: int) -> Engine:
+    if name:
+        dtype = "float32" if device == "cpu" else "bfloat16"
+        return load_engine(Source(name), dtype, device, "sdpa", "auto", batch_tokens)
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(**LLAMA_8B, dtype=torch.bfloat16)
+    with torch.device(device):
+        model = transformers.AutoModelForSequenceClassification.from_config(config)
+    return Engine(model.eval(), True, "tree", batch_tokens)
+
+
+# -------------------------------------------------------------------- The four cases
+
+
+class _Writer:
+    """Made-up messages of random tokens, framed as a chat template frames them."""
+
+    def __init__(self, vocabulary: int, generator: np.random.Generator) -> None:
+        self.vocabulary, self.generator = vocabulary, generator
+        self.system, self.header = self.text(20), self.text(4)
+
+    def text(self, length: int) -> Tokens:
+        return self.generator.integers(3, self.vocabulary, length)
+
+    def message(self, mean: int) -> Tokens:
+        """From half to one and a half times the mean length."""
+        length = self.generator.integers(mean // 2, mean + mean // 2 + 1)
+        return np.concatenate([self.header, self.text(length)])
+
+    def answers(self, history: Tokens, count: int, mean: int) -> list[Tokens]:
+        return [np.append(history, self.message(mean)) for _ in range(count)]
+
+    def prompt(self, mean: int) -> Tokens:
+        return np.append(self.system, self.message(mean))
+
+    def dialogue(self, turns: int, mean: int) -> list[Tokens]:
+        history, candidates = self.system, []
+        for _ in range(turns):
+            pair = self.answers(np.append(history, self.message(25)), 2, mean)
+            history, candidates = pair[0], candidates + pair
+        return candidates
+
+
+def _made_up(
+    engine: Engine, posts: int, dialogues: int, prompts: int, generator: np.random.Generator
+) -> dict[str, list[Tokens]]:
+    write = _Writer(engine.model.config.vocab_size, generator)
+    summaries = [write.answers(write.prompt(300), 6, 35) for _ in range(posts)]
+    turns = [write.dialogue(4, 80) for _ in range(dialogues)]
+    responses = [write.answers(write.prompt(40), 8, 100) for _ in range(prompts)]
+    return {
+        "a  six summaries of a post": sum(summaries, []),
+        "b  four turns, two candidates": sum(turns, []),
+        "c  eight responses to a prompt": sum(responses, []),
+    }
+
+
+def _prism(tokenizer: object, dialogues: int) -> list[Tokens]:
+    lines = PRISM.read_text().splitlines()[:dialogues]
+    histories = [json.loads(line)["conversation_history"] for line in lines]
+    chats = [
+        [{"role": "user", "content": prompt["content"]}, {"role": "assistant", "content": text}]
+        for prompt, *responses in histories
+        for text in (response["content"] for response in responses)
+    ]
+    return [np.array(render(tokenizer, chat)) for chat in chats]
+
+
+# --------------------------------------------------------------------------- Measuring
+
+
+def _measure(engine: Engine, conversations: list[Tokens], parts: int) -> list[str]:
+    """The numbers of a row."""
+    method, seconds, computed, deviation = engine.method, [0.0, 0.0], 0, 0.0
+    cuts = np.linspace(0, len(conversations), parts + 1).astype(int)
+    for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
+        part = sorted(conversations[start:stop], key=tuple)
+        engine.method = "single"
+        alone, now = _time(engine, part)
+        engine.method, before = method, engine.tokens_computed
+        rows, later = _time(engine, part)
+        seconds = [seconds[0] + now, seconds[1] + later]
+        computed += engine.tokens_computed - before
+        deviation = max(deviation, float(((rows - alone).norm(dim=1) / alone.norm(dim=1)).max()))
+    given = sum(map(len, conversations))
+    tokens, speed = given / computed, seconds[0] / seconds[1]
+    numbers = [f"{tokens:.2f}", *(f"{s:.1f}" for s in seconds), f"{speed:.2f}"]
+    return [str(given), str(computed), *numbers, f"{speed / tokens:.2f}", f"{deviation:.1e}"]
+
+
+def _time(engine: Engine, tokens: list[Tokens]) -> tuple[torch.Tensor, float]:
+    begin = time.perf_counter()
+    rows = engine.embed(tokens, tqdm(disable=True))
+    return rows.float(), time.perf_counter() - begin
+
+
+if __name__ == "__main__":
+    experiments.cli(main)
