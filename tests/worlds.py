@@ -1,0 +1,193 @@
+"""Tiny raw worlds in each dataset's own schema, the same for the same seed, for all tests.
+
+Texts are random words; a taste gives every word a value, and whoever has it prefers the response
+whose words are worth most. Users alternate between two tastes.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+ROOT = Path(__file__).resolve().parents[1]
+WORDS = (
+    "amber basil cedar delta ember fjord grove hazel inlet jade kelp lotus maple nectar olive "
+    "pearl quartz river sage tulip umber velvet willow yarrow zephyr"
+).split()
+SCORERS = (
+    "gemma_2b", "gemma_7b", "mistral_raft", "llama3_sfairx", "oasst_deberta_v3", "beaver_7b",
+    "oasst_pythia_7b", "oasst_pythia_1b", "mistral_ray", "mistral_weqweasdas",
+)  # fmt: skip
+TURNS = ("first", "second", "third", "fourth")
+
+
+class _World:
+    """Random texts, and what tastes make of them."""
+
+    def __init__(self, seed: int, tastes: int = 2) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.values = self.rng.standard_normal((tastes, len(WORDS)))
+
+    def text(self, words: int = 6) -> str:
+        return " ".join(self.rng.choice(WORDS, words))
+
+    def texts(self, count: int) -> list[str]:
+        """Distinct texts."""
+        found: dict[str, None] = {}
+        while len(found) < count:
+            found[self.text()] = None
+        return list(found)
+
+    def score(self, taste: int, text: str) -> float:
+        return float(np.mean([self.values[taste, WORDS.index(word)] for word in text.split()]))
+
+    def best(self, taste: int, texts: Sequence[str]) -> int:
+        return int(np.argmax([self.score(taste, text) for text in texts]))
+
+
+def personalllm(folder: Path, *, train: int = 24, test: int = 8, seed: int = 0) -> Path:
+    """PersonalLLM: prompts with eight responses, each with ten scores (train and test.parquet)."""
+    world = _World(seed, len(SCORERS))
+    for split, prompts in {"train": train, "test": test}.items():
+        rows = []
+        for number in range(prompts):
+            row: dict[str, Any] = {"prompt": f"{split} {number}: what of {world.text(3)}?"}
+            for i, response in enumerate(world.texts(8), start=1):
+                row[f"response_{i}"] = response
+                for taste, scorer in enumerate(SCORERS):
+                    row[f"response_{i}_{scorer}"] = world.score(taste, response)
+            rows.append(row)
+        write(folder / f"{split}.parquet", rows)
+    return folder
+
+
+def tldr(
+    folder: Path, *, workers: int = 6, annotations: int = 30, posts: int = 12, seed: int = 0
+) -> Path:
+    """Reddit TLDR: train and validation.jsonl.gz, ``annotations`` of each worker in either."""
+    world = _World(seed)
+    texts = [f"post {number} on {world.text(4)}" for number in range(posts)]
+    summaries = [world.texts(6) for _ in texts]
+    for split in ("train", "validation"):
+        rows = []
+        for number in range(workers * annotations):
+            worker, post = number % workers, int(world.rng.integers(posts))
+            pair = list(world.rng.permutation(summaries[post])[:2])
+            rows.append(_tldr_row(split, worker, post, texts[post], pair, world))
+        write(folder / f"{split}.jsonl.gz", rows)
+    return folder
+
+
+def _tldr_row(
+    split: str, worker: int, number: int, post: str, pair: list[str], world: _World
+) -> dict[str, Any]:
+    info = {"id": f"t3_{number}", "post": post, "title": f"title {number}"}
+    return {
+        "info": {**info, "subreddit": "r", "site": None, "article": None},
+        "summaries": [{"text": text, "policy": "sup4", "note": None} for text in map(str, pair)],
+        "choice": world.best(worker % 2, pair),
+        "worker": f"w{worker:02d}",
+        "batch": "batch0",
+        "split": "train" if split == "train" else "valid2",
+        "extra": {"confidence": None},
+    }
+
+
+def prism(
+    folder: Path, *, users: int = 8, dialogues: int = 6, turns: int = 3, seed: int = 0
+) -> Path:
+    """PRISM: survey and conversations.jsonl; user i has dialogues + i % 3 dialogues."""
+    world = _World(seed)
+    survey, conversations = [], []
+    for user in range(users):
+        count = dialogues + user % 3
+        name = f"user{user}"
+        survey.append({"user_id": name, "num_completed_conversations": count, "age": "25-34"})
+        for _ in range(count):
+            history = _prism_history(world, user % 2, int(world.rng.integers(1, turns + 1)))
+            conversations.append({
+                "conversation_id": f"c{len(conversations)}",
+                "user_id": name,
+                "conversation_type": "unguided",
+                "opening_prompt": history[0]["content"],
+                "conversation_turns": history[-1]["turn"] + 1,
+                "conversation_history": history,
+                "open_feedback": "",
+            })  # fmt: skip
+    write(folder / "survey.jsonl", survey)
+    write(folder / "conversations.jsonl", conversations)
+    return folder
+
+
+def _prism_history(world: _World, taste: int, turns: int) -> list[dict[str, Any]]:
+    history: list[dict[str, Any]] = []
+    for turn in range(turns):
+        ask = f"what of {world.text(3)}?"
+        history.append({"turn": turn, "role": "user", "content": ask})
+        responses = world.texts(2 if turn else 4)
+        best = world.best(taste, responses)
+        for i, response in enumerate(responses):
+            message = {"turn": turn, "role": "model", "content": response, "model_name": f"m{i}"}
+            scores = {"score": 90 if i == best else 40, "if_chosen": i == best}
+            history.append({**message, **scores, "within_turn_id": i})
+    return history
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a raw table."""
+    if path.suffix == ".parquet":
+        return pq.read_table(path).to_pylist()
+    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
+        return [json.loads(line) for line in lines]
+
+
+def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write a raw table in the format that its name says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(list(rows)), path)
+        return
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_bytes(
+        gzip.compress(text.encode(), mtime=0) if path.suffix == ".gz" else text.encode()
+    )
+
+
+def edit(path: Path, change: Callable[[list[dict[str, Any]]], Any]) -> None:
+    """Change a raw table's rows in place."""
+    rows = read(path)
+    change(rows)
+    write(path, rows)
+
+
+def shuffle(path: Path, seed: int = 0) -> None:
+    """Put a raw table's rows in another order."""
+    edit(path, random.Random(seed).shuffle)
+
+
+def script(name: str) -> ModuleType:
+    """A script as a module, such as "PRISM/prepare.py"; its ``main`` is not run."""
+    spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def comparisons(prepared: Path) -> pd.DataFrame:
+    """A prepared dataset's comparisons, chosen and rejected being the conversations themselves."""
+    table = pd.read_parquet(prepared / "comparisons.parquet")
+    messages = pq.read_table(prepared / "conversations.parquet")["messages"].to_pylist()
+    for name in ("chosen", "rejected"):
+        table[name] = [messages[row] for row in table[name]]
+    return table
