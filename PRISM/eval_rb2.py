@@ -1,16 +1,44 @@
-"""RewardBench 2 (allenai/reward-bench-2): the official score of a reward model and of a basis."""
+"""RewardBench 2 (allenai/reward-bench-2): the official score of a reward model and of a basis.
+
+    python eval_rb2.py --basis ../results/PRISM/<run>/basis-K05.safetensors --users user12
+
+embeds every completion once; the model's own score head (the reference), each basis column, the
+average user and the users asked for are then one matrix product and the rows of one table. Without
+a basis or a head of yours the model's own classification forward is scored (mode seqclf).
+"""
 
 from __future__ import annotations
 
+import json
+import logging
+import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby, islice
 from pathlib import Path
-from typing import NamedTuple
+from pickle import UnpicklingError
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import pandas as pd
+import torch
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from utils import InputError
+import experiments
+from embeddings import Conversation, Store, embed, render, render_text
+from utils import InputError, load_basis
+
+log = logging.getLogger(__name__)
+
+CACHE = Path(__file__).resolve().parent / "data" / "rewardbench2"
+RESULTS = experiments.ROOT / "results" / "rewardbench2"
+COLUMNS = ("id", "prompt", "chosen", "rejected", "num_correct", "subset")
 
 # Rows of each subset in the published test split; only their mean is the official score.
 OFFICIAL = {
@@ -124,3 +152,516 @@ def _checked(row: Row) -> Row:
             f"{len(row.scores)} completions; at least one must be correct and one incorrect"
         )
     return row
+
+
+# ------------------------------------------------------------------------ Data
+
+
+def read_bench(source: str, split: str, subset: Sequence[str], limit: int) -> pd.DataFrame:
+    """Rows of RewardBench 2 (id, prompt, chosen, rejected, num_correct, subset), all checked.
+
+    Args:
+        source: a .jsonl or .parquet file, a folder with one of the split's name, or a hub dataset.
+        split: split of the hub dataset.
+        subset: names of the subsets to keep; empty keeps all.
+        limit: keep only so many rows, the first ones; 0 keeps all.
+
+    Raises:
+        InputError: a missing column, a malformed line or row, a subset that is not there.
+    """
+    rows = []
+    for place, row in _raw_rows(source, split):
+        if problem := _problem(row):
+            raise InputError(f"{place} (id {row['id']}): {problem}")
+        rows.append({**{name: row[name] for name in COLUMNS}, "id": str(row["id"])})
+    if not rows:
+        raise InputError(f"--source {source} has no rows")
+    bench = _restrict(pd.DataFrame(rows), subset, limit)
+    score(scored_rows(bench, length_baseline(bench)))  # refuses bad ids before any work
+    return bench
+
+
+def _raw_rows(source: str, split: str) -> experiments.Rows:
+    file = Path(source)
+    ending = re.search(r"\.(jsonl|jsonl\.gz|parquet)$", file.name)
+    if not ending:
+        yield from experiments.read_rows(source, split, COLUMNS, split=split)
+        return
+    if not file.is_file():
+        raise InputError(f"--source {source}: there is no such file")
+    table = file.name[: ending.start()]
+    for place, row in experiments.read_rows(str(file.parent), table, COLUMNS):
+        if not place.startswith(str(file)):
+            raise InputError(f"--source {source}: move it away from {place.split(' row ')[0]}")
+        yield place, row
+
+
+def _problem(row: Mapping[str, Any]) -> str | None:
+    if not isinstance(row["subset"], str) or not isinstance(row["prompt"], str):
+        return "subset and prompt must be text"
+    for name in ("chosen", "rejected"):
+        if not isinstance(row[name], list) or not row[name]:
+            return f"{name} must be a list of one or more texts"
+        if not all(isinstance(text, str) for text in row[name]):
+            return f"{name} holds something that is not text"
+    if row["num_correct"] != len(row["chosen"]):
+        return f"num_correct is {row['num_correct']}, but {len(row['chosen'])} texts are chosen"
+    return None
+
+
+def _restrict(bench: pd.DataFrame, subset: Sequence[str], limit: int) -> pd.DataFrame:
+    names = {name.lower(): name for name in bench["subset"]}
+    unknown = [name for name in subset if name.lower() not in names]
+    if unknown:
+        present = ", ".join(sorted(names.values()))
+        raise InputError(f"--subset {', '.join(unknown)}: not there; the subsets are {present}")
+    if subset:
+        bench = bench[bench["subset"].isin([names[name.lower()] for name in subset])]
+    return bench.head(limit) if limit else bench
+
+
+def completions(bench: pd.DataFrame) -> list[tuple[str, str]]:
+    """(prompt, completion) of every completion, row after row, the chosen ones first."""
+    return [
+        (row.prompt, text)
+        for row in bench.itertuples(index=False)
+        for text in (*row.chosen, *row.rejected)
+    ]
+
+
+def scored_rows(bench: pd.DataFrame, rewards: np.ndarray) -> list[Row]:
+    """Rows with their scores, from the rewards [completions] in the order of ``completions``."""
+    values = iter(rewards.tolist())
+    return [
+        Row(row.id, row.subset, row.num_correct, list(islice(values, len(texts))))
+        for row in bench.itertuples(index=False)
+        for texts in [(*row.chosen, *row.rejected)]
+    ]
+
+
+def as_conversations(bench: pd.DataFrame) -> list[Conversation]:
+    """The conversation, one user and one assistant message, of every completion."""
+    return [
+        [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
+        for prompt, text in completions(bench)
+    ]
+
+
+def length_baseline(bench: pd.DataFrame) -> np.ndarray:
+    """Rewards [completions] that prefer the shortest response, in characters."""
+    return np.array([-float(len(text)) for _, text in completions(bench)])
+
+
+# ----------------------------------------------------------------------- Heads
+
+
+class Head(NamedTuple):
+    """A linear reward on embeddings: weight [F] and bias."""
+
+    weight: Tensor
+    bias: float = 0.0
+
+
+def read_head(path: str, key: str | None = None) -> Tensor:
+    """Columns [F, B] of a head file of shape (F,), (F, 1), (F, B) or (1, F).
+
+    Args:
+        path: a .npy, .pt or .safetensors file; nothing in it is unpickled.
+        key: the entry to take where the file holds several.
+
+    Raises:
+        InputError: an unreadable file, an unknown entry, or another shape.
+    """
+    entries = _read_tensors(Path(path))
+    if isinstance(entries, dict):
+        key = next(iter(entries)) if key is None and len(entries) == 1 else key
+        if key not in entries:
+            raise InputError(f"{path}: choose one of {', '.join(entries)} with --head_key")
+        entries = entries[key]
+    if not isinstance(entries, Tensor) or entries.dim() not in (1, 2) or not entries.numel():
+        raise InputError(f"{path}: a head is one tensor of shape (F,), (F, 1), (F, B) or (1, F)")
+    head = entries.detach().float()
+    if not head.isfinite().all():
+        raise InputError(f"{path}: the head has entries that are not finite")
+    return head.reshape(-1, 1) if head.dim() == 1 or len(head) == 1 else head
+
+
+def _read_tensors(path: Path) -> Tensor | dict[str, Tensor]:
+    if not path.is_file():
+        raise InputError(f"{path}: no such head file")
+    readers = {
+        ".npy": lambda: torch.from_numpy(np.load(path, allow_pickle=False)),
+        ".pt": lambda: torch.load(path, map_location="cpu", weights_only=True),
+        ".safetensors": lambda: load_file(path),
+    }
+    if path.suffix not in readers:
+        raise InputError(f"{path}: a head file is one of {', '.join(readers)}")
+    try:
+        return readers[path.suffix]()
+    except (ValueError, TypeError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as bad:
+        raise InputError(f"{path}: cannot be read ({str(bad).splitlines()[0]})") from bad
+
+
+def file_heads(path: str, key: str | None, bias: str | None) -> dict[str, Head]:
+    """Heads "head 1" ... of a head file, with a bias (a number, or a file of [1] or [B])."""
+    columns = read_head(path, key).T  # [B, F]
+    biases = _read_bias(bias, len(columns)) if bias is not None else [0.0] * len(columns)
+    return {
+        f"head {i}": Head(column, b)
+        for i, (column, b) in enumerate(zip(columns, biases, strict=True), start=1)
+    }
+
+
+def _read_bias(bias: str, count: int) -> list[float]:
+    try:
+        values = [float(bias)]
+    except ValueError:
+        values = read_head(bias).flatten().tolist()
+    if len(values) not in (1, count):
+        raise InputError(f"--head_bias {bias}: {len(values)} numbers for {count} heads")
+    return values * (count // len(values))
+
+
+def basis_heads(path: str, users: Sequence[str]) -> dict[str, Head]:
+    """Heads of a saved basis: its columns, its average user V mean(w), the V w of users asked for.
+
+    Raises:
+        InputError: a user whom the basis does not know.
+    """
+    basis = load_basis(path)
+    names = [*basis.users, *basis.users_unseen]
+    W = basis.W if basis.W_unseen is None else torch.cat([basis.W, basis.W_unseen])
+    weights = dict(zip(names, W, strict=False))
+    unknown = [name for name in users if name not in weights]
+    if unknown:
+        known = f"{len(names)} users, such as {', '.join(names[:3])}" if names else "no user ids"
+        raise InputError(f"--users {', '.join(unknown)}: not in {path}, which has {known}")
+    return {
+        **{f"basis {k}": Head(column) for k, column in enumerate(basis.V.T, start=1)},
+        "average user": Head(basis.V @ basis.W.mean(0)),
+        **{f"user {name}": Head(basis.V @ weights[name]) for name in users},
+    }
+
+
+def asked_heads(
+    rm_head: str | None,
+    head_key: str | None,
+    head_bias: str | None,
+    basis: str | None,
+    users: Sequence[str],
+) -> dict[str, Head]:
+    """Heads of the head file and of the basis file, whichever are given."""
+    if not rm_head and (head_key or head_bias):
+        raise InputError("--head_key and --head_bias belong to --rm_head: give that file too")
+    if users and not basis:
+        raise InputError("--users belongs to --basis: give the basis file that knows them")
+    from_file = file_heads(rm_head, head_key, head_bias) if rm_head else {}
+    return {**from_file, **(basis_heads(basis, users) if basis else {})}
+
+
+def check_mode(mode: str, model: Model, heads: Mapping[str, Head]) -> str:
+    """The mode auto stands for; InputError if it or the model does not go with the heads."""
+    if mode == "seqclf" and heads:
+        raise InputError("--mode seqclf scores with the model's own head: use lmhead for others")
+    check_width(heads, model.load(AutoConfig).get_text_config().hidden_size, model.name)
+    return mode if mode != "auto" else "lmhead" if heads else "seqclf"
+
+
+def check_width(heads: Mapping[str, Head], width: int, model: str) -> None:
+    """Refuse heads [F] of another size than the model's embeddings."""
+    for name, head in heads.items():
+        if len(head.weight) != width:
+            raise InputError(
+                f"{name} has {len(head.weight)} features, embeddings of {model} have {width}: "
+                "it was made with another model"
+            )
+
+
+def head_rewards(store: Store, heads: Mapping[str, Head]) -> dict[str, np.ndarray]:
+    """Rewards [rows of the store] of every head: one matrix product on embeddings read once."""
+    if store.head is not None:
+        heads = {"reference": Head(store.head), **heads}
+    if not heads:
+        raise InputError("the model has no score head: give one with --rm_head or --basis")
+    matrix = torch.stack([head.weight for head in heads.values()], dim=1)  # [F, heads]
+    bias = torch.tensor([head.bias for head in heads.values()])
+    parts = [store.rows(index) @ matrix + bias for index in torch.arange(len(store)).split(1024)]
+    return dict(zip(heads, torch.cat(parts).T.numpy(), strict=True))
+
+
+# ------------------------------------------------------------------ Language model
+
+
+class Model(NamedTuple):
+    """Which reward model is evaluated, and how."""
+
+    name: str
+    tokenizer: str | None
+    revision: str | None
+    dtype: str
+    device: str
+    trust_remote_code: bool
+
+    def load(self, loader: Any, name: str | None = None, **options: Any) -> Any:
+        """What a transformers Auto class makes of the model, or of another name."""
+        options["revision"] = self.revision if name in (None, self.name) else None
+        name = name or self.name
+        try:
+            return loader.from_pretrained(name, trust_remote_code=self.trust_remote_code, **options)
+        except (OSError, ValueError, ImportError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise InputError(f"{name} cannot be loaded: {first}") from error
+
+
+def official_length(model: Model, max_length: int) -> int:
+    """Tokens kept of a long completion if ``max_length`` is meant as in the official harness.
+
+    It tokenizes the rendered text, so that a BOS of the template and one of the tokenizer both
+    count before one of them is masked. No more than the model has positions for are kept.
+    """
+    positions = getattr(model.load(AutoConfig), "max_position_embeddings", None) or max_length
+    tokenizer = model.load(AutoTokenizer, model.tokenizer)
+    start = render_text(tokenizer, [{"role": "user", "content": ""}])
+    doubled = tokenizer(start)["input_ids"][:2] == [tokenizer.bos_token_id] * 2
+    return min(max(max_length - doubled, 1), positions)
+
+
+@torch.inference_mode()
+def own_rewards(
+    model: Model,
+    conversations: Sequence[Conversation],
+    max_length: int,
+    truncation_side: str,
+    batch_size: int,
+) -> np.ndarray:
+    """Logits [conversations] of the model's own classification forward.
+
+    A batch holds conversations of one length: nothing is padded, and the head reads the last token
+    whatever the pad token is.
+    """
+    classifier = load_classifier(model)
+    tokenizer = model.load(AutoTokenizer, model.tokenizer)
+    tokens = [
+        _cut(render(tokenizer, conversation), max_length, truncation_side, tokenizer.bos_token_id)
+        for conversation in conversations
+    ]
+    rewards = np.empty(len(tokens))
+    for batch in tqdm(_same_length_batches(tokens, batch_size), unit="batch"):
+        input_ids = torch.tensor([tokens[i] for i in batch], device=classifier.device)
+        rewards[batch] = classifier(input_ids=input_ids).logits[:, 0].float().cpu()
+    return rewards
+
+
+def load_classifier(model: Model) -> Any:
+    """The sequence-classification model, in the dtype and on the device asked for.
+
+    Raises:
+        InputError: it cannot be loaded, or its checkpoint has no score head with one output.
+    """
+    has_gpu = torch.cuda.is_available()
+    device = ("cuda" if has_gpu else "cpu") if model.device == "auto" else model.device
+    if device.startswith("cuda") and not has_gpu:
+        raise InputError(f"--device {device}: there is no CUDA device here; use --device cpu")
+    dtype = ("float32" if device == "cpu" else "bfloat16") if model.dtype == "auto" else model.dtype
+    classifier, info = model.load(
+        AutoModelForSequenceClassification, dtype=getattr(torch, dtype), output_loading_info=True
+    )
+    if info["missing_keys"] or classifier.config.num_labels != 1:
+        raise InputError(
+            f"{model.name} has no score head with one output: give a head with --rm_head or --basis"
+        )
+    # No token is padding: the last one of a row is the end of the conversation.
+    classifier.config.get_text_config().pad_token_id = -1
+    return classifier.to(device).eval()
+
+
+def _cut(ids: list[int], max_length: int, truncation_side: str, bos: int | None) -> list[int]:
+    """As embeddings.embed cuts: on the right, or on the left behind the BOS."""
+    if len(ids) <= max_length or truncation_side == "right":
+        return ids[:max_length]
+    first = ids[:1] if ids[0] == bos else []
+    return first + ids[len(ids) - max_length + len(first) :]
+
+
+def _same_length_batches(tokens: Sequence[list[int]], size: int) -> list[list[int]]:
+    longest_first = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
+    groups = (list(group) for _, group in groupby(longest_first, key=lambda i: len(tokens[i])))
+    return [group[i : i + size] for group in groups for i in range(0, len(group), size)]
+
+
+# --------------------------------------------------------------------- Reporting
+
+
+def is_official(bench: pd.DataFrame) -> bool:
+    """Whether these are as many rows of each subset as the official score is made of."""
+    return bench["subset"].value_counts().to_dict() == OFFICIAL
+
+
+def score_table(bench: pd.DataFrame, rewards: Mapping[str, np.ndarray]) -> pd.DataFrame:
+    """Scores, one row a reward: their mean (Score if official) and then every subset's."""
+    scores = {name: score(scored_rows(bench, values)) for name, values in rewards.items()}
+    table = pd.DataFrame.from_dict(scores, orient="index").rename_axis("reward")
+    table.insert(0, "Score" if is_official(bench) else "Mean", table.pop("Overall"))
+    return table
+
+
+def official_record(name: str, bench: pd.DataFrame, rewards: np.ndarray) -> dict[str, Any]:
+    """Scores of one reward in the official layout: lists id, subset, scores and results.
+
+    As there, a row's result is its score, and null in Ties, where rows are scored together.
+    """
+    rows = scored_rows(bench, rewards)
+    return {
+        "model": name,
+        "id": [row.id for row in rows],
+        "subset": [row.subset for row in rows],
+        "num_correct": [row.num_correct for row in rows],
+        "scores": [row.scores for row in rows],
+        "results": [None if _is_ties(row.subset) else row_result(row.scores) for row in rows],
+    }
+
+
+def worst_failures(bench: pd.DataFrame, rewards: np.ndarray, top_k: int) -> pd.DataFrame:
+    """The rows where a rejected completion beat a chosen one by most: margin, texts cut short."""
+    failures = []
+    for row, (*_, n, scores) in zip(bench.itertuples(), scored_rows(bench, rewards), strict=True):
+        lowest, highest = np.argmin(scores[:n]), np.argmax(scores[n:])
+        texts = {"chosen": row.chosen[lowest], "rejected": row.rejected[highest]}
+        short = {k: " ".join(v.split())[:40] for k, v in {"prompt": row.prompt, **texts}.items()}
+        failures.append({"margin": -margin(n, scores), "subset": row.subset, "id": row.id, **short})
+    table = pd.DataFrame(failures)
+    return table[table["margin"] > 0].nlargest(top_k, "margin")
+
+
+def save(
+    folder: Path, table: pd.DataFrame, bench: pd.DataFrame, rewards: Mapping[str, np.ndarray]
+) -> None:
+    """Write scores.csv, and scores/<reward>.json in the official layout for every reward."""
+    table.to_csv(folder / "scores.csv")
+    for name, values in rewards.items():
+        record = official_record(name, bench, values)
+        experiments.write_text(folder / "scores" / f"{slug(name)}.json", json.dumps(record))
+
+
+def slug(name: str) -> str:
+    """A name as a file name."""
+    return re.sub(r"[^\w.=-]+", "-", name).strip("-")
+
+
+def cache_folder(model: Model, conversations: Sequence[Conversation], *settings: Any) -> Path:
+    """Folder of the embeddings of these conversations by this model with these settings."""
+    identity = [model.name, model.tokenizer, model.revision, model.dtype, settings]
+    digest = experiments.digest([identity, conversations])
+    return CACHE / f"{slug(model.name)}-{digest[:8]}"
+
+
+# -------------------------------------------------------------------------- Main
+
+
+def main(
+    source: str = "allenai/reward-bench-2",
+    split: str = "test",
+    subset: list[str] = [],  # noqa: B006
+    limit: NonNegativeInt = 0,
+    model: str = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2",
+    tokenizer: str | None = None,
+    revision: str | None = None,
+    mode: Literal["auto", "seqclf", "lmhead"] = "auto",
+    rm_head: str | None = None,
+    head_bias: str | None = None,
+    head_key: str | None = None,
+    basis: str | None = None,
+    users: list[str] = [],  # noqa: B006
+    max_length: PositiveInt = 2048,
+    truncation_side: Literal["left", "right"] = "right",
+    batch_size: PositiveInt = 8,
+    device: str = "auto",
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    trust_remote_code: bool = False,
+    embeddings: str | None = None,
+    results: str | None = None,
+    save_csv: str | None = None,
+    top_k: PositiveInt = 10,
+    verbose_failures: bool = False,
+    **embedding: Any,
+) -> None:
+    """Score a reward model, a basis and its users on RewardBench 2.
+
+    Args:
+        source: hub dataset, a local .jsonl or .parquet file with the same columns, or a folder with
+            such a file that is named like the split.
+        split: split of the hub dataset.
+        subset: subsets to keep, such as Focus "Precise IF"; all when empty.
+        limit: keep the first so many rows; 0 keeps all.
+        model: reward model, a hub name or a local folder.
+        tokenizer: tokenizer's hub name or folder, if not the model's own.
+        revision: branch, tag or commit of a hub model.
+        mode: seqclf scores with the model's own classification forward; lmhead embeds once and
+            multiplies with heads, the model's own among them; auto is seqclf unless a head or a
+            basis is given.
+        rm_head: file with reward heads, .npy, .pt or .safetensors, of shape (H,), (H, 1), (H, B)
+            or (1, H).
+        head_bias: a number added to the rewards of rm_head, or such a file with one for each.
+        head_key: name of the entry to take from rm_head where it holds several.
+        basis: basis file saved by train_basis.py: its columns, its average user, its users.
+        users: ids of users of the basis to score with their own weights.
+        max_length: longest completion in tokens, prompt and template included, counted as the
+            official harness does (a doubled BOS counts, though the model sees one).
+        truncation_side: where longer ones are cut; the official harness leaves it to the
+            tokenizer, for most the right.
+        batch_size: completions a forward pass in mode seqclf (see batch_tokens for lmhead).
+        device: auto (CUDA where there is one), cpu, cuda or cuda:1.
+        dtype: arithmetic of the model; auto is bfloat16 on CUDA and float32 on a CPU.
+        trust_remote_code: run model code that comes with a hub model.
+        embeddings: folder that keeps the embeddings; by default one for this model, these
+            settings and these completions under PRISM/data/rewardbench2.
+        results: folder for scores.csv and, in the official layout, scores/<reward>.json; by
+            default results/rewardbench2/<model>.
+        save_csv: write the table to this file too.
+        top_k: how many failures verbose_failures shows.
+        verbose_failures: show the worst failures of the last reward before the baseline.
+    """
+    bench = read_bench(source, split, subset, limit)
+    conversations = as_conversations(bench)
+    lm = Model(model, tokenizer, revision, dtype, device, trust_remote_code)
+    heads = asked_heads(rm_head, head_key, head_bias, basis, users)
+    mode = check_mode(mode, lm, heads)
+    max_length = official_length(lm, max_length)
+    folder = Path(results) if results else RESULTS / slug(model)
+    (folder / "scores").mkdir(parents=True, exist_ok=True)
+
+    if mode == "seqclf":
+        own = own_rewards(lm, conversations, max_length, truncation_side, batch_size)
+        rewards = {"model": own}
+    else:
+        store = embed(
+            conversations,
+            embeddings or cache_folder(lm, conversations, max_length, truncation_side),
+            model=model,
+            tokenizer=tokenizer,
+            revision=revision,
+            max_length=max_length,
+            truncation_side=truncation_side,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            **embedding,
+        )
+        if store is None:
+            return
+        rewards = head_rewards(store, heads)
+
+    rewards["shortest response"] = length_baseline(bench)
+    table = score_table(bench, rewards)
+    save(folder, table, bench, rewards)
+    if save_csv:
+        table.to_csv(save_csv)
+    print(table.to_string(float_format="%.4f"))
+    if not is_official(bench):
+        print("Mean is over the subsets shown and not official: these are not the official rows.")
+    if verbose_failures:
+        print(worst_failures(bench, list(rewards.values())[-2], top_k).to_string(index=False))
+
+
+if __name__ == "__main__":
+    experiments.cli(main)

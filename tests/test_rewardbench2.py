@@ -5,15 +5,22 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
-from utils import InputError
+import models
+from embeddings import open_store
+from utils import Basis, InputError, save_basis
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -222,16 +229,21 @@ def test_genuine_ties_rows():
 
     def scored(of_chosen, of_rejected):
         return [
-            (r["id"], r["subset"], r["num_correct"],
-             [*map(of_chosen, r["chosen"]), *map(of_rejected, r["rejected"])])
+            (
+                r["id"],
+                r["subset"],
+                r["num_correct"],
+                [*map(of_chosen, r["chosen"]), *map(of_rejected, r["rejected"])],
+            )
             for r in rows
         ]
 
     assert rb2.score(scored(lambda _: 2.0, lambda _: 1.0))["Ties"] == pytest.approx(1.01)
     assert rb2.score(scored(lambda _: 1.0, lambda _: 2.0))["Ties"] == pytest.approx(-0.01)
     # Shortest first: the tied gaps are -12, -18, -13, -16 and the spreads 10, 10, 4, 8 characters.
-    graded = [math.tanh(gap / spread - 1) for gap, spread in
-              [(-12, 10), (-18, 10), (-13, 4), (-16, 8)]]
+    graded = [
+        math.tanh(gap / spread - 1) for gap, spread in [(-12, 10), (-18, 10), (-13, 4), (-16, 8)]
+    ]
     short = scored(lambda text: -len(text), lambda text: -len(text))
     assert rb2.score(short)["Ties"] == pytest.approx(0.01 * sum(graded) / 4)
     # With 20 characters of credit for a correct one all rows are right, and one gap of four
@@ -251,3 +263,409 @@ def test_published_overall_scores_are_the_unweighted_mean_of_six_subsets():
     assert np.abs(means - table["Score"]).max() <= 1e-4
     base = table.set_index("model").loc["Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"]
     assert base["Score"] == 0.7175
+
+
+# -------------------------------------------------------------------- The script
+
+WORDS = ["a", "bee", "can", "do", "every", "fine", "great", "house", "in", "jam", "keep", "low"]
+
+
+def text(words: int, random: np.random.Generator) -> str:
+    return " ".join(random.choice(WORDS, words))
+
+
+def raw_rows() -> list[dict]:
+    """A small RewardBench 2: three rows of five subsets and, of Ties, two pairs and one alone."""
+    random = np.random.default_rng(0)
+    shapes = [(s, str(i), 1, 3) for s in rb2.OFFICIAL if s != "Ties" for i in range(3)]
+    shapes += [("Ties", name, 3, 4) for name in ("tied:0", "tied:1", "tied:2")]
+    shapes += [("Ties", name, 1, 4) for name in ("ref:0", "ref:1")]
+    return [
+        {
+            "id": name,
+            "prompt": text(5, random),
+            "chosen": [text(random.integers(2, 9), random) for _ in range(correct)],
+            "rejected": [text(random.integers(2, 9), random) for _ in range(wrong)],
+            "num_correct": correct,
+            "num_incorrect": wrong,
+            "total_completions": correct + wrong,
+            "models": ["someone"],
+            "subset": subset,
+            "additional_metadata": None,
+        }
+        for subset, name, correct, wrong in shapes
+    ]
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> str:
+    return write_rows(tmp_path_factory.mktemp("raw") / "test.jsonl", raw_rows())
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> str:
+    return str(models.tiny_llama(tmp_path_factory.mktemp("llama")))
+
+
+@pytest.fixture(scope="module")
+def basis(tmp_path_factory) -> Basis:
+    generator = torch.Generator().manual_seed(0)
+    V = torch.randn(32, 2, generator=generator)
+    W = torch.tensor([[1.0, 0.0], [0.25, 0.75]])
+    W_unseen = torch.tensor([[0.5, 0.5]])
+    return Basis(V, W, V[:, 0], ["ann", "bob"], W_unseen, ["cy"], {})
+
+
+@pytest.fixture(scope="module")
+def basis_file(tmp_path_factory, basis) -> str:
+    path = tmp_path_factory.mktemp("basis") / "basis-K02.safetensors"
+    save_basis(path, basis)
+    return str(path)
+
+
+def run_script(*flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "eval_rb2.py", *flags]
+    return subprocess.run(
+        command, cwd=ROOT / "PRISM", capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+def evaluate(folder: Path, **settings) -> pd.DataFrame:
+    """The table of a run in this process, as it was saved."""
+    rb2.main(results=str(folder), embeddings=str(folder / "embeddings"), **settings)
+    return pd.read_csv(folder / "scores.csv", index_col="reward")
+
+
+def saved(folder: Path, reward: str) -> dict:
+    return json.loads((folder / "scores" / f"{reward}.json").read_text())
+
+
+def flat(record: dict) -> np.ndarray:
+    return np.concatenate(record["scores"])
+
+
+def harness_logits(model: str, max_length: int = 2048) -> np.ndarray:
+    """As the official harness: text from the template, tokenized, a doubled BOS taken away."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    network = transformers.AutoModelForSequenceClassification.from_pretrained(model)
+    network.config.pad_token_id = None
+    logits = []
+    for row in raw_rows():
+        for answer in row["chosen"] + row["rejected"]:
+            talk = [("user", row["prompt"]), ("assistant", answer)]
+            talk = [{"role": role, "content": content} for role, content in talk]
+            rendered = tokenizer.apply_chat_template(talk, tokenize=False)
+            ids = tokenizer(rendered, truncation=True, max_length=max_length)["input_ids"]
+            ids = ids[1:] if ids[:2] == [tokenizer.bos_token_id] * 2 else ids
+            with torch.inference_mode():
+                logits.append(network(input_ids=torch.tensor([ids])).logits.item())
+    return np.array(logits)
+
+
+def test_script_reports_every_reward_from_one_pass(tmp_path, source, llama, basis, basis_file):
+    head = torch.arange(64.0).reshape(32, 2).cos()
+    np.save(tmp_path / "head.npy", head.numpy())
+    done = run_script(
+        "--source", source, "--model", llama, "--basis", basis_file, "--users", "bob", "cy",
+        "--rm_head", str(tmp_path / "head.npy"), "--head-bias", "3",
+        "--results", str(tmp_path / "out"), "--embeddings", str(tmp_path / "embeddings"),
+        "--save_csv", str(tmp_path / "table.csv"), "--verbose_failures", "true", "--top_k", "2",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    table = pd.read_csv(tmp_path / "out" / "scores.csv", index_col="reward")
+    assert list(table.columns) == ["Mean", *rb2.OFFICIAL]
+    pd.testing.assert_frame_equal(table, pd.read_csv(tmp_path / "table.csv", index_col="reward"))
+
+    store = open_store(tmp_path / "embeddings")
+    rows = store.rows(torch.arange(len(store)))
+    expected = {
+        "reference": torch.from_numpy(harness_logits(llama)).float(),
+        "head 1": rows @ head[:, 0] + 3,
+        "head 2": rows @ head[:, 1] + 3,
+        "basis 1": rows @ basis.V[:, 0],
+        "basis 2": rows @ basis.V[:, 1],
+        "average user": rows @ basis.V @ torch.tensor([0.625, 0.375]),
+        "user bob": rows @ basis.V @ torch.tensor([0.25, 0.75]),
+        "user cy": rows @ basis.V @ torch.tensor([0.5, 0.5]),
+    }
+    assert list(table.index) == [*expected, "shortest response"]
+    for name, rewards in expected.items():
+        record = saved(tmp_path / "out", name.replace(" ", "-"))
+        np.testing.assert_allclose(flat(record), rewards.numpy(), rtol=1e-4, atol=1e-4)
+        assert_record_gives(record, table.loc[name])
+        printed = next(line for line in done.stdout.splitlines() if line.startswith(name))
+        assert printed.split()[-7:] == [f"{value:.4f}" for value in table.loc[name]]
+    assert "not official" in done.stdout
+    # The two worst rows of user cy, the last reward before the baseline.
+    record = saved(tmp_path / "out", "user-cy")
+    numbered = zip(record["num_correct"], record["scores"], strict=True)
+    worst = sorted((max(s[n:]) - min(s[:n]) for n, s in numbered), reverse=True)[:2]
+    shown = [line.split()[0] for line in done.stdout.splitlines()[-2:]]
+    assert [float(x) for x in shown] == pytest.approx(worst, abs=1e-5)
+
+
+def assert_record_gives(record: dict, scores: pd.Series) -> None:
+    """The saved rows give the saved scores, also as plain means of the official results."""
+    rows = list(zip(*(record[k] for k in ("id", "subset", "num_correct", "scores")), strict=True))
+    assert [row[0] for row in rows] == [row["id"] for row in raw_rows()]
+    assert rb2.score(rows) == pytest.approx(scores.rename({"Mean": "Overall"}).to_dict())
+    means = pd.DataFrame({k: record[k] for k in ("subset", "results")}).groupby("subset").results
+    for subset, mean in means.mean().drop("Ties").items():
+        assert mean == pytest.approx(scores[subset])
+    ties = [r for r, s in zip(record["results"], record["subset"], strict=True) if s == "Ties"]
+    assert ties == [None] * 5
+
+
+def tiny(kind: str, folder: Path) -> str:
+    makers = {
+        "llama": models.tiny_llama,
+        "pad is eos": lambda to: models.tiny_llama(to, pad_is_eos=True),
+        "qwen": models.tiny_qwen,
+    }
+    return str(makers[kind](folder / "model"))
+
+
+@pytest.mark.parametrize("max_length", [2048, 60])
+@pytest.mark.parametrize("kind", ["llama", "pad is eos", "qwen"])
+def test_own_forward_is_the_harness_and_the_reference_row(tmp_path, source, kind, max_length):
+    model = tiny(kind, tmp_path)
+    settings = {"source": source, "model": model, "max_length": max_length}
+    own = evaluate(tmp_path / "own", batch_size=3, **settings)
+    reference = evaluate(tmp_path / "reference", mode="lmhead", progress=False, **settings)
+    expected = harness_logits(model, max_length)
+    for record in saved(tmp_path / "own", "model"), saved(tmp_path / "reference", "reference"):
+        np.testing.assert_allclose(flat(record), expected, rtol=1e-4, atol=1e-4)
+    assert own.loc["model"].to_dict() == pytest.approx(reference.loc["reference"].to_dict(), 1e-4)
+
+
+def test_cutting_on_the_left_is_the_same_in_both_modes(tmp_path, source, llama):
+    settings = {"source": source, "model": llama, "max_length": 60, "truncation_side": "left"}
+    evaluate(tmp_path / "own", **settings)
+    evaluate(tmp_path / "reference", mode="lmhead", progress=False, **settings)
+    own = flat(saved(tmp_path / "own", "model"))
+    np.testing.assert_allclose(
+        own, flat(saved(tmp_path / "reference", "reference")), rtol=1e-4, atol=1e-4
+    )
+    assert np.abs(own - harness_logits(llama, 60)).max() > 0.01
+
+
+def test_later_runs_use_the_embeddings_that_are_there(tmp_path, source, llama, basis_file):
+    settings = {"source": source, "model": llama, "mode": "lmhead", "progress": False}
+    evaluate(tmp_path, **settings)
+    shard = next((tmp_path / "embeddings").glob("embeddings-*.safetensors"))
+    before = shard.stat().st_mtime_ns
+    table = evaluate(tmp_path, **settings, basis=basis_file)
+    assert "basis 2" in table.index
+    assert shard.stat().st_mtime_ns == before
+
+
+def test_model_without_a_head_takes_a_basis(tmp_path, source, basis_file):
+    settings = {"source": source, "model": str(models.headless(tmp_path / "model"))}
+    table = evaluate(tmp_path / "out", basis=basis_file, progress=False, **settings)
+    assert list(table.index) == ["basis 1", "basis 2", "average user", "shortest response"]
+    with pytest.raises(InputError, match="no score head"):
+        evaluate(tmp_path / "out", mode="lmhead", progress=False, **settings)
+    with pytest.raises(InputError, match="no score head"):
+        evaluate(tmp_path / "out", mode="seqclf", **settings)
+
+
+def test_parquet_and_a_folder_hold_the_same_rows(tmp_path, source):
+    pd.DataFrame(raw_rows()).to_parquet(tmp_path / "rows.parquet")
+    from_file = rb2.read_bench(source, "test", [], 0)
+    for other in (str(tmp_path / "rows.parquet"), str(Path(source).parent)):
+        pd.testing.assert_frame_equal(from_file, rb2.read_bench(other, "test", [], 0))
+
+
+def test_subset_and_limit(source):
+    math = rb2.read_bench(source, "test", ["math", "Precise IF"], 0)
+    assert math["subset"].tolist() == ["Precise IF"] * 3 + ["Math"] * 3
+    assert rb2.read_bench(source, "test", ["Ties"], 2)["id"].tolist() == ["tied:0", "tied:1"]
+    assert len(rb2.read_bench(source, "test", [], 4)) == 4
+
+
+def test_shortest_response_baseline():
+    rows = [
+        {"id": "1", "subset": "Focus", "chosen": ["ab"], "rejected": ["abc", "abcd", "abcde"]},
+        {"id": "2", "subset": "Focus", "chosen": ["ab"], "rejected": ["xy", "abcd", "abcde"]},
+        {"id": "3", "subset": "Focus", "chosen": ["abc"], "rejected": ["ab", "abcd", "abcde"]},
+    ]
+    bench = pd.DataFrame([{"prompt": "p", "num_correct": 1, **row} for row in rows])
+    table = rb2.score_table(bench, {"shortest response": rb2.length_baseline(bench)})
+    assert table["Focus"].item() == pytest.approx((1 + 1 / 2 + 0) / 3)
+
+
+def test_only_the_official_rows_give_an_official_score():
+    def bench(counts):
+        rows = [("ref:" + str(i), name) for name, n in counts.items() for i in range(n)]
+        texts = {"prompt": "p", "chosen": ["a"], "rejected": ["bb"], "num_correct": 1}
+        return pd.DataFrame([{"id": i, "subset": name, **texts} for i, name in rows])
+
+    def columns(counts):
+        rows = bench(counts)
+        return list(rb2.score_table(rows, {"short": rb2.length_baseline(rows)}))
+
+    assert sum(rb2.OFFICIAL.values()) == 1865
+    assert columns(rb2.OFFICIAL) == ["Score", *rb2.OFFICIAL]
+    assert columns({**rb2.OFFICIAL, "Math": 182})[0] == "Mean"
+    assert columns({"Math": 183}) == ["Mean", "Math"]
+
+
+# -------------------------------------------------------------------- Head files
+
+WEIGHT = torch.linspace(-1, 1, 32)
+
+
+@pytest.mark.parametrize(
+    "head", [WEIGHT, WEIGHT[:, None], WEIGHT[None], torch.stack([WEIGHT, WEIGHT**2], 1)]
+)
+@pytest.mark.parametrize("ending", [".npy", ".pt", ".safetensors"])
+def test_head_files(tmp_path, head, ending):
+    path = tmp_path / f"head{ending}"
+    if ending == ".npy":
+        np.save(path, head.numpy())
+    elif ending == ".pt":
+        torch.save(head.half(), path)
+    else:
+        save_file({"score.weight": head.contiguous()}, path)
+    columns = rb2.read_head(str(path))
+    assert columns.dtype == torch.float32
+    assert columns.shape == (32, 2 if head.shape == (32, 2) else 1)
+    torch.testing.assert_close(columns[:, 0], WEIGHT, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("ending", [".pt", ".safetensors"])
+def test_head_key_chooses_the_entry(tmp_path, ending):
+    path = str(tmp_path / f"heads{ending}")
+    entries = {"first": WEIGHT, "second": -WEIGHT}
+    (torch.save if ending == ".pt" else save_file)(entries, path)
+    torch.testing.assert_close(rb2.read_head(path, "second"), -WEIGHT[:, None])
+    for key in (None, "third"):
+        with pytest.raises(InputError, match="first, second.*--head_key"):
+            rb2.read_head(path, key)
+
+
+def test_bias_is_a_number_or_a_file(tmp_path):
+    head, bias = str(tmp_path / "head.npy"), str(tmp_path / "bias.npy")
+    np.save(head, torch.stack([WEIGHT, WEIGHT], 1).numpy())
+    np.save(bias, np.array([1.0, 2.0]))
+    for bias_given, expected in ((None, [0, 0]), ("-0.5", [-0.5, -0.5]), (bias, [1, 2])):
+        heads = rb2.file_heads(head, None, bias_given)
+        assert [h.bias for h in heads.values()] == expected
+    np.save(bias, np.array([1.0, 2.0, 3.0]))
+    with pytest.raises(InputError, match="3 numbers for 2 heads"):
+        rb2.file_heads(head, None, bias)
+
+
+class Harmful:
+    """Unpickling it would leave a file behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("ending", [".pt", ".npy"])
+def test_nothing_is_unpickled(tmp_path, ending):
+    trace, path = tmp_path / "trace", tmp_path / f"head{ending}"
+    if ending == ".pt":
+        torch.save(Harmful(trace), path)
+    else:
+        np.save(path, np.array([Harmful(trace)], dtype=object), allow_pickle=True)
+    with pytest.raises(InputError, match="cannot be read"):
+        rb2.read_head(str(path))
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    ("write", "says"),
+    [
+        (lambda path: path.write_bytes(b"junk"), "cannot be read"),
+        (lambda path: np.save(path, np.ones((2, 3, 4))), "one tensor of shape"),
+        (lambda path: np.save(path, np.array([1, np.nan])), "not finite"),
+        (lambda path: None, "no such head file"),
+    ],
+)
+def test_bad_head_files(tmp_path, write, says):
+    write(tmp_path / "head.npy")
+    with pytest.raises(InputError, match=f"head.npy.*{says}"):
+        rb2.read_head(str(tmp_path / "head.npy"))
+    (tmp_path / "head.bin").touch()
+    with pytest.raises(InputError, match="one of .npy, .pt, .safetensors"):
+        rb2.read_head(str(tmp_path / "head.bin"))
+
+
+# --------------------------------------------------------------------- Bad input
+
+
+def without(row: dict, name: str) -> dict:
+    return {key: value for key, value in row.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda row: without(row, "chosen"), "row 2 has no column chosen"),
+        (lambda row: {**row, "chosen": []}, "row 2 .*chosen must be a list of one or more"),
+        (lambda row: {**row, "rejected": []}, "row 2 .*rejected must be a list of one or more"),
+        (lambda row: {**row, "chosen": "text"}, "row 2 .*chosen must be a list"),
+        (lambda row: {**row, "rejected": ["a", None, "b"]}, "row 2 .*rejected holds something"),
+        (lambda row: {**row, "prompt": None}, "row 2 .*prompt must be text"),
+        (lambda row: {**row, "num_correct": 2}, "row 2 .*num_correct is 2, but 1 "),
+        (lambda row: {**row, "subset": "Ties"}, "ref:k"),
+    ],
+)
+def test_bad_rows_in_the_source(tmp_path, spoil, says):
+    rows = raw_rows()
+    rows[1] = spoil(rows[1])
+    with pytest.raises(InputError, match=says):
+        rb2.read_bench(write_rows(tmp_path / "rows.jsonl", rows), "test", [], 0)
+
+
+def test_malformed_empty_and_missing_sources(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(raw_rows()[0]) + "\n{]\n")
+    with pytest.raises(InputError, match="rows.jsonl row 2 .*JSON"):
+        rb2.read_bench(str(path), "test", [], 0)
+    path.write_text("")
+    with pytest.raises(InputError, match="no rows"):
+        rb2.read_bench(str(path), "test", [], 0)
+    with pytest.raises(InputError, match="no such file"):
+        rb2.read_bench(str(tmp_path / "other.jsonl"), "test", [], 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"subset": ["Maths"]}, "--subset Maths.*Factuality, Focus, Math, Precise IF"),
+        ({"basis": "{basis}", "users": ["dan"]}, "--users dan.*3 users, such as ann, bob, cy"),
+        ({"users": ["ann"]}, "--users belongs to --basis"),
+        ({"head_key": "a"}, "belong to --rm_head"),
+        ({"mode": "seqclf", "basis": "{basis}"}, "--mode seqclf"),
+        ({"rm_head": "{wide}"}, "head 1 has 33 features.*have 32"),
+        ({"basis": "nowhere.safetensors"}, "nowhere.safetensors.*no such basis"),
+        ({"model": "{missing}"}, "missing cannot be loaded"),
+    ],
+)
+def test_bad_settings_stop_before_any_work(tmp_path, source, llama, basis_file, settings, says):
+    np.save(tmp_path / "wide.npy", np.ones(33))
+    files = {"basis": basis_file, "wide": str(tmp_path / "wide.npy")}
+    files["missing"] = str(tmp_path / "missing")
+    filled = {k: v.format(**files) if isinstance(v, str) else v for k, v in settings.items()}
+    with pytest.raises(InputError, match=says):
+        evaluate(tmp_path / "out", **{"source": source, "model": llama, **filled})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mistake_is_one_line_and_status_2(tmp_path, source, llama):
+    flags = ["--source", source, "--model", llama, "--results", str(tmp_path / "out")]
+    done = run_script(*flags, "--subset", "Maths")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: --subset Maths")
+    assert "Traceback" not in done.stderr
