@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import re
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.linear_model import RidgeCV
+from sklearn.linear_model import LogisticRegression
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import smollm2
@@ -290,38 +291,34 @@ def add_scores(table: pd.DataFrame, train: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([table.reset_index(drop=True), *parts], axis=1)
 
 
-# ------------------------------------------------------------ The score head
+# -------------------------------------------------------------- The score head
 
 
-def fit_head(rows: np.ndarray, scores: np.ndarray) -> torch.Tensor:
-    """Score head of a reward model that serves the average user.
-
-    Ridge regression of the scorers' mean on the embeddings, both relative to their prompt's mean;
-    the strength of the ridge is chosen by leave-one-out on the same rows.
-
-    Args:
-        rows: embeddings of the responses [prompts, 8, F].
-        scores: of the ten scorers [prompts, 8, 10].
+def average_preferences(table: pd.DataFrame) -> list[experiments.Conversation]:
+    """What somebody who weighs all scorers alike likes best and least, prompt by prompt.
 
     Returns:
-        The head [F].
+        Conversations: of every prompt the one with the best response, then, in the same order,
+        those with the worst.
     """
-    average = scores.mean(2)
-    x = (rows - rows.mean(1, keepdims=True)).reshape(-1, rows.shape[2])
-    y = (average - average.mean(1, keepdims=True)).ravel()
-    ridge = RidgeCV(alphas=np.logspace(0, 6, 13), fit_intercept=False).fit(x, y)
-    return torch.from_numpy(ridge.coef_).float()
-
-
-def _embed(table: pd.DataFrame, folder: Path, model: Path) -> np.ndarray:
-    """Embeddings of a table's responses [prompts, 8, F], kept in a folder."""
-    conversations = [
+    average = np.stack(
+        [table.filter(regex=f"^response_{i + 1}_").mean(axis=1) for i in range(RESPONSES)], axis=1
+    )
+    return [
         [{"role": "user", "content": row["prompt"]},
          {"role": "assistant", "content": row[f"response_{i + 1}"]}]
-        for row in table.to_dict("records") for i in range(RESPONSES)
+        for places in (average.argmax(1), average.argmin(1))
+        for row, i in zip(table.to_dict("records"), places, strict=True)
     ]  # fmt: skip
-    store = embeddings.embed(conversations, folder, model=str(model), dtype="float32")
-    return store.rows(torch.arange(len(store))).numpy().reshape(len(table), RESPONSES, -1)
+
+
+def fit_head(chosen: np.ndarray, rejected: np.ndarray) -> torch.Tensor:
+    """Score head [F] of a reward model with such preferences: logistic on [pairs, F] each."""
+    x = chosen - rejected
+    likes = np.repeat([1, 0], len(x))
+    model = LogisticRegression(fit_intercept=False, max_iter=1000)
+    model.fit(np.concatenate([x, -x]), likes)
+    return torch.from_numpy(model.coef_[0]).float()
 
 
 # ---------------------------------------------------------------------- Script
@@ -332,7 +329,7 @@ def main(
     model: Path = Path("data/smollm2"),
     train_prompts: int = 200,
     test_prompts: int = 60,
-    head_prompts: int = 30,
+    head_prompts: int = 20,
     seed: int = 0,
 ) -> None:
     """Write the demo's world (train.parquet, test.parquet) and the reward model it is read with.
@@ -359,10 +356,11 @@ def main(
     experiments.write_text(out / "world.json", json.dumps(settings, indent=2))
 
     smollm2.reward_model(model)
-    few = tables["train"][:head_prompts]
-    names = [f"response_{i + 1}_{m}" for i in range(RESPONSES) for m in TASTES]
-    scores = few[names].to_numpy().reshape(head_prompts, RESPONSES, len(TASTES))
-    smollm2.save_head(model, fit_head(_embed(few, out / "head-embeddings", model), scores))
+    conversations = average_preferences(tables["train"][:head_prompts])
+    with tempfile.TemporaryDirectory() as folder:
+        store = embeddings.embed(conversations, folder, model=str(model), dtype="float32")
+        rows = store.rows(torch.arange(len(store))).numpy()
+    smollm2.save_head(model, fit_head(rows[:head_prompts], rows[head_prompts:]))
     print(
         f"{train_prompts} train and {test_prompts} test prompts, {RESPONSES} responses each: {out}"
     )
