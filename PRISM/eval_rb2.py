@@ -458,11 +458,9 @@ def load_classifier(model: Model) -> Any:
     Raises:
         InputError: it cannot be loaded, or its checkpoint has no score head with one output.
     """
-    has_gpu = torch.cuda.is_available()
-    device = ("cuda" if has_gpu else "cpu") if model.device == "auto" else model.device
-    if device.startswith("cuda") and not has_gpu:
-        raise InputError(f"--device {device}: there is no CUDA device here; use --device cpu")
-    dtype = ("float32" if device == "cpu" else "bfloat16") if model.dtype == "auto" else model.dtype
+    device = experiments.pick_device(model.device)
+    by_device = "float32" if device.type == "cpu" else "bfloat16"
+    dtype = by_device if model.dtype == "auto" else model.dtype
     classifier, info = model.load(
         AutoModelForSequenceClassification, dtype=getattr(torch, dtype), output_loading_info=True
     )

@@ -374,7 +374,7 @@ def test_script_reports_every_reward_from_one_pass(tmp_path, source, llama, basi
         "--source", source, "--model", llama, "--basis", basis_file, "--users", "bob", "cy",
         "--rm_head", str(tmp_path / "head.npy"), "--head-bias", "3",
         "--results", str(tmp_path / "out"), "--embeddings", str(tmp_path / "embeddings"),
-        "--save_csv", str(tmp_path / "table.csv"), "--verbose_failures", "true", "--top_k", "2",
+        "--save_csv", str(tmp_path / "table.csv"), "--verbose_failures", "--top_k", "2",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     table = pd.read_csv(tmp_path / "out" / "scores.csv", index_col="reward")
