@@ -125,7 +125,7 @@ def read_turn(place: str, messages: list[dict[str, Any]], rejected: str) -> Turn
     for kind, what in {"prompt": "user message", "chosen": "chosen response"}.items():
         if len(said[kind]) != 1:
             number = "several" if said[kind] else "no"
-            raise Unusable(f"dialogues from a turn with {number} {what} on")
+            raise Unusable(f"dialogues from a turn with {number} {what}s on")
     if rejected == "list" and said["rejected"]:
         said["rejected"] = [str(said["rejected"])]
     return Turn(said["prompt"][0], said["chosen"][0], said["rejected"])

@@ -59,6 +59,8 @@ def read(source: str, counts: Counter[str]) -> Iterator[dict[str, Any]]:
             user = text(row["worker"], place, "worker")
             if not user:
                 raise InputError(f"{place} names no worker")
+            if not isinstance(row["info"], dict):
+                raise InputError(f"{place}: info must hold the post")
             dialog = text(row["info"].get("id"), place, "info.id")
             whose = {"user_id": user, "dialog_id": dialog, "split": split, "seen": True}
             for comparison in experiments.compare(read_turns(place, row), counts):

@@ -22,9 +22,10 @@ import pyarrow.parquet as pq
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = (
-    "amber basil cedar delta ember fjord grove hazel inlet jade kelp lotus maple nectar olive "
-    "pearl quartz river sage tulip umber velvet willow yarrow zephyr"
-).split()
+    "amber", "basil", "cedar", "delta", "ember", "fjord", "grove", "hazel", "inlet",
+    "jade", "kelp", "lotus", "maple", "nectar", "olive", "pearl", "quartz", "river",
+    "sage", "tulip", "umber", "velvet", "willow", "yarrow", "zephyr",
+)  # fmt: skip
 SCORERS = (
     "gemma_2b", "gemma_7b", "mistral_raft", "llama3_sfairx", "oasst_deberta_v3", "beaver_7b",
     "oasst_pythia_7b", "oasst_pythia_1b", "mistral_ray", "mistral_weqweasdas",

@@ -1,0 +1,199 @@
+"""RedditTLDR/prepare.py: pairs of summaries, workers kept, bad rows."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pandas as pd
+import pytest
+
+import embeddings
+import models
+import worlds
+from utils import InputError
+
+UKP = worlds.ROOT.parent / "shared" / "data" / "ukpconvarg_as_tldr"
+FILES = {"train": "train.jsonl.gz", "test": "validation.jsonl.gz"}
+
+
+def prepare(source: Path, out: Path, **settings) -> dict:
+    """Run the script's main without embedding; what prepare.json says."""
+    settings = {"embed": False, "min_annotations": 20, **settings}
+    worlds.script("RedditTLDR/prepare.py").main(source=str(source), out=out, **settings)
+    return json.loads((out / "prepare.json").read_text())
+
+
+def expected(source: Path) -> list[tuple]:
+    """(worker, split, post's id, chosen, rejected) of every row by a plain loop, sorted."""
+    found = []
+    for split, name in FILES.items():
+        for row in worlds.read(source / name):
+            ask = {"role": "user", "content": row["info"]["post"]}
+            texts = [summary["text"] for summary in row["summaries"]]
+            won, lost = texts[row["choice"]], texts[1 - row["choice"]]
+            talks = [json.dumps([ask, {"role": "assistant", "content": t}]) for t in (won, lost)]
+            found.append((row["worker"], split, row["info"]["id"], *talks))
+    return sorted(found)
+
+
+def as_list(table: pd.DataFrame) -> list[tuple]:
+    columns = table[["user_id", "split", "dialog_id"]].assign(
+        **{name: table[name].map(json.dumps) for name in ("chosen", "rejected")}
+    )
+    return sorted(columns.itertuples(index=False, name=None))
+
+
+def test_every_row_is_a_comparison(tmp_path):
+    source = worlds.tldr(tmp_path / "raw")
+    info = prepare(source, tmp_path / "data")
+    table = worlds.comparisons(tmp_path / "data")
+    assert as_list(table) == expected(source)
+    assert (table.turn == 0).all() and (table.weight == 1).all()
+    assert table.seen.all() and info["users_split"] == "drawn"
+    messages = pd.read_parquet(tmp_path / "data" / "conversations.parquet").messages
+    assert len({json.dumps([dict(m) for m in row]) for row in messages}) == len(messages)
+    assert info["counts"]["distinct conversations"] == len(messages) <= 12 * 6
+
+
+def test_order_of_the_rows_does_not_matter(tmp_path):
+    source = worlds.tldr(tmp_path / "raw")
+    first = prepare(source, tmp_path / "a")
+    for name in FILES.values():
+        worlds.shuffle(source / name)
+    assert prepare(source, tmp_path / "b") == first
+    for name in ("comparisons.parquet", "conversations.parquet"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_formats_are_alike(tmp_path, suffix):
+    source = worlds.tldr(tmp_path / "raw")
+    for name in FILES.values():
+        worlds.write(
+            tmp_path / "other" / name.replace(".jsonl.gz", suffix), worlds.read(source / name)
+        )
+    first, second = prepare(source, tmp_path / "a"), prepare(tmp_path / "other", tmp_path / "b")
+    assert first["data_sha256"] == second["data_sha256"]
+
+
+def test_workers_with_few_annotations_or_in_one_split_are_left_out(tmp_path):
+    source = worlds.tldr(tmp_path / "raw", workers=6, annotations=30)
+
+    def only_train(rows):
+        rows[:] = [row for row in rows if row["worker"] != "w01"]
+
+    def few(rows):
+        for row in [row for row in rows if row["worker"] == "w02"][15:]:
+            rows.remove(row)
+
+    worlds.edit(source / FILES["test"], only_train)
+    for name in FILES.values():
+        worlds.edit(source / name, few)
+    counts = prepare(source, tmp_path / "a", min_annotations=30)["counts"]  # 15 + 15 are enough
+    assert counts["workers with at least 30 annotations"] == 6
+    assert counts["workers with at least 30 annotations, some in both splits"] == 5
+    counts = prepare(source, tmp_path / "b", min_annotations=31)["counts"]
+    assert counts["workers with at least 31 annotations"] == 4
+    table = worlds.comparisons(tmp_path / "b")
+    assert as_list(table) == [r for r in expected(source) if r[0] not in ("w01", "w02")]
+
+
+@pytest.mark.parametrize("post", [None, "", "EMPTY STRING"])
+def test_rows_without_a_post_are_counted(tmp_path, post, capsys):
+    source = worlds.tldr(tmp_path / "raw")
+    worlds.edit(
+        source / FILES["test"], lambda rows: [r["info"].update(post=post) for r in rows[:7]]
+    )
+    counts = prepare(source, tmp_path / "data")["counts"]
+    assert counts["left out: rows without a post"] == 7
+    assert counts["test comparisons"] == 6 * 30 - 7
+    assert "7  left out: rows without a post" in capsys.readouterr().out
+
+
+def test_rows_with_an_empty_or_twice_the_same_summary_are_counted(tmp_path):
+    source = worlds.tldr(tmp_path / "raw")
+
+    def spoil(rows):
+        rows[0]["summaries"][0]["text"] = ""
+        rows[1]["summaries"][1]["text"] = None
+        rows[2]["summaries"][1]["text"] = rows[2]["summaries"][0]["text"]
+
+    worlds.edit(source / FILES["train"], spoil)
+    counts = prepare(source, tmp_path / "data")["counts"]
+    assert counts["left out: rows with an empty summary"] == 2
+    assert counts["left out: rejected responses equal to the chosen one"] == 1
+    assert counts["comparisons"] == 2 * 6 * 30 - 3
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("choice", 2, "choice must be 0 or 1, not 2"),
+        ("choice", None, "choice must be 0 or 1, not None"),
+        ("choice", "1", "choice must be 0 or 1, not '1'"),
+        ("worker", None, "names no worker"),
+        ("worker", 7, "worker must be text, not a int"),
+        ("summaries", [{"text": "one"}], "must have two summaries, not 1"),
+        ("summaries", None, "must have two summaries, not 0"),
+        ("summaries", [{"text": ["a"]}, {"text": "b"}], "a summary must be text, not a list"),
+        ("info", None, "info must hold the post"),
+    ],
+)
+def test_a_bad_row_is_refused_by_number(tmp_path, field, value, message):
+    source = worlds.tldr(tmp_path / "raw")
+    worlds.edit(source / FILES["train"], lambda rows: rows[4].update({field: value}))
+    with pytest.raises(InputError, match=f"train.jsonl.gz row 5:? {message}"):
+        prepare(source, tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_damaged_file_is_refused_by_name(tmp_path):
+    source = worlds.tldr(tmp_path / "raw")
+    path = source / FILES["train"]
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InputError, match="train.jsonl.gz cannot be read"):
+        prepare(source, tmp_path / "data")
+
+
+def test_the_hub_is_asked_for_the_parquet_conversion(tmp_path, monkeypatch):
+    """`datasets` itself reads a folder laid out like the conversion's revision."""
+    source, repository = worlds.tldr(tmp_path / "raw"), tmp_path / "repository"
+    for name in ("train", "validation"):
+        rows = worlds.read(source / f"{name}.jsonl.gz")
+        worlds.write(repository / "comparisons" / name / "0000.parquet", rows)
+    load, revisions = datasets.load_dataset, []
+
+    def load_dataset(path, revision, **settings):
+        revisions.append((path, revision))
+        return load(str(repository), cache_dir=str(tmp_path / "cache"), **settings)
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    hub = prepare("openai/summarize_from_feedback", tmp_path / "hub")
+    assert set(revisions) == {("openai/summarize_from_feedback", "refs/convert/parquet")}
+    assert hub["data_sha256"] == prepare(source, tmp_path / "local")["data_sha256"]
+
+
+def test_as_a_command_with_embedding(tmp_path):
+    source, out = worlds.tldr(tmp_path / "raw"), tmp_path / "data"
+    flags = ["--min-annotations", "20", "--model", models.tiny_llama(tmp_path / "model")]
+    command = [sys.executable, "prepare.py", "--source", source, "--out", out, *flags]
+    result = subprocess.run(command, cwd=worlds.ROOT / "RedditTLDR", capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    info = json.loads((out / "prepare.json").read_text())
+    assert f"of {info['counts']['distinct conversations']} conv" in result.stdout.splitlines()[-1]
+    assert (
+        len(embeddings.open_store(out / "embeddings")) == info["counts"]["distinct conversations"]
+    )
+
+
+@pytest.mark.skipif(not UKP.exists(), reason="the UKPConvArg data is not beside the project")
+def test_the_real_data(tmp_path):
+    """All 173 workers have fifty annotations; all pairs of unequal texts are there."""
+    counts = prepare(UKP, tmp_path, min_annotations=50)["counts"]
+    assert counts["workers with at least 50 annotations, some in both splits"] == 173
+    unequal = [row for row in expected(UKP) if row[3] != row[4]]
+    assert as_list(worlds.comparisons(tmp_path)) == unequal
