@@ -259,6 +259,7 @@ def tabulate(comparisons: Iterable[dict[str, Any]], counts: Counter[str]) -> pd.
     counts.update({what: counts.pop(what) for what in left_out})  # the order of rows shows nowhere
     counts["comparisons"] = len(table)
     _require_some(table, counts)
+    counts["dialogues with comparisons"] = table.groupby(["user_id", "dialog_id"]).ngroups
     counts["users with comparisons"] = table.user_id.nunique()
     return table
 
