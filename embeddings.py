@@ -13,10 +13,10 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import pairwise
+from functools import cached_property, partial
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -65,13 +65,11 @@ def embed(
     trust_remote_code: bool = False,
     progress: bool = True,
 ) -> Store | None:
-    """Embed conversations with a frozen reward model and keep the rows on disk.
+    """Embed conversations with a frozen reward model and keep the rows [n, F] on disk.
 
-    The embedding is the last hidden state (after the final norm) of the last token of the
-    chat-templated conversation, without generation prompt. The folder then holds the shards,
-    index.safetensors (conversation -> row), head.safetensors (the score head, the reference) and
-    manifest.json. A killed run goes on where it was. Under torchrun or accelerate launch every
-    process takes its share of the shards; None is returned while those of others are missing.
+    A row is the last hidden state, after the final norm, of the last token of the chat-templated
+    conversation. A killed run goes on where it was. Under torchrun or accelerate launch each
+    process does its share of the shards; None is returned while those of others are missing.
 
     Args:
         conversations: lists of {"role": text, "content": text}; row i of the store is number i.
@@ -97,22 +95,15 @@ def embed(
         InputError: bad conversations or settings, a folder with embeddings of something else, a
             full disk, or a model whose logit is not its score head applied to this embedding.
     """
-    folder, (worker, workers) = Path(folder), _worker(shard)
+    worker, workers = _worker(shard)
     device, dtype = _device_and_dtype(device, dtype)
     batch_tokens = batch_tokens or (1024 if device == "cpu" else 4096)
     if min(max_length, batch_tokens, shard_size) < 1:
         raise InputError("--max-length, --batch-tokens and --shard-size must be positive")
     source = Source(model, tokenizer, revision, trust_remote_code)
-    conversations = check_conversations(conversations)
     plan = _plan(conversations, source, dtype, max_length, truncation_side, shard_size)
-    _claim(folder, plan, worker)
-    mine = range(worker, plan.num_shards, workers)
-    todo = [i for i in mine if not _is_sound(plan.path(folder, i), plan.identity)]
-    if todo or not _is_sound(folder / HEAD, plan.identity):
-        engine = load_engine(source, dtype, device, attention, method, batch_tokens, padding)
-        _write_tensors(folder / HEAD, engine.reference(), plan.identity, worker)
-        _embed_shards(folder, plan, engine, todo, worker, progress and worker == 0)
-    return _finish(folder, plan, worker)
+    load = partial(load_engine, source, dtype, device, attention, method, batch_tokens, padding)
+    return _complete(Path(folder), plan, load, worker, workers, progress)
 
 
 def open_store(folder: str | Path) -> Store:
@@ -227,15 +218,16 @@ def render_text(tokenizer: Any, conversation: Conversation) -> str:
 
 def render(tokenizer: Any, conversation: Conversation) -> list[int]:
     """Token ids of the chat-templated conversation, one BOS in front if the model has one."""
-    return _tokenize(tokenizer, [render_text(tokenizer, conversation)])[0].tolist()
+    return next(_tokenize(tokenizer, [render_text(tokenizer, conversation)])).tolist()
 
 
-def _tokenize(tokenizer: Any, texts: list[str]) -> list[Tokens]:
+def _tokenize(tokenizer: Any, texts: Iterable[str]) -> Iterator[Tokens]:
     """Template or tokenizer may write a BOS, or both, or neither: both would give two."""
-    bos = tokenizer.bos_token_id
+    bos, texts = tokenizer.bos_token_id, iter(texts)
     adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
-    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return [_one_bos(np.array(each, dtype=np.int64), bos, adds_bos) for each in ids]
+    while some := list(islice(texts, 1000)):  # lists of ints take much memory
+        for ids in tokenizer(some, add_special_tokens=False)["input_ids"]:
+            yield _one_bos(np.array(ids, dtype=np.int64), bos, adds_bos)
 
 
 def _one_bos(ids: Tokens, bos: int | None, adds_bos: bool) -> Tokens:
@@ -298,24 +290,26 @@ def shard_name(shard: int, num_shards: int) -> str:
 
 
 def _plan(
-    conversations: list[Conversation],
+    conversations: Sequence[Conversation],
     source: Source,
     dtype: str,
     max_length: int,
     truncation_side: str,
     shard_size: int,
 ) -> _Plan:
+    conversations = check_conversations(conversations)
     config, tokenizer = _load_config(source), load_tokenizer(source)
     max_length = min(max_length, getattr(config, "max_position_embeddings", None) or max_length)
-    texts = [render_text(tokenizer, conversation) for conversation in conversations]
-    whole = _tokenize(tokenizer, texts)
-    bos = tokenizer.bos_token_id
-    cut = [_cut(ids, bos, max_length, truncation_side).astype(">u4").tobytes() for ids in whole]
+    cut, num_truncated = [], 0
+    for ids in _tokenize(tokenizer, (render_text(tokenizer, each) for each in conversations)):
+        short = _cut(ids, tokenizer.bos_token_id, max_length, truncation_side)
+        cut.append(short.astype(">u4").tobytes())
+        num_truncated += len(short) < len(ids)
     tokens = sorted(set(cut))
     number = {ids: i for i, ids in enumerate(tokens)}
     facts = {
         "model": source.model,
-        **_weights(source.model, config),
+        **_weights(source),
         "tokenizer": source.tokenizer or source.model,
         "template_sha256": _sha256(tokenizer.get_chat_template().encode()),
         "pooling": POOLING,
@@ -329,7 +323,7 @@ def _plan(
     }
     counts = {
         "num_distinct": len(tokens),
-        "num_truncated": sum(len(ids) > max_length for ids in whole),
+        "num_truncated": num_truncated,
         "tokens_given": sum(map(len, cut)) // 4,
     }
     return _Plan(tokens, torch.tensor([number[ids] for ids in cut]), facts, counts)
@@ -509,7 +503,7 @@ class Engine:
             if getattr(self.model.score, "bias", None) is not None:
                 tensors["bias"] = self.model.score.bias.detach()
         linear = [m for m in self.body.modules() if isinstance(m, torch.nn.Linear)]
-        if linear:
+        if linear and len(linear[-1].weight) == self.model.config.get_text_config().hidden_size:
             tensors["last_linear"] = linear[-1].weight.detach()[:, 0]
         return {name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}
 
@@ -686,15 +680,39 @@ def _pretrained(loader: Any, name: str, source: Source, **options: Any) -> Any:
         raise InputError(f"{name} cannot be loaded: {first}") from error
 
 
-def _weights(model: str, config: Any) -> dict[str, str | None]:
+def _weights(source: Source) -> dict[str, str | None]:
     """What tells a model from another of the same name: its commit, or the hash of its files."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if not Path(source.model).is_dir():
+        config = try_to_load_from_cache(source.model, "config.json", revision=source.revision)
+        return {"revision": Path(str(config)).parent.name, "weights_sha256": None}
     kinds = ("*.safetensors", "*.bin", "config.json")
-    files = sorted(file for kind in kinds for file in Path(model).glob(kind))
-    weights = _sha256(*(_file_sha256(file).encode() for file in files)) if files else None
-    return {"revision": getattr(config, "_commit_hash", None), "weights_sha256": weights}
+    files = sorted(file for kind in kinds for file in Path(source.model).glob(kind))
+    hashes = (_file_sha256(file).encode() for file in files)
+    return {"revision": None, "weights_sha256": _sha256(*hashes)}
 
 
 # ------------------------------------------------------------------------------ Disk
+
+
+def _complete(
+    folder: Path,
+    plan: _Plan,
+    load: Callable[[], Engine],
+    worker: int,
+    workers: int,
+    progress: bool,
+) -> Store | None:
+    """Make what is missing of this worker's share; load the model only for that."""
+    _claim(folder, plan, worker)
+    mine = range(worker, plan.num_shards, workers)
+    todo = [i for i in mine if not _is_sound(plan.path(folder, i), plan.identity)]
+    if todo or not _is_sound(folder / HEAD, plan.identity):
+        engine = load()
+        _write_tensors(folder / HEAD, engine.reference(), plan.identity, worker)
+        _embed_shards(folder, plan, engine, todo, worker, progress and worker == 0)
+    return _finish(folder, plan, worker)
 
 
 def _embed_shards(

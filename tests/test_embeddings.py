@@ -9,6 +9,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,15 @@ def all_rows(store: embeddings.Store) -> torch.Tensor:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """As in the subprocesses: sums may differ in the last bit with the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -440,7 +450,7 @@ def test_a_finished_run_loads_no_model(
     finished: Path, quiet: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = contents(finished)
-    monkeypatch.setattr(embeddings, "_load_engine", lambda *_: pytest.fail("loaded a model"))
+    monkeypatch.setattr(embeddings, "load_engine", lambda *_: pytest.fail("loaded a model"))
     assert len(embed(some_chats(), finished, **quiet)) == 15
     assert contents(finished) == before
 
@@ -473,6 +483,26 @@ def test_a_damaged_manifest_is_written_again(finished: Path, quiet: dict) -> Non
         open_store(finished)
     embed(some_chats(), finished, **quiet)
     assert contents(finished) == before
+
+
+HUB = """
+import sys
+import embeddings, test_embeddings
+
+store = embeddings.embed(test_embeddings.some_chats(), sys.argv[1], model="some/reward-model")
+assert store.manifest["revision"] == sys.argv[2] and store.manifest["weights_sha256"] is None
+"""
+
+
+def test_a_hub_name_is_known_by_its_commit(finished: Path, llama: Path, tmp_path: Path) -> None:
+    home, commit = tmp_path / "hub" / "models--some--reward-model", "c0ffee" + "0" * 34
+    (home / "refs").mkdir(parents=True)
+    (home / "refs" / "main").write_text(commit)
+    (home / "snapshots").mkdir()
+    (home / "snapshots" / commit).symlink_to(llama)
+    hub = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    _python("-c", HUB, str(tmp_path / "out"), commit, **hub)
+    assert distance(all_rows(open_store(tmp_path / "out")), all_rows(open_store(finished))) < 1e-5
 
 
 def _other_template(folder: Path) -> Path:
@@ -584,9 +614,9 @@ for point in range(points):
 def _python(*arguments: str, **settings: str) -> subprocess.CompletedProcess:
     """A Python process that sees the project and the tests; fails with what it wrote."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    given = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    settings |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
-        [sys.executable, *arguments], env={**os.environ, **given}, capture_output=True, text=True
+        [sys.executable, *arguments], env={**os.environ, **settings}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done
@@ -636,6 +666,21 @@ def test_parts_of_a_job_array_complete_each_other(
     monkeypatch.undo()
     assert len(embed(some_chats(), folder, **quiet, shard="1/3")) == 15
     assert contents(folder) == contents(finished)
+
+
+# ------------------------------------------------------------------- The benchmark
+
+
+def test_the_benchmark_prints_its_cases(llama: Path) -> None:
+    sizes = ["--posts=2", "--dialogues=2", "--prompts=2", "--prism=2", "--parts=1"]
+    path = ROOT / "benchmarks" / "embedding.py"
+    lines = _python(str(path), f"--model={llama}", *sizes).stdout.splitlines()
+    assert [line[0] for line in lines] == ["c", "a", "b", "c", "d"]
+    for line in lines[1:4]:
+        given, computed, tokens, alone, shared, seconds, share, deviation = line[32:].split()
+        assert float(tokens) == pytest.approx(int(given) / int(computed), abs=0.01)
+        assert int(given) > int(computed) > 0
+        assert float(deviation) < 1e-5
 
 
 # --------------------------------------------------------------------- A real model
