@@ -145,6 +145,52 @@ def _prism_history(world: _World, taste: int, turns: int) -> list[dict[str, Any]
     return history
 
 
+def community(
+    folder: Path,
+    *,
+    annotators: int = 6,
+    conversations: int = 12,
+    languages: Sequence[str] = ("en", "fr"),
+    seed: int = 0,
+) -> Path:
+    """Community Alignment: train.parquet, one to four turns, ``annotators`` for each language.
+
+    Every third conversation opens with one of four prompts of its language, whose candidates are
+    the same for everybody; annotator i has conversations + i % 3 of them.
+    """
+    world = _World(seed)
+    rows = []
+    for language in languages:
+        shared = [(f"{language} what of {world.text(3)}?", world.texts(4)) for _ in range(4)]
+        for annotator in range(annotators):
+            for number in range(conversations + annotator % 3):
+                opening = None if number % 3 else shared[number % 4]
+                name = {"annotator_id": f"{language}{annotator}", "assigned_lang": language}
+                row = {"conversation_id": f"conv{len(rows)}", **name}
+                rows.append(row | _community_turns(world, annotator % 2, opening))
+    write(folder / "train.parquet", rows)
+    return folder
+
+
+def _community_turns(
+    world: _World, taste: int, opening: tuple[str, list[str]] | None
+) -> dict[str, Any]:
+    count, row = int(world.rng.integers(1, 5)), {}
+    for number, turn in enumerate(TURNS):
+        ask, answers = f"what of {world.text(3)}?", world.texts(4)
+        if number == 0 and opening:
+            ask, answers = opening
+        cells = [ask, *answers, f"response_{'abcd'[world.best(taste, answers)]}", "it is better"]
+        names = ["prompt", *(f"response_{x}" for x in "abcd"), "preferred_response", "feedback"]
+        empty = ["EMPTY STRING"] * len(names)
+        filled = zip(names, cells if number < count else empty, strict=True)
+        row |= {f"{turn}_turn_{name}": cell for name, cell in filled}
+    about = ("age", "gender", "education_level", "political", "ethnicity", "country")
+    row |= {f"annotator_{name}": "EMPTY STRING" for name in about}
+    flags = {"in_balanced_subset": False, "in_balanced_subset_10": False}
+    return {**row, "is_pregenerated_first_prompt": opening is not None, **flags}
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     """The rows of a raw table."""
     if path.suffix == ".parquet":
