@@ -7,12 +7,14 @@ scorers see nothing but the finished text.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,6 +28,7 @@ import embeddings
 import experiments
 from utils import InputError
 
+HERE = Path(__file__).resolve().parent
 RESPONSES = 8
 
 # Topic: four steps, two cases.
@@ -325,14 +328,16 @@ def fit_head(chosen: np.ndarray, rejected: np.ndarray) -> torch.Tensor:
 
 
 def main(
-    out: Path = Path("data/demo-source"),
-    model: Path = Path("data/smollm2"),
+    out: Path = HERE / "data" / "demo-source",
+    model: Path = HERE / "data" / "smollm2",
     train_prompts: int = 200,
     test_prompts: int = 60,
     head_prompts: int = 20,
     seed: int = 0,
 ) -> None:
     """Write the demo's world (train.parquet, test.parquet) and the reward model it is read with.
+
+    What is already there is left as it is.
 
     Args:
         out: folder for the two tables and world.json, which says what the scorers measure.
@@ -343,27 +348,43 @@ def main(
         head_prompts: the first so many training prompts are what the score head is fitted on.
         seed: of everything that is drawn.
     """
-    if not 0 < head_prompts <= train_prompts:
-        raise InputError(f"--head-prompts must be 1 to {train_prompts} (--train-prompts)")
+    if not 0 < head_prompts <= train_prompts or test_prompts < 1:
+        raise InputError("give --test-prompts, --head-prompts and at least as many --train-prompts")
     prompts = write_prompts(train_prompts + test_prompts, np.random.default_rng(seed))
-    train, test = prompts[:train_prompts], prompts[train_prompts:]
-    tables = {"train": add_scores(train, train), "test": add_scores(test, train)}
-    out.mkdir(parents=True, exist_ok=True)
-    for split, table in tables.items():
-        table.to_parquet(out / f"{split}.parquet", index=False)
-    settings = {"seed": seed, "train_prompts": train_prompts, "test_prompts": test_prompts}
-    settings |= {"head_prompts": head_prompts, "measures": MEASURES, "tastes": TASTES}
-    experiments.write_text(out / "world.json", json.dumps(settings, indent=2))
+    world = {"seed": seed, "train_prompts": train_prompts, "test_prompts": test_prompts}
+    world |= {"head_prompts": head_prompts, "measures": MEASURES, "tastes": TASTES}
+    if not is_there(out, model, world):
+        train, test = prompts[:train_prompts], prompts[train_prompts:]
+        tables = {"train": add_scores(train, train), "test": add_scores(test, train)}
+        out.mkdir(parents=True, exist_ok=True)
+        for split, table in tables.items():
+            table.to_parquet(out / f"{split}.parquet", index=False)
+        fit_model(smollm2.reward_model(model), tables["train"][:head_prompts])
+        text = json.dumps(world | {"head_sha256": head_hash(model)}, indent=2)
+        experiments.write_text(out / "world.json", text)
+    print(f"{train_prompts} train and {test_prompts} test prompts: {out}, reward model: {model}")
 
-    smollm2.reward_model(model)
-    conversations = average_preferences(tables["train"][:head_prompts])
+
+def is_there(out: Path, model: Path, world: dict[str, Any]) -> bool:
+    """Whether an earlier run finished this world, and the model still has the head it fitted."""
+    record = out / "world.json"
+    if not record.exists() or not (model / smollm2.HEAD).exists():
+        return False
+    return json.loads(record.read_text()) == world | {"head_sha256": head_hash(model)}
+
+
+def head_hash(model: Path) -> str:
+    """SHA-256 of a reward model's score head."""
+    return hashlib.sha256((model / smollm2.HEAD).read_bytes()).hexdigest()
+
+
+def fit_model(model: Path, table: pd.DataFrame) -> None:
+    """Give a reward model the head of an average user of these prompts."""
+    conversations = average_preferences(table)
     with tempfile.TemporaryDirectory() as folder:
         store = embeddings.embed(conversations, folder, model=str(model), dtype="float32")
         rows = store.rows(torch.arange(len(store))).numpy()
-    smollm2.save_head(model, fit_head(rows[:head_prompts], rows[head_prompts:]))
-    print(
-        f"{train_prompts} train and {test_prompts} test prompts, {RESPONSES} responses each: {out}"
-    )
+    smollm2.save_head(model, fit_head(rows[: len(table)], rows[len(table) :]))
 
 
 if __name__ == "__main__":

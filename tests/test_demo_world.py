@@ -196,14 +196,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_broken_conversion_leaves_nothing(checkpoint, world, tmp_path, monkeypatch):
-    def full_disk(*_):
+def test_a_broken_conversion_leaves_no_checkpoint(checkpoint, world, tmp_path, monkeypatch):
+    import transformers
+
+    def full_disk(*_, **__):
+        assert (tmp_path / "model.part" / "tokenizer.json").exists()
         raise OSError("no space left")
 
-    with monkeypatch.context() as broken:
-        broken.setattr(world.smollm2, "save_head", full_disk)  # the last file but one
-        with pytest.raises(OSError, match="no space"):
-            world.smollm2.reward_model(tmp_path / "model")
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        world.smollm2.reward_model(tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
 
@@ -233,12 +235,17 @@ def test_script_writes_a_world_and_a_head_that_means_something(checkpoint, world
     command += ["--train-prompts", "30", "--test-prompts", "6", "--head-prompts", "24"]
     done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    train, test = (pd.read_parquet(tmp_path / "world" / f"{s}.parquet") for s in ("train", "test"))
+    train_file, test_file = (tmp_path / "world" / f"{s}.parquet" for s in ("train", "test"))
+    train, test = pd.read_parquet(train_file), pd.read_parquet(test_file)
     assert (len(train), len(test)) == (30, 6)
     assert not set(train["prompt"]) & set(test["prompt"])
     unused = world.average_preferences(pd.concat([train[24:], test], ignore_index=True))
     store = embed(unused, tmp_path / "rows", model=str(checkpoint), progress=False)
     rewards = store.rows(torch.arange(24)) @ store.head
+    stamps = [path.stat().st_mtime_ns for path in (checkpoint / world.smollm2.HEAD, train_file)]
+    again = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, timeout=600)
+    assert again.stdout == done.stdout and "loading" not in again.stderr.lower()
+    assert stamps == [p.stat().st_mtime_ns for p in (checkpoint / world.smollm2.HEAD, train_file)]
     assert (rewards[:12] > rewards[12:]).sum() >= 10  # a coin gets there once in fifty times
 
 
