@@ -420,8 +420,9 @@ def write_prepared(
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "prepare.json").unlink(missing_ok=True)  # a half-written folder is not prepared
-    messages = pd.DataFrame({"messages": list(conversations)})
-    _replace(folder / "conversations.parquet", lambda path: messages.to_parquet(path, index=False))
+    _replace(
+        folder / "conversations.parquet", lambda path: _write_conversations(path, conversations)
+    )
     hashes = {"conversations_sha256": embeddings.digest(conversations)}
     if isinstance(table, pd.DataFrame):
         _replace(folder / "comparisons.parquet", lambda path: table.to_parquet(path, index=False))
@@ -431,6 +432,16 @@ def write_prepared(
         parts = [[name, table[name].tolist()] for name in sorted(table)]
         hashes["data_sha256"] = digest([hashes["conversations_sha256"], parts])
     write_text(folder / "prepare.json", json.dumps({**info, **hashes}, indent=2))
+
+
+def _write_conversations(path: Path, conversations: Sequence[Conversation]) -> None:
+    """In parts, since a single Arrow column of text ends at 2 GB."""
+    message = pa.struct([("role", pa.string()), ("content", pa.string())])
+    schema = pa.schema([("messages", pa.list_(message))])
+    with pq.ParquetWriter(path, schema) as writer:
+        for start in range(0, len(conversations), 10_000):
+            part = list(conversations[start : start + 10_000])
+            writer.write_table(pa.table({"messages": part}, schema=schema))
 
 
 def read_info(folder: Path) -> dict[str, Any]:
@@ -450,7 +461,7 @@ def read_info(folder: Path) -> dict[str, Any]:
 
 def read_conversations(folder: Path) -> list[Conversation]:
     """The conversations of a prepared dataset, row i being embedding i."""
-    return pq.read_table(folder / "conversations.parquet")["messages"].to_pylist()
+    return [row["messages"] for row in _parquet_rows(folder / "conversations.parquet")]
 
 
 def write_text(path: Path, text: str) -> None:
