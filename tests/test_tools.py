@@ -1,0 +1,274 @@
+"""A learned basis outside the project: as a stock checkpoint, and ranking candidates."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import embeddings
+import models
+from tools import export, rank_responses
+from utils import Basis, InputError, load_basis, save_basis
+
+ROOT = Path(__file__).resolve().parents[1]
+CHATS = [
+    [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    for question in ("Why is the sky blue?", "Sing!")
+    for answer in ("Light scatters.", "No idea, sorry", "La la la la la la la la")
+]
+TINY = {
+    "llama": models.tiny_llama,
+    "llama whose pad is its end": lambda folder: models.tiny_llama(folder, pad_is_eos=True),
+    "qwen": models.tiny_qwen,
+    "language model": models.headless,
+}
+
+
+def make_basis(folder: Path, model: Path | None, features: int = 32, rank: int = 3) -> Path:
+    """A basis file with two seen users and a new one."""
+    rng = torch.Generator().manual_seed(1)
+    V = torch.randn(features, rank, generator=rng)
+    W = torch.rand(3, rank, generator=rng).softmax(1)
+    settings = {"rank": rank, "estimator": "LoRe"} | ({"model": str(model)} if model else {})
+    basis = Basis(V, W[:2], V[:, 0], ["ann", "17"], W[2:], ["new"], settings)
+    save_basis(folder / "basis.safetensors", basis)
+    return folder / "basis.safetensors"
+
+
+def embed(model: Path, folder: Path, chats: list = CHATS) -> torch.Tensor:
+    """Embeddings as a run has them [n, F]."""
+    store = embeddings.embed(chats, folder, model=str(model), progress=False)
+    return store.rows(torch.arange(len(chats)))
+
+
+def stock_rewards(folder: Path, batch: bool, chats: list = CHATS) -> torch.Tensor:
+    """[n, labels], by nothing but what the model card says."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    groups = [chats] if batch else [[chat] for chat in chats]
+    with torch.no_grad():
+        return torch.cat([
+            model(**tokenizer.apply_chat_template(
+                group, return_tensors="pt", return_dict=True, padding=batch
+            )).logits for group in groups
+        ]).float()  # fmt: skip
+
+
+# -------------------------------------------------------------------------- Export
+
+
+@pytest.mark.parametrize("batch", [False, True])
+@pytest.mark.parametrize("kind", TINY)
+def test_stock_transformers_give_the_basis_rewards(tmp_path, kind, batch):
+    model = TINY[kind](tmp_path / "model")
+    path = make_basis(tmp_path, model)
+    export.main(path, tmp_path / "out")
+    expected = embed(model, tmp_path / "rows") @ load_basis(path).V
+    assert torch.allclose(stock_rewards(tmp_path / "out", batch), expected, rtol=1e-4, atol=1e-4)
+    assert sorted(p.name for p in tmp_path.iterdir() if "out" in p.name) == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "row"), [({"user": "17"}, 1), ({"user": "new"}, 2), ({"average": True}, None)]
+)
+def test_one_label_is_a_users_reward_or_the_averages(tmp_path, asked, row):
+    model = models.tiny_llama(tmp_path / "model")
+    path = make_basis(tmp_path, model)
+    export.main(path, tmp_path / "out", **asked)
+    learned = load_basis(path)
+    w = learned.W.mean(0) if row is None else torch.cat([learned.W, learned.W_unseen])[row]
+    expected = embed(model, tmp_path / "rows") @ learned.V @ w
+    rewards = stock_rewards(tmp_path / "out", True)
+    assert rewards.shape == (len(CHATS), 1)
+    assert torch.allclose(rewards[:, 0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_keeps_rewards_to_its_precision(tmp_path):
+    model = models.tiny_llama(tmp_path / "model")
+    path = make_basis(tmp_path, model)
+    export.main(path, tmp_path / "out", dtype="bfloat16")
+    expected = embed(model, tmp_path / "rows") @ load_basis(path).V
+    rewards = stock_rewards(tmp_path / "out", False)
+    assert (rewards - expected).abs().max() < 0.05 * expected.abs().max()
+    assert (tmp_path / "out" / "config.json").read_text().count("bfloat16")
+
+
+def test_model_card_and_labels_say_what_it_is(tmp_path):
+    path = make_basis(tmp_path, models.tiny_llama(tmp_path / "model"))
+    export.main(path, tmp_path / "all")
+    export.main(path, tmp_path / "ann", user="ann")
+    one, all_of_it = ((tmp_path / name / "README.md").read_text() for name in ("ann", "all"))
+    assert "user ann" in one and "| estimator | LoRe |" in one
+    assert "rewards @ w" in all_of_it and "rewards @ w" not in one
+    config = json.loads((tmp_path / "all" / "config.json").read_text())
+    assert config["id2label"] == {"0": "basis 1", "1": "basis 2", "2": "basis 3"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"user": "bob"}, "--user bob is not in the basis, which has 3 users, such as ann"),
+        ({"user": "ann", "average": True}, "exclude each other"),
+        ({"model": "/nowhere/at/all"}, "cannot be loaded"),
+    ],
+)
+def test_requests_that_cannot_be_met_leave_nothing(tmp_path, asked, message):
+    path = make_basis(tmp_path, models.tiny_llama(tmp_path / "model"))
+    with pytest.raises(InputError, match=message):
+        export.main(path, tmp_path / "out", **asked)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_basis_of_another_model_is_refused(tmp_path):
+    path = make_basis(tmp_path, models.tiny_llama(tmp_path / "model"), features=48)
+    with pytest.raises(InputError, match="the basis has 48 features, the model 32"):
+        export.main(path, tmp_path / "out")
+    with pytest.raises(InputError, match="is there already"):
+        export.main(path, tmp_path)
+    with pytest.raises(InputError, match="name it by --model"):
+        export.main(make_basis(tmp_path, None), tmp_path / "out")
+
+
+def test_export_from_the_command_line(tmp_path):
+    path = make_basis(tmp_path, models.tiny_llama(tmp_path / "model"))
+    command = [sys.executable, "export.py", "--basis", path, "--user", "17"]
+    command += ["--out", tmp_path / "out"]
+    done = subprocess.run(command, cwd=ROOT / "tools", capture_output=True, text=True)
+    assert done.returncode == 0 and "user 17" in done.stdout, done.stderr
+    again = subprocess.run(command, cwd=ROOT / "tools", capture_output=True, text=True)
+    assert again.returncode == 2 and "is there already" in again.stderr
+
+
+@pytest.mark.slow
+def test_smollm2_as_a_stock_checkpoint(tmp_path):
+    model = models.smollm2(tmp_path / "model")
+    path = make_basis(tmp_path, model, features=576, rank=4)
+    export.main(path, tmp_path / "out")
+    expected = embed(model, tmp_path / "rows") @ load_basis(path).V
+    for batch in (False, True):
+        rewards = stock_rewards(tmp_path / "out", batch)
+        assert torch.allclose(rewards, expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
+
+
+# ------------------------------------------------------------------ Rank responses
+
+
+def write_lines(path: Path, rows: list) -> Path:
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    return path
+
+
+@pytest.fixture
+def task(tmp_path):
+    """Choices of a user who likes what the basis' second column likes, and candidates."""
+    model = models.tiny_llama(tmp_path / "model")
+    path = make_basis(tmp_path, model)
+    rng = np.random.default_rng(0)
+    words = [f"w{i}" for i in range(40)]
+    texts = [" ".join(rng.choice(words, 4)) for _ in range(80)]
+    ask = {"role": "user", "content": "Which?"}
+    chats = [[ask, {"role": "assistant", "content": t}] for t in texts]
+    liking = (embed(model, tmp_path / "rows", chats) @ load_basis(path).V)[:, 1].tolist()
+    choices, rows = [], sorted(zip(liking, texts, strict=True))
+    for (_, rejected), (_, chosen) in zip(rows[:30], rows[-30:], strict=True):
+        choices.append({"prompt": "Which?", "chosen": chosen, "rejected": rejected})
+    choices[3]["messages"] = [{"role": "user", "content": choices[3].pop("prompt")}]
+    candidates = [{"prompt": "Which?", "response": text} for _, text in rows[30:50]]
+    files = {
+        "basis": path,
+        "choices": write_lines(tmp_path / "choices.jsonl", choices),
+        "candidates": write_lines(tmp_path / "candidates.jsonl", candidates),
+    }
+    return files, [row[0] for row in rows[30:50]]
+
+
+def test_weights_find_the_column_and_candidates_come_in_its_order(task, tmp_path, capsys):
+    files, liking = task
+    rank_responses.main(**files, save=tmp_path / "found.json", progress=False)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert len(found["weights"]) == 3 and found["weights"][1] > 0.8
+    rewards = pd.DataFrame(found["ranking"]).set_index("line")["reward"]
+    assert np.corrcoef(rewards.sort_index(), liking)[0, 1] > 0.9
+    assert rewards.is_monotonic_decreasing
+    printed = capsys.readouterr().out
+    assert f"{found['weights'][1]:.3f}" in printed and "of the 30 choices" in printed
+    assert printed.count("Which?") == 20
+
+
+def test_rewards_are_those_of_the_exported_user(task, tmp_path):
+    files, _ = task
+    rank_responses.main(**files, save=tmp_path / "found.json", progress=False)
+    found = json.loads((tmp_path / "found.json").read_text())
+    learned = load_basis(files["basis"])
+    learned.W, learned.users = torch.tensor([found["weights"]]), ["me"]
+    save_basis(tmp_path / "me.safetensors", learned)
+    export.main(tmp_path / "me.safetensors", tmp_path / "out", user="me")
+    row = found["ranking"][0]
+    chat = [{"role": "user", "content": row["prompt"]}]
+    chat.append({"role": "assistant", "content": row["response"]})
+    reward = stock_rewards(tmp_path / "out", False, [chat]).item()
+    assert reward == pytest.approx(row["reward"], rel=1e-4, abs=1e-4)
+
+
+def test_ranking_is_within_a_prompt_and_a_rank_one_basis_has_no_weights_to_learn(task, tmp_path):
+    files, _ = task
+    files["basis"] = make_basis(tmp_path, tmp_path / "model", rank=1)
+    rows = [{"prompt": p, "response": r} for r in ("a b", "c", "d e f") for p in ("One?", "Two?")]
+    files["candidates"] = write_lines(tmp_path / "two.jsonl", rows)
+    rank_responses.main(**files, save=tmp_path / "found.csv", progress=False)
+    table = pd.read_csv(tmp_path / "found.csv")
+    assert table["prompt"].tolist() == ["One?"] * 3 + ["Two?"] * 3
+    assert table["place"].tolist() == [1, 2, 3] * 2
+    for _, part in table.groupby("prompt"):
+        assert part["reward"].is_monotonic_decreasing
+
+
+GOOD = {"prompt": "Which?", "chosen": "a", "rejected": "b"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["{"], "row 1 is not valid JSON"),
+        ([GOOD, {"prompt": "Which?", "chosen": "a"}], "row 2 has no column rejected"),
+        ([GOOD | {"chosen": ["a"]}], "row 1: chosen must be text, not a list"),
+        ([GOOD | {"chosen": ""}], "row 1: chosen is empty"),
+        ([GOOD | {"prompt": ["a"]}], "row 1: .*content must be one text"),
+        ([GOOD | {"messages": []}], "row 1: either prompt or messages"),
+        ([{"chosen": "a", "rejected": "b"}], "row 1: either prompt or messages"),
+        ([], "is empty"),
+    ],
+)
+def test_a_bad_line_is_named_before_a_model_is_loaded(tmp_path, lines, message):
+    basis = make_basis(tmp_path, tmp_path / "no-model")
+    choices = write_lines(tmp_path / "choices.jsonl", lines)
+    with pytest.raises(InputError, match=message):
+        rank_responses.main(basis, choices, choices)
+
+
+def test_wrong_files_are_refused(task, tmp_path):
+    files, _ = task
+    with pytest.raises(InputError, match="jsonl file is expected"):
+        rank_responses.main(**files | {"candidates": tmp_path / "absent.jsonl"})
+    with pytest.raises(InputError, match=r"\.csv or \.json"):
+        rank_responses.main(**files, save=tmp_path / "found.txt")
+    basis = make_basis(tmp_path, tmp_path / "model", features=31)
+    with pytest.raises(InputError, match="32 features, the basis 31"):
+        rank_responses.main(**files | {"basis": basis}, progress=False)
+
+
+def test_ranking_from_the_command_line_takes_the_embedding_flags(task):
+    files, _ = task
+    command = [sys.executable, "rank_responses.py"]
+    command += [part for name, path in files.items() for part in (f"--{name}", path)]
+    command += ["--method", "single", "--dtype", "float32"]
+    done = subprocess.run(command, cwd=ROOT / "tools", capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("weights: "), done.stderr
