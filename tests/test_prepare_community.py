@@ -116,10 +116,11 @@ def test_shared_prompts_are_counted_and_may_be_kept_apart(tmp_path, capsys):
 @pytest.mark.parametrize("unseen_prompts", [False, True])
 def test_order_of_the_rows_does_not_matter(tmp_path, unseen_prompts):
     source = worlds.community(tmp_path / "raw")
-    first = prepare(source, tmp_path / "a", unseen_prompts=unseen_prompts)
-    worlds.shuffle(source / "train.parquet")
-    assert prepare(source, tmp_path / "b", unseen_prompts=unseen_prompts) == first
-    for name in ("comparisons.parquet", "conversations.parquet"):
+    worlds.edit(source / "train.parquet", lambda rows: (gap(rows[0]), nothing_preferred(rows[1])))
+    prepare(source, tmp_path / "a", unseen_prompts=unseen_prompts)
+    worlds.edit(source / "train.parquet", lambda rows: rows.reverse())
+    prepare(source, tmp_path / "b", unseen_prompts=unseen_prompts)
+    for name in ("comparisons.parquet", "conversations.parquet", "prepare.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
