@@ -86,7 +86,7 @@ def _frame(results: Mapping[str, Any]) -> pd.DataFrame:
     frame["num_users"] = frame["users"].map(len)
     fitting = results["settings"]["fitting"]
     frame["label"] = [label_of(row, fitting) for row in frame.to_dict("records")]
-    return frame
+    return frame.drop_duplicates(["seed", "label", "set", "shots"])  # one reference for all alphas
 
 
 def _is_chosen(row: Mapping[str, Any], chosen: Mapping[str, float] | None) -> bool:
@@ -240,15 +240,17 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def verdict(results: Mapping[str, Any], frame: pd.DataFrame) -> str:
     """One line: do personal weights beat one shared reward and another user's weights?
 
-    Of the chosen rank, or of the largest rank without one. They earn something only where both
-    95% intervals lie above zero.
+    Of the chosen rank; without one of the largest, at the first alpha and shrinkage given. They
+    earn something only where both 95% intervals lie above zero.
     """
-    candidates = _labels(frame[frame["method"] == "LoRe, chosen"]) or _labels(
-        frame[frame["method"] == "LoRe"]
-    )
-    if not candidates:
+    judged = frame[frame["method"] == "LoRe, chosen"]
+    if judged.empty:
+        judged = frame[frame["method"] == "LoRe"]
+        for key in ("alpha", "shrinkage"):
+            judged = judged[judged[key] == results["settings"]["fitting"][key][0]]
+    if judged.empty:
         return "Verdict: no rank above 1 was fitted, so there is nothing personal to judge."
-    label = candidates[-1]
+    label = _labels(judged)[-1]
     differences, parts = paired(results, frame, label), []
     for name in ("seen", "unseen"):
         controls = [o for o in ("BT", "others' weights") if (name, o) in differences]
@@ -257,7 +259,7 @@ def verdict(results: Mapping[str, Any], frame: pd.DataFrame) -> str:
             continue
         earns = all(low > 0 for _, (low, _) in told.values())
         figures = " and ".join(
-            f"{100 * mean:+.1f} points {_between(interval)} to {other}"
+            f"{100 * mean:+.1f} points {_between(interval)} against {other}"
             for other, (mean, interval) in told.items()
         )
         parts.append(f"{name} users: personal weights earn {'' if earns else 'nothing: '}{figures}")
@@ -453,12 +455,14 @@ def _combined(folders: Sequence[Path]) -> str:
     return markdown(pd.DataFrame(columns).fillna(""))
 
 
-def main(runs: list[Path]) -> None:
+def main(runs: list[Path] = []) -> None:  # noqa: B006
     """Make the tables and plots of runs anew from their results.json, without training.
 
     Args:
         runs: Folders of runs; several are also put side by side in one table.
     """
+    if not runs:
+        raise InputError("name at least one run's folder: python reports.py results/PRISM/...")
     texts = [report(folder) for folder in runs]
     if len(runs) > 1:
         texts.append(_combined(runs))
