@@ -104,10 +104,9 @@ def _arguments(argv: Sequence[str], defaults: jsonargparse.Namespace) -> list[st
         default = defaults.get(name[2:])
         if isinstance(default, bool) and not values:
             values = ["true"]
-        is_list = isinstance(default, list) or len(values) > 1
-        if values and is_list and not values[0].startswith("["):
-            values = ["[" + ",".join(values) + "]"]
-        arguments += [f"{name}={values[0]}"] if values else [name]
+        if values and isinstance(default, list) and not values[0].startswith("["):
+            values = [json.dumps(values)]  # as texts: they are read as what the flag's type says
+        arguments += [f"{name}={values[0]}", *values[1:]] if values else [name]
     return arguments
 
 

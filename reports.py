@@ -77,7 +77,7 @@ def _frame(results: Mapping[str, Any]) -> pd.DataFrame:
         for r in part["records"]:
             side = "seen" if r["set"] in ("train", "seen") else "unseen"
             rows.append({"seed": part["seed"], "trials": None, **r, "names": part["users"][side]})
-            if r["method"] == "LoRe" and _is_chosen(r, part["chosen"]):
+            if r["method"] in ("BT", "LoRe") and _is_chosen(r, part["chosen"]):
                 rows.append({**rows[-1], "method": "LoRe, chosen", "rank": None, "alpha": None,
                              "shrinkage": None})  # fmt: skip
     frame = pd.DataFrame(rows)
@@ -221,6 +221,8 @@ def _counterpart(
     if row["method"] == "LoRe, chosen":
         chosen = next(p["chosen"] for p in results["seeds"] if p["seed"] == row["seed"])
         setting = pd.Series(chosen)
+    if method == "others' weights" and setting["rank"] == 1:
+        same = frame[(frame["seed"] == row["seed"]) & (frame["method"] == "BT")]  # all weights are 1
     same = same[same["alpha"] == setting["alpha"]]
     if method == "BT":
         return same.head(1)

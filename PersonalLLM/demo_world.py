@@ -235,6 +235,7 @@ def write_prompts(number: int, rng: np.random.Generator) -> pd.DataFrame:
 
 MEASURES = {
     "words": r"\S+",
+    "long words": r"\b\w{7,}\b",
     "bullets": r"(?m)^- ",
     "formal": r"\b(?:advisable|one should|necessary|one ought)\b",
     "casual": r"\b(?:gonna|wanna|ok|don't|you'll)\b",
@@ -247,19 +248,21 @@ MEASURES = {
     "exclamations": r"!",
 }
 
-# What each scorer counts in a text, and its taste for it. Some resemble each other, most want
-# some substance, and several want the opposite of one another, as real reward models do.
+# What each scorer counts in a text, and its taste for it. Some resemble each other and some want
+# the opposite of one another; all want some substance, as real reward models do, so that users
+# differ without having nothing in common. How much they share was set by trying.
+SUBSTANCE = {"words": 0.1, "long words": 0.3}
 TASTES: dict[str, dict[str, float]] = {
-    "gemma_2b": {"bullets": 1.0, "words": 0.4},
-    "gemma_7b": {"bullets": 0.8, "formal": 0.6, "words": 0.4},
-    "mistral_raft": {"warmth": 1.0, "words": 0.3},
-    "llama3_sfairx": {"figures": 1.0, "examples": 0.5, "words": 0.4},
-    "oasst_deberta_v3": {"formal": 0.8, "casual": -0.8, "hedges": 0.3, "words": 0.1},
-    "beaver_7b": {"hedges": 1.0, "exclamations": -0.4, "words": 0.2},
-    "oasst_pythia_7b": {"questions": 0.9, "warmth": 0.5, "words": 0.1},
-    "oasst_pythia_1b": {"words": -1.0, "casual": 0.4},
-    "mistral_ray": {"voice": 1.0, "exclamations": 0.4, "casual": 0.3, "words": 0.1},
-    "mistral_weqweasdas": {"examples": 1.0, "figures": 0.4, "words": 0.4},
+    "gemma_2b": SUBSTANCE | {"bullets": 1.0},
+    "gemma_7b": SUBSTANCE | {"bullets": 0.8, "formal": 0.6},
+    "mistral_raft": SUBSTANCE | {"warmth": 1.0},
+    "llama3_sfairx": SUBSTANCE | {"figures": 1.0, "examples": 0.5},
+    "oasst_deberta_v3": SUBSTANCE | {"formal": 0.8, "casual": -0.8, "hedges": 0.3},
+    "beaver_7b": SUBSTANCE | {"hedges": 1.0, "exclamations": -0.4},
+    "oasst_pythia_7b": SUBSTANCE | {"questions": 0.9, "warmth": 0.5},
+    "oasst_pythia_1b": SUBSTANCE | {"casual": 0.8, "bullets": -0.6},
+    "mistral_ray": SUBSTANCE | {"voice": 1.0, "exclamations": 0.4, "casual": 0.3},
+    "mistral_weqweasdas": SUBSTANCE | {"examples": 1.0, "figures": 0.4},
 }
 
 
