@@ -377,7 +377,7 @@ def shared_prefix(a: Tokens, b: Tokens) -> int:
 def pack(lengths: Sequence[int], shared: Sequence[int], budget: int) -> list[tuple[int, int]]:
     """Cut sorted conversations into the trees [start, stop) that cost least to compute.
 
-    A pass over T tokens is taken to cost b/32 + T + T^2 / 5b for a budget of b: what a pass costs
+    A pass over T tokens is taken to cost b/32 + T + T^2 / 3b for a budget of b: what a pass costs
     by itself, the linear layers, and attention (measured on a CPU with b = 1024).
 
     Args:
@@ -390,7 +390,7 @@ def pack(lengths: Sequence[int], shared: Sequence[int], budget: int) -> list[tup
     for first in range(n):
         tokens = lengths[first]
         for stop in range(first + 1, n + 1):
-            cost = best[first] + budget / 32 + tokens + tokens**2 / (5 * budget)
+            cost = best[first] + budget / 32 + tokens + tokens**2 / (3 * budget)
             if cost < best[stop]:
                 best[stop], start[stop] = cost, first
             tokens += lengths[stop] - shared[stop] if stop < n else 0

@@ -14,7 +14,7 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -53,6 +53,7 @@ from utils import (
     simulate_choices,
     sweep_accuracies,
     sweep_shots,
+    write_whole,
 )
 
 log = logging.getLogger(__name__)
@@ -419,15 +420,15 @@ def write_prepared(
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "prepare.json").unlink(missing_ok=True)  # a half-written folder is not prepared
-    _replace(
+    write_whole(
         folder / "conversations.parquet", lambda path: _write_conversations(path, conversations)
     )
     hashes = {"conversations_sha256": embeddings.digest(conversations)}
     if isinstance(table, pd.DataFrame):
-        _replace(folder / "comparisons.parquet", lambda path: table.to_parquet(path, index=False))
+        write_whole(folder / "comparisons.parquet", lambda path: table.to_parquet(path, index=False))
         hashes["data_sha256"] = digest([hashes["conversations_sha256"], table.to_csv(index=False)])
     elif table is not None:
-        _replace(folder / "scores.safetensors", lambda path: save_file(table, path))
+        write_whole(folder / "scores.safetensors", lambda path: save_file(table, path))
         parts = [[name, table[name].tolist()] for name in sorted(table)]
         hashes["data_sha256"] = digest([hashes["conversations_sha256"], parts])
     write_text(folder / "prepare.json", json.dumps({**info, **hashes}, indent=2))
@@ -465,13 +466,7 @@ def read_conversations(folder: Path) -> list[Conversation]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all: a killed run leaves the old one."""
-    _replace(path, lambda draft: draft.write_text(text))
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    draft = path.with_name(f"{path.name}.{os.getpid()}.part")
-    write(draft)
-    os.replace(draft, path)
+    write_whole(path, lambda draft: draft.write_text(text))
 
 
 # ------------------------------------------------------------- Loading features
@@ -837,10 +832,22 @@ class Task:
         return {k: s.features.project(together).split(ranks, 1) for k, s in sets.items()}
 
 
-def make_task(prepared: Prepared, pairs: FourSets, fitting: Fitting, seed: int) -> Task:
-    """Put a repeat's comparisons where they are computed on; training features in memory if so."""
+def make_task(
+    prepared: Prepared,
+    pairs: FourSets,
+    fitting: Fitting,
+    seed: int,
+    share: tuple[int, int] = (0, 1),
+) -> Task:
+    """Put a repeat's comparisons where they are computed on; training features in memory if so.
+
+    Args:
+        prepared, fitting, seed: the repeat.
+        pairs: its comparisons.
+        share: this process and how many share the seen users.
+    """
     device, store = pick_device(fitting.device), prepared.store
-    train = pairs.train.share(*processes()).comparisons(store, device)
+    train = pairs.train.share(*share).comparisons(store, device)
     few, seen, unseen = (
         p.comparisons(store, device) for p in (pairs.few, pairs.seen, pairs.unseen)
     )
@@ -951,7 +958,7 @@ def train_basis(
     """
     run = Run.start("train_basis", prepared, fitting, about)
     for seed in run.missing_seeds():
-        task = make_task(prepared, draw(seed), fitting, seed)
+        task = make_task(prepared, draw(seed), fitting, seed, processes())
         chosen = choose(prepared, task, fitting) if fitting.select_rank else None
         state = run.folder / f"state-seed{seed}"
         bases = fit_grid(task, task.train, len(task.pairs.train.users), fitting, state)
@@ -979,8 +986,9 @@ def _evaluate(
     prepared: Prepared, task: Task, bases: Sequence[Basis], fitting: Fitting
 ) -> list[dict[str, Any]]:
     """Records of every basis' accuracies and of its controls, on the same comparisons."""
-    train = task.pairs.train.comparisons(prepared.store, task.train.device)
-    whole = replace(task, train=train if processes()[1] > 1 else task.train)
+    whole = task
+    if processes()[1] > 1:
+        whole = make_task(prepared, task.pairs, fitting, task.seed)
     projections = whole.projections(bases)
     records = []
     for i, basis in enumerate(bases):

@@ -221,8 +221,8 @@ def _counterpart(
     if row["method"] == "LoRe, chosen":
         chosen = next(p["chosen"] for p in results["seeds"] if p["seed"] == row["seed"])
         setting = pd.Series(chosen)
-    if method == "others' weights" and setting["rank"] == 1:
-        same = frame[(frame["seed"] == row["seed"]) & (frame["method"] == "BT")]  # all weights are 1
+    if method == "others' weights" and setting["rank"] == 1:  # where all weights are one
+        same = frame[(frame["seed"] == row["seed"]) & (frame["method"] == "BT")]
     same = same[same["alpha"] == setting["alpha"]]
     if method == "BT":
         return same.head(1)

@@ -53,11 +53,19 @@ def _require(condition: bool, message: str) -> None:
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` make a file beside the path, then put it in place: whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Let ``write`` make a file beside the path, then put it in place: whole or not at all.
+
+    Raises:
+        InputError: it cannot be written, for want of room or of permission.
+    """
     draft = path.with_name(f"{path.name}.{os.getpid()}.part")
-    write(draft)
-    os.replace(draft, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(draft)
+        os.replace(draft, path)
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError
+        draft.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written ({error}); what was there is kept") from error
 
 
 def as_generator(seed: Seed) -> torch.Generator | None:

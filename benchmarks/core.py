@@ -88,8 +88,8 @@ def main(device: str = "cpu", **sizes: Any) -> None:
     Args:
         device: cpu or cuda.
     """
-    print(markdown(pd.DataFrame([m.row() for m in measure(cases(device, **sizes))])
-                   .set_index("case")))  # fmt: skip
+    rows = [measured.row() for measured in measure(cases(device, **sizes))]
+    print(markdown(pd.DataFrame(rows).set_index("case")))
     print(note())
 
 
@@ -103,16 +103,14 @@ def note() -> str:
 
 
 def measure(todo: Iterable[Callable[[], Measured]]) -> Iterator[Measured]:
-    """Each case in a fresh process, as its peak memory is of the process's life."""
-    fresh = ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1)
-    with fresh as pool:
-        for measured in pool.map(_call, todo):
-            log.info("%s: ratio %.1f", measured.case, measured.plain / measured.ours)
-            yield measured
-
-
-def _call(case: Callable[[], Measured]) -> Measured:
-    return case()
+    """Each case in a process of its own, as its peak memory is of the process's life."""
+    # A fork has the libraries already; elsewhere than on Linux some of them do not survive it.
+    context = get_context("fork" if sys.platform == "linux" else "spawn")
+    for case in todo:
+        with ProcessPoolExecutor(1, mp_context=context) as fresh:
+            measured = fresh.submit(case).result()
+        log.info("%s: ratio %.1f", measured.case, measured.plain / measured.ours)
+        yield measured
 
 
 def cases(

@@ -112,8 +112,8 @@ def test_measures_count_what_a_reader_counts(world):
     text = "Dear friend, perhaps 20 minutes!\n- It is advisable to rest\n- I do. For example, now?"
     counts = world.measure([text]).pow(2).round(6).iloc[0].to_dict()
     assert counts == {
-        "words": 17, "long words": 3, "bullets": 2, "formal": 1, "casual": 0, "hedges": 1, "warmth": 2,
-        "examples": 1, "figures": 1, "questions": 1, "voice": 1, "exclamations": 1,
+        "words": 17, "long words": 4, "bullets": 2, "formal": 1, "casual": 0, "hedges": 1,
+        "warmth": 2, "examples": 1, "figures": 1, "questions": 1, "voice": 1, "exclamations": 1,
     }  # fmt: skip
 
 

@@ -24,9 +24,21 @@ CHATS = [
     for question in ("Why is the sky blue?", "Sing!")
     for answer in ("Light scatters.", "No idea, sorry", "La la la la la la la la")
 ]
+
+
+def without_bos_in_its_template(folder: Path) -> Path:
+    """The embedding engine puts the BOS that the tokenizer would; a chat template alone does not."""
+    models.tiny_llama(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ bos_token }}", "")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 TINY = {
     "llama": models.tiny_llama,
     "llama whose pad is its end": lambda folder: models.tiny_llama(folder, pad_is_eos=True),
+    "llama without BOS in its template": without_bos_in_its_template,
     "qwen": models.tiny_qwen,
     "language model": models.headless,
 }
