@@ -27,7 +27,7 @@ CHATS = [
 
 
 def without_bos_in_its_template(folder: Path) -> Path:
-    """The embedding engine puts the BOS that the tokenizer would; a chat template alone does not."""
+    """The embedding engine puts in front the BOS that the tokenizer would."""
     models.tiny_llama(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = tokenizer.chat_template.replace("{{ bos_token }}", "")
