@@ -1,0 +1,223 @@
+"""How the cost of an iteration grows, and what a million users would take.
+
+    python benchmarks/scaling.py                          # users, pairs, rank, features: a decade
+    python benchmarks/scaling.py --million --gigabytes 16 # streamed from a file of that size
+
+The table and the plot are also left in benchmarks/out.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from measure import OUT, iteration_seconds, made_up_users, own_memory
+
+import experiments
+from reports import markdown
+from utils import Comparisons, DenseFeatures, LoRe, train_together
+
+FACTORS = (1, 2, 5, 10)
+READINGS = 2  # of the features in an iteration: X V, then X^T G
+BYTES = {"bfloat16": 2, "float32": 4}
+
+
+def main(
+    users: int = 200,
+    pairs: int = 20,
+    rank: int = 4,
+    features: int = 512,
+    steps: int = 11,
+    device: str = "cpu",
+    out: Path = OUT,
+    million: bool = False,
+    target: list[int] = [1_000_000, 50, 4096, 5],  # noqa: B006
+    gigabytes: float = 2.0,
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    device_gigabytes: float = 80.0,
+    seed: int = 0,
+) -> None:
+    """Print seconds of an iteration of the joint estimator while one size at a time grows tenfold.
+
+    Args:
+        users: users at the start.
+        pairs: comparisons of each user at the start.
+        rank: K at the start.
+        features: F at the start.
+        steps: iterations in a row; the first one is not counted, the median counts.
+        device: cpu or cuda.
+        out: folder for the table and the plot; with million, for the file while it is used.
+        million: instead, stream as many users as a file of gigabytes holds, and extrapolate.
+        target: users, comparisons of each, features and rank to extrapolate to; all but the users
+            are also the measured run's.
+        gigabytes: size of the file of feature differences.
+        dtype: of the file.
+        device_gigabytes: memory of a device of the extrapolation.
+        seed: of everything random.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    if million:
+        print(markdown(_million(target, gigabytes, dtype, device_gigabytes, device, steps, out)))
+        return
+    base = {"users": users, "pairs": pairs, "rank": rank, "features": features}
+    costs = _costs(base, device, steps, seed)
+    costs.to_csv(out / "scaling.csv", index=False)
+    print(markdown(_table(costs)))
+    for suffix in ("png", "pdf"):
+        _plot(costs).savefig(out / f"scaling.{suffix}", dpi=150, metadata={})
+    print(f"{out / 'scaling.png'}, .pdf and .csv hold the same")
+
+
+# -------------------------------------------------------------- One size at a time
+
+
+def _costs(base: dict[str, int], device: str, steps: int, seed: int) -> pd.DataFrame:
+    """Median seconds of an iteration: a row for each quantity and value."""
+    rows = []
+    for what, first in base.items():
+        for factor in FACTORS:
+            sizes = {**base, what: first * factor}
+            seconds = _seconds(**sizes, device=device, steps=steps, seed=seed)
+            rows.append({"grows": what, "value": sizes[what], "seconds": seconds})
+    return pd.DataFrame(rows)
+
+
+def _seconds(
+    users: int, pairs: int, rank: int, features: int, device: str, steps: int, seed: int
+) -> float:
+    X = made_up_users(users, pairs, features, device, seed)
+    model = LoRe(None, 0.0, users, features, rank, steps, generator=seed)
+    return float(np.median(iteration_seconds(partial(model.train, X), device)))
+
+
+def _growth(rows: pd.DataFrame) -> float:
+    """Exponent p of seconds ~ value^p over the whole decade."""
+    return float(np.polyfit(np.log(rows["value"]), np.log(rows["seconds"]), 1)[0])
+
+
+def _table(costs: pd.DataFrame) -> pd.DataFrame:
+    rows = []
+    for what, some in costs.groupby("grows", sort=False):
+        first = some["seconds"].iloc[0]
+        grown = [f"{value}: {1000 * s:.3g} ms ({s / first:.1f}x)"
+                 for _, value, s in some.itertuples(index=False)]  # fmt: skip
+        rows.append([what, *grown, f"{_growth(some):.2f}"])
+    names = ["grows", *(f"x{factor}" for factor in FACTORS), "exponent"]
+    return pd.DataFrame(rows, columns=names).set_index("grows")
+
+
+def _plot(costs: pd.DataFrame) -> Figure:
+    figure = Figure(figsize=(9, 2.8), layout="constrained")
+    panels = figure.subplots(1, costs["grows"].nunique(), sharey=True)
+    for axes, (what, some) in zip(panels, costs.groupby("grows", sort=False), strict=True):
+        value, seconds = some["value"].to_numpy(), 1000 * some["seconds"].to_numpy()
+        axes.loglog(value, seconds, "o-", c="0.1", label=f"measured, exponent {_growth(some):.2f}")
+        axes.loglog(value, seconds[0] * value / value[0], "--", c="0.6", label="in proportion")
+        axes.set_xticks(value, [str(v) for v in value])
+        axes.set_xticks([], minor=True)
+        axes.set_xlabel(what)
+        axes.legend(fontsize=7, frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("ms per iteration")
+    return figure
+
+
+# ------------------------------------------------------------------- A million users
+
+
+def _million(
+    target: list[int],
+    gigabytes: float,
+    dtype: str,
+    device_gigabytes: float,
+    device: str,
+    steps: int,
+    out: Path,
+) -> pd.DataFrame:
+    """What the measured run took, and the same of the target by proportion."""
+    users, pairs, features, rank = target
+    here = max(rank, int(gigabytes * 1e9 / (pairs * features * BYTES[dtype])))
+    with tempfile.TemporaryDirectory(dir=out) as folder:
+        x = _differences(Path(folder) / "x", here * pairs, features, dtype)
+        seconds, memory = _streamed(x, here, pairs, rank, device, steps)
+    rate = READINGS * x.nbytes / seconds
+    # What is kept for each comparison does not depend on F: more users show it at few features.
+    many = max(rank, users // 10)
+    narrow = torch.randn(many * pairs, rank, dtype=getattr(torch, dtype))
+    each = _streamed(narrow, many, pairs, rank, device, 3)[1] / len(narrow)
+    table = pd.DataFrame(
+        {
+            "measured here": _account(here, pairs, features, rank, dtype, rate),
+            "by proportion": _account(users, pairs, features, rank, dtype, rate),
+        }
+    )
+    chunks = max(0, memory - each * len(x))
+    kept = [f"{size / 1e9:.2f} GB" for size in (memory, chunks + each * users * pairs)]
+    table.loc["memory of its own while training"] = kept
+    share = users * pairs * features * BYTES[dtype] / (0.8e9 * device_gigabytes)
+    holders = f"devices of {device_gigabytes:g} GB with the features in 80% of it"
+    table.loc[holders] = ["", f"{math.ceil(share)}"]
+    ram = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    table.loc["memory of this machine"] = [f"{ram / 1e9:.1f} GB", ""]
+    return table
+
+
+def _differences(path: Path, rows: int, features: int, dtype: str) -> Tensor:
+    """A file of made-up differences, mapped: one block of noise, shifted by a row each time."""
+    size = rows * features
+    x = torch.from_file(str(path), shared=True, size=size, dtype=getattr(torch, dtype))
+    x = x.view(rows, features)
+    noise = torch.randn(min(rows, 4096), features).mul_(30).to(x.dtype)
+    for i, part in enumerate(tqdm(x.split(len(noise)), "writing the file", disable=None)):
+        part.copy_(noise.roll(i, 0)[: len(part)])
+    return x
+
+
+def _streamed(
+    x: Tensor, users: int, pairs: int, rank: int, device: str, steps: int
+) -> tuple[float, int]:
+    """Median seconds of an iteration, and bytes of the process's own that it takes at the most."""
+    with own_memory() as samples:
+        data = Comparisons(DenseFeatures(x, device), [pairs] * users)
+        model = LoRe(None, 0.0, users, x.shape[1], rank, steps, generator=0)
+        seconds = iteration_seconds(lambda: train_together([model], data), device)
+    return float(np.median(seconds)), max(samples) - samples[0]
+
+
+def _account(
+    users: int, pairs: int, features: int, rank: int, dtype: str, rate: float
+) -> dict[str, str]:
+    """Storage, traffic and time at these sizes, if so many bytes are read each second."""
+    entries = users * pairs * features
+    traffic = READINGS * entries * BYTES[dtype]
+    return {
+        "users": f"{users:,}",
+        "comparisons": f"{users * pairs:,}",
+        "features, rank": f"{features}, {rank}",
+        "differences in bfloat16": f"{2 * entries / 1e9:.1f} GB",
+        "differences in float32": f"{4 * entries / 1e9:.1f} GB",
+        f"read in an iteration ({dtype}, twice)": f"{traffic / 1e9:.1f} GB",
+        "read in a second": f"{rate / 1e9:.2f} GB",
+        "seconds of an iteration": f"{traffic / rate:.3g}",
+        "hours of 1000 iterations": f"{traffic / rate / 3.6:.3g}",
+        "weights and basis, with Adam's state": f"{12 * rank * (users + features) / 1e6:.1f} MB",
+        "summed over processes in an iteration": f"{4 * rank * features / 1e6:.2f} MB",
+    }
+
+
+if __name__ == "__main__":
+    experiments.cli(main)
