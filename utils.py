@@ -1225,32 +1225,29 @@ def fit_bases(
         check_rank(rank, F, num_users)
         _require(rank > 0 or direction is not None, "rank 0 is the reference model: there is none")
     asked = [
-        (float(alpha), int(rank), float(shrinkage))
+        {"rank": int(rank), "alpha": float(alpha), "shrinkage": float(shrinkage)}
         for alpha in alphas
         for rank in ranks
         for shrinkage in (shrinkages if rank > 1 else (0.0,))
     ]
-    models = {
-        (alpha, rank, shrinkage): estimator(
-            direction, alpha, num_users, F, rank, shrinkage=shrinkage, **settings
+    models = [
+        estimator(
+            direction, about["alpha"], num_users, F, about["rank"],
+            shrinkage=about["shrinkage"], **settings,
         )
-        for alpha, rank, shrinkage in dict.fromkeys(asked)
-        if rank > 0
-    }
-    trained = train_together(list(models.values()), data, checkpoint) if models else []
-    fitted = dict(zip(models, trained, strict=True))
+        for about in asked if about["rank"]
+    ]  # fmt: skip
+    trained = iter(train_together(models, data, checkpoint) if models else [])
+    losses = iter(model.losses for model in models)
     bases = []
-    for alpha, rank, shrinkage in asked:
-        about = {
-            "rank": rank, "alpha": alpha, "shrinkage": shrinkage, "estimator": estimator.__name__
-        }  # fmt: skip
-        if rank == 0:
+    for about in asked:
+        about["estimator"] = estimator.__name__
+        if about["rank"]:
+            W, V = next(trained)
+            bases.append(Basis(V, W, direction, settings=about, losses=next(losses)))
+        else:
             W, V = torch.ones(num_users, 1), direction.float()[:, None]
             bases.append(Basis(V.to(data.device), W.to(data.device), direction, settings=about))
-            continue
-        W, V = fitted[alpha, rank, shrinkage]
-        losses = models[alpha, rank, shrinkage].losses
-        bases.append(Basis(V, W, direction, settings=about, losses=losses))
     return bases
 
 
@@ -1343,13 +1340,10 @@ def run(
     Raises:
         InputError: unusable features, ranks, reference or numbers of users.
     """
-    lists = [
-        train_features, test_features_sparse, train_features_unseen, test_features_sparse_unseen
-    ]  # fmt: skip
-    for X, users in zip(lists, (N, N, N_unseen, N_unseen), strict=True):
-        _require(len(X) == users, f"{len(X)} users' features given where {users} are expected")
-        _check_features(X, train_features[0].shape[-1])
-    sets = [Comparisons.from_list(X, device=device) for X in lists]
+    sets = _pack_all(
+        (train_features, N), (test_features_sparse, N), (train_features_unseen, N_unseen),
+        (test_features_sparse_unseen, N_unseen), device=device,
+    )  # fmt: skip
     bases = fit_bases(
         estimator, K_list, alpha_list, V_final, sets[0], N, generator=generator,
         num_iterations=num_iterations, learning_rate=learning_rate, optimizer=optimizer,
@@ -1367,6 +1361,16 @@ def run(
             save_basis(Path(save_dir) / basis_name(basis, alpha_list), basis)
     means, spreads = (np.array([[f(u) for u in row] for row in rows]) for f in (np.mean, np.std))
     return Accuracies(*means.T, *spreads.T)
+
+
+def _pack_all(
+    *sets: tuple[Sequence[Tensor], int], device: torch.device | str
+) -> list[Comparisons]:
+    """Pack several lists of features, each with the number of users it must have."""
+    for X, users in sets:
+        _require(len(X) == users, f"{len(X)} users' features given where {users} are expected")
+        _check_features(X, sets[0][0][0].shape[-1] if users else None)
+    return [Comparisons.from_list(X, device=device) for X, _ in sets]
 
 
 def run_regularized(*args: Any, **settings: Any) -> Accuracies:
@@ -1435,12 +1439,10 @@ def run_few_shot_vary_shots(
         num_shots: numbers of comparisons drawn from each new user's ``train_features_unseen``.
         (others): as for ``run``.
     """
-    for X, users in ((train_features, N), (train_features_unseen, N_unseen)):
-        _require(len(X) == users, f"{len(X)} users' features given where {users} are expected")
-    train, few, unseen = (
-        Comparisons.from_list(X, device=device)
-        for X in (train_features, train_features_unseen, test_features_sparse_unseen)
-    )
+    train, few, unseen = _pack_all(
+        (train_features, N), (train_features_unseen, N_unseen),
+        (test_features_sparse_unseen, N_unseen), device=device,
+    )  # fmt: skip
     bases = fit_bases(
         estimator, K_list, alpha_list, V_final, train, N, generator=generator,
         num_iterations=num_iterations, learning_rate=learning_rate, optimizer=optimizer,
