@@ -271,12 +271,14 @@ def verdict(results: Mapping[str, Any], frame: pd.DataFrame) -> str:
 def _title(results: Mapping[str, Any]) -> str:
     settings = results["settings"]
     fitting = settings["fitting"]
+    sweep = settings["script"] == "vary_fewshot"
+    spread = "± over trials" if sweep else "± over repeats, [95% interval over users]"
     known = {"script", "dataset", "warning", "prepared", "embeddings", "fitting"}
     details = ", ".join(f"{k} {v}" for k, v in settings.items() if k not in known)
     title = (
         f"{settings['dataset']}, {settings['script']}, {fitting['estimator']}, alpha "
         f"{' '.join(f'{a:g}' for a in fitting['alpha'])}, {len(results['seeds'])} repeat(s)"
-        f"{', ' + details if details else ''}; accuracy in percent, [95% interval over users]"
+        f"{', ' + details if details else ''}; accuracy in percent, {spread}"
     )
     marks = [settings["warning"]] if settings["warning"] else []
     if fitting["reference"] == "last_linear":
