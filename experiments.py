@@ -79,7 +79,7 @@ def cli(main: Callable[..., Any]) -> None:
     settings = parser.parse_args(_arguments(sys.argv[1:], parser.get_defaults()))
     settings.pop("config", None)
     try:
-        main(**parser.instantiate_classes(settings).as_dict())
+        main(**parser.instantiate(settings).as_dict())
     except (InputError, OSError) as error:
         sys.exit(_fail(error))
 
@@ -425,7 +425,8 @@ def write_prepared(
     )
     hashes = {"conversations_sha256": embeddings.digest(conversations)}
     if isinstance(table, pd.DataFrame):
-        write_whole(folder / "comparisons.parquet", lambda path: table.to_parquet(path, index=False))
+        path = folder / "comparisons.parquet"
+        write_whole(path, lambda draft: table.to_parquet(draft, index=False))
         hashes["data_sha256"] = digest([hashes["conversations_sha256"], table.to_csv(index=False)])
     elif table is not None:
         write_whole(folder / "scores.safetensors", lambda path: save_file(table, path))

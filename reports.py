@@ -294,10 +294,12 @@ def _notes(results: Mapping[str, Any], frame: pd.DataFrame) -> list[str]:
         label = label_of(dict(zip(("rank", "alpha", "shrinkage"), settings, strict=True)),
                        results["settings"]["fitting"])  # fmt: skip
         cosines = [c for row in group["cosines"] if row is not None for c in row]
-        to_reference = f", cosines to the reference {min(cosines):.2f} to {max(cosines):.2f}"
+        to_reference = ""
+        if cosines:
+            to_reference = f", cosines to the reference {min(cosines):.2f} to {max(cosines):.2f}"
         lines.append(
             f"- {label}: {group['columns'].mean():.1f} columns kept, effective rank "
-            f"{group['effective_rank'].mean():.2f}{to_reference if cosines else ''}, "
+            f"{group['effective_rank'].mean():.2f}{to_reference}, "
             f"weights' entropy {group['weight_entropy'].mean():.2f} of its maximum"
         )
     chosen = [f"seed {p['seed']}: K={p['chosen']['rank']:g}, alpha {p['chosen']['alpha']:g}, "
@@ -444,16 +446,19 @@ def _plot_weights(folder: Path, results: Mapping[str, Any]) -> Figure | None:
 
 
 def _combined(folders: Sequence[Path]) -> str:
-    """Several runs' means side by side: a line per method, seen/unseen/overall of each run."""
-    columns = {}
+    """Means of the runs of train_basis side by side: a line per method, seen and unseen of each."""
+    names, columns = [folder.name for folder in folders], {}
     for folder in folders:
         results = read_results(folder)
+        if results["settings"]["script"] != "train_basis":
+            continue
+        run = folder.name if names.count(folder.name) == 1 else folder
         frame = _frame(results)
         for label in _labels(frame[frame["method"].isin(ORDER[:5])]):
             own = frame[frame["label"] == label]
             for name in ("seen", "unseen"):
                 part = own[own["set"] == name]
-                columns.setdefault(f"{folder.name} {name}", {})[label] = _spread(
+                columns.setdefault(f"{run} {name}", {})[label] = _spread(
                     part["accuracy"].tolist()
                 )
     return markdown(pd.DataFrame(columns).fillna(""))

@@ -1,0 +1,61 @@
+"""Small prepared datasets, made once for all tests by the datasets' own scripts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import models
+import running
+import worlds
+
+# How a world is written, and what its scripts are told.
+WORLDS = {
+    "PersonalLLM": (worlds.personalllm, {}, {}),
+    "RedditTLDR": (worlds.tldr, {"workers": 12, "annotations": 40}, {"min_annotations": 20}),
+    "PRISM": (worlds.prism, {"users": 16}, {}),
+    "CommunityAlignment": (worlds.community, {"annotators": 10}, {"min_comparisons": 10}),
+}
+
+
+class Dataset(NamedTuple):
+    """A dataset's raw world, its prepared folder and how the scripts that made it ended."""
+
+    source: Path
+    data: Path
+    outcomes: list[running.Outcome]
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny reward model."""
+    return models.tiny_llama(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Callable[[str], Dataset]:
+    """A dataset by its name, prepared and embedded on first use."""
+    made: dict[str, Dataset] = {}
+
+    def get(name: str) -> Dataset:
+        if name not in made:
+            made[name] = _prepare(name, tmp_path_factory.mktemp(name), model)
+        return made[name]
+
+    return get
+
+
+def _prepare(name: str, folder: Path, model: Path) -> Dataset:
+    write, size, settings = WORLDS[name]
+    source, data = write(folder / "raw", **size), folder / "data"
+    embedding = {"model": model, "progress": "false"}
+    settings = {"source": source, "out": data, **settings}
+    if name == "PRISM":
+        steps = [("prepare", settings), ("generate-prism-embeddings", {"data": data, **embedding})]
+    else:
+        steps = [("prepare", {**settings, **embedding})]
+    outcomes = [running.run(f"{name}/{script}.py", given) for script, given in steps]
+    return Dataset(source, data, outcomes)
