@@ -7,8 +7,10 @@ makes them anew without training; several runs are also put side by side.
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,8 +40,12 @@ def basis_file(settings: Mapping[str, Any], fitting: Mapping[str, Any]) -> str:
     return name + ".safetensors"
 
 
-def report(folder: Path) -> str:
+def report(folder: Path, ranks: Sequence[int] = ()) -> str:
     """Write a finished run's table, CSV and plots anew from results.json; nothing is trained.
+
+    Args:
+        folder: the run's folder.
+        ranks: of the ranks above 1, show only these in the text returned; the files have all.
 
     Returns:
         The table, the paired differences, the verdict and where the files lie.
@@ -49,13 +55,21 @@ def report(folder: Path) -> str:
     """
     results = read_results(folder)
     frame = _frame(results)
-    frame.drop(columns=["users", "names", "trials"]).to_csv(folder / "results.csv", index=False)
+    figures = frame.drop(columns=["users", "names", "trials"]).to_csv(index=False)
+    write_whole(folder / "results.csv", lambda draft: draft.write_text(figures))
+    text = _text(results, frame, ())
+    write_whole(folder / "table.md", lambda draft: draft.write_text(text + "\n"))
+    plots = ", ".join(_plot_all(folder, results, frame))
+    return f"{_text(results, frame, ranks)}\n\nResults, table and plots ({plots}): {folder}"
+
+
+def _text(results: Mapping[str, Any], frame: pd.DataFrame, ranks: Sequence[int]) -> str:
+    """Title, tables, what the bases look like and the verdict."""
+    if ranks:
+        frame = frame[~(frame["rank"] > 1) | frame["rank"].isin(ranks)]
     table, differences = summary_table(results, frame), difference_table(results, frame)
     lines = [_title(results), markdown(table), markdown(differences), *_notes(results, frame)]
-    text = "\n\n".join(line for line in lines if line)
-    write_whole(folder / "table.md", lambda draft: draft.write_text(text + "\n"))
-    plots = _plot_all(folder, results, frame)
-    return f"{text}\n\nResults, table and plots ({', '.join(plots)}): {folder}"
+    return "\n\n".join(line for line in lines if line)
 
 
 def read_results(folder: Path) -> dict[str, Any]:
@@ -290,7 +304,8 @@ def _notes(results: Mapping[str, Any], frame: pd.DataFrame) -> list[str]:
     """What the bases look like, what was chosen, and the verdict."""
     bases = pd.DataFrame([base for part in results["seeds"] for base in part["bases"]])
     lines = []
-    for settings, group in bases[bases["rank"] > 0].groupby(["rank", "alpha", "shrinkage"]):
+    bases = bases[(bases["rank"] > 0) & bases["rank"].isin(frame["rank"])]
+    for settings, group in bases.groupby(["rank", "alpha", "shrinkage"]):
         label = label_of(dict(zip(("rank", "alpha", "shrinkage"), settings, strict=True)),
                        results["settings"]["fitting"])  # fmt: skip
         cosines = [c for row in group["cosines"] if row is not None for c in row]
@@ -302,10 +317,12 @@ def _notes(results: Mapping[str, Any], frame: pd.DataFrame) -> list[str]:
             f"{group['effective_rank'].mean():.2f}{to_reference}, "
             f"weights' entropy {group['weight_entropy'].mean():.2f} of its maximum"
         )
-    chosen = [f"seed {p['seed']}: K={p['chosen']['rank']:g}, alpha {p['chosen']['alpha']:g}, "
-              f"shrinkage {p['chosen']['shrinkage']:g}"
-              for p in results["seeds"] if p["chosen"]]  # fmt: skip
-    choice = "Chosen on held-out training comparisons: " + "; ".join(chosen) if chosen else ""
+    chosen = Counter(
+        ", ".join(f"{key} {value:g}" for key, value in part["chosen"].items())
+        for part in results["seeds"] if part["chosen"]
+    )  # fmt: skip
+    told = "; ".join(f"{what} in {n} repeat(s)" for what, n in chosen.most_common())
+    choice = f"Chosen on held-out training comparisons: {told}" if chosen else ""
     return ["Bases:\n" + "\n".join(lines), choice, verdict(results, frame)]
 
 
@@ -342,7 +359,8 @@ def _plot_all(folder: Path, results: Mapping[str, Any], frame: pd.DataFrame) -> 
         figures["weights"] = heat
     for name, figure in figures.items():
         for suffix in ("png", "pdf"):
-            figure.savefig(folder / f"{name}.{suffix}", dpi=150, metadata={})
+            save = functools.partial(figure.savefig, format=suffix, dpi=150, metadata={})
+            write_whole(folder / f"{name}.{suffix}", save)
     return [f"{name}.png" for name in figures]
 
 
@@ -446,7 +464,7 @@ def _plot_weights(folder: Path, results: Mapping[str, Any]) -> Figure | None:
 
 
 def _combined(folders: Sequence[Path]) -> str:
-    """Means of the runs of train_basis side by side: a line per method, seen and unseen of each."""
+    """Runs of train_basis side by side: a line per method; seen, unseen and overall of each."""
     names, columns = [folder.name for folder in folders], {}
     for folder in folders:
         results = read_results(folder)
@@ -455,24 +473,24 @@ def _combined(folders: Sequence[Path]) -> str:
         run = folder.name if names.count(folder.name) == 1 else folder
         frame = _frame(results)
         for label in _labels(frame[frame["method"].isin(ORDER[:5])]):
-            own = frame[frame["label"] == label]
-            for name in ("seen", "unseen"):
-                part = own[own["set"] == name]
-                columns.setdefault(f"{run} {name}", {})[label] = _spread(
-                    part["accuracy"].tolist()
-                )
+            own = frame[(frame["label"] == label) & frame["set"].isin(("seen", "unseen"))]
+            by_set = own.groupby("set")["accuracy"].apply(list).to_dict()
+            by_set["overall"] = own.groupby("seed")["accuracy"].mean().tolist()
+            for name, values in by_set.items():
+                columns.setdefault(f"{run} {name}", {})[label] = _spread(values)
     return markdown(pd.DataFrame(columns).fillna(""))
 
 
-def main(runs: list[Path] = []) -> None:  # noqa: B006
+def main(runs: list[Path] = [], ranks: list[int] = []) -> None:  # noqa: B006
     """Make the tables and plots of runs anew from their results.json, without training.
 
     Args:
         runs: Folders of runs; several are also put side by side in one table.
+        ranks: Of the ranks above 1, show only these; the files in the folders have all.
     """
     if not runs:
         raise InputError("name at least one run's folder: python reports.py results/PRISM/...")
-    texts = [report(folder) for folder in runs]
+    texts = [report(folder, ranks) for folder in runs]
     if len(runs) > 1:
         texts.append(_combined(runs))
     sys.stdout.write("\n\n".join(texts) + "\n")
