@@ -541,13 +541,21 @@ class Pairs:
         return Pairs(users, [count for count in left if count], *columns)
 
     def share(self, process: int, processes: int) -> Pairs:
-        """One process's users: a run of them with about its share of the comparisons."""
+        """One process's users: a run of them, at least one, with about its share of comparisons.
+
+        Raises:
+            InputError: there are fewer users than processes.
+        """
         if processes == 1:
             return self
-        total = sum(self.counts)
-        middle = torch.tensor(self.counts).cumsum(0) - torch.tensor(self.counts) / 2
-        owner = (middle * processes / total).long().clamp(max=processes - 1)
-        return self.select(torch.repeat_interleave(owner, torch.tensor(self.counts)) == process)
+        if processes > len(self.users):
+            raise InputError(f"{processes} processes for {len(self.users)} users: start fewer")
+        counts = torch.tensor(self.counts)
+        middle = counts.cumsum(0) - counts / 2
+        owner, last = (middle * processes / counts.sum()).long().tolist(), -1
+        for u, wanted in enumerate(owner):  # in order, and enough users left for all who follow
+            last = owner[u] = min(max(wanted, processes - len(owner) + u), last + 1)
+        return self.select(torch.repeat_interleave(torch.tensor(owner), counts) == process)
 
     def comparisons(self, store: Store, device: torch.device) -> Comparisons:
         """As the learning core takes them, features streamed from the store."""

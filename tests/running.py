@@ -73,3 +73,11 @@ def invoke(script: str, settings: Flags, *words: str) -> Outcome:
         except SystemExit as end:
             status = end.code or 0
     return Outcome(status, out.getvalue(), err.getvalue())
+
+
+def table(text: str) -> dict[str, dict[str, str]]:
+    """The first Markdown table of a text: row name -> column -> cell."""
+    lines = text[text.index("\n|") :].lstrip().split("\n\n")[0].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    head, rows = cells[0][1:], cells[2:]
+    return {row[0]: dict(zip(head, row[1:], strict=True)) for row in rows}

@@ -18,7 +18,7 @@ from conftest import WORLDS, Dataset
 import models
 import running
 import worlds
-from running import Outcome
+from running import Outcome, table
 from utils import load_basis
 
 QUICK = {"iterations": 60, "few_shot_iterations": 60, "progress": "false"}
@@ -64,14 +64,6 @@ def finished(dataset: Callable[[str], Dataset], tmp_path_factory) -> Callable[[s
         return Run(outcome, results / name / "here")
 
     return get
-
-
-def table(text: str) -> dict[str, dict[str, str]]:
-    """The first Markdown table of a text: row name -> column -> cell."""
-    lines = [line for line in text[text.index("\n|") :].lstrip().split("\n\n")[0].splitlines()]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    head, rows = cells[0][1:], cells[2:]
-    return {row[0]: dict(zip(head, row[1:], strict=True)) for row in rows}
 
 
 def rows(run: Run) -> list[dict[str, str]]:
