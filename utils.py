@@ -767,7 +767,7 @@ class _Training:
         parameters = [self.weights.logits, self.V]
         groups = [[p] for p in parameters] if lead.alternating else [parameters]
         self.optimizers = [make_optimizer(lead.optimizer, g, lead.learning_rate) for g in groups]
-        self.losses = torch.zeros(lead.num_iterations, len(models), dtype=self.V.dtype)
+        self.losses = self.V.new_zeros(lead.num_iterations, len(models))
 
     @staticmethod
     def _share(lead: LoRe, data: Comparisons) -> slice:
@@ -864,7 +864,7 @@ class _Training:
         parts = zip(self.models, W.split(ranks, 1), self.V.split(ranks, 1), strict=True)
         results = []
         for i, (model, w, v) in enumerate(parts):
-            model.losses = self.losses[:, i].clone()
+            model.losses = self.losses[:, i].cpu().clone()
             results.append(model.finish(w.contiguous(), v.contiguous()))
         return results
 
