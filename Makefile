@@ -41,7 +41,7 @@ demo: $(READY)  ## the whole pipeline of PersonalLLM on a small world, offline
 	@echo "       results/PersonalLLM/demo-shots/shots.png, accuracy against comparisons per user."
 
 bench: $(READY)  ## how fast it is, against plain loops in the same run
-	$(PY) benchmarks/embedding.py
+	$(PY) benchmarks/all.py
 
 # PyTorch comes first, so that an environment that has its own build keeps it.
 .venv/.installed: requirements.txt requirements-dev.txt
