@@ -54,15 +54,15 @@ class Measured(NamedTuple):
     plain: float
     ours: float
     aim: float
-    readings: int  # how often the features must be read
     feature_bytes: int
+    floor_bytes: int  # that must be read
     bandwidth: float
     extra_bytes: int
     deviation: float
 
     def row(self) -> dict[str, str]:
         """The numbers of the table."""
-        floor = self.readings * self.feature_bytes / self.bandwidth
+        floor = self.floor_bytes / self.bandwidth
         share = self.extra_bytes / self.feature_bytes
         return {
             "case": self.case,
@@ -81,9 +81,10 @@ class Measured(NamedTuple):
 def main(device: str = "cpu", **sizes: Any) -> None:
     """Print a table: seconds of the plain loops and of ours, their ratio, and what bounds it.
 
-    Floor is the time to read the features as often as they must be, at the bandwidth measured by
-    copying as many bytes (read and written bytes both count). Extra is how far peak memory rises
-    above the features, and deviation the relative difference of the two sides' results.
+    Floor is the time to read what must be read, at the bandwidth measured by copying as many bytes
+    as the features have (read and written bytes both count): the features, twice when alternating;
+    for few-shot also every fit's projected comparisons at every step. Extra is how far peak memory
+    rises above the features, and deviation the relative difference of the two sides' results.
 
     Args:
         device: cpu or cuda.
@@ -118,7 +119,7 @@ def cases(
     features: int = 4096,
     joint: list[int] = [1000, 47, 5],  # noqa: B006
     alternating: list[int] = [640, 15, 10],  # noqa: B006
-    few_shot: list[int] = [20, 10, 20],  # noqa: B006
+    few_shot: list[int] = [20, 10, 20, 5],  # noqa: B006
     ranks: list[int] = [1, 2, 3, 4, 5],  # noqa: B006
     heads: list[int] = [1865, 4, 16],  # noqa: B006
     steps: int = 6,
@@ -134,7 +135,7 @@ def cases(
         joint: users, pairs of each and rank of the joint estimator (PersonalLLM); the sweep over
             ranks has the same users and pairs.
         alternating: the same of the alternating estimator (PRISM).
-        few_shot: trials, numbers of shots (5, 10, ...) and new users of the sweep (Reddit TLDR).
+        few_shot: trials, numbers of shots (5, 10, ...), new users and rank (Reddit TLDR).
         ranks: ranks of the sweep that is trained side by side.
         heads: prompts, completions of each and reward heads (RewardBench 2).
         steps: iterations in a row; the first one is not counted.
@@ -199,7 +200,8 @@ def _fit_case(
     apart = _deviation(ours(), plain())
     optimizers = 2 if estimator.alternating else 1
     seconds = _in_turn([plain, ours], device, rounds, optimizers)
-    return _measured(name, seconds, 20 if alpha else 8, optimizers, X, device, extra, apart)
+    aim = 20 if estimator.alternating else 8
+    return _measured(name, seconds, aim, X, device, extra, apart, readings=optimizers)
 
 
 def _model(
@@ -236,28 +238,38 @@ def _measured(
     name: str,
     seconds: Sequence[float],
     aim: float,
-    readings: int,
     X: Sequence[Tensor],
     device: str,
     extra: int,
     deviation: float,
+    readings: int = 1,
+    read_besides: int = 0,
 ) -> Measured:
     size = sum(x.nbytes for x in X)
-    bandwidth = copy_bandwidth(size, device)
-    return Measured(name, *seconds, aim, readings, size, bandwidth, extra, deviation)
+    floor = readings * size + read_besides
+    return Measured(
+        name, *seconds, aim, size, floor, copy_bandwidth(size, device), extra, deviation
+    )
 
 
 # ----------------------------------------------------------------------- Few shots
 
 
 def few_shot_case(
-    trials: int, sizes: int, users: int, features: int, iterations: int, device: str, seed: int
+    trials: int,
+    sizes: int,
+    users: int,
+    rank: int,
+    features: int,
+    iterations: int,
+    device: str,
+    seed: int,
 ) -> Measured:
     """The whole sweep against one fit after the other; the plain loop is timed on a sample."""
     shots = [5 * (i + 1) for i in range(sizes)]
     X = made_up_users(users, shots[-1], features, device, seed)
-    V = made_up_users(1, features, 5, device, seed + 1)[0] / 30
-    basis = Basis(V, torch.ones(1, 5))
+    V = made_up_users(1, features, rank, device, seed + 1)[0] / 30
+    basis = Basis(V, torch.ones(1, rank))
 
     def ours(trials: int, iterations: int) -> Tensor:
         few = Comparisons.from_list(X)
@@ -271,8 +283,11 @@ def few_shot_case(
     plain, W = _plain_fits(X, V, shots, few, device, seed)
     scaled = plain * trials * iterations / few
     apart = _deviation(ours(1, few).flatten(0, 2), W)
-    name = f"few-shot, {trials} trials x {sizes} sizes x {users} users, rank 5"
-    return _measured(name, [scaled, seconds], 300, 1, X, device, extra, apart)
+    name = f"few-shot, {trials} trials x {sizes} sizes x {users} users, rank {rank}"
+    projected = 4 * rank * sum(shots) * users * trials * iterations
+    return _measured(
+        name, [scaled, seconds], 300, X, device, extra, apart, read_besides=projected
+    )
 
 
 def _plain_fits(
@@ -322,7 +337,7 @@ def ranks_case(
     sides = [partial(train, [rank]) for rank in ranks]
     *alone, together = _in_turn([*sides, partial(train, ranks)], device, rounds)
     name = f"ranks {ranks[0]} to {ranks[-1]} together, {users} users x {pairs}"
-    return _measured(name, [sum(alone), together], 2, 1, X, device, extra, apart)
+    return _measured(name, [sum(alone), together], 2, X, device, extra, apart)
 
 
 def heads_case(
@@ -344,7 +359,7 @@ def heads_case(
     apart = _deviation(sides[1](), sides[0]())
     seconds = [[timed(side, device) for side in sides] for _ in range(3 * rounds)]
     name = f"{heads} heads, {prompts} prompts x {completions}"
-    return _measured(name, np.median(seconds, 0).tolist(), 2, 1, X, device, extra, apart)
+    return _measured(name, np.median(seconds, 0).tolist(), 2, X, device, extra, apart)
 
 
 if __name__ == "__main__":

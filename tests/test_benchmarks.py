@@ -15,7 +15,7 @@ import models
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 CORE = [
     "--features=32", "--joint", "12", "4", "3", "--alternating", "9", "5", "4",
-    "--few-shot", "2", "3", "4", "--ranks", "1", "2", "--heads", "10", "4", "3",
+    "--few-shot", "2", "3", "4", "2", "--ranks", "1", "2", "--heads", "10", "4", "3",
     "--steps=3", "--rounds=1", "--few-shot-iterations=4",
 ]  # fmt: skip
 
