@@ -1087,7 +1087,7 @@ def _own_models(prepared: Prepared, task: Task, fitting: Fitting) -> dict[str, T
 
 def own_accuracies(data: Comparisons, V: Tensor) -> Tensor:
     """Accuracies [U] of users who have each a direction of their own, the columns of V [F, U]."""
-    features, right = data.features, torch.empty(len(data), device=data.device)
+    features, right = data.features, torch.empty(len(data), dtype=torch.bool, device=data.device)
     ends = data.counts.cumsum(0).tolist()
     for first in range(0, data.num_users, 256):
         block = slice(first, first + 256)
@@ -1095,9 +1095,8 @@ def own_accuracies(data: Comparisons, V: Tensor) -> Tensor:
         rows = slice(ends[first - 1] if first else 0, ends[min(first + 256, len(ends)) - 1])
         column = data.user[rows] - first
         z = rewards[features.chosen[rows], column] - rewards[features.rejected[rows], column]
-        right[rows] = (z > 0).float()
-    right = right.double() * data.weight
-    return data.sum_by_user(right[:, None])[:, 0] / data.user_weight()
+        right[rows] = z > 0
+    return data.share(right)
 
 
 def describe(basis: Basis) -> dict[str, Any]:
