@@ -463,6 +463,21 @@ def test_whole_dialogues_are_held_out_for_the_choice(world):
     assert not torch.equal(held, experiments._validation(train, 1))
 
 
+def test_the_choice_is_made_on_comparisons_that_were_not_fitted(world, tmp_path, monkeypatch):
+    fit_grid, fitted = experiments.fit_grid, []
+
+    def remember(task, train, *rest):
+        fitted.append(train.features.x)
+        return fit_grid(task, train, *rest)
+
+    monkeypatch.setattr(experiments, "fit_grid", remember)
+    fit(world, tmp_path, select_rank=True)
+    train = experiments.given_split(world)(0).train
+    x = world.store.x[train.chosen] - world.store.x[train.rejected]
+    assert torch.equal(fitted[0], x[~experiments._validation(train, 0)])
+    assert torch.equal(fitted[1], x)
+
+
 # ------------------------------------------------------------------------ Run folders
 
 
@@ -715,6 +730,25 @@ def test_reference_of_a_sweep_is_the_heads(world, tmp_path):
     records = saved(folder)["seeds"][0]["records"]
     found = [r["users"] for r in records if (r["method"], r["set"]) == ("reference", "unseen")]
     assert len(found) == 3 and np.allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(("unit", "comparisons"), [("dialogues", 3), ("comparisons", 1)])
+def test_a_shot_is_what_the_unit_says(world, tmp_path, monkeypatch, unit, comparisons):
+    draw_shots, drawn = experiments.draw_shots, []
+
+    def remember(*given):
+        drawn.append(draw_shots(*given))
+        return drawn[0]
+
+    monkeypatch.setattr(experiments, "draw_shots", remember)
+    fitting = Fitting(ranks=[1], results=tmp_path, **QUICK)
+    sets = experiments.given_split(world)
+    experiments.vary_fewshot(world, sets, fitting, [1, 4], 2, unit)
+    few = sets(0).few
+    sizes = [1] * 6 + [4] * 6
+    assert [len(rows) for rows in drawn[0].rows] == [size * comparisons for size in sizes * 2]
+    if unit == "dialogues":
+        assert [len(few.dialogs[rows].unique()) for rows in drawn[0].rows] == sizes * 2
 
 
 def test_a_sweep_of_several_processes_is_refused(world, tmp_path, monkeypatch):

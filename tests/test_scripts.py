@@ -162,7 +162,8 @@ def test_rank_is_chosen_and_marked(finished):
     chosen = json.loads((run.folder / "results.json").read_text())["seeds"][0]["chosen"]
     assert chosen["rank"] in (1, 2, 3)
     assert "LoRe, chosen" in table(run.outcome.out)
-    assert f"seed 0: K={chosen['rank']}" in run.outcome.out
+    told = ", ".join(f"{name} {value:g}" for name, value in chosen.items())
+    assert f"Chosen on held-out training comparisons: {told} in 1 repeat" in run.outcome.out
 
 
 def test_the_same_command_shows_the_same_run_again(finished, dataset, tmp_path):
