@@ -110,7 +110,7 @@ def measure(todo: Iterable[Callable[[], Measured]]) -> Iterator[Measured]:
     for case in todo:
         with ProcessPoolExecutor(1, mp_context=context) as fresh:
             measured = fresh.submit(case).result()
-        log.info("%s: ratio %.1f", measured.case, measured.plain / measured.ours)
+        log.info("%s", ", ".join(f"{k}: {v}" for k, v in measured.row().items()))
         yield measured
 
 
