@@ -14,6 +14,8 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -23,7 +25,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, logsigmoid
+from torch.nn.functional import cosine_similarity, embedding_bag, logsigmoid
 from torch.optim import Optimizer
 from tqdm import tqdm
 
@@ -32,6 +34,7 @@ log = logging.getLogger(__name__)
 TEMPERATURE = 100.0  # the published code's scale of the logits; the paper has none
 MIN_WEIGHT = 1e-2  # a column that no user gives more weight is dropped (LoRe_regularized)
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}  # features read at a time
+BLOCK_BYTES = 8 << 20  # features of a few users that a CPU's cache holds while they are worked on
 
 Seed = int | torch.Generator | None
 OptimizerFactory = Callable[[Iterable[Tensor]], Optimizer]
@@ -114,20 +117,6 @@ def _chunks(rows: int, columns: int, device: torch.device) -> Iterator[slice]:
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
 
-def _tall_product(x: Tensor, V: Tensor, out: Tensor) -> None:
-    """x V into ``out`` [n, C], for x [n, F] with many rows and V [F, C] with few columns.
-
-    On a CPU in blocks of 16 rows, small enough that the library does not first copy x into a
-    layout of its own, which takes a third of the time of such a thin product.
-    """
-    blocks = len(x) // 16 if x.device.type == "cpu" else 0
-    rows = 16 * blocks
-    if blocks:
-        stack = x[:rows].reshape(blocks, 16, -1), V.expand(blocks, *V.shape)
-        torch.bmm(*stack, out=out[:rows].view(blocks, 16, -1))
-    torch.mm(x[rows:], V, out=out[rows:])
-
-
 class DenseFeatures:
     """Differences held as one tensor [N, F], in memory or memory-mapped, of any float type.
 
@@ -150,9 +139,9 @@ class DenseFeatures:
 
     def project(self, V: Tensor) -> Tensor:
         """X V [N, C] for V [F, C]."""
-        out = V.new_empty(len(self), V.shape[1])
+        out, VT = V.new_empty(len(self), V.shape[1]), V.T.contiguous()
         for part, x in self._parts(V.dtype):
-            _tall_product(x, V, out[part])
+            torch.mm(x, VT.T, out=out[part])  # twice as fast as x @ V with rows of a few columns
         return out
 
     def backproject(self, G: Tensor) -> Tensor:
@@ -199,9 +188,9 @@ class RowFeatures:
 
     def rewards(self, V: Tensor) -> Tensor:
         """E V [rows, C] of the distinct rows, in the order of ``index``, for V [F, C]."""
-        rewards = V.new_empty(len(self.index), V.shape[1])
+        rewards, VT = V.new_empty(len(self.index), V.shape[1]), V.T.contiguous()
         for part, e in self._parts(V.dtype):
-            _tall_product(e, V, rewards[part])
+            torch.mm(e, VT.T, out=rewards[part])
         return rewards
 
     def project(self, V: Tensor) -> Tensor:
@@ -227,6 +216,48 @@ class RowFeatures:
         return DenseFeatures(x)
 
 
+class Owners:
+    """Rows that belong to B owners, a run of them to each, who own them in each of M models.
+
+    Args:
+        counts: rows of each owner [B], n in all.
+        models: M.
+    """
+
+    def __init__(self, counts: Tensor, models: int = 1) -> None:
+        self.counts, self.models = counts, models
+        self.owner = torch.repeat_interleave(counts)  # of each row [n]
+        n, model = len(self.owner), torch.arange(models, device=counts.device)[:, None]
+        self.row = torch.arange(n, device=counts.device).repeat(models)  # model after model
+        self.starts = (counts.cumsum(0) - counts + n * model).flatten()
+
+    @cached_property
+    def pattern(self) -> Tensor:
+        """Which directions each row meets: zeros [n, M B] where it does, sparse."""
+        n = len(self.owner)
+        model = len(self.counts) * torch.arange(self.models)
+        meets = self.owner[:, None] + model  # [n, M]
+        ends, zeros = self.models * torch.arange(n + 1), torch.zeros(meets.numel())
+        shape = (n, len(self.counts) * self.models)
+        with warnings.catch_warnings():  # torch announces that its CSR format may change
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
+            return torch.sparse_csr_tensor(
+                ends, meets.flatten(), zeros, shape, check_invariants=True
+            )
+
+    def dots(self, x: Tensor, D: Tensor) -> Tensor:
+        """Products of rows x [n, F] with their owners' directions D [M B, F]: [n, M]."""
+        if x.device.type != "cpu":
+            return torch.stack([(x * d[self.owner]).sum(1) for d in D.chunk(self.models)], 1)
+        pattern = self.pattern.to(x.dtype)
+        return torch.sparse.sampled_addmm(pattern, x, D.T, beta=0).values().view(-1, self.models)
+
+    def sums(self, x: Tensor, scale: Tensor) -> Tensor:
+        """Each owner's sum of rows x [n, F] times each model's scale [n, M]: [M B, F]."""
+        scale = scale.T.contiguous().flatten()
+        return embedding_bag(self.row, x, self.starts, mode="sum", per_sample_weights=scale)
+
+
 class Comparisons:
     """The comparisons of U users, packed: features [N, F], user [N] ascending, weight [N].
 
@@ -245,7 +276,8 @@ class Comparisons:
         _require(self.num_users > 0, "no users: give at least one user with comparisons")
         for u, count in enumerate(self.counts.tolist()):
             _require(count > 0, f"user {u} has no comparisons: leave the user out")
-        self.user = torch.repeat_interleave(self.counts)
+        self.owners = Owners(self.counts)
+        self.user = self.owners.owner
         _require(len(self.user) == len(features), "counts do not add up to the comparisons")
         if weight is None:
             weight = torch.ones(len(features), dtype=torch.float64)
@@ -253,7 +285,6 @@ class Comparisons:
         _require(weight.shape == (len(features),), "give one weight per comparison")
         _require(bool((weight > 0).all()), "weights of comparisons must be positive")
         self.weight = weight
-        self._layout: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def from_list(
@@ -282,15 +313,7 @@ class Comparisons:
 
     def sum_by_user(self, scale: Tensor, values: Tensor) -> Tensor:
         """Sums over each user's comparisons of scale [N] times values [N, C]: [U, C]."""
-        if self._layout is None:
-            starts = torch.cat([self.counts.new_zeros(1), self.counts.cumsum(0)])
-            self._layout = starts, torch.arange(len(self), device=self.device)
-        with warnings.catch_warnings():  # torch announces that its CSR format may change
-            warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
-            sums = torch.sparse_csr_tensor(
-                *self._layout, scale, (self.num_users, len(self)), check_invariants=False
-            )
-        return sums @ values
+        return self.owners.sums(values, scale[:, None])
 
     def user_weight(self) -> Tensor:
         """Sum of the weights of each user's comparisons [U]; the number of them by default."""
@@ -363,13 +386,163 @@ def _check_reference(V_sft: Tensor | None, num_features: int) -> Tensor | None:
 # ------------------------------------------------------------- Weights of users
 
 
+class Reading(Protocol):
+    """Comparisons [n] of some users [B] in M models with C columns, against bases of the moment."""
+
+    users: slice
+    rows: slice
+
+    def products(self, W: Tensor) -> Tensor:
+        """x^T V w [n, M] of each model, for weights W [B, C]."""
+
+    def weights_gradient(self, slope: Tensor) -> Tensor:
+        """Sums over each user's comparisons of slope [n, M] times V^T x: [B, C]."""
+
+    def add_basis_gradient(self, total: Tensor, slope: Tensor, W: Tensor) -> None:
+        """Add the sum over the comparisons of slope times w x^T to the total [C, F]."""
+
+
+class Projected:
+    """All comparisons, read as their projections Z = X V [N, C] on the models' columns.
+
+    Args:
+        data: the comparisons; their features are read for a basis' gradient alone.
+        ranks: columns of each model [M], adding up to C.
+        Z: the projections.
+    """
+
+    def __init__(self, data: Comparisons, ranks: Sequence[int], Z: Tensor) -> None:
+        self.data, self.ranks, self.Z = data, ranks, Z
+        self.users, self.rows = slice(0, data.num_users), slice(0, len(Z))
+        self.member = _members(ranks).to(Z)
+
+    def products(self, W: Tensor) -> Tensor:
+        """x^T V w [N, M] of each model, for weights W [U, C]."""
+        return (self.Z * W.index_select(0, self.data.user)) @ self.member
+
+    def weights_gradient(self, slope: Tensor) -> Tensor:
+        """Sums over each user's comparisons of slope [N, M] times V^T x: [U, C]."""
+        parts = zip(slope.split(1, 1), self.Z.split(self.ranks, 1), strict=True)
+        return torch.cat([self.data.owners.sums(z.contiguous(), d) for d, z in parts], 1)
+
+    def add_basis_gradient(self, total: Tensor, slope: Tensor, W: Tensor) -> None:
+        """Add the sum over the comparisons of slope times w x^T to the total [C, F]."""
+        G = (slope @ self.member.T) * W.index_select(0, self.data.user)
+        total += self.data.features.backproject(G).T
+
+
+class Owned:
+    """Some users' comparisons x [n, F], each met by its own user's reward directions V w.
+
+    A comparison then takes one product with each model, and one more for the gradients, however
+    many columns V has: with H [M, B, F] the sums over each user's comparisons of slope times x,
+    the gradients are V^T h in the weights and the sum over users of w h^T in the basis.
+
+    Args:
+        users, rows: which users and comparisons of all.
+        x: the comparisons.
+        owners: how many of them each user has.
+        bases: V^T [K, F] of each model.
+    """
+
+    def __init__(
+        self, users: slice, rows: slice, x: Tensor, owners: Owners, bases: Sequence[Tensor]
+    ) -> None:
+        self.users, self.rows, self.x, self.owners, self.bases = users, rows, x, owners, bases
+        self.ranks = [len(basis) for basis in bases]
+        self.known: tuple[Tensor | None, Sequence[Tensor]] = None, ()
+
+    def products(self, W: Tensor) -> Tensor:
+        """x^T V w [n, M] of each model, for weights W [B, C]."""
+        D = self.x.new_empty(len(self.bases), len(W), self.x.shape[1])
+        for own, w, basis in zip(D, W.split(self.ranks, 1), self.bases, strict=True):
+            torch.mm(w, basis, out=own)
+        return self.owners.dots(self.x, D.flatten(0, 1))
+
+    def weights_gradient(self, slope: Tensor) -> Tensor:
+        """Sums over each user's comparisons of slope [n, M] times V^T x: [B, C]."""
+        pairs = zip(self._sums(slope), self.bases, strict=True)
+        return torch.cat([h @ basis.T for h, basis in pairs], 1)
+
+    def add_basis_gradient(self, total: Tensor, slope: Tensor, W: Tensor) -> None:
+        """Add the sum over the comparisons of slope times w x^T to the total [C, F]."""
+        parts = zip(total.split(self.ranks), W.split(self.ranks, 1), self._sums(slope), strict=True)
+        for part, w, h in parts:
+            part.addmm_(w.T, h)
+
+    def _sums(self, slope: Tensor) -> Sequence[Tensor]:
+        """H, kept for the other gradient at the same slopes."""
+        if self.known[0] is not slope:
+            self.known = slope, self.owners.sums(self.x, slope).chunk(len(self.ranks))
+        return self.known[1]
+
+
+def _runs(counts: Sequence[int], most: int, besides: int) -> Iterator[slice]:
+    """Runs of users with at most so many rows, if they have fewer alone.
+
+    Args:
+        counts: comparisons of each user.
+        most: rows of a run.
+        besides: rows that each user takes besides the comparisons.
+    """
+    first = filled = 0
+    for user, count in enumerate(counts):
+        if filled and filled + count + besides > most:
+            yield slice(first, user)
+            first, filled = user, 0
+        filled += count + besides
+    yield slice(first, len(counts))
+
+
+def _members(ranks: Sequence[int]) -> Tensor:
+    """Which columns are whose: [C, M], ones and zeros."""
+    model = torch.repeat_interleave(torch.tensor(ranks))
+    return torch.nn.functional.one_hot(model, len(ranks))
+
+
+class Reader:
+    """Reads comparisons for models' bases, block by block: each block's features once a reading.
+
+    On a CPU a block is a few users' features, as many as its cache holds, so that everything is
+    computed on them while they are there. Elsewhere, and for streamed features, all are one block.
+
+    Args:
+        data: the comparisons.
+        ranks: columns of each model [M], adding up to C.
+        whole: one block in any case.
+    """
+
+    def __init__(self, data: Comparisons, ranks: Sequence[int], whole: bool = False) -> None:
+        self.data, self.ranks = data, list(ranks)
+        self.users = [slice(0, data.num_users)]
+        self.owned = data.device.type == "cpu" and isinstance(data.features, DenseFeatures)
+        self.blocks: list[tuple[slice, slice, Owners]] = []
+        if self.owned:
+            if not whole:
+                rows = BLOCK_BYTES // (4 * data.features.num_features)
+                self.users = list(_runs(data.counts.tolist(), rows, besides=2 * len(self.ranks)))
+            ends = [0, *data.counts.cumsum(0).tolist()]
+            for users in self.users:
+                rows = slice(ends[users.start], ends[users.stop])
+                self.blocks.append((users, rows, Owners(data.counts[users], len(self.ranks))))
+
+    def __call__(self, V: Tensor) -> Iterator[Reading]:
+        """The blocks, for bases V [F, C] side by side."""
+        if not self.owned:
+            yield Projected(self.data, self.ranks, self.data.features.project(V))
+            return
+        bases = [part.T.contiguous() for part in V.split(self.ranks, 1)]
+        for users, rows, owners in self.blocks:
+            x = self.data.features.x[rows].to(V.dtype)
+            yield Owned(users, rows, x, owners, bases)
+
+
 class UserWeights:
     """Simplex weights of U users in M models side by side, and the loss's gradient in them.
 
     Args:
         logits: free logits [U, C] before the softmax; the optimiser's tensor.
         ranks: columns of each model [M], adding up to C.
-        data: whose comparisons; only users and weights are read.
         coefficient: of each comparison's loss [N].
         shrinkage: strength of each model's pull towards the population's weights [M], in
             comparisons: a user's loss gains shrinkage * coefficient * KL(population || w).
@@ -382,65 +555,56 @@ class UserWeights:
         self,
         logits: Tensor,
         ranks: Sequence[int],
-        data: Comparisons,
         coefficient: Tensor,
         shrinkage: Sequence[float] = (0.0,),
         per_comparison: Tensor | None = None,
         population: Tensor | None = None,
         distributed: bool = False,
     ) -> None:
-        self.logits, self.ranks, self.data = logits, list(ranks), data
-        self.coefficient, self.distributed = coefficient, distributed
-        model = torch.repeat_interleave(torch.tensor(self.ranks))
-        self.member = torch.nn.functional.one_hot(model, len(self.ranks)).to(logits)  # [C, M]
-        self.shrinks, self.population = any(shrinkage), population
+        self.logits, self.ranks, self.coefficient = logits, list(ranks), coefficient
+        self.population, self.distributed = population, distributed
+        self.target = population
+        self.member = _members(ranks).to(logits)  # [C, M]
+        self.shrinks = any(shrinkage)
         if self.shrinks:
             strength = torch.tensor(shrinkage).to(logits)
             self.pull = per_comparison.to(logits)[:, None] * (strength @ self.member.T)  # [U, C]
 
-    def simplex(self) -> Tensor:
-        """W [U, C]: the softmax of each model's logits."""
-        return torch.cat([part.softmax(1) for part in self.logits.split(self.ranks, 1)], 1)
+    def simplex(self, users: slice = slice(None)) -> Tensor:
+        """W [B, C] of some users: the softmax of each model's logits."""
+        parts = self.logits[users].split(self.ranks, 1)
+        return torch.cat([part.softmax(1) for part in parts], 1)
 
-    def slopes(self, Z: Tensor, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Losses, and their slopes in the projected comparisons, from Z [N, C] and W [U, C].
+    def aim(self) -> None:
+        """Settle what weights are pulled to in this step: the population, or the mean of now."""
+        if self.shrinks and self.population is None:
+            W = self.simplex()
+            sums = torch.cat([W.sum(0), W.new_tensor([len(W)])])
+            sums = _sum_over_processes(sums) if self.distributed else sums
+            self.target = sums[:-1] / sums[-1]
 
-        Returns:
-            losses [M], d loss / d (x^T V w) [N, M], and each comparison's weights W[user] [N, C].
-        """
-        rows = W.index_select(0, self.data.user)
-        logits = (Z * rows) @ (self.member / TEMPERATURE)  # [N, M]
-        losses = -(self.coefficient @ logsigmoid(logits))
-        slope = torch.sigmoid(-logits) * (self.coefficient / -TEMPERATURE)[:, None]
-        return losses, slope, rows
+    def slopes(self, reading: Reading, W: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses [M], and their slopes in the products x^T V w [n, M], at W [B, C]."""
+        logits, c = reading.products(W) / TEMPERATURE, self.coefficient[reading.rows]
+        return -(c @ logsigmoid(logits)), torch.sigmoid(-logits) * (c / -TEMPERATURE)[:, None]
 
-    def spread(self, slope: Tensor) -> Tensor:
-        """Slopes of the models [N, M] for each of their columns: [N, C], or [N, 1] of one."""
-        return slope if len(self.ranks) == 1 else slope @ self.member.T
-
-    def set_gradient(self, Z: Tensor) -> Tensor:
-        """Put the loss's gradient into logits.grad and return the losses [M]."""
-        W = self.simplex()
-        losses, slope, _ = self.slopes(Z, W)
-        return losses + self.set_gradient_from(Z, slope, W)
-
-    def set_gradient_from(self, Z: Tensor, slope: Tensor, W: Tensor) -> Tensor:
-        """The same from slopes already known; returns the losses of the pull alone [M]."""
-        parts = zip(slope.T.contiguous(), Z.split(self.ranks, 1), strict=True)
-        gradient = torch.cat([self.data.sum_by_user(d, z.contiguous()) for d, z in parts], 1)
+    def gradient(self, reading: Reading, W: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses of the pull alone [M], and the gradient of everything in the logits [B, C]."""
+        gradient = reading.weights_gradient(slope)
         inner = (W * gradient) @ self.member @ self.member.T
-        self.logits.grad = W * (gradient - inner)  # through the softmax
+        gradient = W * (gradient - inner)  # through the softmax
         if not self.shrinks:
-            return W.new_zeros(len(self.ranks))
-        target = self._mean(W) if self.population is None else self.population
-        self.logits.grad += self.pull * (W - target)
-        divergence = target * (target.clamp_min(1e-30).log() - W.clamp_min(1e-30).log())
-        return (self.pull * divergence).sum(0) @ self.member
+            return W.new_zeros(len(self.ranks)), gradient
+        pull = self.pull[reading.users]
+        divergence = self.target * (self.target.clamp_min(1e-30).log() - W.clamp_min(1e-30).log())
+        return (pull * divergence).sum(0) @ self.member, gradient + pull * (W - self.target)
 
-    def _mean(self, W: Tensor) -> Tensor:
-        sums = torch.cat([W.sum(0), W.new_tensor([len(W)])])
-        sums = _sum_over_processes(sums) if self.distributed else sums
-        return sums[:-1] / sums[-1]
+    def set_gradient(self, reading: Reading, logits: Tensor) -> Tensor:
+        """Put the gradient into the grad of these users' logits; returns the losses [M]."""
+        W = self.simplex(reading.users)
+        losses, slope = self.slopes(reading, W)
+        pull, logits.grad = self.gradient(reading, W, slope)
+        return losses + pull
 
 
 def fit_weights(
@@ -480,12 +644,11 @@ def fit_weights(
     per_comparison = 1 / data.user_weight()
     coefficient = (data.weight * per_comparison[data.user]).to(Z)
     target = None if population is None else population.to(Z)
-    weights = UserWeights(
-        logits, [Z.shape[1]], data, coefficient, [shrinkage], per_comparison, target
-    )
+    ranks, reading = [Z.shape[1]], Projected(data, [Z.shape[1]], Z)
+    weights = UserWeights(logits, ranks, coefficient, [shrinkage], per_comparison, target)
     steps = make_optimizer(optimizer, [logits], learning_rate)
     for _ in tqdm(range(num_iterations), "users' weights", disable=not progress, leave=False):
-        loss = steps.step(lambda: weights.set_gradient(Z))
+        loss = steps.step(lambda: weights.set_gradient(reading, logits))
         if losses is not None:
             losses.append(float(loss))
     return weights.simplex()
@@ -756,15 +919,20 @@ def train_together(
         (W, V) of every model.
     """
     lead = models[0]
-    probe = make_optimizer(lead.optimizer, [torch.zeros(1)], lead.learning_rate)
-    elementwise = isinstance(probe, ELEMENTWISE)
+    elementwise = is_elementwise(lead)
     _require(
         elementwise or not lead.distributed,
-        f"{type(probe).__name__} needs all users in one process: use Adam, AdamW or SGD",
+        "this optimiser needs all users in one process: use Adam, AdamW or SGD",
     )
     if elementwise or len(models) == 1:
         return _Training(models, data).fit(checkpoint)
     return [_Training([model], data).fit(None)[0] for model in models]
+
+
+def is_elementwise(model: LoRe) -> bool:
+    """Whether the model's optimiser updates each entry by that entry alone."""
+    probe = make_optimizer(model.optimizer, [torch.zeros(1)], model.learning_rate)
+    return isinstance(probe, ELEMENTWISE)
 
 
 class _Training:
@@ -783,12 +951,15 @@ class _Training:
         self.V = torch.cat([model.V0 for model in models], 1).to(data.device)
         per_comparison = lead.per_comparison(data)
         coefficient = (data.weight * per_comparison[data.user]).to(self.V)
+        logits = logits.to(data.device, copy=True)
         self.weights = UserWeights(
-            logits.to(data.device, copy=True), ranks, data, coefficient,
-            [model.shrinkage for model in models], per_comparison, distributed=lead.distributed,
+            logits, ranks, coefficient, [model.shrinkage for model in models], per_comparison,
+            distributed=lead.distributed,
         )  # fmt: skip
-        parameters = [self.weights.logits, self.V]
-        groups = [[p] for p in parameters] if lead.alternating else [parameters]
+        self.read = Reader(data, ranks, whole=not is_elementwise(lead))
+        groups = [[logits, self.V]]
+        if lead.alternating:  # each block's users have an optimiser, and step while it is read
+            groups = [*([logits[users]] for users in self.read.users), [self.V]]
         self.optimizers = [make_optimizer(lead.optimizer, g, lead.learning_rate) for g in groups]
         self.losses = self.V.new_zeros(lead.num_iterations, len(models))
 
@@ -828,25 +999,43 @@ class _Training:
 
     def _joint_step(self, step: int) -> Tensor:
         def closure() -> Tensor:
-            Z, W = self.data.features.project(self.V), self.weights.simplex()
-            losses, slope, rows = self.weights.slopes(Z, W)
-            losses = losses + self.weights.set_gradient_from(Z, slope, W)
-            return self._set_basis_gradient(losses, self.weights.spread(slope) * rows, step)
+            self.weights.aim()
+            logits, total = self.weights.logits, self.V.new_zeros(self.V.T.shape)
+            logits.grad, losses = torch.empty_like(logits), 0.0
+            for reading in self.read(self.V):
+                W = self.weights.simplex(reading.users)
+                some, slope = self.weights.slopes(reading, W)
+                pull, logits.grad[reading.users] = self.weights.gradient(reading, W, slope)
+                reading.add_basis_gradient(total, slope, W)
+                losses = losses + some + pull
+            return self._set_basis_gradient(losses, total.T, step)
 
         return self._step(self.optimizers[0], closure)
 
     def _alternating_step(self, step: int) -> Tensor:
-        Z = self.data.features.project(self.V)
-        self._step(self.optimizers[0], lambda: self.weights.set_gradient(Z))
-        W = self.weights.simplex()
-        known = [Z]  # V has not moved yet: its projection serves the basis' first evaluation too
+        self.weights.aim()
+        # One reading serves both halves: V does not move while the weights do.
+        known = [self._basis_gradient(self.optimizers[:-1])]
 
         def closure() -> Tensor:
-            Z = known.pop() if known else self.data.features.project(self.V)
-            losses, slope, rows = self.weights.slopes(Z, W)
-            return self._set_basis_gradient(losses, self.weights.spread(slope) * rows, step)
+            losses, gradient = known.pop() if known else self._basis_gradient()
+            return self._set_basis_gradient(losses, gradient, step)
 
-        return self._step(self.optimizers[1], closure)
+        return self._step(self.optimizers[-1], closure)
+
+    def _basis_gradient(self, steps: Sequence[Optimizer] = ()) -> tuple[Tensor, Tensor]:
+        """Losses [M] and gradient [F, C]; the optimisers first step each block's weights."""
+        total, losses = self.V.new_zeros(self.V.T.shape), self.V.new_zeros(len(self.models))
+        for reading, optimizer in zip_longest(self.read(self.V), steps):
+            if optimizer:
+                (logits,) = optimizer.param_groups[0]["params"]
+                closure = partial(self.weights.set_gradient, reading, logits)
+                self._step(optimizer, closure)
+            W = self.weights.simplex(reading.users)
+            some, slope = self.weights.slopes(reading, W)
+            reading.add_basis_gradient(total, slope, W)
+            losses += some
+        return losses, total.T
 
     @staticmethod
     def _step(optimizer: Optimizer, closure: Callable[[], Tensor]) -> Tensor:
@@ -861,9 +1050,8 @@ class _Training:
         optimizer.step(total)
         return first[0]
 
-    def _set_basis_gradient(self, losses: Tensor, G: Tensor, step: int) -> Tensor:
-        """Put the gradient into V.grad, from G = d loss / d (X V) [N, C]; returns the losses."""
-        gradient = self.data.features.backproject(G)
+    def _set_basis_gradient(self, losses: Tensor, gradient: Tensor, step: int) -> Tensor:
+        """Put the gradient [F, C] and the pull's into V.grad; returns all losses [M]."""
         if self.models[0].distributed:
             gradient, losses = _sum_over_processes(gradient), _sum_over_processes(losses)
         if any(model.alpha for model in self.models):
@@ -1073,8 +1261,7 @@ def learn_multiple(
 ) -> list[Tensor]:
     """Every user's own reward direction, with nothing shared: the per-user baseline.
 
-    Each user's direction starts at zero and minimises the mean of that user's losses; users of
-    one block of about a chunk of features are fitted together.
+    Each user's direction starts at zero and minimises the mean of that user's losses.
 
     Args:
         train_features: U tensors [m_u, F].
@@ -1087,31 +1274,27 @@ def learn_multiple(
         U directions [F, 1].
     """
     _check_features(train_features)
-    X = train_features
+    X, counts = train_features, [len(x) for x in train_features]
     weights = weights or [x.new_ones(len(x)) for x in X]
-    widest, F = max(map(len, X)), X[0].shape[1]
-    block = max(1, CHUNK_BYTES["cpu"] // (4 * widest * F))
+    blocks = list(_runs(counts, BLOCK_BYTES // (4 * X[0].shape[1]), besides=2))
     directions: list[Tensor] = []
-    for start in tqdm(range(0, len(X), block), "own models", disable=not progress, leave=False):
-        some = slice(start, start + block)
-        x = torch.nn.utils.rnn.pad_sequence([x.float() for x in X[some]], batch_first=True)
-        c = torch.nn.utils.rnn.pad_sequence(
-            [w.float().to(x.device) / w.sum() for w in weights[some]], batch_first=True
-        )  # [B, m]: zero where a user has fewer comparisons, which adds nothing
-        v = x.new_zeros(len(x), F)
-        steps = make_optimizer(optimizer, [v], learning_rate)
+    for users in tqdm(blocks, "own models", disable=not progress, leave=False):
+        x = torch.cat([x.float() for x in X[users]])
+        c = torch.cat([w.to(x) / w.sum() for w in weights[users]])
+        owners = Owners(torch.tensor(counts[users], device=x.device))
+        V = x.new_zeros(len(counts[users]), x.shape[1])
+        steps = make_optimizer(optimizer, [V], learning_rate)
         for _ in range(num_iterations):
-            steps.step(lambda x=x, c=c, v=v: _own_gradient(x, c, v))
-        directions += list(v[:, :, None])
+            steps.step(partial(_own_gradient, owners, x, c, V))
+        directions += list(V[:, :, None])
     return directions
 
 
-def _own_gradient(x: Tensor, c: Tensor, v: Tensor) -> Tensor:
-    """Loss of users' own directions v [B, F] on x [B, m, F] with coefficients c [B, m]."""
-    logits = torch.bmm(x, v[:, :, None])[:, :, 0] / TEMPERATURE
-    slope = c * torch.sigmoid(-logits) / -TEMPERATURE
-    v.grad = torch.bmm(slope[:, None, :], x)[:, 0]
-    return -(c * logsigmoid(logits)).sum()
+def _own_gradient(owners: Owners, x: Tensor, c: Tensor, V: Tensor) -> Tensor:
+    """Loss of users' own directions V [B, F] on their x [n, F] with coefficients c [n]."""
+    logits = owners.dots(x, V) / TEMPERATURE
+    V.grad = owners.sums(x, torch.sigmoid(-logits) * (c / -TEMPERATURE)[:, None])
+    return -(c @ logsigmoid(logits)).sum()
 
 
 # ------------------------------------------------------------------- Evaluation

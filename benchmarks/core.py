@@ -82,9 +82,9 @@ def main(device: str = "cpu", **sizes: Any) -> None:
     """Print a table: seconds of the plain loops and of ours, their ratio, and what bounds it.
 
     Floor is the time to read what must be read, at the bandwidth measured by copying as many bytes
-    as the features have (read and written bytes both count): the features, twice when alternating;
-    for few-shot also every fit's projected comparisons at every step. Extra is how far peak memory
-    rises above the features, and deviation the relative difference of the two sides' results.
+    as the features have (read and written bytes both count): the features once, and for few-shot
+    also every fit's projected comparisons at every step. Extra is how far peak memory rises above
+    the features, and deviation the relative difference of the two sides' results.
 
     Args:
         device: cpu or cuda.
@@ -198,10 +198,9 @@ def _fit_case(
     fresh(users=rank, rank=rank).train(X[:rank])  # what the libraries set up once is not counted
     extra = extra_memory(ours, device)
     apart = _deviation(ours(), plain())
-    optimizers = 2 if estimator.alternating else 1
-    seconds = _in_turn([plain, ours], device, rounds, optimizers)
+    seconds = _in_turn([plain, ours], device, rounds, steps)
     aim = 20 if estimator.alternating else 8
-    return _measured(name, seconds, aim, X, device, extra, apart, readings=optimizers)
+    return _measured(name, seconds, aim, X, device, extra, apart)
 
 
 def _model(
@@ -220,12 +219,11 @@ def _model(
 
 
 def _in_turn(
-    sides: Sequence[Callable[[], object]], device: str, rounds: int, optimizer_steps: int = 1
+    sides: Sequence[Callable[[], object]], device: str, rounds: int, steps: int
 ) -> list[float]:
     """Median seconds of each side's iterations, over all its turns."""
     seconds = [
-        [iteration_seconds(side, device, optimizer_steps) for side in sides]
-        for _ in range(rounds)
+        [iteration_seconds(side, device, steps) for side in sides] for _ in range(rounds)
     ]
     return [float(np.median(np.concatenate(turns))) for turns in zip(*seconds, strict=True)]
 
@@ -242,11 +240,10 @@ def _measured(
     device: str,
     extra: int,
     deviation: float,
-    readings: int = 1,
     read_besides: int = 0,
 ) -> Measured:
     size = sum(x.nbytes for x in X)
-    floor = readings * size + read_besides
+    floor = size + read_besides
     return Measured(
         name, *seconds, aim, size, floor, copy_bandwidth(size, device), extra, deviation
     )
@@ -335,7 +332,7 @@ def ranks_case(
     extra = extra_memory(lambda: train(ranks), device)
     apart = _deviation(train(ranks), torch.cat([train([rank]) for rank in ranks], 1))
     sides = [partial(train, [rank]) for rank in ranks]
-    *alone, together = _in_turn([*sides, partial(train, ranks)], device, rounds)
+    *alone, together = _in_turn([*sides, partial(train, ranks)], device, rounds, steps)
     name = f"ranks {ranks[0]} to {ranks[-1]} together, {users} users x {pairs}"
     return _measured(name, [sum(alone), together], 2, X, device, extra, apart)
 

@@ -39,15 +39,13 @@ def timed(work: Callable[[], object], device: str) -> float:
     return now(device) - begin
 
 
-def iteration_seconds(
-    work: Callable[[], object], device: str, optimizer_steps: int = 1
-) -> np.ndarray:
-    """Seconds of every iteration but the first, of work that steps any torch optimiser.
+def iteration_seconds(work: Callable[[], object], device: str, iterations: int) -> np.ndarray:
+    """Seconds of every iteration but the first, of work that steps any torch optimisers.
 
     Args:
-        work: runs the iterations.
+        work: runs the iterations, each with as many optimiser steps.
         device: cpu or cuda.
-        optimizer_steps: of one iteration.
+        iterations: how many it runs.
     """
     stamps: list[float] = []
     hook = register_optimizer_step_post_hook(lambda *_: stamps.append(now(device)))
@@ -55,7 +53,8 @@ def iteration_seconds(
         work()
     finally:
         hook.remove()
-    return np.diff(stamps[optimizer_steps - 1 :: optimizer_steps])
+    steps = len(stamps) // iterations
+    return np.diff(stamps[steps - 1 :: steps])
 
 
 def extra_memory(work: Callable[[], object], device: str) -> int:

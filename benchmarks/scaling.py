@@ -32,7 +32,6 @@ from reports import markdown
 from utils import Comparisons, DenseFeatures, LoRe, train_together
 
 FACTORS = (1, 2, 5, 10)
-READINGS = 2  # of the features in an iteration: X V, then X^T G
 BYTES = {"bfloat16": 2, "float32": 4}
 
 
@@ -101,7 +100,7 @@ def _seconds(
 ) -> float:
     X = made_up_users(users, pairs, features, device, seed)
     model = LoRe(None, 0.0, users, features, rank, steps, generator=seed)
-    return float(np.median(iteration_seconds(partial(model.train, X), device)))
+    return float(np.median(iteration_seconds(partial(model.train, X), device, steps)))
 
 
 def _growth(rows: pd.DataFrame) -> float:
@@ -154,7 +153,7 @@ def _million(
     with tempfile.TemporaryDirectory(dir=out) as folder:
         x = _differences(Path(folder) / "x", here * pairs, features, dtype)
         seconds, memory = _streamed(x, here, pairs, rank, device, steps)
-    rate = READINGS * x.nbytes / seconds
+    rate = x.nbytes / seconds
     # What is kept for each comparison does not depend on F: more users show it at few features.
     many = max(rank, users // 10)
     narrow = torch.randn(many * pairs, rank, dtype=getattr(torch, dtype))
@@ -194,7 +193,7 @@ def _streamed(
     with own_memory() as samples:
         data = Comparisons(DenseFeatures(x, device), [pairs] * users)
         model = LoRe(None, 0.0, users, x.shape[1], rank, steps, generator=0)
-        seconds = iteration_seconds(lambda: train_together([model], data), device)
+        seconds = iteration_seconds(lambda: train_together([model], data), device, steps)
     return float(np.median(seconds)), max(samples) - samples[0]
 
 
@@ -203,14 +202,14 @@ def _account(
 ) -> dict[str, str]:
     """Storage, traffic and time at these sizes, if so many bytes are read each second."""
     entries = users * pairs * features
-    traffic = READINGS * entries * BYTES[dtype]
+    traffic = entries * BYTES[dtype]
     return {
         "users": f"{users:,}",
         "comparisons": f"{users * pairs:,}",
         "features, rank": f"{features}, {rank}",
         "differences in bfloat16": f"{2 * entries / 1e9:.1f} GB",
         "differences in float32": f"{4 * entries / 1e9:.1f} GB",
-        f"read in an iteration ({dtype}, twice)": f"{traffic / 1e9:.1f} GB",
+        f"read in an iteration ({dtype})": f"{traffic / 1e9:.1f} GB",
         "read in a second": f"{rate / 1e9:.2f} GB",
         "seconds of an iteration": f"{traffic / rate:.3g}",
         "hours of 1000 iterations": f"{traffic / rate / 3.6:.3g}",
