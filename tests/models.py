@@ -109,7 +109,7 @@ def _save(
     settings.update(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     torch.manual_seed(seed)
     model = getattr(transformers, kind + form)(
-        getattr(transformers, f"{kind}Config")(**settings, initializer_range=0.3)
+        getattr(transformers, f"{kind}Config")(**settings, initializer_range=0.1)
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
