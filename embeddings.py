@@ -96,7 +96,7 @@ def embed(
             full disk, or a model whose logit is not its score head applied to this embedding.
     """
     worker, workers = _worker(shard)
-    device, dtype = _device_and_dtype(device, dtype)
+    device, dtype = device_and_dtype(device, dtype)
     batch_tokens = batch_tokens or (1024 if device == "cpu" else 4096)
     if min(max_length, batch_tokens, shard_size) < 1:
         raise InputError("--max-length, --batch-tokens and --shard-size must be positive")
@@ -236,7 +236,7 @@ def _one_bos(ids: Tokens, bos: int | None, adds_bos: bool) -> Tokens:
     return np.array([*first, *ids[written:]], dtype=np.int64)
 
 
-def _cut(ids: Tokens, bos: int | None, max_length: int, truncation_side: str) -> Tokens:
+def cut_tokens(ids: Tokens, bos: int | None, max_length: int, truncation_side: str) -> Tokens:
     """At most max_length tokens; a BOS stays in front."""
     if len(ids) <= max_length or truncation_side == "right":
         return ids[:max_length]
@@ -298,11 +298,11 @@ def _plan(
     shard_size: int,
 ) -> _Plan:
     conversations = check_conversations(conversations)
-    config, tokenizer = _load_config(source), load_tokenizer(source)
+    config, tokenizer = load_config(source), load_tokenizer(source)
     max_length = min(max_length, getattr(config, "max_position_embeddings", None) or max_length)
     cut, num_truncated = [], 0
     for ids in _tokenize(tokenizer, (render_text(tokenizer, each) for each in conversations)):
-        short = _cut(ids, tokenizer.bos_token_id, max_length, truncation_side)
+        short = cut_tokens(ids, tokenizer.bos_token_id, max_length, truncation_side)
         cut.append(short.astype(">u4").tobytes())
         num_truncated += len(short) < len(ids)
     tokens = sorted(set(cut))
@@ -339,7 +339,12 @@ def _worker(shard: str | None) -> tuple[int, int]:
     return (int(given[1]) - 1) * ranks + rank, int(given[2]) * ranks
 
 
-def _device_and_dtype(device: str, dtype: str) -> tuple[str, str]:
+def device_and_dtype(device: str, dtype: str) -> tuple[str, str]:
+    """The device and dtype that auto stands for here.
+
+    Raises:
+        InputError: a CUDA device is asked for and there is none.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -600,11 +605,11 @@ def load_engine(
     padding: str = "right",
 ) -> Engine:
     """Load a reward model with its score head; the arguments are those of ``embed``."""
-    method, why = choose_method(_load_config(source), method, attention)
+    method, why = choose_method(load_config(source), method, attention)
     log.info("embedding method: %s (%s)", method, why)
     model, has_head = _load_model(source, getattr(torch, dtype), attention)
-    # Batches of one pool the last token: a pad id could be that token, and pooling would skip it.
-    model.config.get_text_config().pad_token_id = None
+    # No token is padding: pooling takes a row's last token, whatever the pad token is.
+    model.config.get_text_config().pad_token_id = -1
     return Engine(model.to(device).eval(), has_head, method, batch_tokens, padding)
 
 
@@ -638,11 +643,11 @@ def _load_model(source: Source, dtype: torch.dtype, attention: str) -> tuple[Any
     options = {"dtype": dtype, "attn_implementation": attention, "output_loading_info": True}
     try:
         loader = AutoModelForSequenceClassification
-        model, info = _pretrained(loader, source.model, source, **options)
+        model, info = pretrained(loader, source.model, source, **options)
     except InputError as error:
         if "Unrecognized configuration class" not in str(error.__cause__):
             raise
-        model, info = _pretrained(AutoModel, source.model, source, **options)
+        model, info = pretrained(AutoModel, source.model, source, **options)
     missing = sorted(info["missing_keys"])
     lost = [name for name in missing if not name.startswith("score.")]
     if lost or not hasattr(model, "base_model"):
@@ -653,10 +658,11 @@ def _load_model(source: Source, dtype: torch.dtype, attention: str) -> tuple[Any
     return model, has_head
 
 
-def _load_config(source: Source) -> Any:
+def load_config(source: Source) -> Any:
+    """The model's config."""
     from transformers import AutoConfig  # slow to import, and readers of a store do without
 
-    return _pretrained(AutoConfig, source.model, source)
+    return pretrained(AutoConfig, source.model, source)
 
 
 def load_tokenizer(source: Source) -> Any:
@@ -664,13 +670,18 @@ def load_tokenizer(source: Source) -> Any:
     from transformers import AutoTokenizer
 
     name = source.tokenizer or source.model
-    tokenizer = _pretrained(AutoTokenizer, name, source)
+    tokenizer = pretrained(AutoTokenizer, name, source)
     if not tokenizer.chat_template:
         raise InputError(f"the tokenizer {name} has no chat template: name one with --tokenizer")
     return tokenizer
 
 
-def _pretrained(loader: Any, name: str, source: Source, **options: Any) -> Any:
+def pretrained(loader: Any, name: str, source: Source, **options: Any) -> Any:
+    """What an Auto class of transformers makes of the source's model or tokenizer.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
     if name == source.model:
         options["revision"] = source.revision
     try:

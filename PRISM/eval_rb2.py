@@ -27,11 +27,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import experiments
-from embeddings import Conversation, Store, embed, render, render_text
+from embeddings import (
+    Conversation,
+    Source,
+    Store,
+    Tokens,
+    cut_tokens,
+    device_and_dtype,
+    embed,
+    load_config,
+    load_engine,
+    load_tokenizer,
+    render,
+    render_text,
+)
 from utils import InputError, load_basis
 
 log = logging.getLogger(__name__)
@@ -359,11 +371,11 @@ def asked_heads(
     return {**from_file, **(basis_heads(basis, users) if basis else {})}
 
 
-def check_mode(mode: str, model: Model, heads: Mapping[str, Head]) -> str:
+def check_mode(mode: str, source: Source, heads: Mapping[str, Head]) -> str:
     """The mode auto stands for; InputError if it or the model does not go with the heads."""
     if mode == "seqclf" and heads:
         raise InputError("--mode seqclf scores with the model's own head: use lmhead for others")
-    check_width(heads, model.load(AutoConfig).get_text_config().hidden_size, model.name)
+    check_width(heads, load_config(source).get_text_config().hidden_size, source.model)
     return mode if mode != "auto" else "lmhead" if heads else "seqclf"
 
 
@@ -392,35 +404,14 @@ def head_rewards(store: Store, heads: Mapping[str, Head]) -> dict[str, np.ndarra
 # ------------------------------------------------------------------ Language model
 
 
-class Model(NamedTuple):
-    """Which reward model is evaluated, and how."""
-
-    name: str
-    tokenizer: str | None
-    revision: str | None
-    dtype: str
-    device: str
-    trust_remote_code: bool
-
-    def load(self, loader: Any, name: str | None = None, **options: Any) -> Any:
-        """What a transformers Auto class makes of the model, or of another name."""
-        options["revision"] = self.revision if name in (None, self.name) else None
-        name = name or self.name
-        try:
-            return loader.from_pretrained(name, trust_remote_code=self.trust_remote_code, **options)
-        except (OSError, ValueError, ImportError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise InputError(f"{name} cannot be loaded: {first}") from error
-
-
-def official_length(model: Model, max_length: int) -> int:
+def official_length(source: Source, max_length: int) -> int:
     """Tokens kept of a long completion if ``max_length`` is meant as in the official harness.
 
     It tokenizes the rendered text, so that a BOS of the template and one of the tokenizer both
     count before one of them is masked. No more than the model has positions for are kept.
     """
-    positions = getattr(model.load(AutoConfig), "max_position_embeddings", None) or max_length
-    tokenizer = model.load(AutoTokenizer, model.tokenizer)
+    positions = getattr(load_config(source), "max_position_embeddings", None) or max_length
+    tokenizer = load_tokenizer(source)
     start = render_text(tokenizer, [{"role": "user", "content": ""}])
     doubled = tokenizer(start)["input_ids"][:2] == [tokenizer.bos_token_id] * 2
     return min(max(max_length - doubled, 1), positions)
@@ -428,60 +419,44 @@ def official_length(model: Model, max_length: int) -> int:
 
 @torch.inference_mode()
 def own_rewards(
-    model: Model,
+    source: Source,
     conversations: Sequence[Conversation],
     max_length: int,
     truncation_side: str,
     batch_size: int,
+    device: str,
+    dtype: str,
 ) -> np.ndarray:
     """Logits [conversations] of the model's own classification forward.
 
-    A batch holds conversations of one length: nothing is padded, and the head reads the last token
-    whatever the pad token is.
+    A batch holds conversations of one length: nothing is padded.
+
+    Raises:
+        InputError: the model cannot be loaded or has no score head with one output.
     """
-    classifier = load_classifier(model)
-    tokenizer = model.load(AutoTokenizer, model.tokenizer)
+    device, dtype = device_and_dtype(device, dtype)
+    engine = load_engine(source, dtype, device, "sdpa", "single", max_length)
+    if engine.head is None or len(engine.head) != 1:
+        raise InputError(
+            f"{source.model} has no score head with one output: give a head with --rm_head or "
+            "--basis"
+        )
+    tokenizer = load_tokenizer(source)
     tokens = [
-        _cut(render(tokenizer, conversation), max_length, truncation_side, tokenizer.bos_token_id)
+        cut_tokens(
+            np.array(render(tokenizer, conversation)), tokenizer.bos_token_id, max_length,
+            truncation_side,
+        )
         for conversation in conversations
-    ]
+    ]  # fmt: skip
     rewards = np.empty(len(tokens))
     for batch in tqdm(_same_length_batches(tokens, batch_size), unit="batch"):
-        input_ids = torch.tensor([tokens[i] for i in batch], device=classifier.device)
-        rewards[batch] = classifier(input_ids=input_ids).logits[:, 0].float().cpu()
+        input_ids = torch.from_numpy(np.stack([tokens[i] for i in batch])).to(device)
+        rewards[batch] = engine.model(input_ids=input_ids).logits[:, 0].float().cpu()
     return rewards
 
 
-def load_classifier(model: Model) -> Any:
-    """The sequence-classification model, in the dtype and on the device asked for.
-
-    Raises:
-        InputError: it cannot be loaded, or its checkpoint has no score head with one output.
-    """
-    device = experiments.pick_device(model.device)
-    by_device = "float32" if device.type == "cpu" else "bfloat16"
-    dtype = by_device if model.dtype == "auto" else model.dtype
-    classifier, info = model.load(
-        AutoModelForSequenceClassification, dtype=getattr(torch, dtype), output_loading_info=True
-    )
-    if info["missing_keys"] or classifier.config.num_labels != 1:
-        raise InputError(
-            f"{model.name} has no score head with one output: give a head with --rm_head or --basis"
-        )
-    # No token is padding: the last one of a row is the end of the conversation.
-    classifier.config.get_text_config().pad_token_id = -1
-    return classifier.to(device).eval()
-
-
-def _cut(ids: list[int], max_length: int, truncation_side: str, bos: int | None) -> list[int]:
-    """As embeddings.embed cuts: on the right, or on the left behind the BOS."""
-    if len(ids) <= max_length or truncation_side == "right":
-        return ids[:max_length]
-    first = ids[:1] if ids[0] == bos else []
-    return first + ids[len(ids) - max_length + len(first) :]
-
-
-def _same_length_batches(tokens: Sequence[list[int]], size: int) -> list[list[int]]:
+def _same_length_batches(tokens: Sequence[Tokens], size: int) -> list[list[int]]:
     longest_first = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
     groups = (list(group) for _, group in groupby(longest_first, key=lambda i: len(tokens[i])))
     return [group[i : i + size] for group in groups for i in range(0, len(group), size)]
@@ -546,11 +521,10 @@ def slug(name: str) -> str:
     return re.sub(r"[^\w.=-]+", "-", name).strip("-")
 
 
-def cache_folder(model: Model, conversations: Sequence[Conversation], *settings: Any) -> Path:
+def cache_folder(source: Source, conversations: Sequence[Conversation], *settings: Any) -> Path:
     """Folder of the embeddings of these conversations by this model with these settings."""
-    identity = [model.name, model.tokenizer, model.revision, model.dtype, settings]
-    digest = experiments.digest([identity, conversations])
-    return CACHE / f"{slug(model.name)}-{digest[:8]}"
+    digest = experiments.digest([source[:3], settings, conversations])
+    return CACHE / f"{slug(source.model)}-{digest[:8]}"
 
 
 # -------------------------------------------------------------------------- Main
@@ -621,7 +595,7 @@ def main(
     """
     bench = read_bench(source, split, subset, limit)
     conversations = as_conversations(bench)
-    lm = Model(model, tokenizer, revision, dtype, device, trust_remote_code)
+    lm = Source(model, tokenizer, revision, trust_remote_code)
     heads = asked_heads(rm_head, head_key, head_bias, basis, users)
     mode = check_mode(mode, lm, heads)
     max_length = official_length(lm, max_length)
@@ -629,12 +603,12 @@ def main(
     (folder / "scores").mkdir(parents=True, exist_ok=True)
 
     if mode == "seqclf":
-        own = own_rewards(lm, conversations, max_length, truncation_side, batch_size)
-        rewards = {"model": own}
+        limits = (max_length, truncation_side, batch_size)
+        rewards = {"model": own_rewards(lm, conversations, *limits, device, dtype)}
     else:
         store = embed(
             conversations,
-            embeddings or cache_folder(lm, conversations, max_length, truncation_side),
+            embeddings or cache_folder(lm, conversations, dtype, max_length, truncation_side),
             model=model,
             tokenizer=tokenizer,
             revision=revision,

@@ -132,14 +132,10 @@ def load_model(source: embeddings.Source, dtype: str) -> Any:
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # a language model's missing score head is what we bring
-    try:
-        return AutoModelForSequenceClassification.from_pretrained(
-            source.model, revision=source.revision, trust_remote_code=source.trust_remote_code,
-            dtype=dtype, num_labels=1, ignore_mismatched_sizes=True,
-        ).eval()  # fmt: skip
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"--model {source.model} cannot be loaded: {reason}") from error
+    loader, options = AutoModelForSequenceClassification, {"ignore_mismatched_sizes": True}
+    return embeddings.pretrained(
+        loader, source.model, source, dtype=dtype, num_labels=1, **options
+    ).eval()
 
 
 def replace_head(model: Any, rewards: dict[str, Tensor]) -> None:
