@@ -36,6 +36,7 @@ from utils import (
     DenseFeatures,
     LoRe,
     LoRe_regularized,
+    RowFeatures,
     draw_shots,
     sweep_shots,
     train_together,
@@ -148,7 +149,8 @@ def cases(
         partial(joint_case, *joint, features, **turns),
         partial(alternating_case, *alternating, features, **turns),
         partial(few_shot_case, *few_shot, features, few_shot_iterations, device, seed),
-        partial(ranks_case, *joint[:2], features, ranks, **turns),
+        partial(ranks_case, *joint[:2], features, ranks, False, **turns),
+        partial(ranks_case, *joint[:2], features, ranks, True, **turns),
         partial(heads_case, *heads, features, device, rounds, seed),
     ]
 
@@ -313,16 +315,23 @@ def ranks_case(
     pairs: int,
     features: int,
     ranks: Sequence[int],
+    streamed: bool,
     device: str,
     steps: int,
     rounds: int,
     seed: int,
 ) -> Measured:
-    """Ranks trained side by side against one by one, both with our code."""
+    """Ranks trained side by side against one by one, both with our code.
+
+    Streamed, the comparisons are differences of neighbouring rows of a table that is read anew.
+    """
     X = made_up_users(users, pairs, features, device, seed)
     direction = X[0][0]
     fresh = partial(_model, LoRe, direction, 0.0, features=features, steps=steps, seed=seed)
     data = Comparisons.from_list(X)
+    if streamed:
+        table, row = data.features.x, torch.arange(users * pairs)
+        data.features = RowFeatures(lambda i: table[i], features, row, row.roll(1), device)
 
     def train(ranks: Sequence[int]) -> Tensor:
         models = [fresh(users=users, rank=rank) for rank in ranks]
@@ -334,6 +343,7 @@ def ranks_case(
     sides = [partial(train, [rank]) for rank in ranks]
     *alone, together = _in_turn([*sides, partial(train, ranks)], device, rounds, steps)
     name = f"ranks {ranks[0]} to {ranks[-1]} together, {users} users x {pairs}"
+    name += ", streamed" if streamed else ""
     return _measured(name, [sum(alone), together], 2, X, device, extra, apart)
 
 
