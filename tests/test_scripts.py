@@ -72,10 +72,11 @@ def rows(run: Run) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def mean(lines: list[dict[str, str]], **where: str) -> str:
-    """The mean accuracy of some lines of results.csv, in percent as the tables have it."""
+def assert_shows_mean(cell: str, lines: list[dict[str, str]], **where: str) -> None:
+    """A table's cell begins with the mean accuracy of some lines of results.csv, in percent."""
     some = [line for line in lines if all(line[k] == v for k, v in where.items())]
-    return f"{100 * np.mean([float(line['accuracy']) for line in some]):.1f}"
+    mean = 100 * np.mean([float(line["accuracy"]) for line in some])
+    assert float(cell.split()[0]) == pytest.approx(mean, rel=0, abs=0.0502)  # to one decimal
 
 
 # -------------------------------------------------------------------- The good way
@@ -104,7 +105,7 @@ def test_train_basis_prints_what_it_saves(finished, name):
     for label, cells in printed.items():
         for part in ("seen", "unseen"):
             if cells[part]:
-                assert cells[part].split()[0] == mean(lines, label=label, set=part)
+                assert_shows_mean(cells[part], lines, label=label, set=part)
     seeds = [str(seed) for seed in TRAIN[name].get("seeds", [0])]
     assert sorted({line["seed"] for line in lines}) == seeds
     assert {line["set"] for line in lines} == {"train", "seen", "few_shot", "unseen"}
@@ -119,8 +120,7 @@ def test_vary_fewshot_prints_what_it_saves(finished, name):
     assert list(next(iter(printed.values()))) == [f"{s} shots" for s in SWEEP[name]["shots"]]
     for label, cells in printed.items():
         for shots, cell in cells.items():
-            expected = mean(lines, label=label, set="unseen", shots=shots.split()[0])
-            assert cell.split()[0] == expected
+            assert_shows_mean(cell, lines, label=label, set="unseen", shots=shots.split()[0])
     methods = {"reference", "BT", "LoRe", "own model", "mean weights", "others' weights"}
     assert {line["method"] for line in lines} == methods | {"shuffled shots"}
     assert "Verdict (" in run.outcome.out
