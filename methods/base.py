@@ -1,0 +1,126 @@
+"""What a method is: settings that can be fitted, and what a fit knows of users.
+
+Whatever a method knows of a user is one row of a tensor, the user's *state*. Controls, sweeps over
+shots, choices, reports and plots only move such rows: another user's row, nobody's row, the row
+that shuffled labels give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from comparisons import Comparisons, Pairs, Users
+
+View = Tensor | Pairs
+
+
+@dataclass
+class Task:
+    """One repeat of an experiment: what methods learn from, and what they are judged on.
+
+    Attributes:
+        train: training comparisons of the seen users.
+        few: training comparisons of the new users, their shots.
+        seen, unseen: held-out comparisons of both; no method may look at them.
+        reference: the reward model's own direction [F], if there is one.
+        seed: of everything random.
+        stream: features are read from disk at every pass instead of being held.
+        process, processes: which share of the seen users is this process's.
+        state: path where the state of a training is kept, with a suffix; None for nowhere.
+        checkpoint_every: steps between two kept states.
+        progress: show bars.
+        shots: numbers of shots that new users will have, for choices made on pseudo-new users.
+    """
+
+    train: Comparisons
+    few: Comparisons
+    seen: Comparisons
+    unseen: Comparisons
+    reference: Tensor | None = None
+    seed: int = 0
+    stream: bool = False
+    process: int = 0
+    processes: int = 1
+    state: Path | None = None
+    checkpoint_every: int = 0
+    progress: bool = False
+    shots: tuple[int, ...] = ()
+
+    def mine(self) -> Comparisons:
+        """This process's share of the training comparisons, held in memory unless streamed."""
+        share = self.train.share(self.process, self.processes)
+        return share if self.stream else share.in_memory()
+
+
+class Fitted:
+    """A fitted method: what is shared by all users, and every seen user's state.
+
+    Attributes:
+        label: name in tables, such as "LoRe K=5".
+        settings: what was fitted, such as the rank; plain JSON values.
+        users: seen users' states [U, S]; S is 0 where nothing is personal.
+        nobody: state [S] of one of whom nothing is known, such as mean weights or zero.
+        file: name of the file that ``save`` writes, without seed and suffix; "" for none.
+    """
+
+    label: str
+    settings: dict[str, Any]
+    users: Tensor
+    nobody: Tensor
+    file: str = ""
+
+    @property
+    def personal(self) -> bool:
+        """Whether users have a state at all."""
+        return self.users.shape[1] > 0
+
+    def view(self, data: Comparisons) -> View:
+        """All that is needed of comparisons, read once: a tensor [N, ...] or pairs of rows."""
+        raise NotImplementedError
+
+    def adapt(self, view: View, users: Users, seed: int) -> Tensor:
+        """States [U', S] of users from their comparisons; ``nobody`` where there are none.
+
+        Args:
+            view: of the comparisons, or of some of them.
+            users: whose they are.
+            seed: of initial values.
+        """
+        return self.nobody.expand(users.num_users, -1)
+
+    def logits(self, view: View, state: Tensor, user: Tensor) -> Tensor:
+        """Log odds [N] that the chosen response is preferred; above 0 is right.
+
+        Args:
+            view: of the comparisons.
+            state: of the users [U', S].
+            user: whose each comparison is [N], a row of the state.
+        """
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        """What the fit looks like, as JSON values: ``losses`` for the training curve, ``note`` a
+        line for the report, ``spectrum`` for a plot; and whatever else is worth keeping."""
+        return {}
+
+    def save(self, path: Path, new: Tensor, facts: Mapping[str, Any]) -> None:
+        """Keep what tools need in one file.
+
+        Args:
+            path: of the file.
+            new: states of the new users [U', S].
+            facts: dataset, model, seed and more, and the users' names, seen and new: ``users`` and
+                ``users_unseen``.
+        """
+
+
+class Method(Protocol):
+    """A method with its settings: a dataclass, whose fields are its flags."""
+
+    def fit(self, task: Task) -> list[Fitted]:
+        """Learn from the task's training comparisons alone."""
