@@ -106,6 +106,21 @@ def embed(
     return _complete(Path(folder), plan, load, worker, workers, progress)
 
 
+def check_model(settings: Mapping[str, Any]) -> None:
+    """Notice early, before data are read, that ``embed`` could not load the model it is to use.
+
+    Args:
+        settings: the arguments that ``embed`` will be given.
+
+    Raises:
+        InputError: model or tokenizer cannot be loaded.
+    """
+    named = {key: settings[key] for key in Source._fields if key in settings}
+    source = Source(**{"model": embed.__kwdefaults__["model"], **named})
+    load_config(source)
+    load_tokenizer(source)
+
+
 def open_store(folder: str | Path) -> Store:
     """Open finished embeddings; InputError if there are none or a file is missing or cut."""
     return Store(Path(folder))
