@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim import Optimizer
 
-import embeddings
+import files
 from embeddings import Store, open_store
 from reports import basis_file, label_of, read_json, report
 from utils import (
@@ -423,7 +423,7 @@ def write_prepared(
     write_whole(
         folder / "conversations.parquet", lambda path: _write_conversations(path, conversations)
     )
-    hashes = {"conversations_sha256": embeddings.digest(conversations)}
+    hashes = {"conversations_sha256": files.digest(conversations)}
     if isinstance(table, pd.DataFrame):
         path = folder / "comparisons.parquet"
         write_whole(path, lambda draft: table.to_parquet(draft, index=False))

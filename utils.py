@@ -8,12 +8,10 @@ language model; tensors come in, tensors go out.
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import zip_longest
 from pathlib import Path
@@ -22,12 +20,13 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, embedding_bag, logsigmoid
 from torch.optim import Optimizer
 from tqdm import tqdm
+
+from basis import Basis, load_basis, save_basis  # noqa: F401
+from files import InputError, write_whole  # noqa: F401
 
 log = logging.getLogger(__name__)
 
@@ -46,29 +45,9 @@ ELEMENTWISE = (
 )  # fmt: skip
 
 
-class InputError(ValueError):
-    """A mistake in what the user gave; the message alone says where and what to do."""
-
-
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise InputError(message)
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` make a file beside the path, then put it in place: whole or not at all.
-
-    Raises:
-        InputError: it cannot be written, for want of room or of permission.
-    """
-    draft = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(draft)
-        os.replace(draft, path)
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError
-        draft.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written ({error}); what was there is kept") from error
 
 
 def as_generator(seed: Seed) -> torch.Generator | None:
@@ -1324,74 +1303,6 @@ def eval_multiple(
 
 
 # --------------------------------------------------------------------- Pipeline
-
-
-@dataclass
-class Basis:
-    """A learned basis and its users' weights; what a basis file holds.
-
-    Attributes:
-        V: basis [F, K].
-        W: weights of the seen users [U, K].
-        reference: the reference direction [F], if there is one.
-        users: names of the seen users, in the order of W's rows.
-        W_unseen, users_unseen: the same of the users fitted with V frozen.
-        settings: rank, alpha and whatever else the run recorded.
-        losses: the objective at every step; not saved.
-    """
-
-    V: Tensor
-    W: Tensor
-    reference: Tensor | None = None
-    users: list[str] = field(default_factory=list)
-    W_unseen: Tensor | None = None
-    users_unseen: list[str] = field(default_factory=list)
-    settings: dict[str, Any] = field(default_factory=dict)
-    losses: Tensor = field(default_factory=lambda: torch.empty(0))
-
-
-def save_basis(path: str | Path, basis: Basis) -> None:
-    """Write a basis file (safetensors), whole or not at all.
-
-    Raises:
-        InputError: names that do not match the rows of the weights.
-    """
-    for names, W in ((basis.users, basis.W), (basis.users_unseen, basis.W_unseen)):
-        rows = 0 if W is None else len(W)
-        _require(len(names) in (0, rows), f"{len(names)} user ids for {rows} rows of weights")
-    tensors = {"V": basis.V, "W": basis.W, "reference": basis.reference, "W_unseen": basis.W_unseen}
-    kept = {
-        k: t.detach().float().cpu().contiguous().clone()
-        for k, t in tensors.items()
-        if t is not None
-    }
-    metadata = {
-        "settings": json.dumps(basis.settings, default=str),
-        "users": json.dumps([str(u) for u in basis.users]),
-        "users_unseen": json.dumps([str(u) for u in basis.users_unseen]),
-    }
-    write_whole(Path(path), lambda draft: save_file(kept, draft, metadata=metadata))
-
-
-def load_basis(path: str | Path) -> Basis:
-    """Read a basis file written by ``save_basis``.
-
-    Raises:
-        InputError: the file is missing, damaged or holds something else.
-    """
-    _require(Path(path).is_file(), f"{path}: no such basis file")
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error})") from error
-    _require({"V", "W"} <= set(tensors), f"{path}: not a basis file: it lacks V or W")
-    return Basis(
-        tensors["V"], tensors["W"], tensors.get("reference"),
-        json.loads(metadata.get("users", "[]")), tensors.get("W_unseen"),
-        json.loads(metadata.get("users_unseen", "[]")), json.loads(metadata.get("settings", "{}")),
-    )  # fmt: skip
 
 
 def fit_bases(
