@@ -259,7 +259,7 @@ def _measure(
 def sweep(fit: Fitted, task: Task, draws: Shots) -> Iterator[dict[str, Any]]:
     """Records of a fit and its controls on new users at every number of shots."""
     g, U = torch.Generator().manual_seed(task.seed), task.few.num_users
-    trials = min(draws.trials, fit.max_trials or draws.trials) if fit.personal else 1
+    trials = min(draws.trials, fit.max_trials or draws.trials)
     few, unseen = fit.view(task.few), fit.view(task.unseen)
     W, fitted = _sweep_states(fit, few, task.few, draws, trials, g, True)  # [trials, S, U, ...]
     for s, size in enumerate(draws.sizes):
