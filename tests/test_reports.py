@@ -19,6 +19,8 @@ import plots
 import records
 import reports
 import running
+import summaries
+import verdict
 from files import InputError
 
 TOY = ("toy", True, {"strength": 3.0}, {"train": 0.9, "seen": 0.8, "unseen": 0.77})
@@ -147,7 +149,7 @@ def test_repeats_give_a_spread_and_users_count_once(tmp_path):
     first, later = (mean(results, "BT", "seen", "accuracy", seed) for seed in (0, 1))
     accuracy, *_ = tables(told(results, tmp_path))
     means = 100 * first.mean(), 100 * later.mean()
-    low, high = records.bootstrap((first + later) / 2)  # 40 users, not 80
+    low, high = summaries.bootstrap((first + later) / 2)  # 40 users, not 80
     assert accuracy["BT"]["seen"] == (
         f"{np.mean(means):.1f} ± {np.std(means, ddof=1):.1f} [{100 * low:.1f}, {100 * high:.1f}]"
     )
@@ -155,7 +157,7 @@ def test_repeats_give_a_spread_and_users_count_once(tmp_path):
 
 def test_a_user_who_is_in_more_repeats_counts_in_each(tmp_path):
     samples = [(["a", "b"], np.array([1.0, 0.0])), (["a", "c"], np.array([0.5, 0.0]))]
-    summary = records.summarise([samples])
+    summary = summaries.summarise([samples])
     assert summary.repeats == [0.5, 0.25] and summary.mean == 0.375
     assert summary.low < 0.375 < summary.high <= 0.75
 
@@ -198,15 +200,15 @@ def test_a_label_with_a_bar_does_not_break_the_table():
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=50))
 def test_an_interval_holds_the_mean_and_stays_within_the_values(values):
-    low, high = records.bootstrap(np.array(values))
+    low, high = summaries.bootstrap(np.array(values))
     assert min(values) - 1e-6 <= low <= np.mean(values) + 1e-6
     assert np.mean(values) - 1e-6 <= high <= max(values) + 1e-6
 
 
-@pytest.mark.parametrize("users", [100, 1600, records.MOST_RESAMPLED + 1])
+@pytest.mark.parametrize("users", [100, 1600, summaries.MOST_RESAMPLED + 1])
 def test_an_interval_is_two_standard_errors_wide(users):
     values = np.random.default_rng(0).normal(0.6, 0.2, users)
-    low, high = records.bootstrap(values)
+    low, high = summaries.bootstrap(values)
     assert high - low == pytest.approx(2 * 1.96 * values.std() / users**0.5, rel=0.1)
 
 
@@ -214,7 +216,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
     rng = np.random.default_rng(1)
     held = 0
     for _ in range(400):
-        low, high = records.bootstrap(rng.beta(3, 2, 60))
+        low, high = summaries.bootstrap(rng.beta(3, 2, 60))
         held += low <= 0.6 <= high
     assert 0.92 <= held / 400 <= 0.975
 
@@ -229,7 +231,7 @@ def test_the_average_of_two_sets_varies_less_than_either():
     rng = np.random.default_rng(0)
     samples = [[(["x" + str(i) for i in range(50)], rng.normal(0.8, 0.1, 50))],
                [(["y" + str(i) for i in range(50)], rng.normal(0.4, 0.1, 50))]]  # fmt: skip
-    one, two, both = (records.summarise(s) for s in (samples[:1], samples[1:], samples))
+    one, two, both = (summaries.summarise(s) for s in (samples[:1], samples[1:], samples))
     assert both.mean == pytest.approx((one.mean + two.mean) / 2)
     assert both.high - both.low == pytest.approx((one.high - one.low) / 2**0.5, rel=0.15)
 
@@ -248,7 +250,7 @@ def test_differences_are_paired_by_user_over_repeats(tmp_path):
         ],
         axis=0,
     )
-    low, high = records.bootstrap(apart)
+    low, high = summaries.bootstrap(apart)
     assert differences["LoRe K=5 minus BT"]["seen"] == (
         f"{100 * apart.mean():+.1f} [{100 * low:.1f}, {100 * high:.1f}]"
     )
@@ -416,7 +418,7 @@ def test_without_shots_that_column_is_empty(tmp_path):
 def drawn(results: dict[str, Any], folder: Path) -> set[str]:
     """Names in the legends and along the axes of the main plot."""
     read = records.read_results(made.write(results, folder))
-    panels = plots.measure_panels(read, reports.judged(read))
+    panels = plots.measure_panels(read, verdict.judged(read))
     figure = plots.figure(panels, "a title", "a note", (9, 7))
     names = {text.get_text() for text in figure.legends[0].get_texts()}
     return names | {tick.get_text() for axes in figure.axes for tick in axes.get_xticklabels()}
@@ -467,7 +469,7 @@ def test_a_method_keeps_its_colour_whatever_else_is_drawn(tmp_path):
 
 def test_marks_of_reference_and_chance_do_not_stretch_the_axis(tmp_path):
     read = records.read_results(made.write(made.results(sweep=True), tmp_path))
-    panel = plots.measure_panels(read, reports.judged(read))[0]
+    panel = plots.measure_panels(read, verdict.judged(read))[0]
     axes = plots.figure([panel], "", "", (5, 4)).axes[0]
     assert axes.get_ylim()[0] > 52
     texts = [text.get_text() for text in axes.texts]
@@ -479,7 +481,7 @@ def test_dollars_in_names_are_no_formulas(tmp_path):
     results = made.results(labels)
     results["settings"]["dataset"] = "$\\nothing$"
     read = records.read_results(made.write(results, tmp_path))
-    assert WRITE_PLOTS(tmp_path, read, reports.judged(read))[0] == "accuracy"
+    assert WRITE_PLOTS(tmp_path, read, verdict.judged(read))[0] == "accuracy"
 
 
 # -------------------------------------------------------------- Damage, command
