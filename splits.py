@@ -100,7 +100,7 @@ class Tasks:
         if stream is None:
             stream = _too_large(len(sets.train) * self.store.num_features * 4, device)
         return Task(
-            *sets, reference=reference, seed=seed, stream=stream,
+            **sets._asdict(), reference=reference, seed=seed, stream=stream,
             process=processes[0], processes=processes[1],
         )  # fmt: skip
 
