@@ -1,4 +1,4 @@
-"""Embed the conversations that prepare.py wrote; a killed run goes on where it was."""
+"""Embed the conversations that prepare.py wrote; a killed run continues where it stopped."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import embeddings
 import experiments
+from cli import cli
+from embeddings import embed
 
 HERE = Path(__file__).resolve().parent
 
@@ -17,13 +18,13 @@ def main(data: Path = HERE / "data", **embedding: Any) -> None:
     """Embed a prepared dataset's conversations with a reward model.
 
     Args:
-        data: folder that prepare.py wrote; the embeddings lie in its subfolder embeddings.
+        data: folder that prepare.py wrote; the embeddings go to its subfolder embeddings.
     """
     experiments.read_info(data)  # shows a warning that prepare.py left
     conversations = experiments.read_conversations(data)
-    embeddings.embed(conversations, data / "embeddings", **embedding)
+    embed(conversations, data / "embeddings", **embedding)
     print(f"embedded {len(conversations):,} conversations in {data / 'embeddings'}")
 
 
 if __name__ == "__main__":
-    experiments.cli(main)
+    cli(main)
