@@ -14,11 +14,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
-import preparing
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import preparing
 from comparisons import Comparisons, RowFeatures
 from embeddings import Store, open_store
 from files import InputError, require

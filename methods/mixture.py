@@ -28,7 +28,7 @@ def fit_mixture(posterior: Posterior, components: int, processes: int = 1) -> Pr
     """
     mean, cov = _everyone(posterior, processes)
     U, K = mean.shape
-    if U < LEAST_USERS * components:
+    if LEAST_USERS * components > U:
         return None
     start = GaussianMixture(components, reg_covar=1e-3, random_state=0, covariance_type="full")
     start.fit(mean.cpu().numpy())

@@ -17,7 +17,6 @@ from methods.lbfgs import minimise
 from methods.posterior import Evidence, Posterior, expectations, solve
 from methods.ridge_bt import FINE, inverse_curvature, precision
 
-
 INNER = 10  # a user's bound may be this many times the tolerance below its maximum
 
 

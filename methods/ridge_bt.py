@@ -148,7 +148,7 @@ def ridge_path(
     return best[1], best[2]
 
 
-@dataclass
+@dataclass(frozen=True)
 class RidgeBT:
     """Bradley-Terry with a Gaussian prior of precision ``strength`` on the shared reward.
 
@@ -166,7 +166,7 @@ class RidgeBT:
         strength = self.strength
         if strength is None:
             strength = self._choose(task, tried)
-        data = task.mine()
+        data = task.mine
         geometry = measure(data, task.processes)
         found = fit_shared(data, geometry, strength, processes=task.processes)
         facts = {

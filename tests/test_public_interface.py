@@ -159,5 +159,14 @@ def test_a_star_import_brings_what_scripts_use():
     exec("from utils import *", names)
     assert names["torch"] is torch and names["np"] is np
     assert names["nn"] is torch.nn and names["F"] is torch.nn.functional
-    published = ["LoRe", "LoRe_regularized", "PersonalizeBatch", "solve_regularized", "solve_regularized_simplex", "learn_multiple_few_shot", "learn_multiple_few_shot_weighted", "run", "run_regularized", "run_few_shot_vary_shots", "evaluate_model", "eval_multiple", "sample_shots", "simulate_user", "simulate_population", "generate_population", "generate_popupulation", "create_sparse_tensor", "create_dataset_prism", "create_dataset_prism_shots", "learn_multiple", "learn_single_reward", "learn_single_reward_regularized", "solve", "solve_multi_reward"]
+    published = [
+        *("LoRe", "LoRe_regularized", "PersonalizeBatch", "run", "run_regularized"),
+        *("run_few_shot_vary_shots", "solve", "solve_regularized", "solve_regularized_simplex"),
+        *("solve_multi_reward", "learn_multiple", "learn_multiple_few_shot"),
+        *("learn_multiple_few_shot_weighted", "learn_single_reward"),
+        *("learn_single_reward_regularized", "evaluate_model", "eval_multiple", "sample_shots"),
+        *("simulate_user", "simulate_population", "generate_population"),
+        *("generate_popupulation", "create_sparse_tensor", "create_dataset_prism"),
+        "create_dataset_prism_shots",
+    ]
     assert not [name for name in published if name not in names]

@@ -9,12 +9,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-import made_results as made
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import made_results as made
 import plots
 import records
 import reports
