@@ -162,19 +162,21 @@ def _carry_out(
                     "settings": methods[name], "seconds": round(seconds, 3),
                     "fits": [_describe(fit) for fit in fits], "records": records,
                 }  # fmt: skip
-                run.add(seed, _about(task), name, done, list(methods))
+                run.add(seed, _about(tasks, task), name, done, list(methods))
             wait_for_all()
             for file in run.folder.glob(f"{task.state.name}-*.{here[0]}.*.pt"):
                 file.unlink(missing_ok=True)
     return report(run.folder) if here[0] == 0 else ""
 
 
-def _about(task: Task) -> dict[str, Any]:
-    """Whose comparisons a repeat has, and how many."""
+def _about(tasks: Tasks, task: Task) -> dict[str, Any]:
+    """Whose comparisons a repeat has, how many, and what a reader must know of them."""
+    overlap = tasks.info.get("overlap", {}).get("sentence")
     sets = {"train": task.train, "seen": task.seen, "few": task.few, "unseen": task.unseen}
     return {
         "users": {"seen": task.train.names, "unseen": task.few.names},
         "comparisons": {name: len(data) for name, data in sets.items()},
+        "facts": {"overlap": overlap} if overlap else {},
     }
 
 
