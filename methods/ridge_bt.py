@@ -172,7 +172,7 @@ class RidgeBT:
         facts = {
             "chosen": {"l_mu": strength}, "tried": tried, "scale": geometry.scale,
             "losses": [value / geometry.count for value in found.values],
-            "note": f"Ridge BT: strength {strength:.3g}"
+            "note": f"strength {strength:.3g}"
             + (", chosen on validation." if tried else "."),
         }
         log.info(facts["note"])
