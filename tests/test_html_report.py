@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import made_results as made
 import pytest
 
+import made_results as made
 import reports
 
 HOSTILE = "</script><script>alert(1)</script> & <b>\"bold\" 'x'</b>"

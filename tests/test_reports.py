@@ -9,13 +9,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-import made_results as made
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import html_report
+import made_results as made
 import plots
 import records
 import reports
