@@ -162,19 +162,21 @@ def _carry_out(
                     "settings": methods[name], "seconds": round(seconds, 3),
                     "fits": [_describe(fit) for fit in fits], "records": records,
                 }  # fmt: skip
-                run.add(seed, _about(task), name, done, list(methods))
+                run.add(seed, _about(tasks, task), name, done, list(methods))
             wait_for_all()
             for file in run.folder.glob(f"{task.state.name}-*.{here[0]}.*.pt"):
                 file.unlink(missing_ok=True)
     return report(run.folder) if here[0] == 0 else ""
 
 
-def _about(task: Task) -> dict[str, Any]:
-    """Whose comparisons a repeat has, and how many."""
+def _about(tasks: Tasks, task: Task) -> dict[str, Any]:
+    """Whose comparisons a repeat has, how many, and what a reader must know of them."""
+    overlap = tasks.info.get("overlap", {}).get("sentence")
     sets = {"train": task.train, "seen": task.seen, "few": task.few, "unseen": task.unseen}
     return {
         "users": {"seen": task.train.names, "unseen": task.few.names},
         "comparisons": {name: len(data) for name, data in sets.items()},
+        "facts": {"overlap": overlap} if overlap else {},
     }
 
 
@@ -259,7 +261,7 @@ def _measure(
 def sweep(fit: Fitted, task: Task, draws: Shots) -> Iterator[dict[str, Any]]:
     """Records of a fit and its controls on new users at every number of shots."""
     g, U = torch.Generator().manual_seed(task.seed), task.few.num_users
-    trials = min(draws.trials, fit.max_trials or draws.trials) if fit.personal else 1
+    trials = min(draws.trials, fit.max_trials or draws.trials)
     few, unseen = fit.view(task.few), fit.view(task.unseen)
     W, fitted = _sweep_states(fit, few, task.few, draws, trials, g, True)  # [trials, S, U, ...]
     for s, size in enumerate(draws.sizes):

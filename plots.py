@@ -26,12 +26,12 @@ from records import (
     OWN,
     REFERENCE,
     Results,
-    Summary,
     control_name,
     family,
-    level,
+    row_name,
     title,
 )
+from summaries import Summary, level
 
 FIXED = {REFERENCE: "0.55", BT: "0.1", OWN: "#8c564b"}
 PALETTE = (
@@ -248,8 +248,8 @@ def _line(
     x, summaries = zip(*known, strict=True)
     style = {"ls": BROKEN.get(control, (0, (1, 3))), "color": color}
     if control:
-        name = f"{name}: {control_name(control)}"
-        _band(axes, x, summaries, measure, band=False, label=_safe(name), lw=1.1, **style)
+        told = _safe(row_name(name, control))
+        _band(axes, x, summaries, measure, band=False, label=told, lw=1.1, **style)
     else:
         style |= {"marker": marker, "ms": 4.5, "lw": 1.6}
         _band(axes, x, summaries, measure, label=_safe(name), **style)

@@ -72,11 +72,9 @@ def read_file(file: Path) -> Rows:
     Raises:
         InputError: another kind of file, or a damaged one.
     """
-    kinds = {".jsonl": _json_rows, ".jsonl.gz": _json_rows, ".csv": _csv_rows}
-    kinds[".parquet"] = _parquet_rows
-    read = next((read for ending, read in kinds.items() if file.name.endswith(ending)), None)
+    read = next((read for ending, read in READERS.items() if file.name.endswith(ending)), None)
     if read is None:
-        raise InputError(f"{file}: a file's name must end in {', '.join(kinds)}")
+        raise InputError(f"{file}: a file's name must end in {', '.join(READERS)}")
     log.info("reading %s", file)
     try:
         for number, row in enumerate(read(file), start=1):
@@ -109,6 +107,14 @@ def _csv_rows(file: Path) -> Iterator[dict[str, Any]]:
             yield row
 
 
+READERS = {
+    ".jsonl": _json_rows,
+    ".jsonl.gz": _json_rows,
+    ".csv": _csv_rows,
+    ".parquet": _parquet_rows,
+}
+
+
 def read_json_text(line: str, place: str) -> Any:
     """What a JSON text says; InputError at the place where it says nothing."""
     try:
@@ -119,17 +125,44 @@ def read_json_text(line: str, place: str) -> Any:
 
 def read_hub(source: str, table: str, hub: Mapping[str, Any]) -> Rows:
     """Rows of a hub dataset, which ``datasets`` downloads and keeps in its cache."""
+    rows = _load_hub(source, f"give a folder with {table}.jsonl or {table}.parquet", hub)
+    for number, row in enumerate(rows, start=1):
+        yield f"{source} {table} row {number}", row
+
+
+def read_all(source: str) -> Rows:
+    """Rows of a file, of all the files of a folder, or of all splits of a hub dataset.
+
+    Rows of a hub dataset with several splits get a column split, unless they have one.
+    """
+    require(bool(source), "--source is empty; name a file, a folder or a hub dataset")
+    path = Path(source)
+    if path.is_file():
+        yield from read_file(path)
+    elif path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.name.endswith(tuple(READERS)))
+        require(bool(files), f"--source {source} has no file that ends in {', '.join(READERS)}")
+        for file in files:
+            yield from read_file(file)
+    else:
+        require(not source.endswith(tuple(READERS)), f"--source {source}: there is no such file")
+        splits = _load_hub(source, f"give a file that ends in {', '.join(READERS)}", {})
+        for split, rows in splits.items():
+            more = {"split": split} if len(splits) > 1 else {}
+            for number, row in enumerate(rows, start=1):
+                yield f"{source} {split} row {number}", {**more, **row}
+
+
+def _load_hub(source: str, advice: str, hub: Mapping[str, Any]) -> Any:
     import datasets  # takes seconds, and local files do without
 
     try:
-        rows = datasets.load_dataset(source, **hub)
+        return datasets.load_dataset(source, **hub)
     except Exception as error:  # its own errors have no common class
         raise InputError(
             f"--source {source} is no folder here and does not load from the hub "
-            f"({first_line(error)}); give a folder with {table}.jsonl or {table}.parquet"
+            f"({first_line(error)}); {advice}"
         ) from error
-    for number, row in enumerate(rows, start=1):
-        yield f"{source} {table} row {number}", row
 
 
 # -------------------------------------------------------------------------------- Cells

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from basis import Basis, check_model, resolve_model
 from files import InputError
 from passes import Pass, Tokens, padded_passes, tree_mask, tree_passes
 
@@ -105,6 +106,28 @@ def model_facts(source: Source, tokenizer: Any) -> dict[str, str | None]:
         "tokenizer": _from_anywhere(source.tokenizer or source.model),
         "template_sha256": sha256(tokenizer.get_chat_template().encode()),
     }
+
+
+def model_of_basis(
+    basis: Basis,
+    path: str | Path,
+    model: str | None = None,
+    tokenizer: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    any_model: bool = False,
+) -> Source:
+    """The model for a basis: the one asked for, else the one that it was learned with.
+
+    Raises:
+        InputError: there is no such model, or it is not the one that the basis was learned with
+            and ``any_model`` is false.
+    """
+    named = resolve_model(basis.settings, path, model, tokenizer, revision)
+    source = Source(*named, trust_remote_code)
+    load_config(source)  # a hub model's commit is known once something of it is loaded
+    check_model(basis.settings, model_facts(source, load_tokenizer(source)), any_model)
+    return source
 
 
 def _from_anywhere(name: str) -> str:

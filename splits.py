@@ -14,11 +14,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
-import preparing
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import preparing
 from comparisons import Comparisons, RowFeatures
 from embeddings import Store, open_store
 from files import InputError, require
@@ -116,10 +116,15 @@ def _too_large(size: int, device: torch.device) -> bool:
 # ---------------------------------------------------------------------- Kinds of split
 
 
-def given_split(data: Path, unit: Unit = "dialogues") -> Tasks:
-    """The four sets that prepare.py drew, the same for every seed."""
+def given_split(data: Path) -> Tasks:
+    """The four sets that prepare.py drew, the same for every seed.
+
+    A shot is a dialogue, or a comparison where no dialogue has more than one.
+    """
     info, store = load(data)
     table = read_comparisons(data, len(store))
+    alone = not table.duplicated(["user_id", "dialog_id"]).any()
+    unit: Unit = "comparisons" if alone else "dialogues"
     return Tasks(info, store, lambda _, device: four_sets(table, store, device, unit), unit, {})
 
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from methods.base import Method
 from methods.lore import Lore
+from methods.mixed_logit import MixedLogit
+from methods.ridge_bt import RidgeBT
 
 METHODS: dict[str, type[Method]] = {
+    "ridge_bt": RidgeBT,
     "lore": Lore,
+    "mixed_logit": MixedLogit,
 }

@@ -182,7 +182,7 @@ class LoreFit(Fitted):
         share, columns = singular.square() / singular.square().sum(), V.shape[1]
         effective = float(torch.special.entr(share).sum().exp())
         entropy = float(torch.special.entr(W).sum(1).mean() / math.log(max(columns, 2)))
-        note = f"{columns} columns of V kept, effective rank {effective:.2f}"
+        note = f"{columns} column{'s' * (columns > 1)} of V kept, effective rank {effective:.2f}"
         if self.basis.reference is not None:
             direction = self.basis.reference.to(V)[:, None]
             cosines = torch.nn.functional.cosine_similarity(V, direction, dim=0)

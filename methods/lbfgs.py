@@ -1,0 +1,89 @@
+"""Limited-memory BFGS with a given first curvature, for smooth functions of one tensor."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+MEMORY = 20
+ARMIJO = 1e-4
+
+
+@dataclass
+class Minimum:
+    """Where a minimisation ended.
+
+    Attributes:
+        x: the point.
+        values: of the function, at every point accepted; they never rise.
+        evaluations: of the function and its gradient.
+    """
+
+    x: Tensor
+    values: list[float]
+    evaluations: int
+
+
+def minimise(
+    function: Callable[[Tensor], tuple[float, Tensor]],
+    x: Tensor,
+    inverse: Callable[[Tensor], Tensor],
+    tolerance: float,
+    iterations: int,
+) -> Minimum:
+    """Minimise by L-BFGS with backtracking (Nocedal and Wright, algorithm 7.5).
+
+    Args:
+        function: value and gradient at a point.
+        x: where to begin.
+        inverse: applies an estimate of the inverse curvature, which the memory corrects.
+        tolerance: stop where the next step promises less than this share of the value.
+        iterations: at most.
+    """
+    value, g = function(x)
+    values, evaluations = [value], 1
+    memory: deque[tuple[Tensor, Tensor, float]] = deque(maxlen=MEMORY)
+    for _ in range(iterations):
+        step = -_two_loops(g, memory, inverse)
+        slope = float((g * step).sum())
+        if -slope <= 2 * tolerance * (1 + abs(value)):
+            break
+        size, found = 1.0, False
+        for _ in range(30):
+            new, g_new = function(x + size * step)
+            evaluations += 1
+            if new <= value + ARMIJO * size * slope:
+                found = True
+                break
+            size *= min(0.5, max(0.1, _vertex(value, slope, new, size)))
+        if not found:  # the value is known no more exactly than this
+            break
+        s, y = size * step, g_new - g
+        curvature = float((s * y).sum())
+        if curvature > 1e-10 * float((y * y).sum()) ** 0.5 * float((s * s).sum()) ** 0.5:
+            memory.append((s, y, curvature))
+        x, value, g = x + s, new, g_new
+        values.append(value)
+    return Minimum(x, values, evaluations)
+
+
+def _vertex(value: float, slope: float, new: float, size: float) -> float:
+    """Where the parabola through both values with this slope is lowest, as a share of size."""
+    bend = new - value - slope * size
+    return -slope * size / (2 * bend) if bend > 0 else 1.0
+
+
+def _two_loops(
+    g: Tensor, memory: deque[tuple[Tensor, Tensor, float]], inverse: Callable[[Tensor], Tensor]
+) -> Tensor:
+    q, shares = g, []
+    for s, y, sy in reversed(memory):
+        shares.append(float((s * q).sum()) / sy)
+        q = q - shares[-1] * y
+    q = inverse(q)
+    for (s, y, sy), share in zip(memory, reversed(shares), strict=True):
+        q = q + (share - float((y * q).sum()) / sy) * s
+    return q

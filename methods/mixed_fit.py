@@ -1,0 +1,144 @@
+"""A fitted mixed logit: users' posteriors, predictive probabilities, and its file.
+
+Shape letters: U users, N comparisons, F features, K directions of taste, C components of the prior.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from comparisons import Comparisons, Users
+from files import InputError, first_line, require, write_whole
+from methods.base import Fitted, View
+from methods.posterior import Evidence, Prior, moments, posterior_states, predict
+from methods.ridge_bt import precision
+
+FORMAT = "mixed-logit 1"
+
+
+class MixedFit(Fitted):
+    """A fitted mixed logit.
+
+    A user's state holds weight, mean and covariance of each component of the posterior; without
+    tastes (K = 0) it is empty.
+
+    Args:
+        directions: mu and B among raw features [F, 1 + K].
+        prior: of the tastes; None where K is 0.
+        users: seen users' states [U, S].
+        facts: what ``describe`` says.
+    """
+
+    def __init__(
+        self, directions: Tensor, prior: Prior | None, users: Tensor, facts: dict[str, Any]
+    ) -> None:
+        self.label, self.settings, self.file = "Mixed logit", {}, "mixed_logit"
+        self.directions, self.prior, self.facts = directions, prior, facts
+        self.users = users
+        self.nobody = users.new_zeros(0) if prior is None else prior.state
+
+    @property
+    def components(self) -> int:
+        """C, of the prior."""
+        return 0 if self.prior is None else len(self.prior.weight)
+
+    def view(self, data: Comparisons) -> Tensor:
+        """Shared reward difference, then what the comparison asks of tastes [N, 1 + K]."""
+        return data.project(self.directions.to(precision(data)))
+
+    def adapt(self, view: View, users: Users, seed: int = 0) -> Tensor:
+        """Posteriors [U', S] given the users' comparisons; nothing is random."""
+        if self.prior is None:
+            return self.users.new_zeros(users.num_users, 0)
+        assert isinstance(view, Tensor)
+        return posterior_states(Evidence(view, users), self.prior)
+
+    def logits(self, view: View, state: Tensor, user: Tensor) -> Tensor:
+        """Log odds [N] of the predictive probability that the chosen response is preferred."""
+        assert isinstance(view, Tensor)
+        if self.prior is None:
+            return view[:, 0]
+        return predict(view, state, user, self.components)
+
+    def reward(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """A user's reward: its mean direction [F], and a factor [F, K] of its covariance.
+
+        A reward difference x . r has mean x . direction and standard deviation |x . factor|.
+
+        Args:
+            state: of the user [S].
+        """
+        mu, B = self.directions[:, 0], self.directions[:, 1:]
+        if self.prior is None:
+            return mu, B
+        m, S = moments(state[None], self.components)
+        values, vectors = torch.linalg.eigh(S[0])
+        return mu + B @ m[0], B @ (vectors * values.clamp(min=0).sqrt())
+
+    def describe(self) -> dict[str, Any]:
+        """The choice and what else was tried, the training curve, and the tastes' variances."""
+        return self.facts
+
+    def save(self, path: Path, new: Tensor, facts: Mapping[str, Any]) -> None:
+        """Keep directions (of raw features), prior and states by name in one safetensors file."""
+        tensors = {"directions": self.directions, "users": self.users, "users_unseen": new}
+        if self.prior is not None:
+            tensors |= {f"prior.{key}": value for key, value in vars(self.prior).items()}
+        text = {"format": FORMAT, "facts": json.dumps(dict(facts)), "fit": json.dumps(self.facts)}
+        tensors = {key: value.cpu().contiguous() for key, value in tensors.items()}
+        write_whole(path, lambda draft: save_file(tensors, draft, text))
+
+
+class Saved:
+    """A mixed logit read from its file.
+
+    Attributes:
+        fit: as it was fitted.
+        new: states of the new users [U', S].
+        facts: dataset, model, seed and more.
+    """
+
+    def __init__(self, fit: MixedFit, new: Tensor, facts: dict[str, Any]) -> None:
+        self.fit, self.new, self.facts = fit, new, facts
+        names = [*facts.get("users", ()), *facts.get("users_unseen", ())]
+        parts = [fit.users] * ("users" in facts) + [new] * ("users_unseen" in facts)
+        states = torch.cat([*parts, fit.users[:0]])
+        self.states = dict(zip(names, states, strict=True))
+
+    def user_reward(self, name: str | None = None) -> tuple[Tensor, Tensor]:
+        """A user's reward: mean direction [F] and covariance factor [F, K]; of nobody if None.
+
+        Raises:
+            InputError: the file knows no such user.
+        """
+        if name is not None and name not in self.states:
+            some = ", ".join(list(self.states)[:5])
+            raise InputError(f"user {name}: not in the file, which knows {some} ...")
+        return self.fit.reward(self.fit.nobody if name is None else self.states[name])
+
+
+def load(path: Path) -> Saved:
+    """Read what ``MixedFit.save`` wrote.
+
+    Raises:
+        InputError: no such file, or of another kind.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            text = file.metadata() or {}
+            require(text.get("format") == FORMAT, f"{path}: not a mixed logit's file")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be read ({first_line(error)})") from error
+    parts = {key[6:]: value for key, value in tensors.items() if key.startswith("prior.")}
+    prior = Prior(**parts) if parts else None
+    fit = MixedFit(tensors["directions"], prior, tensors["users"], json.loads(text["fit"]))
+    return Saved(fit, tensors["users_unseen"], json.loads(text["facts"]))

@@ -1,0 +1,156 @@
+"""A low-rank mixed logit: everyone shares a reward and departs from it as far as choices warrant.
+
+The log odds of user u's choice are x . (mu + B z_u) with z_u ~ N(0, I): a binary logit with random
+coefficients of low rank. mu and B maximise a variational bound on the evidence, users' tastes have
+posteriors, and whatever is free is chosen on validation, ridge BT being always a candidate.
+
+Shape letters: U users, N comparisons, F features, K rank, C components of the prior.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from comparisons import Comparisons
+from files import require
+from methods.base import Fitted, Task
+from methods.geometry import Geometry, measure, total
+from methods.mixed_fit import MixedFit
+from methods.mixture import fit_mixture
+from methods.population import first_tastes, fit_population
+from methods.posterior import Prior
+from methods.ridge_bt import fit_shared
+from methods.search import Candidate, Search
+from methods.validation import Validation
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MixedLogit:
+    """The mixed logit with its settings; those that are None are chosen on validation.
+
+    Attributes:
+        rank: K, the most directions of taste; those not needed shrink to nothing.
+        l_mu, l_B: strengths of the priors of mu and of B's columns, given together or not at all;
+            features are divided by the root mean square norm of the training differences.
+        whitened: whether features are partly whitened; chosen if None and the strengths are.
+        mixtures: numbers of components of the tastes' distribution to choose from.
+    """
+
+    rank: int = 8
+    l_mu: float | None = None
+    l_B: float | None = None
+    whitened: bool | None = None
+    mixtures: tuple[int, ...] = (1, 4, 10)
+
+    def fit(self, task: Task) -> list[Fitted]:
+        """Choose what is free, then fit all training comparisons."""
+        require(self.rank >= 1, "rank must be at least 1")
+        require((self.l_mu is None) == (self.l_B is None), "give l_mu and l_B together, or neither")
+        tried: list[dict[str, Any]] = []
+        chosen = self._given() if self.l_mu is not None else self._choose(task, tried)
+        data = task.mine
+        geometry = replace(measure(data, task.processes), white=chosen.white)
+        return [self._final(task, data, geometry, chosen, tried)]
+
+    def _given(self) -> Candidate:
+        assert self.l_mu is not None and self.l_B is not None
+        return Candidate(bool(self.whitened), self.l_mu, self.l_B, self.mixtures[0])
+
+    def _choose(self, task: Task, tried: list[dict[str, Any]]) -> Candidate:
+        data = Validation(task)
+        if not data.possible:
+            log.warning("no user has two dialogues: strengths of 1, as nothing can be held out")
+            return Candidate(bool(self.whitened), 1.0, 1.0, 1)
+        kinds = (False, True) if self.whitened is None else (self.whitened,)
+        return Search(data, self.rank, tried).run(kinds, self.mixtures)
+
+    def _final(
+        self,
+        task: Task,
+        data: Comparisons,
+        geometry: Geometry,
+        chosen: Candidate,
+        tried: list[dict[str, Any]],
+    ) -> MixedFit:
+        shared = fit_shared(data, geometry, chosen.l_mu, processes=task.processes)
+        K = min(self.rank, data.num_features)
+        facts = {
+            "chosen": vars(chosen) | {"rank": K if chosen.components else 0}, "tried": tried,
+            "scale": geometry.scale, "note": _note(chosen, K, bool(tried)),
+        }
+        log.info(facts["note"])
+        if chosen.components == 0:
+            facts["losses"] = [value / geometry.count for value in shared.values]
+            none = shared.x.new_zeros(task.train.num_users, 0)
+            return MixedFit(geometry.raw(shared.x), None, none, facts)
+        B, _ = first_tastes(data, geometry, shared.x, K, task.processes)
+        strengths = chosen.l_mu, chosen.l_B
+        start = torch.cat([shared.x, B], 1)
+        fit = fit_population(data, geometry, strengths, start, processes=task.processes)
+        directions, turn, spectrum = principal(geometry.raw(fit.theta))
+        prior = Prior.standard(K, fit.theta)
+        if chosen.components > 1:
+            prior = fit_mixture(fit.posterior, chosen.components, task.processes) or prior
+            prior = turned(prior, turn)
+        facts |= {
+            "losses": [value / geometry.count for value in fit.values],
+            "spectrum": spectrum.tolist(), "passes": fit.evaluations,
+            "decrement": float(fit.posterior.decrement.max()),
+        }
+        fitted = MixedFit(directions, prior, fit.theta.new_zeros(0, 0), facts)
+        fitted.users = everyone(fitted.adapt(fitted.view(data), data), task)
+        return fitted
+
+
+def principal(directions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same distribution of rewards with orthogonal tastes, the widest first.
+
+    Args:
+        directions: mu and B [F, 1 + K].
+
+    Returns:
+        mu and the new B [F, 1 + K], the rotation [K, K] from old tastes to new, and the squared
+        norms of the columns.
+    """
+    left, sizes, right = torch.linalg.svd(directions[:, 1:], full_matrices=False)
+    place = left.abs().argmax(0)
+    signs = left[place, torch.arange(len(place), device=place.device)].sign()
+    B = left * (sizes * signs)
+    return torch.cat([directions[:, :1], B], 1), signs[:, None] * right, sizes.square()
+
+
+def turned(prior: Prior, turn: Tensor) -> Prior:
+    """The prior of rotated tastes ``turn z``."""
+    return Prior(prior.weight, prior.mean @ turn.T, turn @ prior.cov @ turn.T)
+
+
+def everyone(mine: Tensor, task: Task) -> Tensor:
+    """States of all processes' users, in order, from those of this process's [U, S]."""
+    if task.processes == 1:
+        return mine
+    counts = mine.new_zeros(task.processes)
+    counts[task.process] = len(mine)
+    counts = total(counts, task.processes).long()
+    first = int(counts[: task.process].sum())
+    states = mine.new_zeros(int(counts.sum()), mine.shape[1])
+    states[first : first + len(mine)] = mine
+    return total(states, task.processes)
+
+
+def _note(chosen: Candidate, rank: int, free: bool) -> str:
+    kind = "partly whitened" if chosen.white else "plain"
+    how = ", chosen on validation" if free else ""
+    if chosen.components == 0:
+        return f"no tastes (ridge BT), l_mu {chosen.l_mu:.3g}, {kind} features{how}."
+    mixture = f", a mixture of {chosen.components}" if chosen.components > 1 else ""
+    return (
+        f"rank {rank}{mixture}, l_mu {chosen.l_mu:.3g}, l_B {chosen.l_B:.3g}, "
+        f"{kind} features{how}."
+    )

@@ -1,0 +1,186 @@
+"""Bradley-Terry for all users together, its ridge chosen on validation: the baseline to beat."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from comparisons import Comparisons, DenseFeatures
+from files import write_whole
+from methods.base import Fitted, Task, View
+from methods.geometry import Geometry, measure, total
+from methods.lbfgs import Minimum, minimise
+from methods.validation import Validation
+
+log = logging.getLogger(__name__)
+
+STRENGTHS = tuple(10 ** (x / 2) for x in range(6, -7, -1))  # 1000 to .001, from the strongest on
+ROUGH, FINE = 1e-5, 1e-9  # tolerances while choosing and at the end, shares of the objective
+
+
+def precision(data: Comparisons) -> torch.dtype:
+    """Of products with the features: double only where they are held so."""
+    dense = isinstance(data.features, DenseFeatures) and data.features.x.dtype == torch.float64
+    return torch.float64 if dense else torch.float32
+
+
+def inverse_curvature(geometry: Geometry, strengths: Tensor) -> Callable[[Tensor], Tensor]:
+    """An estimate of a loss's inverse curvature, diagonal along the leading directions.
+
+    Args:
+        geometry: of the features.
+        strengths: of the prior of each column [C].
+    """
+    added = 0.2 * geometry.curvature()[:, None]  # p (1 - p) of choices that are fairly sure
+    factors = 1 / (added + strengths[None, :])
+    Q = geometry.directions
+
+    def apply(G: Tensor) -> Tensor:
+        return factors[-1] * G + Q @ ((factors[:-1] - factors[-1]) * (Q.T @ G))
+
+    return apply
+
+
+def fit_shared(
+    data: Comparisons,
+    geometry: Geometry,
+    strength: float,
+    start: Tensor | None = None,
+    processes: int = 1,
+    tolerance: float = FINE,
+    iterations: int = 200,
+) -> Minimum:
+    """The shared reward [F, 1] (among stretched features) with the greatest posterior density.
+
+    Minimises sum_i w_i log(1 + exp(-x_i . mu)) + strength / 2 |mu|^2.
+
+    Args:
+        data: this process's comparisons.
+        geometry: of all comparisons.
+        strength: precision of the prior.
+        start: where to begin; zero if None.
+        processes: over which users are spread.
+        tolerance, iterations: of the minimisation.
+    """
+    dtype = precision(data)
+
+    def loss(mu: Tensor) -> tuple[float, Tensor]:
+        a = data.project(geometry.raw(mu).to(dtype))[:, 0].double()
+        lost = -(data.weight @ logsigmoid(a))
+        residual = data.weight * torch.sigmoid(-a)
+        g = -data.backproject(residual.to(dtype)[:, None]).double()
+        flat = total(torch.cat([lost[None], g[:, 0]]), processes)
+        gradient = geometry.raw(flat[1:, None]) + strength * mu
+        return float(flat[0] + strength / 2 * (mu * mu).sum()), gradient
+
+    if start is None:
+        start = geometry.directions.new_zeros(data.num_features, 1)
+    strengths = geometry.values.new_tensor([strength])
+    return minimise(loss, start, inverse_curvature(geometry, strengths), tolerance, iterations)
+
+
+class SharedFit(Fitted):
+    """A fitted shared reward, the same for all users.
+
+    Args:
+        direction: the reward's direction among raw features [F].
+        num_users: of the seen users.
+        facts: what ``describe`` says.
+    """
+
+    def __init__(self, direction: Tensor, num_users: int, facts: dict[str, Any]) -> None:
+        self.label, self.settings, self.file = "Ridge BT", {}, "ridge_bt"
+        self.direction, self.facts = direction, facts
+        self.users, self.nobody = direction.new_zeros(num_users, 0), direction.new_zeros(0)
+
+    def view(self, data: Comparisons) -> Tensor:
+        """Reward differences [N, 1]."""
+        return data.project(self.direction.to(precision(data))[:, None])
+
+    def logits(self, view: View, state: Tensor, user: Tensor) -> Tensor:
+        """Log odds [N]: the reward differences."""
+        return view[:, 0]
+
+    def describe(self) -> dict[str, Any]:
+        """The strength that was chosen, the others that were tried, and the training curve."""
+        return self.facts
+
+    def save(self, path: Path, new: Tensor, facts: Mapping[str, Any]) -> None:
+        """Keep the direction and the facts in one safetensors file."""
+        text = {"facts": json.dumps(dict(facts)), "method": "ridge_bt"}
+        write_whole(path, lambda draft: save_file({"mu": self.direction}, draft, text))
+
+
+def ridge_path(
+    data: Validation, geometry: Geometry, tried: list[dict[str, Any]]
+) -> tuple[float, Tensor]:
+    """The best of the ridges on validation, and its shared reward among stretched features [F, 1].
+
+    Strengths fall from the strongest on, each fit begun where the last ended, until the score has
+    risen twice.
+
+    Args:
+        data: what the choice is made on.
+        geometry: of the features.
+        tried: gets a record of every strength and its log losses.
+    """
+    best, mu, last = None, None, []
+    for strength in STRENGTHS:
+        mu = fit_shared(data.fit, geometry, strength, mu, data.processes, ROUGH).x
+        fit = SharedFit(geometry.raw(mu)[:, 0], data.fit.num_users, {})
+        score = data.score(fit)
+        tried.append({"whitened": geometry.white, "l_mu": strength, "rank": 0} | score)
+        last.append(score["loss"])
+        if best is None or score["loss"] < best[0]:
+            best = score["loss"], strength, mu
+        if len(last) > 2 and last[-1] > last[-2] > last[-3]:
+            break
+    assert best is not None
+    return best[1], best[2]
+
+
+@dataclass(frozen=True)
+class RidgeBT:
+    """Bradley-Terry with a Gaussian prior of precision ``strength`` on the shared reward.
+
+    Features are divided by the root mean square norm of the training differences.
+
+    Attributes:
+        strength: of the prior; chosen by log loss on validation if None.
+    """
+
+    strength: float | None = None
+
+    def fit(self, task: Task) -> list[Fitted]:
+        """Choose the strength, then fit all training comparisons."""
+        tried: list[dict[str, Any]] = []
+        strength = self.strength
+        if strength is None:
+            strength = self._choose(task, tried)
+        data = task.mine
+        geometry = measure(data, task.processes)
+        found = fit_shared(data, geometry, strength, processes=task.processes)
+        facts = {
+            "chosen": {"l_mu": strength}, "tried": tried, "scale": geometry.scale,
+            "losses": [value / geometry.count for value in found.values],
+            "note": f"strength {strength:.3g}"
+            + (", chosen on validation." if tried else "."),
+        }
+        log.info(facts["note"])
+        return [SharedFit(geometry.raw(found.x)[:, 0], task.train.num_users, facts)]
+
+    def _choose(self, task: Task, tried: list[dict[str, Any]]) -> float:
+        data = Validation(task)
+        if not data.possible:
+            log.warning("no user has two dialogues: a ridge of 1, as nothing can be held out")
+            return 1.0
+        return ridge_path(data, measure(data.fit, task.processes), tried)[0]
