@@ -39,7 +39,8 @@ def read_rows(source: str, table: str, columns: Iterable[str], **hub: Any) -> Ro
         source: a folder with table.jsonl, .jsonl.gz or .parquet, or the name of a hub dataset.
         table: name of the table.
         columns: what every row must have.
-        hub: further arguments of ``datasets.load_dataset``, such as the configuration.
+        hub: for a hub dataset, further arguments of ``datasets.load_dataset``, such as the
+            configuration; or files, a pattern of those to read, and revision.
 
     Raises:
         InputError: nothing to read there, a damaged file, or a row without these columns.
@@ -124,10 +125,30 @@ def read_json_text(line: str, place: str) -> Any:
 
 
 def read_hub(source: str, table: str, hub: Mapping[str, Any]) -> Rows:
-    """Rows of a hub dataset, which ``datasets`` downloads and keeps in its cache."""
-    rows = _load_hub(source, f"give a folder with {table}.jsonl or {table}.parquet", hub)
+    """Rows of a hub dataset, which is downloaded once and then read from a cache."""
+    advice = f"give a folder with {table}.jsonl or {table}.parquet"
+    if "files" in hub:
+        yield from _hub_files(source, advice, **hub)
+        return
+    rows = _load_hub(source, advice, hub)
     for number, row in enumerate(rows, start=1):
         yield f"{source} {table} row {number}", row
+
+
+def _hub_files(source: str, advice: str, files: str, revision: str) -> Rows:
+    """Rows of certain files, which ``datasets`` would not find in its cache without the hub."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(
+            source, repo_type="dataset", revision=revision, allow_patterns=files
+        )
+    except Exception as error:  # its own errors have no common class
+        raise InputError(_no_source(source, error, advice)) from error
+    found = sorted(Path(folder).glob(files))
+    require(bool(found), f"--source {source} has no {files} at revision {revision}; {advice}")
+    for file in found:
+        yield from read_file(file)
 
 
 def read_all(source: str) -> Rows:
@@ -159,10 +180,14 @@ def _load_hub(source: str, advice: str, hub: Mapping[str, Any]) -> Any:
     try:
         return datasets.load_dataset(source, **hub)
     except Exception as error:  # its own errors have no common class
-        raise InputError(
-            f"--source {source} is no folder here and does not load from the hub "
-            f"({first_line(error)}); {advice}"
-        ) from error
+        raise InputError(_no_source(source, error, advice)) from error
+
+
+def _no_source(source: str, error: Exception, advice: str) -> str:
+    why = f"is no folder here and does not load from the hub ({first_line(error)})"
+    if "gated" in str(error):
+        advice = "ask for access on its page, then log in with `hf auth login`"
+    return f"--source {source} {why}; {advice}"
 
 
 # -------------------------------------------------------------------------------- Cells
