@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from comparisons import Comparisons, Pairs, Users
+from comparisons import Comparisons, Pairs, Seed, Users, as_generator
 from methods.base import Fitted, Task
 from methods.networks import (
+    Held,
     Network,
     add_losses,
     balanced,
@@ -29,7 +30,6 @@ from methods.networks import (
     frozen,
     held_loss,
     linear,
-    places,
     row_scale,
     rows_of,
     scaled_pairs,
@@ -41,7 +41,7 @@ RIDGES = (0.0, 1.0)  # pull of new users' logits towards the seen users' mean
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "identity": nn.Identity}
 
 
-@dataclass
+@dataclass(frozen=True)
 class MLP:
     """LoRe with a shallow network on the embedding.
 
@@ -72,9 +72,11 @@ class MLP:
             InputError: only differences of embeddings are held.
         """
         rows_of(task.train)
+        if task.process:  # the first process judges alone
+            return []
 
         def train(
-            data: Comparisons, held: Comparisons | None, model: dict, epochs: int
+            data: Comparisons, held: Held, model: dict, epochs: int
         ) -> FittedMLP:
             return self._train(data, held, model["rank"], epochs, task.seed)
 
@@ -84,7 +86,7 @@ class MLP:
         return [choose(task, models, ("ridge", RIDGES), self.epochs or 60, train)]
 
     def _train(
-        self, data: Comparisons, held: Comparisons | None, K: int, epochs: int, seed: int
+        self, data: Comparisons, held: Held, K: int, epochs: int, seed: int
     ) -> FittedMLP:
         faithful = self.setting == "faithful"
         generator = torch.Generator().manual_seed(seed)
@@ -101,7 +103,7 @@ class MLP:
                 yield add_losses(fit.batch_logits(pairs[some], data.user[some]), weight[some])
 
         def held_now() -> float:
-            return held_loss(fit, held, fit.free.softmax(1)[places(held, data)])
+            return held_loss(fit, held, fit.free.softmax(1))
 
         fit.course = descend(optimizer, epoch, epochs, held and held_now)
         return fit.finish()
@@ -167,7 +169,7 @@ class FittedMLP(Network):
         """The user's mixture of the differences of rewards [N]."""
         return (view * state[user]).sum(1)
 
-    def adapt(self, view: Tensor, users: Users, seed: int) -> Tensor:
+    def adapt(self, view: Tensor, users: Users, seed: Seed) -> Tensor:
         """Weights [U', K] that fit users' comparisons, the layers fixed (eq. 11)."""
         if len(users) == 0:
             return self.nobody.repeat(users.num_users, 1)
@@ -176,7 +178,7 @@ class FittedMLP(Network):
             return softplus(-self.logits(view[rows], weights, user))
 
         if self.faithful:
-            generator = torch.Generator().manual_seed(seed)
+            generator = as_generator(seed)
             start = torch.randn(users.num_users, len(self.nobody), generator=generator)
             found = solve_weights(
                 losses, users, start.to(users.device), steps=500, tolerance=-1.0

@@ -6,10 +6,9 @@ batch or pass; comparisons only gather from them.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from comparisons import Comparisons, Pairs, RowFeatures, Users
-from files import InputError
+from files import InputError, require
 from methods.base import Fitted, Task
-from methods.validation import hold_out, pseudo_new
+from methods.validation import HeldOut, Validation
 
+TRIES = 6  # configurations that every method may try
 CURVE = 400  # points of a training curve that are kept
 TOLERANCE = 1e-4  # an improvement of the held-out log loss, or of a user's objective, that counts
 PATIENCE = 6  # epochs without one before training stops
@@ -194,7 +194,8 @@ class Network(Fitted):
         return f"{self.label}: {self.parameters:,} parameters, {self.course.epochs} epochs"
 
 
-Train = Callable[[Comparisons, Comparisons | None, dict[str, Any], int], Network]
+Held = HeldOut | Validation | None
+Train = Callable[[Comparisons, Held, dict[str, Any], int], Network]
 
 
 def choose(
@@ -206,9 +207,7 @@ def choose(
 ) -> Network:
     """Try configurations on held-out dialogues and users, and fit the best one to everything.
 
-    A configuration's score is its log loss, averaged over seen users' held-out dialogues and over
-    pseudo-new users, who count half each. The last fit makes as many passes over the data as were
-    best for the chosen one.
+    The last fit makes as many passes over the data as were best for the chosen one.
 
     Args:
         task: only its training comparisons are read.
@@ -216,55 +215,34 @@ def choose(
         variants: name and values of a setting that needs none.
         epochs: passes over the data, at most.
         train: fits (comparisons, held-out ones to stop by or None, one of the models, epochs).
+
+    Raises:
+        InputError: no user has two dialogues, so nothing can be held out.
     """
-    data, name, tried = _named(task.train), variants[0], []
-    rest, few, new = pseudo_new(data, task.seed, _middle(task.shots))
-    part, held = hold_out(rest, task.seed)
+    name, tried = variants[0], []
+    # Streamed, since that keeps rows apart: in memory only their differences would be left.
+    validation = Validation(replace(task, stream=True, process=0, processes=1))
+    require(
+        validation.held is not None, "no user has two dialogues: there is nothing to choose by"
+    )
     for model in models:
-        fitted = train(part, held, model, epochs)
+        fitted = train(validation.fit, validation, model, epochs)
         for value in variants[1]:
             fitted.variant = value
-            adapted = fitted.adapt(fitted.view(few), few, task.seed)
-            seen_loss = held_loss(fitted, held, fitted.users[places(held, part)])
-            new_loss = held_loss(fitted, new, adapted[places(new, few)])
-            tried.append(
-                {**model, name: value, "epochs": fitted.course.epochs, "seen": seen_loss,
-                 "new": new_loss, "log_loss": (seen_loss + new_loss) / 2}
-            )  # fmt: skip
-    best = min(tried, key=lambda one: one["log_loss"])
+            score = validation.score(fitted)
+            tried.append({**model, name: value, "epochs": fitted.course.epochs, **score})
+    best = min(tried, key=lambda one: one["loss"])
     chosen = train(task.train, None, {key: best[key] for key in models[0]}, best["epochs"])
     chosen.variant, chosen.tried = best[name], tried
     return chosen
 
 
-def _middle(shots: Sequence[int]) -> int:
-    """The number of shots to choose at: the middle one of those that will be tested."""
-    some = sorted(size for size in shots if size > 0)
-    return some[len(some) // 2] if some else 10
-
-
-def _named(data: Comparisons) -> Comparisons:
-    """The same comparisons; users without names get numbers for names."""
-    names = data.names or [str(u) for u in range(data.num_users)]
-    return Comparisons(data.features, data.counts, data.weight, names, data.dialogs)
-
-
-def places(some: Comparisons, among: Comparisons) -> Tensor:
-    """Where users of the one are among users of the other, by name [U]."""
-    place = {name: u for u, name in enumerate(among.names)}
-    return torch.tensor([place[name] for name in some.names], device=among.device)
-
-
 @torch.no_grad()
-def held_loss(fitted: Fitted, data: Comparisons, state: Tensor) -> float:
-    """Mean over users of the log loss of their comparisons."""
-    logits = fitted.logits(fitted.view(data), state, data.user)
-    return float(data.log_losses(logits).mean())
-
-
-def log_loss(logits: Tensor, users: Users) -> float:
-    """Mean over users of the log loss of their comparisons' logits [N]."""
-    return float(users.log_losses(logits.detach()).mean())
+def held_loss(fitted: Fitted, held: HeldOut | Validation, users: Tensor) -> float:
+    """Mean over users of the log loss of their held-out comparisons, states [U, S] being given."""
+    data = held.held
+    state = users[held.whose.to(users.device)]
+    return float(data.log_losses(fitted.logits(fitted.view(data), state, data.user)).mean())
 
 
 def balanced(users: Users) -> Tensor:
@@ -364,10 +342,3 @@ def _least(
 def where_known(states: Tensor, users: Users, nobody: Tensor) -> Tensor:
     """States [U, S] of users with comparisons; nobody's state [S] of the others."""
     return torch.where(users.counts[:, None] > 0, states, nobody)
-
-
-def with_settings(method: Any, **settings: Any) -> Any:
-    """A copy of a method with other settings."""
-    other = copy.copy(method)
-    vars(other).update(settings)
-    return other

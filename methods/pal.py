@@ -15,9 +15,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from comparisons import Comparisons, Pairs, Users
+from comparisons import Comparisons, Pairs, Seed, Users, as_generator
+from files import require
 from methods.base import Fitted, Task
 from methods.networks import (
+    Held,
     Network,
     add_losses,
     balanced,
@@ -28,21 +30,20 @@ from methods.networks import (
     distinct,
     frozen,
     held_loss,
-    hold_out,
     linear,
-    places,
     row_scale,
     rows_of,
     scaled_pairs,
     solve_weights,
     where_known,
 )
+from methods.validation import hold_out
 
 RIDGES = (0.0, 1.0)  # pull of new users' logits towards the seen users' mean
 NEW_USER_RATE, NEW_USER_EPOCHS = 5e-3, 20  # published
 
 
-@dataclass
+@dataclass(frozen=True)
 class PAL:
     """PAL-A.
 
@@ -76,20 +77,23 @@ class PAL:
             InputError: only differences of embeddings are held.
         """
         rows_of(task.train)
+        if task.process:  # the first process judges alone
+            return []
 
         def train(
-            data: Comparisons, held: Comparisons | None, model: dict, epochs: int
+            data: Comparisons, held: Held, model: dict, epochs: int
         ) -> FittedPAL:
             return self._train(data, held, model["prototypes"], epochs, task.seed)
 
         if self.setting == "faithful":
-            data, held = hold_out(task.train, task.seed)
-            return [train(data, held, {"prototypes": self.prototypes[0]}, self.epochs or 20)]
+            held = hold_out(task.train, task.seed)
+            require(held.held is not None, "no user has two dialogues: nothing can be held out")
+            return [train(held.fit, held, {"prototypes": self.prototypes[0]}, self.epochs or 20)]
         models = [{"prototypes": K} for K in self.prototypes]
         return [choose(task, models, ("ridge", RIDGES), self.epochs or 60, train)]
 
     def _train(
-        self, data: Comparisons, held: Comparisons | None, K: int, epochs: int, seed: int
+        self, data: Comparisons, held: Held, K: int, epochs: int, seed: int
     ) -> FittedPAL:
         faithful = self.setting == "faithful"
         generator = torch.Generator().manual_seed(seed)
@@ -109,7 +113,7 @@ class PAL:
                 yield add_losses(fit.batch_logits(pairs[some], data.user[some]), weight[some], True)
 
         def held_now() -> float:
-            return held_loss(fit, held, fit.free.softmax(1)[places(held, data)])
+            return held_loss(fit, held, fit.free.softmax(1))
 
         patience = {"patience": epochs} if faithful else {}
         fit.course = descend(optimizer, epoch, epochs, held and held_now, **patience)
@@ -186,12 +190,12 @@ class FittedPAL(Network):
             parts.append(far.square() - near.square() if self.squared else far - near)
         return torch.cat(parts)
 
-    def adapt(self, view: Pairs, users: Users, seed: int) -> Tensor:
+    def adapt(self, view: Pairs, users: Users, seed: Seed) -> Tensor:
         """Weights [U', K] that fit users' comparisons, f and prototypes fixed."""
         if len(users) == 0:
             return self.nobody.repeat(users.num_users, 1)
         if self.faithful:
-            found = self._published(view, users, torch.Generator().manual_seed(seed))
+            found = self._published(view, users, as_generator(seed))
         else:
             start = self.nobody.log().repeat(users.num_users, 1)
 
@@ -208,28 +212,34 @@ class FittedPAL(Network):
         A published batch holds 4 comparisons, mostly of different users, and Adam is blind to the
         size of gradients: so every user is given steps of its own, all users at a time.
         """
-        K = len(self.nobody)
-        found = torch.randn(users.num_users, K, generator=generator).to(users.device)
+        start = torch.randn(users.num_users, len(self.nobody), generator=generator)
+        found = start.to(users.device)
         for who, rows in blocks(users):
-            counts, start = users.counts[who], rows.start
-            first = (counts.cumsum(0) - counts + start)[:, None]
-            most = int(counts.max())
+            order = _orders(users.counts[who], generator) + rows.start
             free = found[who].clone().requires_grad_()
             optimizer = torch.optim.Adam([free], lr=NEW_USER_RATE)
-            for step in range(NEW_USER_EPOCHS * most):
-                place = step % counts.clamp(min=1)
-                if step == 0 or bool((place == 0).any()):
-                    keys = torch.rand(len(counts), most, generator=generator).to(users.device)
-                    beyond = torch.arange(most, device=users.device) >= counts[:, None]
-                    fresh = first + keys.masked_fill(beyond, 2).argsort(1)
-                    order = fresh if step == 0 else order.where(place[:, None] > 0, fresh)
-                active = (step < NEW_USER_EPOCHS * counts).nonzero()[:, 0]
-                pick = order[active, place[active]]
+            for step in range(order.shape[1]):
+                active = (step < NEW_USER_EPOCHS * users.counts[who]).nonzero()[:, 0]
                 own = torch.arange(len(active), device=users.device)
                 with torch.enable_grad():
-                    logits = self.logits(view[pick], free[active].softmax(1), own)
+                    pairs = view[order[active, step]]
+                    logits = self.logits(pairs, free[active].softmax(1), own)
                     optimizer.zero_grad()
                     (1 - logits).clamp(min=0).sum().backward()
                 optimizer.step()
                 found[who][active] = free.detach()[active]
         return found.softmax(1)
+
+
+def _orders(counts: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Every user's comparisons in random order, pass after pass [U, steps]: numbers of rows."""
+    most = int(counts.max())
+    place = torch.arange(most, device=counts.device).expand(len(counts), -1)
+    real, first = place < counts[:, None], (counts.cumsum(0) - counts)[:, None]
+    orders = torch.zeros(len(counts), (NEW_USER_EPOCHS + 1) * most, dtype=torch.long)
+    orders = orders.to(counts.device)
+    for number in range(NEW_USER_EPOCHS):
+        keys = torch.rand(len(counts), most, generator=generator).to(counts.device)
+        shuffled = first + keys.masked_fill(~real, 2).argsort(1)
+        orders.scatter_(1, place + number * counts[:, None], shuffled)
+    return orders[:, : NEW_USER_EPOCHS * most]
