@@ -22,7 +22,6 @@ from methods.networks import (
     Held,
     Network,
     add_losses,
-    balanced,
     batches,
     choose,
     descend,
@@ -30,6 +29,7 @@ from methods.networks import (
     frozen,
     held_loss,
     linear,
+    pair_weights,
     row_scale,
     rows_of,
     scaled_pairs,
@@ -95,7 +95,7 @@ class MLP:
         layers["weight_decay"] = 0.0 if faithful else 0.01
         weights = {"params": [fit.free], "lr": 0.5 if faithful else 0.05, "weight_decay": 0.0}
         optimizer = torch.optim.AdamW([layers, weights])
-        pairs, weight = scaled_pairs(data, fit.scale), balanced(data)
+        pairs, weight = scaled_pairs(data, fit.scale), pair_weights(data, True)
 
         def epoch() -> Iterator[Tensor]:
             for some in batches(len(data), len(data) if faithful else 256, generator):

@@ -25,7 +25,7 @@ CURVE = 400  # points of a training curve that are kept
 TOLERANCE = 1e-4  # an improvement of the held-out log loss, or of a user's objective, that counts
 PATIENCE = 6  # epochs without one before training stops
 PATIENT_STEPS = 20  # the same of a user's weights, in steps
-BLOCK = 20_000  # comparisons of users whose weights are found together
+BLOCK = 1 << 15  # comparisons of users who are fitted together, padded to the longest
 
 
 # ------------------------------------------------------------------------- Rows
@@ -245,10 +245,17 @@ def held_loss(fitted: Fitted, held: HeldOut | Validation, users: Tensor) -> floa
     return float(data.log_losses(fitted.logits(fitted.view(data), state, data.user)).mean())
 
 
-def balanced(users: Users) -> Tensor:
-    """What each comparison weighs [N] where users count the same (eq. 10); 1 on average."""
-    shared = users.weight / users.user_weight()[users.user]
-    return (shared * (len(users) / users.num_users)).float()
+def pair_weights(users: Users, by_user: bool) -> Tensor:
+    """What each comparison weighs [N], 1 on average.
+
+    Args:
+        users: whose the comparisons are.
+        by_user: users count the same (eq. 10); otherwise comparisons do.
+    """
+    weight = users.weight
+    if by_user:
+        weight = weight / users.user_weight()[users.user]
+    return (weight / weight.mean()).float()
 
 
 def add_losses(logits: Tensor, weight: Tensor, hinge: bool = False) -> Tensor:
@@ -263,13 +270,17 @@ Losses = Callable[[slice, Tensor, Tensor], Tensor]
 
 
 def blocks(users: Users) -> Iterator[tuple[slice, slice]]:
-    """Runs of users with about ``BLOCK`` comparisons: which users, and which comparisons."""
+    """Runs of users whose comparisons, padded to the longest, are at most ``BLOCK``: which users,
+    and which comparisons."""
     counts, first, row = users.counts.tolist(), 0, 0
     while first < len(counts):
-        last, end = first, row
-        while last < len(counts) and (last == first or end + counts[last] - row <= BLOCK):
-            end += counts[last]
+        last, most = first, 0
+        while last < len(counts):
+            most = max(most, counts[last])
+            if last > first and most * (last + 1 - first) > BLOCK:
+                break
             last += 1
+        end = row + sum(counts[first:last])
         yield slice(first, last), slice(row, end)
         first, row = last, end
 

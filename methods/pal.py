@@ -22,7 +22,6 @@ from methods.networks import (
     Held,
     Network,
     add_losses,
-    balanced,
     batches,
     blocks,
     choose,
@@ -31,6 +30,7 @@ from methods.networks import (
     frozen,
     held_loss,
     linear,
+    pair_weights,
     row_scale,
     rows_of,
     scaled_pairs,
@@ -105,7 +105,7 @@ class PAL:
                 {"params": [fit.prototypes, fit.free], "lr": 5e-3 * faster},
             ]
         )
-        pairs, weight = scaled_pairs(data, fit.scale), balanced(data)
+        pairs, weight = scaled_pairs(data, fit.scale), pair_weights(data, not faithful)
 
         def epoch() -> Iterator[Tensor]:
             for some in batches(len(data), 4 if faithful else 256, generator):
