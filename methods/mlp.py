@@ -56,7 +56,7 @@ class MLP:
         ranks: ranks K to try; ``faithful`` takes the first.
         hidden: hidden units H.
         activation: g.
-        epochs: passes over the data, at most; 0 for 1000 if faithful, else 60.
+        epochs: passes over the data, at most; 0 for 1000 if faithful, else 100.
     """
 
     setting: Literal["faithful", "converged"] = "converged"
@@ -98,7 +98,7 @@ class MLP:
         pairs, weight = scaled_pairs(data, fit.scale), pair_weights(data, True)
 
         def epoch() -> Iterator[Tensor]:
-            for some in batches(len(data), len(data) if faithful else 256, generator):
+            for some in batches(len(data), len(data) if faithful else 64, generator):
                 some = some.to(data.device)
                 yield add_losses(fit.batch_logits(pairs[some], data.user[some]), weight[some])
 

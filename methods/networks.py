@@ -23,7 +23,8 @@ from methods.validation import HeldOut, Validation
 TRIES = 6  # configurations that every method may try
 CURVE = 400  # points of a training curve that are kept
 TOLERANCE = 1e-4  # an improvement of the held-out log loss, or of a user's objective, that counts
-PATIENCE = 6  # epochs without one before training stops
+PATIENCE = 10  # epochs without one before training stops
+PLATEAU = 2000  # steps before which it never stops: tastes are often found late, all at once
 PATIENT_STEPS = 20  # the same of a user's weights, in steps
 BLOCK = 1 << 15  # comparisons of users who are fitted together, padded to the longest
 
@@ -134,7 +135,8 @@ def descend(
         epochs: passes over the data, at most.
         held: held-out log loss of the present parameters; None to make all passes.
         schedule: of the learning rate, by step.
-        patience: epochs without an improvement of ``TOLERANCE`` after which to stop.
+        patience: epochs without an improvement of ``TOLERANCE`` after which to stop, though not
+            within the first ``PLATEAU`` steps.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     course, losses, best, kept = Course(), [], math.inf, None
@@ -153,7 +155,7 @@ def descend(
         if course.held[-1] < best - TOLERANCE:
             best, course.epochs = course.held[-1], number
             kept = [p.detach().clone() for p in parameters]
-        elif number - course.epochs >= patience:
+        elif number - course.epochs >= patience and len(losses) >= PLATEAU:
             break
     for parameter, value in zip(parameters, kept or [], strict=bool(kept)):
         parameter.data.copy_(value)

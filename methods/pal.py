@@ -60,7 +60,7 @@ class PAL:
         width: outputs D of every layer of f; 0 for 512 if faithful, else 128.
         layers: linear layers of f, with GELU between them.
         squared: compare squared distances.
-        epochs: passes over the data, at most; 0 for 20 if faithful, else 60.
+        epochs: passes over the data, at most; 0 for 20 if faithful, else 100.
     """
 
     setting: Literal["faithful", "converged"] = "converged"
@@ -108,7 +108,7 @@ class PAL:
         pairs, weight = scaled_pairs(data, fit.scale), pair_weights(data, not faithful)
 
         def epoch() -> Iterator[Tensor]:
-            for some in batches(len(data), 4 if faithful else 256, generator):
+            for some in batches(len(data), 4 if faithful else 64, generator):
                 some = some.to(data.device)
                 yield add_losses(fit.batch_logits(pairs[some], data.user[some]), weight[some], True)
 

@@ -62,7 +62,7 @@ class VPL:
         hidden: hidden units H; 0 for 512 if faithful, else 64.
         latent: units L of the latent; -1 for 512 if faithful, else 32; 0 for none, which leaves
             Bradley-Terry on a network.
-        epochs: passes over the data, at most; 0 for 2 if faithful, else 60.
+        epochs: passes over the data, at most; 0 for 2 if faithful, else 100.
     """
 
     setting: Literal["faithful", "converged"] = "converged"
@@ -87,8 +87,10 @@ class VPL:
 
         if self.setting == "faithful":
             return [train(task.train, None, {"beta": self.betas[0]}, self.epochs or 2)]
-        models = [{"beta": beta} for beta in self.betas]
-        return [choose(task, models, ("sphere", (0.0, 1.0)), self.epochs or 60, train)]
+        personal = self.latent != 0  # without a latent there is nothing to choose
+        models = [{"beta": beta} for beta in self.betas[: None if personal else 1]]
+        spheres = (0.0, 1.0) if personal else (0.0,)
+        return [choose(task, models, ("sphere", spheres), self.epochs or 60, train)]
 
     def _train(
         self, data: Comparisons, held: Held, beta: float, epochs: int, seed: int, longest: int
@@ -100,16 +102,18 @@ class VPL:
         rate, decay = (1e-4, 1e-3) if faithful else (1e-3, 1e-2)
         optimizer = torch.optim.AdamW(fit.net.parameters(), lr=rate, weight_decay=decay)
         total, step = epochs * math.ceil(len(data) / 32), itertools.count()
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: _cosine(t, total))
+        schedule = None  # making one sets the rate of the first step
+        if faithful:
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: _cosine(t, total))
         pairs, weight = scaled_pairs(data, fit.scale), pair_weights(data, not faithful)
 
         def epoch() -> Iterator[Tensor]:
             if not fit.net.latent:
-                for some in batches(len(data), 32 if faithful else 256, generator):
+                for some in batches(len(data), 32 if faithful else 64, generator):
                     some = some.to(data.device)
                     yield add_losses(fit.net.plain(pairs[some]), weight[some])
                 return
-            for targets, group, contexts, counts in groups.epoch(32 if faithful else 16, generator):
+            for targets, group, contexts, counts in groups.epoch(32 if faithful else 8, generator):
                 logits, kl = fit.net(pairs, targets, group, contexts, counts, generator)
                 slope = _cycle(next(step)) if faithful else 1.0
                 yield add_losses(logits, weight[targets]) + beta * slope * kl
@@ -117,9 +121,7 @@ class VPL:
         def held_now() -> float:
             return held_loss(fit, held, fit.adapt(fit.view(data), data, seed))
 
-        fit.course = descend(
-            optimizer, epoch, epochs, held and held_now, schedule if faithful else None
-        )
+        fit.course = descend(optimizer, epoch, epochs, held and held_now, schedule)
         return fit.finish(data, seed)
 
 
