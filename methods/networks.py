@@ -24,7 +24,7 @@ TRIES = 6  # configurations that every method may try
 CURVE = 400  # points of a training curve that are kept
 TOLERANCE = 1e-4  # an improvement of the held-out log loss, or of a user's objective, that counts
 PATIENCE = 10  # epochs without one before training stops
-PLATEAU = 2000  # steps before which it never stops: tastes are often found late, all at once
+PLATEAU = 1500  # steps before which it never stops: tastes are often found late, all at once
 PATIENT_STEPS = 20  # the same of a user's weights, in steps
 BLOCK = 1 << 15  # comparisons of users who are fitted together, padded to the longest
 

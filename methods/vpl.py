@@ -99,7 +99,7 @@ class VPL:
         generator = torch.Generator().manual_seed(seed)
         fit = FittedVPL(self, data, 1.0 if faithful else row_scale(data), generator)
         groups = Groups(data, 1 if faithful else 16, (1, 8) if faithful else (0, longest))
-        rate, decay = (1e-4, 1e-3) if faithful else (1e-3, 1e-2)
+        rate, decay = (1e-4, 1e-3) if faithful else (3e-3, 1e-2)
         optimizer = torch.optim.AdamW(fit.net.parameters(), lr=rate, weight_decay=decay)
         total, step = epochs * math.ceil(len(data) / 32), itertools.count()
         schedule = None  # making one sets the rate of the first step

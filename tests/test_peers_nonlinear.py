@@ -18,9 +18,9 @@ from methods.vpl import Groups
 
 F, ROWS, SEEN, NEW = 8, 300, 40, 16
 METHODS = {
-    "pal": pal.PAL(prototypes=(2, 3), width=32, epochs=60),
-    "vpl": vpl.VPL(betas=(3e-6, 1e-4), hidden=32, latent=8, epochs=60),
-    "mlp": mlp.MLP(ranks=(2, 3), hidden=32, epochs=60),
+    "pal": pal.PAL(prototypes=(2, 3), width=32, epochs=40),
+    "vpl": vpl.VPL(betas=(3e-6, 1e-4), hidden=32, latent=8, epochs=40),
+    "mlp": mlp.MLP(ranks=(2, 3), hidden=32, epochs=40),
 }
 
 
@@ -34,7 +34,7 @@ def taste(world: str, user: int, E: Tensor) -> Tensor:
         points = torch.tensor([[2.0, 1.0], [-2.0, 1.0]])
         return -3 * (E[:, :2] - points[0 if one else 1]).norm(dim=1)
     if world == "vpl":  # a thing that half of them love and half of them hate
-        return 3 * E[:, 0].abs() * (1 if one else -1)
+        return 3 * E[:, 0] * (1 if one else -1)
     return 3 * E[:, 0 if one else 1].abs()  # mlp: one of two non-linear rewards
 
 
@@ -163,7 +163,7 @@ def test_the_order_of_users_and_comparisons_does_not_matter(name: str) -> None:
     rows = torch.stack([row[torch.randperm(len(row), generator=g)] for row in rows]).flatten()
     other = fit.adapt(view[rows], task.few.pick(rows, [20] * NEW), 0)
     torch.testing.assert_close(other, own[order], rtol=1e-3, atol=1e-3)
-    assert not torch.allclose(own, own[order], atol=0.05)
+    assert not torch.allclose(own, own[order], atol=0.05)  # users do differ
 
 
 @every
@@ -229,15 +229,16 @@ def test_linear_pal_with_squared_distances_is_lore_plus_a_quadratic_of_all_users
     assert lore.std() > 1e-3  # the users' part is no rounding
 
 
-def test_pals_published_fit_moves_a_new_users_logits_by_its_rate_times_its_steps_at_most() -> None:
+def test_pals_published_fit_moves_a_new_users_logits_by_about_its_rate_a_step() -> None:
     task = planted("pal")
     fit = pal.PAL("faithful", prototypes=(2,), width=16)._train(task.train, None, 2, 1, 0)
-    view, drawn = fit.view(task.few), torch.randn(NEW, 2, generator=torch.Generator().manual_seed(7))
+    view = fit.view(task.few)
+    drawn = torch.randn(NEW, 2, generator=torch.Generator().manual_seed(7))
     for shots in (1, 5):
         rows = torch.cat([torch.arange(20 * u, 20 * u + shots) for u in range(NEW)])
         own = fit.adapt(view[rows], task.few.pick(rows, [shots] * NEW), 7)
         margin = own.log().diff(dim=1) - drawn.diff(dim=1)  # of logits, whose level is free
-        assert margin.abs().max() <= 2 * 5e-3 * 20 * shots * 1.01
+        assert margin.abs().max() <= 2 * 5e-3 * 20 * shots * 1.05  # Adam
         assert margin.abs().max() > 0.01
 
 
@@ -253,11 +254,11 @@ def plain_network(method: vpl.VPL, data: Comparisons, seed: int, epochs: int) ->
         for shape in ((outputs, inputs), (outputs,)):
             drawn = torch.empty(shape).uniform_(-bound, bound, generator=g)
             parameters.append(drawn.requires_grad_())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=1e-2)
     scale = row_scale(data)
     chosen, rejected = sides(data)
     for _ in range(epochs):
-        for some in batches(len(data), 256, g):
+        for some in batches(len(data), 64, g):
             logits = plain_reward(parameters, chosen[some] / scale) - plain_reward(
                 parameters, rejected[some] / scale
             )
