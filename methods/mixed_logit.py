@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 class MixedLogit:
     """The mixed logit with its settings; those that are None are chosen on validation.
 
-    Attributes:
+    Args:
         rank: K, the most directions of taste; those not needed shrink to nothing.
         l_mu, l_B: strengths of the priors of mu and of B's columns, given together or not at all;
             features are divided by the root mean square norm of the training differences.
@@ -84,8 +84,9 @@ class MixedLogit:
         facts = {
             "chosen": vars(chosen) | {"rank": K if chosen.components else 0}, "tried": tried,
             "scale": geometry.scale, "note": _note(chosen, K, bool(tried)),
+            "parameters": data.num_features,
         }
-        log.info(facts["note"])
+        log.info("mixed logit: %s", facts["note"])
         if chosen.components == 0:
             facts["losses"] = [value / geometry.count for value in shared.values]
             none = shared.x.new_zeros(task.train.num_users, 0)
@@ -101,6 +102,7 @@ class MixedLogit:
             prior = turned(prior, turn)
         facts |= {
             "losses": [value / geometry.count for value in fit.values],
+            "parameters": directions.numel() + task.train.num_users * K,
             "spectrum": spectrum.tolist(), "passes": fit.evaluations,
             "decrement": float(fit.posterior.decrement.max()),
         }
@@ -148,9 +150,9 @@ def _note(chosen: Candidate, rank: int, free: bool) -> str:
     kind = "partly whitened" if chosen.white else "plain"
     how = ", chosen on validation" if free else ""
     if chosen.components == 0:
-        return f"no tastes (ridge BT), l_mu {chosen.l_mu:.3g}, {kind} features{how}."
+        return f"no tastes (ridge BT), l_mu {chosen.l_mu:.3g}, {kind} features{how}"
     mixture = f", a mixture of {chosen.components}" if chosen.components > 1 else ""
     return (
         f"rank {rank}{mixture}, l_mu {chosen.l_mu:.3g}, l_B {chosen.l_B:.3g}, "
-        f"{kind} features{how}."
+        f"{kind} features{how}"
     )
