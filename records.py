@@ -330,11 +330,27 @@ def _check_fit(where: str, fit: Any) -> str:
         values = fit.get(key) or []
         good = isinstance(values, list) and all(map(_number, values))
         _need(good, f"{key!r} of {where} are not numbers")
+    _need(_are_likes(fit.get("likes") or []), f"'likes' of {where} are no list of directions")
     states = fit.get("states") or []
     good = isinstance(states, list) and all(isinstance(row, list) for row in states)
     good = good and all(map(_number, (value for row in states for value in row)))
     _need(good and len({len(row) for row in states}) < 2, f"'states' of {where} are no table")
     return label
+
+
+def _are_likes(likes: Any) -> bool:
+    """Whether they are directions, each with prompts and responses that it likes most and least."""
+    return isinstance(likes, list) and all(
+        isinstance(one, Mapping)
+        and isinstance(one.get("direction"), str)
+        and isinstance(one.get(side, []), list)
+        and all(isinstance(text, Mapping) for text in one.get(side, []))
+        and all(
+            isinstance(t.get(k), str) for t in one.get(side, []) for k in ("prompt", "response")
+        )
+        for one in likes
+        for side in ("most", "least")
+    )
 
 
 def _read_record(

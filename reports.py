@@ -17,6 +17,7 @@ import numpy as np
 
 from cli import cli
 from files import require, write_text
+from html_report import write_report
 from plots import write_plots
 from records import (
     ALWAYS,
@@ -188,14 +189,14 @@ def _cost(results: Results, method: str) -> list[str]:
     for key, unit in (("seconds", "s"), ("parameters", "parameters"), ("tried", "settings tried")):
         values = [part[key] for part in parts if part.get(key)]
         mean = float(np.mean(values)) if values else 0.0
-        if mean > (1 if key == "tried" else 0):
+        if mean > {"tried": 1, "seconds": 0.05}.get(key, 0):
             told.append(f"{mean:.1f} {unit}" if key == "seconds" else f"{mean:,.0f} {unit}")
     return [f"- {method}: {', '.join(told)}"] if told else []
 
 
 def _text(results: Results) -> str:
     """Title, facts, tables, notes and verdict."""
-    blocks = [_heading(results), *facts(results)]
+    blocks = [f"{title(results)}; {_details(results)}", *facts(results)]
     blocks += [f"**WARNING: {mark}**" for mark in warnings(results)]
     for section in sections(results):
         blocks += [section.caption, markdown(section.table)]
@@ -204,8 +205,8 @@ def _text(results: Results) -> str:
     return "\n\n".join([*blocks, verdict(results)])
 
 
-def _heading(results: Results) -> str:
-    """What was run: dataset, script, model, methods, repeats and the script's plain settings."""
+def _details(results: Results) -> str:
+    """How it was run: script, repeats and the script's plain settings."""
     settings, count = results.settings, len(results.repeats)
     known = {"script", "dataset", "warning", "prepared", "embeddings", "seeds", "shots", "unit"}
     details = [
@@ -216,7 +217,7 @@ def _heading(results: Results) -> str:
     if results.sweep:
         details.append(f"a shot is one of a user's {settings.get('unit', 'comparisons')}")
     repeats = f"{count} repeat{'s' if count > 1 else ''}"
-    return f"{title(results)}; " + ", ".join([settings["script"], repeats, *details])
+    return ", ".join([settings["script"], repeats, *details])
 
 
 def report(folder: Path, labels: Collection[str] = ()) -> str:
@@ -238,9 +239,12 @@ def report(folder: Path, labels: Collection[str] = ()) -> str:
     text = _text(results)
     write_text(folder / "table.md", text + "\n")
     names = ", ".join(f"{name}.png" for name in write_plots(folder, results, judged(results)))
+    lines = [line.removeprefix("- ") for line in notes(results)]
+    about = _details(results), facts(results), warnings(results)
+    write_report(folder, results, *about, sections(results), lines)
     if labels:
         text = _text(results.only({REFERENCE, BT, OWN, *labels}))
-    return f"{text}\n\nResults, table and plots ({names}): {folder}"
+    return f"{text}\n\nResults, table, plots ({names}) and report.html: {folder}"
 
 
 def _side_by_side(runs: dict[str, Results]) -> str:

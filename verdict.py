@@ -21,15 +21,29 @@ class Verdict(NamedTuple):
     Attributes:
         where: the users, and the number of shots.
         outcome: earn, cost or cannot be told apart; "" where nothing is personal.
-        text: the whole sentence.
+        claim: the outcome in words.
         points: against what -> difference in accuracy.
+        loss: the log loss, in words.
     """
 
     label: str
     where: str
     outcome: str
-    text: str
+    claim: str
     points: dict[str, Summary]
+    loss: str
+
+    @property
+    def text(self) -> str:
+        """The whole sentence."""
+        who = f"{self.label}, {self.where}" if self.where else self.label
+        points = ", ".join(
+            f"{MEASURES['accuracy'].text(s.mean, signed=True)} points {interval('accuracy', s)} "
+            f"against {control_name(against)}"
+            for against, s in self.points.items()
+        )
+        told = f"{who}: {self.claim}" + (f": {points}" if points else "")
+        return f"{told}; {self.loss}" if self.loss else told
 
 
 def verdicts(results: Results) -> list[Verdict]:
@@ -43,7 +57,7 @@ def verdicts(results: Results) -> list[Verdict]:
         if not results.personal(label):
             chosen = any(fit["settings"].get("rank") == 1 for fit in results.fits(label))
             why = "rank 1 was chosen: " if chosen else ""
-            found.append(Verdict(label, "", "", f"{label}: {why}nothing is personal", {}))
+            found.append(Verdict(label, "", "", f"{why}nothing is personal", {}, ""))
             continue
         for column in columns(results)[-1:] if results.sweep else columns(results)[:2]:
             found += _judge(results, label, column)
@@ -76,14 +90,9 @@ def _judge(results: Results, label: str, column: Column) -> list[Verdict]:
         return []
     outcome = judge(points)
     where = f"unseen users at {column.name}" if results.sweep else f"{column.name} users"
-    told = ", ".join(
-        f"{MEASURES['accuracy'].text(s.mean, signed=True)} points {interval('accuracy', s)} "
-        f"against {control_name(against)}"
-        for against, s in points.items()
-    )
-    subject = "personal and shared" if outcome == OPEN else "personal states"
-    text = f"{label}, {where}: {subject} {outcome}: {told}{_loss(results, label, column, losses)}"
-    return [Verdict(label, where, outcome, text, points)]
+    claim = f"{'personal and shared' if outcome == OPEN else 'personal states'} {outcome}"
+    loss = _loss(results, label, column, losses)
+    return [Verdict(label, where, outcome, claim, points, loss)]
 
 
 def judge(points: dict[str, Summary]) -> str:
@@ -104,7 +113,7 @@ def _loss(results: Results, label: str, column: Column, losses: dict[str, Summar
     if own is None or BT not in losses:
         return ""
     told = MEASURES["log_loss"]
-    text = f"; log loss {told.text(own.mean)} nats, {told.text(losses[BT].mean, signed=True)} "
+    text = f"log loss {told.text(own.mean)} nats, {told.text(losses[BT].mean, signed=True)} "
     text += f"{interval('log_loss', losses[BT])} against BT"
     return text + (f", worse than a coin's {COIN:.3f}" if own.mean > COIN else "")
 

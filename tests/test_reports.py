@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import html_report
 import made_results as made
 import plots
 import records
@@ -31,9 +32,11 @@ WRITE_PLOTS = plots.write_plots
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reports without plots, which take most of the time; they have tests of their own."""
+    """Reports without plots and pages, which take most of the time and have their own tests."""
     for module in (plots, reports):
         monkeypatch.setattr(module, "write_plots", lambda *_: ["no-plot"])
+    monkeypatch.setattr(html_report, "write_report", lambda *_: None)
+    monkeypatch.setattr(reports, "write_report", lambda *_: None)
 
 
 def blocks(text: str) -> dict[str, dict[str, dict[str, str]]]:
@@ -438,7 +441,7 @@ def test_a_method_nobody_has_heard_of_appears_everywhere(tmp_path, sweep, monkey
     assert "Toy model" in drawn(results, tmp_path)
     assert "toy" in {line["method"] for line in rows(tmp_path)}
     main = "shots" if sweep else "accuracy"
-    for name in (main, "training", "spectrum", "states"):
+    for name in (main, "training", "spectrum", "states-of-toy-model"):
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
         assert (tmp_path / f"{name}.pdf").read_bytes()[:4] == b"%PDF"
 
@@ -559,9 +562,7 @@ def test_a_file_of_another_kind_is_one_clear_line(tmp_path):
         reports.report(tmp_path / "nowhere")
 
 
-def test_the_command_makes_everything_anew_and_puts_runs_side_by_side(tmp_path, monkeypatch):
-    for module in (plots, reports):
-        monkeypatch.setattr(module, "write_plots", WRITE_PLOTS)
+def test_the_command_makes_everything_anew_and_puts_runs_side_by_side(tmp_path):
     runs = [made.write(made.results(seeds=seeds), tmp_path / f"run{seeds}") for seeds in (1, 2)]
     text = reports.report(runs[0])
     before = (runs[0] / "table.md").read_bytes()
