@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
-from methods.base import Fitted, Method, Task, View
+from methods.base import Method
+from methods.lore import Lore
+from methods.mixed_logit import MixedLogit
+from methods.mlp import MLP
+from methods.pal import PAL
+from methods.ridge_bt import RidgeBT
+from methods.vpl import VPL
 
-METHODS: dict[str, type[Method]] = {}
-
-__all__ = ["METHODS", "Fitted", "Method", "Task", "View"]
+METHODS: dict[str, type[Method]] = {
+    "ridge_bt": RidgeBT,
+    "lore": Lore,
+    "mixed_logit": MixedLogit,
+    "pal": PAL,
+    "vpl": VPL,
+    "mlp": MLP,
+}

@@ -31,7 +31,7 @@ from methods.validation import Validation
 log = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(frozen=True)
 class MixedLogit:
     """The mixed logit with its settings; those that are None are chosen on validation.
 
@@ -55,7 +55,7 @@ class MixedLogit:
         require((self.l_mu is None) == (self.l_B is None), "give l_mu and l_B together, or neither")
         tried: list[dict[str, Any]] = []
         chosen = self._given() if self.l_mu is not None else self._choose(task, tried)
-        data = task.mine()
+        data = task.mine
         geometry = replace(measure(data, task.processes), white=chosen.white)
         return [self._final(task, data, geometry, chosen, tried)]
 
@@ -148,9 +148,9 @@ def _note(chosen: Candidate, rank: int, free: bool) -> str:
     kind = "partly whitened" if chosen.white else "plain"
     how = ", chosen on validation" if free else ""
     if chosen.components == 0:
-        return f"Mixed logit: no tastes (ridge BT), l_mu {chosen.l_mu:.3g}, {kind} features{how}."
+        return f"no tastes (ridge BT), l_mu {chosen.l_mu:.3g}, {kind} features{how}."
     mixture = f", a mixture of {chosen.components}" if chosen.components > 1 else ""
     return (
-        f"Mixed logit: rank {rank}{mixture}, l_mu {chosen.l_mu:.3g}, l_B {chosen.l_B:.3g}, "
+        f"rank {rank}{mixture}, l_mu {chosen.l_mu:.3g}, l_B {chosen.l_B:.3g}, "
         f"{kind} features{how}."
     )

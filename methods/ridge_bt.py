@@ -160,7 +160,7 @@ def ridge_path(
     return best
 
 
-@dataclass
+@dataclass(frozen=True)
 class RidgeBT:
     """Bradley-Terry with a Gaussian prior of precision ``strength`` on the shared reward.
 
@@ -178,13 +178,13 @@ class RidgeBT:
         strength = self.strength
         if strength is None:
             strength = self._choose(task, tried)
-        data = task.mine()
+        data = task.mine
         geometry = measure(data, task.processes)
         found = fit_shared(data, geometry, strength, processes=task.processes)
         facts = {
             "chosen": {"l_mu": strength}, "tried": tried, "scale": geometry.scale,
             "losses": [value / geometry.count for value in found.values],
-            "note": f"Ridge BT: strength {strength:.3g}"
+            "note": f"strength {strength:.3g}"
             + (", chosen on validation." if tried else "."),
         }
         log.info(facts["note"])
