@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from comparisons import Comparisons
-from methods.geometry import Geometry, measure
+from methods.geometry import Geometry, everyones, measure, total
 from methods.ridge_bt import ROUGH, fit_shared, precision
 
 DIRECTIONS = 32
@@ -59,6 +59,7 @@ def score_test(
     permutations: int = PERMUTATIONS,
     seed: int = 0,
     geometry: Geometry | None = None,
+    processes: int = 1,
 ) -> ScoreTest:
     """Test whether users' rewards differ, by permuting whose the comparisons are.
 
@@ -66,20 +67,22 @@ def score_test(
     ridge BT. The comparisons of one dialogue stay together, as they may share a response.
 
     Args:
-        data: the training comparisons.
+        data: the training comparisons, or this process's share.
         strength: of ridge BT's prior.
         group: number of each comparison's prompt [N], if users share prompts: labels are then
             permuted among the comparisons of a prompt.
         permutations: how many.
         seed: of the permutations.
         geometry: of the features, if it is known.
+        processes: over which users are spread; all get the same answer.
     """
-    geometry = replace(geometry or measure(data, directions=DIRECTIONS), white=False)
-    mu = fit_shared(data, geometry, strength, tolerance=ROUGH).x
+    geometry = replace(geometry or measure(data, processes, DIRECTIONS), white=False)
+    mu = fit_shared(data, geometry, strength, processes=processes, tolerance=ROUGH).x
     Q = geometry.directions[:, :DIRECTIONS]
     Z = data.project(geometry.raw(torch.cat([mu, Q], 1)).to(precision(data))).double()
     p, Z = torch.sigmoid(Z[:, 0]), Z[:, 1:]
     Y, counts, group = _units(data, (data.weight * (1 - p))[:, None] * Z, group)
+    Y, counts, group = (everyones(value, processes) for value in (Y, counts, group))
     starts = counts.cumsum(0) - counts
 
     def statistic(order: Tensor) -> float:
@@ -90,9 +93,10 @@ def score_test(
     drawn = [statistic(order.to(Y.device)) for order in _orders(group, permutations, generator)]
     chance = torch.tensor(drawn, dtype=torch.float64)
     slope = data.weight * p * (1 - p)
-    information = _information(data, Z, slope)
-    variance = (found - float(chance.mean())) / information
-    each = (slope @ Z.square()) / len(Z)  # what a comparison tells along each direction
+    information = float(total(_information(data, Z, slope), processes))
+    variance = (found - float(chance.mean())) / max(information, 1e-300)
+    # What a comparison tells along each direction
+    each = total(slope @ Z.square(), processes) / geometry.count
     typical = float(each.square().sum() / each.sum())
     return ScoreTest(
         (found - float(chance.mean())) / float(chance.std().clamp(min=1e-300)),
@@ -133,10 +137,10 @@ def _orders(group: Tensor, permutations: int, generator: torch.Generator) -> Ite
         yield shuffled
 
 
-def _information(data: Comparisons, Z: Tensor, slope: Tensor) -> float:
+def _information(data: Comparisons, Z: Tensor, slope: Tensor) -> Tensor:
     """How fast the statistic grows with the variance of tastes, by pairs of comparisons of a user:
     sum over users of |H_u|^2 less what every comparison has with itself."""
-    counts, total = data.counts.tolist(), 0.0
+    counts, pairs = data.counts.tolist(), -(slope * Z.square().sum(1)).square().sum()
     for part, weight in zip(Z.split(counts), slope.split(counts), strict=True):
-        total += float(((part.T * weight) @ part).square().sum())
-    return max(total - float((slope * Z.square().sum(1)).square().sum()), 1e-300)
+        pairs = pairs + ((part.T * weight) @ part).square().sum()
+    return pairs

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_mixed_logit import world
 
 from comparisons import Comparisons, DenseFeatures
 from methods.heterogeneity import score_test
+from test_mixed_logit import world
 
 
 def rejections(taste: float, worlds: int, permutations: int = 99, **more: int) -> float:
