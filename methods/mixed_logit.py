@@ -19,7 +19,8 @@ from torch import Tensor
 from comparisons import Comparisons
 from files import require
 from methods.base import Fitted, Task
-from methods.geometry import Geometry, measure, total
+from methods.geometry import Geometry, everyones, measure
+from methods.heterogeneity import score_test
 from methods.mixed_fit import MixedFit
 from methods.mixture import fit_mixture
 from methods.population import first_tastes, fit_population
@@ -69,7 +70,9 @@ class MixedLogit:
             log.warning("no user has two dialogues: strengths of 1, as nothing can be held out")
             return Candidate(bool(self.whitened), 1.0, 1.0, 1)
         kinds = (False, True) if self.whitened is None else (self.whitened,)
-        return Search(data, self.rank, tried).run(kinds, self.mixtures)
+        found = score_test(task.mine, processes=task.processes)
+        log.info(found.sentence)
+        return Search(data, self.rank, tried).run(kinds, self.mixtures, found.p)
 
     def _final(
         self,
@@ -107,7 +110,7 @@ class MixedLogit:
             "decrement": float(fit.posterior.decrement.max()),
         }
         fitted = MixedFit(directions, prior, fit.theta.new_zeros(0, 0), facts)
-        fitted.users = everyone(fitted.adapt(fitted.view(data), data), task)
+        fitted.users = everyones(fitted.adapt(fitted.view(data), data), task.processes)
         return fitted
 
 
@@ -131,19 +134,6 @@ def principal(directions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def turned(prior: Prior, turn: Tensor) -> Prior:
     """The prior of rotated tastes ``turn z``."""
     return Prior(prior.weight, prior.mean @ turn.T, turn @ prior.cov @ turn.T)
-
-
-def everyone(mine: Tensor, task: Task) -> Tensor:
-    """States of all processes' users, in order, from those of this process's [U, S]."""
-    if task.processes == 1:
-        return mine
-    counts = mine.new_zeros(task.processes)
-    counts[task.process] = len(mine)
-    counts = total(counts, task.processes).long()
-    first = int(counts[: task.process].sum())
-    states = mine.new_zeros(int(counts.sum()), mine.shape[1])
-    states[first : first + len(mine)] = mine
-    return total(states, task.processes)
 
 
 def _note(chosen: Candidate, rank: int, free: bool) -> str:
