@@ -13,6 +13,7 @@ import jsonargparse
 
 from files import InputError
 
+ALIASES = {"run": "name"}  # torchrun takes --run for an option of its own
 ROOT = Path(__file__).resolve().parent
 
 
@@ -78,6 +79,7 @@ def _arguments(
 
 def _full_name(name: str, defaults: jsonargparse.Namespace, short: str | None) -> str:
     """The flag's name, with its group where that was left out."""
+    name = ALIASES.get(name, name)
     first = name.split(".")[0]
     grouped = short and first not in defaults and f"{short}.{first}" in defaults
     return f"{short}.{name}" if grouped else name

@@ -7,6 +7,7 @@ two embeddings, chosen minus rejected.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,6 +21,7 @@ from files import InputError, require
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}  # features read at a time
+PART_BYTES = 8 << 20  # features of a few users that a CPU's cache holds while they are worked on
 Seed = int | torch.Generator | None
 
 
@@ -241,6 +243,7 @@ class Users:
         require(bool((self.weight > 0).all()), "weights of comparisons must be positive")
         self._starts = self.counts.cumsum(0) - self.counts
         self._rows = torch.arange(len(self.user), device=self.device)
+        self._patterns: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.user)
@@ -250,6 +253,35 @@ class Users:
         return embedding_bag(
             self._rows, values.contiguous(), self._starts, mode="sum", per_sample_weights=scale
         )
+
+    def sums(self, x: Tensor, scale: Tensor) -> Tensor:
+        """Each user's sum of rows x [N, F] times each model's scale [N, M]: [M, U, F]."""
+        models, n = scale.shape[1], len(self)
+        rows = self._rows.repeat(models)  # model after model
+        starts = (self._starts + n * torch.arange(models, device=self.device)[:, None]).flatten()
+        flat = scale.T.contiguous().flatten()
+        both = embedding_bag(rows, x, starts, mode="sum", per_sample_weights=flat)
+        return both.view(models, self.num_users, -1)
+
+    def dots(self, x: Tensor, directions: Tensor) -> Tensor:
+        """Products of rows x [N, F] with their users' directions [M, U, F]: [N, M]."""
+        if x.device.type != "cpu":
+            return torch.stack([(x * d[self.user]).sum(1) for d in directions], 1)
+        pattern = self._pattern(len(directions)).to(x.dtype)
+        flat = directions.flatten(0, 1)
+        return torch.sparse.sampled_addmm(pattern, x, flat.T, beta=0).values().view(len(x), -1)
+
+    def _pattern(self, models: int) -> Tensor:
+        """Which directions each row meets: zeros [N, M U] where it does, sparse."""
+        if models not in self._patterns:
+            n, meets = len(self), self.user[:, None] + self.num_users * torch.arange(models)
+            with warnings.catch_warnings():  # torch announces that its CSR format may change
+                warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
+                self._patterns[models] = torch.sparse_csr_tensor(
+                    models * torch.arange(n + 1), meets.flatten(), torch.zeros(meets.numel()),
+                    (n, self.num_users * models), check_invariants=True,
+                )  # fmt: skip
+        return self._patterns[models]
 
     def user_weight(self) -> Tensor:
         """Sum of the weights of each user's comparisons [U], in float64."""
@@ -354,6 +386,24 @@ class Comparisons(Users):
         features = self.features.dense()
         return Comparisons(features, self.counts, self.weight, self.names, self.dialogs)
 
+    def parts(self, user_rows: int = 0) -> Iterator[tuple[slice, slice, Comparisons]]:
+        """Runs of users whose features a CPU's cache holds together: users, rows, comparisons.
+
+        Everything is one part on another device, and where features are streamed.
+
+        Args:
+            user_rows: rows of F numbers that are kept for each user besides the comparisons.
+        """
+        if self.device.type != "cpu" or not isinstance(self.features, DenseFeatures):
+            yield slice(0, self.num_users), slice(0, len(self)), self
+            return
+        ends = [0, *self.counts.cumsum(0).tolist()]
+        rows = PART_BYTES // (4 * self.num_features)
+        for users in _runs(self.counts.tolist(), rows, user_rows):
+            some = slice(ends[users.start], ends[users.stop])
+            features = DenseFeatures(self.features.x[some])
+            yield users, some, Comparisons(features, self.counts[users], self.weight[some])
+
     def share(self, process: int, processes: int) -> Comparisons:
         """One process's users: a run of them, at least one, with about its share of comparisons.
 
@@ -378,6 +428,23 @@ class Comparisons(Users):
             return [list(row.split(1)) for row in rows]
         dialogs = self.dialogs.cpu()
         return [[row[dialogs[row] == d] for d in dialogs[row].unique()] for row in rows]
+
+
+def _runs(counts: Sequence[int], most: int, besides: int) -> Iterator[slice]:
+    """Runs of users with at most so many rows, if they have fewer alone.
+
+    Args:
+        counts: comparisons of each user.
+        most: rows of a run.
+        besides: rows that each user takes besides the comparisons.
+    """
+    first = filled = 0
+    for user, count in enumerate(counts):
+        if filled and filled + count + besides > most:
+            yield slice(first, user)
+            first, filled = user, 0
+        filled += count + besides
+    yield slice(first, len(counts))
 
 
 def _pack(X: Sequence[Tensor]) -> Tensor:

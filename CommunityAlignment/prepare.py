@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import embeddings
-import experiments
-from experiments import Turn, Unusable, text
-from utils import InputError
+import preparing
+import raw
+from cli import cli
+from files import InputError
+from preparing import Funnel, Turn
 
 HERE = Path(__file__).resolve().parent
 WHOSE = {"user_id": "annotator_id", "dialog_id": "conversation_id"}
@@ -46,16 +47,19 @@ def main(
             training conversation has; otherwise half of each annotator's conversations are test.
         embed: false writes the tables only.
     """
-    counts: Counter[str] = Counter()
-    table = experiments.tabulate(read(source, language, counts), counts)
+    if embed:
+        embeddings.check_model(embedding)
+    funnel = Funnel()
+    table = preparing.tabulate(read(source, language, funnel), funnel)
     enough = table.user_id.map(table.user_id.value_counts()) >= min_comparisons
-    name = f"annotators with at least {min_comparisons} comparisons"
-    table = experiments.keep(table, enough, counts, name)
-    table = experiments.split_dialogues(table, seed, counts, unseen_prompts)
-    table = experiments.split_users(table, seed, counts, seen_fraction)
+    what = f"annotators with at least {min_comparisons} comparisons"
+    table = preparing.keep(table, enough, funnel, what)
+    prompts = preparing.first_prompts(table.chosen) if unseen_prompts else None
+    table = preparing.split_dialogues(table, seed, funnel, prompts)
+    table = preparing.split_users(table, seed, seen_fraction)
     turns = table.groupby([*WHOSE, "turn"])
     table = table.assign(weight=1 / turns.weight.transform("size"))  # a turn weighs one
-    conversations, table = experiments.number_conversations(table, counts)
+    conversations, table = preparing.number_conversations(table, funnel)
     settings = {
         "source": source,
         "language": language,
@@ -64,48 +68,51 @@ def main(
         "seed": seed,
         "unseen_prompts": unseen_prompts,
     }
-    info = {"dataset": "CommunityAlignment", "users_split": "given", "settings": settings}
-    experiments.write_prepared(out, conversations, table, {**info, "counts": counts})
-    print(experiments.funnel(counts))
+    info = {"dataset": "CommunityAlignment", "settings": settings, "counts": funnel.counts}
+    preparing.write_prepared(out, conversations, table, info)
+    print(funnel.lines())
     if embed:
         embeddings.embed(conversations, out / "embeddings", **embedding)
     print(f"prepared {len(table):,} comparisons of {len(conversations):,} conversations in {out}")
 
 
-def read(source: str, language: str, counts: Counter[str]) -> Iterator[dict[str, Any]]:
+def read(source: str, language: str, funnel: Funnel) -> list[dict[str, Any]]:
     """The comparisons of every conversation in the language."""
-    languages: Counter[str] = Counter()
-    for place, row in experiments.read_rows(source, "train", COLUMNS, split="train"):
-        counts["conversations"] += 1
-        languages[str(row["assigned_lang"])] += 1
-        if row["assigned_lang"] != language:
+    comparisons, languages = [], Counter()
+    for place, row in raw.read_rows(source, "train", COLUMNS, split="train"):
+        funnel.count("conversations")
+        spoken = raw.text(row["assigned_lang"], place, "assigned_lang")
+        languages[spoken] += 1
+        if spoken != language:
             continue
-        counts[f"conversations in {language}"] += 1
-        for column in WHOSE.values():
-            if row[column] in (None, "", experiments.EMPTY):
-                raise InputError(f"{place} has an empty {column}")
-        whose = {name: str(row[column]) for name, column in WHOSE.items()}
-        for comparison in experiments.compare(read_turns(place, row), counts):
-            yield {**whose, **comparison}
+        funnel.count(f"conversations in {language}")
+        whose = {name: raw.name(row[column], place, column) for name, column in WHOSE.items()}
+        found, left_out = preparing.compare(*read_turns(place, row))
+        comparisons += [{**whose, **each} for each in found]
+        funnel.left_out(left_out)
     if language not in languages:
-        raise InputError(f"--language {language} is none of those there: {', '.join(languages)}")
+        there = ", ".join(sorted(languages))
+        raise InputError(f"--language {language} is none of those there: {there}")
+    return comparisons
 
 
-def read_turns(place: str, row: dict[str, Any]) -> Iterator[Turn]:
-    """The turns of a conversation, up to one that is missing or where nothing is preferred."""
-    ended = False
+def read_turns(place: str, row: dict[str, Any]) -> tuple[list[Turn], str]:
+    """The turns of a conversation up to one that cannot be used; and why, if there is one."""
+    turns, is_missing = [], False
     for turn in TURNS:
-        cells = {cell: text(row[f"{turn}_turn_{cell}"], place, cell) for cell in CELLS}
+        columns = {cell: f"{turn}_turn_{cell}" for cell in CELLS}
+        cells = {cell: raw.text(row[name], place, name) for cell, name in columns.items()}
         if not any(cells.values()):
-            ended = True
+            is_missing = True
             continue
-        if ended:
-            raise Unusable("dialogues from a missing turn on")
+        if is_missing:
+            return turns, "dialogues cut at a missing turn"
         prompt, preferred = cells.pop("prompt"), cells.pop("preferred_response")
         if preferred not in cells:
-            raise Unusable("dialogues from a turn whose preferred_response names no response on")
-        yield Turn(prompt, cells.pop(preferred), list(cells.values()))
+            return turns, "dialogues cut at a preferred_response that names no response"
+        turns.append(Turn(prompt, cells.pop(preferred), list(cells.values())))
+    return turns, ""
 
 
 if __name__ == "__main__":
-    experiments.cli(main)
+    cli(main)

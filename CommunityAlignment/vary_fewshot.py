@@ -1,4 +1,4 @@
-"""Community Alignment: accuracy of unseen annotators against the number of their dialogues."""
+"""Community Alignment: unseen annotators against the number of their dialogues."""
 
 from __future__ import annotations
 
@@ -8,32 +8,34 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import experiments
+import splits
+from methods.lore import Lore
 
 HERE = Path(__file__).resolve().parent
+
+# The paper's objective, with the steps of its few-shot curves.
+LORE = Lore(ranks=(5,), iterations=500)
 
 
 def main(
     data: Path = HERE / "data",
-    shots: list[int] = [1, 2, 5, 10],  # noqa: B006
+    shots: tuple[int, ...] = (1, 2, 5, 10),
     trials: int = 20,
-    ranks: list[int] = [5],  # noqa: B006
-    iterations: int = 500,
-    **fitting: Any,
+    lore: Lore = LORE,
+    **settings: Any,
 ) -> None:
-    """Learn a basis from seen annotators, then unseen ones' weights from ever more dialogues.
+    """Learn from seen annotators, then judge every method on unseen ones with more dialogues.
 
     Args:
         data: folder that prepare.py wrote.
-        shots: numbers of dialogues of an unseen annotator.
+        shots: numbers of dialogues of an unseen annotator; 0 is none.
         trials: random draws of the dialogues, for each number.
-        ranks: ranks K; the reference model and Bradley-Terry are always there.
-        iterations: steps of the joint fit.
+        lore: settings of LoRe; Bradley-Terry is fitted with the same.
     """
-    settings = experiments.Fitting(ranks=ranks, iterations=iterations, **fitting)
-    prepared = experiments.load(data)
-    draw = experiments.given_split(prepared)
-    print(experiments.vary_fewshot(prepared, draw, settings, shots, trials, "dialogues"))
+    chosen = experiments.Settings(lore=lore, **settings)
+    tasks = splits.given_split(data)
+    print(experiments.vary_fewshot(tasks, chosen, shots, trials))
 
 
 if __name__ == "__main__":
-    experiments.cli(main)
+    experiments.command(main)

@@ -8,7 +8,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import embeddings
-import experiments
+import preparing
+from cli import cli
 
 HERE = Path(__file__).resolve().parent
 
@@ -19,11 +20,12 @@ def main(data: Path = HERE / "data", **embedding: Any) -> None:
     Args:
         data: folder that prepare.py wrote; the embeddings lie in its subfolder embeddings.
     """
-    experiments.read_info(data)  # shows a warning that prepare.py left
-    conversations = experiments.read_conversations(data)
+    info = preparing.read_info(data)  # shows a warning that prepare.py left
+    preparing.check_files(data, info)
+    conversations = preparing.read_conversations(data)
     embeddings.embed(conversations, data / "embeddings", **embedding)
     print(f"embedded {len(conversations):,} conversations in {data / 'embeddings'}")
 
 
 if __name__ == "__main__":
-    experiments.cli(main)
+    cli(main)

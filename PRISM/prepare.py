@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import experiments
-from experiments import Turn, Unusable, text
-from utils import InputError
+import preparing
+import raw
+from cli import cli
+from files import InputError, require
+from preparing import Funnel, Turn
 
 HERE = Path(__file__).resolve().parent
 WHOSE = {"user_id": "user_id", "dialog_id": "conversation_id"}
@@ -42,14 +44,14 @@ def main(
         rejected: each rejected response is a comparison of its own, or, as in the published
             code, the list of them is printed into one text, which gives the label away.
     """
-    counts: Counter[str] = Counter()
-    table = experiments.tabulate(read(source, rejected, counts), counts)
+    funnel = Funnel()
+    table = preparing.tabulate(read(source, rejected, funnel), funnel)
     enough = table.groupby("user_id").dialog_id.transform("nunique") >= min_dialogues
-    name = f"participants with at least {min_dialogues} dialogues"
-    table = experiments.keep(table, enough, counts, name)
-    table = experiments.split_dialogues(table, seed, counts)
-    table = experiments.split_users(table, seed, counts, seen_fraction)
-    conversations, table = experiments.number_conversations(table, counts)
+    what = f"participants with at least {min_dialogues} dialogues"
+    table = preparing.keep(table, enough, funnel, what)
+    table = preparing.split_dialogues(table, seed, funnel)
+    table = preparing.split_users(table, seed, seen_fraction)
+    conversations, table = preparing.number_conversations(table, funnel)
     settings = {
         "source": source,
         "min_dialogues": min_dialogues,
@@ -57,79 +59,99 @@ def main(
         "seed": seed,
         "rejected": rejected,
     }
-    info = {"dataset": "PRISM", "users_split": "given", "settings": settings, "counts": counts}
+    info = {"dataset": "PRISM", "settings": settings, "counts": funnel.counts}
     warning = {"warning": LIST_WARNING} if rejected == "list" else {}
-    experiments.write_prepared(out, conversations, table, {**info, **warning})
-    print(experiments.funnel(counts))
+    preparing.write_prepared(out, conversations, table, {**info, **warning})
+    print(funnel.lines())
     if warning:
         print(f"WARNING: {LIST_WARNING}")
     print(f"prepared {len(table):,} comparisons of {len(conversations):,} conversations in {out}")
 
 
-def read(source: str, rejected: str, counts: Counter[str]) -> Iterator[dict[str, Any]]:
+def read(source: str, rejected: str, funnel: Funnel) -> list[dict[str, Any]]:
     """The comparisons of every conversation by a participant who completed one."""
-    completed = read_survey(source, counts)
+    completed = read_survey(source, funnel)
+    comparisons, names = [], set()
     for place, row in read_table(source, "conversations", CONVERSATION):
-        counts["conversations"] += 1
-        whose = {name: text(row[column], place, column) for name, column in WHOSE.items()}
+        funnel.count("conversations")
+        whose = {name: raw.name(row[column], place, column) for name, column in WHOSE.items()}
+        again = whose["dialog_id"] in names
+        require(not again, f"{place} has the conversation_id of an earlier row")
+        names.add(whose["dialog_id"])
         if not completed.get(whose["user_id"]):
             known = whose["user_id"] in completed
             who = "with no completed conversation" if known else "who are not in the survey"
-            counts[f"{experiments.LEFT_OUT}conversations of participants {who}"] += 1
+            funnel.left_out([f"conversations of participants {who}"])
             continue
-        for comparison in experiments.compare(read_turns(place, row, rejected), counts):
-            yield {**whose, **comparison}
+        found, left_out = preparing.compare(*read_turns(place, row, rejected))
+        comparisons += [{**whose, **each} for each in found]
+        funnel.left_out(left_out)
+    return comparisons
 
 
-def read_table(source: str, table: str, columns: Iterable[str]) -> experiments.Rows:
+def read_table(source: str, table: str, columns: Iterable[str]) -> raw.Rows:
     """Rows of survey or conversations, which are configurations of one hub dataset."""
-    return experiments.read_rows(source, table, columns, name=table, split="train")
+    return raw.read_rows(source, table, columns, name=table, split="train")
 
 
-def read_survey(source: str, counts: Counter[str]) -> dict[str, bool]:
+def read_survey(source: str, funnel: Funnel) -> dict[str, bool]:
     """Whether each participant completed a conversation."""
-    rows = read_table(source, "survey", ("user_id", "num_completed_conversations"))
-    completed = {row["user_id"]: bool(row["num_completed_conversations"]) for _, row in rows}
-    counts["participants"] = len(completed)
-    counts["participants with a completed conversation"] = sum(completed.values())
+    completed, column = {}, "num_completed_conversations"
+    for place, row in read_table(source, "survey", ("user_id", column)):
+        name = raw.name(row["user_id"], place, "user_id")
+        require(name not in completed, f"{place} has the user_id of an earlier row")
+        completed[name] = raw.number(row[column] or 0, place, column) > 0
+    funnel.count("participants", len(completed))
+    funnel.count("participants with a completed conversation", sum(completed.values()))
     return completed
 
 
-def read_turns(place: str, row: dict[str, Any], rejected: str) -> Iterator[Turn]:
-    """The turns of a conversation, up to one that is missing or has no single chosen response."""
-    messages = defaultdict(list)
-    for message in row["conversation_history"] or ():
+def read_turns(place: str, row: dict[str, Any], rejected: str) -> tuple[list[Turn], str]:
+    """The turns of a conversation up to one that cannot be used; and why, if there is one."""
+    history = row["conversation_history"] or []
+    if not isinstance(history, list):
+        raise InputError(f"{place}: conversation_history must be a list, not {history!r:.40}")
+    messages, turns = defaultdict(list), []
+    for message in history:
         check_message(place, message)
         messages[message["turn"]].append(message)
     for number in range(max(messages, default=-1) + 1):
         if number not in messages:
-            raise Unusable("dialogues from a missing turn on")
-        yield read_turn(place, messages[number], rejected)
+            return turns, "dialogues cut at a missing turn"
+        said = read_turn(place, messages[number])
+        for kind, what in {"prompt": "user message", "chosen": "chosen response"}.items():
+            if len(said[kind]) != 1:
+                how_many = "several" if said[kind] else "no"
+                return turns, f"dialogues cut at a turn with {how_many} {what}s"
+        if rejected == "list" and said["rejected"]:
+            said["rejected"] = [str(said["rejected"])]
+        turns.append(Turn(said["prompt"][0], said["chosen"][0], said["rejected"]))
+    return turns, ""
 
 
 def check_message(place: str, message: Any) -> None:
     """Refuse what is not a message of the raw schema."""
     fields = message if isinstance(message, dict) else {}
+    turn = fields.get("turn")
     known = fields.get("role") in ("user", "model") and "content" in fields
-    if not known or not isinstance(fields.get("turn"), int):
-        raise InputError(f"{place}: a message needs turn, role (user or model), content: {message}")
+    if not known or not isinstance(turn, int) or turn < 0:
+        raise InputError(
+            f"{place}: a message needs turn, role (user or model), content, unlike {message!r:.80}"
+        )
 
 
-def read_turn(place: str, messages: list[dict[str, Any]], rejected: str) -> Turn:
-    """One turn: a user's message and the responses, one of them chosen."""
+def read_turn(place: str, messages: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """What was said in one turn: prompts, chosen and rejected responses."""
     said: dict[str, list[str]] = {"prompt": [], "chosen": [], "rejected": []}
     for message in messages:
-        answer = "chosen" if message.get("if_chosen") else "rejected"
-        kind = "prompt" if message["role"] == "user" else answer
-        said[kind].append(text(message["content"], place, "content"))
-    for kind, what in {"prompt": "user message", "chosen": "chosen response"}.items():
-        if len(said[kind]) != 1:
-            number = "several" if said[kind] else "no"
-            raise Unusable(f"dialogues from a turn with {number} {what}s on")
-    if rejected == "list" and said["rejected"]:
-        said["rejected"] = [str(said["rejected"])]
-    return Turn(said["prompt"][0], said["chosen"][0], said["rejected"])
+        is_chosen = message.get("if_chosen")
+        if is_chosen not in (True, False, None):
+            raise InputError(f"{place}: if_chosen must be true or false, not {is_chosen!r:.40}")
+        kind = "chosen" if is_chosen else "rejected"
+        kind = "prompt" if message["role"] == "user" else kind
+        said[kind].append(raw.text(message["content"], place, "content"))
+    return said
 
 
 if __name__ == "__main__":
-    experiments.cli(main)
+    cli(main)

@@ -1,37 +1,38 @@
-"""PRISM: a reward basis from people's own dialogues, against the rank."""
+"""PRISM: methods on people's own dialogues, LoRe against its rank."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import experiments
+import splits
+from methods.lore import Lore
 
 HERE = Path(__file__).resolve().parent
+
+# The published scripts' estimator and pull, for both experiments alike; the paper's equation 10 is
+# --estimator lore --alpha 0.
+LORE = Lore(ranks=(0, 1, 5, 10, 15, 20, 25, 50), alpha=(1e4,), estimator="lore_regularized")
 
 
 def main(
     data: Path = HERE / "data",
-    ranks: list[int] = [0, 1, 5, 10, 15, 20, 25, 50],  # noqa: B006
-    alpha: list[float] = [1e4],  # noqa: B006
-    estimator: Literal["lore", "lore_regularized"] = "lore_regularized",
-    **fitting: Any,
+    lore: Lore = LORE,
+    **settings: Any,
 ) -> None:
-    """Learn bases from the seen people's dialogues and evaluate them with their controls.
+    """Learn from the seen people's dialogues and judge every method beside its controls.
 
     Args:
         data: folder that prepare.py and generate-prism-embeddings.py wrote.
-        ranks: ranks K; 0 is the reference model, 1 Bradley-Terry.
-        alpha: strengths of the pull of the basis to the reference; 1e4 as published.
-        estimator: "lore_regularized" as the published scripts, "lore" as the paper's equation 10.
+        lore: settings of LoRe; Bradley-Terry is fitted with the same.
     """
-    settings = experiments.Fitting(ranks=ranks, alpha=alpha, estimator=estimator, **fitting)
-    prepared = experiments.load(data)
-    draw = experiments.given_split(prepared)
-    print(experiments.train_basis(prepared, draw, settings))
+    chosen = experiments.Settings(lore=lore, **settings)
+    tasks = splits.given_split(data)
+    print(experiments.train_basis(tasks, chosen))
 
 
 if __name__ == "__main__":
-    experiments.cli(main)
+    experiments.command(main)

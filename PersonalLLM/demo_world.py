@@ -22,10 +22,9 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import smollm2
-
 import embeddings
 import experiments
+import smollm2
 from utils import InputError
 
 HERE = Path(__file__).resolve().parent

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,15 +12,25 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import embeddings
-import experiments
-from experiments import text
-from utils import InputError
+import preparing
+import raw
+from cli import cli
+from files import InputError
+from preparing import Funnel, Numbering
 
 HERE = Path(__file__).resolve().parent
 SCORERS = (
-    "gemma_2b", "gemma_7b", "mistral_raft", "llama3_sfairx", "oasst_deberta_v3", "beaver_7b",
-    "oasst_pythia_7b", "oasst_pythia_1b", "mistral_ray", "mistral_weqweasdas",
-)  # fmt: skip
+    "gemma_2b",
+    "gemma_7b",
+    "mistral_raft",
+    "llama3_sfairx",
+    "oasst_deberta_v3",
+    "beaver_7b",
+    "oasst_pythia_7b",
+    "oasst_pythia_1b",
+    "mistral_ray",
+    "mistral_weqweasdas",
+)
 RESPONSES = tuple(f"response_{i}" for i in range(1, 9))
 COLUMNS = ("prompt", *RESPONSES, *(f"{r}_{scorer}" for r in RESPONSES for scorer in SCORERS))
 
@@ -48,32 +56,34 @@ def main(
         out: folder of the prepared data.
         embed: false writes the tables only.
     """
-    counts: Counter[str] = Counter()
-    number = experiments.Numbering()
-    prompts = {split: read(source, split, counts) for split in ("train", "test")}
+    if embed:
+        embeddings.check_model(embedding)
+    funnel, number = Funnel(), Numbering()
+    prompts = {split: read(source, split, funnel) for split in ("train", "test")}
     tables = {}
     for split, rows in prompts.items():
         tables[f"{split}.scores"] = np.array([row.scores for row in rows], np.float32)  # [P, 8, 10]
         tables[f"{split}.rows"] = np.array([conversation_rows(row, number) for row in rows])
-    train, test = ({row.prompt for row in rows} for rows in prompts.values())
-    counts["prompts on both sides"] = len(train & test)
-    counts["distinct conversations"] = len(number.conversations)
-    info = {"dataset": "PersonalLLM", "users_split": "simulated", "settings": {"source": source}}
-    experiments.write_prepared(out, number.conversations, tables, {**info, "counts": counts})
-    print(experiments.funnel(counts))
+    shared = overlap(prompts)
+    funnel.count("prompts on both sides", shared["prompt"])
+    funnel.count("distinct conversations", len(number.conversations))
+    info = {"dataset": "PersonalLLM", "settings": {"source": source}, "counts": funnel.counts}
+    preparing.write_prepared(out, number.conversations, tables, {**info, "overlap": shared})
+    print(funnel.lines())
     if embed:
         embeddings.embed(number.conversations, out / "embeddings", **embedding)
     print(f"prepared {len(number.conversations):,} conversations with scores in {out}")
 
 
-def read(source: str, split: str, counts: Counter[str]) -> list[Prompt]:
+def read(source: str, split: str, funnel: Funnel) -> list[Prompt]:
     """The prompts of a split, in an order that does not depend on that of the rows."""
-    rows = experiments.read_rows(source, split, COLUMNS, split=split)
+    rows = raw.read_rows(source, split, COLUMNS, split=split)
     prompts = [read_prompt(place, row) for place, row in rows]
     if not prompts:
         raise InputError(f"--source {source} has no {split} rows")
-    counts[f"{split} prompts"] = len(prompts)
-    counts[f"{split} responses without text"] = sum(row.responses.count("") for row in prompts)
+    funnel.count(f"{split} prompts", len(prompts))
+    empty = sum(row.responses.count("") for row in prompts)
+    funnel.count(f"{split} responses without text", empty)
     return sorted(prompts, key=json.dumps)
 
 
@@ -82,32 +92,42 @@ def read_prompt(place: str, row: dict[str, Any]) -> Prompt:
     extra = [name for name in row if re.fullmatch(r"response_\d+", name) and name not in RESPONSES]
     if extra:
         raise InputError(f"{place} has {', '.join(extra)}: eight responses are expected")
-    prompt = text(row["prompt"], place, "prompt")
+    prompt = raw.text(row["prompt"], place, "prompt")
     if not prompt:
         raise InputError(f"{place} has an empty prompt")
     for name in RESPONSES:
         if row[name] is None:
             raise InputError(f"{place} has no {name}: eight responses are expected")
-    responses = [text(row[name], place, name) for name in RESPONSES]
-    scores = [
-        [read_score(place, row, f"{name}_{scorer}") for scorer in SCORERS] for name in RESPONSES
-    ]
+    responses = [raw.text(row[name], place, name) for name in RESPONSES]
+    columns = [[f"{name}_{scorer}" for scorer in SCORERS] for name in RESPONSES]
+    scores = [[raw.number(row[name], place, name) for name in names] for names in columns]
     return Prompt(prompt, responses, scores)
 
 
-def read_score(place: str, row: dict[str, Any], column: str) -> float:
-    """A score, which must be a finite number."""
-    score = row[column]
-    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
-        raise InputError(f"{place}: {column} must be a number, not {score!r}")
-    return float(score)
-
-
-def conversation_rows(row: Prompt, number: experiments.Numbering) -> list[int]:
+def conversation_rows(row: Prompt, number: Numbering) -> list[int]:
     """Where the eight conversations of a prompt lie."""
     ask = {"role": "user", "content": row.prompt}
     return [number([ask, {"role": "assistant", "content": answer}]) for answer in row.responses]
 
 
+def overlap(prompts: dict[str, list[Prompt]]) -> dict[str, Any]:
+    """How many held-out prompts training has too, also with one of the responses."""
+    asked = {split: {row.prompt for row in rows} for split, rows in prompts.items()}
+    said = {
+        split: {(row.prompt, response) for row in rows for response in row.responses}
+        for split, rows in prompts.items()
+    }
+    found = {
+        "held_out": len(asked["test"]),
+        "prompt": len(asked["train"] & asked["test"]),
+        "response": len({prompt for prompt, _ in said["train"] & said["test"]}),
+    }
+    sentence = (
+        "Of {held_out:,} held-out prompts, {prompt:,} are training prompts too, {response:,} of "
+        "them with a response that training has."
+    )
+    return {**found, "sentence": sentence.format(**found)}
+
+
 if __name__ == "__main__":
-    experiments.cli(main)
+    cli(main)

@@ -1,4 +1,4 @@
-"""PersonalLLM: a reward basis from simulated users, against the rank (Table 1 of the paper)."""
+"""PersonalLLM: methods on simulated users, LoRe against its rank (Table 1 of the paper)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import experiments
+import splits
+from methods.lore import Lore
 
 HERE = Path(__file__).resolve().parent
+
+# Ranks, steps and rates of the paper's Table 1.
+LORE = Lore(ranks=(0, 1, 2, 3, 4, 5))
 
 
 def main(
@@ -19,30 +24,27 @@ def main(
     unseen_users: int = 1000,
     pairs_per_user: int = 45,
     few_shot_pairs: int = 9,
-    ranks: list[int] = [0, 1, 2, 3, 4, 5],  # noqa: B006
-    **fitting: Any,
+    lore: Lore = LORE,
+    **settings: Any,
 ) -> None:
-    """Simulate users, learn bases from their choices and evaluate them with their controls.
+    """Simulate users, learn from their choices and judge every method beside its controls.
 
     Args:
         data: folder that prepare.py wrote.
         dirichlet_alpha: how alike users are: their weights over the reward models are
             Dirichlet(alpha * 1); the paper has 0.001, 0.01 and 0.1.
         users: seen users.
-        unseen_users: users whose weights alone are learned, with the basis frozen.
+        unseen_users: users who are known by a few comparisons alone.
         pairs_per_user: training prompts of each seen user.
         few_shot_pairs: training prompts of each unseen user.
-        ranks: ranks K; 0 is the reference model, 1 Bradley-Terry.
+        lore: settings of LoRe; Bradley-Terry is fitted with the same.
     """
-    population = {
-        "dirichlet_alpha": dirichlet_alpha, "users": users, "unseen_users": unseen_users,
-        "pairs_per_user": pairs_per_user, "few_shot_pairs": few_shot_pairs,
-    }  # fmt: skip
-    settings = experiments.Fitting(ranks=ranks, **fitting)
-    prepared = experiments.load(data)
-    draw = experiments.simulated_users(prepared, **population)
-    print(experiments.train_basis(prepared, draw, settings, population))
+    chosen = experiments.Settings(lore=lore, **settings)
+    tasks = splits.simulated_users(
+        data, dirichlet_alpha, users, unseen_users, pairs_per_user, few_shot_pairs
+    )
+    print(experiments.train_basis(tasks, chosen))
 
 
 if __name__ == "__main__":
-    experiments.cli(main)
+    experiments.command(main)

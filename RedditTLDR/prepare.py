@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +10,11 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import embeddings
-import experiments
-from experiments import Turn, Unusable, text
-from utils import InputError
+import preparing
+import raw
+from cli import cli
+from files import InputError
+from preparing import Funnel, Turn
 
 HERE = Path(__file__).resolve().parent
 SPLITS = {"train": "train", "validation": "test"}
@@ -37,60 +37,68 @@ def main(
         min_annotations: fewest annotations of a worker, both splits together.
         embed: false writes the tables only.
     """
-    counts: Counter[str] = Counter()
-    table = experiments.tabulate(read(source, counts), counts)
-    table = keep_workers(table, min_annotations, counts)
-    conversations, table = experiments.number_conversations(table, counts)
+    if embed:
+        embeddings.check_model(embedding)
+    funnel = Funnel()
+    table = preparing.tabulate(read(source, funnel), funnel)
+    table = keep_workers(table, min_annotations, funnel)
+    conversations, table = preparing.number_conversations(table, funnel)
     settings = {"source": source, "min_annotations": min_annotations}
-    info = {"dataset": "RedditTLDR", "users_split": "drawn", "settings": settings, "counts": counts}
-    experiments.write_prepared(out, conversations, table, info)
-    print(experiments.funnel(counts))
+    info = {"dataset": "RedditTLDR", "settings": settings, "counts": funnel.counts}
+    preparing.write_prepared(out, conversations, table, info)
+    print(funnel.lines())
     if embed:
         embeddings.embed(conversations, out / "embeddings", **embedding)
     print(f"prepared {len(table):,} comparisons of {len(conversations):,} conversations in {out}")
 
 
-def read(source: str, counts: Counter[str]) -> Iterator[dict[str, Any]]:
+def read(source: str, funnel: Funnel) -> list[dict[str, Any]]:
     """The comparisons of both splits; who is seen is drawn at training time."""
+    comparisons = []
     for name, split in SPLITS.items():
         hub = {"data_files": {name: f"comparisons/{name}/*.parquet"}, "split": name}
-        for place, row in experiments.read_rows(source, name, COLUMNS, revision=PARQUET, **hub):
-            counts[f"rows of {name}"] += 1
-            user = text(row["worker"], place, "worker")
-            if not user:
-                raise InputError(f"{place} names no worker")
+        for place, row in raw.read_rows(source, name, COLUMNS, revision=PARQUET, **hub):
+            funnel.count(f"rows of {name}")
             if not isinstance(row["info"], dict):
                 raise InputError(f"{place}: info must hold the post")
-            dialog = text(row["info"].get("id"), place, "info.id")
-            whose = {"user_id": user, "dialog_id": dialog, "split": split, "seen": True}
-            for comparison in experiments.compare(read_turns(place, row), counts):
-                yield {**whose, **comparison}
+            dialog = raw.text(row["info"].get("id"), place, "info.id")
+            whose = {"user_id": raw.name(row["worker"], place, "worker"), "dialog_id": dialog}
+            found, left_out = preparing.compare(*read_turns(place, row))
+            comparisons += [{**whose, "split": split, "seen": True, **each} for each in found]
+            funnel.left_out(left_out)
+    return comparisons
 
 
-def read_turns(place: str, row: dict[str, Any]) -> Iterator[Turn]:
-    """The one turn of a row."""
-    summaries, choice = row["summaries"], row["choice"]
-    if len(summaries or ()) != 2:
-        raise InputError(f"{place} must have two summaries, not {len(summaries or ())}")
-    if choice not in (0, 1):
-        raise InputError(f"{place}: choice must be 0 or 1, not {choice!r}")
-    post = text(row["info"].get("post"), place, "info.post")
+def read_turns(place: str, row: dict[str, Any]) -> tuple[list[Turn], str]:
+    """The one turn of a row; or none, and why."""
+    post = raw.text(row["info"].get("post"), place, "info.post")
+    texts, choice = read_summaries(place, row["summaries"]), row["choice"]
+    if isinstance(choice, bool) or choice not in (0, 1):  # 1.0 where some rows have no choice
+        raise InputError(f"{place}: choice must be 0 or 1, not {choice!r:.40}")
     if not post:
-        raise Unusable("rows without a post")
-    texts = [text(summary.get("text"), place, "a summary") for summary in summaries]
+        return [], "rows without a post"
     if "" in texts:
-        raise Unusable("rows with an empty summary")
-    yield Turn(post, texts[choice], [texts[1 - choice]])
+        return [], "rows with an empty summary"
+    return [Turn(post, texts[int(choice)], [texts[1 - int(choice)]])], ""
 
 
-def keep_workers(table: pd.DataFrame, min_annotations: int, counts: Counter[str]) -> pd.DataFrame:
+def read_summaries(place: str, summaries: Any) -> list[str]:
+    """The texts of the two summaries."""
+    if not isinstance(summaries, list) or len(summaries) != 2:
+        raise InputError(f"{place}: summaries must be a list of two, not {summaries!r:.40}")
+    for summary in summaries:
+        if not isinstance(summary, dict):
+            raise InputError(f"{place}: a summary must have a text, unlike {summary!r:.40}")
+    return [raw.text(summary.get("text"), place, "a summary") for summary in summaries]
+
+
+def keep_workers(table: pd.DataFrame, min_annotations: int, funnel: Funnel) -> pd.DataFrame:
     """The comparisons of the workers with enough of them, and some in both splits."""
     enough = table.user_id.map(table.user_id.value_counts()) >= min_annotations
-    name = f"workers with at least {min_annotations} annotations"
-    table = experiments.keep(table, enough, counts, name)
-    both = table.groupby("user_id").split.transform("nunique") == 2
-    return experiments.keep(table, both, counts, f"{name}, some in both splits")
+    what = f"workers with at least {min_annotations} annotations"
+    table = preparing.keep(table, enough, funnel, what)
+    return preparing.keep_both_sides(table, funnel, f"{what}, some in both splits")
 
 
 if __name__ == "__main__":
-    experiments.cli(main)
+    cli(main)

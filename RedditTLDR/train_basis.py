@@ -1,4 +1,4 @@
-"""Reddit TLDR: a reward basis from workers' comparisons of summaries, against the rank."""
+"""Reddit TLDR: methods on workers' comparisons of summaries, LoRe against its rank."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import experiments
+import splits
+from methods.lore import Lore
 
 HERE = Path(__file__).resolve().parent
+
+# Ranks, steps and rates as published.
+LORE = Lore(ranks=(0, 1, 2, 3, 4, 5, 6))
 
 
 def main(
@@ -17,27 +22,22 @@ def main(
     pairs_per_user: int = 150,
     few_shot_pairs: int = 50,
     seen_fraction: float = 0.5,
-    ranks: list[int] = [0, 1, 2, 3, 4, 5, 6],  # noqa: B006
-    **fitting: Any,
+    lore: Lore = LORE,
+    **settings: Any,
 ) -> None:
-    """Draw seen and unseen workers, learn bases and evaluate them with their controls.
+    """Draw seen and unseen workers, learn and judge every method beside its controls.
 
     Args:
         data: folder that prepare.py wrote.
         pairs_per_user: random training comparisons of each seen worker; the paper has 100 and 150.
         few_shot_pairs: the same of each unseen worker.
         seen_fraction: share of the workers who are seen; drawn anew for every seed.
-        ranks: ranks K; 0 is the reference model, 1 Bradley-Terry.
+        lore: settings of LoRe; Bradley-Terry is fitted with the same.
     """
-    sample = {
-        "pairs_per_user": pairs_per_user, "few_shot_pairs": few_shot_pairs,
-        "seen_fraction": seen_fraction,
-    }  # fmt: skip
-    settings = experiments.Fitting(ranks=ranks, **fitting)
-    prepared = experiments.load(data)
-    draw = experiments.drawn_split(prepared, **sample)
-    print(experiments.train_basis(prepared, draw, settings, sample))
+    chosen = experiments.Settings(lore=lore, **settings)
+    tasks = splits.drawn_split(data, seen_fraction, pairs_per_user, few_shot_pairs)
+    print(experiments.train_basis(tasks, chosen))
 
 
 if __name__ == "__main__":
-    experiments.cli(main)
+    experiments.command(main)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -20,11 +19,12 @@ import transformers
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import experiments
-from embeddings import Engine, Source, Tokens, load_engine, load_tokenizer, render
-from PersonalLLM.smollm2 import reward_model
+from cli import ROOT, cli
+from passes import Tokens
+from reward_model import Engine, Source, load_engine, load_tokenizer, render
+from smollm2 import reward_model
 
-PRISM = experiments.ROOT.parent / "shared" / "data" / "prism_slice" / "conversations.jsonl"
+PRISM = ROOT.parent / "shared" / "data" / "prism_slice" / "conversations.jsonl"
 LLAMA_8B = {
     "vocab_size": 128256,
     "hidden_size": 4096,
@@ -76,12 +76,11 @@ def main(
         parts: each case is timed in so many parts, alternating, as machines have other work.
         seed: of the made-up tokens and random weights.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        name = model or (str(reward_model(Path(folder) / "smollm2")) if device == "cpu" else None)
-        engine = _engine(name, device, batch_tokens or (1024 if device == "cpu" else 4096), seed)
-        cases = _made_up(engine, posts, dialogues, prompts, np.random.default_rng(seed))
-        if name and PRISM.exists():
-            cases["d  PRISM, opening turns"] = _prism(load_tokenizer(Source(name)), prism)
+    name = model or (str(reward_model()) if device == "cpu" else None)
+    engine = _engine(name, device, batch_tokens or (1024 if device == "cpu" else 4096), seed)
+    cases = _made_up(engine, posts, dialogues, prompts, np.random.default_rng(seed))
+    if name and PRISM.exists():
+        cases["d  PRISM, opening turns"] = _prism(load_tokenizer(Source(name)), prism)
     _time(engine, [np.arange(9), np.arange(20)])
     print(ROW.format(*HEADINGS))
     for case, conversations in cases.items():
@@ -187,4 +186,4 @@ def _time(engine: Engine, tokens: list[Tokens]) -> tuple[torch.Tensor, float]:
 
 
 if __name__ == "__main__":
-    experiments.cli(main)
+    cli(main)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from methods.base import Fitted, Method, Task, View
+from methods.base import Method
+from methods.lore import Lore
 
-METHODS: dict[str, type[Method]] = {}
-
-__all__ = ["METHODS", "Fitted", "Method", "Task", "View"]
+METHODS: dict[str, type[Method]] = {
+    "lore": Lore,
+}

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from comparisons import Comparisons, Pairs, Users
+from comparisons import Comparisons, Pairs, Seed, Users
 
 View = Tensor | Pairs
 
@@ -51,6 +52,7 @@ class Task:
     progress: bool = False
     shots: tuple[int, ...] = ()
 
+    @cached_property
     def mine(self) -> Comparisons:
         """This process's share of the training comparisons, held in memory unless streamed."""
         share = self.train.share(self.process, self.processes)
@@ -66,6 +68,8 @@ class Fitted:
         users: seen users' states [U, S]; S is 0 where nothing is personal.
         nobody: state [S] of one of whom nothing is known, such as mean weights or zero.
         file: name of the file that ``save`` writes, without seed and suffix; "" for none.
+        controlled: whether it is judged with nobody's, another's and shuffled states too.
+        max_trials: most trials of a sweep over shots; None for all.
     """
 
     label: str
@@ -73,6 +77,8 @@ class Fitted:
     users: Tensor
     nobody: Tensor
     file: str = ""
+    controlled: bool = True
+    max_trials: int | None = None
 
     @property
     def personal(self) -> bool:
@@ -83,13 +89,13 @@ class Fitted:
         """All that is needed of comparisons, read once: a tensor [N, ...] or pairs of rows."""
         raise NotImplementedError
 
-    def adapt(self, view: View, users: Users, seed: int) -> Tensor:
+    def adapt(self, view: View, users: Users, seed: Seed) -> Tensor:
         """States [U', S] of users from their comparisons; ``nobody`` where there are none.
 
         Args:
             view: of the comparisons, or of some of them.
             users: whose they are.
-            seed: of initial values.
+            seed: of initial values, or a generator of them.
         """
         return self.nobody.expand(users.num_users, -1)
 

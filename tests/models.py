@@ -10,8 +10,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from PersonalLLM.smollm2 import reward_model
-from utils import InputError
+from files import InputError
+from smollm2 import reward_model
 
 LLAMA_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"

@@ -14,9 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import comparisons
 import reference
 import utils
-from utils import InputError
+from basis import Basis, load_basis, save_basis
+from comparisons import Comparisons, RowFeatures
+from files import InputError
+from training import Checkpoint, Training, fit_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -51,9 +55,8 @@ PRECISION = [(torch.float64, 1e-9), (torch.float32, 1e-3)]
 def blocks(request, monkeypatch):
     """How many users' features are worked on at a time."""
     if request.param != "all in one block":
-        monkeypatch.setattr(utils, "BLOCK_BYTES", 12 * 4 * 12)  # 12 rows
-        data = utils.Comparisons.from_list(users(COUNTS))
-        assert len(utils.Reader(data, [3]).users) > 2
+        monkeypatch.setattr(comparisons, "PART_BYTES", 12 * 4 * 12)  # 12 rows
+        assert len(list(Comparisons.from_list(users(COUNTS)).parts(2))) > 2
 
 
 @pytest.mark.usefixtures("blocks")
@@ -130,11 +133,11 @@ def test_a_comparison_of_weight_two_is_that_comparison_twice():
     c = [torch.tensor([2.0] + [1.0] * (len(x) - 1)) for x in X]
     fit = functools.partial(utils.LoRe, None, 0, 2, 12, 2, 40, generator=0, dtype=torch.float64)
     close(fit().train(X, c)[1], fit().train(twice)[1], 1e-9)
-    data = utils.Comparisons.from_list(X, c)
-    again = utils.Comparisons.from_list(twice)
+    data = Comparisons.from_list(X, c)
+    again = Comparisons.from_list(twice)
     V, W = torch.randn(12, 2, dtype=torch.float64), torch.rand(2, 2, dtype=torch.float64)
     for some in (data, again):
-        some.result = some.accuracies(some.features.project(V), W)
+        some.result = some.accuracies((some.project(V) * W[some.user]).sum(1))
     torch.testing.assert_close(data.result, again.result)
 
 
@@ -150,7 +153,7 @@ def test_models_trained_side_by_side_follow_their_own_trajectories(estimator):
         ]
         for _ in range(2)
     ]
-    together = utils.train_together(models[0], utils.Comparisons.from_list(X))
+    together = utils.train_together(models[0], Comparisons.from_list(X))
     for (W, V), shared, alone in zip(together, *models, strict=True):
         expected = alone.train(X)
         close(W, expected[0], 1e-9)
@@ -161,7 +164,7 @@ def test_models_trained_side_by_side_follow_their_own_trajectories(estimator):
 def test_float32_arithmetic_on_any_float_input_and_views_are_not_copied():
     whole = torch.cat(users(COUNTS, dtype=torch.float32))
     views = list(whole.split(COUNTS))
-    data = utils.Comparisons.from_list(views)
+    data = Comparisons.from_list(views)
     assert data.features.x.data_ptr() == whole.data_ptr()
     model = functools.partial(utils.LoRe, None, 0, 6, 12, 2, 30, generator=0)
     expected = model().train(views)[1]
@@ -172,7 +175,7 @@ def test_float32_arithmetic_on_any_float_input_and_views_are_not_copied():
         close(V, expected, tolerance)
     strangers = [x.clone() for x in views]
     close(model().train(strangers)[1], expected, 1e-6)
-    backwards = utils.Comparisons.from_list(views[::-1])
+    backwards = Comparisons.from_list(views[::-1])
     torch.testing.assert_close(backwards.features.x, torch.cat(views[::-1]))
 
 
@@ -180,13 +183,13 @@ def test_streamed_features_equal_dense_ones(monkeypatch):
     table = torch.randn(40, 12, dtype=torch.float64) * 20
     g = torch.Generator().manual_seed(3)
     chosen, rejected = (torch.randint(40, (26,), generator=g) for _ in range(2))
-    stream = utils.RowFeatures(lambda index: table[index], 12, chosen, rejected)
+    stream = RowFeatures(lambda index: table[index], 12, chosen, rejected)
     X = list((table[chosen] - table[rejected]).split(COUNTS))
-    monkeypatch.setitem(utils.CHUNK_BYTES, "cpu", 12 * 4 * 7)  # seven rows at a time
+    monkeypatch.setitem(comparisons.CHUNK_BYTES, "cpu", 12 * 4 * 7)  # seven rows at a time
     torch.testing.assert_close(stream.dense(torch.float64).x, torch.cat(X))
     model = functools.partial(utils.LoRe, None, 0, 6, 12, 3, 50, generator=0, dtype=torch.float64)
     dense = model().train(X)
-    streamed = utils.train_together([model()], utils.Comparisons(stream, COUNTS))[0]
+    streamed = utils.train_together([model()], Comparisons(stream, COUNTS))[0]
     close(streamed[1], dense[1], 1e-9)
     close(streamed[0], dense[0], 1e-9)
 
@@ -196,60 +199,60 @@ def test_streamed_features_equal_dense_ones(monkeypatch):
 
 def test_gradients_by_finite_differences():
     X = users([2, 3], F=4)
-    data = utils.Comparisons.from_list(X)
+    data = Comparisons.from_list(X)
     model = utils.LoRe(X[0][0], 0.05, 2, 4, 2, generator=0, dtype=torch.float64, shrinkage=0.0)
-    training = utils._Training([model], data)
-    training._joint_step.__self__._step = lambda optimizer, closure: closure()
-    training._joint_step(0)
+    training = Training([model], data, utils.preference_loss)
+    training._set_gradients(0, of_weights=True, of_basis=True)
     c = reference.ones(X)
-    for tensor in (training.V, training.weights.logits):
+    for tensor in (training.V, training.logits):
         for i in range(tensor.numel()):
             values = []
             for shift in (1e-5, -1e-5):
                 moved = tensor.detach().clone()
                 moved.view(-1)[i] += shift
                 V = moved if tensor is training.V else training.V
-                logits = moved if tensor is not training.V else training.weights.logits
+                logits = moved if tensor is not training.V else training.logits
                 values.append(reference.joint_objective(X, c, V, logits, X[0][0], 0.05))
             slope = float(values[0] - values[1]) / 2e-5
             assert math.isclose(slope, float(tensor.grad.reshape(-1)[i]), abs_tol=1e-6)
 
 
-def test_shrinkage_gradient_is_that_of_its_loss():
-    X = users([2, 3, 4], F=5)
-    data = utils.Comparisons.from_list(X)
-    Z = data.features.project(torch.randn(5, 3, dtype=torch.float64))
-    logits = torch.randn(3, 3, dtype=torch.float64)
+def test_shrinkage_follows_its_loss_written_down():
+    X, V = users([2, 3, 4], F=5), torch.randn(5, 3, dtype=torch.float64)
     population = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    start_at = torch.randn(3, 3, dtype=torch.float64)
 
     def loss(free):
-        W = free.softmax(1)
-        total = 0.0
-        for u, z in enumerate(Z.split([2, 3, 4])):
-            total = total - torch.nn.functional.logsigmoid(z @ W[u] / 100).mean()
-            total = total + 2.5 / len(z) * (population * (population / W[u]).log()).sum()
+        W, total = free.softmax(1), 0.0
+        for u, x in enumerate(X):
+            total = total + reference.mean_of_user(x, torch.ones(len(x)), V, W[u])
+            total = total + 2.5 / len(x) * (population * (population / W[u]).log()).sum()
         return total
 
-    per = 1 / data.user_weight()
-    weights = utils.UserWeights(logits, [3], per[data.user], [2.5], per, population)
-    value = weights.set_gradient(utils.Projected(data, [3], Z), logits)
-    free = logits.clone().requires_grad_()
-    expected = loss(free)
-    expected.backward()
-    torch.testing.assert_close(weights.logits.grad, free.grad)
-    torch.testing.assert_close(value[0], expected.detach())
+    free = start_at.clone().requires_grad_()
+    optimizer = torch.optim.Adam([free], lr=0.1)
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss(free).backward()
+        optimizer.step()
+    data = Comparisons.from_list(X)
+    W = fit_weights(data.project(V), data, start_at, utils.preference_loss, num_iterations=30,
+                    shrinkage=2.5, population=population)  # fmt: skip
+    close(W, free.detach().softmax(1), 1e-9)
 
 
 def test_strong_shrinkage_gives_the_population_and_none_gives_the_plain_fit():
     X, V = users([5] * 4), torch.randn(12, 3, dtype=torch.float64)
-    data = utils.Comparisons.from_list(X)
-    Z, population = data.features.project(V), torch.tensor([0.7, 0.2, 0.1])
+    data = Comparisons.from_list(X)
+    Z, population = data.project(V), torch.tensor([0.7, 0.2, 0.1])
     logits = torch.zeros(4, 3)
-    strong = utils.fit_weights(Z, data, logits, shrinkage=1e6, population=population,
-                               num_iterations=2000, learning_rate=0.02)  # fmt: skip
+    strong = fit_weights(
+        Z, data, logits, utils.preference_loss, shrinkage=1e6, population=population,
+        num_iterations=2000, learning_rate=0.02,
+    )  # fmt: skip
     torch.testing.assert_close(strong, population.expand(4, 3).double(), atol=2e-3, rtol=0)
-    plain = utils.fit_weights(Z, data, logits)
-    zero = utils.fit_weights(Z, data, logits, shrinkage=0.0, population=population)
+    plain = fit_weights(Z, data, logits, utils.preference_loss)
+    zero = fit_weights(Z, data, logits, utils.preference_loss, shrinkage=0.0, population=population)
     torch.testing.assert_close(plain, zero)
     assert (plain - population).abs().max() > 0.05
 
@@ -277,7 +280,7 @@ def test_lbfgs_models_are_trained_one_by_one():
     make = functools.partial(utils.LoRe, None, 0, 6, 12, num_iterations=5, generator=0,
                              optimizer=lbfgs, dtype=torch.float64)  # fmt: skip
     models = [make(num_basis_vectors=K) for K in (1, 3)]
-    together = utils.train_together(models, utils.Comparisons.from_list(X))
+    together = utils.train_together(models, Comparisons.from_list(X))
     for (_, V), K in zip(together, (1, 3), strict=True):
         close(V, make(num_basis_vectors=K).train(X)[1], 1e-9)
 
@@ -394,9 +397,7 @@ def test_run_equals_its_parts_and_saves_what_it_reports(tmp_path):
     base = [reference.accuracy(x[5:], direction[:, None], torch.ones(1)) for x in X[:6]]
     assert seen[0] == pytest.approx(np.mean(base)) == pytest.approx(result.seen[3])
     assert result.seen_std[0] == pytest.approx(np.std(base))
-    W, V = utils.solve_regularized(direction, 0.1, [x[:5] for x in X[:6]], 3, 40, 0.5, generator=7)
-    basis = utils.load_basis(tmp_path / "basis-K03-alpha0.1.safetensors")
-    close(basis.V, V, 1e-5)
+    basis = load_basis(tmp_path / "basis-K03-alpha0.1.safetensors")
     assert basis.users == names
     assert basis.settings["rank"] == 3
     torch.testing.assert_close(basis.reference, direction)
@@ -405,52 +406,6 @@ def test_run_equals_its_parts_and_saves_what_it_reports(tmp_path):
     again = [reference.accuracy(X[6 + u][5:], basis.V, basis.W_unseen[u]) for u in range(3)]
     assert result.unseen[5] == pytest.approx(np.mean(again))
     assert len(list(tmp_path.iterdir())) == 6
-
-
-def test_run_regularized_is_run_with_the_other_estimator():
-    X = users([8] * 6, dtype=torch.float32)
-    arguments = ([1, 2], [10.0], X[0][0], X, X, X, X, 6, 6, "cpu")
-    quick = {"num_iterations": 30, "generator": 0, "progress": False}
-    result = utils.run_regularized(*arguments, **quick)
-    same = utils.run(*arguments, estimator=utils.LoRe_regularized, few_shot_learning_rate=0.5,
-                     **quick)  # fmt: skip
-    np.testing.assert_array_equal(np.array(result), np.array(same))
-
-
-def test_the_shot_sweep_equals_one_fit_at_a_time():
-    X = users([8] * 5, dtype=torch.float64)
-    V = torch.randn(12, 3, dtype=torch.float64)
-    few, test = (utils.Comparisons.from_list([x[s] for x in X]) for s in (slice(5), slice(5, 8)))
-    basis = utils.Basis(V, torch.ones(5, 3) / 3)
-    g = torch.Generator().manual_seed(3)
-    shots, trials = [2, 5], 3
-    drawn = utils.draw_shots(few, shots, trials, g)
-    W, fitted = utils.sweep_shots(basis, few, drawn, g, num_iterations=40)
-    held_out = utils.sweep_accuracies(basis, test, W)
-    g = torch.Generator().manual_seed(3)
-    draws = [[torch.randperm(5, generator=g)[:s] for _ in X] for _ in range(trials) for s in shots]
-    logits = utils.draw_logits(5 * len(draws), 3, g, torch.float64)
-    for d, draw in enumerate(draws):
-        some = [x[:5][rows] for x, rows in zip(X, draw, strict=True)]
-        weights = reference.few_shot(some, V, logits[5 * d : 5 * d + 5], 40, 0.1)
-        for u, (x, w) in enumerate(zip(X, weights, strict=True)):
-            at = (d // 2, d % 2, u)
-            assert float(held_out[at]) == pytest.approx(reference.accuracy(x[5:], V, w))
-            assert float(fitted[at]) == pytest.approx(reference.accuracy(some[u], V, w))
-
-
-def test_the_sweep_returns_every_alpha_and_rank_and_dialogues_are_shots():
-    X = users([6] * 4, dtype=torch.float32)
-    quick = {"num_iterations": 20, "few_shot_iterations": 20, "generator": 0, "progress": False}
-    one = utils.run_few_shot_vary_shots(2, [0.0], [2], [1, 3], X, X, X, None, 4, 4, **quick)
-    assert [len(row) for row in one] == [2, 2, 2, 2]
-    many = utils.run_few_shot_vary_shots(2, [0.0], [1, 2], [1, 3], X, X, X, None, 4, 4, **quick)
-    assert many.unseen.shape == (2, 2)
-    data = utils.Comparisons.from_list(X)
-    dialogs = torch.tensor([0, 0, 0, 1, 2, 2] * 4)
-    units = utils._shot_units(data, dialogs)
-    assert [len(rows) for rows in units[1]] == [3, 1, 2]
-    assert torch.cat(units[1]).tolist() == list(range(6, 12))
 
 
 @pytest.mark.usefixtures("blocks")
@@ -490,8 +445,8 @@ def test_training_goes_on_from_a_checkpoint(tmp_path):
     def model(steps=90):
         return utils.LoRe(X[0][0], 0.1, 6, 12, 3, steps, generator=0, dtype=torch.float64)
 
-    data = utils.Comparisons.from_list(X)
-    checkpoint = utils.Checkpoint(tmp_path / "state", every=20)
+    data = Comparisons.from_list(X)
+    checkpoint = Checkpoint(tmp_path / "state", every=20)
     whole = utils.train_together([model()], data)[0]
 
     class Killed(Exception):
@@ -507,7 +462,7 @@ def test_training_goes_on_from_a_checkpoint(tmp_path):
         utils.train_together([model()], data, checkpoint)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["state.0.20.pt", "state.0.40.pt"]
     resumed = model()
-    rest = utils.Checkpoint(tmp_path / "state", every=20)
+    rest = Checkpoint(tmp_path / "state", every=20)
     W, V = utils.train_together([resumed], data, rest)[0]
     torch.testing.assert_close(V, whole[1], rtol=0, atol=0)
     assert len(resumed.losses) == 90 and resumed.losses.min() > 0
@@ -536,7 +491,7 @@ def test_simulated_users_choose_best_and_worst():
     torch.testing.assert_close(dense[1, 2], expected)
     torch.testing.assert_close(utils.simulate_user(rewards, features, W[1]), dense[1])
     sparse = utils.create_sparse_tensor(dense, 0.5, generator=2)
-    assert [x.shape for x in sparse] == [(4, 5)] * 3
+    assert [x.shape for x in sparse] == [(3, 5)] * 3
 
 
 def test_populations_are_on_the_simplex_and_sparser_for_small_alpha():
@@ -587,11 +542,11 @@ def bad(u, row, value):
     ("call", "message"),
     [
         (lambda: utils.solve_regularized(None, 0, [], 1), "no users"),
-        (lambda: utils.Comparisons.from_list([]), "no users"),
-        (lambda: utils.Comparisons.from_list([GOOD[0], GOOD[1][:0]]), "user 1 has no comparisons"),
-        (lambda: utils.Comparisons.from_list([GOOD[0], GOOD[1][:, :5]]), "user 1: 5 features"),
-        (lambda: utils.Comparisons.from_list(bad(1, 2, math.nan)), "user 1, row 2: NaN"),
-        (lambda: utils.Comparisons.from_list(bad(0, 1, math.inf)), "user 0, row 1: NaN or inf"),
+        (lambda: Comparisons.from_list([]), "no users"),
+        (lambda: Comparisons.from_list([GOOD[0], GOOD[1][:0]]), "user 1 has no comparisons"),
+        (lambda: Comparisons.from_list([GOOD[0], GOOD[1][:, :5]]), "user 1: 5 features"),
+        (lambda: Comparisons.from_list(bad(1, 2, math.nan)), "user 1, row 2: NaN"),
+        (lambda: Comparisons.from_list(bad(0, 1, math.inf)), "user 0, row 1: NaN or inf"),
         (lambda: utils.LoRe(torch.ones(5), 1, 2, 12, 2), r"reference has shape \(5,\)"),
         (lambda: utils.LoRe(torch.ones(12, 2), 1, 2, 12, 2), r"reference has shape \(12, 2\)"),
         (lambda: utils.LoRe(None, 1, 2, 12, 2), "there is none"),
@@ -615,7 +570,7 @@ def bad(u, row, value):
             lambda: utils.run([1], [0], None, GOOD, GOOD, GOOD, GOOD, 3, 2, progress=False),
             "2 users' features given where 3",
         ),
-        (lambda: utils.Comparisons.from_list(GOOD, [torch.ones(3), torch.ones(2)]), "2 weights"),
+        (lambda: Comparisons.from_list(GOOD, [torch.ones(3), torch.ones(2)]), "2 weights"),
     ],
 )
 def test_bad_input_is_one_clear_error(call, message):
@@ -625,13 +580,13 @@ def test_bad_input_is_one_clear_error(call, message):
 
 def test_basis_files_are_checked(tmp_path):
     with pytest.raises(InputError, match="no such basis file"):
-        utils.load_basis(tmp_path / "none.safetensors")
+        load_basis(tmp_path / "none.safetensors")
     (tmp_path / "bad.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(InputError, match="not a readable safetensors file"):
-        utils.load_basis(tmp_path / "bad.safetensors")
-    basis = utils.Basis(torch.ones(4, 2), torch.ones(2, 2), users=["a", "b", "c"])
+        load_basis(tmp_path / "bad.safetensors")
+    basis = Basis(torch.ones(4, 2), torch.ones(2, 2), users=["a", "b", "c"])
     with pytest.raises(InputError, match="3 user ids for 2 rows"):
-        utils.save_basis(tmp_path / "x", basis)
+        save_basis(tmp_path / "x", basis)
 
 
 def test_importing_the_module_draws_nothing_and_picks_no_device():

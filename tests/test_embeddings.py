@@ -22,8 +22,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import embeddings
 import models
+import passes
+import reward_model
 from embeddings import embed, open_store
-from utils import InputError
+from files import InputError, digest
+from reward_model import render
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = {
@@ -139,7 +142,7 @@ def test_head_is_the_models_own_and_gives_its_logits(llama: Path, finished: Path
     down = model.model.layers[-1].mlp.down_proj.weight
     assert torch.equal(store.last_linear, down[:, 0])
     tokenizer = AutoTokenizer.from_pretrained(llama)
-    ids = torch.tensor([embeddings.render(tokenizer, some_chats()[2])])
+    ids = torch.tensor([render(tokenizer, some_chats()[2])])
     logit = model(ids).logits[0, 0]
     assert all_rows(store)[2] @ store.head == pytest.approx(logit.item(), rel=1e-4)
 
@@ -176,7 +179,7 @@ def _logits(self: Any, states: torch.Tensor) -> Any:
 
 @pytest.mark.parametrize(
     ("forward", "message"),
-    [(_first_token, "pools number 1 of"), (_squashed, "score head times the last hidden state")],
+    [(_first_token, "pools token 1 of"), (_squashed, "score head times the last hidden state")],
 )
 def test_another_pooling_or_head_stops_the_run(
     forward: Any, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, quiet: dict
@@ -192,7 +195,7 @@ def test_a_wrong_tree_mask_stops_the_run(
     def causal(ends: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return torch.full((len(ends), len(ends)), torch.finfo(dtype).min).triu(1)[None, None]
 
-    monkeypatch.setattr(embeddings, "tree_mask", causal)
+    monkeypatch.setattr(reward_model, "tree_mask", causal)
     with pytest.raises(InputError, match="--method single"):
         embed(some_chats(), tmp_path / "out", **quiet)
 
@@ -200,9 +203,9 @@ def test_a_wrong_tree_mask_stops_the_run(
 def test_infinite_embeddings_are_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, quiet: dict
 ) -> None:
-    monkeypatch.setattr(embeddings.Engine, "_check", lambda *_: None)
-    forward = embeddings.Engine._forward
-    monkeypatch.setattr(embeddings.Engine, "_forward", lambda *a: forward(*a) / 0)
+    monkeypatch.setattr(reward_model.Engine, "_check", lambda *_: None)
+    forward = reward_model.Engine._forward
+    monkeypatch.setattr(reward_model.Engine, "_forward", lambda *a: forward(*a) / 0)
     with pytest.raises(InputError, match="--dtype"):
         embed(some_chats(), tmp_path / "out", **quiet)
 
@@ -213,20 +216,20 @@ def test_infinite_embeddings_are_refused(
 def test_one_bos_whether_template_or_tokenizer_writes_it(llama: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(llama)
     expected = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
-    text = embeddings.render_text(tokenizer, chat("Hi"))
+    text = reward_model.render_text(tokenizer, chat("Hi"))
     assert text == expected
     assert tokenizer(text)["input_ids"].count(tokenizer.bos_token_id) == 2  # the trap
-    ids = embeddings.render(tokenizer, chat("Hi"))
+    ids = render(tokenizer, chat("Hi"))
     assert tokenizer.decode(ids) == expected
     tokenizer.chat_template = tokenizer.chat_template.replace("{{ bos_token }}", "")
-    assert embeddings.render(tokenizer, chat("Hi")) == ids
+    assert render(tokenizer, chat("Hi")) == ids
     tokenizer.chat_template = "{{ bos_token }}" * 3 + tokenizer.chat_template
-    assert embeddings.render(tokenizer, chat("Hi")) == ids
+    assert render(tokenizer, chat("Hi")) == ids
 
 
 def test_no_bos_where_the_model_has_none(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(models.tiny_qwen(tmp_path))
-    ids = embeddings.render(tokenizer, chat("Hi", "you"))
+    ids = render(tokenizer, chat("Hi", "you"))
     expected = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nyou<|im_end|>\n"
     assert tokenizer.decode(ids) == expected
 
@@ -235,7 +238,7 @@ def test_no_bos_where_the_model_has_none(tmp_path: Path) -> None:
 def test_long_conversations_are_cut_and_counted(side: str, tmp_path: Path, quiet: dict) -> None:
     tokenizer = AutoTokenizer.from_pretrained(quiet["model"])
     chats = [chat("Short", "one"), chat("Long " * 30, "the end")]
-    ids = [embeddings.render(tokenizer, each) for each in chats]
+    ids = [render(tokenizer, each) for each in chats]
     cut = [ids[1][0], *ids[1][-39:]] if side == "left" else ids[1][:40]
     store = embed(chats, tmp_path / "out", **quiet, max_length=40, truncation_side=side)
     assert store.manifest["num_truncated"] == 1
@@ -270,7 +273,7 @@ def test_what_is_not_text_is_refused_by_row(
     ("settings", "message"),
     [
         ({"model": "no/such-model"}, "no/such-model cannot be loaded"),
-        ({"device": "cuda"}, "--device cpu"),
+        ({"device": "cuda:99"}, "--device cpu"),
         ({"shard": "3/2"}, "--shard 3/2"),
         ({"shard": "one"}, "--shard one"),
         ({"batch_tokens": -1}, "positive"),
@@ -282,7 +285,6 @@ def test_bad_settings_are_refused(
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match=message):
         embed(some_chats(), tmp_path / "out", **{**quiet, **settings})
 
@@ -303,7 +305,7 @@ def test_no_template_and_a_refusing_template_are_named(tmp_path: Path) -> None:
 
 def test_shared_tokens_and_duplicates_are_computed_once(llama: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(llama)
-    ids = [tuple(embeddings.render(tokenizer, each)) for each in some_chats()]
+    ids = [tuple(render(tokenizer, each)) for each in some_chats()]
     prefixes = {each[: i + 1] for each in ids for i in range(len(each))}
     settings = {"model": str(llama), "batch_tokens": 10**6, "progress": False}
     manifest = embed(some_chats(), tmp_path / "out", **settings).manifest
@@ -321,9 +323,9 @@ token_lists = st.lists(
 @hypothesis.given(token_lists)
 def test_tree_mask_lets_a_token_see_its_ancestors_only(lists: list[tuple[int, ...]]) -> None:
     tokens = [np.array(ids) for ids in sorted(set(lists))]
-    shared = [0] + [embeddings.shared_prefix(a, b) for a, b in zip(tokens, tokens[1:])]  # noqa: B905
-    tree = embeddings._tree(list(range(len(tokens))), tokens, shared)
-    sees = embeddings.tree_mask(tree.ends, torch.float32)[0, 0] == 0
+    shared = [0] + [passes.shared_prefix(a, b) for a, b in zip(tokens, tokens[1:])]  # noqa: B905
+    tree = passes.tree_pass(list(range(len(tokens))), tokens, shared)
+    sees = passes.tree_mask(tree.ends, torch.float32)[0, 0] == 0
     for row, place in zip(tokens, tree.last[1].tolist(), strict=True):
         path = sees[place].nonzero()[:, 0]
         assert tree.ids[0, path].tolist() == row.tolist()
@@ -352,7 +354,7 @@ def test_packing_is_the_cheapest_of_all_cuts(sizes: list[tuple[int, int]]) -> No
         ends = range(start + 1, n + 1)
         return [[(start, end), *rest] for end in ends for rest in cuts(end)] if start < n else [[]]
 
-    found = embeddings.pack(lengths, shared, budget)
+    found = passes.pack(lengths, shared, budget)
     assert cost(found) == pytest.approx(min(map(cost, cuts(0))))
 
 
@@ -394,7 +396,7 @@ def test_full_gpu_memory_halves_the_batches(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    forward, sizes = embeddings.Engine._forward, []
+    forward, sizes = reward_model.Engine._forward, []
 
     def limited(self: Any, step: Any) -> torch.Tensor:
         sizes.append(step.ids.numel())
@@ -402,7 +404,7 @@ def test_full_gpu_memory_halves_the_batches(
             raise torch.cuda.OutOfMemoryError("full")
         return forward(self, step)
 
-    monkeypatch.setattr(embeddings.Engine, "_forward", limited)
+    monkeypatch.setattr(reward_model.Engine, "_forward", limited)
     quiet = {**quiet, "method": method, "shard_size": 50}
     store = embed(some_chats(), tmp_path / "out", **quiet, batch_tokens=1000)
     assert max(sizes) > 200 >= sizes[-1]
@@ -411,7 +413,7 @@ def test_full_gpu_memory_halves_the_batches(
     smaller = embed(some_chats(), tmp_path / "smaller", **quiet, batch_tokens=lower)
     assert contents(store.folder) == contents(smaller.folder)
     long = [chat("Long " * 60, "end")]
-    monkeypatch.setattr(embeddings.Engine, "_forward", limited)
+    monkeypatch.setattr(reward_model.Engine, "_forward", limited)
     with pytest.raises(InputError, match="--max-length"):
         embed(long, tmp_path / "long", **quiet)
 
@@ -427,7 +429,7 @@ def test_files_and_manifest(finished: Path) -> None:
     assert {path: hashlib.sha256((finished / path).read_bytes()).hexdigest() for path in files} == (
         manifest["files"]
     )
-    assert manifest["conversations_sha256"] == embeddings.digest(some_chats())
+    assert manifest["conversations_sha256"] == digest(some_chats())
     assert (manifest["num_features"], manifest["pooling"]) == (32, embeddings.POOLING)
 
 
@@ -521,7 +523,7 @@ def _other_template(folder: Path) -> Path:
     [
         (lambda folder: {"model": str(models.tiny_llama(folder, seed=1))}, "weights_sha256"),
         (lambda folder: {"tokenizer": str(_other_template(folder))}, "template_sha256"),
-        (lambda folder: {"max_length": 30}, "max_length = 2048, asked for is 30"),
+        (lambda folder: {"max_length": 30}, "max_length = 2048, but 30 is asked for"),
         (lambda folder: {"dtype": "bfloat16"}, "dtype = float32"),
         (lambda folder: {"shard_size": 5}, "shard_size = 4"),
     ],
@@ -558,6 +560,32 @@ def test_the_same_model_under_another_path_is_the_same(
     embed(some_chats(), finished, **{**quiet, "model": str(tmp_path / "moved")})
 
 
+def test_a_local_model_is_recorded_by_a_path_that_holds_everywhere(
+    tmp_path: Path, quiet: dict, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    near = {"model": os.path.relpath(llama), "tokenizer": os.path.relpath(llama)}
+    manifest = embed(some_chats(), tmp_path / "out", **{**quiet, **near}).manifest
+    assert (manifest["model"], manifest["tokenizer"]) == (str(llama), str(llama))
+
+
+def test_two_processes_may_complete_the_manifest_at_once(
+    tmp_path: Path, quiet: dict, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, replace = contents(finished), os.replace
+
+    def beaten(draft: Path, path: Path) -> None:
+        if path.name == "manifest.json" and b'"complete": true' in draft.read_bytes():
+            path.write_bytes(whole["manifest.json"])  # the other is done, and tidied up
+            draft.unlink()
+        replace(draft, path)
+
+    monkeypatch.setattr(os, "replace", beaten)
+    assert len(embed(some_chats(), tmp_path / "out", **quiet)) == 15
+    assert contents(tmp_path / "out") == whole
+
+
 def test_a_full_disk_keeps_what_is_done(
     tmp_path: Path, quiet: dict, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -583,7 +611,7 @@ def test_a_full_disk_keeps_what_is_done(
 KILLED = """
 import os, signal, sys
 import torch
-import embeddings, test_embeddings
+import embeddings, reward_model, test_embeddings
 
 folder, model, points = sys.argv[1], sys.argv[2], int(sys.argv[3])
 torch.set_num_threads(1)  # a forked child cannot use its parent's threads
@@ -601,7 +629,7 @@ def step(function):
 def run(out):
     embeddings.embed(test_embeddings.some_chats(), out, model=model, shard_size=4, progress=False)
 
-for owner, name in [(os, "fsync"), (os, "replace"), (embeddings.Engine, "_forward")]:
+for owner, name in [(os, "fsync"), (os, "replace"), (reward_model.Engine, "_forward")]:
     setattr(owner, name, step(getattr(owner, name)))
 run(folder + "/whole")
 total = steps

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-import embeddings
-import models
 import worlds
-from utils import InputError
+from files import InputError
 
 
 def prepare(source: Path, out: Path, **settings) -> dict:
     """Run the script's main without embedding; what prepare.json says."""
     settings = {"embed": False, "min_comparisons": 20, **settings}
-    worlds.script("CommunityAlignment/prepare.py").main(source=str(source), out=out, **settings)
-    return json.loads((out / "prepare.json").read_text())
+    return worlds.prepare("CommunityAlignment", source, out, **settings)
 
 
 def expected(source: Path, language: str = "en") -> set[tuple]:
@@ -48,10 +43,7 @@ def expected(source: Path, language: str = "en") -> set[tuple]:
 
 
 def as_set(table: pd.DataFrame) -> set[tuple]:
-    columns = table[["user_id", "dialog_id", "turn"]].assign(
-        **{name: table[name].map(json.dumps) for name in ("chosen", "rejected")}
-    )
-    return set(columns.itertuples(index=False, name=None))
+    return set(worlds.as_tuples(table, ["user_id", "dialog_id", "turn"]))
 
 
 @pytest.mark.parametrize("language", ["en", "fr"])
@@ -113,17 +105,6 @@ def test_shared_prompts_are_counted_and_may_be_kept_apart(tmp_path, capsys):
     assert (table.groupby("user_id").split.nunique() == 2).all()
 
 
-@pytest.mark.parametrize("unseen_prompts", [False, True])
-def test_order_of_the_rows_does_not_matter(tmp_path, unseen_prompts):
-    source = worlds.community(tmp_path / "raw")
-    worlds.edit(source / "train.parquet", lambda rows: (gap(rows[0]), nothing_preferred(rows[1])))
-    prepare(source, tmp_path / "a", unseen_prompts=unseen_prompts)
-    worlds.edit(source / "train.parquet", lambda rows: rows.reverse())
-    prepare(source, tmp_path / "b", unseen_prompts=unseen_prompts)
-    for name in ("comparisons.parquet", "conversations.parquet", "prepare.json"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-
-
 def test_annotators_with_few_comparisons_or_one_conversation_are_left_out(tmp_path):
     source = worlds.community(tmp_path / "raw")
     sizes = pd.Series([row[0] for row in expected(source)]).value_counts()
@@ -172,18 +153,18 @@ def nothing_said(row):
 @pytest.mark.parametrize(
     ("change", "reason", "turns"),
     [
-        (gap, "a missing turn", {0}),
-        (no_first_turn, "a missing turn", set()),
-        (nothing_preferred, "a turn whose preferred_response names no response", set()),
-        (none_of_the_four, "a turn whose preferred_response names no response", set()),
-        (nothing_said, "a turn with an empty chosen response", set()),
+        (gap, "at a missing turn", {0}),
+        (no_first_turn, "at a missing turn", set()),
+        (nothing_preferred, "at a preferred_response that names no response", set()),
+        (none_of_the_four, "at a preferred_response that names no response", set()),
+        (nothing_said, "at an empty chosen response", set()),
     ],
 )
 def test_a_conversation_ends_where_it_cannot_be_used(tmp_path, change, reason, turns):
     source = worlds.community(tmp_path / "raw")
     worlds.edit(source / "train.parquet", lambda rows: change(rows[0]))
     counts = prepare(source, tmp_path / "data")["counts"]
-    assert counts[f"left out: dialogues from {reason} on"] == 1
+    assert counts[f"left out: dialogues cut {reason}"] == 1
     table = pd.read_parquet(tmp_path / "data" / "comparisons.parquet")
     assert set(table[table.dialog_id == "conv0"].turn) == turns
 
@@ -194,13 +175,22 @@ def test_a_conversation_ends_where_it_cannot_be_used(tmp_path, change, reason, t
         ({}, {"language": "xx"}, "--language xx is none of those there: en, fr"),
         ({}, {"min_comparisons": 1000}, "no comparisons are left: .* 0 annotators with at least"),
         ({}, {"seen_fraction": 0.0}, "--seen-fraction 0.0 of 6 users makes 0 of them seen"),
-        ({"annotator_id": None}, {}, "train.parquet row 1 has an empty annotator_id"),
-        ({"conversation_id": ""}, {}, "train.parquet row 1 has an empty conversation_id"),
+        ({"annotator_id": float("nan")}, {}, "row 1: annotator_id must be text, not a float"),
+        ({"annotator_id": {"a": 1}}, {}, "row 1: annotator_id must be text, not a dict"),
+        ({"annotator_id": "\ud800"}, {}, "row 1: annotator_id holds half a surrogate pair"),
+        ({"conversation_id": "\udc00"}, {}, "row 1: conversation_id holds half a surrogate"),
+        ({"assigned_lang": ["en"]}, {}, "row 1: assigned_lang must be text, not a list"),
+        ({"first_turn_prompt": 5}, {}, "row 1: first_turn_prompt must be text, not a int"),
+        ({"annotator_id": None}, {}, "row 1 has an empty annotator_id"),
+        ({"conversation_id": ""}, {}, "row 1 has an empty conversation_id"),
     ],
 )
 def test_bad_input_is_one_clear_error(tmp_path, change, settings, message):
     source = worlds.community(tmp_path / "raw")
-    worlds.edit(source / "train.parquet", lambda rows: rows[0].update(change))
+    rows = worlds.read(source / "train.parquet")
+    rows[0].update(change)
+    (source / "train.parquet").unlink()
+    worlds.write(source / "train.jsonl", rows)
     with pytest.raises(InputError, match=message):
         prepare(source, tmp_path / "data", **settings)
     assert not (tmp_path / "data").exists()
@@ -210,20 +200,5 @@ def test_a_missing_column_is_refused_by_name(tmp_path):
     source = worlds.community(tmp_path / "raw")
     column = "second_turn_response_c"
     worlds.edit(source / "train.parquet", lambda rows: [row.pop(column) for row in rows])
-    with pytest.raises(InputError, match=f"train.parquet row 1 has no column {column}"):
+    with pytest.raises(InputError, match=f"row 1 has no column {column}"):
         prepare(source, tmp_path / "data")
-
-
-def test_as_a_command_with_embedding(tmp_path):
-    source, out = worlds.community(tmp_path / "raw", annotators=3), tmp_path / "data"
-    flags = ["--language", "fr", "--min-comparisons", "20", "--unseen-prompts", "true"]
-    command = [sys.executable, "prepare.py", "--source", source, "--out", out, *flags]
-    command += ["--model", models.tiny_llama(tmp_path / "model")]
-    folder = worlds.ROOT / "CommunityAlignment"
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    info = json.loads((out / "prepare.json").read_text())
-    assert f"of {info['counts']['distinct conversations']} conv" in result.stdout.splitlines()[-1]
-    assert (
-        len(embeddings.open_store(out / "embeddings")) == info["counts"]["distinct conversations"]
-    )

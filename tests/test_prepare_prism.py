@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 import embeddings
-import experiments
 import models
+import preparing
 import worlds
-from utils import InputError
+from files import InputError
 
 SLICE = worlds.ROOT.parent / "shared" / "data" / "prism_slice"
 
 
 def prepare(source: Path, out: Path, **settings) -> dict:
     """Run the script's main; what prepare.json says."""
-    worlds.script("PRISM/prepare.py").main(source=str(source), out=out, **settings)
-    return json.loads((out / "prepare.json").read_text())
+    return worlds.prepare("PRISM", source, out, **settings)
 
 
 def expected(source: Path) -> set[tuple]:
@@ -44,10 +41,7 @@ def expected(source: Path) -> set[tuple]:
 
 
 def as_set(table: pd.DataFrame) -> set[tuple]:
-    columns = table[["user_id", "dialog_id", "turn"]].assign(
-        **{name: table[name].map(json.dumps) for name in ("chosen", "rejected")}
-    )
-    return set(columns.itertuples(index=False, name=None))
+    return set(worlds.as_tuples(table, ["user_id", "dialog_id", "turn"]))
 
 
 def test_one_comparison_per_rejected_response_after_the_chosen_history(tmp_path):
@@ -58,7 +52,6 @@ def test_one_comparison_per_rejected_response_after_the_chosen_history(tmp_path)
     assert len(table) == len(expected(source)) == info["counts"]["comparisons"]
     assert (table.weight == 1).all()
     assert max(len(messages) for messages in table.chosen) == 6  # three turns
-    assert info["users_split"] == "given"
     assert "warning" not in info
 
 
@@ -87,16 +80,6 @@ def test_users_with_few_dialogues_are_left_out(tmp_path):
     table = pd.read_parquet(tmp_path / "data" / "comparisons.parquet")
     assert set(table.user_id) == {"user1", "user2", "user4", "user5", "user7"}
     assert info["counts"]["participants with at least 5 dialogues"] == 5
-
-
-def test_order_of_the_rows_does_not_matter(tmp_path):
-    source = worlds.prism(tmp_path / "raw")
-    first = prepare(source, tmp_path / "a")
-    for name in ("survey", "conversations"):
-        worlds.shuffle(source / f"{name}.jsonl")
-    assert prepare(source, tmp_path / "b") == first
-    for name in ("comparisons.parquet", "conversations.parquet"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 def test_another_seed_splits_otherwise_and_leaves_the_conversations(tmp_path):
@@ -163,11 +146,11 @@ def stranger(rows):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (choose_two, "dialogues from a turn with several chosen responses on"),
-        (choose_none, "dialogues from a turn with no chosen responses on"),
-        (lose_a_turn, "dialogues from a missing turn on"),
-        (ask_twice, "dialogues from a turn with several user messages on"),
-        (blank_prompt, "dialogues from a turn with an empty prompt on"),
+        (choose_two, "dialogues cut at a turn with several chosen responses"),
+        (choose_none, "dialogues cut at a turn with no chosen responses"),
+        (lose_a_turn, "dialogues cut at a missing turn"),
+        (ask_twice, "dialogues cut at a turn with several user messages"),
+        (blank_prompt, "dialogues cut at an empty prompt"),
         (stranger, "conversations of participants who are not in the survey"),
     ],
 )
@@ -234,9 +217,38 @@ def no_column(rows):
     del rows[4]["conversation_history"]
 
 
+def set_history(value):
+    return lambda rows: rows[0].update(conversation_history=value)
+
+
+def chosen_as_text(rows):
+    history(rows)[2]["if_chosen"] = "False"
+
+
+def turn_before_the_first(rows):
+    history(rows)[0]["turn"] = -1
+
+
+def unnamed(rows):
+    rows[1]["conversation_id"] = ""
+
+
+def named_again(rows):
+    rows[1]["conversation_id"] = rows[0]["conversation_id"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (set_history(5), r"conversations.jsonl row 1: conversation_history must be a list, not 5"),
+        (set_history([5]), r"conversations.jsonl row 1: a message needs turn, role .*unlike 5"),
+        (
+            chosen_as_text,
+            r"conversations.jsonl row 1: if_chosen must be true or false, not 'False'",
+        ),
+        (turn_before_the_first, r"conversations.jsonl row 1: a message needs turn"),
+        (unnamed, r"conversations.jsonl row 2 has an empty conversation_id"),
+        (named_again, r"conversations.jsonl row 2 has the conversation_id of an earlier row"),
         (listed, r"conversations.jsonl row 1: content must be text, not a list"),
         (no_role, r"conversations.jsonl row 1: a message needs turn, role"),
         (no_column, r"conversations.jsonl row 5 has no column conversation_history"),
@@ -263,16 +275,22 @@ def test_settings_that_leave_nothing_are_refused(tmp_path, settings, message):
         prepare(worlds.prism(tmp_path / "raw"), tmp_path / "data", **settings)
 
 
-def test_malformed_json_ends_in_one_line(tmp_path):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"user_id": ["user0"]}, "survey.jsonl row 2: user_id must be text, not a list"),
+        ({"user_id": "user0"}, "survey.jsonl row 2 has the user_id of an earlier row"),
+        (
+            {"num_completed_conversations": "0"},
+            "survey.jsonl row 2: num_completed_conversations must be a number, not '0'",
+        ),
+    ],
+)
+def test_a_bad_participant_is_refused_by_row(tmp_path, change, message):
     source = worlds.prism(tmp_path / "raw")
-    with (source / "conversations.jsonl").open("a") as lines:
-        lines.write('{"conversation_id": ')
-    rows = len(worlds.read(worlds.prism(tmp_path / "whole") / "conversations.jsonl"))
-    result = run("prepare.py", "--source", source, "--out", tmp_path / "data")
-    assert result.returncode == 2
-    error = result.stderr.splitlines()[-1]
-    assert f"conversations.jsonl row {rows + 1} is not valid JSON" in error
-    assert "Traceback" not in result.stderr
+    worlds.edit(source / "survey.jsonl", lambda rows: rows[1].update(change))
+    with pytest.raises(InputError, match=message):
+        prepare(source, tmp_path / "data")
 
 
 def test_a_folder_without_the_tables_is_refused(tmp_path):
@@ -324,7 +342,7 @@ def test_the_list_form_prints_a_list_and_warns_everywhere(tmp_path, capsys, capl
         }
         text = row.rejected[-1]["content"]
         assert set(json.loads(text.replace("'", '"'))) == answers
-    experiments.read_info(tmp_path / "data")
+    preparing.read_info(tmp_path / "data")
     assert info["warning"] in caplog.text
 
 
@@ -348,32 +366,9 @@ def test_the_text_that_is_embedded(tmp_path, rejected, brackets):
     assert list(ids).count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
 
 
-# ------------------------------------------------------------------ As commands
-
-
-def run(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, name, *map(str, arguments)]
-    return subprocess.run(command, cwd=worlds.ROOT / "PRISM", capture_output=True, text=True)
-
-
-def test_both_scripts_as_commands(tmp_path):
-    source, data = worlds.prism(tmp_path / "raw"), tmp_path / "data"
-    made = run("prepare.py", "--source", source, "--out", data, "--min-dialogues", 7)
-    assert made.returncode == 0, made.stderr
-    assert made.stdout.splitlines()[-1].startswith("prepared ")
-    model = models.tiny_llama(tmp_path / "model")
-    done = run("generate-prism-embeddings.py", "--data", data, "--model", model)
-    assert done.returncode == 0, done.stderr
-    store = embeddings.open_store(data / "embeddings")
-    info = json.loads((data / "prepare.json").read_text())
-    assert len(store) == info["counts"]["distinct conversations"]
-    assert store.manifest["conversations_sha256"] == info["conversations_sha256"]
-
-
 def test_embedding_needs_a_prepared_folder(tmp_path):
-    result = run("generate-prism-embeddings.py", "--data", tmp_path)
-    assert result.returncode == 2
-    assert "run prepare.py first" in result.stderr.splitlines()[-1]
+    with pytest.raises(InputError, match="run prepare.py first"):
+        worlds.script("PRISM/generate-prism-embeddings.py").main(data=tmp_path)
 
 
 @pytest.mark.skipif(not SLICE.exists(), reason="the slice of PRISM is not beside the project")

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
 import pandas as pd
 import pytest
 
-import embeddings
-import models
 import worlds
-from utils import InputError
+from files import InputError
 
 UKP = worlds.ROOT.parent / "shared" / "data" / "ukpconvarg_as_tldr"
 FILES = {"train": "train.jsonl.gz", "test": "validation.jsonl.gz"}
@@ -23,8 +19,7 @@ FILES = {"train": "train.jsonl.gz", "test": "validation.jsonl.gz"}
 def prepare(source: Path, out: Path, **settings) -> dict:
     """Run the script's main without embedding; what prepare.json says."""
     settings = {"embed": False, "min_annotations": 20, **settings}
-    worlds.script("RedditTLDR/prepare.py").main(source=str(source), out=out, **settings)
-    return json.loads((out / "prepare.json").read_text())
+    return worlds.prepare("RedditTLDR", source, out, **settings)
 
 
 def expected(source: Path) -> list[tuple]:
@@ -40,44 +35,20 @@ def expected(source: Path) -> list[tuple]:
     return sorted(found)
 
 
-def as_list(table: pd.DataFrame) -> list[tuple]:
-    columns = table[["user_id", "split", "dialog_id"]].assign(
-        **{name: table[name].map(json.dumps) for name in ("chosen", "rejected")}
-    )
-    return sorted(columns.itertuples(index=False, name=None))
+def as_list(data: Path) -> list[tuple]:
+    return worlds.as_tuples(worlds.comparisons(data), ["user_id", "split", "dialog_id"])
 
 
 def test_every_row_is_a_comparison(tmp_path):
     source = worlds.tldr(tmp_path / "raw")
     info = prepare(source, tmp_path / "data")
     table = worlds.comparisons(tmp_path / "data")
-    assert as_list(table) == expected(source)
+    assert as_list(tmp_path / "data") == expected(source)
     assert (table.turn == 0).all() and (table.weight == 1).all()
-    assert table.seen.all() and info["users_split"] == "drawn"
+    assert table.seen.all()  # who is unseen is drawn at training time
     messages = pd.read_parquet(tmp_path / "data" / "conversations.parquet").messages
     assert len({json.dumps([dict(m) for m in row]) for row in messages}) == len(messages)
     assert info["counts"]["distinct conversations"] == len(messages) <= 12 * 6
-
-
-def test_order_of_the_rows_does_not_matter(tmp_path):
-    source = worlds.tldr(tmp_path / "raw")
-    first = prepare(source, tmp_path / "a")
-    for name in FILES.values():
-        worlds.shuffle(source / name)
-    assert prepare(source, tmp_path / "b") == first
-    for name in ("comparisons.parquet", "conversations.parquet"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-
-
-@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
-def test_formats_are_alike(tmp_path, suffix):
-    source = worlds.tldr(tmp_path / "raw")
-    for name in FILES.values():
-        worlds.write(
-            tmp_path / "other" / name.replace(".jsonl.gz", suffix), worlds.read(source / name)
-        )
-    first, second = prepare(source, tmp_path / "a"), prepare(tmp_path / "other", tmp_path / "b")
-    assert first["data_sha256"] == second["data_sha256"]
 
 
 def test_workers_with_few_annotations_or_in_one_split_are_left_out(tmp_path):
@@ -98,8 +69,7 @@ def test_workers_with_few_annotations_or_in_one_split_are_left_out(tmp_path):
     assert counts["workers with at least 30 annotations, some in both splits"] == 5
     counts = prepare(source, tmp_path / "b", min_annotations=31)["counts"]
     assert counts["workers with at least 31 annotations"] == 4
-    table = worlds.comparisons(tmp_path / "b")
-    assert as_list(table) == [r for r in expected(source) if r[0] not in ("w01", "w02")]
+    assert as_list(tmp_path / "b") == [r for r in expected(source) if r[0] not in ("w01", "w02")]
 
 
 @pytest.mark.parametrize("post", [None, "", "EMPTY STRING"])
@@ -135,10 +105,18 @@ def test_rows_with_an_empty_or_twice_the_same_summary_are_counted(tmp_path):
         ("choice", 2, "choice must be 0 or 1, not 2"),
         ("choice", None, "choice must be 0 or 1, not None"),
         ("choice", "1", "choice must be 0 or 1, not '1'"),
-        ("worker", None, "names no worker"),
-        ("worker", 7, "worker must be text, not a int"),
-        ("summaries", [{"text": "one"}], "must have two summaries, not 1"),
-        ("summaries", None, "must have two summaries, not 0"),
+        ("choice", True, "choice must be 0 or 1, not True"),
+        ("choice", [1], r"choice must be 0 or 1, not \[1\]"),
+        ("worker", None, "has an empty worker"),
+        ("worker", ["w"], "worker must be text, not a list"),
+        ("worker", "\ud800", "worker holds half a surrogate pair"),
+        ("summaries", [{"text": "one"}], "summaries must be a list of two, not "),
+        ("summaries", None, "summaries must be a list of two, not None"),
+        ("summaries", 5, "summaries must be a list of two, not 5"),
+        ("summaries", "ab", "summaries must be a list of two, not 'ab'"),
+        ("summaries", {"text": "a", "note": "b"}, "summaries must be a list of two, not "),
+        ("summaries", ["a", "b"], "a summary must have a text, unlike 'a'"),
+        ("summaries", [None, {"text": "b"}], "a summary must have a text, unlike None"),
         ("summaries", [{"text": ["a"]}, {"text": "b"}], "a summary must be text, not a list"),
         ("info", None, "info must hold the post"),
     ],
@@ -151,12 +129,14 @@ def test_a_bad_row_is_refused_by_number(tmp_path, field, value, message):
     assert not (tmp_path / "data").exists()
 
 
-def test_a_damaged_file_is_refused_by_name(tmp_path):
+def test_a_choice_may_be_a_float(tmp_path):
+    """A column of whole numbers with a gap anywhere is read as floats."""
     source = worlds.tldr(tmp_path / "raw")
-    path = source / FILES["train"]
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(InputError, match="train.jsonl.gz cannot be read"):
-        prepare(source, tmp_path / "data")
+    before = prepare(source, tmp_path / "a")["data_sha256"]
+    worlds.edit(
+        source / FILES["train"], lambda rows: [r.update(choice=r["choice"] + 0.0) for r in rows]
+    )
+    assert prepare(source, tmp_path / "b")["data_sha256"] == before
 
 
 def test_the_hub_is_asked_for_the_parquet_conversion(tmp_path, monkeypatch):
@@ -177,23 +157,11 @@ def test_the_hub_is_asked_for_the_parquet_conversion(tmp_path, monkeypatch):
     assert hub["data_sha256"] == prepare(source, tmp_path / "local")["data_sha256"]
 
 
-def test_as_a_command_with_embedding(tmp_path):
-    source, out = worlds.tldr(tmp_path / "raw"), tmp_path / "data"
-    flags = ["--min-annotations", "20", "--model", models.tiny_llama(tmp_path / "model")]
-    command = [sys.executable, "prepare.py", "--source", source, "--out", out, *flags]
-    result = subprocess.run(command, cwd=worlds.ROOT / "RedditTLDR", capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    info = json.loads((out / "prepare.json").read_text())
-    assert f"of {info['counts']['distinct conversations']} conv" in result.stdout.splitlines()[-1]
-    assert (
-        len(embeddings.open_store(out / "embeddings")) == info["counts"]["distinct conversations"]
-    )
-
-
 @pytest.mark.skipif(not UKP.exists(), reason="the UKPConvArg data is not beside the project")
 def test_the_real_data(tmp_path):
     """All 173 workers have fifty annotations; all pairs of unequal texts are there."""
-    counts = prepare(UKP, tmp_path, min_annotations=50)["counts"]
-    assert counts["workers with at least 50 annotations, some in both splits"] == 173
+    info = prepare(UKP, tmp_path, min_annotations=50)
+    assert info["counts"]["workers with at least 50 annotations, some in both splits"] == 173
     unequal = [row for row in expected(UKP) if row[3] != row[4]]
-    assert as_list(worlds.comparisons(tmp_path)) == unequal
+    assert as_list(tmp_path) == unequal
+    assert info["overlap"]["both_responses"] == info["overlap"]["held_out"] == 20_101

@@ -238,3 +238,15 @@ def comparisons(prepared: Path) -> pd.DataFrame:
     for name in ("chosen", "rejected"):
         table[name] = [messages[row] for row in table[name]]
     return table
+
+
+def prepare(name: str, source: Path, out: Path, **settings: Any) -> dict[str, Any]:
+    """Run a dataset's prepare.py within this process; what prepare.json says."""
+    script(f"{name}/prepare.py").main(source=str(source), out=out, **settings)
+    return json.loads((out / "prepare.json").read_text())
+
+
+def as_tuples(table: pd.DataFrame, columns: Sequence[str]) -> list[tuple]:
+    """What ``comparisons`` gives as sorted tuples: these columns, chosen and rejected as JSON."""
+    talks = {name: table[name].map(json.dumps) for name in ("chosen", "rejected")}
+    return sorted(table[list(columns)].assign(**talks).itertuples(index=False, name=None))

@@ -1,0 +1,187 @@
+"""A learned basis, its users' weights and their names in one file; and which model they belong to.
+
+Shape letters: U users, F features, K rank.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from files import InputError, require, write_whole
+
+log = logging.getLogger(__name__)
+
+TENSORS = {"V", "W", "reference", "W_unseen"}
+
+
+@dataclass
+class Basis:
+    """A learned basis and its users' weights; what a basis file holds.
+
+    Attributes:
+        V: basis [F, K].
+        W: weights of the seen users [U, K].
+        reference: the reference direction [F], if there is one.
+        users: names of the seen users, in the order of W's rows; empty if they have none.
+        W_unseen, users_unseen: the same of the users fitted with V frozen.
+        settings: rank, alpha and whatever else the run recorded, such as the model.
+        losses: the objective at every step; not saved.
+    """
+
+    V: Tensor
+    W: Tensor
+    reference: Tensor | None = None
+    users: list[str] = field(default_factory=list)
+    W_unseen: Tensor | None = None
+    users_unseen: list[str] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    losses: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @property
+    def names(self) -> list[str]:
+        """The users whose weights can be asked for by name, seen ones first."""
+        return [*self.users, *self.users_unseen]
+
+    def weights_of(self, user: str, flag: str = "user") -> Tensor:
+        """A user's weights w [K].
+
+        Args:
+            user: name of a seen or unseen user.
+            flag: what the message about an unknown name begins with.
+
+        Raises:
+            InputError: nobody of that name is in the basis.
+        """
+        named = dict(zip(self.users, self.W, strict=True)) if self.users else {}
+        if self.users_unseen:
+            named |= zip(self.users_unseen, self.W_unseen, strict=True)
+        if user not in named:
+            some = f"{len(named)} users, such as {', '.join(list(named)[:3])}"
+            known = f"{some} (--list-users true lists them)" if named else "no names of users"
+            raise InputError(f"{flag} {user} is not in the basis, which has {known}")
+        return named[user]
+
+    def direction(self, user: str | None = None, flag: str = "user") -> Tensor:
+        """A user's reward direction V w [F]; None gives that of the seen users' mean weights."""
+        return self.V @ (self.W.mean(0) if user is None else self.weights_of(user, flag))
+
+
+def save_basis(path: str | Path, basis: Basis) -> None:
+    """Write a basis file (safetensors), whole or not at all.
+
+    Raises:
+        InputError: names that do not match the rows of the weights.
+    """
+    for names, W in ((basis.users, basis.W), (basis.users_unseen, basis.W_unseen)):
+        rows = 0 if W is None else len(W)
+        require(len(names) in (0, rows), f"{len(names)} user ids for {rows} rows of weights")
+    tensors = {name: getattr(basis, name) for name in TENSORS}
+    kept = {
+        name: tensor.detach().float().cpu().contiguous().clone()
+        for name, tensor in tensors.items()
+        if tensor is not None
+    }
+    metadata = {
+        "settings": json.dumps(basis.settings, default=str),
+        "users": json.dumps([str(user) for user in basis.users]),
+        "users_unseen": json.dumps([str(user) for user in basis.users_unseen]),
+    }
+    write_whole(Path(path), lambda draft: save_file(kept, draft, metadata=metadata))
+
+
+def load_basis(path: str | Path) -> Basis:
+    """Read a basis file written by ``save_basis``.
+
+    Raises:
+        InputError: the file is missing, damaged or holds something else.
+    """
+    require(Path(path).is_file(), f"{path}: no such basis file")
+    try:
+        with safe_open(path, "pt") as file:
+            there = TENSORS & set(file.keys())
+            tensors = {name: file.get_tensor(name) for name in there}
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise InputError(f"{path}: not a readable safetensors file ({error})") from error
+    require({"V", "W"} <= set(tensors), f"{path}: not a basis file: it lacks V or W")
+    notes = {name: json.loads(metadata.get(name, "[]")) for name in ("users", "users_unseen")}
+    settings = json.loads(metadata.get("settings", "{}"))
+    return Basis(**tensors, **notes, settings=settings)
+
+
+# ---------------------------------------------------------------- The basis' model
+
+
+def resolve_model(
+    settings: Mapping[str, Any],
+    path: str | Path,
+    model: str | None = None,
+    tokenizer: str | None = None,
+    revision: str | None = None,
+) -> tuple[str, str | None, str | None]:
+    """Model, tokenizer and revision: those given, else those that the basis was learned with.
+
+    Args:
+        settings: of the basis; the scalars of the embeddings' manifest among them.
+        path: of the basis file; a model's path that is not absolute is relative to its folder.
+        model, tokenizer, revision: what the user asks for.
+
+    Raises:
+        InputError: the basis does not say its model, or the folder that it names is gone.
+    """
+    if model:
+        return model, tokenizer, revision
+    found = _find(settings.get("model"), path, "model")
+    own = settings.get("tokenizer") not in (None, settings["model"])
+    if own and not tokenizer:
+        tokenizer = _find(settings["tokenizer"], path, "tokenizer")
+    return found, tokenizer, revision or settings.get("revision")
+
+
+def _find(name: str | None, path: str | Path, what: str) -> str:
+    """A hub name as it is, a local folder as the path that it has from here."""
+    require(bool(name), f"{path} does not say which model it was learned on: name it by --model")
+    local = Path(path).parent / str(name)  # an absolute path stays what it is
+    if local.is_dir():
+        return str(local)
+    is_path = Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1
+    moved = f"{path} was learned with the {what} in {name}, which is not there: name it by --{what}"
+    require(not is_path, moved)
+    return name
+
+
+def check_model(
+    settings: Mapping[str, Any], facts: Mapping[str, Any], any_model: bool = False
+) -> None:
+    """Refuse a model whose weights or chat template are not those the basis was learned with.
+
+    Args:
+        settings: of the basis.
+        facts: what ``reward_model.model_facts`` says of the model at hand. What either side does
+            not know, such as the hash of a hub model's weights, is not compared.
+        any_model: warn instead.
+
+    Raises:
+        InputError: another model, template or commit.
+    """
+    what = {"weights_sha256": "weights", "revision": "commit", "template_sha256": "chat template"}
+    differs = [
+        name for key, name in what.items()
+        if settings.get(key) and facts.get(key) and settings[key] != facts[key]
+    ]  # fmt: skip
+    if not differs:
+        return
+    others = " and ".join(differs)
+    problem = f"{facts['model']} has another {others} than the model the basis was learned with"
+    require(any_model, f"{problem}: name that model by --model, or insist with --any-model true")
+    log.warning("WARNING: %s; the rewards may mean nothing", problem)

@@ -1,0 +1,143 @@
+"""A run's folder: settings before the work starts, results after every method of every repeat."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from files import InputError, digest, read_json, write_text
+
+PACKAGES = ("torch", "numpy", "pandas", "transformers", "datasets", "scipy")
+
+
+@dataclass
+class Run:
+    """Settings and results of a run.
+
+    Attributes:
+        folder: of the run.
+        settings: what all its methods share: data, script, seeds, reference.
+        results: what is finished; see ``part`` for its form.
+    """
+
+    folder: Path
+    settings: dict[str, Any]
+    results: dict[str, Any]
+
+    @classmethod
+    def start(
+        cls, results: Path, name: str | None, settings: Mapping[str, Any],
+        methods: Mapping[str, Any], first: bool,
+    ) -> Run:  # fmt: skip
+        """Make the folder and write the settings, or go on with what is there.
+
+        Args:
+            results: folder of all results.
+            name: of the run's folder; by default made of the settings, the methods' included.
+            settings: what all methods share.
+            methods: settings of every method there is, asked for or not.
+            first: this process writes.
+
+        Raises:
+            InputError: the folder holds a run with other settings.
+        """
+        settings = json.loads(json.dumps(settings, default=str))
+        short = f"{settings['script']}-{digest([settings, plain(methods)])[:8]}"
+        folder = results / settings["dataset"] / (name or short)
+        old = read_json(folder / "results.json") or read_json(folder / "settings.json")
+        if old is not None:
+            _check_same(folder, old.get("settings"), settings)
+        run = cls(folder, settings, {"seeds": (old or {}).get("seeds", [])})
+        if first and old is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            found = {package: importlib.metadata.version(package) for package in PACKAGES}
+            versions = {"python": sys.version.split()[0], **found}
+            text = {"settings": settings, "command": sys.argv, "versions": versions}
+            write_text(folder / "settings.json", json.dumps(text, indent=2))
+        return run
+
+    def missing(self, seeds: Sequence[int], methods: Mapping[str, Any]) -> dict[int, list[str]]:
+        """Which methods of which repeats are not finished yet.
+
+        Args:
+            seeds: the repeats asked for.
+            methods: settings of the methods asked for.
+
+        Raises:
+            InputError: a method was fitted with other settings.
+        """
+        missing = {}
+        for seed in seeds:
+            done = self.part(seed)["methods"]
+            for name in methods.keys() & done.keys():
+                old, new = done[name]["settings"], plain(methods[name])
+                if old != new:
+                    raise InputError(
+                        f"{self.folder}: {name} was fitted with other settings "
+                        f"({differences(old, new)}); choose another --name"
+                    )
+            missing[seed] = [name for name in methods if name not in done]
+        return {seed: names for seed, names in missing.items() if names}
+
+    def part(self, seed: int) -> dict[str, Any]:
+        """What is finished of a repeat."""
+        return next((p for p in self.results["seeds"] if p["seed"] == seed), {"methods": {}})
+
+    def add(
+        self, seed: int, about: Mapping[str, Any], name: str, method: Mapping[str, Any],
+        order: Sequence[str],
+    ) -> None:  # fmt: skip
+        """Keep a finished method of a repeat: results.json anew, whole or not at all.
+
+        Args:
+            seed: the repeat.
+            about: users and comparisons of the repeat.
+            name, method: the method, its settings, fits and records.
+            order: of the methods in the file.
+        """
+        seeds = {p["seed"]: p for p in self.results["seeds"]}
+        part = seeds.setdefault(seed, {"seed": seed, **about, "methods": {}})
+        done = {**part["methods"], name: {**method, "settings": plain(method["settings"])}}
+        first = [method for method in order if method in done]
+        part["methods"] = {method: done[method] for method in [*first, *(done.keys() - first)]}
+        self.results["seeds"] = list(seeds.values())
+        kept = json.loads((self.folder / "settings.json").read_text())
+        write_text(self.folder / "results.json", json.dumps({**kept, **self.results}))
+
+
+def plain(settings: Any) -> Any:
+    """Settings as JSON values; a dataclass as its fields, anything else unknown as its text."""
+
+    def fallback(value: Any) -> Any:
+        fields = getattr(value, "__dataclass_fields__", None)
+        return {k: getattr(value, k) for k in fields} if fields else str(value)
+
+    return json.loads(json.dumps(settings, default=fallback))
+
+
+def _check_same(folder: Path, old: Any, new: dict[str, Any]) -> None:
+    if not isinstance(old, dict):
+        raise InputError(f"{folder}: settings.json or results.json is damaged; remove the folder")
+    some = {key: value for key, value in old.items() if key != "seeds"}
+    if some != {key: value for key, value in new.items() if key != "seeds"}:
+        raise InputError(
+            f"{folder}: holds a run with other settings ({differences(old, new)}); "
+            "choose another --name"
+        )
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> str:
+    """Names of the settings that differ."""
+    names = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict) and a != b:
+            names.append(differences(a, b, f"{prefix}{key}."))
+        elif a != b:
+            names.append(prefix + key)
+    return ", ".join(names)

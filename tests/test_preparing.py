@@ -1,0 +1,361 @@
+"""raw.py and preparing.py: rows, cells, comparisons, splits and the prepared folder."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import WORLDS
+
+import preparing
+import raw
+import worlds
+from files import InputError
+from preparing import Funnel, Turn
+
+SETTINGS = {name: settings for name, (_, _, settings) in WORLDS.items()}
+
+
+def prepare(name: str, source: Path, out: Path, **settings) -> dict:
+    """A dataset's tables alone, without embeddings."""
+    embed = {} if name == "PRISM" else {"embed": False}
+    return worlds.prepare(name, source, out, **{**SETTINGS[name], **embed, **settings})
+
+
+def talk(*contents: str) -> list[dict[str, str]]:
+    """A conversation of user and assistant in turn."""
+    roles = ("user", "assistant") * len(contents)
+    return [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
+
+
+# ------------------------------------------------------------------------- Every dataset
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [*((name, {}) for name in WORLDS), ("CommunityAlignment", {"unseen_prompts": True})],
+)
+def test_order_of_the_rows_and_their_format_do_not_matter(tmp_path, name, more):
+    write, size, _ = WORLDS[name]
+    source = write(tmp_path / "raw", **size)
+    first = prepare(name, source, tmp_path / "a", **more)
+    for path in list(source.iterdir()):
+        rows = worlds.read(path)
+        random.Random(0).shuffle(rows)
+        stem, ending = path.name.split(".", 1)
+        worlds.write(tmp_path / "b-raw" / f"{stem}.{other_format(ending)}", rows)
+    second = prepare(name, tmp_path / "b-raw", tmp_path / "b", **more)
+    assert first.pop("settings") != second.pop("settings")  # another source
+    assert first == second
+    for file in first["files"]:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def other_format(ending: str) -> str:
+    return "jsonl.gz" if ending == "parquet" else "parquet"
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_a_table_that_was_changed_is_noticed(tmp_path, name):
+    write, size, _ = WORLDS[name]
+    prepare(name, write(tmp_path / "raw", **size), tmp_path / "data")
+    info = preparing.read_info(tmp_path / "data")
+    assert set(info["files"]) == {p.name for p in (tmp_path / "data").iterdir()} - {"prepare.json"}
+    preparing.check_files(tmp_path / "data", info)
+    for file in info["files"]:
+        path = tmp_path / "data" / file
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-9] + b"?" + whole[-8:])
+        with pytest.raises(InputError, match=f"{file} is not the file that prepare.py wrote"):
+            preparing.check_files(tmp_path / "data", info)
+        path.unlink()
+        with pytest.raises(InputError, match=f"{file}: not there; run prepare.py again"):
+            preparing.check_files(tmp_path / "data", info)
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("name", ["RedditTLDR", "PRISM", "CommunityAlignment"])
+def test_overlap_is_what_a_plain_loop_counts(tmp_path, name):
+    write, size, _ = WORLDS[name]
+    info = prepare(name, write(tmp_path / "raw", **size), tmp_path / "data")
+    table = worlds.comparisons(tmp_path / "data")
+    train = [row for row in table.itertuples() if row.split == "train"]
+    found = dict.fromkeys(("held_out", "prompt", "response", "both_responses", "pair"), 0)
+    for row in table.itertuples():
+        if row.split == "test":
+            known = [row.chosen in (t.chosen, t.rejected) for t in train]
+            known_too = [row.rejected in (t.chosen, t.rejected) for t in train]
+            found["held_out"] += 1
+            found["prompt"] += any(row.chosen[:-1] == t.chosen[:-1] for t in train)
+            found["response"] += any(known) or any(known_too)
+            found["both_responses"] += any(known) and any(known_too)
+            found["pair"] += any(a and b for a, b in zip(known, known_too, strict=True))
+    sentence = info["overlap"].pop("sentence")
+    assert info["overlap"] == found
+    assert f"Of {found['held_out']:,} held-out" in sentence and f"{found['pair']:,} the" in sentence
+
+
+@pytest.mark.parametrize("name", ["PersonalLLM", "RedditTLDR", "CommunityAlignment"])
+def test_a_wrong_model_is_noticed_before_the_data_are_read(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(raw, "read_rows", lambda *args, **hub: pytest.fail("data were read"))
+    with pytest.raises(ValueError, match="typo"):
+        worlds.prepare(name, tmp_path, tmp_path / "data", model=str(tmp_path / "typo"))
+
+
+# ---------------------------------------------------------------------------------- Rows
+
+
+def write_bytes(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"a": ', "row 2 is not valid JSON"),
+        (b'{"a": ' + b"9" * 6000 + b"}", "row 2 is not valid JSON: Exceeds the limit"),
+        (b"[" * 100_000, "row 2 is not valid JSON: maximum recursion depth"),
+        (b"[1]", "row 2 is not a JSON object"),
+        (b"\xff\xfe", "cannot be read: 'utf-8' codec"),
+    ],
+)
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz"])
+def test_a_damaged_line_is_named(tmp_path, line, message, ending):
+    content = b'{"a": 1}\n' + line + b"\n"
+    content = gzip.compress(content) if ending == ".jsonl.gz" else content
+    file = write_bytes(tmp_path / f"t{ending}", content)
+    with pytest.raises(InputError, match=f"^[^\n]*{ending} {message}[^\n]*$"):
+        list(raw.read_file(file))
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    whole = gzip.compress(b'{"a": 1}\n' * 1000)
+    cut = write_bytes(tmp_path / "cut.jsonl.gz", whole[:-10])
+    plain = write_bytes(tmp_path / "plain.jsonl.gz", b"plain text")
+    parquet = write_bytes(tmp_path / "p.parquet", b"PAR1 and nothing else")
+    for file in (cut, plain, parquet):
+        with pytest.raises(InputError, match=f"{file} cannot be read"):
+            list(raw.read_file(file))
+    with pytest.raises(InputError, match="a file's name must end in .jsonl, .jsonl.gz, .csv"):
+        list(raw.read_file(tmp_path / "t.txt"))
+
+
+def test_a_spreadsheet_is_read(tmp_path):
+    content = '\ufeffuser,prompt\na,"two\nlines, and a comma"\nb,' + "x" * 200_000 + "\n"
+    file = write_bytes(tmp_path / "t.csv", content.encode())
+    rows = [row for _, row in raw.read_file(file)]
+    assert rows[0] == {"user": "a", "prompt": "two\nlines, and a comma"}
+    assert rows[1] == {"user": "b", "prompt": "x" * 200_000}
+    for line in ("a", "a,b,c"):
+        write_bytes(tmp_path / "t.csv", f"user,prompt\n{line}\n".encode())
+        with pytest.raises(InputError, match="t.csv row 1 has more or fewer cells"):
+            list(raw.read_file(file))
+
+
+def test_a_source_is_a_folder_or_a_hub_dataset(tmp_path):
+    with pytest.raises(InputError, match="--source is empty"):
+        list(raw.read_rows("", "train", ()))
+    file = write_bytes(tmp_path / "train.jsonl", b'{"a": 1}\n')
+    with pytest.raises(InputError, match="train.jsonl is a file; name its folder"):
+        list(raw.read_rows(str(file), "train", ()))
+    assert list(raw.read_rows(str(tmp_path), "train", ("a",))) == [(f"{file} row 1", {"a": 1})]
+    with pytest.raises(InputError, match="row 1 has no column b, c"):
+        list(raw.read_rows(str(tmp_path), "train", ("a", "b", "c")))
+
+
+# --------------------------------------------------------------------------------- Cells
+
+
+@pytest.mark.parametrize(
+    ("value", "found"), [(None, ""), (" \n", ""), ("EMPTY STRING", ""), (" a ", " a "), ("é", "é")]
+)
+def test_what_a_text_is(value, found):
+    assert raw.text(value, "row 1", "prompt") == found
+
+
+@pytest.mark.parametrize("value", [5, 5.0, True, ["a"], {"a": 1}, b"a", float("nan")])
+def test_what_no_text_is(value):
+    with pytest.raises(
+        InputError, match=f"row 1: prompt must be text, not a {type(value).__name__}"
+    ):
+        raw.text(value, "row 1", "prompt")
+
+
+@pytest.mark.parametrize(("value", "found"), [("a", "a"), (7, "7"), (7.0, "7"), ("0", "0")])
+def test_what_a_name_is(value, found):
+    assert raw.name(value, "row 1", "worker") == found
+
+
+@pytest.mark.parametrize("value", [None, "", " ", 7.5, float("nan"), float("inf"), True, ["a"], {}])
+def test_what_no_name_is(value):
+    with pytest.raises(InputError, match="row 1.* worker"):
+        raw.name(value, "row 1", "worker")
+
+
+@pytest.mark.parametrize("value", [None, "1", True, [1], float("nan"), float("inf"), 1e39, 10**400])
+def test_what_no_number_is(value):
+    assert raw.number(2, "row 1", "score") == 2.0
+    with pytest.raises(InputError, match="row 1: score must be a number, not .{1,40}$"):
+        raw.number(value, "row 1", "score")
+
+
+# --------------------------------------------------------------------------- Comparisons
+
+
+def test_a_dialogue_is_compared_turn_by_turn():
+    turns = [Turn("p", "a", ["b", "c"]), Turn("q", "d", ["e"])]
+    found, left_out = preparing.compare(turns)
+    later = ("p", "a", "q")
+    assert found == [
+        {"turn": 0, "chosen": talk("p", "a"), "rejected": talk("p", "b"), "weight": 1.0},
+        {"turn": 0, "chosen": talk("p", "a"), "rejected": talk("p", "c"), "weight": 1.0},
+        {"turn": 1, "chosen": talk(*later, "d"), "rejected": talk(*later, "e"), "weight": 1.0},
+    ]
+    assert left_out == []
+
+
+@pytest.mark.parametrize(
+    ("turns", "end", "count", "left_out"),
+    [
+        ([("p", "a", ["b"]), ("", "a", ["b"])], "", 1, ["dialogues cut at an empty prompt"]),
+        (
+            [("p", "", ["b"]), ("p", "a", ["b"])],
+            "",
+            0,
+            ["dialogues cut at an empty chosen response"],
+        ),
+        ([("p", "a", ["b"])], "dialogues cut here", 1, ["dialogues cut here"]),
+        ([("p", "", ["b"])], "later", 0, ["dialogues cut at an empty chosen response"]),
+        ([("p", "a", ["", "c"])], "", 1, ["rejected responses empty"]),
+        ([("p", "a", ["a", "c"])], "", 1, ["rejected responses equal to the chosen one"]),
+        ([], "", 0, []),
+    ],
+)
+def test_what_is_left_out_of_a_dialogue(turns, end, count, left_out):
+    found, reasons = preparing.compare([Turn(*turn) for turn in turns], end)
+    assert (len(found), reasons) == (count, left_out)
+
+
+def test_a_funnel_counts_in_the_order_of_the_work():
+    funnel = Funnel()
+    funnel.left_out(["b", "a", "b"])
+    funnel.count("rows", 1_999)
+    funnel.count("users")
+    funnel.count("rows")
+    expected = [("rows", 2_000), ("users", 1), ("left out: a", 1), ("left out: b", 2)]
+    assert list(funnel.counts.items()) == expected
+    lines = [
+        "    2,000  rows",
+        "        1  users",
+        "        1  left out: a",
+        "        2  left out: b",
+    ]
+    assert funnel.lines() == "\n".join(lines)
+    with pytest.raises(InputError, match="no comparisons are left: 2000 rows; 1 users; 1 left out"):
+        funnel.require_some(pd.DataFrame())
+
+
+# -------------------------------------------------------------------------------- Splits
+
+
+def comparisons(users: int, dialogues: int, prompts: Sequence[str] = ("p",)) -> pd.DataFrame:
+    """Two comparisons of every dialogue."""
+    rows = []
+    for i in range(users * dialogues * 2):
+        user, dialogue = divmod(i // 2, dialogues)
+        talks = [talk(prompts[dialogue % len(prompts)], f"{answer}{i}") for answer in "ab"]
+        name = {"user_id": f"u{user}", "dialog_id": f"d{dialogue}", "turn": i % 2, "weight": 1.0}
+        rows.append({**name, "chosen": talks[0], "rejected": talks[1]})
+    return pd.DataFrame(rows)
+
+
+def test_half_of_each_users_dialogues_are_for_training():
+    table = preparing.split_dialogues(comparisons(8, 5), 0, Funnel())
+    assert (table.groupby(["user_id", "dialog_id"]).split.nunique() == 1).all()
+    sizes = table.groupby(["user_id", "split"]).dialog_id.nunique().unstack()
+    assert (sizes.train == 3).all() and (sizes.test == 2).all()
+    by_user = table.groupby("user_id").apply(lambda rows: tuple(rows.split), include_groups=False)
+    assert by_user.nunique() > 1  # equal names of dialogues are not drawn together
+
+
+def test_units_are_on_one_side_and_users_of_one_side_are_left_out():
+    table = comparisons(4, 6, "pqrs")
+    extra = table[table.user_id == "u0"].iloc[:1].assign(user_id="lonely")
+    table = pd.concat([table, extra], ignore_index=True)
+    funnel = Funnel()
+    split = preparing.split_dialogues(table, 1, funnel, preparing.first_prompts(table.chosen))
+    sides = preparing.first_prompts(split.chosen).groupby(split.split).agg(set)
+    assert not sides.train & sides.test and len(sides.train) == len(sides.test) == 2
+    assert set(split.user_id) == {"u0", "u1", "u2", "u3"}
+    assert funnel.counts["users with dialogues for training and for test"] == 4
+
+
+def test_seen_users_are_drawn_by_name_and_seed():
+    table = comparisons(8, 2)
+    split = preparing.split_users(table, 0, 0.25)
+    seen = set(split[split.seen].user_id)
+    assert len(seen) == 2 and (split.groupby("user_id").seen.nunique() == 1).all()
+    mixed = preparing.split_users(table.sample(frac=1, random_state=1), 0, 0.25)
+    assert set(mixed[mixed.seen].user_id) == seen
+    others = [preparing.split_users(table, seed, 0.25) for seed in range(1, 5)]
+    assert any(set(other[other.seen].user_id) != seen for other in others)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.01, 1.0, -1.0, 2.0, float("nan")])
+def test_somebody_must_be_seen_and_somebody_unseen(fraction):
+    with pytest.raises(InputError, match=f"--seen-fraction {fraction}"):
+        preparing.split_users(comparisons(8, 2), 0, fraction)
+
+
+def test_the_first_prompt_is_the_first_thing_the_user_says():
+    talks = [[{"role": "system", "content": "s"}, *talk("p", "a", "q")], talk("q", "b"), []]
+    assert preparing.first_prompts(pd.Series(talks)).tolist() == ["p", "q", ""]
+
+
+# ------------------------------------------------------------------- The prepared folder
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "is not a prepared dataset; run prepare.py first"),
+        ("{", "prepare.json: not readable as JSON"),
+        ("[]", "prepare.json is not as expected; run prepare.py again"),
+        ("{}", "prepare.json is not as expected"),
+        ('{"dataset": "PRISM"}', "prepare.json is not as expected"),
+        ('{"dataset": "../../x", "files": {}}', "prepare.json is not as expected"),
+    ],
+)
+def test_a_folder_that_is_not_prepared_is_refused(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "prepare.json").write_text(content)
+    with pytest.raises(InputError, match=message):
+        preparing.read_info(tmp_path)
+
+
+def test_a_folder_of_scripts_takes_no_data(tmp_path):
+    (tmp_path / "prepare.py").touch()
+    with pytest.raises(InputError, match="holds scripts; name a folder for the data alone"):
+        preparing.write_prepared(tmp_path, [], {}, {})
+
+
+def test_a_half_written_folder_is_not_prepared(tmp_path, monkeypatch):
+    source = worlds.prism(tmp_path / "raw")
+    prepare("PRISM", source, tmp_path / "data")
+    whole = json.loads((tmp_path / "data" / "prepare.json").read_text())
+
+    def full(path, conversations):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="No space left"):
+        patch.setattr(preparing, "_write_conversations", full)
+        prepare("PRISM", source, tmp_path / "data")
+    with pytest.raises(InputError, match="is not a prepared dataset"):
+        preparing.read_info(tmp_path / "data")
+    assert prepare("PRISM", source, tmp_path / "data") == whole
