@@ -55,7 +55,7 @@ class MixedLogit:
         require((self.l_mu is None) == (self.l_B is None), "give l_mu and l_B together, or neither")
         tried: list[dict[str, Any]] = []
         chosen = self._given() if self.l_mu is not None else self._choose(task, tried)
-        data = task.mine()
+        data = task.mine
         geometry = replace(measure(data, task.processes), white=chosen.white)
         return [self._final(task, data, geometry, chosen, tried)]
 

@@ -166,7 +166,7 @@ class RidgeBT:
         strength = self.strength
         if strength is None:
             strength = self._choose(task, tried)
-        data = task.mine()
+        data = task.mine
         geometry = measure(data, task.processes)
         found = fit_shared(data, geometry, strength, processes=task.processes)
         facts = {
