@@ -62,25 +62,28 @@ def objective(
     return loss, [by_V / scale + V @ inner, by_W.sum(0) + ridge_mean, by_W + ridge_away]
 
 
-def svd_start(data: Comparisons, geometry: Geometry, rank: int, population: float) -> Parameters:
-    """The ridge Bradley-Terry direction, and the leading ones of the users' own beside it.
+def svd_start(
+    data: Comparisons, geometry: Geometry, rank: int, strengths: tuple[float, float]
+) -> Parameters:
+    """The ridge Bradley-Terry direction, the leading ones of the users' own beside it, and the best
+    deviations that these allow.
 
     Args:
         data: comparisons of U users.
         geometry: of their features.
         rank: K.
-        population: strength of the ridge.
+        strengths: of the ridges on the population's direction and on users'.
 
     Returns:
-        V [F, K] among scaled features, orthonormal; mean weights; half the users' own deviations.
+        V [F, K] among scaled features, orthonormal; mean weights; deviations.
     """
-    shared = fit_shared(data, geometry, population, tolerance=ROUGH).x.double()
+    shared = fit_shared(data, geometry, strengths[0], tolerance=ROUGH).x.double()
     own = ridge_directions(data) * geometry.scale
     first = shared / shared.norm().clamp(min=1e-12)
     beside = own - own @ first @ first.T
     V = torch.cat([first, torch.linalg.svd(beside, full_matrices=False)[2][: rank - 1].T], 1)
-    mean, away = V.T @ shared[:, 0], own @ V
-    return V, mean, (away - away.mean(0)) / 2
+    mean, ridge = V.T @ shared[:, 0], strengths[1] * torch.eye(rank).to(V)
+    return V, mean, solve_users(project(data, V / geometry.scale), data, ridge, mean) - mean
 
 
 class RBDFitted(LinearFitted):
@@ -163,7 +166,7 @@ class RBD:
         tolerance: float,
     ) -> tuple[RBDFitted, Parameters]:
         geometry, (population, deviation) = measure(data), strengths
-        start = warm or svd_start(data, geometry, self.rank, population)
+        start = warm or svd_start(data, geometry, self.rank, strengths)
         V, mean, away = start
         by_V, by_W = basis_inverses(data, geometry, V, mean + away, strengths)
 
