@@ -34,6 +34,7 @@ QUERY = 0.9  # share of a user's dialogues that an episode is judged on
 TAIL, SHARPNESS, USERS = 0.5, 0.5, 2  # rho, gamma and users of a step
 EPOCHS, WARM_UP, CLIP = 200, 0.05, 1.0
 EPSILON = 1e-8  # of Adam
+MIX = torch.tensor([[1.0, 1.0], [1.0, -1.0]])  # a mean and a contrast make two rewards
 
 
 def tail_loss(losses: Tensor, tail: float = TAIL, sharpness: float = SHARPNESS) -> Tensor:
@@ -50,6 +51,21 @@ def tail_loss(losses: Tensor, tail: float = TAIL, sharpness: float = SHARPNESS) 
     if sharpness <= 0:
         return ((losses > tau).to(losses) * losses).sum()
     return (torch.sigmoid((losses - tau) / sharpness) * losses).sum()
+
+
+def tail_loss_of_pairs(losses: Tensor, sharpness: float = SHARPNESS) -> Tensor:
+    """Mean of ``tail_loss`` over all pairs of users, whose tau is the mean of the two losses.
+
+    What the published steps, on two users at a time, descend on average; smooth, which the
+    quantile of many losses is not.
+
+    Args:
+        losses: of the users [U], two or more.
+        sharpness: as in ``tail_loss``.
+    """
+    above = torch.sigmoid((losses[:, None] - losses[None, :]) / (2 * sharpness))
+    others = above.sum(1) - 0.5  # less the user's own
+    return 2 / (len(losses) * (len(losses) - 1)) * (others * losses).sum()
 
 
 def mean_losses(Z: Tensor, users: Users, s: Tensor) -> Tensor:
@@ -119,9 +135,10 @@ class MRM:
     passes through it. The published choice of the best epoch on test users is left out: the last
     one is kept.
 
-    ``converged``: the same episodes, one a user and fixed, with all users in the tail loss; inner
-    steps of plain gradient descent, differentiated through; and a ridge on A among features of mean
-    square length 1. L-BFGS finds the minimum; ridge and inner rate are chosen on validation.
+    ``converged``: the same episodes, one a user and fixed, and the tail loss's mean over all pairs
+    of users; inner steps of plain gradient descent, differentiated through; and a ridge, among
+    features of mean square length 1, on mean and half difference of A's columns. L-BFGS finds the
+    minimum; ridge and inner rate are chosen on validation.
 
     Args:
         setting: published constants and budget (faithful), or fitted to tolerance (converged).
@@ -137,7 +154,7 @@ class MRM:
     inner_rate: float = 1e-3
     inner_steps: int = 5
     strengths: tuple[tuple[float, float], ...] = (
-        (10.0, 1.0), (1.0, 1.0), (0.1, 1.0), (0.1, 0.1), (1.0, 0.1), (10.0, 0.1),
+        (10.0, 1.0), (1.0, 1.0), (0.1, 1.0), (0.1, 10.0), (1.0, 10.0), (10.0, 10.0),
     )  # fmt: skip
 
     def fit(self, task: Task) -> list[Fitted]:
@@ -172,29 +189,31 @@ class MRM:
         tolerance: float,
     ) -> tuple[MRMFitted, list[Tensor]]:
         geometry, (ridge, rate) = measure(data), strengths
-        query, support = _episode(_dialogues(data))
+        episode = _episode(_dialogues(data))
+        sides = [(rows, data.pick(rows, counts)) for rows, counts in episode]
 
         def objective(B: Tensor, s: Tensor) -> tuple[Tensor, list[Tensor]]:
-            Z, s = project(data, B / geometry.scale).requires_grad_(), s.requires_grad_()
+            given = project(data, B / geometry.scale).requires_grad_(), s.requires_grad_()
+            Z = given[0] @ MIX.to(B)
+            (query, users), (support, known) = sides
             there = s.expand(data.num_users, K)
-            known = data.pick(support[0], support[1])
-            there = gradient_steps(Z[support[0]], known, there, rate, self.inner_steps)
-            losses = mean_losses(Z[query[0]], data.pick(query[0], query[1]), there)
-            loss = tail_loss(losses) * len(data) / data.num_users  # as large as a sum over all
-            by_Z, by_s = torch.autograd.grad(loss, [Z, s])
+            there = gradient_steps(Z[support], known, there, rate, self.inner_steps)
+            loss = tail_loss_of_pairs(mean_losses(Z[query], users, there)) * len(data) / 2
+            by_Z, by_s = torch.autograd.grad(loss, given)  # the loss is as large as a sum over all
             by_B = backproject(data, by_Z) / geometry.scale + ridge * B
             return loss.detach() + ridge / 2 * B.square().sum(), [by_B, by_s]
 
         if warm is None:
-            shared = fit_shared(data, geometry, ridge, tolerance=ROUGH).x.double()
+            shared = fit_shared(data, geometry, 2 * ridge, tolerance=ROUGH).x.double()
             own = ridge_directions(data) * geometry.scale
             _, size, right = torch.linalg.svd(own - own.mean(0), full_matrices=False)
             away = right[:1].T * size[0] / math.sqrt(data.num_users)
-            warm = [torch.cat([shared + away, shared - away], 1), shared.new_zeros(K)]
-        curve = inverse_curvature(geometry, 4 * ridge * warm[1].new_ones(K))
-        inverses = [lambda G: 4 * curve(G), lambda g: g / len(data)]
+            warm = [torch.cat([shared, away], 1), shared.new_zeros(K)]
+        share = warm[1].new_tensor([0.5, 0.05])  # of the curvature by the two columns
+        curve = inverse_curvature(geometry, ridge / share)
+        inverses = [lambda G: curve(G) / share, lambda g: 10 * g / len(data)]
         (B, s), losses = fit_together(objective, warm, inverses, tolerance)
-        A = B / (geometry.scale * SCALE)
+        A = B @ MIX.to(B) / (geometry.scale * SCALE)
         losses = [loss / len(data) for loss in losses]
         fitted = self._fitted(data, A, s, (rate, self.inner_steps), losses)
         fitted.settings["ridge"] = ridge
@@ -240,7 +259,8 @@ def _dialogues(data: Comparisons) -> list[Tensor]:
 def _episode(dialogues: list[Tensor], generator: torch.Generator | None = None) -> Episode:
     """Rows and counts by user of the query, nine tenths of the dialogues, and of the support.
 
-    Dialogues are shuffled where there is a generator, else taken as they come. A single one is both.
+    Dialogues are shuffled where there is a generator, else taken as they come. A single one is on
+    both sides.
     """
     sides: tuple[list[Tensor], list[Tensor]] = ([], [])
     first = 0

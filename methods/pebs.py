@@ -68,7 +68,7 @@ def own_slopes(t: Tensor, users: Users, common: float) -> tuple[Tensor, Tensor]:
 def empirical_prior(t: Tensor, users: Users) -> Prior:
     """The slopes' mean and variance between users, by moments.
 
-    Var_u being the sampling variance of a user's own slope a_u: their spread sum (a_u - a)^2 / Var_u
+    Var_u being the sampling variance of a user's own slope a_u, the sum of (a_u - a)^2 / Var_u
     around the common slope a is U - 1 on average if all slopes are the same, and what it has beyond
     that tells tau^2 (DerSimonian and Laird 1986). The mean weighs slopes by 1 / (Var_u + tau^2).
 

@@ -136,14 +136,14 @@ class RBD:
     Args:
         rank: columns of V.
         setting: published constants and budget (faithful), or fitted to tolerance (converged).
-        strengths: of the population's and of users' directions, in the order in which one fit
-            starts the next; chosen on validation if several.
+        strengths: of the population's and of users' directions; chosen on validation if
+            several.
     """
 
     rank: int = 8
     setting: Literal["faithful", "converged"] = "converged"
     strengths: tuple[tuple[float, float], ...] = (
-        (10.0, 1000.0), (1.0, 1000.0), (0.1, 1000.0), (0.1, 100.0), (1.0, 100.0), (10.0, 100.0),
+        (10.0, 1000.0), (10.0, 200.0), (1.0, 100.0), (1.0, 20.0), (0.1, 10.0), (0.1, 2.0),
     )  # fmt: skip
 
     def fit(self, task: Task) -> list[Fitted]:
@@ -153,8 +153,10 @@ class RBD:
         require(1 <= self.rank <= most, f"RBD's rank must be 1 to {most}, not {self.rank}")
         if self.setting == "faithful":
             return [self._faithful(data, task.seed)]
-        best, tried = choose(task, self.strengths, lambda *given: self._converged(*given, ROUGH))
-        fitted, _ = self._converged(data, best, None, FINE)
+        best, tried = choose(
+            task, self.strengths, lambda *given: (self._converged(*given[:2], ROUGH), None)
+        )
+        fitted = self._converged(data, best, FINE)
         fitted.facts["tried"] = tried
         return [fitted]
 
@@ -162,11 +164,10 @@ class RBD:
         self,
         data: Comparisons,
         strengths: tuple[float, float],
-        warm: Parameters | None,
         tolerance: float,
-    ) -> tuple[RBDFitted, Parameters]:
+    ) -> RBDFitted:
         geometry, (population, deviation) = measure(data), strengths
-        start = warm or svd_start(data, geometry, self.rank, strengths)
+        start = svd_start(data, geometry, self.rank, strengths)
         V, mean, away = start
         by_V, by_W = basis_inverses(data, geometry, V, mean + away, strengths)
 
@@ -187,7 +188,7 @@ class RBD:
         fitted = self._fitted(parameters, settings, [loss / len(data) for loss in losses], note)
         floor = 1e-9 * V.square().sum() * torch.eye(self.rank).to(V)
         fitted.precision = deviation * (V.T @ V + floor)
-        return fitted, (V, mean, away)
+        return fitted
 
     def _fitted(
         self, found: Parameters, settings: dict[str, Any], losses: list[float], note: str
@@ -229,9 +230,7 @@ class RBD:
             for parameter, gradient in zip(given, gradients, strict=True):
                 parameter.grad = gradient / total
             adam.step()
-        note = (
-            f"RBD K={K}, published: held-out log loss least at {best:.4f} in {len(losses)} steps."
-        )
+        note = f"RBD K={K}, published: held-out log loss {best:.4f} at best, {len(losses)} steps."
         fitted = self._fitted(kept, {}, losses, note)
         fitted.published = DEVIATION
         return fitted
