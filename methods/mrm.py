@@ -34,6 +34,7 @@ QUERY = 0.9  # share of a user's dialogues that an episode is judged on
 TAIL, SHARPNESS, USERS = 0.5, 0.5, 2  # rho, gamma and users of a step
 EPOCHS, WARM_UP, CLIP = 200, 0.05, 1.0
 EPSILON = 1e-8  # of Adam
+INNER_RATE = 1.0  # converged; rewards further apart do what a larger rate does
 MIX = torch.tensor([[1.0, 1.0], [1.0, -1.0]])  # a mean and a contrast make two rewards
 
 
@@ -138,31 +139,28 @@ class MRM:
     ``converged``: the same episodes, one a user and fixed, and the tail loss's mean over all pairs
     of users; inner steps of plain gradient descent, differentiated through; and a ridge, among
     features of mean square length 1, on mean and half difference of A's columns. L-BFGS finds the
-    minimum; ridge and inner rate are chosen on validation.
+    minimum; the ridge is chosen on validation.
 
     Args:
         setting: published constants and budget (faithful), or fitted to tolerance (converged).
         rate: of the outer Adam; published 1e-3 (PRISM) and 5e-3 (TL;DR). Faithful only.
         inner_rate: of the inner Adam; published 1e-3 (PRISM) and 5e-3 (TL;DR). Faithful only.
         inner_steps: of plain gradient descent. Converged only.
-        strengths: ridge and inner rate of the converged setting, in the order in which one fit
-            starts the next; chosen on validation if several.
+        ridges: of the converged setting, from the strongest on; chosen on validation if several.
     """
 
     setting: Literal["faithful", "converged"] = "converged"
     rate: float = 1e-3
     inner_rate: float = 1e-3
     inner_steps: int = 5
-    strengths: tuple[tuple[float, float], ...] = (
-        (10.0, 1.0), (1.0, 1.0), (0.1, 1.0), (0.1, 10.0), (1.0, 10.0), (10.0, 10.0),
-    )  # fmt: skip
+    ridges: tuple[float, ...] = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03)
 
     def fit(self, task: Task) -> list[Fitted]:
-        """Choose ridge and inner rate, then fit all training comparisons; or as published."""
+        """Choose the ridge, then fit all training comparisons; or as published."""
         data = only_process(task, "MRM")
         if self.setting == "faithful":
             return [self._faithful(data, task.seed)]
-        best, tried = choose(task, self.strengths, lambda *given: self._converged(*given, ROUGH))
+        best, tried = choose(task, self.ridges, lambda *given: self._converged(*given, ROUGH))
         fitted, _ = self._converged(data, best, None, FINE)
         fitted.facts["tried"] = tried
         return [fitted]
@@ -184,11 +182,11 @@ class MRM:
     def _converged(
         self,
         data: Comparisons,
-        strengths: tuple[float, float],
+        ridge: float,
         warm: list[Tensor] | None,
         tolerance: float,
     ) -> tuple[MRMFitted, list[Tensor]]:
-        geometry, (ridge, rate) = measure(data), strengths
+        geometry = measure(data)
         episode = _episode(_dialogues(data))
         sides = [(rows, data.pick(rows, counts)) for rows, counts in episode]
 
@@ -197,7 +195,7 @@ class MRM:
             Z = given[0] @ MIX.to(B)
             (query, users), (support, known) = sides
             there = s.expand(data.num_users, K)
-            there = gradient_steps(Z[support], known, there, rate, self.inner_steps)
+            there = gradient_steps(Z[support], known, there, INNER_RATE, self.inner_steps)
             loss = tail_loss_of_pairs(mean_losses(Z[query], users, there)) * len(data) / 2
             by_Z, by_s = torch.autograd.grad(loss, given)  # the loss is as large as a sum over all
             by_B = backproject(data, by_Z) / geometry.scale + ridge * B
@@ -215,7 +213,7 @@ class MRM:
         (B, s), losses = fit_together(objective, warm, inverses, tolerance)
         A = B @ MIX.to(B) / (geometry.scale * SCALE)
         losses = [loss / len(data) for loss in losses]
-        fitted = self._fitted(data, A, s, (rate, self.inner_steps), losses)
+        fitted = self._fitted(data, A, s, (INNER_RATE, self.inner_steps), losses)
         fitted.settings["ridge"] = ridge
         return fitted, [B.detach(), s.detach()]
 
@@ -297,7 +295,7 @@ def _outer_gradients(
     by_Z = torch.zeros_like(Z)
     by_Z[query] = (share[users.user] * slope)[:, None] * p[users.user]
     by_s = (share[:, None] * inner_gradient(Z[query], users, there)).sum(0)
-    return float(loss), [SCALE * backproject(batch, by_Z), by_s]
+    return float(loss.detach()), [SCALE * backproject(batch, by_Z), by_s]
 
 
 def _schedule(step: int, planned: int) -> float:

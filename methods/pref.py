@@ -109,7 +109,7 @@ class PReF:
 
     rank: int = 5
     setting: Literal["faithful", "converged"] = "converged"
-    ridges: tuple[float, ...] = (16.0, 8.0, 4.0, 2.0, 1.0, 0.5)
+    ridges: tuple[float, ...] = (8.0, 4.0, 2.0, 1.0, 0.3, 0.1)
 
     def fit(self, task: Task) -> list[Fitted]:
         """Choose the ridge, then fit all training comparisons; or the published training."""

@@ -143,7 +143,7 @@ class RBD:
     rank: int = 8
     setting: Literal["faithful", "converged"] = "converged"
     strengths: tuple[tuple[float, float], ...] = (
-        (10.0, 1000.0), (10.0, 200.0), (1.0, 100.0), (1.0, 20.0), (0.1, 10.0), (0.1, 2.0),
+        (10.0, 100.0), (1.0, 100.0), (1.0, 10.0), (0.1, 10.0), (0.1, 1.0), (0.01, 0.1),
     )  # fmt: skip
 
     def fit(self, task: Task) -> list[Fitted]:
