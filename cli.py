@@ -46,10 +46,14 @@ def _log_to_stderr() -> None:
     """This project's messages, and the warnings of libraries."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for handler in logging.getLogger().handlers:
-        handler.addFilter(
-            lambda record: record.levelno >= logging.WARNING
-            or Path(record.pathname).resolve().is_relative_to(ROOT)
-        )
+        handler.addFilter(is_shown)
+
+
+def is_shown(record: logging.LogRecord) -> bool:
+    """Whether a message is a warning or comes from the project, not from an environment in it."""
+    path = Path(record.pathname).resolve()
+    is_ours = path.is_relative_to(ROOT) and "site-packages" not in path.parts
+    return is_ours or record.levelno >= logging.WARNING
 
 
 def _arguments(

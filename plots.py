@@ -7,6 +7,8 @@ their method, the broken lines.
 from __future__ import annotations
 
 import functools
+import math
+import re
 import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -26,12 +28,12 @@ from records import (
     OWN,
     REFERENCE,
     Results,
-    Summary,
     control_name,
     family,
-    level,
+    row_name,
     title,
 )
+from summaries import Summary, level
 
 FIXED = {REFERENCE: "0.55", BT: "0.1", OWN: "#8c564b"}
 PALETTE = (
@@ -248,8 +250,8 @@ def _line(
     x, summaries = zip(*known, strict=True)
     style = {"ls": BROKEN.get(control, (0, (1, 3))), "color": color}
     if control:
-        name = f"{name}: {control_name(control)}"
-        _band(axes, x, summaries, measure, band=False, label=_safe(name), lw=1.1, **style)
+        told = _safe(row_name(name, control))
+        _band(axes, x, summaries, measure, band=False, label=told, lw=1.1, **style)
     else:
         style |= {"marker": marker, "ms": 4.5, "lw": 1.6}
         _band(axes, x, summaries, measure, label=_safe(name), **style)
@@ -362,6 +364,7 @@ def _draw_states(axes: Axes, results: Results, label: str) -> None:
     signed = (states < 0).any()
     image = axes.imshow(
         states[order],
+        extent=(0.5, states.shape[1] + 0.5, len(states), 0),
         aspect="auto",
         interpolation="none",
         cmap="RdBu" if signed else "Greys",
@@ -370,11 +373,11 @@ def _draw_states(axes: Axes, results: Results, label: str) -> None:
     )
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="entry of the state", yticks=[])
-    axes.figure.colorbar(image, ax=axes)
+    axes.figure.colorbar(image, ax=axes).ax.tick_params(labelsize=8)
 
 
-def learned_panels(results: Results) -> list[Panel]:
-    """Training curves, spectra and states of the first repeat, where they were kept."""
+def learned_panels(results: Results, judged: Collection[str]) -> list[Panel]:
+    """Training curves and spectra of the first repeat, and the states of judged labels."""
     panels = []
     if any(_drawn(results, "losses")):
         draw = functools.partial(_draw_training, results=results)
@@ -382,10 +385,10 @@ def learned_panels(results: Results) -> list[Panel]:
     if any(_drawn(results, "spectrum")):
         draw = functools.partial(_draw_spectrum, results=results)
         panels.append(Panel("spectrum", "value (the largest being 1)", draw))
-    states = [label for label, _ in _drawn(results, "states")]
-    if states:
-        draw = functools.partial(_draw_states, results=results, label=states[-1])
-        panels.append(Panel("states", f"seen users, {states[-1]}", draw))
+    for label, _ in _drawn(results, "states"):
+        if label in judged:
+            draw = functools.partial(_draw_states, results=results, label=label)
+            panels.append(Panel(f"states of {label}", "seen users", draw))
     return panels
 
 
@@ -398,8 +401,22 @@ def caption(results: Results) -> str:
     return f"{shown} 95 % intervals over users; reference and chance are marked at the right edge."
 
 
-def figure(panels: Sequence[Panel], title: str, note: str, size: tuple[float, float]) -> Figure:
-    """Panels side by side, two a row, under one title, with one legend for all."""
+def figure(
+    panels: Sequence[Panel],
+    title: str,
+    note: str,
+    size: tuple[float, float],
+    room: bool = False,
+) -> Figure:
+    """Panels side by side, two a row, under one title, with one legend for all.
+
+    Args:
+        panels: what is drawn.
+        title: above all.
+        note: above the legend.
+        size: width and height in inches.
+        room: add to the height what the legend takes.
+    """
     rows = (len(panels) + 1) // 2
     made = Figure(figsize=size, layout="constrained")
     grid = made.subplots(rows, min(2, len(panels)), squeeze=False)
@@ -409,19 +426,22 @@ def figure(panels: Sequence[Panel], title: str, note: str, size: tuple[float, fl
         axes.set_ylabel(_safe(panel.caption), fontsize=9)
         axes.xaxis.label.set_size(9)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=8)
+        axes.tick_params(which="both", labelsize=8)
         if len(panels) > 1:
             axes.set_title(panel.name, fontsize=9)
         handles, names = axes.get_legend_handles_labels()
         entries |= dict(zip(names, handles, strict=True))
     made.suptitle(_safe(title), fontsize=10)
+    ncols = min(4, 1 + int(size[0] // 2.6))
+    if room:
+        made.set_size_inches(size[0], size[1] + 0.16 * math.ceil(len(entries) / ncols))
     if entries:
         made.legend(
             entries.values(),
             entries,
             loc="outside lower center",
             fontsize=7.5,
-            ncols=min(4, 1 + int(size[0] // 2.6)),
+            ncols=ncols,
             frameon=False,
             title=note,
             title_fontsize=7.5,
@@ -434,11 +454,13 @@ def write_plots(folder: Path, results: Results, judged: Collection[str]) -> list
     panels = measure_panels(results, judged)
     main, height = ("shots", 4.4) if results.sweep else ("accuracy", 7.4)
     figures = {main: figure(panels, title(results), caption(results), (9.4, height))}
-    for panel in learned_panels(results):
+    for panel in learned_panels(results, judged):
         named = f"{title(results)}: {panel.name}"
-        figures[panel.name] = figure([panel], named, "first repeat", (6.4, 4.4))
+        file = re.sub(r"\W+", "-", panel.name).strip("-").lower()
+        figures[file] = figure([panel], named, "first repeat", (6.4, 4.4))
     for name, made in figures.items():
         for suffix in ("png", "pdf"):
             save = functools.partial(made.savefig, format=suffix, dpi=150, metadata={})
             write_whole(folder / f"{name}.{suffix}", save)
+            made.set_layout_engine("none")  # it is laid out now; again would take as long
     return list(figures)

@@ -39,7 +39,8 @@ def read_rows(source: str, table: str, columns: Iterable[str], **hub: Any) -> Ro
         source: a folder with table.jsonl, .jsonl.gz or .parquet, or the name of a hub dataset.
         table: name of the table.
         columns: what every row must have.
-        hub: further arguments of ``datasets.load_dataset``, such as the configuration.
+        hub: for a hub dataset, further arguments of ``datasets.load_dataset``, such as the
+            configuration; or files, a pattern of those to read, and revision.
 
     Raises:
         InputError: nothing to read there, a damaged file, or a row without these columns.
@@ -72,11 +73,9 @@ def read_file(file: Path) -> Rows:
     Raises:
         InputError: another kind of file, or a damaged one.
     """
-    kinds = {".jsonl": _json_rows, ".jsonl.gz": _json_rows, ".csv": _csv_rows}
-    kinds[".parquet"] = _parquet_rows
-    read = next((read for ending, read in kinds.items() if file.name.endswith(ending)), None)
+    read = next((read for ending, read in READERS.items() if file.name.endswith(ending)), None)
     if read is None:
-        raise InputError(f"{file}: a file's name must end in {', '.join(kinds)}")
+        raise InputError(f"{file}: a file's name must end in {', '.join(READERS)}")
     log.info("reading %s", file)
     try:
         for number, row in enumerate(read(file), start=1):
@@ -109,6 +108,14 @@ def _csv_rows(file: Path) -> Iterator[dict[str, Any]]:
             yield row
 
 
+READERS = {
+    ".jsonl": _json_rows,
+    ".jsonl.gz": _json_rows,
+    ".csv": _csv_rows,
+    ".parquet": _parquet_rows,
+}
+
+
 def read_json_text(line: str, place: str) -> Any:
     """What a JSON text says; InputError at the place where it says nothing."""
     try:
@@ -118,18 +125,69 @@ def read_json_text(line: str, place: str) -> Any:
 
 
 def read_hub(source: str, table: str, hub: Mapping[str, Any]) -> Rows:
-    """Rows of a hub dataset, which ``datasets`` downloads and keeps in its cache."""
+    """Rows of a hub dataset, which is downloaded once and then read from a cache."""
+    advice = f"give a folder with {table}.jsonl or {table}.parquet"
+    if "files" in hub:
+        yield from _hub_files(source, advice, **hub)
+        return
+    rows = _load_hub(source, advice, hub)
+    for number, row in enumerate(rows, start=1):
+        yield f"{source} {table} row {number}", row
+
+
+def _hub_files(source: str, advice: str, files: str, revision: str) -> Rows:
+    """Rows of certain files, which ``datasets`` would not find in its cache without the hub."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(
+            source, repo_type="dataset", revision=revision, allow_patterns=files
+        )
+    except Exception as error:  # its own errors have no common class
+        raise InputError(_no_source(source, error, advice)) from error
+    found = sorted(Path(folder).glob(files))
+    require(bool(found), f"--source {source} has no {files} at revision {revision}; {advice}")
+    for file in found:
+        yield from read_file(file)
+
+
+def read_all(source: str) -> Rows:
+    """Rows of a file, of all the files of a folder, or of all splits of a hub dataset.
+
+    Rows of a hub dataset with several splits get a column split, unless they have one.
+    """
+    require(bool(source), "--source is empty; name a file, a folder or a hub dataset")
+    path = Path(source)
+    if path.is_file():
+        yield from read_file(path)
+    elif path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.name.endswith(tuple(READERS)))
+        require(bool(files), f"--source {source} has no file that ends in {', '.join(READERS)}")
+        for file in files:
+            yield from read_file(file)
+    else:
+        require(not source.endswith(tuple(READERS)), f"--source {source}: there is no such file")
+        splits = _load_hub(source, f"give a file that ends in {', '.join(READERS)}", {})
+        for split, rows in splits.items():
+            more = {"split": split} if len(splits) > 1 else {}
+            for number, row in enumerate(rows, start=1):
+                yield f"{source} {split} row {number}", {**more, **row}
+
+
+def _load_hub(source: str, advice: str, hub: Mapping[str, Any]) -> Any:
     import datasets  # takes seconds, and local files do without
 
     try:
-        rows = datasets.load_dataset(source, **hub)
+        return datasets.load_dataset(source, **hub)
     except Exception as error:  # its own errors have no common class
-        raise InputError(
-            f"--source {source} is no folder here and does not load from the hub "
-            f"({first_line(error)}); give a folder with {table}.jsonl or {table}.parquet"
-        ) from error
-    for number, row in enumerate(rows, start=1):
-        yield f"{source} {table} row {number}", row
+        raise InputError(_no_source(source, error, advice)) from error
+
+
+def _no_source(source: str, error: Exception, advice: str) -> str:
+    why = f"is no folder here and does not load from the hub ({first_line(error)})"
+    if "gated" in str(error):
+        advice = "ask for access on its page, then log in with `hf auth login`"
+    return f"--source {source} {why}; {advice}"
 
 
 # -------------------------------------------------------------------------------- Cells

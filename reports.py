@@ -17,46 +17,26 @@ import numpy as np
 
 from cli import cli
 from files import require, write_text
+from html_report import write_report
 from plots import write_plots
 from records import (
     ALWAYS,
     BT,
-    CHOSEN,
     MEASURES,
     OWN,
     REFERENCE,
     Results,
-    Summary,
     control_name,
-    difference,
-    level,
     read_results,
-    results_csv,
-    shots_name,
+    row_name,
     title,
 )
+from summaries import Column, Summary, columns, interval, level, minus, results_csv
+from verdict import AGAINST, COIN, judged, verdict
 
 INTERVAL = "mean [95 % interval over users]"
-AGAINST = (BT, "nobody's", "another's", REFERENCE)  # labels and controls
-COIN = float(np.log(2))
 
 Table = dict[str, dict[str, str]]  # row -> column -> cell
-
-
-class Column(NamedTuple):
-    """A column of every table: the sets whose means are averaged, and the shots."""
-
-    name: str
-    sets: tuple[str, ...]
-    shots: int | None = None
-
-
-def columns(results: Results) -> list[Column]:
-    """Seen, unseen and both; or new users at every number of shots."""
-    if results.sweep:
-        return [Column(shots_name(s), ("unseen",), s) for s in results.shots()]
-    sets = (("seen",), ("unseen",), ("seen", "unseen"))
-    return [Column(name, s) for name, s in zip(("seen", "unseen", "overall"), sets, strict=True)]
 
 
 # ----------------------------------------------------------------------- Tables
@@ -73,7 +53,7 @@ def measure_table(results: Results, measure: str) -> Table:
                 for column in [*columns(results), *also]
             }
             if any(row.values()):
-                table[f"{label}: {control_name(control)}" if control else label] = row
+                table[row_name(label, control)] = row
     if results.sweep and measure == "accuracy":
         table |= _enough(results)
     return table
@@ -102,37 +82,21 @@ def _cell(measure: str, summary: Summary | None, paired: bool = False) -> str:
     text = told.text(summary.mean, signed=paired)
     if len(summary.repeats) > 1 and not paired:
         text += f" ± {told.text(float(np.std(summary.repeats, ddof=1)))}"
-    return f"{text} {_interval(measure, summary)}".rstrip()
-
-
-def _interval(measure: str, summary: Summary) -> str:
-    """[low, high], nothing where there is none."""
-    known = np.isfinite(summary.low)
-    return MEASURES[measure].between(summary.low, summary.high) if known else ""
+    return f"{text} {interval(measure, summary)}".rstrip()
 
 
 def difference_table(results: Results, measure: str) -> Table:
     """Every label minus BT, its controls and the reference, paired by user and repeat."""
     table: Table = {}
     for label in results.labels:
-        for against in AGAINST if label != REFERENCE else ():
+        for against in (*AGAINST, REFERENCE) if label != REFERENCE else ():
             row = {
-                column.name: _cell(measure, _minus(results, label, against, measure, column), True)
+                column.name: _cell(measure, minus(results, label, against, measure, column), True)
                 for column in columns(results)
             }
             if any(row.values()):
                 table[f"{label} minus {control_name(against)}"] = row
     return table
-
-
-def _minus(
-    results: Results, label: str, against: str, measure: str, column: Column
-) -> Summary | None:
-    """A label minus another label or one of its own controls; None where there is no such pair."""
-    other = (against, "") if against in (BT, REFERENCE) else (label, against)
-    if other == (label, ""):
-        return None
-    return difference(results, label, other, measure, *column[1:])
 
 
 class Section(NamedTuple):
@@ -180,118 +144,6 @@ def markdown(table: Table | Any) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
-# ---------------------------------------------------------------------- Verdict
-
-EARN, COST, OPEN = "earn", "cost", "cannot be told apart"
-
-
-class Verdict(NamedTuple):
-    """What a label's personal states bring on one set.
-
-    Attributes:
-        where: the users, and the number of shots.
-        outcome: earn, cost or cannot be told apart; "" where nothing is personal.
-        text: the whole sentence.
-        points: against what -> difference in accuracy.
-    """
-
-    label: str
-    where: str
-    outcome: str
-    text: str
-    points: dict[str, Summary]
-
-
-def verdicts(results: Results) -> list[Verdict]:
-    """Of every method with personal states: do they beat BT, nobody's state and another's?
-
-    A method is judged by its chosen label, else by its last one, on the held-out comparisons; in
-    a sweep at the largest number of shots.
-    """
-    found = []
-    for label in judged(results):
-        if not results.personal(label):
-            chosen = any(fit["settings"].get("rank") == 1 for fit in results.fits(label))
-            why = "rank 1 was chosen: " if chosen else ""
-            found.append(Verdict(label, "", "", f"{label}: {why}nothing is personal", {}))
-            continue
-        for column in columns(results)[-1:] if results.sweep else columns(results)[:2]:
-            found += _judge(results, label, column)
-    return found
-
-
-def judged(results: Results) -> list[str]:
-    """The label that stands for each method: the chosen one, else the last.
-
-    Without the methods that no control was recorded for although they are personal, and the two
-    that never are.
-    """
-    last: dict[str, str] = {}
-    for label, method in results.methods.items():
-        if not last.get(method, "").endswith(CHOSEN):
-            last[method] = label
-    found = [label for label in last.values() if label not in (REFERENCE, BT)]
-    return [la for la in found if results.controls(la) or not results.personal(la)]
-
-
-def _judge(results: Results, label: str, column: Column) -> list[Verdict]:
-    """The verdict on one set, in a list; an empty list where nothing was recorded for it."""
-    points, losses = {}, {}
-    for against in AGAINST[:3]:
-        for measure, found in (("accuracy", points), ("log_loss", losses)):
-            summary = _minus(results, label, against, measure, column)
-            if summary is not None:
-                found[against] = summary
-    if not points:
-        return []
-    outcome = judge(points)
-    where = f"unseen users at {column.name}" if results.sweep else f"{column.name} users"
-    told = ", ".join(
-        f"{MEASURES['accuracy'].text(s.mean, signed=True)} points {_interval('accuracy', s)} "
-        f"against {control_name(against)}"
-        for against, s in points.items()
-    )
-    subject = "personal and shared" if outcome == OPEN else "personal states"
-    text = f"{label}, {where}: {subject} {outcome}: {told}{_loss(results, label, column, losses)}"
-    return [Verdict(label, where, outcome, text, points)]
-
-
-def judge(points: dict[str, Summary]) -> str:
-    """The outcome of differences: all above zero earn, below BT cost, else it cannot be told."""
-    if all(s.low > 0 for s in points.values()):
-        return EARN
-    return COST if BT in points and points[BT].high < 0 else OPEN
-
-
-def outcome_of(summary: Summary) -> str:
-    """The outcome of one difference in accuracy by its interval."""
-    return judge({BT: summary})
-
-
-def _loss(results: Results, label: str, column: Column, losses: dict[str, Summary]) -> str:
-    """The log loss, against BT's and, where it is worse, a coin's."""
-    own = level(results, label, "", "log_loss", *column[1:])
-    if own is None or BT not in losses:
-        return ""
-    told = MEASURES["log_loss"]
-    text = f"; log loss {told.text(own.mean)} nats, {told.text(losses[BT].mean, signed=True)} "
-    text += f"{_interval('log_loss', losses[BT])} against BT"
-    return text + (f", worse than a coin's {COIN:.3f}" if own.mean > COIN else "")
-
-
-def verdict(results: Results) -> str:
-    """The verdicts as one paragraph, a line for each if several."""
-    found = verdicts(results)
-    if not found:
-        return "Verdict: no personal method was fitted, so there is nothing to judge."
-    lines = [f"{v.text}." for v in found]
-    return "\n".join(
-        [f"Verdict: {lines[0]}"]
-        if len(lines) == 1
-        else ["Verdict:", *(f"- {line}" for line in lines)]
-    )
-
-
 # ------------------------------------------------------------------------- Text
 
 
@@ -337,14 +189,14 @@ def _cost(results: Results, method: str) -> list[str]:
     for key, unit in (("seconds", "s"), ("parameters", "parameters"), ("tried", "settings tried")):
         values = [part[key] for part in parts if part.get(key)]
         mean = float(np.mean(values)) if values else 0.0
-        if mean > (1 if key == "tried" else 0):
+        if mean > {"tried": 1, "seconds": 0.05}.get(key, 0):
             told.append(f"{mean:.1f} {unit}" if key == "seconds" else f"{mean:,.0f} {unit}")
     return [f"- {method}: {', '.join(told)}"] if told else []
 
 
 def _text(results: Results) -> str:
     """Title, facts, tables, notes and verdict."""
-    blocks = [_heading(results), *facts(results)]
+    blocks = [f"{title(results)}; {_details(results)}", *facts(results)]
     blocks += [f"**WARNING: {mark}**" for mark in warnings(results)]
     for section in sections(results):
         blocks += [section.caption, markdown(section.table)]
@@ -353,8 +205,8 @@ def _text(results: Results) -> str:
     return "\n\n".join([*blocks, verdict(results)])
 
 
-def _heading(results: Results) -> str:
-    """What was run: dataset, script, model, methods, repeats and the script's plain settings."""
+def _details(results: Results) -> str:
+    """How it was run: script, repeats and the script's plain settings."""
     settings, count = results.settings, len(results.repeats)
     known = {"script", "dataset", "warning", "prepared", "embeddings", "seeds", "shots", "unit"}
     details = [
@@ -365,7 +217,7 @@ def _heading(results: Results) -> str:
     if results.sweep:
         details.append(f"a shot is one of a user's {settings.get('unit', 'comparisons')}")
     repeats = f"{count} repeat{'s' if count > 1 else ''}"
-    return f"{title(results)}; " + ", ".join([settings["script"], repeats, *details])
+    return ", ".join([settings["script"], repeats, *details])
 
 
 def report(folder: Path, labels: Collection[str] = ()) -> str:
@@ -387,9 +239,12 @@ def report(folder: Path, labels: Collection[str] = ()) -> str:
     text = _text(results)
     write_text(folder / "table.md", text + "\n")
     names = ", ".join(f"{name}.png" for name in write_plots(folder, results, judged(results)))
+    lines = [line.removeprefix("- ") for line in notes(results)]
+    about = _details(results), facts(results), warnings(results)
+    write_report(folder, results, *about, sections(results), lines)
     if labels:
         text = _text(results.only({REFERENCE, BT, OWN, *labels}))
-    return f"{text}\n\nResults, table and plots ({names}): {folder}"
+    return f"{text}\n\nResults, table, plots ({names}) and report.html: {folder}"
 
 
 def _side_by_side(runs: dict[str, Results]) -> str:

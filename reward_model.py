@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from basis import Basis, check_model, resolve_model
+from devices import pick_device
 from files import InputError
 from passes import Pass, Tokens, padded_passes, tree_mask, tree_passes
 
@@ -107,31 +109,42 @@ def model_facts(source: Source, tokenizer: Any) -> dict[str, str | None]:
     }
 
 
+def model_of_basis(
+    basis: Basis,
+    path: str | Path,
+    model: str | None = None,
+    tokenizer: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    any_model: bool = False,
+) -> Source:
+    """The model for a basis: the one asked for, else the one that it was learned with.
+
+    Raises:
+        InputError: there is no such model, or it is not the one that the basis was learned with
+            and ``any_model`` is false.
+    """
+    named = resolve_model(basis.settings, path, model, tokenizer, revision)
+    source = Source(*named, trust_remote_code)
+    load_config(source)  # a hub model's commit is known once something of it is loaded
+    check_model(basis.settings, model_facts(source, load_tokenizer(source)), any_model)
+    return source
+
+
 def _from_anywhere(name: str) -> str:
     """A name that means the same in every working directory; a hub name stays as it is."""
     return os.path.abspath(name) if Path(name).is_dir() else name
 
 
-def choose_device(name: str) -> str:
-    """The device that a flag names; auto is a GPU if there is one, cuda this process's own.
+def device_and_dtype(device: str, dtype: str) -> tuple[str, str]:
+    """The device and dtype that auto stands for: bfloat16 on a GPU, float32 on a CPU.
 
     Raises:
         InputError: there is no such device here.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: not available here; use --device cpu") from error
-    return name
-
-
-def device_and_dtype(device: str, dtype: str) -> tuple[str, str]:
-    """The device and the dtype that auto stands for: bfloat16 on a GPU, float32 on a CPU."""
-    device = choose_device(device)
+    device = str(pick_device(device))
+    if device == "cuda":  # each process of torchrun has a GPU of its own
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     return device, ("float32" if device == "cpu" else "bfloat16") if dtype == "auto" else dtype
 
 

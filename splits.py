@@ -14,11 +14,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
-import preparing
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import preparing
 from comparisons import Comparisons, RowFeatures
 from embeddings import Store, open_store
 from files import InputError, require
@@ -51,6 +51,7 @@ class Tasks:
         draw: the four sets of a seed, on a device.
         unit: what a shot is.
         about: the script's own settings, recorded with the results.
+        folder: where it was prepared.
     """
 
     info: dict[str, Any]
@@ -58,11 +59,16 @@ class Tasks:
     draw: Callable[[int, torch.device], Sets]
     unit: Unit
     about: dict[str, Any]
+    folder: Path
 
     @property
     def dataset(self) -> str:
         """The dataset's name."""
         return str(self.info["dataset"])
+
+    def conversations(self) -> list[preparing.Conversation]:
+        """The conversations, row i being embedding i."""
+        return preparing.read_conversations(self.folder)
 
     def facts(self) -> dict[str, Any]:
         """What decides the results of a run, as far as the data do."""
@@ -116,11 +122,20 @@ def _too_large(size: int, device: torch.device) -> bool:
 # ---------------------------------------------------------------------- Kinds of split
 
 
-def given_split(data: Path, unit: Unit = "dialogues") -> Tasks:
-    """The four sets that prepare.py drew, the same for every seed."""
+def given_split(data: Path) -> Tasks:
+    """The four sets that prepare.py drew, the same for every seed.
+
+    A shot is a dialogue, or a comparison where no dialogue has more than one.
+    """
     info, store = load(data)
     table = read_comparisons(data, len(store))
-    return Tasks(info, store, lambda _, device: four_sets(table, store, device, unit), unit, {})
+    alone = not table.duplicated(["user_id", "dialog_id"]).any()
+    unit: Unit = "comparisons" if alone else "dialogues"
+
+    def draw(_: int, device: torch.device) -> Sets:
+        return four_sets(table, store, device, unit)
+
+    return Tasks(info, store, draw, unit, {}, data)
 
 
 def drawn_split(
@@ -153,7 +168,7 @@ def drawn_split(
         most = np.where(drawn["seen"], pairs_per_user, few_shot_pairs)
         return four_sets(drawn[(drawn["split"] == "test") | (place <= most)], store, device, unit)
 
-    return Tasks(info, store, draw, unit, about)
+    return Tasks(info, store, draw, unit, about, data)
 
 
 def simulated_users(
@@ -203,7 +218,7 @@ def simulated_users(
                 sets.append(Comparisons(features, counts, names=names))
         return Sets(*sets)
 
-    return Tasks(info, store, draw, "comparisons", about)
+    return Tasks(info, store, draw, "comparisons", about, data)
 
 
 def _simulate(

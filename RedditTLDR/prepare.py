@@ -56,8 +56,8 @@ def read(source: str, funnel: Funnel) -> list[dict[str, Any]]:
     """The comparisons of both splits; who is seen is drawn at training time."""
     comparisons = []
     for name, split in SPLITS.items():
-        hub = {"data_files": {name: f"comparisons/{name}/*.parquet"}, "split": name}
-        for place, row in raw.read_rows(source, name, COLUMNS, revision=PARQUET, **hub):
+        hub = {"files": f"comparisons/{name}/*.parquet", "revision": PARQUET}
+        for place, row in raw.read_rows(source, name, COLUMNS, **hub):
             funnel.count(f"rows of {name}")
             if not isinstance(row["info"], dict):
                 raise InputError(f"{place}: info must hold the post")

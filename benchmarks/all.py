@@ -18,7 +18,6 @@ import pandas as pd
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import core
-
 import experiments
 from reports import markdown
 from utils import InputError

@@ -25,10 +25,9 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
-from measure import copy_bandwidth, extra_memory, iteration_seconds, made_up_users, timed
-
 import experiments
 import reference
+from measure import copy_bandwidth, extra_memory, iteration_seconds, made_up_users, timed
 from reports import markdown
 from utils import (
     Basis,

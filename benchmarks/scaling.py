@@ -25,9 +25,8 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-from measure import OUT, iteration_seconds, made_up_users, own_memory
-
 import experiments
+from measure import OUT, iteration_seconds, made_up_users, own_memory
 from reports import markdown
 from utils import Comparisons, DenseFeatures, LoRe, train_together
 

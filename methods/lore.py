@@ -172,6 +172,14 @@ class LoreFit(Fitted):
             return view[:, 0] / TEMPERATURE
         return (view * state.to(view)[user]).sum(1) / TEMPERATURE
 
+    def tastes(self) -> Tensor | None:
+        """The columns of V [F, K]."""
+        return self.basis.V if self.personal else None
+
+    def portrait(self) -> Tensor | None:
+        """The seen users' weights [U, K]."""
+        return self.users if self.personal else None
+
     def describe(self) -> dict[str, Any]:
         """Columns kept, effective rank, cosines to the reference, spread of the weights, losses.
 
@@ -182,7 +190,7 @@ class LoreFit(Fitted):
         share, columns = singular.square() / singular.square().sum(), V.shape[1]
         effective = float(torch.special.entr(share).sum().exp())
         entropy = float(torch.special.entr(W).sum(1).mean() / math.log(max(columns, 2)))
-        note = f"{columns} columns of V kept, effective rank {effective:.2f}"
+        note = f"{columns} column{'s' * (columns > 1)} of V kept, effective rank {effective:.2f}"
         if self.basis.reference is not None:
             direction = self.basis.reference.to(V)[:, None]
             cosines = torch.nn.functional.cosine_similarity(V, direction, dim=0)

@@ -31,7 +31,7 @@ from methods.validation import Validation
 log = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(frozen=True)
 class MixedLogit:
     """The mixed logit with its settings; those that are None are chosen on validation.
 
@@ -148,9 +148,9 @@ def _note(chosen: Candidate, rank: int, free: bool) -> str:
     kind = "partly whitened" if chosen.white else "plain"
     how = ", chosen on validation" if free else ""
     if chosen.components == 0:
-        return f"Mixed logit: no tastes (ridge BT), l_mu {chosen.l_mu:.3g}, {kind} features{how}."
+        return f"no tastes (ridge BT), l_mu {chosen.l_mu:.3g}, {kind} features{how}."
     mixture = f", a mixture of {chosen.components}" if chosen.components > 1 else ""
     return (
-        f"Mixed logit: rank {rank}{mixture}, l_mu {chosen.l_mu:.3g}, l_B {chosen.l_B:.3g}, "
+        f"rank {rank}{mixture}, l_mu {chosen.l_mu:.3g}, l_B {chosen.l_B:.3g}, "
         f"{kind} features{how}."
     )

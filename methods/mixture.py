@@ -11,7 +11,7 @@ from torch import Tensor
 from methods.posterior import Posterior, Prior
 
 ROUNDS = 50
-LEAST_USERS = 5  # for each component
+LEAST_USERS = 20  # for each component
 
 
 def fit_mixture(posterior: Posterior, components: int, processes: int = 1) -> Prior | None:
@@ -28,7 +28,7 @@ def fit_mixture(posterior: Posterior, components: int, processes: int = 1) -> Pr
     """
     mean, cov = _everyone(posterior, processes)
     U, K = mean.shape
-    if U < LEAST_USERS * components:
+    if LEAST_USERS * components > U:
         return None
     start = GaussianMixture(components, reg_covar=1e-3, random_state=0, covariance_type="full")
     start.fit(mean.cpu().numpy())

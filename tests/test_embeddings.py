@@ -273,7 +273,7 @@ def test_what_is_not_text_is_refused_by_row(
     ("settings", "message"),
     [
         ({"model": "no/such-model"}, "no/such-model cannot be loaded"),
-        ({"device": "cuda:99"}, "--device cpu"),
+        ({"device": "cuda:99"}, "--device cuda:99: not available here"),
         ({"shard": "3/2"}, "--shard 3/2"),
         ({"shard": "one"}, "--shard one"),
         ({"batch_tokens": -1}, "positive"),

@@ -8,9 +8,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-import embeddings
 import models
 import preparing
+import reward_model
 import worlds
 from files import InputError
 
@@ -355,14 +355,14 @@ def test_the_text_that_is_embedded(tmp_path, rejected, brackets):
     )
     table = worlds.comparisons(tmp_path / "data")
     row = table[table.turn == 1].iloc[0]
-    text = embeddings.render_text(tokenizer, row.rejected)
+    text = reward_model.render_text(tokenizer, row.rejected)
     assert text.count("[") == text.count("]") == brackets
     spoken = [message["content"] for message in row.rejected]
     assert len(spoken) == 4
     places = [text.index(content) for content in spoken]
     assert places == sorted(places)
     assert text.endswith(f"{spoken[-1]}<|eot_id|>")
-    ids = embeddings.render(tokenizer, row.rejected)
+    ids = reward_model.render(tokenizer, row.rejected)
     assert list(ids).count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import datasets
 import pandas as pd
 import pytest
 
@@ -140,20 +139,19 @@ def test_a_choice_may_be_a_float(tmp_path):
 
 
 def test_the_hub_is_asked_for_the_parquet_conversion(tmp_path, monkeypatch):
-    """`datasets` itself reads a folder laid out like the conversion's revision."""
-    source, repository = worlds.tldr(tmp_path / "raw"), tmp_path / "repository"
-    for name in ("train", "validation"):
-        rows = worlds.read(source / f"{name}.jsonl.gz")
-        worlds.write(repository / "comparisons" / name / "0000.parquet", rows)
-    load, revisions = datasets.load_dataset, []
+    source, asked = worlds.tldr(tmp_path / "raw"), []
 
-    def load_dataset(path, revision, **settings):
-        revisions.append((path, revision))
-        return load(str(repository), cache_dir=str(tmp_path / "cache"), **settings)
+    def snapshot_download(name, **what):
+        asked.append((name, what["repo_type"], what["revision"]))
+        split = Path(what["allow_patterns"]).parts[1]
+        rows = worlds.read(source / f"{split}.jsonl.gz")
+        worlds.write(tmp_path / split / "comparisons" / split / "0000.parquet", rows)
+        return str(tmp_path / split)
 
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     hub = prepare("openai/summarize_from_feedback", tmp_path / "hub")
-    assert set(revisions) == {("openai/summarize_from_feedback", "refs/convert/parquet")}
+    expected = ("openai/summarize_from_feedback", "dataset", "refs/convert/parquet")
+    assert set(asked) == {expected}
     assert hub["data_sha256"] == prepare(source, tmp_path / "local")["data_sha256"]
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import WORLDS
 
 import preparing
 import raw
 import worlds
+from conftest import WORLDS
 from files import InputError
 from preparing import Funnel, Turn
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,22 +19,15 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import models
-from embeddings import open_store
-from utils import Basis, InputError, save_basis
+from basis import Basis, save_basis
+from embeddings import embed, open_store
+from files import InputError
+from PRISM import eval_rb2
+from PRISM import rewardbench2 as rb2
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared real data is not here")
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("eval_rb2", ROOT / "PRISM" / "eval_rb2.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-rb2 = load_script()
 
 
 # ------------------------------------------------------- Subsets other than Ties
@@ -337,7 +330,7 @@ def run_script(*flags: str) -> subprocess.CompletedProcess:
 
 def evaluate(folder: Path, **settings) -> pd.DataFrame:
     """The table of a run in this process, as it was saved."""
-    rb2.main(results=str(folder), embeddings=str(folder / "embeddings"), **settings)
+    eval_rb2.main(results=str(folder), embeddings=str(folder / "embeddings"), **settings)
     return pd.read_csv(folder / "scores.csv", index_col="reward")
 
 
@@ -462,6 +455,35 @@ def test_later_runs_use_the_embeddings_that_are_there(tmp_path, source, llama, b
     table = evaluate(tmp_path, **settings, basis=basis_file)
     assert "basis 2" in table.index
     assert shard.stat().st_mtime_ns == before
+
+
+def test_the_model_is_the_one_the_basis_was_learned_with(tmp_path, source, llama, basis, capsys):
+    facts = open_store(_embedded(tmp_path / "rows", llama)).manifest
+    path = str(tmp_path / "basis.safetensors")
+    save_basis(path, replace(basis, settings=facts))
+    table = evaluate(tmp_path / "out", source=source, basis=path, progress=False)
+    assert "reference" in table.index
+    other = str(models.tiny_llama(tmp_path / "other", seed=1))
+    with pytest.raises(InputError, match="another weights .*--any-model true"):
+        evaluate(tmp_path / "new", source=source, basis=path, model=other)
+    assert not (tmp_path / "new").exists()
+    settings = {"source": source, "basis": path, "model": other, "progress": False}
+    assert "basis 1" in evaluate(tmp_path / "new", any_model=True, **settings).index
+    capsys.readouterr()
+    eval_rb2.main(basis=path, list_users=True)
+    assert capsys.readouterr().out.split() == ["ann", "bob", "cy"]
+
+
+def _embedded(folder: Path, model: str) -> Path:
+    embed([[{"role": "user", "content": "Hi"}]], folder, model=model, progress=False)
+    return folder
+
+
+def test_a_basis_that_names_only_its_new_users_gives_them_their_own_weights(basis):
+    heads = eval_rb2.basis_heads(replace(basis, users=[]), ["cy"])
+    torch.testing.assert_close(heads["user cy"].weight, basis.V @ basis.W_unseen[0])
+    with pytest.raises(InputError, match="--users ann is not in the basis"):
+        eval_rb2.basis_heads(replace(basis, users=[]), ["ann"])
 
 
 def test_model_without_a_head_takes_a_basis(tmp_path, source, basis_file):
@@ -661,11 +683,3 @@ def test_bad_settings_stop_before_any_work(tmp_path, source, llama, basis_file, 
     with pytest.raises(InputError, match=says):
         evaluate(tmp_path / "out", **{"source": source, "model": llama, **filled})
     assert not (tmp_path / "out").exists()
-
-
-def test_a_mistake_is_one_line_and_status_2(tmp_path, source, llama):
-    flags = ["--source", source, "--model", llama, "--results", str(tmp_path / "out")]
-    done = run_script(*flags, "--subset", "Maths")
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: --subset Maths")
-    assert "Traceback" not in done.stderr

@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from conftest import WORLDS, Dataset
 
 import models
 import running
 import worlds
+from conftest import WORLDS, Dataset
 from running import Outcome, table
 from utils import load_basis
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +18,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import embeddings
 import models
+from basis import Basis, load_basis, save_basis
+from files import InputError
 from tools import export, rank_responses
-from utils import Basis, InputError, load_basis, save_basis
+from utils import PersonalizeBatch
 
 ROOT = Path(__file__).resolve().parents[1]
 CHATS = [
@@ -44,12 +49,15 @@ TINY = {
 }
 
 
-def make_basis(folder: Path, model: Path | None, features: int = 32, rank: int = 3) -> Path:
-    """A basis file with two seen users and a new one."""
+def make_basis(
+    folder: Path, model: Path | None, features: int = 32, rank: int = 3, **facts: str
+) -> Path:
+    """A basis file with two seen users and a new one; facts are what is known of the model."""
     rng = torch.Generator().manual_seed(1)
     V = torch.randn(features, rank, generator=rng)
     W = torch.rand(3, rank, generator=rng).softmax(1)
-    settings = {"rank": rank, "estimator": "LoRe"} | ({"model": str(model)} if model else {})
+    settings = {"rank": rank, "estimator": "LoRe"} | facts
+    settings |= {"model": str(model)} if model else {}
     basis = Basis(V, W[:2], V[:, 0], ["ann", "17"], W[2:], ["new"], settings)
     save_basis(folder / "basis.safetensors", basis)
     return folder / "basis.safetensors"
@@ -130,12 +138,13 @@ def test_model_card_and_labels_say_what_it_is(tmp_path):
         ({"user": "bob"}, "--user bob is not in the basis, which has 3 users, such as ann"),
         ({"user": "ann", "average": True}, "exclude each other"),
         ({"model": "/nowhere/at/all"}, "cannot be loaded"),
+        ({"out": None}, "--out is missing"),
     ],
 )
 def test_requests_that_cannot_be_met_leave_nothing(tmp_path, asked, message):
     path = make_basis(tmp_path, models.tiny_llama(tmp_path / "model"))
     with pytest.raises(InputError, match=message):
-        export.main(path, tmp_path / "out", **asked)
+        export.main(path, **{"out": tmp_path / "out"} | asked)
     assert not (tmp_path / "out").exists()
 
 
@@ -143,20 +152,57 @@ def test_a_basis_of_another_model_is_refused(tmp_path):
     path = make_basis(tmp_path, models.tiny_llama(tmp_path / "model"), features=48)
     with pytest.raises(InputError, match="the basis has 48 features, the model 32"):
         export.main(path, tmp_path / "out")
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="already exists"):
         export.main(path, tmp_path)
     with pytest.raises(InputError, match="name it by --model"):
         export.main(make_basis(tmp_path, None), tmp_path / "out")
 
 
-def test_export_from_the_command_line(tmp_path):
+def test_export_from_the_command_line_names_and_lists_users(tmp_path):
     path = make_basis(tmp_path, models.tiny_llama(tmp_path / "model"))
-    command = [sys.executable, "export.py", "--basis", path, "--user", "17"]
-    command += ["--out", tmp_path / "out"]
+    command = [sys.executable, "export.py", "--basis", path]
+    listed = subprocess.run(
+        [*command, "--list-users", "true"], cwd=ROOT / "tools", capture_output=True, text=True
+    )
+    assert listed.stdout.split() == ["ann", "17", "new"], listed.stderr
+    command += ["--user", "17", "--out", tmp_path / "out"]
     done = subprocess.run(command, cwd=ROOT / "tools", capture_output=True, text=True)
     assert done.returncode == 0 and "user 17" in done.stdout, done.stderr
-    again = subprocess.run(command, cwd=ROOT / "tools", capture_output=True, text=True)
-    assert again.returncode == 2 and "is there already" in again.stderr
+
+
+def test_another_model_of_the_same_size_is_refused_unless_it_is_insisted_on(tmp_path, caplog):
+    model, other = (models.tiny_llama(tmp_path / f"{i}", seed=i) for i in (0, 1))
+    manifest = embeddings.embed(CHATS, tmp_path / "rows", model=str(model), progress=False).manifest
+    facts = {name: manifest[name] for name in ("weights_sha256", "template_sha256")}
+    path = make_basis(tmp_path, model, **facts)
+    export.main(path, tmp_path / "own")
+    with pytest.raises(InputError, match="another weights than .*--any-model true"):
+        export.main(path, tmp_path / "out", model=str(other))
+    path = make_basis(tmp_path, model, **facts | {"template_sha256": "0" * 64})
+    with pytest.raises(InputError, match="another chat template than"):
+        export.main(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    export.main(path, tmp_path / "out", any_model=True)
+    assert (tmp_path / "out").exists() and "may mean nothing" in caplog.text
+
+
+def test_a_full_disk_is_one_line_and_leaves_what_others_made(tmp_path, monkeypatch):
+    path = make_basis(tmp_path, models.tiny_llama(tmp_path / "model"))
+    (tmp_path / "out.part").mkdir()
+    (tmp_path / "out.part" / "thesis.tex").write_text("mine")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", full)
+    with pytest.raises(InputError, match="--out .*No space left on device"):
+        export.main(path, tmp_path / "out")
+    left = sorted(p.name for p in tmp_path.iterdir() if "out" in p.name)
+    assert left == ["out.part"] and (tmp_path / "out.part" / "thesis.tex").exists()
+    (tmp_path / f"out.{os.getpid()}.part").mkdir()
+    with pytest.raises(InputError, match="File exists"):
+        export.main(path, tmp_path / "out")
+    assert (tmp_path / f"out.{os.getpid()}.part").exists()
 
 
 @pytest.mark.slow
@@ -213,6 +259,43 @@ def test_weights_find_the_column_and_candidates_come_in_its_order(task, tmp_path
     printed = capsys.readouterr().out
     assert f"{found['weights'][1]:.3f}" in printed and "of the 30 choices" in printed
     assert printed.count("Which?") == 20
+    best, second = found["ranking"][:2]
+    assert best["logit"] == pytest.approx(best["reward"] / 100)
+    chance = 1 / (1 + math.exp((second["reward"] - best["reward"]) / 100))
+    assert best["p_over_next"] == pytest.approx(chance, rel=1e-4)
+    assert found["ranking"][-1]["p_over_next"] is None
+    assert f"{best['logit']:.3f}" in printed and f"{chance:.3f}" in printed
+
+
+def test_leave_one_out_is_the_fit_without_each_choice(tmp_path):
+    learned = load_basis(make_basis(tmp_path, None))
+    Z = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)) * 100
+    w, without = rank_responses.fit_user(learned, Z, seed=3, num_iterations=300, learning_rate=0.1)
+    draws = torch.Generator().manual_seed(3)
+    logits = [torch.randn(3, generator=draws) for _ in range(6)]  # user by user
+    for i, (start, found) in enumerate(zip(logits, [w, *without], strict=True)):
+        fit = PersonalizeBatch(1, 3, 3, 300, 0.1)
+        fit.logits = start[None]
+        kept = Z if i == 0 else torch.cat([Z[: i - 1], Z[i:]])
+        assert torch.allclose(found, fit.train([kept], torch.eye(3))[0], atol=1e-5)
+    agreed = sum(bool(Z[i] @ without[i] > 0) for i in range(5))
+    assert f"leave-one-out: {agreed} of 5 " in rank_responses.agreement(Z, w, without)
+
+
+def test_labels_by_chance_agree_when_fitted_and_not_when_left_out():
+    rng = torch.Generator().manual_seed(0)
+    K = 20
+    learned = Basis(torch.eye(K), torch.full((1, K), 1 / K))
+    Z = 1000 * torch.randn(20, K, generator=rng)
+    w, without = rank_responses.fit_user(learned, Z, seed=0, num_iterations=500, learning_rate=0.1)
+    assert (Z @ w > 0).sum() >= 16
+    assert ((Z * without).sum(1) > 0).sum() <= 14
+
+
+def test_a_single_choice_cannot_be_left_out(tmp_path):
+    learned = load_basis(make_basis(tmp_path, None))
+    w, without = rank_responses.fit_user(learned, torch.ones(1, 3), 0, 10, 0.1)
+    assert "needs two choices" in rank_responses.agreement(torch.ones(1, 3), w, without)
 
 
 def test_rewards_are_those_of_the_exported_user(task, tmp_path):
@@ -272,9 +355,25 @@ def test_wrong_files_are_refused(task, tmp_path):
         rank_responses.main(**files | {"candidates": tmp_path / "absent.jsonl"})
     with pytest.raises(InputError, match=r"\.csv or \.json"):
         rank_responses.main(**files, save=tmp_path / "found.txt")
+    with pytest.raises(InputError, match="there is no folder .*missing"):
+        rank_responses.main(**files, save=tmp_path / "missing" / "found.csv")
     basis = make_basis(tmp_path, tmp_path / "model", features=31)
     with pytest.raises(InputError, match="32 features, the basis 31"):
         rank_responses.main(**files | {"basis": basis}, progress=False)
+
+
+def test_file_names_are_taken_as_they_are_and_the_model_is_found_from_anywhere(
+    task, tmp_path, monkeypatch
+):
+    files, _ = task
+    for name in ("choices", "candidates"):
+        odd = tmp_path / f"{name}[1]*.jsonl"
+        files[name] = files[name].rename(odd)
+        (tmp_path / f"{name}1x.jsonl").write_text("not this one")
+    files["basis"] = make_basis(tmp_path, Path("model"))  # from the basis file's folder
+    monkeypatch.chdir(ROOT)
+    rank_responses.main(**files, save=tmp_path / "found.csv", progress=False)
+    assert len(pd.read_csv(tmp_path / "found.csv")) == 20
 
 
 def test_ranking_from_the_command_line_takes_the_embedding_flags(task):

@@ -1,6 +1,8 @@
-"""A learned basis as a stock Hugging Face reward model: all rewards, or one user's.
+"""A learned basis as a stock Hugging Face reward model: all its rewards, or one user's.
 
-For example: python tools/export.py --basis results/prism/run/basis.safetensors --out rewards
+    python tools/export.py --basis results/PRISM/<run>/basis-K05-seed0.safetensors --out rewards
+
+writes the whole basis, one label for each of its K rewards; with --user, that user's own reward.
 """
 
 from __future__ import annotations
@@ -12,12 +14,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import embeddings
-import experiments
-from utils import Basis, InputError, load_basis
+from basis import Basis, load_basis
+from cli import cli
+from files import InputError, require
+from reward_model import Source, load_tokenizer, model_of_basis, pretrained, render
 
 EXAMPLE = [
     {"role": "user", "content": "How do I keep basil alive?"},
@@ -59,14 +63,16 @@ The licence of the original model holds for its weights.
 
 def main(
     basis: Path,
-    out: Path,
+    out: Path | None = None,
     user: str | None = None,
     average: bool = False,
+    list_users: bool = False,
     model: str | None = None,
     tokenizer: str | None = None,
     revision: str | None = None,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     trust_remote_code: bool = False,
+    any_model: bool = False,
 ) -> None:
     """Write a sequence-classification checkpoint with tokenizer and model card.
 
@@ -75,33 +81,30 @@ def main(
     Args:
         basis: basis file of a run.
         out: folder to make.
-        user: export this user's own reward, V w, as the one label.
+        user: export the reward of this user, V w, as the one label.
         average: export the reward of the seen users' mean weights as the one label.
-        model: the reward model the basis was learned on; by default the one its file names.
+        list_users: print the names of the basis' users and do nothing else.
+        model: reward model; by default the one that the basis was learned with.
         tokenizer: hub name or folder of the tokenizer, if it is not the model's own.
         revision: branch, tag or commit of a hub model.
         dtype: of the weights; auto keeps the model's own.
         trust_remote_code: run model code that comes with a hub model.
+        any_model: take the model even if the basis was learned with another one.
     """
-    if out.exists():
-        raise InputError(f"--out {out} is there already: remove it or choose another folder")
     learned = load_basis(basis)
+    if list_users:
+        print("\n".join(learned.names))
+        return
+    require(out is not None, "--out is missing: name the folder to make")
+    require(not out.exists(), f"--out {out} already exists: remove it or choose another folder")
     rewards = choose_rewards(learned, user, average)
-    name = model or learned.settings.get("model")
-    if not name:
-        raise InputError(f"{basis} does not say which model it was learned on: name it by --model")
-    source = embeddings.Source(str(name), tokenizer, revision, trust_remote_code)
-    exported = load_model(source, dtype)
-    words = embeddings.load_tokenizer(source)
+    named = (model, tokenizer, revision, trust_remote_code)
+    source = model_of_basis(learned, basis, *named, any_model)
+    exported, chat_tokenizer = load_model(source, dtype), load_tokenizer(source)
     replace_head(exported, rewards)
-    settle(words, exported)
-
-    draft = out.with_name(out.name + ".part")
-    shutil.rmtree(draft, ignore_errors=True)
-    exported.save_pretrained(draft)
-    words.save_pretrained(draft)
-    (draft / "README.md").write_text(card(out.name, str(name), list(rewards), learned.settings))
-    os.rename(draft, out)
+    settle(chat_tokenizer, exported)
+    text = card(out.name, source.model, list(rewards), learned.settings)
+    write_checkpoint(out, exported, chat_tokenizer, text)
     print(f"{', '.join(rewards)}: {out}")
 
 
@@ -111,31 +114,23 @@ def choose_rewards(basis: Basis, user: str | None, average: bool) -> dict[str, T
     Raises:
         InputError: both a user and the average are asked for, or the user is not in the basis.
     """
-    if user is not None and average:
-        raise InputError("--user and --average exclude each other")
+    require(user is None or not average, "--user and --average exclude each other")
     if average:
-        return {"average user": basis.V @ basis.W.mean(0)}
-    if user is None:
-        return {f"basis {k}": column for k, column in enumerate(basis.V.T, start=1)}
-    weights = dict(zip(basis.users, basis.W, strict=False))
-    if basis.W_unseen is not None:
-        weights |= dict(zip(basis.users_unseen, basis.W_unseen, strict=False))
-    if user not in weights:
-        known = f"{len(weights)} users, such as {', '.join(list(weights)[:3])}"
-        raise InputError(f"--user {user} is not in the basis, which has {known}")
-    return {f"user {user}": basis.V @ weights[user]}
+        return {"average user": basis.direction()}
+    if user is not None:
+        return {f"user {user}": basis.direction(user, "--user")}
+    return {f"basis {k}": column for k, column in enumerate(basis.V.T, start=1)}
 
 
-def load_model(source: embeddings.Source, dtype: str) -> Any:
+def load_model(source: Source, dtype: str) -> Any:
     """The reward model, or language model, as one for sequence classification."""
     from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging
 
-    logging.set_verbosity_error()  # a language model's missing score head is what we bring
-    loader, options = AutoModelForSequenceClassification, {"ignore_mismatched_sizes": True}
-    return embeddings.pretrained(
-        loader, source.model, source, dtype=dtype, num_labels=1, **options
-    ).eval()
+    logging.set_verbosity_error()  # that a language model has no score head does not matter here
+    options = {"dtype": dtype, "num_labels": 1, "ignore_mismatched_sizes": True}
+    loader = AutoModelForSequenceClassification
+    return pretrained(loader, source.model, source, **options).eval()
 
 
 def replace_head(model: Any, rewards: dict[str, Tensor]) -> None:
@@ -150,7 +145,7 @@ def replace_head(model: Any, rewards: dict[str, Tensor]) -> None:
     if old.in_features != head.shape[1]:
         raise InputError(
             f"the basis has {head.shape[1]} features, the model {old.in_features}: "
-            "name the model it was learned on by --model"
+            "name the model it was learned with by --model"
         )
     model.score = nn.Linear(*head.T.shape, bias=False, dtype=old.weight.dtype)
     model.score.weight.data = head.to(old.weight)
@@ -161,15 +156,15 @@ def replace_head(model: Any, rewards: dict[str, Tensor]) -> None:
 
 @torch.inference_mode()
 def settle(tokenizer: Any, model: Any) -> None:
-    """Make stock calls see the tokens, and pool the token, that the basis was learned on.
+    """Make stock calls see the same tokens, and pool the same one, as the basis was learned on.
 
-    The template writes the BOS that the embedding engine puts in front, and the pad token is one
-    that does not end a conversation, since pooling takes the last token that is no padding.
+    The template then writes the BOS that ``reward_model.render`` puts in front. The pad token
+    becomes one that does not end a conversation, since the last token before padding is pooled.
 
     Raises:
         InputError: the model's logits are not its head times the last hidden state even so.
     """
-    expected = embeddings.render(tokenizer, EXAMPLE)
+    expected = render(tokenizer, EXAMPLE)
     if _stock(tokenizer)["input_ids"][0].tolist() != expected:
         tokenizer.chat_template = "{{ bos_token }}" + tokenizer.get_chat_template()
     special = (tokenizer.pad_token, tokenizer.bos_token, tokenizer.unk_token)
@@ -189,17 +184,38 @@ def _stock(tokenizer: Any) -> Any:
 
 def card(folder: str, model: str, labels: list[str], settings: dict[str, Any]) -> str:
     """The model card."""
-    one = len(labels) == 1
-    return CARD.format(
-        title=f"{folder}: {labels[0]}" if one else f"{folder}: a basis of {len(labels)} rewards",
-        what=f"The reward of {labels[0]}." if one else "Rewards that users mix with weights.",
-        model=model, folder=folder, labels=len(labels),
-        heads="one direction" if one else f"{len(labels)} directions",
-        use="A higher reward is a better response." if one else
-        "A user's reward is `rewards @ w` with the user's weights w >= 0, which add up to one.",
-        settings="\n".join(f"| {key} | {value} |" for key, value in settings.items()),
-    )  # fmt: skip
+    what = "Rewards that users mix with weights."
+    use = "A user's reward is `rewards @ w` with the user's weights w >= 0, which add up to one."
+    title, heads = f"{folder}: a basis of {len(labels)} rewards", f"{len(labels)} directions"
+    if len(labels) == 1:
+        what, use = f"The reward of {labels[0]}.", "A higher reward is a better response."
+        title, heads = f"{folder}: {labels[0]}", "one direction"
+    rows = "\n".join(f"| {key} | {value} |" for key, value in settings.items())
+    filled = {"what": what, "use": use, "title": title, "heads": heads, "settings": rows}
+    return CARD.format(model=model, folder=folder, labels=len(labels), **filled)
+
+
+def write_checkpoint(out: Path, model: Any, tokenizer: Any, text: str) -> None:
+    """Write model, tokenizer and card to a folder that appears whole or not at all.
+
+    Raises:
+        InputError: it cannot be written, for want of room or of permission.
+    """
+    draft = out.with_name(f"{out.name}.{os.getpid()}.part")
+    try:
+        draft.mkdir(parents=True)  # an error if it is there: what we did not make is not ours
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot make {draft} ({error.strerror})") from error
+    try:
+        model.save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
+        (draft / "README.md").write_text(text)
+        os.rename(draft, out)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise InputError(f"--out {out}: cannot be written ({error})") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 if __name__ == "__main__":
-    experiments.cli(main)
+    cli(main)

@@ -1,13 +1,12 @@
 """Candidate responses in the order a new user would like them, from a few of the user's choices.
 
-For example: python tools/rank_responses.py --basis results/prism/run/basis.safetensors
---choices alice.jsonl --candidates drafts.jsonl
+    python tools/rank_responses.py --basis results/PRISM/<run>/basis-K05-seed0.safetensors \\
+        --choices alice.jsonl --candidates drafts.jsonl
 """
 
 from __future__ import annotations
 
 import json
-import re
 import sys
 import tempfile
 from pathlib import Path
@@ -15,13 +14,17 @@ from typing import Any
 
 import pandas as pd
 import torch
+from scipy.special import expit
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import embeddings
-import experiments
-from experiments import Conversation, text
-from utils import Basis, Comparisons, InputError, load_basis, personalize
+from basis import Basis, load_basis
+from cli import cli
+from embeddings import check_conversations, embed
+from files import InputError, require, write_text, write_whole
+from raw import read_file, text
+from reward_model import Conversation, Source, load_config, model_of_basis
+from utils import TEMPERATURE, PersonalizeBatch
 
 
 def main(
@@ -30,6 +33,10 @@ def main(
     candidates: Path,
     save: Path | None = None,
     model: str | None = None,
+    tokenizer: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    any_model: bool = False,
     num_iterations: int = 500,
     learning_rate: float = 0.1,
     seed: int = 0,
@@ -37,109 +44,183 @@ def main(
 ) -> None:
     """Learn a new user's weights with the basis frozen, and rank candidates by the user's reward.
 
+    Rewards are printed as logits: the probability that one response is preferred to another is
+    sigmoid(reward - other reward). Whether the weights say anything about the user is judged by
+    leaving out each choice in turn and predicting it from the others.
+
     Args:
         basis: basis file of a run.
         choices: jsonl, one choice a line: "prompt" (a text) or "messages" (the dialogue so far, a
             list of role and content), "chosen" and "rejected".
         candidates: jsonl, one candidate a line: "prompt" or "messages", and "response".
-        save: also write weights and ranking there, as .json, or the ranking as .csv.
-        model: the reward model the basis was learned on; by default the one its file names.
+        save: also write the ranking to this .csv, or weights and ranking to this .json file.
+        model: reward model; by default the one that the basis was learned with.
+        tokenizer: hub name or folder of the tokenizer, if it is not the model's own.
+        revision: branch, tag or commit of a hub model.
+        trust_remote_code: run model code that comes with a hub model.
+        any_model: take the model even if the basis was learned with another one.
         num_iterations: steps of Adam on the weights.
         learning_rate: of Adam.
         seed: of the weights' initial values.
     """
-    if save and save.suffix not in (".csv", ".json"):
-        raise InputError(f"--save {save}: the name must end in .csv or .json")
+    if save:
+        require(save.suffix in (".csv", ".json"), f"--save {save}: end its name in .csv or .json")
+        require(save.parent.is_dir(), f"--save {save}: there is no folder {save.parent}")
     learned = load_basis(basis)
-    name = model or learned.settings.get("model")
-    if not name:
-        raise InputError(f"{basis} does not say which model it was learned on: name it by --model")
-    liked, table = read(choices, ("chosen", "rejected")), read(candidates, ("response",))
-    everything = [*liked["chosen"], *liked["rejected"], *table["response"]]
-    with tempfile.TemporaryDirectory() as folder:
-        store = embeddings.embed(everything, folder, model=str(name), **embedding)
-        if store is None:
-            raise InputError("run this in one process, without --shard")
-        rows = store.rows(torch.arange(len(everything)))  # [2 choices + candidates, F]
-    if rows.shape[1] != len(learned.V):
-        raise InputError(f"--model {name} has {rows.shape[1]} features, the basis {len(learned.V)}")
-    chosen, rejected, drafts = rows.split([len(liked["chosen"])] * 2 + [len(table["response"])])
-    fit = {"num_iterations": num_iterations, "learning_rate": learning_rate}
-    w = fit_user(learned, chosen - rejected, seed, **fit)
-    rewards = drafts @ learned.V @ w
-    ranking = rank(table["response"], rewards)
-    agreeing = int(((chosen - rejected) @ learned.V @ w > 0).sum())
+    chosen, rejected = read(choices, "chosen", "rejected")
+    (drafts,) = read(candidates, "response")
+    named = (model, tokenizer, revision, trust_remote_code)
+    source = model_of_basis(learned, basis, *named, any_model)
+    rewards = basis_rewards(learned, source, [*chosen, *rejected, *drafts], **embedding)
+    liked, disliked, offered = rewards.split([len(chosen), len(rejected), len(drafts)])
+    w, without = fit_user(learned, liked - disliked, seed, num_iterations, learning_rate)
+    ranking = rank(drafts, offered @ w)
     print(f"weights: {' '.join(f'{x:.3f}' for x in w.tolist())}")
-    print(f"they agree with {agreeing} of the {len(chosen)} choices\n")
-    print(ranking.drop(columns="line").to_string(index=False, max_colwidth=60))
+    print(agreement(liked - disliked, w, without))
+    print("reward: a logit; P: that the response is preferred to the next one of its prompt\n")
+    shown = ranking[["prompt", "place", "logit", "p_over_next", "response"]]
+    shown = shown.rename(columns={"logit": "reward", "p_over_next": "P"})
+    print(shown.to_string(index=False, max_colwidth=60, float_format="%.3f", na_rep=""))
     if save:
         write(save, w, ranking)
 
 
-def read(file: Path, responses: tuple[str, ...]) -> dict[str, list[Conversation]]:
+# ------------------------------------------------------------------------------ Input
+
+
+def read(file: Path, *responses: str) -> list[list[Conversation]]:
     """The conversations that end in each of the named responses, line by line.
 
     Raises:
         InputError: no such file, no lines, or a line that lacks something.
     """
-    table = re.sub(r"\.jsonl(\.gz)?$", "", file.name)
-    if not file.is_file() or table == file.name:
-        raise InputError(f"{file}: a .jsonl file is expected there")
-    found: dict[str, list[Conversation]] = {name: [] for name in responses}
-    for place, row in experiments.read_rows(str(file.parent), table, responses):
-        if not place.startswith(f"{file} row"):
-            raise InputError(f"{file}: move it away from {place.split(' row ')[0]}")
+    is_jsonl = file.is_file() and file.name.endswith((".jsonl", ".jsonl.gz"))
+    require(is_jsonl, f"{file}: a .jsonl file is expected there")
+    found: list[list[Conversation]] = [[] for _ in responses]
+    for place, row in read_file(file):
+        missing = [name for name in responses if name not in row]
+        require(not missing, f"{place} has no column {', '.join(missing)}")
         history = _history(place, row)
-        for name in responses:
+        for name, conversations in zip(responses, found, strict=True):
             answer = text(row[name], place, name)
-            if not answer:
-                raise InputError(f"{place}: {name} is empty")
-            found[name].append([*history, {"role": "assistant", "content": answer}])
-    if not found[responses[0]]:
-        raise InputError(f"{file} is empty")
+            require(bool(answer), f"{place}: {name} is empty")
+            conversations.append([*history, {"role": "assistant", "content": answer}])
+    require(bool(found[0]), f"{file} is empty")
     return found
 
 
 def _history(place: str, row: dict[str, Any]) -> Conversation:
     """What comes before the response."""
-    if ("prompt" in row) == ("messages" in row):
-        raise InputError(f"{place}: either prompt or messages is expected")
+    one = ("prompt" in row) != ("messages" in row)
+    require(one, f"{place}: either prompt or messages is expected")
     history = row.get("messages", [{"role": "user", "content": row.get("prompt")}])
     try:
-        return embeddings.check_conversations([history])[0]
+        return check_conversations([history])[0]
     except InputError as error:
         raise InputError(f"{place}: {error}") from error
 
 
-def fit_user(basis: Basis, x: Tensor, seed: int, **fit: Any) -> Tensor:
-    """The user's weights [K], from differences chosen - rejected [choices, F] (eq. 11)."""
-    return personalize(basis, Comparisons.from_list([x]), seed, **fit)[0]
+def basis_rewards(
+    basis: Basis, source: Source, conversations: list[Conversation], **embedding: Any
+) -> Tensor:
+    """The K rewards of every conversation, e V: [n, K].
+
+    Raises:
+        InputError: embeddings of another size than the basis has, or work shared by processes.
+    """
+    width, expected = load_config(source).get_text_config().hidden_size, len(basis.V)
+    same = width == expected
+    require(same, f"--model {source.model} has {width} features, the basis {expected}")
+    with tempfile.TemporaryDirectory() as folder:
+        store = embed(
+            conversations,
+            folder,
+            model=source.model,
+            tokenizer=source.tokenizer,
+            revision=source.revision,
+            trust_remote_code=source.trust_remote_code,
+            **embedding,
+        )
+        require(store is not None, "run this in one process, without --shard")
+        return store.rows(torch.arange(len(conversations))) @ basis.V
+
+
+# --------------------------------------------------------------------------- The user
+
+
+def fit_user(
+    basis: Basis, Z: Tensor, seed: int, num_iterations: int, learning_rate: float
+) -> tuple[Tensor, Tensor]:
+    """The user's weights from all n choices, and from all choices but one (eq. 11).
+
+    Args:
+        basis: whose users' mean weights the new ones are shrunk to, if its own were.
+        Z: rewards of chosen minus rejected [n, K].
+        seed: of the initial values.
+        num_iterations, learning_rate: of Adam.
+
+    Returns:
+        w [K], and weights [n, K], each without the choice of its row; [0, K] of a single choice.
+    """
+    n, K = Z.shape
+    others = [torch.cat([Z[:i], Z[i + 1 :]]) for i in range(n)] if n > 1 else []
+    fit = PersonalizeBatch(
+        1 + len(others),
+        K,
+        K,
+        num_iterations,
+        learning_rate,
+        generator=seed,
+        shrinkage=basis.settings.get("shrinkage", 0.0),
+        population=basis.W.mean(0),
+    )
+    w = torch.stack(fit.train([Z, *others], torch.eye(K)))  # all at once: each is its own user
+    return w[0], w[1:]
+
+
+def agreement(Z: Tensor, w: Tensor, without: Tensor) -> str:
+    """With how many choices the weights agree: those fitted to, and each left out in turn."""
+    fitted, left_out = int((Z @ w > 0).sum()), "needs two choices"
+    if len(without):
+        agreed = int(((Z * without).sum(1) > 0).sum())
+        left_out = f"{agreed} of {len(Z)} (each predicted from the others alone)"
+    return f"fitted choices: agree with {fitted} of the {len(Z)} choices\nleave-one-out: {left_out}"
 
 
 def rank(conversations: list[Conversation], rewards: Tensor) -> pd.DataFrame:
-    """One row a candidate: its line, prompt, place within the prompt (best first), reward."""
-    table = pd.DataFrame({
+    """One row per candidate, prompts in their order, the best first within a prompt.
+
+    Returns:
+        line in the file, prompt, place within the prompt, reward (as an exported model gives it),
+        logit (reward / 100), p_over_next (probability that it is preferred to the next one of its
+        prompt, missing for the last) and response.
+    """
+    logits = (rewards / TEMPERATURE).double()
+    columns = {
         "line": range(1, len(rewards) + 1),
         "prompt": [history[-1]["content"] for *history, _ in conversations],
         "reward": rewards.numpy(),
+        "logit": logits.numpy(),
         "response": [answer["content"] for *_, answer in conversations],
-    })  # fmt: skip
-    dialogue = pd.Series([str(history) for *history, _ in conversations])
-    places = table["reward"].groupby(dialogue).rank(ascending=False, method="min").astype(int)
-    table.insert(2, "place", places)
-    first = dialogue.map({name: i for i, name in enumerate(dialogue.unique())})
-    order = table.assign(first=first).sort_values(["first", "place"], kind="stable").index
-    return table.loc[order].reset_index(drop=True)
+    }
+    table = pd.DataFrame(columns)
+    table["dialogue"] = pd.factorize(pd.Series([str(h) for *h, _ in conversations]))[0]
+    places = table.groupby("dialogue")["reward"].rank(ascending=False, method="min")
+    table.insert(2, "place", places.astype(int))
+    table = table.sort_values(["dialogue", "place"], kind="stable", ignore_index=True)
+    ahead = table.groupby("dialogue")["logit"].diff(-1)
+    table.insert(5, "p_over_next", expit(ahead))
+    return table.drop(columns="dialogue")
 
 
 def write(save: Path, w: Tensor, ranking: pd.DataFrame) -> None:
     """The ranking as .csv, or weights and ranking as .json."""
     if save.suffix == ".csv":
-        ranking.to_csv(save, index=False)
+        write_whole(save, lambda draft: ranking.to_csv(draft, index=False))
     else:
-        found = {"weights": w.tolist(), "ranking": ranking.to_dict("records")}
-        experiments.write_text(save, json.dumps(found, indent=2))
+        rows = ranking.astype(object).where(ranking.notna(), None).to_dict("records")
+        write_text(save, json.dumps({"weights": w.tolist(), "ranking": rows}, indent=2))
 
 
 if __name__ == "__main__":
-    experiments.cli(main)
+    cli(main)

@@ -1,0 +1,173 @@
+"""Your own data: rows that say what each user chose, from files or the hub."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import choices
+import embeddings
+import preparing
+import raw
+from choices import USUAL, Choice, Columns
+from cli import cli
+from files import InputError, digest
+from preparing import Funnel
+
+HERE = Path(__file__).resolve().parent
+SPLITS = ("train", "test")
+
+
+def main(
+    source: str,
+    out: Path = HERE / "data",
+    columns: Columns = USUAL,
+    min_comparisons: int = 2,
+    seen_fraction: float = 0.5,
+    seed: int = 0,
+    embed: bool = True,
+    **embedding: Any,
+) -> None:
+    """Make comparisons from rows that say what a user chose, and embed their texts.
+
+    Rows with a split keep it. Otherwise half of each user's dialogues are for training and half
+    are held out; without dialogues half of the distinct comparisons are, whoever made them.
+
+    Args:
+        source: a file (.jsonl, .jsonl.gz, .csv or .parquet), a folder of such, or a hub dataset.
+        out: folder of the prepared data.
+        columns: what the columns are called, such as --user worker_id.
+        min_comparisons: fewest comparisons of a user.
+        seen_fraction: share of the users whose data train the basis.
+        seed: of the draw of seen users, and of what is for training.
+        embed: false writes the tables only.
+    """
+    if embed:
+        embeddings.check_model(embedding)
+    funnel = Funnel()
+    table = preparing.tabulate(read(source, columns, funnel), funnel)
+    enough = table.user_id.map(table.user_id.value_counts()) >= min_comparisons
+    what = f"users with at least {min_comparisons} comparisons"
+    table = preparing.keep(table, enough, funnel, what)
+    table = number_turns(split_rows(table, seed, funnel))
+    table = preparing.split_users(table, seed, seen_fraction)
+    conversations, table = preparing.number_conversations(table, funnel)
+    settings = {
+        "source": source,
+        "columns": asdict(columns),
+        "min_comparisons": min_comparisons,
+        "seen_fraction": seen_fraction,
+        "seed": seed,
+    }
+    info = {"dataset": "OwnData", "settings": settings, "counts": funnel.counts}
+    preparing.write_prepared(out, conversations, table, info)
+    print(funnel.lines())
+    if embed:
+        embeddings.embed(conversations, out / "embeddings", **embedding)
+    print(f"prepared {len(table):,} comparisons of {len(conversations):,} conversations in {out}")
+
+
+def read(source: str, columns: Columns, funnel: Funnel) -> list[dict[str, Any]]:
+    """The comparisons of all rows; those of a row share its weight."""
+    comparisons: list[dict[str, Any]] = []
+    first = None
+    for number, row in enumerate(choices.read_choices(raw.read_all(source), columns)):
+        funnel.count("rows")
+        first = first or row
+        check_alike(first, row, columns)
+        if row.split and row.split not in SPLITS:
+            funnel.left_out([f"rows whose {columns.split} is {row.split}"])
+        elif not row.history:
+            funnel.left_out(["rows with an empty prompt or message"])
+        else:
+            found, left_out = pairs(row)
+            same = {"user_id": row.user, "dialog_id": row.dialog, "split": row.split}
+            same |= {"row": number, "time": row.time, "weight": row.weight / max(len(found), 1)}
+            comparisons += [{**same, **pair} for pair in found]
+            funnel.left_out(left_out)
+    return comparisons
+
+
+def check_alike(first: Choice, row: Choice, columns: Columns) -> None:
+    """Every row names a user, and all rows or none a dialogue and a split."""
+    if not row.user:
+        raise InputError(
+            f"{row.place} has no {columns.user}; name the user, or the column by --user"
+        )
+    for what in ("dialog", "split"):
+        if bool(getattr(row, what)) != bool(getattr(first, what)):
+            has, lacks = (row, first) if getattr(row, what) else (first, row)
+            raise InputError(
+                f"{lacks.place} has no {getattr(columns, what)}, but {has.place} has; "
+                "fill it in everywhere or leave the column out"
+            )
+
+
+def pairs(row: Choice) -> tuple[list[dict[str, Any]], list[str]]:
+    """Every chosen response against every rejected one, and why some are left out."""
+    found, left_out = [], []
+    for chosen in row.chosen:
+        if not chosen:
+            left_out.append("chosen responses empty")
+            continue
+        some, skipped = preparing.against(row.history, chosen, row.rejected)
+        found += some
+        left_out += skipped
+    return found, left_out
+
+
+def split_rows(table: pd.DataFrame, seed: int, funnel: Funnel) -> pd.DataFrame:
+    """Add ``split`` where the rows have none, and dialogues of one comparison where none."""
+    has_dialogues = bool(table.dialog_id.iloc[0])
+    units = None
+    if not has_dialogues:
+        both = [[digest(row[side]) for side in ("chosen", "rejected")] for row in rows_of(table)]
+        pair = pd.Series([digest(sorted(two)) for two in both], table.index)
+        units = connected(table.row, pair)
+        table = table.assign(dialog_id=units)
+    if table.split.iloc[0]:
+        what = "users with comparisons for training and for test"
+        return preparing.keep_both_sides(table, funnel, what)
+    return preparing.split_dialogues(table, seed, funnel, units)
+
+
+def rows_of(table: pd.DataFrame) -> Iterable[dict[str, Any]]:
+    """The rows of a table as dicts."""
+    return table.to_dict("records")
+
+
+def connected(rows: pd.Series, pairs: pd.Series) -> pd.Series:
+    """A name for each comparison, the same for those of one row and those of one pair.
+
+    What one row compares shares a response, so that its pairs must not be on both sides either.
+    """
+    row, pair = pd.factorize(rows)[0], pd.factorize(pairs)[0]
+    size = row.max() + 1 + pair.max() + 1
+    edges = coo_array((np.ones(len(row)), (row, row.max() + 1 + pair)), (size, size))
+    group = connected_components(edges, directed=False)[1][row]
+    return pairs.groupby(group).transform("min")
+
+
+def number_turns(table: pd.DataFrame) -> pd.DataFrame:
+    """Add ``turn``, the place of each row in its dialogue: by time, then by length."""
+    length = table.chosen.map(len)
+    before = table.chosen.map(lambda messages: digest(messages[:-1]))
+    order = table.assign(length=length, before=before)
+    keys = ["user_id", "dialog_id", "time", "length", "before"]
+    order = order.sort_values(keys, kind="stable")
+    is_new = (order[keys] != order[keys].shift()).any(axis=1)
+    turn = is_new.groupby([order.user_id, order.dialog_id]).cumsum() - 1
+    return table.assign(turn=turn)
+
+
+if __name__ == "__main__":
+    cli(main, short="columns")

@@ -1,0 +1,44 @@
+"""Your own data: new users against the number of their comparisons or dialogues."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import experiments
+import splits
+from methods.lore import Lore
+
+HERE = Path(__file__).resolve().parent
+
+# LoRe as the paper has it, and the mixed logit, which is what we would use.
+LORE = Lore(ranks=(5,), iterations=500)
+
+
+def main(
+    data: Path = HERE / "data",
+    shots: tuple[int, ...] = (0, 1, 2, 5, 10, 20),
+    trials: int = 5,
+    methods: tuple[str, ...] = ("lore", "mixed_logit"),
+    lore: Lore = LORE,
+    **settings: Any,
+) -> None:
+    """Learn from the seen users, then judge every method on unseen ones with ever more shots.
+
+    Args:
+        data: folder that prepare.py wrote.
+        shots: numbers of dialogues of an unseen user, or of comparisons where the data have no
+            dialogues; 0 is none.
+        trials: random draws of the shots, for each number.
+        methods: methods to fit, by name; --help lists each one's settings.
+        lore: settings of LoRe; Bradley-Terry is fitted with the same.
+    """
+    chosen = experiments.Settings(methods=methods, lore=lore, **settings)
+    tasks = splits.given_split(data)
+    print(experiments.vary_fewshot(tasks, chosen, shots, trials))
+
+
+if __name__ == "__main__":
+    experiments.command(main)

@@ -1,0 +1,61 @@
+"""Planted worlds: users whose tastes are known, as a task that methods learn from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from comparisons import Comparisons, RowFeatures
+from methods.base import Task
+
+F, ROWS = 12, 400
+
+
+def task(
+    users: int = 40,
+    shots: int = 40,
+    held_out: int = 60,
+    rank: int = 2,
+    spread: float = 1.0,
+    strength: float = 3.0,
+    seed: int = 0,
+) -> Task:
+    """Seen and new users with logistic choices between rows of one table.
+
+    Args:
+        users: of each kind.
+        shots, held_out: comparisons of each user.
+        rank: dimensions in which tastes differ.
+        spread: standard deviation of the tastes in each; 0 makes all users alike.
+        strength: length of the shared direction; rewards are on the scale of logits times 100.
+        seed: of everything.
+    """
+    g = torch.Generator().manual_seed(seed)
+    table = torch.randn(ROWS, F, generator=g)
+    basis = torch.linalg.qr(torch.randn(F, rank + 1, generator=g))[0]
+    shared = strength * basis[:, 0]
+    sets = {}
+    for kind in ("seen", "new"):
+        tastes = shared + spread * strength * torch.randn(users, rank, generator=g) @ basis[:, 1:].T
+        for part, count in (("few", shots), ("test", held_out)):
+            sets[kind, part] = _choices(table, tastes, count, kind, g)
+    reference = (shared + 0.5 * torch.randn(F, generator=g)) * 100
+    return Task(
+        train=sets["seen", "few"], few=sets["new", "few"], seen=sets["seen", "test"],
+        unseen=sets["new", "test"], reference=reference, seed=seed,
+    )  # fmt: skip
+
+
+def _choices(
+    table: Tensor, tastes: Tensor, count: int, kind: str, g: torch.Generator
+) -> Comparisons:
+    n = count * len(tastes)
+    first = torch.randint(len(table), (n,), generator=g)
+    second = (first + 1 + torch.randint(len(table) - 1, (n,), generator=g)) % len(table)
+    user = torch.arange(len(tastes)).repeat_interleave(count)
+    logits = ((table[first] - table[second]) * tastes[user]).sum(1)
+    wins = torch.rand(n, generator=g) < logits.sigmoid()
+    chosen, rejected = torch.where(wins, first, second), torch.where(wins, second, first)
+    features = RowFeatures(lambda rows: table[rows], F, chosen, rejected)
+    names = [f"{kind} {u}" for u in range(len(tastes))]
+    return Comparisons(features, [count] * len(tastes), names=names)

@@ -1,0 +1,129 @@
+"""Basis files: whose weights are whose, and which model a basis belongs to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from basis import Basis, check_model, load_basis, resolve_model, save_basis
+from files import InputError
+
+V = torch.arange(8.0).reshape(4, 2)
+W = torch.tensor([[1.0, 0.0], [0.25, 0.75]])
+W_UNSEEN = torch.tensor([[0.5, 0.5]])
+HASHES = {"weights_sha256": "a" * 64, "template_sha256": "b" * 64, "revision": None}
+
+
+def stored(folder: Path, basis: Basis) -> Basis:
+    save_basis(folder / "basis.safetensors", basis)
+    return load_basis(folder / "basis.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("seen", "unseen", "expected"),
+    [
+        (["ann", "bob"], ["cy"], {"ann": W[0], "bob": W[1], "cy": W_UNSEEN[0]}),
+        ([], ["cy"], {"cy": W_UNSEEN[0]}),
+        (["ann", "bob"], [], {"ann": W[0], "bob": W[1]}),
+    ],
+)
+def test_a_name_gives_the_weights_of_that_user_whichever_side_has_names(
+    tmp_path, seen, unseen, expected
+):
+    basis = stored(tmp_path, Basis(V, W, None, seen, W_UNSEEN, unseen))
+    assert basis.names == list(expected)
+    for name, w in expected.items():
+        assert torch.equal(basis.weights_of(name), w)
+        assert torch.equal(basis.direction(name), V @ w)
+    for name in {"ann", "bob", "cy", "dan"} - set(expected):
+        with pytest.raises(InputError, match=f"^--user {name} is not in .*--list-users true"):
+            basis.direction(name, "--user")
+
+
+def test_without_names_there_is_the_average_user_only(tmp_path):
+    basis = stored(tmp_path, Basis(V, W))
+    assert torch.equal(basis.direction(), V @ torch.tensor([0.625, 0.375]))
+    with pytest.raises(InputError, match="user ann .*no names of users"):
+        basis.weights_of("ann")
+
+
+def test_a_basis_comes_back_with_its_settings_and_without_what_is_not_its_own(tmp_path):
+    path, settings = tmp_path / "basis.safetensors", {"rank": 2, "model": "some/model"}
+    save_file({"V": V, "W": W, "else": V.clone()}, path, {"settings": json.dumps(settings)})
+    basis = load_basis(path)
+    assert torch.equal(basis.V, V) and basis.W_unseen is None and basis.users == []
+    assert stored(tmp_path, basis).settings == settings
+
+
+def test_wrong_numbers_of_names_and_wrong_files_are_refused(tmp_path):
+    with pytest.raises(InputError, match="1 user ids for 2 rows"):
+        save_basis(tmp_path / "basis.safetensors", Basis(V, W, users=["ann"]))
+    assert not list(tmp_path.iterdir())
+    save_file({"V": V}, tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match="lacks V or W"):
+        load_basis(tmp_path / "other.safetensors")
+    (tmp_path / "junk.safetensors").write_bytes(b"junk")
+    with pytest.raises(InputError, match="not a readable safetensors file"):
+        load_basis(tmp_path / "junk.safetensors")
+
+
+# ---------------------------------------------------------------- The basis' model
+
+
+def test_a_local_model_is_found_from_any_folder(tmp_path, monkeypatch):
+    model, path = tmp_path / "model", tmp_path / "run" / "basis.safetensors"
+    for folder in (model, tmp_path / "run", tmp_path / "elsewhere"):
+        folder.mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for name in (str(model), "../model"):
+        found = resolve_model({"model": name, "tokenizer": name}, path)
+        assert Path(found[0]).resolve() == model and found[1:] == (None, None)
+
+
+def test_what_is_given_goes_before_what_the_basis_remembers():
+    settings = {"model": "org/model", "tokenizer": "org/tokenizer", "revision": "c0ffee"}
+    assert resolve_model(settings, "b") == ("org/model", "org/tokenizer", "c0ffee")
+    assert resolve_model(settings, "b", None, "mine", "main") == ("org/model", "mine", "main")
+    assert resolve_model(settings, "b", "other") == ("other", None, None)
+
+
+@pytest.mark.parametrize("name", ["/gone/model", "../gone", "a/b/c"])
+def test_a_local_model_that_moved_is_named_with_what_to_do(name):
+    with pytest.raises(InputError, match=f"run/b was learned with the model in {name}.*--model"):
+        resolve_model({"model": name}, "run/b")
+    with pytest.raises(InputError, match="tokenizer in /gone/words.*--tokenizer"):
+        resolve_model({"model": "org/model", "tokenizer": "/gone/words"}, "run/b")
+    with pytest.raises(InputError, match="run/b does not say .*--model"):
+        resolve_model({}, "run/b")
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"weights_sha256": "c" * 64}, "another weights than"),
+        ({"template_sha256": "c" * 64}, "another chat template than"),
+        ({"weights_sha256": "c" * 64, "template_sha256": "c" * 64}, "weights and chat template"),
+        ({"weights_sha256": None}, None),
+        ({"revision": "c0ffee"}, None),
+    ],
+)
+def test_a_model_is_another_one_where_both_sides_know_a_hash_and_they_differ(change, what, caplog):
+    facts = {"model": "org/model", **HASHES, **change}
+    if what is None:
+        check_model(HASHES, facts)
+    else:
+        with pytest.raises(InputError, match=what):
+            check_model(HASHES, facts)
+        check_model(HASHES, facts, any_model=True)
+    assert (what is not None) == ("may mean nothing" in caplog.text)
+    check_model({}, facts)
+
+
+def test_another_commit_of_a_hub_model_is_another_model():
+    facts = {"model": "org/model", "revision": "c0ffee"}
+    with pytest.raises(InputError, match="another commit"):
+        check_model({"revision": "decade"}, facts)

@@ -1,0 +1,183 @@
+"""Command lines: flags become arguments, and a user's mistake is one line."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cli import cli
+from files import InputError
+
+
+def call(
+    main: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    line: str,
+    short: str | None = None,
+) -> tuple[int, str]:
+    """Run a function as a script with a command line; its status and what stands on stderr."""
+    monkeypatch.setattr(sys, "argv", ["script.py", *line.split()])
+    try:
+        cli(main, short)
+        status = 0
+    except SystemExit as end:
+        status = end.code
+    return status, capsys.readouterr().err
+
+
+DEFAULTS = {"ranks": (1,), "alpha": (0.0,), "users": (), "few_shot": 9, "learning_rate": 0.1,
+            "embed": True, "quiet": False, "name": None}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("", {}),
+        ("--few-shot 3 --learning_rate=.5", {"few_shot": 3, "learning_rate": 0.5}),
+        ("--few_shot=3 --learning-rate 1e-3", {"few_shot": 3, "learning_rate": 1e-3}),
+        ("--ranks 0 1 5", {"ranks": (0, 1, 5)}),
+        ("--ranks 7", {"ranks": (7,)}),
+        ("--ranks=[0,2]", {"ranks": (0, 2)}),
+        ("--alpha 0 1e4 --name=x", {"alpha": (0.0, 1e4), "name": "x"}),
+        ("--users 123 456", {"users": ("123", "456")}),
+        ("--users 0x1F 1e3 null true user-7 1_000",
+         {"users": ("0x1F", "1e3", "null", "true", "user-7", "1_000")}),
+        ("--embed --quiet=true", {"embed": True, "quiet": True}),
+        ("--quiet --few-shot 2", {"quiet": True, "few_shot": 2}),
+        ("--embed false --few-shot -2", {"embed": False, "few_shot": -2}),
+        ("--name 12", {"name": "12"}),
+        ("--run 12", {"name": "12"}),
+    ],
+)  # fmt: skip
+def test_flags_become_arguments(monkeypatch, capsys, line, expected):
+    given = {}
+
+    def main(
+        ranks: tuple[int, ...] = (1,),
+        alpha: tuple[float, ...] = (0.0,),
+        users: tuple[str, ...] = (),
+        few_shot: int = 9,
+        learning_rate: float = 0.1,
+        embed: bool = True,
+        quiet: bool = False,
+        name: str | None = None,
+    ) -> None:
+        """Nothing."""
+        given.update(locals())
+
+    status, err = call(main, monkeypatch, capsys, line)
+    assert status == 0, err
+    assert {name: given[name] for name in DEFAULTS} == {**DEFAULTS, **expected}
+    assert {type(x) for x in given["alpha"]} == {float}
+
+
+@dataclass(frozen=True)
+class Lore:
+    """Settings of a method.
+
+    Args:
+        ranks: Ranks.
+        iterations: Steps.
+        select_rank: Choose.
+    """
+
+    ranks: tuple[int, ...] = (5,)
+    iterations: int = 1000
+    select_rank: bool = False
+
+
+GIVEN = Lore((2, 3))
+
+
+def grouped(monkeypatch, capsys, line: str) -> tuple[int, str, dict[str, Any]]:
+    """A command with a group of flags: its status, stderr and arguments."""
+    given: dict[str, Any] = {}
+
+    def main(lore: Lore = GIVEN, shots: tuple[int, ...] = (1,)) -> None:
+        """Nothing.
+
+        Args:
+            lore: a group.
+            shots: a flag of the script's own.
+        """
+        given.update(lore=lore, shots=shots)
+
+    status, err = call(main, monkeypatch, capsys, line, "lore")
+    return status, err, given
+
+
+@pytest.mark.parametrize(
+    ("line", "lore", "shots"),
+    [
+        ("", Lore((2, 3)), (1,)),
+        ("--ranks 0 1 5", Lore((0, 1, 5)), (1,)),
+        ("--lore.ranks 0 1 5", Lore((0, 1, 5)), (1,)),
+        ("--ranks=4 --shots 2 4 --lore.iterations=7", Lore((4,), 7), (2, 4)),
+        ("--select-rank --iterations 7", Lore((2, 3), 7, True), (1,)),
+        ("--lore.select_rank --lore.iterations 7", Lore((2, 3), 7, True), (1,)),
+    ],
+)
+def test_a_groups_flags_may_go_without_its_name(monkeypatch, capsys, line, lore, shots):
+    status, err, given = grouped(monkeypatch, capsys, line)
+    assert status == 0, err
+    assert given == {"lore": lore, "shots": shots}
+
+
+def test_a_config_file_gives_way_to_flags(monkeypatch, capsys, tmp_path: Path):
+    (tmp_path / "c.yaml").write_text("lore:\n  ranks: [7]\n  iterations: 9\nshots: [3]\n")
+    status, err, given = grouped(monkeypatch, capsys, f"--config {tmp_path}/c.yaml --iterations 8")
+    assert status == 0, err
+    assert given == {"lore": Lore((7,), 8), "shots": (3,)}
+
+
+@pytest.mark.parametrize(
+    ("line", "word"),
+    [("--bogus 3", "--bogus"), ("--few-shot three", "few_shot"), ("--few-shot 1 2", "2"),
+     ("--ranks 0 one", "ranks"), ("--ranks", "--ranks"), ("stray", "stray")],
+)  # fmt: skip
+def test_what_no_flag_takes_is_refused(monkeypatch, capsys, line, word):
+    def main(few_shot: int = 9, ranks: tuple[int, ...] = (1,)) -> None:
+        """Nothing."""
+        raise AssertionError("not to be reached")
+
+    status, err = call(main, monkeypatch, capsys, line)
+    assert status == 2 and word in err
+
+
+@pytest.mark.parametrize("line", ["--bogus 1", "--lore.bogus 1", "--iterations many"])
+def test_what_no_flag_of_a_group_takes_is_refused(monkeypatch, capsys, line):
+    status, err, given = grouped(monkeypatch, capsys, line)
+    assert status == 2 and not given
+    assert line.split()[0].strip("-") in err
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (InputError("file.jsonl row 3: no text"), "error: file.jsonl row 3: no text"),
+        (OSError(errno.ENOSPC, "No space left on device", "x.json"),
+         "error: [Errno 28] No space left on device: 'x.json'"),
+    ],
+)  # fmt: skip
+def test_a_users_mistake_is_one_line(monkeypatch, capsys, error, line):
+    def main() -> None:
+        """Nothing."""
+        raise error
+
+    assert call(main, monkeypatch, capsys, "") == (2, line + "\n")
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch, capsys):
+    def main() -> None:
+        """Nothing."""
+        raise KeyError("ours")
+
+    with pytest.raises(KeyError, match="ours"):
+        call(main, monkeypatch, capsys, "")

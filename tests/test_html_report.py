@@ -1,0 +1,193 @@
+"""report.html: one file that needs nothing else, seen in a real browser where one is installed."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+import made_results as made
+import reports
+
+HOSTILE = "</script><script>alert(1)</script> & <b>\"bold\" 'x'</b>"
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick() -> Iterator[None]:
+    """Pages without the plots in files of their own, which take longer than the pages."""
+    with mock.patch.object(reports, "write_plots", lambda *_: []):
+        yield
+
+
+def page(folder: Path, results: dict[str, Any]) -> str:
+    """The report of made-up results."""
+    reports.report(made.write(results, folder))
+    return (folder / "report.html").read_text()
+
+
+def with_texts(results: dict[str, Any]) -> dict[str, Any]:
+    """Add facts, a warning, and what the last label likes."""
+    results["settings"]["warning"] = HOSTILE
+    results["seeds"][0]["facts"] = {"personal": "score test: p = 0.2"}
+    text = {"prompt": "Why? " * 100, "response": HOSTILE}
+    fit = results["seeds"][0]["methods"]["lore"]["fits"][-1]
+    fit["likes"] = [{"direction": "1", "most": [text], "least": [text, text]}]
+    return results
+
+
+class Reader(HTMLParser):
+    """What stands in a page, tag by tag."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+    def count(self, tag: str) -> int:
+        return sum(found == tag for found, _ in self.tags)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory, quick: None) -> Path:
+    """A run with everything that a report can show, and a name that means harm."""
+    labels = {**made.LABELS, f"toy {HOSTILE}": ("toy", True, {}, made.LABELS["LoRe K=5"][3])}
+    folder = tmp_path_factory.mktemp("report")
+    results = with_texts(made.results(labels, seeds=2))
+    results["seeds"][0]["users"]["seen"][0] = results["seeds"][1]["users"]["seen"][0] = HOSTILE
+    page(folder, results)
+    return folder / "report.html"
+
+
+def test_the_page_needs_nothing_from_elsewhere(report):
+    found = Reader(report.read_text())
+    for tag, attributes in found.tags:
+        assert tag not in ("link", "iframe", "img", "object", "embed")
+        for name in ("src", "href", "xlink:href"):
+            value = attributes.get(name) or "#"
+            assert value.startswith(("#", "data:image/png;base64,")), value
+    assert "default-src 'none'" in report.read_text()
+
+
+def test_all_that_was_written_is_escaped(report):
+    text = report.read_text()
+    assert HOSTILE not in text and text.count("<script>") == 1
+    assert (
+        text.count(html.escape(HOSTILE).replace("&#x27;", "&#39;").replace("&quot;", "&#34;")) > 5
+    )
+
+
+def test_the_verdict_comes_first_and_every_part_is_there(report):
+    text = report.read_text()
+    parts = re.findall("<h2>(.*)</h2>", text)
+    assert parts[:4] == ["Verdict", "Accuracy and log loss", "Tables", "What was learned"]
+    assert parts[4:] == ["What LoRe K=5 likes", "Users"]
+    assert text.count('class="card earn"') == 4 and "score test: p = 0.2" in text
+    found = Reader(text)
+    assert found.count("table") == 5 and found.count("svg") == 4 + 2 + 2
+    said = " ".join(found.texts)
+    assert said.count("Liked most") == 1 and "Why? …" in said
+
+
+def test_the_tables_say_what_the_text_says(tmp_path):
+    text = page(tmp_path, made.results())
+    markdown = (tmp_path / "table.md").read_text()
+    cells = re.findall(r"\| +([^|]*\[[^|]*\]) +(?=\|)", markdown)
+    assert len(cells) > 60 and all(f"<td>{cell.strip()}</td>" in text for cell in cells)
+
+
+def test_users_are_listed_with_their_accuracy_under_each_method(tmp_path):
+    results = made.results()
+    text = page(tmp_path, results)
+    table = text[text.index("<h2>Users") :]
+    accuracy = {
+        r["label"]: r["accuracy"][7]
+        for part in results["seeds"][0]["methods"].values()
+        for r in part["records"]
+        if r["set"] == "seen" and not r["control"]
+    }
+    row = table[table.index("seen-7</th>") :].split("</tr>")[0]
+    shown = ("reference", "BT", "own model", "LoRe K=5")
+    expected = ["seen", *(f"{100 * accuracy[label]:.1f}" for label in shown)]
+    assert re.findall("<td>(.*)</td>", row) == expected
+
+
+def test_a_page_is_the_same_whenever_it_is_made(tmp_path):
+    results = made.results(sweep=True)
+    assert page(tmp_path, results) == page(tmp_path, results)
+
+
+def test_where_nothing_is_personal_the_page_says_so(tmp_path):
+    labels = {name: made.LABELS[name] for name in ("reference", "BT")}
+    assert "No personal method was fitted" in page(tmp_path, made.results(labels))
+
+
+# -------------------------------------------------------------------- A browser
+
+
+def browse(url: Path, profile: Path, *flags: str) -> str:
+    """What a real browser prints."""
+    command = [BROWSER, *FLAGS, f"--user-data-dir={profile}", *flags, f"file://{url}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_shows_the_page_within_its_width_and_sorts_its_tables(report, tmp_path, width):
+    script = """<script>addEventListener("load", () => {
+      const table = document.querySelector("table"), column = table.tHead.rows[0].cells[1];
+      const read = () => [...table.tBodies[0].rows].map(row => row.cells[1].textContent).join("|");
+      const orders = [read()];
+      for (let i = 0; i < 3; i++) { column.firstElementChild.click(); orders.push(read()); }
+      const {scrollWidth, clientWidth} = document.documentElement;
+      parent.postMessage({scrollWidth, clientWidth, orders}, "*");
+    });</script>"""
+    inner, outer = tmp_path / "inner.html", tmp_path / "outer.html"
+    inner.write_text(report.read_text().replace("</body>", script + "</body>"))
+    outer.write_text(
+        f"<iframe src='inner.html' style='width:{width}px;height:800px;border:0'></iframe>"
+        "<pre></pre><script>addEventListener('message', event => {"
+        "document.querySelector('pre').textContent = JSON.stringify(event.data)})</script>"
+    )
+    flags = "--allow-file-access-from-files", "--virtual-time-budget=5000", "--dump-dom"
+    dom = browse(outer, tmp_path / "profile", f"--window-size={width + 100},900", *flags)
+    told = json.loads(html.unescape(re.search("<pre>(.*?)</pre>", dom, re.DOTALL)[1]))
+    assert told["scrollWidth"] == told["clientWidth"] >= width - 20  # nothing sticks out
+    first, falling, rising, again = (
+        [float(cell.split()[0]) for cell in order.split("|")] for order in told["orders"]
+    )
+    assert falling == sorted(first, reverse=True) != first
+    assert rising == sorted(first) and again == first
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+def test_a_browser_draws_the_page(report, tmp_path):
+    picture = tmp_path / "page.png"
+    browse(report, tmp_path / "profile", "--window-size=1280,2000", f"--screenshot={picture}")
+    assert picture.stat().st_size > 50_000

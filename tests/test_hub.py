@@ -1,0 +1,354 @@
+"""Every default source and model comes from the hub; and what can go wrong on the way."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import cli
+import embeddings
+import hub as hub_module
+import models
+import preparing
+import running
+import worlds
+from files import InputError
+from hub import Hub
+
+pytestmark = pytest.mark.slow
+
+MODEL = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"  # the scripts' default
+PERSONALLLM = "namkoong-lab/PersonalLLM"
+TLDR = "openai/summarize_from_feedback"
+PRISM = "HannahRoseKirk/prism-alignment"
+COMMUNITY = "facebook/community-alignment-dataset"
+REWARDBENCH = "allenai/reward-bench-2"
+TABLES = ("comparisons.parquet", "conversations.parquet", "scores.safetensors", "prepare.json")
+CARD = """---
+configs:
+- config_name: survey
+  data_files: survey.jsonl
+- config_name: conversations
+  data_files: conversations.jsonl
+---
+"""
+
+
+class Hubbed(NamedTuple):
+    """What a hub offered, and how the scripts that were run on it ended."""
+
+    hub: Hub
+    folder: Path
+    online: dict[str, running.Outcome]
+    offline: dict[str, running.Outcome]
+    between: int  # requests before the hub could no longer be reached
+
+
+# -------------------------------------------------------------------------- What is there
+
+
+def publish(hub: Hub, folder: Path) -> None:
+    """What the scripts ask for by default, and repositories with something wrong."""
+    publish_datasets(hub, folder)
+    hub.add("models", MODEL, models.tiny_llama(folder / "model", vocab_size=200_000))  # 26 MB
+    hub.add("models", MODEL, models.tiny_llama(folder / "older", seed=1), "v0.1")
+    hub.add("models", "somebody/flaky", models.tiny_llama(folder / "flaky", seed=2))
+    hub.add("models", "somebody/gated", folder / "flaky")
+    own = [
+        {"user": f"u{i % 4}", "prompt": f"p{i // 4}", "chosen": "good", "rejected": "bad"}
+        for i in range(40)
+    ]
+    worlds.write(folder / "flaky-data" / "train.jsonl", own)
+    hub.add("datasets", "somebody/flaky-data", folder / "flaky-data")
+    hub.add("datasets", "somebody/gated-data", folder / "flaky-data")
+    hub.gated = {"somebody/gated", "somebody/gated-data"}
+    # The client tries six times to go on; the seventh request comes from the next run.
+    hub.cut = {"somebody/flaky/model.safetensors": 6, "somebody/flaky-data/train.jsonl": 6}
+    hub.cut[f"{MODEL}/model.safetensors"] = 1
+
+
+def publish_datasets(hub: Hub, folder: Path) -> None:
+    """The datasets in the layouts of their repositories."""
+    raw = folder / "raw"
+    worlds.personalllm(raw / "PersonalLLM", train=6, test=3)
+    worlds.tldr(raw / "RedditTLDR", workers=4, annotations=50)
+    worlds.prism(raw / "PRISM")
+    worlds.community(raw / "CommunityAlignment", annotators=4, conversations=20)
+    tables = [
+        (PERSONALLLM, "PersonalLLM/train.parquet", "data/train-00000-of-00001"),
+        (PERSONALLLM, "PersonalLLM/test.parquet", "data/test-00000-of-00001"),
+        (TLDR, "RedditTLDR/train.jsonl.gz", "comparisons/train/0000"),
+        (TLDR, "RedditTLDR/validation.jsonl.gz", "comparisons/validation/0000"),
+        (COMMUNITY, "CommunityAlignment/train.parquet", "data/train-00000-of-00001"),
+    ]
+    for name, table, path in tables:
+        worlds.write(folder / name / f"{path}.parquet", worlds.read(raw / table))
+    worlds.write(folder / REWARDBENCH / "data/test-00000-of-00001.parquet", rewardbench_rows())
+    shutil.copytree(raw / "PRISM", folder / PRISM)
+    (folder / PRISM / "README.md").write_text(CARD)
+    for name in (PERSONALLLM, COMMUNITY, REWARDBENCH, PRISM):
+        hub.add("datasets", name, folder / name)
+    hub.add("datasets", TLDR, folder / TLDR, "refs/convert/parquet")
+
+
+def rewardbench_rows() -> list[dict]:
+    """A row of each subset of RewardBench 2 but Ties, and a pair of Ties."""
+    names = ["Factuality", "Precise IF", "Math", "Safety", "Focus"]
+    shapes = [(name, str(i), 1, 3) for i, name in enumerate(names)]
+    shapes += [("Ties", "ref:0", 1, 3), ("Ties", "tied:0", 2, 3)]
+    return [
+        {
+            "id": name,
+            "prompt": f"{subset} {name}?",
+            "chosen": [f"good {i}" for i in range(correct)],
+            "rejected": [f"bad {i}" for i in range(wrong)],
+            "num_correct": correct,
+            "num_incorrect": wrong,
+            "total_completions": correct + wrong,
+            "models": ["someone"],
+            "subset": subset,
+            "additional_metadata": None,
+        }
+        for subset, name, correct, wrong in shapes
+    ]
+
+
+# -------------------------------------------------------------------------- What is run
+
+
+def online_jobs(out: Path) -> dict[str, tuple[str, running.Flags]]:
+    """Scripts with their default sources and models, then with mistakes; name -> job."""
+    quiet = {"progress": "false"}
+
+    def own(name: str, **settings: str) -> tuple[str, running.Flags]:
+        where = {"out": out / name, "source": "somebody/flaky-data"}
+        return "OwnData/prepare.py", {**where, **quiet, **settings}
+
+    def llm(name: str, **settings: str) -> tuple[str, running.Flags]:
+        return "PersonalLLM/prepare.py", {"out": out / name, **quiet, **settings}
+
+    return {
+        "PersonalLLM": llm("PersonalLLM"),
+        "RedditTLDR": ("RedditTLDR/prepare.py", {"out": out / "RedditTLDR", **quiet}),
+        "PRISM": ("PRISM/prepare.py", {"out": out / "PRISM"}),
+        "PRISM embeddings": (
+            "PRISM/generate-prism-embeddings.py",
+            {"data": out / "PRISM", **quiet},
+        ),
+        "CommunityAlignment": (
+            "CommunityAlignment/prepare.py",
+            {"out": out / "CommunityAlignment", **quiet},
+        ),
+        "RewardBench 2": (
+            "PRISM/eval_rb2.py",
+            {"results": out / "rb2", "embeddings": out / "rb2" / "embeddings", **quiet},
+        ),
+        "pinned": llm("pinned", revision="v0.1"),
+        "no such revision": llm("none", revision="v9"),
+        "no such model": llm("none", model="somebody/typo"),
+        "gated model": llm("none", model="somebody/gated"),
+        "cut data": own("none"),
+        "cut model": own("none", model="somebody/flaky"),
+        "resumed": own("own", model="somebody/flaky"),
+        "no such dataset": own("none", source="somebody/typo"),
+        "gated dataset": own("none", source="somebody/gated-data"),
+    }
+
+
+def offline_jobs(out: Path) -> dict[str, tuple[str, running.Flags]]:
+    """Again what is in the cache, and what is not."""
+    jobs = online_jobs(out)
+    wanted = ["PersonalLLM", "RedditTLDR", "no such model", "no such dataset"]
+    return {name: jobs[name] for name in wanted}
+
+
+def client(
+    jobs: dict[str, tuple[str, running.Flags]], file: Path, env: dict[str, str]
+) -> dict[str, running.Outcome]:
+    """Run the jobs in one process of their own."""
+    script = Path(__file__).with_name("hub_client.py")
+    file.write_text(json.dumps(list(jobs.values()), default=str))
+    command = [sys.executable, str(script), str(file)]
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    outcomes = (running.Outcome(*outcome) for outcome in json.loads(file.read_text()))
+    return dict(zip(jobs, outcomes, strict=True))
+
+
+@pytest.fixture(scope="module")
+def hubbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hubbed]:
+    """Everything is run once: with the hub, and again with its cache alone."""
+    folder = tmp_path_factory.mktemp("hub")
+    with hub_module.serve() as hub:
+        publish(hub, folder)
+        online = client(online_jobs(folder / "out"), folder / "jobs.json", hub.env(folder / "home"))
+        between = len(hub.asked)
+        env = hub.env(folder / "home", HF_HUB_OFFLINE="1")
+        offline = client(offline_jobs(folder / "again"), folder / "jobs.json", env)
+        yield Hubbed(hub, folder, online, offline, between)
+
+
+def store(hubbed: Hubbed, name: str) -> embeddings.Store:
+    """What a job embedded."""
+    return embeddings.open_store(hubbed.folder / "out" / name / "embeddings")
+
+
+# ------------------------------------------------------------------------- The good way
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("PersonalLLM", {"embed": False}),
+        ("RedditTLDR", {"embed": False}),
+        ("PRISM", {}),
+        ("CommunityAlignment", {"embed": False}),
+    ],
+)
+def test_default_sources_give_what_local_files_give(hubbed, tmp_path, name, settings):
+    assert hubbed.online[name].status == 0, hubbed.online[name].err
+    info = worlds.prepare(name, hubbed.folder / "raw" / name, tmp_path, **settings)
+    made = preparing.read_info(hubbed.folder / "out" / name)
+    assert made["data_sha256"] == info["data_sha256"]
+    embedded = store(hubbed, name)
+    embedded.check(preparing.read_conversations(tmp_path))
+    assert embedded.manifest["model"] == MODEL
+    assert embedded.manifest["revision"] == hub_module.commit(hubbed.folder / "model")
+
+
+def test_reddit_tldr_comes_from_the_parquet_conversion(hubbed):
+    asked = [line for line in hubbed.hub.asked if "/summarize_from_feedback" in line]
+    assert any("refs%2Fconvert%2Fparquet" in line for line in asked)
+
+
+def test_reward_bench_2_is_scored(hubbed):
+    outcome = hubbed.online["RewardBench 2"]
+    assert outcome.status == 0, outcome.err
+    assert "Factuality" in outcome.out
+    assert (hubbed.folder / "out" / "rb2" / "scores.csv").exists()
+
+
+def test_a_revision_is_pinned(hubbed):
+    assert hubbed.online["pinned"].status == 0, hubbed.online["pinned"].err
+    pinned, latest = (store(hubbed, name) for name in ("pinned", "PersonalLLM"))
+    assert pinned.manifest["revision"] == hub_module.commit(hubbed.folder / "older")
+    assert latest.manifest["revision"] == hub_module.commit(hubbed.folder / "model")
+    some = torch.arange(3)
+    assert not pinned.rows(some).allclose(latest.rows(some))
+
+
+def test_a_connection_that_is_cut_goes_on_where_it_was(hubbed):
+    downloads = [
+        line for line in hubbed.hub.asked if line.startswith("GET") and "model.safetensors" in line
+    ]
+    ours = [line for line in downloads if MODEL in line]
+    commit = hub_module.commit(hubbed.folder / "model")
+    whole, rest, *more = [line for line in ours if commit in line]
+    assert "bytes=" not in whole and "bytes=10485760-" in rest  # the client keeps whole chunks
+    assert not more
+
+
+def test_only_the_projects_own_messages_are_printed(hubbed):
+    """The first job's messages: requests are logged by the hub's library as information."""
+    assert "HTTP Request" not in hubbed.online["PersonalLLM"].err
+    assert "embedding method" in hubbed.online["PersonalLLM"].err
+
+
+@pytest.mark.parametrize(
+    ("path", "level", "is_shown"),
+    [
+        ("embeddings.py", logging.INFO, True),
+        ("PRISM/eval_rb2.py", logging.INFO, True),
+        (".venv/lib/python3.11/site-packages/httpx/_client.py", logging.INFO, False),
+        ("env/lib/python3.11/site-packages/httpx/_client.py", logging.WARNING, True),
+        ("../elsewhere/httpx/_client.py", logging.INFO, False),
+    ],
+)
+def test_libraries_within_the_project_are_not_the_project(path, level, is_shown):
+    record = logging.LogRecord("name", level, str(cli.ROOT / path), 1, "message", None, None)
+    assert cli.is_shown(record) == is_shown
+
+
+# --------------------------------------------------------------------- What goes wrong
+
+
+def assert_one_line(outcome: running.Outcome, *words: str) -> None:
+    """Status 2 and, last, one line with these words."""
+    assert outcome.status == 2, outcome
+    lines = outcome.err.splitlines()
+    assert lines[-1].startswith("error: ") and "Traceback" not in outcome.err
+    assert sum(line.startswith("error: ") for line in lines) == 1
+    for word in words:
+        assert word in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("job", "words"),
+    [
+        ("no such revision", [MODEL, "v9"]),
+        ("no such model", ["somebody/typo"]),
+        ("gated model", ["somebody/gated", "gated"]),
+        ("no such dataset", ["--source somebody/typo", "give a file"]),
+        ("gated dataset", ["--source somebody/gated-data", "gated", "hf auth login"]),
+        ("cut data", ["--source somebody/flaky-data"]),
+        ("cut model", ["somebody/flaky"]),
+    ],
+)
+def test_what_cannot_be_downloaded_is_one_clear_line(hubbed, job, words):
+    assert_one_line(hubbed.online[job], *words)
+
+
+def test_nothing_half_written_is_believed(hubbed):
+    """The runs after a cut one find its leavings in the cache."""
+    assert hubbed.online["resumed"].status == 0, hubbed.online["resumed"].err
+    made = hubbed.folder / "out" / "own"
+    assert preparing.read_info(made)["counts"]["comparisons"] == 40
+    talks, local = preparing.read_conversations(made), str(hubbed.folder / "flaky")
+    plain = embeddings.embed(talks, hubbed.folder / "plain", model=local, progress=False)
+    some = torch.arange(len(talks))
+    assert len(talks) == 20 and plain.rows(some).equal(store(hubbed, "own").rows(some))
+    with pytest.raises(InputError, match="no finished embeddings"):
+        embeddings.open_store(hubbed.folder / "out" / "none" / "embeddings")
+
+
+def test_a_wrong_model_is_noticed_before_the_data_are_downloaded(hubbed):
+    before = [line for line in hubbed.hub.asked[: hubbed.between] if "somebody/typo" in line]
+    assert before  # the model was asked for
+    assert "reading" not in hubbed.online["no such model"].err
+    assert "train prompts" not in hubbed.online["no such model"].out
+
+
+# ----------------------------------------------------------------------------- Offline
+
+
+@pytest.mark.parametrize("name", ["PersonalLLM", "RedditTLDR"])
+def test_a_warm_cache_is_enough_without_the_hub(hubbed, name):
+    assert hubbed.offline[name].status == 0, hubbed.offline[name].err
+    one, other = (hubbed.folder / folder / name for folder in ("out", "again"))
+    for table in TABLES:
+        if (one / table).exists():
+            assert (one / table).read_bytes() == (other / table).read_bytes()
+    files = sorted(path.name for path in (one / "embeddings").glob("*.safetensors"))
+    for file in files:
+        assert (one / "embeddings" / file).read_bytes() == (
+            other / "embeddings" / file
+        ).read_bytes()
+    assert files
+
+
+def test_offline_nothing_is_asked_for(hubbed):
+    assert len(hubbed.hub.asked) == hubbed.between
+
+
+@pytest.mark.parametrize("job", ["no such model", "no such dataset"])
+def test_what_is_not_in_the_cache_is_one_clear_line(hubbed, job):
+    assert_one_line(hubbed.offline[job], "somebody/")

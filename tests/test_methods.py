@@ -1,0 +1,208 @@
+"""What every method must do, whatever it is: one test for each line of METHODS."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+import experiments
+import methods
+import planted
+from comparisons import Comparisons, Seed, Users
+from methods.base import Fitted, Task
+
+# Fewer steps where the defaults take long; the same model otherwise.
+QUICK: dict[str, dict[str, Any]] = {"lore": {"ranks": (3,), "iterations": 400}}
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    return planted.task()
+
+
+@pytest.fixture(scope="module", params=list(methods.METHODS))
+def fit(request: pytest.FixtureRequest, task: Task) -> Fitted:
+    """Each method's last fit on users whose tastes differ."""
+    return _method(request.param).fit(task)[-1]
+
+
+def _method(name: str) -> Any:
+    return methods.METHODS[name](**QUICK.get(name, {}))
+
+
+def _accuracy(fit: Fitted, data: Comparisons, state: torch.Tensor) -> float:
+    return float(data.accuracies(fit.logits(fit.view(data), state, data.user)).mean())
+
+
+def _adapted(fit: Fitted, data: Comparisons, seed: Seed = 0) -> torch.Tensor:
+    return fit.adapt(fit.view(data), data, seed)
+
+
+def test_a_fit_says_what_it_is(fit: Fitted, task: Task):
+    assert fit.label
+    assert fit.users.shape == (task.train.num_users, len(fit.nobody))
+    about = fit.describe()
+    assert about["note"] and about["parameters"] > 0
+
+
+def test_own_state_beats_nobodys_and_anothers(fit: Fitted, task: Task):
+    if not fit.personal or fit.label == "PEBS":
+        pytest.skip("nothing personal that accuracy could show")
+    for data, own in ((task.seen, fit.users), (task.unseen, _adapted(fit, task.few))):
+        accuracy = _accuracy(fit, data, own)
+        assert accuracy > _accuracy(fit, data, fit.nobody.expand_as(own)) + 0.02
+        assert accuracy > _accuracy(fit, data, own.roll(1, 0)) + 0.02
+
+
+def test_no_shots_give_nobodys_state(fit: Fitted, task: Task):
+    counts = task.few.counts.clone()
+    counts[[0, 3]] = 0
+    keep = (task.few.user != 0) & (task.few.user != 3)
+    some = Users(counts, task.few.weight[keep])
+    state = fit.adapt(fit.view(task.few)[keep.nonzero()[:, 0]], some, 0)
+    torch.testing.assert_close(state[[0, 3]], fit.nobody.expand(2, -1).to(state))
+    assert state.isfinite().all()
+    if fit.personal:
+        assert not torch.allclose(state[1], fit.nobody.to(state), atol=1e-3)
+
+
+def test_the_order_of_users_and_comparisons_and_the_seed_do_not_matter(fit: Fitted, task: Task):
+    few, g = task.few, torch.Generator().manual_seed(1)
+    users = torch.randperm(few.num_users, generator=g)
+    rows = [(few.user == u).nonzero()[:, 0] for u in users.tolist()]
+    rows = torch.cat([row[torch.randperm(len(row), generator=g)] for row in rows])
+    view = fit.view(few)
+    again = fit.adapt(view[rows], few.pick(rows, few.counts[users]), 7)
+    held = task.unseen
+    one = fit.logits(fit.view(held), _adapted(fit, few), held.user)
+    other = fit.logits(fit.view(held), again[users.argsort()], held.user)
+    assert float(((one > 0) == (other > 0)).double().mean()) > 0.97
+
+
+def test_swapped_labels_mirror_the_accuracy(fit: Fitted, task: Task):
+    flipped = task.seen.flipped(torch.ones(len(task.seen), dtype=torch.bool))
+    logits = fit.logits(fit.view(task.seen), fit.users, task.seen.user)
+    mirrored = fit.logits(fit.view(flipped), fit.users, task.seen.user)
+    torch.testing.assert_close(mirrored, -logits, rtol=1e-3, atol=1e-4)
+
+
+def test_a_method_fits_the_same_twice(fit: Fitted, task: Task, request: pytest.FixtureRequest):
+    name = request.node.callspec.params["fit"]
+    again = _method(name).fit(task)[-1]
+    torch.testing.assert_close(again.users, fit.users)
+
+
+# ----------------------------------------------------------------------- A new method
+
+
+@dataclass(frozen=True)
+class Toy:
+    """Each user's mean comparison, added to that of all.
+
+    Args:
+        pull: comparisons that the users' mean counts for.
+    """
+
+    pull: float = 1.0
+
+    def fit(self, task: Task) -> list[Fitted]:
+        """One fit."""
+        return [ToyFit(self, task)]
+
+
+class ToyFit(Fitted):
+    """The state of a user is a direction."""
+
+    def __init__(self, method: Toy, task: Task) -> None:
+        self.label, self.settings, self.pull = "toy", {"pull": method.pull}, method.pull
+        self.nobody = torch.zeros(task.train.num_features)
+        data = task.mine
+        self.nobody = data.features.x.mean(0)
+        self.users = self.adapt(data.features.x, data, 0)
+
+    def view(self, data: Comparisons) -> torch.Tensor:
+        return data.in_memory().features.x
+
+    def adapt(self, view: torch.Tensor, users: Users, seed: Seed) -> torch.Tensor:
+        total = users.sum(view) + self.pull * self.nobody
+        return total / (users.counts[:, None] + self.pull)
+
+    def logits(self, view: torch.Tensor, state: torch.Tensor, user: torch.Tensor) -> torch.Tensor:
+        return (view * state[user]).sum(1)
+
+    def describe(self) -> dict[str, Any]:
+        return {"note": "means of comparisons", "parameters": self.users.numel()}
+
+
+class Made:
+    """What experiments need of a dataset, made from a planted task."""
+
+    dataset, info = "Made", {}
+
+    def conversations(self) -> list[Any]:
+        talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        return [talk] * planted.ROWS
+
+    class store:  # noqa: N801
+        manifest = {"model": "none"}
+
+    def facts(self) -> dict[str, Any]:
+        about = {"prepared": {}, "embeddings": {"model": "none"}, "unit": "comparisons"}
+        return {"dataset": self.dataset, "warning": None, **about}
+
+    def reference(self, which: str) -> torch.Tensor:
+        return planted.task().reference
+
+    def task(self, seed: int, *_: Any) -> Task:
+        return planted.task(users=12, shots=12, held_out=10, seed=seed)
+
+
+@pytest.fixture
+def settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Settings with the toy method registered: the one line that a new method takes."""
+    monkeypatch.setitem(methods.METHODS, "toy", Toy)
+    fields = [(n, m, dataclasses.field(default=m())) for n, m in methods.METHODS.items()]
+    made = dataclasses.make_dataclass("Settings", fields, bases=(experiments.Common,))
+    lore = methods.METHODS["lore"](ranks=(2,), iterations=20, few_shot_iterations=20)
+    return made(methods=("lore", "toy"), lore=lore, results=tmp_path, name="run", progress=False)
+
+
+def test_a_new_method_appears_everywhere(settings: Any, tmp_path: Path):
+    text = experiments.train_basis(Made(), settings)
+    folder = tmp_path / "Made" / "run"
+    frame = pd.read_csv(folder / "results.csv")
+    assert {"", "nobody's", "another's", "shuffled"} <= set(
+        frame.loc[frame.label == "toy", "control"].fillna("")
+    )
+    lines = text.splitlines()
+    assert any(line.startswith("| toy ") for line in lines)
+    assert any(line.startswith("| toy minus BT") for line in lines)
+    assert any(line.startswith("| toy minus nobody") for line in lines)
+    assert any(line.startswith("- toy, seen users") for line in lines)
+    assert (folder / "accuracy.png").stat().st_size > 10_000
+
+
+def test_a_new_method_appears_in_sweeps(settings: Any, tmp_path: Path):
+    text = experiments.vary_fewshot(Made(), settings, shots=[0, 2, 8], trials=2)
+    frame = pd.read_csv(tmp_path / "Made" / "run" / "results.csv")
+    own = frame[(frame.label == "toy") & frame.control.isna() & (frame.set == "unseen")]
+    assert own.shots.tolist() == [0, 2, 8]
+    assert any(line.startswith("- toy, unseen users") for line in text.splitlines())
+
+
+def test_an_added_method_is_all_that_is_fitted(settings: Any, monkeypatch: pytest.MonkeyPatch):
+    first = dataclasses.replace(settings, methods=("lore",))
+    experiments.train_basis(Made(), first)
+
+    def refuse(self: Any, task: Task) -> None:
+        raise AssertionError("fitted again")
+
+    monkeypatch.setattr(methods.METHODS["lore"], "fit", refuse)
+    monkeypatch.setattr(methods.METHODS["lore"], "fit_shared", refuse)
+    assert "| toy " in experiments.train_basis(Made(), settings)

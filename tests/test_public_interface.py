@@ -1,0 +1,172 @@
+"""What scripts written for the public code's utils.py call: names, order of results, draws."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import reference
+import utils
+
+F, USERS = 12, 6
+
+
+@pytest.fixture
+def X() -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return [30 * torch.randn(8, F, generator=g) for _ in range(USERS)]
+
+
+def _one_rank_after_the_other(X, ranks, trials=(), sizes=()):
+    """The plain script: for each rank W, V, then what new users need, from the global seed."""
+    few, test, results = [x[:5] for x in X], [x[5:] for x in X], []
+    for K in ranks:
+        logits, V = torch.randn(USERS, K), torch.randn(F, K)
+        logits, V, _ = reference.joint(X, logits, V, 20, 0.5)
+        if not sizes:
+            start = [torch.randn(K) for _ in X] if K > 1 else None
+            w = reference.few_shot(few, V, start, 15, 0.1) if K > 1 else [torch.ones(1)] * USERS
+            results.append([reference.accuracy(x, V, u) for x, u in zip(test, w, strict=True)])
+        for size in sizes:
+            means = []
+            for _ in range(trials):
+                some = [x[torch.randperm(len(x))[:size]] for x in few]
+                start = [torch.randn(K) for _ in X]
+                w = reference.few_shot(some, V, start, 15, 0.1)
+                accuracies = [
+                    [reference.accuracy(x, V, u) for x, u in zip(part, w, strict=True)]
+                    for part in (some, test)
+                ]
+                means.append(np.mean(accuracies, 1))
+            results.append((np.mean(means, 0), np.std(means, 0)))
+    return results
+
+
+def test_ranks_of_one_run_draw_as_if_fitted_one_after_the_other(X):
+    few, test, ranks = [x[:5] for x in X], [x[5:] for x in X], [3, 1, 2, 4]
+    torch.manual_seed(3)
+    result = utils.run(ranks, [0.0], None, X, test, few, test, USERS, USERS, "cpu",
+                       num_iterations=20, few_shot_iterations=15, progress=False)  # fmt: skip
+    torch.manual_seed(3)
+    expected = _one_rank_after_the_other(X, ranks)
+    assert result.unseen == pytest.approx([np.mean(row) for row in expected])
+    assert result[3] is result.unseen and result[7] is result.unseen_std
+    assert result.unseen_std == pytest.approx([np.std(row) for row in expected])
+
+
+def test_the_sweep_returns_means_and_spreads_in_turn_from_the_draws_of_a_plain_loop(X):
+    few, test = [x[:5] for x in X], [x[5:] for x in X]
+    torch.manual_seed(4)
+    shown = utils.run_few_shot_vary_shots(
+        3, [0.0], [3], [2, 4], X, few, test, None, USERS, USERS, "cpu",
+        num_iterations=20, few_shot_iterations=15, progress=False,
+    )  # fmt: skip
+    torch.manual_seed(4)
+    expected = _one_rank_after_the_other(X, [3], 3, [2, 4])
+    few_shot, few_shot_std, unseen, unseen_std = shown
+    assert few_shot == pytest.approx([mean[0] for mean, _ in expected])
+    assert few_shot_std == pytest.approx([std[0] for _, std in expected], abs=1e-6)
+    assert unseen == pytest.approx([mean[1] for mean, _ in expected])
+    assert unseen_std == pytest.approx([std[1] for _, std in expected], abs=1e-6)
+
+
+def test_the_sweep_has_a_row_for_every_alpha_and_rank(X):
+    quick = {"num_iterations": 5, "few_shot_iterations": 5, "progress": False, "generator": 0}
+    direction = torch.ones(F)
+    many = utils.run_few_shot_vary_shots(
+        2, [0.0, 0.1], [1, 2], [1, 3], X, X, X, direction, USERS, USERS, **quick
+    )
+    assert [part.shape for part in many] == [(4, 2)] * 4
+
+
+def test_populations_take_an_array_of_concentrations():
+    W = utils.generate_popupulation(np.array([5.0, 0.01, 0.01, 5.0]), 300)
+    assert W.shape == (300, 4)
+    torch.testing.assert_close(W.sum(1), torch.ones(300))
+    assert W[:, [0, 3]].sum(1).mean() > 0.95
+    assert utils.generate_population(0.1 * np.ones(10), 3).shape == (3, 10)
+    assert utils.generate_population(0.1, 3).shape == (3, 10)
+    torch.manual_seed(1)
+    again = utils.generate_population(0.1, 3)
+    torch.manual_seed(1)
+    torch.testing.assert_close(utils.generate_population(0.1, 3), again)
+
+
+def test_users_are_simulated_from_object_arrays_and_lists():
+    rng = np.random.default_rng(0)
+    rewards = rng.normal(size=(5, 4, 3)).astype(object)
+    features = [[torch.randn(F) for _ in range(4)] for _ in range(5)]
+    W = rng.dirichlet(np.ones(3), 2)
+    chosen = (rewards.astype(float) @ W[1]).argmax(1)
+    rejected = (rewards.astype(float) @ W[1]).argmin(1)
+    one = utils.simulate_user(rewards, features, W[1])
+    expected = [features[p][chosen[p]] - features[p][rejected[p]] for p in range(5)]
+    torch.testing.assert_close(one, torch.stack(expected))
+    population = utils.simulate_population(rewards, features, W)
+    assert population.shape == (2, 5, F)
+    torch.testing.assert_close(population[1], one)
+
+
+@pytest.mark.parametrize(("fraction", "rows"), [(0.5, 3), (0.01, 1), (1.0, 7)])
+def test_a_sparse_tensor_has_the_whole_number_of_rows(fraction, rows):
+    dense = torch.randn(2, 7, F, dtype=torch.float64)
+    sparse = utils.create_sparse_tensor(dense, fraction)
+    assert [x.shape for x in sparse] == [(rows, F)] * 2
+    assert {x.dtype for x in sparse} == {torch.float32}
+
+
+def test_the_current_dialogue_counts_alpha_times(X):
+    V = torch.randn(F, 3)
+    earlier, now = [x[:5] for x in X], [x[5:] for x in X]
+    settings = {"num_iterations": 40, "learning_rate": 0.1}
+    torch.manual_seed(5)
+    weighted = utils.learn_multiple_few_shot_weighted(3.0, earlier, now, V, 40, 0.1)
+    torch.manual_seed(5)
+    repeated = utils.learn_multiple_few_shot(
+        [torch.cat([a, b, b, b]) for a, b in zip(earlier, now, strict=True)], V, **settings
+    )
+    torch.testing.assert_close(torch.stack(weighted), torch.stack(repeated), rtol=0, atol=1e-4)
+    torch.manual_seed(5)
+    without = utils.learn_multiple_few_shot_weighted(0.0, earlier, now, V, 40, 0.1)
+    torch.manual_seed(5)
+    alone = utils.learn_multiple_few_shot(earlier, V, **settings)
+    torch.testing.assert_close(torch.stack(without), torch.stack(alone))
+
+
+def test_solve_is_the_joint_fit_without_a_pull_and_every_user_can_be_fitted_alone(X):
+    torch.manual_seed(6)
+    W, V = utils.solve(X, 2, 10, 0.5)
+    torch.manual_seed(6)
+    expected = utils.LoRe(None, 0, USERS, F, 2, 10, 0.5).train(X)
+    torch.testing.assert_close(V, expected[1])
+    torch.testing.assert_close(W, expected[0])
+    own = utils.solve_multi_reward(X, 20, 0.5)
+    assert [v.shape for v in own] == [(F, 1)] * USERS
+    torch.testing.assert_close(own[2], utils.learn_multiple([X[2]], 20, 0.5)[0])
+
+
+def test_weights_and_bases_can_be_indexed_by_user(X):
+    W, V = utils.LoRe(None, 0, USERS, F, 3, 10, 0.5, generator=0).train(X)
+    assert isinstance(W, torch.Tensor)
+    torch.testing.assert_close(W[4].sum(), torch.tensor(1.0))
+    few = utils.PersonalizeBatch(USERS, F, 3, 10, 0.1).train(X, V)
+    assert isinstance(few, list) and few[4].shape == (3,)
+
+
+def test_a_star_import_brings_what_scripts_use():
+    names: dict[str, object] = {}
+    exec("from utils import *", names)
+    assert names["torch"] is torch and names["np"] is np
+    assert names["nn"] is torch.nn and names["F"] is torch.nn.functional
+    published = [
+        *("LoRe", "LoRe_regularized", "PersonalizeBatch", "run", "run_regularized"),
+        *("run_few_shot_vary_shots", "solve", "solve_regularized", "solve_regularized_simplex"),
+        *("solve_multi_reward", "learn_multiple", "learn_multiple_few_shot"),
+        *("learn_multiple_few_shot_weighted", "learn_single_reward"),
+        *("learn_single_reward_regularized", "evaluate_model", "eval_multiple", "sample_shots"),
+        *("simulate_user", "simulate_population", "generate_population"),
+        *("generate_popupulation", "create_sparse_tensor", "create_dataset_prism"),
+        "create_dataset_prism_shots",
+    ]
+    assert not [name for name in published if name not in names]

@@ -1,0 +1,603 @@
+"""Tables, differences, verdict and plots, made from made-up runs whose truth is known."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import html_report
+import made_results as made
+import plots
+import records
+import reports
+import running
+import summaries
+import verdict
+from files import InputError
+
+TOY = ("toy", True, {"strength": 3.0}, {"train": 0.9, "seen": 0.8, "unseen": 0.77})
+
+
+WRITE_PLOTS = plots.write_plots
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports without plots and pages, which take most of the time and have their own tests."""
+    for module in (plots, reports):
+        monkeypatch.setattr(module, "write_plots", lambda *_: ["no-plot"])
+    monkeypatch.setattr(html_report, "write_report", lambda *_: None)
+    monkeypatch.setattr(reports, "write_report", lambda *_: None)
+
+
+def blocks(text: str) -> dict[str, dict[str, dict[str, str]]]:
+    """Every table of a report by the line above it."""
+    parts = text.split("\n\n")
+    return {
+        above: running.table(f"\n{part}")
+        for above, part in zip(parts, parts[1:], strict=False)
+        if part.startswith("|")
+    }
+
+
+def tables(text: str) -> tuple[dict, dict, dict, dict]:
+    """Accuracy, log loss, and their differences."""
+    found = blocks(text)
+    assert [name.split(" (")[0] for name in found] == [
+        "Accuracy", "Log loss", "Differences of accuracy", "Differences of log loss"
+    ]  # fmt: skip
+    return tuple(found.values())
+
+
+def told(results: dict[str, Any], folder: Path, *labels: str) -> str:
+    return reports.report(made.write(results, folder), labels)
+
+
+def mean(results: dict[str, Any], label: str, name: str, key: str, seed: int = 0) -> np.ndarray:
+    """The users' figures under a label's own states."""
+    return next(
+        np.array(r[key])
+        for part in results["seeds"][seed]["methods"].values()
+        for r in part["records"]
+        if (r["label"], r["control"], r["set"]) == (label, "", name)
+    )
+
+
+def change(results: dict[str, Any], label: str, control: str, accuracy: float) -> None:
+    """Shift a record's accuracies to a mean."""
+    for repeat in results["seeds"]:
+        for part in repeat["methods"].values():
+            for r in part["records"]:
+                if (r["label"], r["control"]) == (label, control):
+                    users = np.array(r["accuracy"])
+                    r["accuracy"] = (users + accuracy - users.mean()).clip(0, 1).tolist()
+
+
+# ----------------------------------------------------------------------- Tables
+
+
+def test_every_label_and_control_has_its_figures_in_the_order_written(tmp_path):
+    results = made.results()
+    accuracy, log_loss, *_ = tables(told(results, tmp_path))
+    controls = [": nobody's state", ": another's state", ": shuffled labels"]
+    expected = ["reference", "BT", "own model"]
+    expected += [f"LoRe K={k}{c}" for k in (2, 5) for c in ("", *controls)]
+    assert list(accuracy) == list(log_loss) == expected
+    for name in ("seen", "unseen", "train"):
+        users = mean(results, "LoRe K=5", name, "accuracy")
+        assert accuracy["LoRe K=5"][name].startswith(f"{100 * users.mean():.1f} [")
+        users = mean(results, "LoRe K=5", name, "log_loss")
+        assert log_loss["LoRe K=5"][name].startswith(f"{users.mean():.3f} [")
+    both = [mean(results, "BT", name, "accuracy").mean() for name in ("seen", "unseen")]
+    assert accuracy["BT"]["overall"].startswith(f"{100 * np.mean(both):.1f} [")
+
+
+def test_the_coin_is_said_beside_the_log_loss(tmp_path):
+    assert any("ln 2 = 0.693" in name for name in blocks(told(made.results(), tmp_path)))
+
+
+def test_a_sweep_has_a_column_for_each_number_of_shots(tmp_path):
+    results = made.results(sweep=True, users=60)
+    text = told(results, tmp_path)
+    accuracy, _, differences, _ = tables(text)
+    assert list(accuracy["BT"]) == ["0 shots", "1 shot", "5 shots", "50 shots"]
+    enough = {"0 shots": "60", "1 shot": "59", "5 shots": "55", "50 shots": "10"}
+    assert accuracy["users with as many"] == enough
+    assert all(re.search(r" \[[\d.]+, [\d.]+\]$", cell) for cell in accuracy["LoRe K=5"].values())
+    assert list(differences["LoRe K=5 minus BT"]) == list(enough)
+    assert "a shot is one of a user's dialogues" in text.splitlines()[0]
+    assert "unseen users at 50 shots" in text
+
+
+def test_users_with_as_many_may_differ_between_repeats(tmp_path):
+    results = made.results(sweep=True, seeds=2)
+    for part in results["seeds"][1]["methods"].values():
+        for r in part["records"]:
+            r["enough"] += 3
+    accuracy, *_ = tables(told(results, tmp_path))
+    assert accuracy["users with as many"]["5 shots"] == "35 to 38"
+
+
+def test_further_measures_have_tables_where_they_were_recorded(tmp_path):
+    results = made.results()
+    for r in results["seeds"][0]["methods"]["lore"]["records"]:
+        r["brier"] = [0.25] * 40
+        r["ece"] = 0.0625
+    found = blocks(told(results, tmp_path))
+    brier = next(table for name, table in found.items() if name.startswith("Brier score"))
+    assert list(brier)[0] == "LoRe K=2" and brier["LoRe K=5"]["seen"] == "0.250 [0.250, 0.250]"
+    error = next(t for name, t in found.items() if name.startswith("Expected calibration"))
+    assert error["LoRe K=5"]["unseen"] == "0.062"
+    head = (tmp_path / "results.csv").read_text().splitlines()[0]
+    assert head.endswith(",brier,ece")
+
+
+def test_repeats_give_a_spread_and_users_count_once(tmp_path):
+    results = made.results()
+    second = copy.deepcopy(results["seeds"][0])
+    second["seed"] = 1
+    for part in second["methods"].values():
+        for r in part["records"]:
+            r["accuracy"] = [max(0.0, a - 0.1) for a in r["accuracy"]]
+    results["seeds"].append(second)
+    first, later = (mean(results, "BT", "seen", "accuracy", seed) for seed in (0, 1))
+    accuracy, *_ = tables(told(results, tmp_path))
+    means = 100 * first.mean(), 100 * later.mean()
+    low, high = summaries.bootstrap((first + later) / 2)  # 40 users, not 80
+    assert accuracy["BT"]["seen"] == (
+        f"{np.mean(means):.1f} ± {np.std(means, ddof=1):.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    )
+
+
+def test_a_user_who_is_in_more_repeats_counts_in_each(tmp_path):
+    samples = [(["a", "b"], np.array([1.0, 0.0])), (["a", "c"], np.array([0.5, 0.0]))]
+    summary = summaries.summarise([samples])
+    assert summary.repeats == [0.5, 0.25] and summary.mean == 0.375
+    assert summary.low < 0.375 < summary.high <= 0.75
+
+
+def test_only_the_labels_asked_for_are_shown_and_the_files_have_all(tmp_path):
+    text = told(made.results(), tmp_path, "LoRe K=5")
+    assert "LoRe K=2" not in text and "LoRe K=5" in text and "own model" in text
+    assert "LoRe K=2" in (tmp_path / "table.md").read_text()
+
+
+def test_facts_and_warnings_come_before_the_figures(tmp_path):
+    results = made.results(seeds=2)
+    results["settings"] |= {"warning": "made up", "reference": "last_linear"}
+    for part, p in zip(results["seeds"], (0.01, 0.4), strict=True):
+        part["facts"] = {"personal": f"score test: p = {p}", "overlap": "no pair is on both sides"}
+    lines = told(results, tmp_path).split("\n\n")[1:6]
+    assert lines[:3] == [
+        "score test: p = 0.01 (seed 0)", "no pair is on both sides", "score test: p = 0.4 (seed 1)",
+    ]  # fmt: skip
+    assert lines[3] == "**WARNING: made up**" and "last_linear" in lines[4]
+
+
+def test_notes_are_told_once_with_how_often(tmp_path):
+    results = made.results(seeds=3)
+    results["seeds"][2]["methods"]["lore"]["fits"][1]["note"] = "another note"
+    text = told(results, tmp_path)
+    assert "- LoRe K=2: a note on LoRe K=2\n" in text
+    assert "- LoRe K=5: a note on LoRe K=5 (2 of 3 repeats)" in text
+    assert "- LoRe K=5: another note (1 of 3 repeats)" in text
+
+
+def test_a_label_with_a_bar_does_not_break_the_table():
+    lines = reports.markdown({"a|b": {"x": "1"}, "c": {}}).splitlines()
+    assert lines[2].startswith("| a\\|b ") and len({len(line) for line in lines}) == 1
+
+
+# -------------------------------------------------------------------- Intervals
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=50))
+def test_an_interval_holds_the_mean_and_stays_within_the_values(values):
+    low, high = summaries.bootstrap(np.array(values))
+    assert min(values) - 1e-6 <= low <= np.mean(values) + 1e-6
+    assert np.mean(values) - 1e-6 <= high <= max(values) + 1e-6
+
+
+@pytest.mark.parametrize("users", [100, 1600, summaries.MOST_RESAMPLED + 1])
+def test_an_interval_is_two_standard_errors_wide(users):
+    values = np.random.default_rng(0).normal(0.6, 0.2, users)
+    low, high = summaries.bootstrap(values)
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / users**0.5, rel=0.1)
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say():
+    rng = np.random.default_rng(1)
+    held = 0
+    for _ in range(400):
+        low, high = summaries.bootstrap(rng.beta(3, 2, 60))
+        held += low <= 0.6 <= high
+    assert 0.92 <= held / 400 <= 0.975
+
+
+def test_a_single_user_has_no_interval(tmp_path):
+    accuracy, *_ = tables(told(made.results(users=1), tmp_path))
+    assert "[" not in accuracy["BT"]["seen"]
+    assert "cannot be told apart" in verdict_of(made.results(users=1), tmp_path)
+
+
+def test_the_average_of_two_sets_varies_less_than_either():
+    rng = np.random.default_rng(0)
+    samples = [[(["x" + str(i) for i in range(50)], rng.normal(0.8, 0.1, 50))],
+               [(["y" + str(i) for i in range(50)], rng.normal(0.4, 0.1, 50))]]  # fmt: skip
+    one, two, both = (summaries.summarise(s) for s in (samples[:1], samples[1:], samples))
+    assert both.mean == pytest.approx((one.mean + two.mean) / 2)
+    assert both.high - both.low == pytest.approx((one.high - one.low) / 2**0.5, rel=0.15)
+
+
+# ------------------------------------------------------------------ Differences
+
+
+def test_differences_are_paired_by_user_over_repeats(tmp_path):
+    results = made.results(seeds=2)
+    *_, differences, losses = tables(told(results, tmp_path))
+    apart = np.mean(
+        [
+            mean(results, "LoRe K=5", "seen", "accuracy", seed)
+            - mean(results, "BT", "seen", "accuracy", seed)
+            for seed in (0, 1)
+        ],
+        axis=0,
+    )
+    low, high = summaries.bootstrap(apart)
+    assert differences["LoRe K=5 minus BT"]["seen"] == (
+        f"{100 * apart.mean():+.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    )
+    assert 100 * (high - low) < 2  # while each of the two alone is uncertain by several points
+    assert losses["LoRe K=5 minus BT"]["seen"].startswith("-0.0")
+
+
+def test_a_users_figures_are_matched_by_name_and_repeat_not_by_place(tmp_path):
+    results = made.results()
+    twin = copy.deepcopy(results)
+    second = copy.deepcopy(results["seeds"][0])
+    second["seed"] = 1
+    second["users"] = {side: names[::-1] for side, names in second["users"].items()}
+    for part in second["methods"].values():
+        for r in part["records"]:
+            r["accuracy"], r["log_loss"] = r["accuracy"][::-1], r["log_loss"][::-1]
+    twin["seeds"].append(second)
+    once, twice = (tables(told(r, tmp_path))[2] for r in (results, twin))
+    assert once == twice
+
+
+def test_every_difference_asked_for_is_there(tmp_path):
+    *_, differences, losses = tables(told(made.results(), tmp_path))
+    against = ("BT", "nobody's state", "another's state", "reference")
+    expected = ["BT minus reference", "own model minus BT", "own model minus reference"]
+    expected += [f"LoRe K={k} minus {other}" for k in (2, 5) for other in against]
+    assert list(differences) == list(losses) == expected
+
+
+def test_no_figure_is_minus_zero(tmp_path):
+    results = made.results(noise=0.0)
+    change(results, "LoRe K=5", "", 0.69997)
+    change(results, "BT", "", 0.7)
+    text = told(results, tmp_path)
+    assert "+0.0 [" in text and not re.search(r"-0\.0+\b(?!\d)", text)
+
+
+# ---------------------------------------------------------------------- Verdict
+
+
+def verdict_of(results: dict[str, Any], folder: Path) -> str:
+    text = told(results, folder)
+    return text[text.index("Verdict") : text.index("\n\nResults, table")]
+
+
+def test_personal_states_earn_where_all_three_are_beaten(tmp_path):
+    lines = verdict_of(made.results(), tmp_path).splitlines()
+    assert [line.split(":")[0] for line in lines[1:]] == [
+        "- LoRe K=5, seen users", "- LoRe K=5, unseen users"
+    ]  # fmt: skip
+    for line in lines[1:]:
+        assert "personal states earn: +" in line
+        assert all(f"against {a}" in line for a in ("BT", "nobody's state", "another's state"))
+
+
+@pytest.mark.parametrize("control", ["nobody's", "another's"])
+def test_one_control_that_is_not_beaten_leaves_it_open(tmp_path, control):
+    results = made.results(noise=0.1)
+    change(results, "LoRe K=5", "", 0.75)
+    change(results, "LoRe K=5", control, 0.745)
+    text = verdict_of(results, tmp_path)
+    assert text.count("personal and shared cannot be told apart: +") == 2
+    assert "earn" not in text and "nothing" not in text
+
+
+def test_personal_states_cost_where_they_are_below_bt(tmp_path):
+    results = made.results()
+    change(results, "LoRe K=5", "", 0.65)
+    assert verdict_of(results, tmp_path).count("personal states cost: -") == 2
+
+
+def test_below_bt_within_the_interval_is_open(tmp_path):
+    results = made.results(noise=0.2)
+    change(results, "LoRe K=5", "", 0.70)
+    change(results, "BT", "", 0.71)
+    assert verdict_of(results, tmp_path).count("cannot be told apart: -") == 2
+
+
+def test_a_log_loss_above_the_coins_is_said(tmp_path):
+    results = made.results()
+    assert "a coin's" not in verdict_of(results, tmp_path)
+    for r in results["seeds"][0]["methods"]["lore"]["records"]:
+        r["log_loss"] = [2.0 + i / 100 for i in range(40)]
+    assert verdict_of(results, tmp_path).count("worse than a coin's 0.693") == 2
+
+
+def chosen(results: dict[str, Any], ranks: list[int]) -> dict[str, Any]:
+    """Add "LoRe, chosen" to every repeat: of rank 1 it is BT, else LoRe K=2."""
+    for repeat, rank in zip(results["seeds"], ranks, strict=True):
+        methods = repeat["methods"]
+        source, label = (("bt", "BT"), ("lore", "LoRe K=2"))[rank > 1]
+        copies = [r for r in methods[source]["records"] if r["label"] == label]
+        methods["lore"]["fits"].append(made.fit("LoRe, chosen", rank > 1, rank=rank))
+        methods["lore"]["records"] += [{**r, "label": "LoRe, chosen"} for r in copies]
+    return results
+
+
+def test_where_rank_one_was_chosen_nothing_is_personal(tmp_path):
+    text = verdict_of(chosen(made.results(), [1]), tmp_path)
+    assert text == "Verdict: LoRe, chosen: rank 1 was chosen: nothing is personal."
+
+
+def test_the_chosen_fit_is_judged_before_the_last(tmp_path):
+    text = verdict_of(chosen(made.results(), [2]), tmp_path)
+    assert text.count("LoRe, chosen, ") == 2 and "K=5" not in text
+
+
+def test_repeats_in_which_rank_one_was_chosen_count_as_no_difference(tmp_path):
+    results = chosen(made.results(seeds=2), [2, 1])
+    *_, differences, _ = tables(told(results, tmp_path))
+    cell = differences["LoRe, chosen minus nobody's state"]["seen"]
+    alone = chosen(made.results(seeds=2), [2, 2])
+    del alone["seeds"][1]
+    *_, differences, _ = tables(told(alone, tmp_path / "alone"))
+    whole = differences["LoRe, chosen minus nobody's state"]["seen"]
+    assert float(cell.split(" [")[0]) == pytest.approx(float(whole.split(" [")[0]) / 2, abs=0.1)
+
+
+def test_without_a_personal_method_there_is_nothing_to_judge(tmp_path):
+    labels = {name: made.LABELS[name] for name in ("reference", "BT", "own model")}
+    assert "no personal method was fitted" in verdict_of(made.results(labels), tmp_path)
+
+
+# -------------------------------------------------------------------------- CSV
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "results.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_csv_has_one_row_for_each_record(tmp_path):
+    results = made.results(seeds=2, sweep=True)
+    told(results, tmp_path)
+    lines = rows(tmp_path)
+    assert list(lines[0])[:11] == [
+        "seed", "method", "label", "control", "set", "shots", "accuracy", "accuracy_low",
+        "accuracy_high", "log_loss", "num_users",
+    ]  # fmt: skip
+    written = [
+        (part["seed"], method, r)
+        for part in results["seeds"]
+        for method, fitted in part["methods"].items()
+        for r in fitted["records"]
+    ]
+    assert len(lines) == len(written)
+    for line, (seed, method, r) in zip(lines, written, strict=True):
+        assert (line["seed"], line["method"], line["label"]) == (str(seed), method, r["label"])
+        assert (line["control"], line["set"]) == (r["control"], r["set"])
+        assert line["shots"] == str(r["shots"]) and line["num_users"] == "40"
+        assert float(line["accuracy"]) == pytest.approx(np.mean(r["accuracy"]))
+        assert float(line["accuracy_low"]) < float(line["accuracy"]) < float(line["accuracy_high"])
+        assert float(line["log_loss"]) == pytest.approx(np.mean(r["log_loss"]))
+        assert float(line["trials_sd"]) == pytest.approx(0.02 / 2**0.5)
+
+
+def test_without_shots_that_column_is_empty(tmp_path):
+    told(made.results(), tmp_path)
+    assert {line["shots"] for line in rows(tmp_path)} == {""}
+
+
+# ------------------------------------------------------------ Any method; plots
+
+
+def drawn(results: dict[str, Any], folder: Path) -> set[str]:
+    """Names in the legends and along the axes of the main plot."""
+    read = records.read_results(made.write(results, folder))
+    panels = plots.measure_panels(read, verdict.judged(read))
+    figure = plots.figure(panels, "a title", "a note", (9, 7))
+    names = {text.get_text() for text in figure.legends[0].get_texts()}
+    return names | {tick.get_text() for axes in figure.axes for tick in axes.get_xticklabels()}
+
+
+@pytest.mark.parametrize("sweep", [False, True])
+def test_a_method_nobody_has_heard_of_appears_everywhere(tmp_path, sweep, monkeypatch):
+    monkeypatch.setattr(reports, "write_plots", WRITE_PLOTS)
+    results = made.results({**made.LABELS, "Toy model": TOY}, sweep=sweep)
+    text = told(results, tmp_path)
+    for table in tables(text)[:2]:
+        assert {"Toy model", "Toy model: nobody's state"} <= set(table)
+    for table in tables(text)[2:]:
+        assert "Toy model minus BT" in table and "Toy model minus another's state" in table
+    assert "Toy model, unseen users" in text[text.index("Verdict") :]
+    assert "Toy model" in text.splitlines()[0]
+    assert "Toy model" in drawn(results, tmp_path)
+    assert "toy" in {line["method"] for line in rows(tmp_path)}
+    main = "shots" if sweep else "accuracy"
+    for name in (main, "training", "spectrum", "states-of-toy-model"):
+        assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+        assert (tmp_path / f"{name}.pdf").read_bytes()[:4] == b"%PDF"
+
+
+def test_the_axis_is_the_one_setting_that_varies(tmp_path):
+    assert records_setting(made.results(), tmp_path) == "rank"
+    assert {"2", "5", "LoRe", "LoRe: nobody's state", "BT"} <= drawn(made.results(), tmp_path)
+    two = {**made.LABELS, "LoRe K=5 again": ("lore", True, {"rank": 5}, TOY[3])}
+    assert records_setting(made.results(two), tmp_path) is None
+    assert {"LoRe K=5 again", "nobody's state"} <= drawn(made.results(two), tmp_path)
+    one = {label: made.LABELS[label] for label in ("reference", "BT", "LoRe K=5")}
+    assert records_setting(made.results(one), tmp_path) is None
+
+
+def records_setting(results: dict[str, Any], folder: Path) -> str | None:
+    return plots.varying_setting(records.read_results(made.write(results, folder)))
+
+
+def test_a_method_keeps_its_colour_whatever_else_is_drawn(tmp_path):
+    crowd = {"Toy model": TOY, **made.LABELS, "Other": ("other", True, {}, TOY[3])}
+    alone = {label: made.LABELS[label] for label in ("reference", "LoRe K=5")}
+    found = [records.read_results(made.write(made.results(s), tmp_path)) for s in (crowd, alone)]
+    first, second = (plots.colour(results, "LoRe K=5") for results in found)
+    assert first == second == pytest.approx((1.0, 0.498, 0.055), abs=0.002)  # orange
+    assert plots.colour(found[0], "Toy model") != first
+    assert plots.marker(found[0], "LoRe K=5") == plots.marker(found[1], "LoRe K=5")
+
+
+def test_marks_of_reference_and_chance_do_not_stretch_the_axis(tmp_path):
+    read = records.read_results(made.write(made.results(sweep=True), tmp_path))
+    panel = plots.measure_panels(read, verdict.judged(read))[0]
+    axes = plots.figure([panel], "", "", (5, 4)).axes[0]
+    assert axes.get_ylim()[0] > 52
+    texts = [text.get_text() for text in axes.texts]
+    assert "chance 50.0 ↓" in texts and any(text.startswith("reference 6") for text in texts)
+
+
+def test_dollars_in_names_are_no_formulas(tmp_path):
+    labels = {**made.LABELS, "a $x^ label": TOY}
+    results = made.results(labels)
+    results["settings"]["dataset"] = "$\\nothing$"
+    read = records.read_results(made.write(results, tmp_path))
+    assert WRITE_PLOTS(tmp_path, read, verdict.judged(read))[0] == "accuracy"
+
+
+# -------------------------------------------------------------- Damage, command
+
+
+def damaged(tmp_path: Path, spoil: Any) -> str:
+    results = made.results()
+    spoil(results)
+    with pytest.raises(InputError) as error:
+        told(results, tmp_path)
+    message = str(error.value)
+    assert str(tmp_path) in message and "\n" not in message
+    return message
+
+
+def first_record(results: dict[str, Any]) -> dict[str, Any]:
+    return results["seeds"][0]["methods"]["bt"]["records"][1]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "word"),
+    [
+        ("accuracy", ["good"] * 40, "'good', no accuracy"),
+        ("accuracy", [float("nan")] + [0.5] * 39, "nan, no accuracy"),
+        ("accuracy", [0.5] * 39 + [70.0], "70.0, no accuracy"),
+        ("accuracy", [0.5] * 39, "39 values for 40 users"),
+        ("accuracy", "0.5", "'accuracy' of seed 0, bt, record 2 (BT) is '0.5'"),
+        ("log_loss", [-1.0] * 40, "-1.0, no log loss"),
+        ("log_loss", None, "'log_loss'"),
+        ("set", "validation", "'validation'"),
+        ("set", "train", "two records"),
+        ("shots", -1, "'shots'"),
+        ("label", "ghost", "'ghost' has records but no fit"),
+        ("control", 3, "'control'"),
+        ("trials", ["x"], "'trials'"),
+    ],
+)
+def test_a_damaged_record_is_one_clear_line(tmp_path, key, value, word):
+    message = damaged(tmp_path, lambda results: first_record(results).update({key: value}))
+    assert word in message and message.endswith("remove the file and run the script again")
+
+
+@pytest.mark.parametrize("key", ["label", "control", "set", "accuracy", "log_loss"])
+def test_a_record_without_a_key_is_one_clear_line(tmp_path, key):
+    assert f"no '{key}'" in damaged(tmp_path, lambda results: first_record(results).pop(key))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "word"),
+    [
+        (lambda r: r.pop("settings"), "'settings'"),
+        (lambda r: r["settings"].update(script="rank_basis"), "rank_basis"),
+        (lambda r: r.update(seeds="none"), "'seeds'"),
+        (lambda r: r["seeds"][0]["users"].update(seen=[1, 2]), "no text"),
+        (lambda r: r["seeds"][0]["users"].update(seen=["u"] * 40), "stands twice"),
+        (lambda r: r["seeds"][0].pop("methods"), "'methods'"),
+        (lambda r: r["seeds"][0]["methods"]["bt"]["fits"][0].pop("personal"), "'personal'"),
+        (lambda r: r["seeds"][0]["methods"]["bt"]["fits"][0].update(losses=["x"]), "'losses'"),
+        (lambda r: r["seeds"][0]["methods"].update(lore=[]), "lore"),
+        (lambda r: r.update(seeds=[]), "no finished repeat"),
+    ],
+)
+def test_a_damaged_file_is_one_clear_line(tmp_path, spoil, word):
+    assert word in damaged(tmp_path, spoil)
+
+
+def test_a_file_of_another_kind_is_one_clear_line(tmp_path):
+    (tmp_path / "results.json").write_text("[1, 2]")
+    with pytest.raises(InputError, match="the file is no object"):
+        reports.report(tmp_path)
+    (tmp_path / "results.json").write_text("{")
+    with pytest.raises(InputError, match="not readable as JSON"):
+        reports.report(tmp_path)
+    with pytest.raises(InputError, match="run the script first"):
+        reports.report(tmp_path / "nowhere")
+
+
+def test_the_command_makes_everything_anew_and_puts_runs_side_by_side(tmp_path):
+    runs = [made.write(made.results(seeds=seeds), tmp_path / f"run{seeds}") for seeds in (1, 2)]
+    text = reports.report(runs[0])
+    before = (runs[0] / "table.md").read_bytes()
+    made_before = {path.name for path in runs[0].iterdir()}
+    for path in runs[0].glob("*.[!j]*"):
+        path.unlink()
+    outcome = running.invoke("reports.py", {}, *map(str, runs))
+    assert outcome.status == 0, outcome.err
+    assert {path.name for path in runs[0].iterdir()} == made_before
+    assert (runs[0] / "table.md").read_bytes() == before and outcome.out.startswith(text)
+    together = running.table("\n" + outcome.out.strip().split("\n\n")[-1])
+    alone = tables(text)[0]
+    for label, row in together.items():
+        assert row["run1 seen"] == alone[label]["seen"].split(" [")[0]
+        assert " ± " in row["run2 overall"]
+
+
+def test_the_command_shows_only_the_ranks_or_labels_asked_for(tmp_path):
+    run = made.write(made.results(), tmp_path)
+    shown = running.invoke("reports.py", {}, str(run), "--ranks", "5").out
+    assert "LoRe K=5" in shown and "LoRe K=2" not in shown and "own model" in shown
+    shown = running.invoke("reports.py", {}, str(run), "--only", "LoRe K=2").out
+    assert "LoRe K=2" in shown and "LoRe K=5" not in shown
+    outcome = running.invoke("reports.py", {}, str(run), "--only", "LoRa")
+    assert outcome.status == 2 and "LoRa" in outcome.err and "LoRe K=5" in outcome.err
+
+
+def test_the_command_without_a_run_says_what_is_missing():
+    outcome = running.invoke("reports.py", {})
+    assert outcome.status == 2 and "name at least one run's folder" in outcome.err
+
+
+def test_a_run_read_twice_is_the_same_text_and_csv(tmp_path):
+    results = made.results(seeds=2)
+    first = told(results, tmp_path)
+    files = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.suffix in (".csv", ".md")}
+    assert told(json.loads(json.dumps(results)), tmp_path) == first
+    assert all((tmp_path / name).read_bytes() == held for name, held in files.items())

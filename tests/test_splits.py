@@ -1,0 +1,317 @@
+"""The four sets of a repeat against plain loops, and folders that are not as prepared."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import people
+import preparing
+import sampling
+import splits
+import worlds
+from comparisons import Comparisons, DenseFeatures, RowFeatures
+from files import InputError
+from people import Rows, listed
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def world() -> people.People:
+    return people.planted()
+
+
+@pytest.fixture
+def loaded(world, tmp_path, monkeypatch) -> Path:
+    """A folder that reads as the world."""
+    world.table.to_parquet(tmp_path / "comparisons.parquet", index=False)
+    monkeypatch.setattr(splits, "load", lambda data: (world.info, world.store))
+    return tmp_path
+
+
+# ------------------------------------------------------------------------ The four sets
+
+
+def split_table(sides: dict[str, tuple[bool, str]]) -> pd.DataFrame:
+    """One dialogue for every letter of user -> (seen, "train"/"test" initials)."""
+    rows = [
+        {"user_id": user, "seen": seen, "split": {"r": "train", "e": "test"}[letter],
+         "dialog_id": f"{user}{i}", "turn": 0, "weight": 1.0}
+        for user, (seen, letters) in sides.items() for i, letter in enumerate(letters)
+    ]  # fmt: skip
+    table = pd.DataFrame(rows)
+    return table.assign(chosen=range(len(rows)), rejected=range(100, 100 + len(rows)))
+
+
+def four(table: pd.DataFrame, unit: splits.Unit = "dialogues") -> splits.Sets:
+    return splits.four_sets(table, Rows(torch.zeros(200, 2), None), CPU, unit)
+
+
+def test_four_sets_are_what_the_table_says(caplog):
+    sides = {"a": (True, "rre"), "b": (False, "re"), "c": (True, "er"), "d": (False, "rr")}
+    with caplog.at_level("INFO"):
+        sets = four(split_table(sides))
+    assert [(s.names, people.ends(s)) for s in sets] == [
+        (["a", "c"], ([0, 1, 6], [100, 101, 106])), (["a", "c"], ([2, 5], [102, 105])),
+        (["b"], ([3], [103])), (["b"], ([4], [104])),
+    ]  # fmt: skip
+    assert [s.counts.tolist() for s in sets] == [[2, 1], [1, 1], [1], [1]]
+    assert "left out 1 user" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["seen", "unseen"])
+def test_four_sets_need_users_of_both_kinds(kind):
+    with pytest.raises(InputError, match=f"no {kind} users"):
+        four(split_table({"a": (kind == "unseen", "re"), "b": (True, "r")}))
+
+
+def test_comparisons_keep_users_weights_and_dialogues_whatever_the_order_of_rows():
+    table = pd.DataFrame({
+        "user_id": ["b", "a", "b", "a", "a"], "dialog_id": ["y", "x", "w", "x", "z"],
+        "turn": [0, 1, 0, 0, 0], "chosen": [1, 2, 3, 4, 5], "rejected": [6, 7, 8, 9, 10],
+        "weight": [1.0, 0.5, 2.0, 0.25, 1.0], "seen": True, "split": "train",
+    })  # fmt: skip
+    rest = split_table({"a": (True, "e"), "b": (True, "e"), "c": (False, "re")})
+    table = pd.concat([table, rest])
+    train = four(table).train
+    assert listed(train) == [
+        ("a", 4, 9, 0.25), ("a", 2, 7, 0.5), ("a", 5, 10, 1.0), ("b", 3, 8, 2.0), ("b", 1, 6, 1.0)
+    ]  # fmt: skip
+    same = [[a == b for b in train.dialogs.tolist()] for a in train.dialogs.tolist()]
+    assert same == [[a == b for b in "xxzwy"] for a in "xxzwy"]
+    shuffled = four(table.sample(frac=1, random_state=1)).train
+    assert listed(shuffled) == listed(train)
+
+
+@pytest.mark.parametrize(("unit", "shots"), [("dialogues", 8), ("comparisons", 24)])
+def test_a_users_shots_are_what_the_unit_says(world, unit, shots):
+    few = world.tasks(unit).draw(0, CPU).few
+    units = few.units()
+    assert [len(unit) for unit in units] == [shots] * 6
+    assert {len(rows) for unit in units for rows in unit} == {24 // shots}
+    assert sorted(torch.cat([row for unit in units for row in unit]).tolist()) == [*range(6 * 24)]
+
+
+# --------------------------------------------------------------------- Some comparisons
+
+
+def numbered(counts: list[int]) -> Comparisons:
+    """Users u0, u1, ... whose comparisons are numbered from 0, two of them a dialogue."""
+    rows = torch.arange(sum(counts))
+    features = RowFeatures(lambda i: i[:, None].float(), 1, rows, rows + 1000)
+    names = [f"u{i}" for i in range(len(counts))]
+    return Comparisons(features, counts, rows + 0.5, names, rows // 2)
+
+
+def test_selecting_leaves_out_users_without_comparisons():
+    everything = numbered([2, 3, 1])
+    keep = torch.tensor([False, False, True, False, True, True])
+    some = everything.select(keep)
+    assert (some.names, some.counts.tolist()) == (["u1", "u2"], [2, 1])
+    assert listed(some) == [r for r, k in zip(listed(everything), keep, strict=True) if k]
+    assert some.dialogs.tolist() == [1, 2, 2]
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=30), st.integers(1, 8))
+def test_processes_share_the_users(counts, processes):
+    everything = numbered(counts)
+    if processes > len(counts):
+        with pytest.raises(InputError, match=f"{processes} processes for {len(counts)} users"):
+            everything.share(0, processes)
+        return
+    shares = [everything.share(i, processes) for i in range(processes)]
+    assert all(share.num_users for share in shares)
+    assert [row for share in shares for row in listed(share)] == listed(everything)
+    if processes < len(counts) // 2:  # no share is larger than a fair one and two users more
+        assert max(map(len, shares)) <= sum(counts) / processes + 2 * max(counts)
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_flipping_swaps_both_ends_of_those_that_are_told(world, in_memory):
+    data = world.tasks().draw(0, CPU).few
+    x = data.in_memory().features.x
+    coin = torch.rand(len(data), generator=torch.Generator().manual_seed(0)) < 0.4
+    flipped = (data.in_memory() if in_memory else data).flipped(coin)
+    assert isinstance(flipped.features, DenseFeatures) == in_memory
+    expected = torch.stack([-a if c else a for a, c in zip(x, coin.tolist(), strict=True)])
+    assert torch.equal(flipped.in_memory().features.x, expected)
+    for name in ("weight", "counts", "dialogs"):
+        assert torch.equal(getattr(flipped, name), getattr(data, name))
+
+
+# -------------------------------------------------------------------- Kinds of split
+
+
+def test_a_given_split_is_the_same_for_every_seed(world, loaded):
+    tasks = splits.given_split(loaded)
+    first, second = (tasks.draw(seed, CPU) for seed in (0, 1))
+    assert [listed(s) for s in first] == [listed(s) for s in second]
+    assert first.train.names == first.seen.names == [f"p{u:02d}" for u in (0, 1, 4, 5, 8, 9)]
+    assert tasks.unit == "dialogues"
+    assert [listed(s) for s in world.tasks().draw(0, CPU)] == [listed(s) for s in first]
+
+
+def test_drawn_splits_follow_the_seed_alone(world, loaded):
+    draw = splits.drawn_split(loaded, 0.25, 10, 4).draw
+    sets, again, other = (draw(seed, CPU) for seed in (0, 0, 1))
+    assert [listed(s) for s in sets] == [listed(s) for s in again]
+    assert sets.train.names != other.train.names
+    world.table.sample(frac=1, random_state=0).to_parquet(loaded / "comparisons.parquet")
+    moved = splits.drawn_split(loaded, 0.25, 10, 4).draw(0, CPU)
+    assert [sorted(listed(s)) for s in sets] == [sorted(listed(s)) for s in moved]
+
+
+def test_drawn_splits_take_samples_of_the_training_side_only(world, loaded):
+    sets = splits.drawn_split(loaded, 0.25, 10, 4).draw(0, CPU)
+    assert (len(sets.train.names), len(sets.few.names)) == (3, 9)
+    assert not set(sets.train.names) & set(sets.few.names)
+    assert sets.train.counts.tolist() == [10] * 3 and sets.few.counts.tolist() == [4] * 9
+    assert sets.few.dialogs is None  # a shot is a comparison
+    for part, split in zip(sets, ("train", "test", "train", "test"), strict=True):
+        side = world.table[(world.table.split == split) & world.table.user_id.isin(part.names)]
+        owned = set(zip(side.user_id, side.chosen, side.rejected, strict=True))
+        taken = {row[:3] for row in listed(part)}
+        assert taken <= owned and (split == "train" or taken == owned)
+    everything = splits.drawn_split(loaded, 0.25, 1000, 1000).draw(0, CPU)
+    assert everything.train.counts.tolist() == [24] * 3
+
+
+@pytest.fixture
+def simulated(tmp_path, monkeypatch) -> tuple[Path, torch.Tensor, torch.Tensor]:
+    """A folder of random scores, these [20 + 7 prompts, 8, 10], and the rows of the responses."""
+    scores = torch.randn(27, 8, 10, generator=torch.Generator().manual_seed(0))
+    rows = torch.randperm(27 * 8, generator=torch.Generator().manual_seed(1)).view(27, 8)
+    parts = {"train.scores": scores[:20], "train.rows": rows[:20],
+             "test.scores": scores[20:], "test.rows": rows[20:]}  # fmt: skip
+    tables = {name: part.numpy() for name, part in parts.items()}
+    talk = [[{"role": "user", "content": "a"}]]
+    preparing.write_prepared(tmp_path, talk, tables, {"dataset": "simulated"})
+    store = Rows(torch.zeros(27 * 8, 2), None)
+    monkeypatch.setattr(splits, "load", lambda data: ({"dataset": "simulated"}, store))
+    return tmp_path, scores, rows
+
+
+def test_simulated_users_choose_as_a_plain_loop_does(simulated):
+    data, scores, rows = simulated
+    sets = splits.simulated_users(data, 0.1, 6, 4, 9, 5).draw(3, CPU)
+    W = sampling.generate_population(0.1, 10, torch.Generator().manual_seed(3)).double()
+    assert [s.counts.tolist() for s in sets] == [[9] * 6, [7] * 6, [5] * 4, [7] * 4]
+    prompt_of = {int(row): p for p, some in enumerate(rows) for row in some}
+    drawn = set()
+    for part, weights, side in zip(sets, (W[:6], W[:6], W[6:], W[6:]), "rere", strict=True):
+        choices = torch.tensor(people.ends(part)).T.split(part.counts.tolist())
+        for w, pairs_of_user in zip(weights, choices, strict=True):
+            prompts = [prompt_of[int(chosen)] for chosen, _ in pairs_of_user]
+            assert set(prompts) <= set(range(20)) if side == "r" else prompts == [*range(20, 27)]
+            assert len(set(prompts)) == len(prompts)
+            drawn.add(tuple(prompts))
+            for p, (chosen, rejected) in zip(prompts, pairs_of_user.tolist(), strict=True):
+                liking = [float(scores[p, r].double() @ w) for r in range(8)]
+                assert chosen == rows[p, liking.index(max(liking))]
+                assert rejected == rows[p, liking.index(min(liking))]
+    assert len(drawn) == 11  # the test prompts, and other training prompts for every user
+
+
+def test_simulated_users_follow_the_seed(simulated):
+    draw = splits.simulated_users(simulated[0], 0.1, 6, 4, 9, 5).draw
+    first, again, other = ([people.ends(s) for s in draw(seed, CPU)] for seed in (0, 0, 1))
+    assert first == again and first != other
+    few, later = draw(0, CPU).few.names, draw(1, CPU).train.names
+    assert not set(draw(0, CPU).train.names) & {*few, *later}
+
+
+def test_more_pairs_than_prompts_are_refused(simulated):
+    with pytest.raises(InputError, match="21 .* 20 are there; lower --pairs-per-user"):
+        splits.simulated_users(simulated[0], 0.1, 6, 4, 21, 5)
+
+
+# -------------------------------------------------------------- A folder that is not as prepared
+
+
+@pytest.fixture
+def copy(dataset, tmp_path) -> Path:
+    """A prepared PRISM to damage."""
+    return shutil.copytree(dataset("PRISM").data, tmp_path / "data")
+
+
+def refused(data: Path, *words: str | Path) -> None:
+    with pytest.raises(InputError) as error:
+        splits.given_split(data)
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert str(word) in str(error.value)
+
+
+def test_a_folder_as_prepared_is_read(copy):
+    sets = splits.given_split(copy).draw(0, CPU)
+    assert sets.train.num_features == 32 and sets.few.dialogs is not None
+
+
+def test_missing_embeddings_are_refused(copy):
+    shutil.rmtree(copy / "embeddings")
+    refused(copy, copy / "embeddings", "embed")
+
+
+def test_embeddings_of_other_conversations_are_refused(copy):
+    def other(rows: list[dict]) -> None:
+        rows[0]["messages"][0]["content"] += "?"
+
+    worlds.edit(copy / "conversations.parquet", other)
+    trust(copy, "conversations.parquet")
+    refused(copy, copy / "embeddings", "other conversations")
+
+
+@pytest.mark.parametrize("damage", ["cut", "rubbish", "missing"])
+def test_an_unreadable_shard_is_named(copy, damage):
+    shard = next((copy / "embeddings").glob("embeddings-*.safetensors"))
+    if damage == "missing":
+        shard.unlink()
+    else:
+        content = shard.read_bytes()
+        shard.write_bytes(content[: len(content) // 2] if damage == "cut" else b"{" * len(content))
+    refused(copy, shard)
+
+
+def trust(data: Path, name: str) -> None:
+    """Take a table as it is for the one that prepare.py wrote."""
+    info = json.loads((data / "prepare.json").read_text())
+    info["files"][name] = preparing._file_sha256(data / name)
+    (data / "prepare.json").write_text(json.dumps(info))
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [(lambda row: row.pop("weight"), "lacks the columns weight"),
+     (lambda row: row.update(chosen=10**6), "none of the"),
+     (lambda row: row.update(rejected=-1), "none of the")],
+)  # fmt: skip
+def test_a_table_of_another_form_is_named(copy, change, word):
+    worlds.edit(copy / "comparisons.parquet", lambda rows: [change(row) for row in rows])
+    refused(copy, "comparisons.parquet", "not the file that prepare.py wrote")
+    trust(copy, "comparisons.parquet")
+    refused(copy, copy / "comparisons.parquet", word)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("train.scores", lambda t: t[:-1]), ("test.scores", lambda t: t * np.nan),
+     ("test.rows", lambda t: t + 10**6)],
+)  # fmt: skip
+def test_scores_of_another_form_are_named(simulated, name, change):
+    path = simulated[0] / "scores.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, name: change(tensors[name])}, path)
+    with pytest.raises(InputError, match=rf"{re.escape(str(path))}: {name[:4]}"):
+        splits.simulated_users(simulated[0], 0.1, 6, 4, 9, 5)

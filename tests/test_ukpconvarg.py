@@ -1,0 +1,132 @@
+"""tools/ukpconvarg.py: XML of judgments in, rows for RedditTLDR/prepare.py out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from xml.sax.saxutils import escape
+
+import pytest
+
+import worlds
+from files import InputError
+
+ARGUMENTS = {"arg1": "Cats & dogs <agree>.", "arg2": "Two\nlines.", "arg3": "Third.", "arg4": "4!"}
+
+
+def element(name: str, *parts: str) -> str:
+    return f"<{name}>{''.join(parts)}</{name}>"
+
+
+def pair(one: str, other: str, answers: dict[str, str], stance: str = "Yes") -> str:
+    """One annotated pair; answers: worker -> value."""
+    sides = [
+        element(
+            side,
+            element("stance", stance),
+            element("text", escape(f" {ARGUMENTS[name]}\n")),
+            element("id", name),
+            element("originalHTML", escape(f"<p>{ARGUMENTS[name]}</p>")),
+        )
+        for side, name in (("arg1", one), ("arg2", other))
+    ]
+    turks = [
+        element("mTurkAssignment", element("turkID", worker), element("value", value))
+        for worker, value in answers.items()
+    ]
+    return element(
+        "annotatedArgumentPair",
+        element("id", f"{one}_{other}"),
+        *sides,
+        element("debateMetaData", element("title", "Is it so?"), element("url", "x")),
+        element("mTurkAssignments", *turks),
+        element("goldLabel", "a1"),
+    )
+
+
+def corpus(folder: Path) -> Path:
+    """Two positions; AX and BY decide often, CZ once."""
+    folder.mkdir()
+    both = {"AX": "a1", "BY": "a2"}
+    yes = [
+        pair("arg1", "arg2", {**both, "CZ": "a1"}),
+        pair("arg1", "arg3", both),
+        pair("arg3", "arg2", {"AX": "equal", "BY": "a1", "CZ": "equal"}),
+    ]
+    no = [pair("arg3", "arg4", both, "No"), pair("arg4", "arg3", both, "No")]
+    for name, pairs in {"is-it-so_yes": yes, "is-it-so_no": no}.items():
+        (folder / f"{name}.xml").write_text(f'<?xml version="1.0"?>\n{element("list", *pairs)}')
+    return folder
+
+
+def convert(source: Path, out: Path, **settings) -> dict[str, list[dict]]:
+    """The rows of both sides."""
+    worlds.script("tools/ukpconvarg.py").main(source, out, **settings)
+    return {name: worlds.read(out / f"{name}.jsonl.gz") for name in ("train", "validation")}
+
+
+def test_decided_judgments_of_busy_workers_become_rows(tmp_path, capsys):
+    sides = convert(corpus(tmp_path / "xml"), tmp_path / "out", min_judgments=2)
+    rows = [row for side in sides.values() for row in side]
+    found = {(row["info"]["id"], row["worker"], row["choice"]) for row in rows}
+    decided = ["arg1_arg2", "arg1_arg3", "arg3_arg4", "arg4_arg3"]
+    expected = {(name, worker, i) for name in decided for i, worker in enumerate(("w000", "w001"))}
+    assert found == expected | {("arg3_arg2", "w001", 0)} and len(rows) == 9
+    row = next(row for row in rows if row["info"]["id"] == "arg1_arg2")
+    assert row["info"]["post"] == "Is it so? Position: Yes."
+    assert [s["text"] for s in row["summaries"]] == ["Cats & dogs <agree>.", "Two\nlines."]
+    assert row["batch"] == "is-it-so_yes"
+    printed = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert "12  judgments" in printed and "10  decided judgments" in printed
+    assert "2  workers with at least 2 decided judgments" in printed  # CZ decided once
+    assert "9  judgments of these workers" in printed
+
+
+def test_a_pair_is_on_one_side_in_either_order_and_whoever_judged_it(tmp_path):
+    source = corpus(tmp_path / "xml")
+    seen = set()
+    for seed in range(6):
+        sides = convert(source, tmp_path / "out", min_judgments=1, seed=seed)
+        texts = {
+            name: {frozenset(s["text"] for s in row["summaries"]) for row in rows}
+            for name, rows in sides.items()
+        }
+        assert not texts["train"] & texts["validation"]
+        assert len(texts["train"]) == len(texts["validation"]) == 2
+        seen.add(frozenset(texts["train"]))
+    assert len(seen) > 1
+
+
+def test_the_files_are_what_the_prepare_script_reads(tmp_path):
+    source, out = corpus(tmp_path / "xml"), tmp_path / "out"
+    convert(source, out, min_judgments=2)
+    again = {path.name: path.read_bytes() for path in out.iterdir()}
+    convert(source, out, min_judgments=2)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == again
+    info = worlds.prepare("RedditTLDR", out, tmp_path / "data", min_annotations=2, embed=False)
+    assert info["counts"]["comparisons"] == 9
+    assert info["overlap"]["pair"] == 0
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("</list>", "", "is-it-so_yes.xml is not valid XML"),
+        ("<value>a1</value>", "<value>a3</value>", "yes.xml pair 1: value must be a1, a2 or equal"),
+        ("<turkID>AX</turkID>", "<turkID/>", "yes.xml pair 1 has no turkID"),
+        ("<stance>Yes</stance>", "", "yes.xml pair 1 has no arg1/stance"),
+    ],
+)
+def test_what_is_not_the_corpus_is_refused_by_place(tmp_path, old, new, message):
+    source = corpus(tmp_path / "xml")
+    file = source / "is-it-so_yes.xml"
+    file.write_text(file.read_text().replace(old, new))
+    with pytest.raises(InputError, match=message):
+        convert(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_xml_and_workers_with_too_few_are_refused(tmp_path):
+    with pytest.raises(InputError, match="has no .xml files; name UKPConvArg1-full-XML"):
+        convert(tmp_path, tmp_path / "out")
+    with pytest.raises(InputError, match="no worker has 50 decided judgments"):
+        convert(corpus(tmp_path / "xml"), tmp_path / "out")

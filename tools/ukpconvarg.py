@@ -1,0 +1,152 @@
+"""Real people's judgments for the scripts in RedditTLDR: UKPConvArg1 in that dataset's rows.
+
+UKPConvArg1 (Habernal and Gurevych, ACL 2016, CC-BY-4.0) asked crowd workers which of two
+arguments for the same position convinces them more. Get it, convert it, prepare it:
+
+    git clone https://github.com/UKPLab/acl2016-convincing-arguments
+    python tools/ukpconvarg.py --source acl2016-convincing-arguments/data/UKPConvArg1-full-XML
+    cd RedditTLDR; python prepare.py --source data-ukp/raw --out data-ukp
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from cli import cli
+from files import InputError, digest, require, write_whole
+from preparing import Funnel, draw
+
+HERE = Path(__file__).resolve().parent
+ANSWERS = {"a1": 0, "a2": 1, "equal": None}
+SPLITS = {"train": "train", "validation": "valid"}
+
+
+class Judgment(NamedTuple):
+    """One worker's answer: the first (0) or the second (1) argument, None for neither."""
+
+    topic: str  # name of the file
+    pair: str
+    worker: str
+    title: str
+    stance: str
+    texts: tuple[str, str]
+    choice: int | None
+
+    @property
+    def unit(self) -> str:
+        """Names the two texts, in either order; some stand in the corpus under two numbers."""
+        return digest([self.title, self.stance, *sorted(self.texts)])
+
+
+def main(
+    source: Path,
+    out: Path = HERE.parent / "RedditTLDR" / "data-ukp" / "raw",
+    min_judgments: int = 50,
+    seed: int = 0,
+) -> None:
+    """Write the decided judgments of the workers with many, half of the pairs on either side.
+
+    Args:
+        source: folder with one XML file per topic and position (UKPConvArg1-full-XML).
+        out: folder of train.jsonl.gz and validation.jsonl.gz.
+        min_judgments: fewest decided judgments of a worker.
+        seed: of the draw of the pairs for training. A pair is on one side whoever judged it.
+    """
+    files = sorted(source.glob("*.xml"))
+    require(bool(files), f"--source {source} has no .xml files; name UKPConvArg1-full-XML")
+    judgments, funnel = [judgment for file in files for judgment in read(file)], Funnel()
+    kept = keep(judgments, min_judgments, funnel)
+    units = {judgment.unit for judgment in kept}
+    train = draw(units, (len(units) + 1) // 2, seed)
+    workers = sorted({judgment.worker for judgment in kept})
+    names = {worker: f"w{number:03d}" for number, worker in enumerate(workers)}
+    for split in SPLITS:
+        side = [each for each in kept if (each.unit in train) == (split == "train")]
+        rows = sorted((row(each, names, split) for each in side), key=json.dumps)
+        funnel.count(f"judgments in {split}", len(rows))
+        write_rows(out / f"{split}.jsonl.gz", rows)
+    print(funnel.lines())
+    print(f"wrote {len(kept):,} judgments of {len(workers):,} workers to {out}")
+
+
+def read(file: Path) -> list[Judgment]:
+    """The judgments in a file.
+
+    Raises:
+        InputError: damaged XML, or a pair that lacks something.
+    """
+    try:
+        root = ElementTree.parse(file).getroot()
+    except ElementTree.ParseError as error:
+        raise InputError(f"{file} is not valid XML: {error}") from error
+    judgments = []
+    for number, pair in enumerate(root.iter("annotatedArgumentPair"), start=1):
+        place = f"{file} pair {number}"
+        shared = {"topic": file.stem, "pair": content(pair, "id", place)}
+        shared["title"] = content(pair, "debateMetaData/title", place)
+        shared["stance"] = content(pair, "arg1/stance", place)
+        texts = tuple(content(pair, f"{argument}/text", place) for argument in ("arg1", "arg2"))
+        for answer in pair.iterfind("mTurkAssignments/mTurkAssignment"):
+            worker, value = (content(answer, name, place) for name in ("turkID", "value"))
+            require(value in ANSWERS, f"{place}: value must be a1, a2 or equal, not {value!r:.40}")
+            judgments.append(Judgment(**shared, worker=worker, texts=texts, choice=ANSWERS[value]))
+    return judgments
+
+
+def content(element: ElementTree.Element, path: str, place: str) -> str:
+    """The text of an element below another."""
+    found = (element.findtext(path) or "").strip()
+    require(bool(found), f"{place} has no {path}")
+    return found
+
+
+def keep(judgments: Sequence[Judgment], min_judgments: int, funnel: Funnel) -> list[Judgment]:
+    """The decided judgments of the workers with enough of them."""
+    decided = [judgment for judgment in judgments if judgment.choice is not None]
+    sizes = Counter(judgment.worker for judgment in decided)
+    kept = [each for each in decided if sizes[each.worker] >= min_judgments]
+    funnel.count("topics and positions", len({judgment.topic for judgment in judgments}))
+    funnel.count("judgments", len(judgments))
+    funnel.count("workers", len({judgment.worker for judgment in judgments}))
+    funnel.count("decided judgments", len(decided))
+    what = f"workers with at least {min_judgments} decided judgments"
+    funnel.count(what, len({judgment.worker for judgment in kept}))
+    funnel.count("judgments of these workers", len(kept))
+    funnel.count("argument pairs", len({judgment.pair for judgment in kept}))
+    funnel.count("arguments", len({name for judgment in kept for name in judgment.pair.split("_")}))
+    require(bool(kept), f"no worker has {min_judgments} decided judgments; lower --min-judgments")
+    return kept
+
+
+def row(judgment: Judgment, names: dict[str, str], split: str) -> dict[str, object]:
+    """A judgment as a row of the comparisons in openai/summarize_from_feedback."""
+    post = f"{judgment.title} Position: {judgment.stance}."
+    info = {"id": judgment.pair, "post": post, "title": judgment.title}
+    summaries = [{"text": text, "policy": "human", "note": None} for text in judgment.texts]
+    return {
+        "info": {**info, "subreddit": None, "site": None, "article": None},
+        "summaries": summaries,
+        "choice": judgment.choice,
+        "worker": names[judgment.worker],
+        "batch": judgment.topic,
+        "split": SPLITS[split],
+        "extra": {"confidence": None},
+    }
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, object]]) -> None:
+    """Write rows as .jsonl.gz, the same bytes for the same rows."""
+    lines = "".join(json.dumps(each) + "\n" for each in rows).encode()
+    write_whole(path, lambda draft: draft.write_bytes(gzip.compress(lines, mtime=0)))
+
+
+if __name__ == "__main__":
+    cli(main)
