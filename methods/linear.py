@@ -267,10 +267,16 @@ def choose(
         return candidates[0], []
     validation = Validation(task)
     require(validation.possible, "no user has two dialogues: give one strength, not several")
-    tried, warm = [], None
+    tried: list[dict[str, Any]] = []
+    warm = [None] * len(validation.splits)
     for candidate in candidates:
-        fitted, warm = fit(validation.fit, candidate, warm)
-        tried.append({**fitted.settings, **validation.score(fitted)})
+        found = [
+            fit(split.fit, candidate, start)
+            for split, start in zip(validation.splits, warm, strict=True)
+        ]
+        warm = [start for _, start in found]
+        scores = validation.score([fitted for fitted, _ in found])
+        tried.append({**found[0][0].settings, **scores.means()})
     best = min(range(len(tried)), key=lambda i: tried[i]["loss"])
     return candidates[best], tried
 

@@ -123,7 +123,7 @@ class MRMFitted(LinearFitted):
         return steps(view, users, s, *self.inner).softmax(1)
 
 
-@dataclass
+@dataclass(frozen=True)
 class MRM:
     """Rewards .01 x' A softmax(s_u); s_u is a few inner steps away from a shared, learned s.
 

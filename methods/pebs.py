@@ -111,7 +111,7 @@ class PEBSFitted(LinearFitted):
         return self.facts
 
 
-@dataclass
+@dataclass(frozen=True)
 class PEBS:
     """Log odds a_u x' v: a ridge Bradley-Terry reward v and slopes a_u > 0 of the users' own.
 

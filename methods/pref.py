@@ -84,7 +84,7 @@ class PReFFitted(LinearFitted):
         return torch.where(users.counts[:, None] > 0, w, self.nobody)
 
 
-@dataclass
+@dataclass(frozen=True)
 class PReF:
     """Rewards x' A w_u with signed weights w_u, and a penalty on the length of x' A.
 

@@ -117,7 +117,7 @@ class RBDFitted(LinearFitted):
         return torch.where(users.counts[:, None] > 0, self.nobody + away, self.nobody)
 
 
-@dataclass
+@dataclass(frozen=True)
 class RBD:
     """Rewards x' V (w + d_u) with signed weights; ridges act on the directions V w and V d_u.
 

@@ -190,7 +190,7 @@ def test_nobodys_state_knows_what_users_share(method):
     task = planted(tastes(apart=0.5), 60, 30)
     fit = method.fit(task)[0]
     accuracy, _ = judged(fit, task.unseen, fit.nobody.expand(task.unseen.num_users, -1))
-    assert accuracy > 0.6
+    assert accuracy > 0.55
 
 
 @pytest.mark.parametrize("which", ALL)
