@@ -49,9 +49,10 @@ class Run:
         settings = json.loads(json.dumps(settings, default=str))
         short = f"{settings['script']}-{digest([settings, plain(methods)])[:8]}"
         folder = results / settings["dataset"] / (name or short)
-        old = read_json(folder / "results.json") or read_json(folder / "settings.json")
+        found = [read_json(folder / name) for name in ("results.json", "settings.json")]
+        old = found[1] if found[0] is None else found[0]
         if old is not None:
-            _check_same(folder, old.get("settings"), settings)
+            _check_same(folder, old, settings)
         run = cls(folder, settings, {"seeds": (old or {}).get("seeds", [])})
         if first and old is None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +75,7 @@ class Run:
         missing = {}
         for seed in seeds:
             done = self.part(seed)["methods"]
-            for name in methods.keys() & done.keys():
+            for name in [name for name in methods if name in done]:
                 old, new = done[name]["settings"], plain(methods[name])
                 if old != new:
                     raise InputError(
@@ -120,8 +121,9 @@ def plain(settings: Any) -> Any:
     return json.loads(json.dumps(settings, default=fallback))
 
 
-def _check_same(folder: Path, old: Any, new: dict[str, Any]) -> None:
-    if not isinstance(old, dict):
+def _check_same(folder: Path, kept: Any, new: dict[str, Any]) -> None:
+    old, seeds = (kept.get(k) for k in ("settings", "seeds")) if isinstance(kept, dict) else (0, 0)
+    if not isinstance(old, dict) or not isinstance(seeds, list | None):
         raise InputError(f"{folder}: settings.json or results.json is damaged; remove the folder")
     some = {key: value for key, value in old.items() if key != "seeds"}
     if some != {key: value for key, value in new.items() if key != "seeds"}:
