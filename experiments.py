@@ -29,6 +29,7 @@ from splits import Tasks
 ROOT = Path(__file__).resolve().parent
 PERMUTATIONS = 10  # over which other users' states are averaged
 SHUFFLES = 3  # over which states from shuffled labels are averaged
+LIKED, LIKED_DIRECTIONS, SHOWN = 3, 8, 300  # responses shown per direction; letters of each
 BATCH = 1 << 24  # numbers of a view that few-shot fits take at once
 
 
@@ -164,7 +165,7 @@ def _carry_out(
                 records = [record for fit in fits for record in judge(fit, task)]
                 done = {
                     "settings": methods[name], "seconds": round(seconds, 3),
-                    "fits": [_describe(fit) for fit in fits], "records": records,
+                    "fits": [_describe(fit, task, tasks) for fit in fits], "records": records,
                 }  # fmt: skip
                 run.add(seed, _about(tasks, task), name, done, list(methods))
             wait_for_all()
@@ -184,9 +185,41 @@ def _about(tasks: Tasks, task: Task) -> dict[str, Any]:
     }
 
 
-def _describe(fit: Fitted) -> dict[str, Any]:
+def _describe(fit: Fitted, task: Task, tasks: Tasks) -> dict[str, Any]:
+    """What results.json says of a fit, beside its records."""
     about = {"label": fit.label, "personal": fit.personal, "settings": fit.settings}
+    portrait = fit.portrait()
+    if portrait is not None:
+        about["states"] = [[round(x, 3) for x in row] for row in portrait.tolist()]
+    directions = fit.tastes()
+    if directions is not None:
+        about["likes"] = _likes(directions[:, :LIKED_DIRECTIONS], task, tasks)
     return {**about, "file": fit.file, **fit.describe()}
+
+
+def _likes(directions: Tensor, task: Task, tasks: Tasks) -> list[dict[str, Any]]:
+    """For each direction of V [F, C], the seen users' held-out responses with the most extreme
+    rewards, compared with the mean of the responses to the same prompt."""
+    rows, talks = task.seen.features.index, tasks.conversations()
+    rewards = task.seen.features.pairs(lambda e: e @ directions.to(e)).values.cpu()  # [R, C]
+    prompts = [str(talks[row][:-1]) for row in rows.tolist()]
+    number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    prompt = torch.tensor([number[p] for p in prompts])
+    counts = torch.bincount(prompt)[:, None]
+    mean = torch.zeros(len(counts), rewards.shape[1]).index_add_(0, prompt, rewards) / counts
+    apart = rewards - mean[prompt]
+
+    def text(row: int) -> dict[str, str]:
+        *_, asked, answer = talks[row]
+        return {"prompt": asked["content"][:SHOWN], "response": answer["content"][:SHOWN]}
+
+    likes = []
+    for c, column in enumerate(apart.T, start=1):
+        order = rows[column.argsort()].tolist()
+        most, least = order[::-1][:LIKED], order[:LIKED]
+        likes.append({"direction": str(c), "most": list(map(text, most)),
+                      "least": list(map(text, least))})  # fmt: skip
+    return likes
 
 
 def _save(
@@ -281,6 +314,8 @@ def sweep(fit: Fitted, task: Task, draws: Shots) -> Iterator[dict[str, Any]]:
     for control, some in states.items():
         known = None
         for s, size in enumerate(draws.sizes):
+            if not size and fit.personal and not fit.controlled:
+                continue  # each user's own model says nothing yet
             if known is None or (fit.personal and control != "nobody's"):
                 known = _measure(fit, unseen, task.unseen, some[:, s])
             yield _record(fit, control, "unseen", *known, size, draws.enough[s])

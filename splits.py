@@ -51,6 +51,7 @@ class Tasks:
         draw: the four sets of a seed, on a device.
         unit: what a shot is.
         about: the script's own settings, recorded with the results.
+        folder: where it was prepared.
     """
 
     info: dict[str, Any]
@@ -58,11 +59,16 @@ class Tasks:
     draw: Callable[[int, torch.device], Sets]
     unit: Unit
     about: dict[str, Any]
+    folder: Path
 
     @property
     def dataset(self) -> str:
         """The dataset's name."""
         return str(self.info["dataset"])
+
+    def conversations(self) -> list[preparing.Conversation]:
+        """The conversations, row i being embedding i."""
+        return preparing.read_conversations(self.folder)
 
     def facts(self) -> dict[str, Any]:
         """What decides the results of a run, as far as the data do."""
@@ -125,7 +131,11 @@ def given_split(data: Path) -> Tasks:
     table = read_comparisons(data, len(store))
     alone = not table.duplicated(["user_id", "dialog_id"]).any()
     unit: Unit = "comparisons" if alone else "dialogues"
-    return Tasks(info, store, lambda _, device: four_sets(table, store, device, unit), unit, {})
+
+    def draw(_: int, device: torch.device) -> Sets:
+        return four_sets(table, store, device, unit)
+
+    return Tasks(info, store, draw, unit, {}, data)
 
 
 def drawn_split(
@@ -158,7 +168,7 @@ def drawn_split(
         most = np.where(drawn["seen"], pairs_per_user, few_shot_pairs)
         return four_sets(drawn[(drawn["split"] == "test") | (place <= most)], store, device, unit)
 
-    return Tasks(info, store, draw, unit, about)
+    return Tasks(info, store, draw, unit, about, data)
 
 
 def simulated_users(
@@ -208,7 +218,7 @@ def simulated_users(
                 sets.append(Comparisons(features, counts, names=names))
         return Sets(*sets)
 
-    return Tasks(info, store, draw, "comparisons", about)
+    return Tasks(info, store, draw, "comparisons", about, data)
 
 
 def _simulate(

@@ -5,10 +5,16 @@ from __future__ import annotations
 from methods.base import Method
 from methods.lore import Lore
 from methods.mixed_logit import MixedLogit
+from methods.mlp import MLP
+from methods.pal import PAL
 from methods.ridge_bt import RidgeBT
+from methods.vpl import VPL
 
 METHODS: dict[str, type[Method]] = {
     "ridge_bt": RidgeBT,
     "lore": Lore,
     "mixed_logit": MixedLogit,
+    "pal": PAL,
+    "vpl": VPL,
+    "mlp": MLP,
 }

@@ -109,6 +109,14 @@ class Fitted:
         """
         raise NotImplementedError
 
+    def tastes(self) -> Tensor | None:
+        """Directions of reward [F, C] along which users differ, where the method has such."""
+        return None
+
+    def portrait(self) -> Tensor | None:
+        """What a picture of the seen users shows of each [U, few numbers]; None for none."""
+        return None
+
     def describe(self) -> dict[str, Any]:
         """What the fit looks like, as JSON values: ``losses`` for the training curve, ``note`` a
         line for the report, ``spectrum`` for a plot; and whatever else is worth keeping."""

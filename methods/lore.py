@@ -189,6 +189,14 @@ class LoreFit(Fitted):
             return view[:, 0] / TEMPERATURE
         return (view * state.to(view)[user]).sum(1) / TEMPERATURE
 
+    def tastes(self) -> Tensor | None:
+        """The columns of V [F, K]."""
+        return self.basis.V if self.personal else None
+
+    def portrait(self) -> Tensor | None:
+        """The seen users' weights [U, K]."""
+        return self.users if self.personal else None
+
     def describe(self) -> dict[str, Any]:
         """Columns kept, effective rank, cosines to the reference, spread of the weights, losses.
 

@@ -83,6 +83,14 @@ class MixedFit(Fitted):
         values, vectors = torch.linalg.eigh(S[0])
         return mu + B @ m[0], B @ (vectors * values.clamp(min=0).sqrt())
 
+    def tastes(self) -> Tensor | None:
+        """The columns of B [F, K]."""
+        return None if self.prior is None else self.directions[:, 1:]
+
+    def portrait(self) -> Tensor | None:
+        """Means of the seen users' tastes [U, K]."""
+        return None if self.prior is None else moments(self.users, self.components)[0]
+
     def describe(self) -> dict[str, Any]:
         """The choice and what else was tried, the training curve, and the tastes' variances."""
         return self.facts

@@ -11,7 +11,7 @@ from torch import Tensor
 from methods.posterior import Posterior, Prior
 
 ROUNDS = 50
-LEAST_USERS = 5  # for each component
+LEAST_USERS = 20  # for each component
 
 
 def fit_mixture(posterior: Posterior, components: int, processes: int = 1) -> Prior | None:

@@ -83,7 +83,7 @@ def slopes(data: Evidence, mean: Tensor, cov: Tensor) -> Tensor:
     """Slopes [N, 1 + K] of the expected log likelihood along x . mu and x . B, by comparison."""
     user = data.users.user
     _, e1, e2 = expectations(*data.moments(mean, cov))
-    spread = (cov[user] @ data.Z[:, :, None])[:, :, 0]
+    spread = (cov[user] * data.Z[:, None, :]).sum(2)  # faster than small matrix products
     B = e1[:, None] * mean[user] - e2[:, None] * spread
     return data.weight[:, None] * torch.cat([e1[:, None], B], 1)
 

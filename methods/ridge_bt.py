@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,12 @@ from files import write_whole
 from methods.base import Fitted, Task, View
 from methods.geometry import Geometry, measure, total
 from methods.lbfgs import Minimum, minimise
-from methods.validation import Validation
+from methods.validation import Scores, Validation
 
 log = logging.getLogger(__name__)
 
 STRENGTHS = tuple(10 ** (x / 2) for x in range(6, -7, -1))  # 1000 to .001, from the strongest on
-ROUGH, FINE = 1e-5, 1e-9  # tolerances while choosing and at the end, shares of the objective
+ROUGH, FINE = 3e-5, 1e-8  # tolerances while choosing and at the end, shares of the objective
 
 
 def precision(data: Comparisons) -> torch.dtype:
@@ -121,31 +121,43 @@ class SharedFit(Fitted):
 
 
 def ridge_path(
-    data: Validation, geometry: Geometry, tried: list[dict[str, Any]]
-) -> tuple[float, Tensor]:
-    """The best of the ridges on validation, and its shared reward among stretched features [F, 1].
+    data: Validation, geometries: Sequence[Geometry], tried: list[dict[str, Any]]
+) -> tuple[float, list[Tensor], Scores]:
+    """The best of the ridges on validation.
 
     Strengths fall from the strongest on, each fit begun where the last ended, until the score has
     risen twice.
 
     Args:
         data: what the choice is made on.
-        geometry: of the features.
+        geometries: of each split's features.
         tried: gets a record of every strength and its log losses.
+
+    Returns:
+        The strength, each split's shared reward among stretched features [F, 1], and the scores.
     """
-    best, mu, last = None, None, []
+    best, last = None, []
+    start: list[Tensor | None] = [None] * len(data.splits)
     for strength in STRENGTHS:
-        mu = fit_shared(data.fit, geometry, strength, mu, data.processes, ROUGH).x
-        fit = SharedFit(geometry.raw(mu)[:, 0], data.fit.num_users, {})
-        score = data.score(fit)
-        tried.append({"whitened": geometry.white, "l_mu": strength, "rank": 0} | score)
-        last.append(score["loss"])
-        if best is None or score["loss"] < best[0]:
-            best = score["loss"], strength, mu
+        found = [
+            fit_shared(split.fit, geometry, strength, mu, split.processes, ROUGH).x
+            for split, geometry, mu in zip(data.splits, geometries, start, strict=True)
+        ]
+        fits = [
+            SharedFit(geometry.raw(mu)[:, 0], split.fit.num_users, {})
+            for split, geometry, mu in zip(data.splits, geometries, found, strict=True)
+        ]
+        scores = data.score(fits)
+        record = {"whitened": geometries[0].white, "l_mu": strength, "rank": 0}
+        tried.append(record | scores.means())
+        last.append(scores.loss)
+        if best is None or scores.loss < best[2].loss:
+            best = strength, found, scores
         if len(last) > 2 and last[-1] > last[-2] > last[-3]:
             break
+        start = list(found)
     assert best is not None
-    return best[1], best[2]
+    return best
 
 
 @dataclass(frozen=True)
@@ -183,4 +195,5 @@ class RidgeBT:
         if not data.possible:
             log.warning("no user has two dialogues: a ridge of 1, as nothing can be held out")
             return 1.0
-        return ridge_path(data, measure(data.fit, task.processes), tried)[0]
+        geometries = [measure(split.fit, task.processes) for split in data.splits]
+        return ridge_path(data, geometries, tried)[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,9 +15,9 @@ from methods.geometry import Geometry, measure
 from methods.mixed_fit import MixedFit
 from methods.mixture import fit_mixture
 from methods.population import Population, first_tastes, fit_population
-from methods.posterior import Evidence, Prior, pack, posterior_states
-from methods.ridge_bt import ROUGH, ridge_path
-from methods.validation import Validation
+from methods.posterior import Evidence, Posterior, Prior, pack, posterior_states
+from methods.ridge_bt import ROUGH, precision, ridge_path
+from methods.validation import Scores, Validation
 
 log = logging.getLogger(__name__)
 
@@ -45,11 +45,16 @@ class Candidate:
 
 @dataclass
 class _Tried:
-    """A candidate that was fitted, and its log loss on validation."""
+    """A candidate that was fitted to every split, and its log losses."""
 
     candidate: Candidate
-    loss: float
-    fit: Population | None
+    scores: Scores
+    fits: list[Population]
+
+    @property
+    def starts(self) -> list[tuple[Tensor, Posterior | None]]:
+        """Where fits with other strengths may begin."""
+        return [(fit.theta, fit.posterior) for fit in self.fits]
 
 
 def gaussian_states(fit: Population) -> Tensor:
@@ -64,7 +69,8 @@ class Search:
     For either kind of features: ridge BT along its path; then, with the best ridge, l_B along a
     path that begins at half of what keeps B at zero. From the best of all, steps in l_mu and l_B
     as long as one of them helps. Last, mixtures of tastes. Every fit begins where a neighbour
-    ended.
+    ended. Tastes must beat ridge BT by a standard error: with few users the least of many losses
+    is low by chance.
 
     Args:
         data: what the choice is made on.
@@ -74,11 +80,12 @@ class Search:
 
     def __init__(self, data: Validation, rank: int, tried: list[dict[str, Any]]) -> None:
         self.data, self.rank, self.tried = data, rank, tried
-        self.geometry = measure(data.fit, data.processes)
+        self.geometries = [measure(split.fit, split.processes) for split in data.splits]
+        self.ridge: _Tried | None = None
         self.best: _Tried | None = None
 
     def run(self, kinds: Iterable[bool], mixtures: Iterable[int]) -> Candidate:
-        """The candidate with the least log loss.
+        """The candidate chosen.
 
         Args:
             kinds: of features: stretched or not.
@@ -86,92 +93,108 @@ class Search:
         """
         for white in kinds:
             self._paths(white)
-        assert self.best is not None
-        if self.best.fit is not None:
-            self._moves()
-            self._mixtures([c for c in mixtures if c > 1])
-        return self.best.candidate
+        ridge = self.ridge
+        assert ridge is not None
+        if self.best is None or self.best.scores.loss >= ridge.scores.loss:
+            return ridge.candidate
+        self._moves()
+        self._mixtures([c for c in mixtures if c > 1])
+        gain, error = self.best.scores.gain(ridge.scores)
+        return self.best.candidate if gain > error else ridge.candidate
 
-    def _kind(self, white: bool) -> Geometry:
-        return replace(self.geometry, white=white)
+    def _kinds(self, white: bool) -> list[Geometry]:
+        return [replace(geometry, white=white) for geometry in self.geometries]
 
     def _paths(self, white: bool) -> None:
-        geometry, data = self._kind(white), self.data
-        l_mu, mu = ridge_path(data, geometry, self.tried)
-        least = min(record["loss"] for record in self.tried)
-        if self.best is None or least < self.best.loss:
-            self.best = _Tried(Candidate(white, l_mu), least, None)
-        B, rises = first_tastes(data.fit, geometry, mu, self.rank, data.processes)
-        if float(rises[0]) <= 0:
+        geometries, splits = self._kinds(white), self.data.splits
+        l_mu, mus, scores = ridge_path(self.data, geometries, self.tried)
+        if self.ridge is None or scores.loss < self.ridge.scores.loss:
+            self.ridge = _Tried(Candidate(white, l_mu), scores, [])
+        tastes = [
+            first_tastes(split.fit, geometry, mu, self.rank, split.processes)
+            for split, geometry, mu in zip(splits, geometries, mus, strict=True)
+        ]
+        most = max(float(rises[0]) for _, rises in tastes)
+        if most <= 0:
             return
-        start, posterior, losses = torch.cat([mu, B], 1), None, []
+        starts = [(torch.cat([mu, B], 1), None) for mu, (B, _) in zip(mus, tastes, strict=True)]
+        least = math.inf
         for step in range(LONGEST):
-            l_B = FIRST * float(rises[0]) / STEP**step
-            now = self._try(Candidate(white, l_mu, l_B, 1), start, posterior)
-            assert now.fit is not None
-            start, posterior = now.fit.theta, now.fit.posterior
-            losses.append(now.loss)
-            if len(losses) > 2 and losses[-1] > losses[-2] > losses[-3]:
+            now = self._try(Candidate(white, l_mu, FIRST * most / STEP**step, 1), starts)
+            starts = now.starts
+            if now.scores.loss > least:
                 break
+            least = now.scores.loss
 
-    def _try(self, candidate: Candidate, start: Tensor, posterior: Any) -> _Tried:
-        geometry, data = self._kind(candidate.white), self.data
-        strengths = candidate.l_mu, candidate.l_B
-        fit = fit_population(
-            data.fit, geometry, strengths, start, posterior, data.processes, ROUGH
-        )
-        prior = Prior.standard(self.rank_of(fit), fit.theta)
-        return self._score(candidate, fit, prior, gaussian_states(fit))
+    def _try(self, c: Candidate, starts: Sequence[tuple[Tensor, Posterior | None]]) -> _Tried:
+        fits = [
+            fit_population(
+                split.fit, geometry, (c.l_mu, c.l_B), theta, posterior, split.processes, ROUGH
+            )
+            for split, geometry, (theta, posterior) in zip(
+                self.data.splits, self._kinds(c.white), starts, strict=True
+            )
+        ]
+        priors = [Prior.standard(fit.theta.shape[1] - 1, fit.theta) for fit in fits]
+        return self._score(c, fits, priors, [gaussian_states(fit) for fit in fits])
 
-    @staticmethod
-    def rank_of(fit: Population) -> int:
-        """K of a fit."""
-        return fit.theta.shape[1] - 1
-
-    def _score(self, candidate: Candidate, fit: Population, prior: Prior, states: Tensor) -> _Tried:
-        directions = self._kind(candidate.white).raw(fit.theta)
-        scores = self.data.score(MixedFit(directions, prior, states, {}))
+    def _score(
+        self, c: Candidate, fits: list[Population], priors: list[Prior], states: list[Tensor]
+    ) -> _Tried:
+        directions = [
+            geometry.raw(fit.theta)
+            for geometry, fit in zip(self._kinds(c.white), fits, strict=True)
+        ]
+        fitted = [MixedFit(*x, {}) for x in zip(directions, priors, states, strict=True)]
+        now = _Tried(c, self.data.score(fitted), fits)
         record = {
-            "whitened": candidate.white, "l_mu": candidate.l_mu, "l_B": candidate.l_B,
-            "rank": self.rank_of(fit), "components": candidate.components,
+            "whitened": c.white, "l_mu": c.l_mu, "l_B": c.l_B, "rank": fits[0].theta.shape[1] - 1,
+            "components": c.components,
         }
-        self.tried.append(record | scores)
+        self.tried.append(record | now.scores.means())
         log.debug("%s", self.tried[-1])
-        now = _Tried(candidate, scores["loss"], fit)
-        if self.best is None or now.loss < self.best.loss:
+        if self.best is None or now.scores.loss < self.best.scores.loss:
             self.best = now
         return now
 
     def _moves(self) -> None:
-        steps = ((STEP, STEP), (1 / STEP, 1 / STEP), (STEP, 1), (1 / STEP, 1), (1, STEP))
-        known, moves = {(0, 0)}, 0
+        # A step down the path from the best, and all but perhaps the first one up, were tried
+        known, moves = {(0, 0), (0, -1), (0, 1)}, 0
         at, helped = (0, 0), True
         while helped and moves < MOVES:
             helped = False
             for by_mu, by_B in ((1, 1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1)):
-                place = at[0] + by_mu, at[1] + by_B
-                best = self.best
-                assert best is not None and best.fit is not None
+                place, best = (at[0] + by_mu, at[1] + by_B), self.best
+                assert best is not None
                 if place in known or moves == MOVES:
                     continue
                 known.add(place)
                 moves += 1
                 c = best.candidate
                 l_mu, l_B = c.l_mu * STEP**by_mu, c.l_B * STEP**by_B
-                self._try(replace(c, l_mu=l_mu, l_B=l_B), best.fit.theta, best.fit.posterior)
+                self._try(replace(c, l_mu=l_mu, l_B=l_B), best.starts)
                 if self.best is not best:
                     at, helped = place, True
                     break
 
     def _mixtures(self, numbers: Iterable[int]) -> None:
         best = self.best
-        assert best is not None and best.fit is not None
-        fit, data = best.fit, self.data
-        theta = self._kind(best.candidate.white).raw(fit.theta)
-        evidence = Evidence(MixedFit(theta, None, fit.posterior.mean, {}).view(data.fit), data.fit)
+        assert best is not None
+        geometries, splits = self._kinds(best.candidate.white), self.data.splits
+        evidence = [
+            Evidence(split.fit.project(geometry.raw(fit.theta).to(precision(split.fit))), split.fit)
+            for split, geometry, fit in zip(splits, geometries, best.fits, strict=True)
+        ]
         for components in numbers:
-            prior = fit_mixture(fit.posterior, components, data.processes)
-            if prior is None:
+            priors = [
+                fit_mixture(fit.posterior, components, split.processes)
+                for split, fit in zip(splits, best.fits, strict=True)
+            ]
+            kept = [prior for prior in priors if prior is not None]
+            if len(kept) < len(splits):
                 continue
-            states = posterior_states(evidence, prior, 1e-4)
-            self._score(replace(best.candidate, components=components), fit, prior, states)
+            states = [
+                posterior_states(data, prior, 1e-4)
+                for data, prior in zip(evidence, kept, strict=True)
+            ]
+            self._score(replace(best.candidate, components=components), best.fits, kept, states)

@@ -5,7 +5,9 @@ What is held out depends on users' names and the seed, not on their order nor on
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +19,8 @@ from methods.geometry import total
 
 HELD = 0.2  # of a seen user's dialogues
 NEW = 0.15  # of the seen users
+ENOUGH = 2000  # comparisons: with fewer, several splits are made
+MOST_SPLITS = 4
 
 
 @dataclass
@@ -42,11 +46,13 @@ class PseudoNew:
         rest: comparisons of the other users.
         few: shots of those set apart.
         held: their held-out comparisons, the same users in the same order.
+        chosen: who was set apart [U].
     """
 
     rest: Comparisons
     few: Comparisons
     held: Comparisons
+    chosen: Tensor
 
 
 def _names(data: Comparisons) -> list[str]:
@@ -107,7 +113,8 @@ def pseudo_new(train: Comparisons, seed: int, shots: int) -> PseudoNew | None:
         count = min(max(shots, 1), len(order) - max(1, round(HELD * len(order))))
         few += [units[u][i] for i in order[:count]]
         held += [units[u][i] for i in order[count:]]
-    return PseudoNew(*(_pick(train, rows) for rows in (rest, few, held)))
+    apart = torch.tensor([u in chosen for u in range(train.num_users)])
+    return PseudoNew(*(_pick(train, rows) for rows in (rest, few, held)), apart)
 
 
 def subset(few: Comparisons, shots: int, seed: int) -> tuple[Tensor, Users]:
@@ -127,65 +134,133 @@ def shots_of(few: Comparisons, shots: tuple[int, ...]) -> tuple[int, ...]:
     return (int(torch.tensor([len(unit) for unit in few.units()]).median()),)
 
 
-class Validation:
-    """What a choice is made on: training comparisons that a candidate has not been fitted to.
+@dataclass
+class Scores:
+    """A candidate's log losses on validation, by user: means over splits.
 
-    A candidate is fitted to ``fit`` and scored by its log loss on held-out dialogues of the users
-    it knows, and on pseudo-new users who adapt from their first shots.
+    Attributes:
+        seen: of users it knew, on their held-out dialogues [U]; NaN where nothing was held out.
+        new: of users it did not know, adapted from few shots [U]; NaN of those never set apart.
+    """
+
+    seen: Tensor
+    new: Tensor
+
+    def means(self) -> dict[str, float]:
+        """Means over users: ``seen``, ``new``, and the mean of both, ``loss``."""
+        means = {key: float(value.nanmean()) for key, value in vars(self).items()}
+        means = {key: value for key, value in means.items() if not math.isnan(value)}
+        return means | {"loss": sum(means.values()) / len(means)}
+
+    @property
+    def loss(self) -> float:
+        """What choices go by."""
+        return self.means()["loss"]
+
+    def gain(self, other: Scores) -> tuple[float, float]:
+        """How much lower the loss is than another candidate's, and the standard error of that.
+
+        Differences are paired by user.
+        """
+        parts = [b - a for a, b in zip(vars(self).values(), vars(other).values(), strict=True)]
+        parts = [part[~part.isnan()] for part in parts]
+        parts = [part for part in parts if len(part)]
+        mean = sum(float(part.mean()) for part in parts) / len(parts)
+        variances = [float(part.var()) / len(part) if len(part) > 1 else 0.0 for part in parts]
+        return mean, sum(variances) ** 0.5 / len(parts)
+
+
+class Split:
+    """One random split of the training comparisons for a choice.
 
     Attributes:
         fit: this process's comparisons to fit candidates to, in memory unless streamed.
         held: held-out comparisons of some of those users; None where there are none.
         whose: row among ``fit``'s users of each user of ``held``.
         new: the users set apart, the same on every process; None where there are none.
-        shots: numbers of shots that they adapt from.
+        seen_rows, new_rows: numbers of the users of ``held`` and ``new`` among all seen users.
     """
 
-    def __init__(self, task: Task) -> None:
-        self.seed, self.processes = task.seed, task.processes
-        self.shots = shots_of(task.few, task.shots)
-        self.new = pseudo_new(task.train, task.seed, max(self.shots))
+    def __init__(self, task: Task, seed: int, shots: tuple[int, ...]) -> None:
+        self.seed, self.shots, self.processes = seed, shots, task.processes
+        self.num_users = task.train.num_users
+        self.new = pseudo_new(task.train, seed, max(shots))
         rest = task.train if self.new is None else self.new.rest
-        mine = hold_out(rest.share(task.process, task.processes), task.seed)
+        rows = torch.arange(self.num_users)
+        self.new_rows = rows[:0]
+        if self.new is not None:
+            self.new_rows, rows = rows[self.new.chosen], rows[~self.new.chosen]
+        share = rest.share(task.process, task.processes)
+        mine = hold_out(share, seed)
+        first = _before(share.num_users, task)
         self.fit, self.held, self.whose = mine.fit, mine.held, mine.whose
+        self.seen_rows = rows[first + self.whose]
         if not task.stream:
             self.fit = self.fit.in_memory()
-        if self.new is not None and not task.stream:
-            self.new = PseudoNew(rest, self.new.few.in_memory(), self.new.held.in_memory())
+            self.held = None if self.held is None else self.held.in_memory()
+            if self.new is not None:
+                few, held = self.new.few.in_memory(), self.new.held.in_memory()
+                self.new = replace(self.new, few=few, held=held)
 
-    @property
-    def possible(self) -> bool:
-        """Whether anything is held out at all."""
-        return self.new is not None or self.held is not None
-
-    def score(self, fitted: Fitted) -> dict[str, float]:
-        """Log losses, means over users: ``seen``, ``new``, and their mean ``loss``.
-
-        Args:
-            fitted: a candidate fitted to ``fit``; its users are ``fit``'s.
-        """
-        losses = {}
-        seen = self._seen(fitted)
-        if seen is not None:
-            losses["seen"] = seen
-        if self.new is not None:
-            losses["new"] = self._new(fitted, self.new)
-        return losses | {"loss": sum(losses.values()) / len(losses)}
-
-    def _seen(self, fitted: Fitted) -> float | None:
-        sums = torch.zeros(2, dtype=torch.float64, device=self.fit.device)
+    def score(self, fitted: Fitted) -> Scores:
+        """Log losses of a candidate fitted to ``fit``, whose users it knows, in that order."""
+        seen, new = torch.full((2, self.num_users), math.nan, dtype=torch.float64)
         if self.held is not None:
             state = fitted.users[self.whose.to(fitted.users.device)]
             logits = fitted.logits(fitted.view(self.held), state, self.held.user)
-            sums[0], sums[1] = self.held.log_losses(logits).sum(), self.held.num_users
-        loss, users = total(sums, self.processes).tolist()
-        return loss / users if users else None
+            seen[self.seen_rows] = self.held.log_losses(logits).cpu()
+        seen = _gather(seen, self.processes)
+        if self.new is not None:
+            new[self.new_rows] = self._new(fitted, self.new).cpu()
+        return Scores(seen, new)
 
-    def _new(self, fitted: Fitted, new: PseudoNew) -> float:
+    def _new(self, fitted: Fitted, new: PseudoNew) -> Tensor:
         few, held, losses = fitted.view(new.few), fitted.view(new.held), []
         for shots in self.shots if fitted.personal else self.shots[:1]:
             rows, users = subset(new.few, shots, self.seed)
             state = fitted.adapt(few[rows], users, self.seed)
-            loss = new.held.log_losses(fitted.logits(held, state, new.held.user))
-            losses.append(float(loss.mean()))
-        return sum(losses) / len(losses)
+            losses.append(new.held.log_losses(fitted.logits(held, state, new.held.user)))
+        return torch.stack(losses).mean(0)
+
+
+def _before(users: int, task: Task) -> int:
+    """How many users belong to the processes before this one."""
+    counts = torch.zeros(task.processes)
+    counts[task.process] = users
+    return int(total(counts, task.processes)[: task.process].sum())
+
+
+def _gather(values: Tensor, processes: int) -> Tensor:
+    """Values [U] of all processes, each of which knows some and has NaN elsewhere."""
+    if processes == 1:
+        return values
+    known = ~values.isnan()
+    sums = total(torch.stack([values.nan_to_num(), known.double()]), processes)
+    return torch.where(sums[1] > 0, sums[0], math.nan)
+
+
+class Validation:
+    """What a choice is made on: random splits of the training comparisons, more of small data.
+
+    A candidate is fitted to each split's ``fit`` and scored by its log loss on held-out dialogues
+    of the users it knows, and on pseudo-new users who adapt from their first shots.
+
+    Attributes:
+        splits: one or more.
+    """
+
+    def __init__(self, task: Task) -> None:
+        shots = shots_of(task.few, task.shots)
+        count = min(MOST_SPLITS, max(1, round(ENOUGH / len(task.train))))
+        self.splits = [Split(task, task.seed + 10007 * i, shots) for i in range(count)]
+
+    @property
+    def possible(self) -> bool:
+        """Whether anything is held out at all."""
+        return any(split.new is not None or len(split.seen_rows) for split in self.splits)
+
+    def score(self, fits: Sequence[Fitted]) -> Scores:
+        """Log losses by user of a candidate, fitted to each split."""
+        parts = [split.score(fit) for split, fit in zip(self.splits, fits, strict=True)]
+        seen, new = (torch.stack([getattr(part, k) for part in parts]) for k in ("seen", "new"))
+        return Scores(seen.nanmean(0), new.nanmean(0))

@@ -104,7 +104,8 @@ def test_results_are_those_of_the_saved_bases(four, tmp_path):
 def test_own_models_know_their_own_user_alone(four, tmp_path):
     _, folder = fit(four, tmp_path)
     sets, found = four.tasks().draw(0, CPU), records(folder)
-    for fitted, judged in (("train", "train"), ("train", "seen"), ("few", "few"), ("few", "unseen")):
+    both = (("train", "train"), ("train", "seen"), ("few", "few"), ("few", "unseen"))
+    for fitted, judged in both:
         data = getattr(sets, fitted).in_memory()
         counts = data.counts.tolist()
         own = utils.learn_multiple(

@@ -11,18 +11,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import hub as hub_module
 import pytest
 import torch
-from hub import Hub
 
 import cli
 import embeddings
+import hub as hub_module
 import models
 import preparing
 import running
 import worlds
 from files import InputError
+from hub import Hub
 
 pytestmark = pytest.mark.slow
 

@@ -145,6 +145,10 @@ class Made:
 
     dataset, info = "Made", {}
 
+    def conversations(self) -> list[Any]:
+        talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        return [talk] * planted.ROWS
+
     class store:  # noqa: N801
         manifest = {"model": "none"}
 

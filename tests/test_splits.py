@@ -1,4 +1,4 @@
-"""splits.py: the four sets of a repeat against plain loops; folders that are not as prepared."""
+"""The four sets of a repeat against plain loops, and folders that are not as prepared."""
 
 from __future__ import annotations
 

@@ -1,0 +1,357 @@
+"""What methods with a network share: rows at one scale, early stopping, choosing, users' weights.
+
+A network sees the two embeddings of a comparison apart. It is evaluated on the distinct rows of a
+batch or pass; comparisons only gather from them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from comparisons import Comparisons, Pairs, RowFeatures, Users
+from files import InputError, require
+from methods.base import Fitted, Task
+from methods.validation import HeldOut, Validation
+
+TRIES = 6  # configurations that every method may try
+CURVE = 400  # points of a training curve that are kept
+TOLERANCE = 1e-4  # an improvement of the held-out log loss, or of a user's objective, that counts
+PATIENCE = 10  # epochs without one before training stops
+PLATEAU = 1500  # steps before which it never stops: tastes are often found late, all at once
+PATIENT_STEPS = 20  # the same of a user's weights, in steps
+BLOCK = 1 << 15  # comparisons of users who are fitted together, padded to the longest
+
+
+# ------------------------------------------------------------------------- Rows
+
+
+def rows_of(data: Comparisons) -> RowFeatures:
+    """The features, if they are rows of a table.
+
+    Raises:
+        InputError: only differences are known.
+    """
+    if isinstance(data.features, RowFeatures):
+        return data.features
+    raise InputError(
+        "this method needs both embeddings of a comparison, but only differences are held: "
+        "give RowFeatures (a prepared folder with embeddings has them)"
+    )
+
+
+def row_scale(data: Comparisons) -> float:
+    """Mean norm of the distinct rows over sqrt(F): rows divided by it have elements of about 1."""
+    norms = rows_of(data).pairs(lambda e: e.norm(dim=1)).values
+    return float(norms.mean()) / math.sqrt(data.num_features)
+
+
+def scaled_pairs(data: Comparisons, scale: float) -> Pairs:
+    """The distinct rows divided by the scale, in memory, and the comparisons' places in them."""
+    return rows_of(data).pairs(lambda e: e / scale)
+
+
+def distinct(*numbers: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The distinct ones among numbers of rows, and the place of each number among them."""
+    found, places = torch.unique(torch.cat(numbers), return_inverse=True)
+    return found, list(places.split([len(part) for part in numbers]))
+
+
+# --------------------------------------------------------------------- Networks
+
+
+def linear(
+    inputs: int, outputs: int, generator: torch.Generator, bias: bool = True, fan: int = 0
+) -> nn.Linear:
+    """A linear layer with torch's own initial distribution, drawn from a generator.
+
+    Args:
+        inputs, outputs: widths.
+        generator: of the draws, on the CPU, so that every device starts alike.
+        bias: whether it has one.
+        fan: number of inputs that the initial size is for, where this is a part of a wider layer.
+    """
+    layer = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias)
+    bound = 1 / math.sqrt(max(1, fan or inputs))
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.uniform_(-bound, bound, generator=generator)
+    return layer
+
+
+def frozen(module: nn.Module) -> nn.Module:
+    """The module, never to be trained again."""
+    return module.eval().requires_grad_(False)
+
+
+def batches(total: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """One pass over the numbers below ``total`` in random order, some at a time."""
+    return iter(torch.randperm(total, generator=generator).split(size))
+
+
+# --------------------------------------------------------------------- Training
+
+
+@dataclass
+class Course:
+    """How a training went.
+
+    Attributes:
+        losses: of every step.
+        held: log loss of the held-out comparisons after every epoch.
+        epochs: passes over the data that the kept parameters have seen.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    held: list[float] = field(default_factory=list)
+    epochs: int = 0
+
+    def curve(self) -> dict[str, Any]:
+        """At most ``CURVE`` means of successive losses, and the steps each stands for."""
+        step = max(1, math.ceil(len(self.losses) / CURVE))
+        parts = (self.losses[i : i + step] for i in range(0, len(self.losses), step))
+        return {"losses": [sum(part) / len(part) for part in parts], "loss_step": step}
+
+
+def descend(
+    optimizer: torch.optim.Optimizer,
+    epoch: Callable[[], Iterable[Tensor]],
+    epochs: int,
+    held: Callable[[], float] | None = None,
+    schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
+    patience: int = PATIENCE,
+) -> Course:
+    """Train until the held-out log loss stops falling, and keep the best parameters.
+
+    Args:
+        optimizer: of the parameters.
+        epoch: yields the loss of one batch after the other; a step is made at each.
+        epochs: passes over the data, at most.
+        held: held-out log loss of the present parameters; None to make all passes.
+        schedule: of the learning rate, by step.
+        patience: epochs without an improvement of ``TOLERANCE`` after which to stop, though not
+            within the first ``PLATEAU`` steps.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    course, losses, best, kept = Course(), [], math.inf, None
+    for number in range(1, epochs + 1):
+        for loss in epoch():
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            if schedule is not None:
+                schedule.step()
+            losses.append(loss.detach())
+        if held is None:
+            course.epochs = number
+            continue
+        course.held.append(held())
+        if course.held[-1] < best - TOLERANCE:
+            best, course.epochs = course.held[-1], number
+            kept = [p.detach().clone() for p in parameters]
+        elif number - course.epochs >= patience and len(losses) >= PLATEAU:
+            break
+    for parameter, value in zip(parameters, kept or [], strict=bool(kept)):
+        parameter.data.copy_(value)
+    course.losses = torch.stack(losses).tolist()
+    return course
+
+
+# --------------------------------------------------------------------- Choosing
+
+
+class Network(Fitted):
+    """A fitted method with a network.
+
+    Attributes:
+        course: of its training.
+        variant: a setting of new users' fits or of scoring that needs no other training.
+        tried: configurations that were tried, with held-out log losses.
+        parameters: number of trained numbers, the seen users' own included.
+    """
+
+    course: Course
+    variant: float
+    tried: Sequence[dict[str, Any]] = ()
+    parameters: int = 0
+
+    def describe(self) -> dict[str, Any]:
+        """Parameters, configurations tried, training curve and a line for the report."""
+        return {
+            "parameters": self.parameters,
+            "tried": list(self.tried),
+            "epochs": self.course.epochs,
+            **self.course.curve(),
+            "note": self.note(),
+        }
+
+    def note(self) -> str:
+        """A line for the report."""
+        return f"{self.label}: {self.parameters:,} parameters, {self.course.epochs} epochs"
+
+
+Held = HeldOut | Validation | None
+Train = Callable[[Comparisons, Held, dict[str, Any], int], Network]
+
+
+def choose(
+    task: Task,
+    models: Sequence[dict[str, Any]],
+    variants: tuple[str, Sequence[float]],
+    epochs: int,
+    train: Train,
+) -> Network:
+    """Try configurations on held-out dialogues and users, and fit the best one to everything.
+
+    The last fit makes as many passes over the data as were best for the chosen one.
+
+    Args:
+        task: only its training comparisons are read.
+        models: settings that need a training each.
+        variants: name and values of a setting that needs none.
+        epochs: passes over the data, at most.
+        train: fits (comparisons, held-out ones to stop by or None, one of the models, epochs).
+
+    Raises:
+        InputError: no user has two dialogues, so nothing can be held out.
+    """
+    name, tried = variants[0], []
+    # Streamed, since that keeps rows apart: in memory only their differences would be left.
+    validation = Validation(replace(task, stream=True, process=0, processes=1))
+    require(
+        validation.held is not None, "no user has two dialogues: there is nothing to choose by"
+    )
+    for model in models:
+        fitted = train(validation.fit, validation, model, epochs)
+        for value in variants[1]:
+            fitted.variant = value
+            score = validation.score(fitted)
+            tried.append({**model, name: value, "epochs": fitted.course.epochs, **score})
+    best = min(tried, key=lambda one: one["loss"])
+    chosen = train(task.train, None, {key: best[key] for key in models[0]}, best["epochs"])
+    chosen.variant, chosen.tried = best[name], tried
+    return chosen
+
+
+@torch.no_grad()
+def held_loss(fitted: Fitted, held: HeldOut | Validation, users: Tensor) -> float:
+    """Mean over users of the log loss of their held-out comparisons, states [U, S] being given."""
+    data = held.held
+    state = users[held.whose.to(users.device)]
+    return float(data.log_losses(fitted.logits(fitted.view(data), state, data.user)).mean())
+
+
+def pair_weights(users: Users, by_user: bool) -> Tensor:
+    """What each comparison weighs [N], 1 on average.
+
+    Args:
+        users: whose the comparisons are.
+        by_user: users count the same (eq. 10); otherwise comparisons do.
+    """
+    weight = users.weight
+    if by_user:
+        weight = weight / users.user_weight()[users.user]
+    return (weight / weight.mean()).float()
+
+
+def add_losses(logits: Tensor, weight: Tensor, hinge: bool = False) -> Tensor:
+    """Weighted mean of the log loss, or of the hinge loss of margin 1, of logits [n]."""
+    losses = (1 - logits).clamp(min=0) if hinge else softplus(-logits)
+    return weight @ losses / len(losses)
+
+
+# --------------------------------------------------------------- Users' weights
+
+Losses = Callable[[slice, Tensor, Tensor], Tensor]
+
+
+def blocks(users: Users) -> Iterator[tuple[slice, slice]]:
+    """Runs of users whose comparisons, padded to the longest, are at most ``BLOCK``: which users,
+    and which comparisons."""
+    counts, first, row = users.counts.tolist(), 0, 0
+    while first < len(counts):
+        last, most = first, 0
+        while last < len(counts):
+            most = max(most, counts[last])
+            if last > first and most * (last + 1 - first) > BLOCK:
+                break
+            last += 1
+        end = row + sum(counts[first:last])
+        yield slice(first, last), slice(row, end)
+        first, row = last, end
+
+
+def solve_weights(
+    losses: Losses,
+    users: Users,
+    start: Tensor,
+    ridge: float = 0.0,
+    steps: int = 300,
+    tolerance: float = TOLERANCE,
+    rate: float = 0.1,
+) -> Tensor:
+    """Simplex weights of users [U, K] that minimise the mean of their losses, by full-batch Adam.
+
+    Every user stops by itself, after 20 steps that gained less than the tolerance, and keeps the
+    best weights: nobody's result depends on who else is fitted.
+
+    Args:
+        losses: of some comparisons, given their slice, the weights [U', K] of the users
+            they belong to and whose they are [n]: [n].
+        users: whose the comparisons are.
+        start: initial logits [U, K] of the weights.
+        ridge: pull of the logits towards the start, as a share of one comparison each.
+        steps: of Adam, at most.
+        tolerance: of the objective; negative to make all steps and keep the last.
+        rate: of Adam.
+    """
+    found = torch.empty_like(start)
+    for who, rows in blocks(users):
+        part = Users(users.counts[who], users.weight[rows], users.device)
+        centre, total = start[who], part.user_weight().clamp(min=1).float()
+        share = (part.weight / part.user_weight()[part.user]).float()
+
+        def objective(
+            logits: Tensor, part=part, rows=rows, centre=centre, total=total, share=share
+        ) -> Tensor:
+            each = share * losses(rows, logits.softmax(1), part.user)
+            mean = each.new_zeros(part.num_users).index_add(0, part.user, each)
+            return mean + ridge / 2 * (logits - centre).square().sum(1) / total
+
+        found[who] = _least(objective, centre, steps, tolerance, rate)
+    return found.softmax(1)
+
+
+def _least(
+    objective: Callable[[Tensor], Tensor], start: Tensor, steps: int, tolerance: float, rate: float
+) -> Tensor:
+    """Where each row's own objective is least [U, K], by Adam on all rows at a time."""
+    logits = start.detach().clone().requires_grad_()
+    optimizer = torch.optim.Adam([logits], lr=rate)
+    best = torch.full((len(start),), math.inf, device=start.device)
+    kept, waited = logits.detach().clone(), torch.zeros_like(best)
+    for _ in range(steps):
+        with torch.enable_grad():
+            values = objective(logits)
+            optimizer.zero_grad()
+            values.sum().backward()
+        if tolerance >= 0:
+            better = (values.detach() < best - tolerance) & (waited < PATIENT_STEPS)
+            best = torch.where(better, values.detach(), best)
+            kept = torch.where(better[:, None], logits.detach(), kept)
+            waited = torch.where(better, 0, waited + 1)
+            if bool((waited >= PATIENT_STEPS).all()):
+                break
+        optimizer.step()
+    return kept if tolerance >= 0 else logits.detach()
+
+
+def where_known(states: Tensor, users: Users, nobody: Tensor) -> Tensor:
+    """States [U, S] of users with comparisons; nobody's state [S] of the others."""
+    return torch.where(users.counts[:, None] > 0, states, nobody)

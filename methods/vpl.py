@@ -1,0 +1,383 @@
+"""VPL: an encoder reads a user's comparisons into a latent vector, on which the reward depends.
+
+Poddar, Wan, Ivison, Gupta, Jaques, "Personalizing Reinforcement Learning from Human Feedback with
+Variational Preference Learning" (NeurIPS 2024), on fixed embeddings and in single precision.
+
+Shape letters: U users, N comparisons, F features, H hidden units, L latent, R distinct rows,
+G contexts of a batch, n comparisons of a context.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import leaky_relu
+
+from comparisons import Comparisons, Pairs, Seed, Users
+from methods.base import Fitted, Task
+from methods.networks import (
+    Held,
+    Network,
+    add_losses,
+    batches,
+    blocks,
+    choose,
+    descend,
+    distinct,
+    frozen,
+    held_loss,
+    linear,
+    pair_weights,
+    row_scale,
+    rows_of,
+    scaled_pairs,
+    where_known,
+)
+from methods.validation import HeldOut, hold_out
+
+ACTIVE = 0.005  # variance over users from which a unit of the latent is active
+CYCLE = 10_000  # steps of the published cyclical weight of the KL term
+
+
+@dataclass(frozen=True)
+class VPL:
+    """VPL, repaired.
+
+    ``faithful`` keeps the published constants: rows as they are, H = L = 512, contexts of 8,
+    batches of 32, AdamW (1e-4, weight decay .001, cosine with 3 % warm-up), 2 passes, the KL term
+    times the first of ``betas`` on a rising cycle; the latent lies on a sphere in training and not
+    afterwards. ``converged`` scales rows, draws contexts of 0 to the largest number of shots
+    (without one the latent is 0), lets up to 16 comparisons share a context, trains until the
+    held-out log loss falls no more, and tries the sphere afterwards too.
+
+    Args:
+        setting: published constants and budget, or the same model fitted to a tolerance.
+        betas: weights of the KL term to try; ``faithful`` takes the first.
+        hidden: hidden units H; 0 for 512 if faithful, else 64.
+        latent: units L of the latent; -1 for 512 if faithful, else 32; 0 for none, which leaves
+            Bradley-Terry on a network.
+        epochs: passes over the data, at most; 0 for 2 if faithful, else 100.
+    """
+
+    setting: Literal["faithful", "converged"] = "converged"
+    betas: tuple[float, ...] = (3e-6, 1e-4, 1e-2)
+    hidden: int = 0
+    latent: int = -1
+    epochs: int = 0
+
+    def fit(self, task: Task) -> list[Fitted]:
+        """Learn encoder and decoder from the task's training comparisons.
+
+        Raises:
+            InputError: only differences of embeddings are held.
+        """
+        rows_of(task.train)
+        if task.process:  # the first process judges alone
+            return []
+        longest = max(1, *task.shots) if task.shots else 50
+
+        def train(data: Comparisons, held: Held, model: dict, epochs: int) -> FittedVPL:
+            return self._train(data, held, model["beta"], epochs, task.seed, longest)
+
+        if self.setting == "faithful":
+            return [train(task.train, None, {"beta": self.betas[0]}, self.epochs or 2)]
+        personal = self.latent != 0  # without a latent there is nothing to choose
+        models = [{"beta": beta} for beta in self.betas[: None if personal else 1]]
+        spheres = (0.0, 1.0) if personal else (0.0,)
+        return [choose(task, models, ("sphere", spheres), self.epochs or 60, train)]
+
+    def _train(
+        self, data: Comparisons, held: Held, beta: float, epochs: int, seed: int, longest: int
+    ) -> FittedVPL:
+        faithful = self.setting == "faithful"
+        generator = torch.Generator().manual_seed(seed)
+        fit = FittedVPL(self, data, 1.0 if faithful else row_scale(data), generator)
+        groups = Groups(data, 1 if faithful else 16, (1, 8) if faithful else (0, longest))
+        rate, decay = (1e-4, 1e-3) if faithful else (3e-3, 1e-2)
+        optimizer = torch.optim.AdamW(fit.net.parameters(), lr=rate, weight_decay=decay)
+        total, step = epochs * math.ceil(len(data) / 32), itertools.count()
+        schedule = None  # making one sets the rate of the first step
+        if faithful:
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: _cosine(t, total))
+        pairs, weight = scaled_pairs(data, fit.scale), pair_weights(data, not faithful)
+
+        def epoch() -> Iterator[Tensor]:
+            if not fit.net.latent:
+                for some in batches(len(data), 32 if faithful else 64, generator):
+                    some = some.to(data.device)
+                    yield add_losses(fit.net.plain(pairs[some]), weight[some])
+                return
+            for targets, group, contexts, counts in groups.epoch(32 if faithful else 8, generator):
+                logits, kl = fit.net(pairs, targets, group, contexts, counts, generator)
+                slope = _cycle(next(step)) if faithful else 1.0
+                yield add_losses(logits, weight[targets]) + beta * slope * kl
+
+        def held_now() -> float:
+            return held_loss(fit, held, fit.adapt(fit.view(data), data, seed))
+
+        fit.course = descend(optimizer, epoch, epochs, held and held_now, schedule)
+        return fit.finish(data, seed)
+
+
+def _cosine(step: int, total: int) -> float:
+    """Learning rate over its largest: 3 % warm-up, then a cosine to 0."""
+    warm = max(1, round(0.03 * total))
+    if step < warm:
+        return step / warm
+    return (1 + math.cos(math.pi * min(1, (step - warm) / max(1, total - warm)))) / 2
+
+
+def _cycle(step: int) -> float:
+    """Weight of the KL term over beta: from .1 up to 1 along a cosine, again and again."""
+    return 0.1 + 0.9 * (1 - math.cos(math.pi * (step % CYCLE) / CYCLE)) / 2
+
+
+class Groups:
+    """Training comparisons of one user at a time, with a context of the same user's others.
+
+    Args:
+        data: training comparisons.
+        most: comparisons of a group at most, and at most a quarter of the user's.
+        sizes: least and greatest size of a context, equally likely; smaller where a user has few.
+    """
+
+    def __init__(self, data: Comparisons, most: int, sizes: tuple[int, int]) -> None:
+        self.rows = torch.arange(len(data)).split(data.counts.tolist())
+        self.dialogs = None if data.dialogs is None else data.dialogs.cpu()
+        self.most, self.sizes, self.device = most, sizes, data.device
+
+    def epoch(self, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, ...]]:
+        """Every comparison once: targets [n], their groups [n], contexts [c], sizes [G] of these.
+
+        Args:
+            size: groups in a batch.
+            generator: of order and contexts.
+        """
+        groups = [
+            (rows, rows[places])
+            for rows in self.rows
+            for places in batches(len(rows), max(1, min(self.most, len(rows) // 4)), generator)
+        ]
+        for some in batches(len(groups), size, generator):
+            picked = [groups[i] for i in some.tolist()]
+            targets = [own for _, own in picked]
+            contexts = [self._context(rows, own, generator) for rows, own in picked]
+            group, counts = Users(list(map(len, targets))).user, list(map(len, contexts))
+            parts = torch.cat(targets), group, torch.cat(contexts), torch.tensor(counts)
+            yield tuple(part.to(self.device) for part in parts)
+
+    def _context(self, rows: Tensor, targets: Tensor, generator: torch.Generator) -> Tensor:
+        """Some of a user's comparisons, of other dialogues than the targets' if there are any."""
+        low, high = self.sizes
+        size = int(torch.randint(low, high + 1, (1,), generator=generator))
+        others = rows[~torch.isin(rows, targets)]
+        if self.dialogs is not None:
+            apart = ~torch.isin(self.dialogs[others], self.dialogs[targets])
+            others = others[apart] if bool(apart.any()) else others
+        return others[torch.randperm(len(others), generator=generator)[:size]]
+
+
+class Net(nn.Module):
+    """Encoder of contexts and decoder of rewards.
+
+    Each begins with a layer that is linear in the embedding; ``first`` forms these products for
+    distinct rows, and everything else starts from them.
+
+    Args:
+        features, hidden, latent: F, H, L; without a latent there is no encoder.
+        generator: of initial values.
+    """
+
+    def __init__(
+        self, features: int, hidden: int, latent: int, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        F, H, L, g = features, hidden, latent, generator
+        self.latent = L
+        self.item = linear(F, H, g, fan=F + L)
+        self.hidden, self.reward = linear(H, H, g), linear(H, 1, g)
+        if L:
+            self.taste = linear(L, H, g, bias=False, fan=F + L)
+            self.chosen = linear(F, H, g, fan=2 * F)
+            self.rejected = linear(F, H, g, bias=False, fan=2 * F)
+            self.pair_hidden, self.pair = linear(H, H, g), linear(H, L, g)
+            self.query, self.key, self.value = (linear(L, L, g) for _ in range(3))
+            self.mean, self.log_variance = linear(L, L, g), linear(L, L, g)
+
+    def first(self, e: Tensor) -> Tensor:
+        """First-layer products of rows e [R, F]: item, chosen and rejected below each other
+        [R, 3 H]; of the item alone [R, H] without a latent."""
+        layers = [self.item, self.chosen, self.rejected] if self.latent else [self.item]
+        return torch.cat([layer(e) for layer in layers], 1)
+
+    def encode(self, first: Pairs, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log variance [G, L] of the latent, from contexts of so many comparisons [G]."""
+        _, chosen, rejected = first.values.chunk(3, 1)
+        h = leaky_relu(chosen[first.chosen] + rejected[first.rejected], 0.2)
+        h = self.pair(leaky_relu(self.pair_hidden(h), 0.2))
+        place = torch.arange(max(1, int(counts.max())), device=counts.device)
+        real = place < counts[:, None]
+        padded = h.new_zeros(*real.shape, self.latent)
+        padded[real] = h
+        scores = self.query(padded) @ self.key(padded).mT / math.sqrt(self.latent)
+        attention = scores.masked_fill(~real[:, None], -1e9).softmax(2)  # finite if all is empty
+        read = (attention @ self.value(padded)) * real[:, :, None]
+        o = read.sum(1) / counts.clamp(min=1)[:, None]
+        return self.mean(o).clamp(-1, 1), self.log_variance(o).clamp(-1, 1)
+
+    def decode(self, first: Pairs, z: Tensor | None, group: Tensor | None) -> Tensor:
+        """Difference of rewards [n] between chosen and rejected, the latents being z [G, L]."""
+        items = first.values[:, : self.hidden.in_features]
+        taste = 0 if z is None else self.taste(z)[group]
+        chosen, rejected = (
+            self.reward(leaky_relu(self.hidden(leaky_relu(items[side] + taste, 0.2)), 0.2))[:, 0]
+            for side in (first.chosen, first.rejected)
+        )
+        return chosen - rejected
+
+    def plain(self, pairs: Pairs) -> Tensor:
+        """Logits [n] without a latent, from scaled rows."""
+        rows, (chosen, rejected) = distinct(pairs.chosen, pairs.rejected)
+        return self.decode(Pairs(self.first(pairs.values[rows]), chosen, rejected), None, None)
+
+    def forward(
+        self, pairs: Pairs, targets: Tensor, group: Tensor, contexts: Tensor, counts: Tensor,
+        generator: torch.Generator,
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [n] of targets with latents drawn from their contexts, and the mean KL term."""
+        some = pairs[torch.cat([targets, contexts])]
+        rows, (chosen, rejected) = distinct(some.chosen, some.rejected)
+        first, n = Pairs(self.first(pairs.values[rows]), chosen, rejected), len(targets)
+        place = torch.arange(len(chosen), device=chosen.device)
+        mean, log_variance = self.encode(first[place[n:]], counts)
+        noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+        known = (counts > 0).float()[:, None]
+        z = on_sphere(mean + (log_variance / 2).exp() * noise) * known
+        kl = divergence(mean, log_variance) * known[:, 0]
+        return self.decode(first[place[:n]], z, group), kl[group].mean()
+
+
+def on_sphere(z: Tensor) -> Tensor:
+    """Latents [G, L] scaled to norm sqrt(L); 0 stays 0."""
+    return z * (math.sqrt(z.shape[1]) / z.norm(dim=1, keepdim=True).clamp(min=1e-12))
+
+
+def divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """KL divergence from N(0, I) of the latents [G]."""
+    return (mean.square() + log_variance.exp() - 1 - log_variance).sum(1) / 2
+
+
+class FittedVPL(Network):
+    """A fitted VPL. A user's state is the mean [L] of the latent given that user's comparisons;
+    nobody's is 0.
+
+    Args:
+        method: its settings.
+        data: training comparisons.
+        scale: what rows are divided by.
+        generator: of initial values.
+
+    Attributes:
+        net: encoder and decoder.
+        variant: 1 to put states on the sphere of the training, 0 not to.
+    """
+
+    def __init__(
+        self, method: VPL, data: Comparisons, scale: float, generator: torch.Generator
+    ) -> None:
+        faithful = method.setting == "faithful"
+        self.label = "VPL faithful" if faithful else "VPL"
+        self.settings = {"setting": method.setting}
+        self.scale, self.variant = scale, 0.0
+        hidden = method.hidden or (512 if faithful else 64)
+        latent = method.latent if method.latent >= 0 else (512 if faithful else 32)
+        self.net = Net(data.num_features, hidden, latent, generator).to(data.device)
+        self.nobody = torch.zeros(latent, device=data.device)
+
+    def finish(self, data: Comparisons, seed: int) -> FittedVPL:
+        """Nothing is trained any more: read the seen users' contexts, and look for a collapse."""
+        frozen(self.net)
+        self.parameters = sum(p.numel() for p in self.net.parameters())
+        view = self.view(data)
+        self.users = self.adapt(view, data, seed)
+        self.latents = {}
+        if self.net.latent:
+            parts = [self._encode(view, data, part)[1] for part in blocks(data)]
+            kl = divergence(self.users, torch.cat(parts)).mean()
+            active = (self.users.var(0) > ACTIVE).sum() if len(self.users) > 1 else 0
+            self.latents = {"active_units": int(active), "units": self.net.latent, "kl": float(kl)}
+            self.latents |= self._collapse(hold_out(data, seed), seed)
+        return self
+
+    def _collapse(self, parts: HeldOut, seed: int) -> dict[str, float]:
+        """Accuracy on some training comparisons with contexts of others: a user's own, the same
+        with chosen and rejected swapped, another user's, none. A collapsed latent makes no
+        difference."""
+        if parts.held is None:
+            return {}
+        context, held = self.view(parts.fit), self.view(parts.held)
+        own = self.adapt(context, parts.fit, seed)
+        swapped = Pairs(context.values, context.rejected, context.chosen)
+        states = {
+            "own": own,
+            "swapped": self.adapt(swapped, parts.fit, seed),
+            "another": own.roll(1, 0),
+            "none": torch.zeros_like(own),
+        }
+        whose = parts.whose.to(own.device)
+        return {
+            f"accuracy_{name}_context": float(
+                parts.held.accuracies(self.logits(held, z[whose], parts.held.user)).mean()
+            )
+            for name, z in states.items()
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """As every network, and what the latent carries."""
+        return super().describe() | self.latents
+
+    def note(self) -> str:
+        """A line for the report."""
+        if "accuracy_own_context" not in self.latents:
+            return super().note()
+        own, swapped = (self.latents[f"accuracy_{name}_context"] for name in ("own", "swapped"))
+        return (
+            f"{super().note()}; {self.latents['active_units']} of {self.net.latent} latent units "
+            f"active, training accuracy {own:.1%} with a user's context, {swapped:.1%} with it "
+            "swapped"
+        )
+
+    @torch.no_grad()
+    def view(self, data: Comparisons) -> Pairs:
+        """First-layer products of the distinct rows [R, 3 H]."""
+        return rows_of(data).pairs(lambda e: self.net.first(e / self.scale))
+
+    def _encode(
+        self, view: Pairs, users: Users, part: tuple[slice, slice]
+    ) -> tuple[Tensor, Tensor]:
+        who, rows = part
+        some = Pairs(view.values, view.chosen[rows], view.rejected[rows])
+        return self.net.encode(some, users.counts[who])
+
+    @torch.no_grad()
+    def adapt(self, view: Pairs, users: Users, seed: Seed) -> Tensor:
+        """Means [U', L] of the latents, by one pass through the encoder."""
+        if not self.net.latent or len(users) == 0:
+            return self.nobody.repeat(users.num_users, 1)
+        means = torch.cat([self._encode(view, users, part)[0] for part in blocks(users)])
+        return where_known(means, users, self.nobody)
+
+    @torch.no_grad()
+    def logits(self, view: Pairs, state: Tensor, user: Tensor) -> Tensor:
+        """Difference of the decoder's rewards [N]."""
+        if not self.net.latent:
+            return self.net.decode(view, None, None)
+        z = on_sphere(state) if self.variant else state
+        parts = torch.arange(len(view), device=user.device).split(1 << 16)
+        return torch.cat([self.net.decode(view[some], z, user[some]) for some in parts])
