@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -112,11 +113,15 @@ class Run:
 
 
 def plain(settings: Any) -> Any:
-    """Settings as JSON values; a dataclass as its fields, anything else unknown as its text."""
+    """Settings as JSON values; a dataclass as its fields, anything else unknown as its text.
+
+    A function's text has its address, which differs from process to process and is left out.
+    """
 
     def fallback(value: Any) -> Any:
         fields = getattr(value, "__dataclass_fields__", None)
-        return {k: getattr(value, k) for k in fields} if fields else str(value)
+        text = re.sub(r" at 0x[0-9a-f]+", "", str(value))
+        return {k: getattr(value, k) for k in fields} if fields else text
 
     return json.loads(json.dumps(settings, default=fallback))
 

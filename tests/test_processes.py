@@ -17,7 +17,8 @@ from people import repeats, saved
 from running import table
 
 pytestmark = pytest.mark.slow
-QUICK = {"iterations": 40, "few_shot_iterations": 40, "progress": "false", "run": "here"}
+# Not --run, which torchrun takes for an option of its own.
+QUICK = {"iterations": 40, "few_shot_iterations": 40, "progress": "false", "name": "here"}
 
 
 def assert_same(a: Path, b: Path, ranks: tuple[int, ...]) -> None:
