@@ -173,6 +173,23 @@ def test_shuffled_labels_are_coins_for_every_comparison_and_fitted_anew(world):
     assert ("shuffled", "seen") not in found
 
 
+def test_responses_that_a_direction_likes_are_those_of_a_plain_loop(run, world):
+    _, folder = run
+    (fit,) = saved(folder)["seeds"][0]["methods"]["lore"]["fits"]
+    V = load_basis(folder / fit["file"]).V
+    seen = world.tasks().draw(0, CPU).seen
+    rows = sorted({row for side in people.ends(seen) for row in side})
+    for c, likes in enumerate(fit["likes"]):
+        reward = {row: float(world.store.x[row] @ V[:, c]) for row in rows}
+        apart = {r: reward[r] - (reward[r] + reward[r ^ 1]) / 2 for r in rows}
+        order = sorted(rows, key=apart.get)
+        for key, expected in (("most", order[::-1]), ("least", order)):
+            told = [like["response"] for like in likes[key]]
+            assert told == [f"answer {row}" for row in expected[: experiments.LIKED]]
+            assert likes[key][0]["prompt"] == f"what of {expected[0] // 2}?"
+    assert len(fit["likes"]) == 2
+
+
 @given(st.integers(2, 40), st.integers(0, 1000))
 def test_a_swap_gives_every_user_another_ones_place(users, seed):
     other = experiments.swap(users, torch.Generator().manual_seed(seed))
@@ -348,18 +365,18 @@ def test_a_sweep_is_one_fit_after_the_other(four):
 
 def test_no_shots_give_nobodys_figures(world):
     task = task_of(world)
-    for method in (Lore(ranks=(2,), **people.QUICK), Own(Lore(**people.QUICK))):
-        (fit,) = method.fit(task)
-        draws = draw_shots(task.few, (0, 2), 2, 0)
-        by = {(r["control"], r["set"], r["shots"]): r for r in experiments.sweep(fit, task, draws)}
-        own, nobody = by["", "unseen", 0], fit.nobody.expand(6, -1)
-        logits = fit.logits(fit.view(task.unseen), nobody, task.unseen.user)
-        same(own, (task.unseen.accuracies(logits), task.unseen.log_losses(logits)))
-        if fit.controlled:
-            for key in ("accuracy", "log_loss"):
-                assert own[key] == by["nobody's", "unseen", 0][key]
-                assert by["another's", "unseen", 0][key] == own[key]
-        assert by["", "unseen", 2]["log_loss"] != own["log_loss"]
+    draws = draw_shots(task.few, (0, 2), 2, 0)
+    (fit,) = Lore(ranks=(2,), **people.QUICK).fit(task)
+    by = {(r["control"], r["set"], r["shots"]): r for r in experiments.sweep(fit, task, draws)}
+    own, nobody = by["", "unseen", 0], fit.nobody.expand(6, -1)
+    logits = fit.logits(fit.view(task.unseen), nobody, task.unseen.user)
+    same(own, (task.unseen.accuracies(logits), task.unseen.log_losses(logits)))
+    for key in ("accuracy", "log_loss"):
+        assert own[key] == by["nobody's", "unseen", 0][key] == by["another's", "unseen", 0][key]
+    assert by["", "unseen", 2]["log_loss"] != own["log_loss"]
+    (alone,) = Own(Lore(**people.QUICK)).fit(task)
+    shots = {r["shots"] for r in experiments.sweep(alone, task, draws)}
+    assert shots == {2}  # nothing is known of a user without comparisons
 
 
 def test_a_sweep_shuffles_labels_and_then_draws_the_same_shots(world):
@@ -390,7 +407,7 @@ def test_more_shots_tell_tastes_apart(world, tmp_path):
     folder = sweep(world, tmp_path)
     unseen = {key: r for key, r in records(folder).items() if key[2] == "unseen"}
     mean = {(la, control, n): np.mean(r["accuracy"]) for (la, control, _, n), r in unseen.items()}
-    assert {n for *_, n in unseen} == {0, 1, 3, 8}
+    assert {n for *_, n in unseen} == {0, 1, 3, 8} and ("own model", "", 0) not in mean
     lore, others = "LoRe K=2", ("nobody's", "another's", "shuffled")
     assert mean[lore, "", 8] > 0.85 and mean[lore, "", 8] >= mean[lore, "", 1]
     assert mean["own model", "", 8] > mean["own model", "", 1]
