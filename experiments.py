@@ -133,6 +133,7 @@ def vary_fewshot(tasks: Tasks, settings: Settings, shots: Sequence[int], trials:
 
 
 def _start(script: str, tasks: Tasks, settings: Settings, about: dict[str, Any]) -> Run:
+    settings.asked()  # refuses what there is not before anything is made
     shared = {"script": script, "reference": settings.reference, **tasks.facts(), **about}
     first = processes()[0] == 0
     return Run.start(settings.results, settings.name, shared, settings.all_methods(), first)
@@ -151,9 +152,12 @@ def _carry_out(
     for seed, names in run.missing(settings.seeds, methods).items():
         task = tasks.task(seed, device, direction, settings.stream, here)
         task.shots, task.progress = shots, settings.progress and here[0] == 0
-        task.state = run.folder / f"state-seed{seed}"
         task.checkpoint_every = settings.checkpoint_every
+        for name in names:  # mistakes are told before the work starts
+            if hasattr(methods[name], "check"):
+                methods[name].check(task)
         for name in names:
+            task.state = run.folder / f"state-seed{seed}-{name}"
             start = time.perf_counter()
             fits = methods[name].fit(task)
             seconds = time.perf_counter() - start

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,9 +50,10 @@ class Run:
         settings = json.loads(json.dumps(settings, default=str))
         short = f"{settings['script']}-{digest([settings, plain(methods)])[:8]}"
         folder = results / settings["dataset"] / (name or short)
-        old = read_json(folder / "results.json") or read_json(folder / "settings.json")
+        found = [read_json(folder / name) for name in ("results.json", "settings.json")]
+        old = found[1] if found[0] is None else found[0]
         if old is not None:
-            _check_same(folder, old.get("settings"), settings)
+            _check_same(folder, old, settings)
         run = cls(folder, settings, {"seeds": (old or {}).get("seeds", [])})
         if first and old is None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +76,7 @@ class Run:
         missing = {}
         for seed in seeds:
             done = self.part(seed)["methods"]
-            for name in methods.keys() & done.keys():
+            for name in [name for name in methods if name in done]:
                 old, new = done[name]["settings"], plain(methods[name])
                 if old != new:
                     raise InputError(
@@ -111,17 +113,22 @@ class Run:
 
 
 def plain(settings: Any) -> Any:
-    """Settings as JSON values; a dataclass as its fields, anything else unknown as its text."""
+    """Settings as JSON values; a dataclass as its fields, anything else unknown as its text.
+
+    A function's text has its address, which differs from process to process and is left out.
+    """
 
     def fallback(value: Any) -> Any:
         fields = getattr(value, "__dataclass_fields__", None)
-        return {k: getattr(value, k) for k in fields} if fields else str(value)
+        text = re.sub(r" at 0x[0-9a-f]+", "", str(value))
+        return {k: getattr(value, k) for k in fields} if fields else text
 
     return json.loads(json.dumps(settings, default=fallback))
 
 
-def _check_same(folder: Path, old: Any, new: dict[str, Any]) -> None:
-    if not isinstance(old, dict):
+def _check_same(folder: Path, kept: Any, new: dict[str, Any]) -> None:
+    old, seeds = (kept.get(k) for k in ("settings", "seeds")) if isinstance(kept, dict) else (0, 0)
+    if not isinstance(old, dict) or not isinstance(seeds, list | None):
         raise InputError(f"{folder}: settings.json or results.json is damaged; remove the folder")
     some = {key: value for key, value in old.items() if key != "seeds"}
     if some != {key: value for key, value in new.items() if key != "seeds"}:

@@ -18,9 +18,9 @@ import pandas as pd
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import core
-import experiments
+from cli import cli
+from files import InputError
 from reports import markdown
-from utils import InputError
 
 log = logging.getLogger(__name__)
 
@@ -29,19 +29,23 @@ SHARE = 0.85  # of the ratio of tokens that the ratio of seconds should reach
 
 def main(
     device: str = "cpu",
+    rounds: int = 3,
+    against: tuple[Path, ...] = (),
     scaling: bool = False,
-    embedding: list[str] = [],  # noqa: B006
+    embedding: tuple[str, ...] = (),
     **sizes: Any,
 ) -> None:
-    """Print one table of the learning core's and the embedding engine's ratios.
+    """Print one table of the learning core's and the embedding engine's times and ratios.
 
     Args:
         device: cpu or cuda.
+        rounds: how often all sides of the core take their turn.
+        against: folders of other commits' checkouts, whose core is timed in the same run.
         scaling: also show how an iteration grows with users, pairs, rank and features.
         embedding: flags of embedding.py, without their hyphens, such as posts=5.
     """
     engine = _embedding_rows(device, embedding)
-    rows = [measured.row() for measured in core.measure(core.cases(device, **sizes))]
+    rows = core.measure(core.cases(device, **sizes), rounds, against)
     print(markdown(pd.DataFrame(rows + engine).set_index("case")))
     print(core.note())
     print(
@@ -74,15 +78,15 @@ def _embedding_row(line: str) -> dict[str, str]:
     floor = float(alone) / float(tokens)
     return {
         "case": "embedding, " + line[3:32].strip(),
-        "plain s": alone,
-        "ours s": ours,
-        "ratio": ratio,
-        "aim": f"{SHARE * float(tokens):.2f}",
-        "floor s": f"{floor:.4g}",
-        "ours / floor": f"{float(ours) / max(floor, 1e-9):.1f}",
+        "floor ms": f"{1000 * floor:.4g}",
+        "ours ms": f"{1000 * float(ours):.4g}",
+        "ours / floor": f"{float(ours) / max(floor, 1e-9):.2f}",
+        "aim": f"{1 / SHARE:.2f}",
+        "plain ms": f"{1000 * float(alone):.4g}",
+        "plain / ours": ratio,
         "deviation": deviation,
     }
 
 
 if __name__ == "__main__":
-    experiments.cli(main)
+    cli(main)

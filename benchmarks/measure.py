@@ -99,7 +99,7 @@ def own_memory() -> Iterator[list[int]]:
 
 
 def _anonymous() -> int:
-    """Linux knows it."""
+    """Bytes of this process that no file backs, as Linux tells them."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("RssAnon:")[1].split()[0]) * 1024
 

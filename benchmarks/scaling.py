@@ -25,10 +25,11 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-import experiments
+from cli import cli
+from comparisons import Comparisons, DenseFeatures
 from measure import OUT, iteration_seconds, made_up_users, own_memory
 from reports import markdown
-from utils import Comparisons, DenseFeatures, LoRe, train_together
+from utils import LoRe, train_together
 
 FACTORS = (1, 2, 5, 10)
 BYTES = {"bfloat16": 2, "float32": 4}
@@ -43,7 +44,7 @@ def main(
     device: str = "cpu",
     out: Path = OUT,
     million: bool = False,
-    target: list[int] = [1_000_000, 50, 4096, 5],  # noqa: B006
+    target: tuple[int, ...] = (1_000_000, 50, 4096, 5),
     gigabytes: float = 2.0,
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     device_gigabytes: float = 80.0,
@@ -138,7 +139,7 @@ def _plot(costs: pd.DataFrame) -> Figure:
 
 
 def _million(
-    target: list[int],
+    target: tuple[int, ...],
     gigabytes: float,
     dtype: str,
     device_gigabytes: float,
@@ -218,4 +219,4 @@ def _account(
 
 
 if __name__ == "__main__":
-    experiments.cli(main)
+    cli(main)

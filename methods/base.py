@@ -134,7 +134,11 @@ class Fitted:
 
 
 class Method(Protocol):
-    """A method with its settings: a dataclass, whose fields are its flags."""
+    """A method with its settings: a dataclass, whose fields are its flags.
+
+    It may have a method ``check`` too, which takes the task before anything is fitted and raises
+    InputError where its settings do not go with the data.
+    """
 
     def fit(self, task: Task) -> list[Fitted]:
         """Learn from the task's training comparisons alone."""

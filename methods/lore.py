@@ -19,7 +19,15 @@ from files import require
 from methods.base import Fitted, Task
 from methods.validation import hold_out
 from training import Checkpoint
-from utils import TEMPERATURE, LoRe, LoRe_regularized, fit_bases, grid, personalize
+from utils import (
+    TEMPERATURE,
+    LoRe,
+    LoRe_regularized,
+    check_rank,
+    fit_bases,
+    grid,
+    personalize,
+)
 
 log = logging.getLogger(__name__)
 
@@ -59,15 +67,29 @@ class Lore:
     optimizer: Callable[[Iterable], Optimizer] | None = None
     select_rank: bool = False
 
+    def check_reference(self, task: Task) -> None:
+        """Refuse a pull to a reference where there is none."""
+        require(
+            task.reference is not None or not any(self.alpha),
+            "--alpha pulls to a reference, and there is none: the model has no score head (or "
+            "--reference none); give --alpha 0",
+        )
+
+    def check(self, task: Task) -> None:
+        """Refuse ranks that users or features cannot support, and a pull to nothing."""
+        self.check_reference(task)
+        for rank in self.ranks:
+            check_rank(rank, task.train.num_features, task.train.num_users)
+
     def fit_shared(self, task: Task) -> list[LoreFit]:
         """Bradley-Terry: rank 1, one shared direction, for every alpha."""
-        return self._fit(task, grid([1], self.alpha), task.mine, task.train.num_users, "bt")
+        return self._fit(task, grid([1], self.alpha), task.mine, task.train.num_users, "shared")
 
     def fit(self, task: Task) -> list[Fitted]:
         """A fit for every alpha, rank and shrinkage; last the chosen one, where one is chosen."""
         ranks = [rank for rank in self.ranks if rank > 1]
         asked = grid(ranks, self.alpha, self.shrinkage)
-        fits = self._fit(task, asked, task.mine, task.train.num_users, "lore")
+        fits = self._fit(task, asked, task.mine, task.train.num_users, "ranks")
         if self.select_rank:
             asked = grid([1, *ranks], self.alpha, self.shrinkage)
             fits.append(self._chosen(task, asked, fits))
@@ -76,11 +98,6 @@ class Lore:
     def _fit(
         self, task: Task, asked: list[dict[str, Any]], data: Comparisons, users: int, state: str
     ) -> list[LoreFit]:
-        require(
-            task.reference is not None or not any(self.alpha),
-            "--alpha pulls to a reference, and there is none: the model has no score head (or "
-            "--reference none); give --alpha 0",
-        )
         checkpoint = None
         if state and task.state is not None and task.checkpoint_every:
             path = task.state.with_name(f"{task.state.name}-{state}")

@@ -38,8 +38,9 @@ class MixedLogit:
 
     Args:
         rank: K, the most directions of taste; those not needed shrink to nothing.
-        l_mu, l_B: strengths of the priors of mu and of B's columns, given together or not at all;
-            features are divided by the root mean square norm of the training differences.
+        l_mu: strength of the prior of mu, given with that of B's columns or not at all; features
+            are divided by the root mean square norm of the training differences.
+        l_B: strength of the prior of B's columns.
         whitened: whether features are partly whitened; chosen if None and the strengths are.
         mixtures: numbers of components of the tastes' distribution to choose from.
     """

@@ -37,6 +37,10 @@ class BradleyTerry:
 
     lore: Lore
 
+    def check(self, task: Task) -> None:
+        """Refuse a pull to nothing."""
+        self.lore.check_reference(task)
+
     def fit(self, task: Task) -> list[Fitted]:
         """One direction for each alpha."""
         return self.lore.fit_shared(task)

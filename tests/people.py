@@ -36,6 +36,18 @@ class Rows:
         return self.x[index]
 
 
+class Tasks(splits.Tasks):
+    """Tasks whose conversations are not on disk: neighbouring rows answer the same prompt."""
+
+    def conversations(self) -> list[list[dict[str, str]]]:
+        """One conversation for each row of the embeddings."""
+        return [
+            [{"role": "user", "content": f"what of {row // 2}?"},
+             {"role": "assistant", "content": f"answer {row}"}]
+            for row in range(len(self.store))
+        ]  # fmt: skip
+
+
 class People(NamedTuple):
     """What prepare.json says, the embeddings and the table of comparisons."""
 
@@ -49,7 +61,7 @@ class People(NamedTuple):
         def draw(seed: int, device: torch.device) -> splits.Sets:
             return splits.four_sets(self.table, self.store, device, unit)
 
-        return splits.Tasks(self.info, self.store, draw, unit, {})
+        return Tasks(self.info, self.store, draw, unit, {}, Path())
 
 
 def planted(users: int = 12, dialogues: int = 16, F: int = 8) -> People:

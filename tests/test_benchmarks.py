@@ -1,4 +1,4 @@
-"""The benchmarks at tiny sizes: what they print adds up, and both sides compute the same."""
+"""The benchmarks: sides compute the same, and tables follow from what was timed."""
 
 from __future__ import annotations
 
@@ -7,21 +7,105 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 
-import models
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+import core
+import scaling
+import side
+import utils
+from files import InputError
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 CORE = [
-    "--features=32", "--joint", "12", "4", "3", "--alternating", "9", "5", "4",
-    "--few-shot", "2", "3", "4", "2", "--ranks", "1", "2", "--heads", "10", "4", "3",
-    "--steps=3", "--rounds=1", "--few-shot-iterations=4",
+    "--features=32", "--joint", "12", "4", "--ranks", "1", "2", "--alternating", "9", "5", "4",
+    "--sweep", "2", "3", "--few-shot", "2", "3", "4", "2", "--steps=3", "--rounds=1",
+    "--few-shot-iterations=4",
 ]  # fmt: skip
 
 
+def tiny() -> list[core.Case]:
+    return core.cases(
+        features=32, joint=(12, 4), ranks=(1, 2), alternating=(9, 5, 4), sweep=(2, 3),
+        few_shot=(2, 3, 4, 2), steps=3, few_shot_iterations=4,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_plain_loops_compute_what_they_are_timed_against(number):
+    case = tiny()[number].settings
+    ours, plain = (side.answer(case, who) for who in (False, True))
+    assert len(ours["seconds"]) == len(plain["seconds"]) == 2  # of three steps
+    assert core._deviation({"a": [ours], "b": [plain]}) < 1e-4
+    other = side.answer({**case, "seed": 1}, False)
+    assert core._deviation({"a": [ours], "b": [plain], "c": [other]}) > 0.1
+
+
+def test_a_sweep_is_timed_as_one(monkeypatch):
+    case, calls = tiny()[5].settings, []
+    run = utils.run_few_shot_vary_shots
+    monkeypatch.setattr(
+        utils, "run_few_shot_vary_shots", lambda *a, **k: calls.append(run(*a, **k)) or calls[-1]
+    )
+    assert len(side.answer(case, False)["seconds"]) == 1
+    assert calls[0].unseen.shape == (3,)
+    monkeypatch.setattr(side, "timed", lambda work, device: (work(), 7.0)[1])
+    assert side.answer(case, True)["seconds"] == [7.0 * 2]  # of one trial to two
+    many = side.answer({**case, "steps": 500}, True)["seconds"]
+    assert many == [7.0 * 2 * 500 / side.PLAIN_STEPS]
+
+
+def test_a_row_follows_from_what_was_timed(monkeypatch):
+    first, _, _, alone, together, few = tiny()
+    assert first.floor_bytes() == 12 * 4 * 32 * 4
+    assert few.floor_bytes() == 4 * 15 * 32 * 4 + 4 * 2 * (5 + 10 + 15) * 4 * 2 * 4
+    ours = str(core.ROOT)
+    medians = {together.name: {ours: 0.006, "there/old": 0.012}, alone.name: {ours: 0.004}}
+    monkeypatch.setattr(core, "copy_bandwidth", lambda size, device: size / 0.003)
+    row = core._row(together, {ours: [{}]}, medians, [Path("there/old")])
+    assert (row["floor ms"], row["ours ms"], row["ours / floor"]) == ("3", "6", "2.0")
+    assert (row["ours / alone"], row["old ms"], row["plain ms"]) == ("1.50", "12", "")
+    assert core._median([{"seconds": [1, 2]}, {"seconds": [9]}]) == 2
+
+
+def test_a_folder_that_is_no_checkout_is_refused(tmp_path):
+    with pytest.raises(InputError, match=f"--against {tmp_path}: no utils.py"):
+        core.measure(tiny(), 1, [tmp_path])
+
+
+def test_growth_is_the_exponent_over_the_decade():
+    values = pd.Series(scaling.FACTORS) * 20
+    for power in (0.5, 1.0, 2.0):
+        rows = pd.DataFrame({"value": values, "seconds": 1e-3 * values**power})
+        assert scaling._growth(rows) == pytest.approx(power)
+
+
+def test_a_million_users_are_told_by_proportion():
+    told = scaling._account(1_000_000, 50, 4096, 5, "bfloat16", 2e9)
+    assert told["comparisons"] == "50,000,000"
+    assert told["differences in bfloat16"] == "409.6 GB"
+    assert told["differences in float32"] == "819.2 GB"
+    assert float(told["seconds of an iteration"]) == pytest.approx(409.6 / 2, abs=1)
+    assert float(told["hours of 1000 iterations"]) == pytest.approx(409.6 / 2 / 3.6, rel=1e-2)
+    assert told["weights and basis, with Adam's state"] == "60.2 MB"
+
+
+def test_the_file_of_differences_repeats_no_row(tmp_path):
+    x = scaling._differences(tmp_path / "x", 5000, 8, "float32")
+    assert x.shape == (5000, 8) and (tmp_path / "x").stat().st_size == 5000 * 8 * 4
+    assert not torch.equal(x[0], x[4096]) and np.isclose(float(x.std()), 30, rtol=0.05)
+    seconds, memory = scaling._streamed(x, 100, 50, 2, "cpu", 3)
+    assert seconds > 0 and memory >= 0
+
+
+# --------------------------------------------------------------------------- As commands
+
+
 def run(script: str, *flags: str, status: int = 0) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(BENCHMARKS / script), *flags]
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == status, done.stdout + done.stderr
@@ -35,58 +119,34 @@ def table(printed: str) -> pd.DataFrame:
     return pd.DataFrame(cells[2:], columns=cells[0]).set_index(cells[0][0])
 
 
-def check_core(rows: pd.DataFrame) -> None:
-    """Both sides agree, and the ratios are those of the seconds."""
-    numbers = rows[["plain s", "ours s", "ratio", "floor s", "deviation"]].astype(float)
-    assert (numbers["deviation"] < 1e-4).all()
-    assert (numbers["floor s"] > 0).all()
-    ratio = numbers["plain s"] / numbers["ours s"]
-    assert numbers["ratio"].to_numpy() == pytest.approx(ratio.to_numpy(), rel=0.01, abs=0.06)
+@pytest.mark.slow
+def test_the_core_against_plain_loops_and_another_checkout(tmp_path):
+    (tmp_path / "other").symlink_to(ROOT)
+    rows = table(run("core.py", *CORE, f"--against={tmp_path / 'other'}").stdout)
+    assert list(rows.index) == [case.name for case in tiny()]
+    filled = rows.replace("", np.nan)
+    numbers = filled.astype(float)
+    assert numbers["other ms"].notna().all() and (numbers["ours ms"] > 0).all()
+    ratio = numbers["plain ms"] / numbers["ours ms"]
+    assert np.allclose(numbers["plain / ours"], ratio, rtol=0.01, atol=0.06, equal_nan=True)
+    assert (numbers["deviation"].dropna() < 1e-4).all() and numbers["deviation"].count() == 5
 
 
-def test_the_core_against_plain_loops() -> None:
-    rows = table(run("core.py", *CORE).stdout)
-    assert [case.split(",")[0] for case in rows.index] == [
-        "joint", "alternating", "few-shot", *["ranks 1 to 2 together"] * 2, "3 heads"
-    ]  # fmt: skip
-    check_core(rows)
-
-
-def test_everything_in_one_table(tmp_path: Path) -> None:
-    model = models.tiny_llama(tmp_path / "model")
-    sizes = ["posts=2", "dialogues=2", "prompts=2", "prism=2", "parts=1", f"model={model}"]
-    rows = table(run("all.py", *CORE, "--embedding", *sizes).stdout)
-    engine = rows[rows.index.str.startswith("embedding, ")]
-    assert len(engine) >= 3
-    assert (engine["aim"].astype(float) > 0.85).all()
-    check_core(rows.drop(engine.index))
-
-
-def test_a_failing_part_is_named(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_failing_part_is_named(tmp_path):
     missing = f"model={tmp_path / 'missing'}"
     done = run("all.py", *CORE, "--embedding", missing, status=2)
     assert done.stderr.splitlines()[-1].startswith("error: ")
     assert "embedding.py failed" in done.stderr
 
 
-def test_growth_is_measured_over_a_decade(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_growth_is_measured_over_a_decade(tmp_path):
     sizes = ["--users=10", "--pairs=3", "--rank=1", "--features=12", "--steps=3"]
     rows = table(run("scaling.py", *sizes, f"--out={tmp_path}").stdout)
     assert list(rows.index) == ["users", "pairs", "rank", "features"]
     assert rows.loc["features", "x10"].startswith("120: ")
-    assert {file.name for file in tmp_path.iterdir()} == {
-        "scaling.csv", "scaling.pdf", "scaling.png"
-    }  # fmt: skip
+    names = {file.name for file in tmp_path.iterdir()}
+    assert names == {"scaling.csv", "scaling.pdf", "scaling.png"}
     kept = pd.read_csv(tmp_path / "scaling.csv")
     assert len(kept) == 16 and (kept["seconds"] > 0).all()
-
-
-def test_a_million_users_by_proportion(tmp_path: Path) -> None:
-    sizes = ["--gigabytes=0.001", "--target", "1000", "5", "50", "2", "--steps=3"]
-    rows = table(run("scaling.py", "--million", *sizes, f"--out={tmp_path}").stdout)
-    here, there = rows["measured here"], rows["by proportion"]
-    assert here["users"] == "2,000"  # 1 MB of 5 x 50 numbers of two bytes each
-    assert there["comparisons"] == "5,000"
-    seconds = here["seconds of an iteration"], there["seconds of an iteration"]
-    assert float(seconds[0]) / float(seconds[1]) == pytest.approx(2, rel=0.01)
-    assert not list(tmp_path.iterdir())

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import re
 import resource
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ import experiments
 import methods.lore
 import people
 import reference
+import reports
 import training
 import utils
 import worlds
@@ -47,6 +50,14 @@ def world() -> People:
 def four() -> People:
     """Two users of each kind, so that another one is the only other one."""
     return people.planted(users=4)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_report() -> Iterator[None]:
+    """No tables and plots, which take far longer than what is tested here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiments, "report", lambda folder: f"report of {folder}")
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +173,23 @@ def test_shuffled_labels_are_coins_for_every_comparison_and_fitted_anew(world):
     assert ("shuffled", "seen") not in found
 
 
+def test_responses_that_a_direction_likes_are_those_of_a_plain_loop(run, world):
+    _, folder = run
+    (fit,) = saved(folder)["seeds"][0]["methods"]["lore"]["fits"]
+    V = load_basis(folder / fit["file"]).V
+    seen = world.tasks().draw(0, CPU).seen
+    rows = sorted({row for side in people.ends(seen) for row in side})
+    for c, likes in enumerate(fit["likes"]):
+        reward = {row: float(world.store.x[row] @ V[:, c]) for row in rows}
+        apart = {r: reward[r] - (reward[r] + reward[r ^ 1]) / 2 for r in rows}
+        order = sorted(rows, key=apart.get)
+        for key, expected in (("most", order[::-1]), ("least", order)):
+            told = [like["response"] for like in likes[key]]
+            assert told == [f"answer {row}" for row in expected[: experiments.LIKED]]
+            assert likes[key][0]["prompt"] == f"what of {expected[0] // 2}?"
+    assert len(fit["likes"]) == 2
+
+
 @given(st.integers(2, 40), st.integers(0, 1000))
 def test_a_swap_gives_every_user_another_ones_place(users, seed):
     other = experiments.swap(users, torch.Generator().manual_seed(seed))
@@ -189,6 +217,7 @@ def test_anothers_state_is_the_mean_over_several_others(world):
 
 def test_controls_lose_what_is_personal(run):
     text, folder = run
+    assert text == f"report of {folder}"
     mean = {key[:3]: np.mean(r["accuracy"]) for key, r in records(folder).items()}
     loss = {key[:3]: np.mean(r["log_loss"]) for key, r in records(folder).items()}
     for part in ("seen", "unseen"):
@@ -197,7 +226,6 @@ def test_controls_lose_what_is_personal(run):
             assert mean["LoRe K=2", "", part] - mean[(*other, part)] > 0.2
             assert loss["LoRe K=2", "", part] < loss[(*other, part)]
     assert mean["LoRe K=2", "", "unseen"] - mean["LoRe K=2", "shuffled", "unseen"] > 0.2
-    assert "LoRe K=2" in text and str(folder) in text
 
 
 def test_what_is_not_personal_has_no_controls(run):
@@ -232,11 +260,13 @@ def test_a_basis_is_described(world):
 
 def test_one_seen_user_has_nobody_to_differ_from(four, tmp_path):
     alone = four._replace(table=four.table[four.table.user_id.isin(["p00", "p02"])])
-    text, folder = fit(alone, tmp_path, ranks=(0, 1))
+    _, folder = fit(alone, tmp_path, ranks=(0, 1))
     assert {key[0] for key in records(folder)} == {"reference", "BT", "own model"}
-    assert "nothing" in text
     with pytest.raises(InputError, match="rank 2 .* at most 1"):
         fit(alone, tmp_path, ranks=(2,), name="other")
+    assert not list(tmp_path.rglob("other/results.json"))  # nothing was fitted
+    with pytest.raises(InputError, match="--alpha pulls to a reference, and there is none"):
+        fit(alone, tmp_path, ranks=(0,), alpha=(1.0,), reference="none", name="third")
 
 
 # --------------------------------------------------------------------- Choosing a rank
@@ -335,18 +365,18 @@ def test_a_sweep_is_one_fit_after_the_other(four):
 
 def test_no_shots_give_nobodys_figures(world):
     task = task_of(world)
-    for method in (Lore(ranks=(2,), **people.QUICK), Own(Lore(**people.QUICK))):
-        (fit,) = method.fit(task)
-        draws = draw_shots(task.few, (0, 2), 2, 0)
-        by = {(r["control"], r["set"], r["shots"]): r for r in experiments.sweep(fit, task, draws)}
-        own, nobody = by["", "unseen", 0], fit.nobody.expand(6, -1)
-        logits = fit.logits(fit.view(task.unseen), nobody, task.unseen.user)
-        same(own, (task.unseen.accuracies(logits), task.unseen.log_losses(logits)))
-        if fit.controlled:
-            for key in ("accuracy", "log_loss"):
-                assert own[key] == by["nobody's", "unseen", 0][key]
-                assert by["another's", "unseen", 0][key] == own[key]
-        assert by["", "unseen", 2]["log_loss"] != own["log_loss"]
+    draws = draw_shots(task.few, (0, 2), 2, 0)
+    (fit,) = Lore(ranks=(2,), **people.QUICK).fit(task)
+    by = {(r["control"], r["set"], r["shots"]): r for r in experiments.sweep(fit, task, draws)}
+    own, nobody = by["", "unseen", 0], fit.nobody.expand(6, -1)
+    logits = fit.logits(fit.view(task.unseen), nobody, task.unseen.user)
+    same(own, (task.unseen.accuracies(logits), task.unseen.log_losses(logits)))
+    for key in ("accuracy", "log_loss"):
+        assert own[key] == by["nobody's", "unseen", 0][key] == by["another's", "unseen", 0][key]
+    assert by["", "unseen", 2]["log_loss"] != own["log_loss"]
+    (alone,) = Own(Lore(**people.QUICK)).fit(task)
+    shots = {r["shots"] for r in experiments.sweep(alone, task, draws)}
+    assert shots == {2}  # nothing is known of a user without comparisons
 
 
 def test_a_sweep_shuffles_labels_and_then_draws_the_same_shots(world):
@@ -377,7 +407,7 @@ def test_more_shots_tell_tastes_apart(world, tmp_path):
     folder = sweep(world, tmp_path)
     unseen = {key: r for key, r in records(folder).items() if key[2] == "unseen"}
     mean = {(la, control, n): np.mean(r["accuracy"]) for (la, control, _, n), r in unseen.items()}
-    assert {n for *_, n in unseen} == {0, 1, 3, 8}
+    assert {n for *_, n in unseen} == {0, 1, 3, 8} and ("own model", "", 0) not in mean
     lore, others = "LoRe K=2", ("nobody's", "another's", "shuffled")
     assert mean[lore, "", 8] > 0.85 and mean[lore, "", 8] >= mean[lore, "", 1]
     assert mean["own model", "", 8] > mean["own model", "", 1]
@@ -386,7 +416,7 @@ def test_more_shots_tell_tastes_apart(world, tmp_path):
     for key in ((lore, "nobody's"), ("BT", ""), ("reference", "")):
         assert len({mean[(*key, n)] for n in (0, 1, 3, 8)}) == 1
     for (label, _, _, _), r in unseen.items():
-        assert len(r["trials"]) in ((1,) if label in ("BT", "reference", "own model") else (1, 2))
+        assert len(r["trials"]) in ((1,) if label == "own model" else (1, 2))
         assert np.mean(r["trials"]) == pytest.approx(np.mean(r["accuracy"]), abs=1e-4)
     about = saved(folder)["settings"]
     assert (about["shots"], about["trials"], about["unit"]) == ([0, 1, 3, 8], 2, "dialogues")
@@ -504,7 +534,7 @@ def test_methods_and_seeds_that_are_added_later_are_all_that_is_fitted(
 
 
 def test_an_unknown_method_is_refused_before_anything_is_made(world, tmp_path):
-    with pytest.raises(InputError, match="--methods lore2: there are lore"):
+    with pytest.raises(InputError, match="--methods lore2: there are .*lore"):
         fit(world, tmp_path, methods=("lore", "lore2"))
     assert not list(tmp_path.iterdir())
 
@@ -547,9 +577,21 @@ def small_disk(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-@pytest.mark.parametrize("size", [100, 1_000, 2_000, 4_000, 40_000])
-def test_a_full_disk_loses_nothing(world, run, tmp_path, size):
-    whole = run[1]
+@pytest.fixture(scope="module")
+def reported(world, run, tmp_path_factory) -> Path:
+    """A finished run with its tables, plots aside."""
+    folder = shutil.copytree(run[1], tmp_path_factory.mktemp("reported") / "here")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reports, "write_plots", lambda *_: [])
+        reports.report(folder)
+    return folder
+
+
+@pytest.mark.parametrize("size", [100, 1_100, 2_500, 8_000, 30_000])
+def test_a_full_disk_loses_nothing(world, reported, tmp_path, monkeypatch, size):
+    monkeypatch.setattr(reports, "write_plots", lambda *_: [])
+    monkeypatch.setattr(experiments, "report", reports.report)
+    whole = reported
     files = {path.name: path.stat().st_size for path in whole.iterdir()}
     with small_disk(size), pytest.raises(InputError, match="cannot be written") as error:
         fit(world, tmp_path / "full", checkpoint_every=10)
@@ -575,7 +617,7 @@ def killed(world: People, results: Path, monkeypatch: pytest.MonkeyPatch, **chan
 
     def tick(checkpoint: training.Checkpoint, fitted: Any, step: int) -> None:
         keep(checkpoint, fitted, step)
-        if step == 47 and checkpoint.path.name.endswith("lore"):
+        if step == 47 and checkpoint.path.name.endswith("ranks"):
             raise Killed
 
     keep = training.Checkpoint.tick
@@ -607,14 +649,16 @@ def test_a_killed_training_goes_on_wherever_it_computes(
 
 def test_a_kept_state_of_other_settings_is_not_taken_up(world, tmp_path, monkeypatch):
     killed(world, tmp_path, monkeypatch, **REGULARIZED)
-    kept = sorted((tmp_path / "planted/here").glob("state-*-lore.*"))
-    assert [path.name for path in kept] == [f"state-seed0-lore.0.{n}.pt" for n in (30, 40)]
+    kept = sorted((tmp_path / "planted/here").glob("state-*"))
+    assert [path.name for path in kept] == [f"state-seed0-lore-ranks.0.{n}.pt" for n in (30, 40)]
     other = {**REGULARIZED, "learning_rate": 0.4}
     _, second = fit(world, tmp_path / "second", **other)
     for path in kept:
         path.rename(second / path.name)
-    (second / "results.json").unlink()
-    with pytest.raises(InputError, match="state-seed0-lore.* other settings or data"):
+    results = saved(second)
+    del results["seeds"][0]["methods"]["lore"]
+    (second / "results.json").write_text(json.dumps(results))
+    with pytest.raises(InputError, match="state-seed0-lore-ranks.* other settings or data"):
         fit(world, tmp_path / "second", **other)
 
 

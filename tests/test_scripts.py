@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import functools
 import json
 import re
+import runpy
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
+import jsonargparse
 import numpy as np
 import pytest
 
 import models
 import running
-import worlds
-from conftest import WORLDS, Dataset
+from basis import load_basis
+from conftest import OWN_PROCESS, WORLDS, Dataset
+from methods.lore import Lore
+from people import repeats, saved
 from running import Outcome, table
-from utils import load_basis
 
 QUICK = {"iterations": 60, "few_shot_iterations": 60, "progress": "false"}
 TRAIN = {
@@ -39,8 +45,9 @@ SWEEP = {
 }  # fmt: skip
 SCRIPTS = sorted(
     str(path.relative_to(running.ROOT))
-    for path in running.ROOT.glob("*/*.py")
-    if path.parent.name in WORLDS and "experiments.cli(main)" in path.read_text()
+    for pattern in ("*.py", "*/*.py")
+    for path in running.ROOT.glob(pattern)
+    if re.search(r"^    (cli|experiments\.command)\(main\)", path.read_text(), re.MULTILINE)
 )
 
 
@@ -53,14 +60,15 @@ class Run(NamedTuple):
 
 @pytest.fixture(scope="session")
 def finished(dataset: Callable[[str], Dataset], tmp_path_factory) -> Callable[[str, str], Run]:
-    """A dataset's train_basis or vary_fewshot, run once in a process of its own."""
+    """A dataset's train_basis or vary_fewshot, run once."""
 
     @functools.cache
     def get(name: str, script: str) -> Run:
         results = tmp_path_factory.mktemp("results")
         settings = (TRAIN if script == "train_basis" else SWEEP)[name]
         where = {"data": dataset(name).data, "results": results, "run": "here"}
-        outcome = running.run(f"{name}/{script}.py", {**where, **settings, **QUICK})
+        how = running.run if name in OWN_PROCESS else running.invoke
+        outcome = how(f"{name}/{script}.py", {**where, **settings, **QUICK})
         return Run(outcome, results / name / "here")
 
     return get
@@ -73,10 +81,25 @@ def rows(run: Run) -> list[dict[str, str]]:
 
 
 def assert_shows_mean(cell: str, lines: list[dict[str, str]], **where: str) -> None:
-    """A table's cell begins with the mean accuracy of some lines of results.csv, in percent."""
+    """A table's cell begins with the mean accuracy of some lines of results.csv, in percent.
+
+    Args:
+        cell: of a table.
+        lines: of results.csv.
+        where: what the columns of the lines must hold.
+    """
     some = [line for line in lines if all(line[k] == v for k, v in where.items())]
     mean = 100 * np.mean([float(line["accuracy"]) for line in some])
     assert float(cell.split()[0]) == pytest.approx(mean, rel=0, abs=0.0502)  # to one decimal
+
+
+def row_name(line: dict[str, str]) -> str:
+    """The row of the table that shows a line of results.csv."""
+    return f"{line['label']}: {CONTROLS[line['control']]}" if line["control"] else line["label"]
+
+
+CONTROLS = {"nobody's": "nobody's state", "another's": "another's state",
+            "shuffled": "shuffled labels"}  # fmt: skip
 
 
 # -------------------------------------------------------------------- The good way
@@ -101,15 +124,15 @@ def test_train_basis_prints_what_it_saves(finished, name):
     run = finished(name, "train_basis")
     assert run.outcome.status == 0, run.outcome.err
     lines, printed = rows(run), table(run.outcome.out)
-    assert {line["label"] for line in lines} == set(printed)
-    for label, cells in printed.items():
-        for part in ("seen", "unseen"):
-            if cells[part]:
-                assert_shows_mean(cells[part], lines, label=label, set=part)
+    assert {row_name(line) for line in lines} == set(printed)
+    for line in lines:
+        if line["set"] in ("seen", "unseen"):
+            where = {key: line[key] for key in ("label", "control", "set")}
+            assert_shows_mean(printed[row_name(line)][line["set"]], lines, **where)
     seeds = [str(seed) for seed in TRAIN[name].get("seeds", [0])]
     assert sorted({line["seed"] for line in lines}) == seeds
     assert {line["set"] for line in lines} == {"train", "seen", "few_shot", "unseen"}
-    assert "Verdict (" in run.outcome.out
+    assert "\nVerdict:" in run.outcome.out
 
 
 @pytest.mark.parametrize("name", WORLDS)
@@ -117,13 +140,17 @@ def test_vary_fewshot_prints_what_it_saves(finished, name):
     run = finished(name, "vary_fewshot")
     assert run.outcome.status == 0, run.outcome.err
     lines, printed = rows(run), table(run.outcome.out)
-    assert list(next(iter(printed.values()))) == [f"{s} shots" for s in SWEEP[name]["shots"]]
-    for label, cells in printed.items():
-        for shots, cell in cells.items():
-            assert_shows_mean(cell, lines, label=label, set="unseen", shots=shots.split()[0])
-    methods = {"reference", "BT", "LoRe", "own model", "mean weights", "others' weights"}
-    assert {line["method"] for line in lines} == methods | {"shuffled shots"}
-    assert "Verdict (" in run.outcome.out
+    columns = [f"{s} shot{'s' * (s != 1)}" for s in SWEEP[name]["shots"]]
+    assert list(printed["BT"]) == columns
+    assert printed.keys() - {row_name(line) for line in lines} == {"users with as many"}
+    for line in lines:
+        if line["set"] == "unseen":
+            where = {key: line[key] for key in ("label", "control", "set", "shots")}
+            column = columns[SWEEP[name]["shots"].index(int(line["shots"]))]
+            assert_shows_mean(printed[row_name(line)][column], lines, **where)
+    assert {line["method"] for line in lines} == {"reference", "bt", "own", "lore"}
+    assert {line["control"] for line in lines} == {"", *CONTROLS}
+    assert "\nVerdict:" in run.outcome.out
 
 
 @pytest.mark.parametrize("script", ["train_basis", "vary_fewshot"])
@@ -145,25 +172,28 @@ def test_files_lie_where_the_last_line_says(finished, name, script):
 @pytest.mark.parametrize("name", WORLDS)
 def test_basis_files_name_their_users(finished, name):
     run = finished(name, "train_basis")
-    results = json.loads((run.folder / "results.json").read_text())
-    files = sorted(run.folder.glob("basis-K*.safetensors"))
-    assert len(files) == sum(len(part["bases"]) for part in results["seeds"])
-    for file in files:
-        basis = load_basis(file)
-        part = next(p for p in results["seeds"] if p["seed"] == basis.settings["seed"])
-        assert basis.users == part["users"]["seen"]
-        assert basis.users_unseen == part["users"]["unseen"]
-        assert basis.V.shape[0] == 32 and basis.settings["dataset"] == name
-        assert len(basis.W) == len(basis.users) and len(basis.W_unseen) == len(basis.users_unseen)
+    named = []
+    for part in saved(run.folder)["seeds"]:
+        for fit in [f for method in part["methods"].values() for f in method["fits"] if f["file"]]:
+            named.append(fit["file"])
+            basis = load_basis(run.folder / fit["file"])
+            assert basis.settings["seed"] == part["seed"] and basis.settings["dataset"] == name
+            assert basis.settings["rank"] == fit["settings"]["rank"]
+            assert basis.users == part["users"]["seen"]
+            assert basis.users_unseen == part["users"]["unseen"]
+            assert basis.V.shape[0] == 32 and len(basis.W) == len(basis.users)
+            assert len(basis.W_unseen) == len(basis.users_unseen)
+    assert sorted(named) == sorted(file.name for file in run.folder.glob("basis-*"))
 
 
 def test_rank_is_chosen_and_marked(finished):
     run = finished("CommunityAlignment", "train_basis")
-    chosen = json.loads((run.folder / "results.json").read_text())["seeds"][0]["chosen"]
-    assert chosen["rank"] in (1, 2, 3)
+    *fits, chosen = saved(run.folder)["seeds"][0]["methods"]["lore"]["fits"]
+    assert chosen["label"] == "LoRe, chosen" and chosen["settings"]["rank"] in (1, 2, 3)
+    assert set(chosen["tried"]) == {"BT", *(fit["label"] for fit in fits)}
     assert "LoRe, chosen" in table(run.outcome.out)
-    told = ", ".join(f"{name} {value:g}" for name, value in chosen.items())
-    assert f"Chosen on held-out training comparisons: {told} in 1 repeat" in run.outcome.out
+    best = max(chosen["tried"], key=chosen["tried"].get)
+    assert f"- LoRe, chosen: chosen on held-out training comparisons: {best};" in run.outcome.out
 
 
 def test_the_same_command_shows_the_same_run_again(finished, dataset, tmp_path):
@@ -177,10 +207,9 @@ def test_the_same_command_shows_the_same_run_again(finished, dataset, tmp_path):
 def test_two_repeats_of_a_command_give_the_same_results(finished, dataset, tmp_path):
     run = finished("RedditTLDR", "vary_fewshot")
     where = {"data": dataset("RedditTLDR").data, "results": tmp_path, "run": "here"}
-    again = running.run("RedditTLDR/vary_fewshot.py", {**where, **SWEEP["RedditTLDR"], **QUICK})
+    again = running.invoke("RedditTLDR/vary_fewshot.py", {**where, **SWEEP["RedditTLDR"], **QUICK})
     assert again.status == 0, again.err
-    texts = [(f / "results.csv").read_text() for f in (run.folder, tmp_path / "RedditTLDR/here")]
-    assert texts[0] == texts[1]
+    assert repeats(run.folder) == repeats(tmp_path / "RedditTLDR/here")
 
 
 def test_reports_put_runs_side_by_side(finished):
@@ -195,7 +224,8 @@ def test_reports_put_runs_side_by_side(finished):
         alone = table(finished(name, "train_basis").outcome.out)
         for part in ("seen", "unseen"):
             cells = {row: columns[f"{folder} {part}"] for row, columns in together.items()}
-            expected = {row: alone[row][part].split(" [")[0] for row in alone if row in cells}
+            assert any(cells.values())
+            expected = {row: alone[row][part].split(" [")[0] for row in alone if alone[row][part]}
             assert {row: cell for row, cell in cells.items() if cell} == expected
 
 
@@ -235,36 +265,77 @@ def test_the_published_reference_is_marked(dataset, tmp_path):
 # -------------------------------------------------------------------------- Settings
 
 
+class Parsed(Exception):
+    """A script came as far as its command line."""
+
+
+def parser_of(script: str, *words: str) -> jsonargparse.ArgumentParser:
+    """The parser that a script makes of its main."""
+    made = []
+
+    def remember(parser: jsonargparse.ArgumentParser, *_: object) -> None:
+        made.append(parser)
+        raise Parsed
+
+    path = running.ROOT / script
+    with (
+        mock.patch.object(jsonargparse.ArgumentParser, "parse_args", remember),
+        mock.patch.object(sys, "argv", [path.name, *words]),
+        mock.patch.object(sys, "path", [str(path.parent), *sys.path]),
+        pytest.raises(Parsed),
+    ):
+        runpy.run_path(str(path), run_name="__main__")
+    return made[0]
+
+
+def test_every_script_is_found():
+    assert {f"{name}/{script}.py" for name in WORLDS for script in ("prepare", "train_basis")} < {
+        *SCRIPTS
+    }
+    assert {"reports.py", "PRISM/eval_rb2.py", "tools/export.py"} < set(SCRIPTS)
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_is_explained(script):
-    outcome = running.invoke(script, {}, "--help")
-    assert outcome.status == 0
-    text = re.sub(r"\s+", " ", outcome.out[outcome.out.index("--config") :])
-    flags = re.split(r" (?=--[a-z_]+[ .])", text)
-    bare = [flag for flag in flags if re.match(r"--\w+ \S+ \(", flag) and ".help" not in flag]
-    assert len(flags) > 3 and not bare
+    actions = parser_of(script)._actions
+    flags = {flag for action in actions for flag in action.option_strings}
+    bare = [action.option_strings for action in actions if not (action.help or "").strip()]
+    assert len(flags - {"-h", "--help", "--config", "--print_config"}) > 1 and not bare
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_settings_can_be_written_down_and_read_back(script, tmp_path):
-    first = running.invoke(script, {}, "--print_config")
+@pytest.mark.parametrize("script", [s for s in SCRIPTS if s.split("/")[-1] == "train_basis.py"])
+def test_every_setting_of_a_method_is_a_flag(script):
+    flags = {flag for action in parser_of(script)._actions for flag in action.option_strings}
+    assert {f"--lore.{field.name}" for field in dataclasses.fields(Lore)} < flags
+    assert {"--methods", "--seeds", "--device", "--stream", "--data"} < flags
+
+
+def test_settings_can_be_written_down_and_read_back(tmp_path):
+    script = "PRISM/train_basis.py"
+    first = running.invoke(script, {"ranks": [2, 3], "alpha": 1.5}, "--print_config")
     assert first.status == 0, first.err
     (tmp_path / "config.yaml").write_text(first.out)
     again = running.invoke(script, {"config": tmp_path / "config.yaml"}, "--print_config")
-    assert again.out == first.out
+    assert again.out == first.out and "1.5" in first.out
 
 
 def test_config_file_and_optimizer_reach_the_run(dataset, tmp_path):
     config = tmp_path / "config.yaml"
-    config.write_text("ranks: [2]\nlearning_rate: 0.25\nfew_shot_iterations: 20\niterations: 20\n")
+    config.write_text(
+        "lore:\n  ranks: [2]\n  learning_rate: 0.25\n"
+        "  few_shot_iterations: 20\n  iterations: 20\n"
+    )
     where = {"data": dataset("PRISM").data, "results": tmp_path, "run": "here", "config": config}
     optimizer = {"optimizer": "torch.optim.AdamW", "optimizer.lr": 0.05, "progress": "false"}
     outcome = running.invoke("PRISM/train_basis.py", {**where, "iterations": 10, **optimizer})
     assert outcome.status == 0, outcome.err
-    saved = json.loads((tmp_path / "PRISM/here/results.json").read_text())["settings"]["fitting"]
-    assert (saved["ranks"], saved["learning_rate"]) == ([2], 0.25)
-    assert saved["iterations"] == 10  # the command line wins
-    assert "AdamW" in saved["optimizer"] and "lr: 0.05" in saved["optimizer"]
+    (part,) = saved(tmp_path / "PRISM/here")["seeds"]
+    kept = part["methods"]["lore"]["settings"]
+    assert (kept["ranks"], kept["learning_rate"]) == ([2], 0.25)
+    assert kept["iterations"] == 10  # the command line wins
+    assert "AdamW" in kept["optimizer"] and "lr=0.05" in kept["optimizer"]
+    assert "0x" not in kept["optimizer"]  # an address, which another process would not have
+    assert len(part["methods"]["lore"]["fits"][0]["losses"]) == 10
 
 
 # ---------------------------------------------------------------------- User's mistakes
@@ -280,14 +351,14 @@ def refused(outcome: Outcome, *words: str) -> None:
 
 
 @pytest.fixture
-def copy(dataset, tmp_path) -> Path:
-    """A prepared PRISM to damage."""
-    return shutil.copytree(dataset("PRISM").data, tmp_path / "data")
+def train(dataset, tmp_path) -> Callable[..., Outcome]:
+    """PRISM's train_basis with some settings."""
 
+    def get(**settings: object) -> Outcome:
+        where = {"data": dataset("PRISM").data, "results": tmp_path / "results", **QUICK}
+        return running.invoke("PRISM/train_basis.py", {**where, "ranks": [0, 2], **settings})
 
-def train(data: Path, **settings: object) -> Outcome:
-    where = {"data": data, "results": data.parent / "results"}
-    return running.invoke("PRISM/train_basis.py", {**where, **QUICK, "ranks": [0, 2], **settings})
+    return get
 
 
 @pytest.mark.parametrize("name", WORLDS)
@@ -297,56 +368,25 @@ def test_an_unprepared_folder_is_refused(name, script, tmp_path):
     refused(outcome, str(tmp_path / "nothing"), "prepare.py")
 
 
-def test_missing_embeddings_are_refused(copy):
-    shutil.rmtree(copy / "embeddings")
-    refused(train(copy), "embeddings", "embed")
-
-
-def test_embeddings_of_other_data_are_refused(copy, dataset):
-    shutil.rmtree(copy / "embeddings")
-    shutil.copytree(dataset("RedditTLDR").data / "embeddings", copy / "embeddings")
-    refused(train(copy), str(copy / "embeddings"), "other conversations")
-
-
-@pytest.mark.parametrize("damage", ["cut", "rubbish", "missing"])
-def test_an_unreadable_shard_is_named(copy, damage):
-    shard = next((copy / "embeddings").glob("embeddings-*.safetensors"))
-    if damage == "missing":
-        shard.unlink()
-    else:
-        content = shard.read_bytes()
-        shard.write_bytes(content[: len(content) // 2] if damage == "cut" else b"{" * len(content))
-    refused(train(copy), str(shard))
-
-
 @pytest.mark.parametrize("ranks", [[0, 40], [0, 9]])  # of 32 features, of 8 seen users
-def test_a_rank_too_large_is_refused_before_training(copy, ranks):
-    refused(train(copy, ranks=ranks), f"rank {ranks[1]}", "8")
-    assert not list((copy.parent / "results").rglob("results.json"))
+def test_a_rank_too_large_is_refused_before_training(train, tmp_path, ranks):
+    refused(train(ranks=ranks), f"rank {ranks[1]}", "8")
+    assert not list((tmp_path / "results").rglob("results.json"))
 
 
 @pytest.mark.parametrize("flag", [{"device": "cuda:7"}, {"device": "abacus"}])
-def test_a_device_that_is_not_there_is_refused(copy, flag):
-    refused(train(copy, **flag), "--device", flag["device"])
+def test_a_device_that_is_not_there_is_refused(train, flag):
+    refused(train(**flag), "--device", flag["device"])
 
 
-def test_a_missing_column_is_named(copy):
-    worlds.edit(copy / "comparisons.parquet", lambda rows: [row.pop("weight") for row in rows])
-    refused(train(copy), "comparisons.parquet", "weight")
-
-
-def test_more_pairs_than_prompts_are_refused(dataset, tmp_path):
-    settings = {"data": dataset("PersonalLLM").data, "results": tmp_path, "pairs_per_user": 25}
-    refused(running.invoke("PersonalLLM/train_basis.py", settings), "25", "24", "--pairs-per-user")
-
-
-def test_without_a_score_head_there_is_no_rank_0(dataset, tmp_path):
+def test_without_a_score_head_there_is_no_reference(dataset, tmp_path):
     model, data = models.headless(tmp_path / "model"), tmp_path / "data"
     raw = {"source": dataset("PersonalLLM").source, "out": data, "model": model}
     outcome = running.invoke("PersonalLLM/prepare.py", {**raw, "progress": "false"})
     assert outcome.status == 0, outcome.err
     settings = {**TRAIN["PersonalLLM"], **QUICK, "data": data, "results": tmp_path, "seeds": 0}
-    refused(running.invoke("PersonalLLM/train_basis.py", settings), "rank 0", "score head")
-    outcome = running.invoke("PersonalLLM/train_basis.py", {**settings, "ranks": [1, 2]})
+    pulled = running.invoke("PersonalLLM/train_basis.py", {**settings, "alpha": 1})
+    refused(pulled, "--alpha", "score head")
+    outcome = running.invoke("PersonalLLM/train_basis.py", settings)
     assert outcome.status == 0, outcome.err
-    assert "reference" not in table(outcome.out)
+    assert {"BT", "LoRe K=2"} < set(table(outcome.out)) and "reference" not in table(outcome.out)
