@@ -229,7 +229,7 @@ def _save(
         return
     suffix = f"-seed{task.seed}" if len(settings.seeds) > 1 else ""
     manifest = tasks.store.manifest
-    kept = ("model", "tokenizer", "weights_sha256", "template_sha256")
+    kept = ("model", "tokenizer", "revision", "weights_sha256", "template_sha256")
     facts = {
         **{key: manifest[key] for key in kept if key in manifest},
         "dataset": tasks.dataset, "seed": task.seed,
