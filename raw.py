@@ -187,6 +187,8 @@ def _no_source(source: str, error: Exception, advice: str) -> str:
     why = f"is no folder here and does not load from the hub ({first_line(error)})"
     if "gated" in str(error):
         advice = "ask for access on its page, then log in with `hf auth login`"
+    if "connection" in str(error):
+        advice = "run it again, the download goes on where it was"
     return f"--source {source} {why}; {advice}"
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from basis import Basis, check_model, resolve_model
 from devices import pick_device
-from files import InputError
+from files import InputError, first_line
 from passes import Pass, Tokens, padded_passes, tree_mask, tree_passes
 
 log = logging.getLogger(__name__)
@@ -79,8 +79,20 @@ def pretrained(loader: Any, name: str, source: Source, **options: Any) -> Any:
     try:
         return loader.from_pretrained(name, trust_remote_code=source.trust_remote_code, **options)
     except (OSError, ValueError, ImportError) as error:
-        why = str(error).strip().partition("\n")[0]
-        raise InputError(f"{name} cannot be loaded: {why}") from error
+        raise InputError(f"{name} cannot be loaded: {_why(error)}") from error
+
+
+def _why(error: Exception) -> str:
+    """What went wrong and, if it was on the hub's side, what to do, in one line."""
+    cause = error.__cause__ or error.__context__
+    if str(error).startswith("Can't load") and cause:  # says nothing of a failed download
+        error = cause
+    why = first_line(error).strip()
+    if "gated" in why:
+        return f"{why} Ask for access on its page, then log in with `hf auth login`"
+    if "connection" in why:
+        return f"{why}; run it again, the download goes on where it was"
+    return why
 
 
 def model_facts(source: Source, tokenizer: Any) -> dict[str, str | None]:

@@ -26,6 +26,26 @@ def total(x: Tensor, processes: int) -> Tensor:
     return x
 
 
+def place(rows: int, processes: int) -> tuple[int, int]:
+    """How many rows the processes before this one have, and how many all have."""
+    if processes == 1:
+        return 0, rows
+    counts = torch.zeros(processes, dtype=torch.long)
+    counts[dist.get_rank()] = rows
+    counts = total(counts, processes)
+    return int(counts[: dist.get_rank()].sum()), int(counts.sum())
+
+
+def everyones(rows: Tensor, processes: int) -> Tensor:
+    """The rows [n, ...] of all processes, in order; every process gets them all."""
+    if processes == 1:
+        return rows
+    first, count = place(len(rows), processes)
+    whole = rows.new_zeros(count, *rows.shape[1:])
+    whole[first : first + len(rows)] = rows
+    return total(whole, processes)
+
+
 @dataclass
 class Geometry:
     """Second moments of the feature differences, x / scale: leading directions and the rest.

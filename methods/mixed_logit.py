@@ -19,7 +19,8 @@ from torch import Tensor
 from comparisons import Comparisons
 from files import require
 from methods.base import Fitted, Task
-from methods.geometry import Geometry, measure, total
+from methods.geometry import Geometry, everyones, measure
+from methods.heterogeneity import score_test
 from methods.mixed_fit import MixedFit
 from methods.mixture import fit_mixture
 from methods.population import first_tastes, fit_population
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 class MixedLogit:
     """The mixed logit with its settings; those that are None are chosen on validation.
 
-    Attributes:
+    Args:
         rank: K, the most directions of taste; those not needed shrink to nothing.
         l_mu: strength of the prior of mu, given with that of B's columns or not at all; features
             are divided by the root mean square norm of the training differences.
@@ -70,7 +71,9 @@ class MixedLogit:
             log.warning("no user has two dialogues: strengths of 1, as nothing can be held out")
             return Candidate(bool(self.whitened), 1.0, 1.0, 1)
         kinds = (False, True) if self.whitened is None else (self.whitened,)
-        return Search(data, self.rank, tried).run(kinds, self.mixtures)
+        found = score_test(task.mine, processes=task.processes)
+        log.info(found.sentence)
+        return Search(data, self.rank, tried).run(kinds, self.mixtures, found.p)
 
     def _final(
         self,
@@ -85,8 +88,9 @@ class MixedLogit:
         facts = {
             "chosen": vars(chosen) | {"rank": K if chosen.components else 0}, "tried": tried,
             "scale": geometry.scale, "note": _note(chosen, K, bool(tried)),
+            "parameters": data.num_features,
         }
-        log.info(facts["note"])
+        log.info("mixed logit: %s", facts["note"])
         if chosen.components == 0:
             facts["losses"] = [value / geometry.count for value in shared.values]
             none = shared.x.new_zeros(task.train.num_users, 0)
@@ -102,11 +106,12 @@ class MixedLogit:
             prior = turned(prior, turn)
         facts |= {
             "losses": [value / geometry.count for value in fit.values],
+            "parameters": directions.numel() + task.train.num_users * K,
             "spectrum": spectrum.tolist(), "passes": fit.evaluations,
             "decrement": float(fit.posterior.decrement.max()),
         }
         fitted = MixedFit(directions, prior, fit.theta.new_zeros(0, 0), facts)
-        fitted.users = everyone(fitted.adapt(fitted.view(data), data), task)
+        fitted.users = everyones(fitted.adapt(fitted.view(data), data), task.processes)
         return fitted
 
 
@@ -132,26 +137,13 @@ def turned(prior: Prior, turn: Tensor) -> Prior:
     return Prior(prior.weight, prior.mean @ turn.T, turn @ prior.cov @ turn.T)
 
 
-def everyone(mine: Tensor, task: Task) -> Tensor:
-    """States of all processes' users, in order, from those of this process's [U, S]."""
-    if task.processes == 1:
-        return mine
-    counts = mine.new_zeros(task.processes)
-    counts[task.process] = len(mine)
-    counts = total(counts, task.processes).long()
-    first = int(counts[: task.process].sum())
-    states = mine.new_zeros(int(counts.sum()), mine.shape[1])
-    states[first : first + len(mine)] = mine
-    return total(states, task.processes)
-
-
 def _note(chosen: Candidate, rank: int, free: bool) -> str:
     kind = "partly whitened" if chosen.white else "plain"
     how = ", chosen on validation" if free else ""
     if chosen.components == 0:
-        return f"no tastes (ridge BT), l_mu {chosen.l_mu:.3g}, {kind} features{how}."
+        return f"no tastes (ridge BT), l_mu {chosen.l_mu:.3g}, {kind} features{how}"
     mixture = f", a mixture of {chosen.components}" if chosen.components > 1 else ""
     return (
         f"rank {rank}{mixture}, l_mu {chosen.l_mu:.3g}, l_B {chosen.l_B:.3g}, "
-        f"{kind} features{how}."
+        f"{kind} features{how}"
     )

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from sklearn.mixture import GaussianMixture
-from torch import Tensor
 
+from methods.geometry import everyones
 from methods.posterior import Posterior, Prior
 
 ROUNDS = 50
@@ -26,7 +25,7 @@ def fit_mixture(posterior: Posterior, components: int, processes: int = 1) -> Pr
         components: of the mixture.
         processes: over which users are spread.
     """
-    mean, cov = _everyone(posterior, processes)
+    mean, cov = everyones(posterior.mean, processes), everyones(posterior.cov, processes)
     U, K = mean.shape
     if LEAST_USERS * components > U:
         return None
@@ -59,13 +58,3 @@ def fit_mixture(posterior: Posterior, components: int, processes: int = 1) -> Pr
             mass[:, None, None] + prior_mass
         )
     return Prior(weight, centre, spread)
-
-
-def _everyone(posterior: Posterior, processes: int) -> tuple[Tensor, Tensor]:
-    mean, cov = posterior.mean, posterior.cov
-    if processes == 1:
-        return mean, cov
-    parts: list[tuple[Tensor, Tensor] | None] = [None] * processes
-    dist.all_gather_object(parts, (mean.cpu(), cov.cpu()))
-    means, covs = zip(*(part for part in parts if part is not None), strict=True)
-    return torch.cat(means).to(mean), torch.cat(covs).to(cov)

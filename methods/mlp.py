@@ -91,7 +91,7 @@ class MLP:
         faithful = self.setting == "faithful"
         generator = torch.Generator().manual_seed(seed)
         fit = FittedMLP(self, data, K, 1.0 if faithful else row_scale(data), generator)
-        layers = {"params": fit.layers.parameters(), "lr": 1e-3}
+        layers = {"params": fit.layers.parameters(), "lr": 1e-3 if faithful else 3e-3}
         layers["weight_decay"] = 0.0 if faithful else 0.01
         weights = {"params": [fit.free], "lr": 0.5 if faithful else 0.05, "weight_decay": 0.0}
         optimizer = torch.optim.AdamW([layers, weights])

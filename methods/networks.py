@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.nn.functional import softplus
 from comparisons import Comparisons, Pairs, RowFeatures, Users
 from files import InputError, require
 from methods.base import Fitted, Task
-from methods.validation import HeldOut, Validation
+from methods.validation import HeldOut, PseudoNew, hold_out, pseudo_new, shots_of, subset
 
 TRIES = 6  # configurations that every method may try
 CURVE = 400  # points of a training curve that are kept
@@ -196,7 +196,7 @@ class Network(Fitted):
         return f"{self.label}: {self.parameters:,} parameters, {self.course.epochs} epochs"
 
 
-Held = HeldOut | Validation | None
+Held = HeldOut | None
 Train = Callable[[Comparisons, Held, dict[str, Any], int], Network]
 
 
@@ -221,26 +221,39 @@ def choose(
     Raises:
         InputError: no user has two dialogues, so nothing can be held out.
     """
-    name, tried = variants[0], []
-    # Streamed, since that keeps rows apart: in memory only their differences would be left.
-    validation = Validation(replace(task, stream=True, process=0, processes=1))
-    require(
-        validation.held is not None, "no user has two dialogues: there is nothing to choose by"
-    )
+    name, tried, shots = variants[0], [], shots_of(task.few, task.shots)
+    new = pseudo_new(task.train, task.seed, max(1, *shots))
+    held = hold_out(task.train if new is None else new.rest, task.seed)
+    require(held.held is not None, "no user has two dialogues: there is nothing to choose by")
     for model in models:
-        fitted = train(validation.fit, validation, model, epochs)
+        fitted = train(held.fit, held, model, epochs)
         for value in variants[1]:
             fitted.variant = value
-            score = validation.score(fitted)
-            tried.append({**model, name: value, "epochs": fitted.course.epochs, **score})
+            scores = {"seen": held_loss(fitted, held, fitted.users)}
+            if new is not None:
+                scores["new"] = _new_loss(fitted, new, shots, task.seed)
+            loss = sum(scores.values()) / len(scores)
+            about = {"epochs": fitted.course.epochs, **scores, "loss": loss}
+            tried.append({**model, name: value, **about})
     best = min(tried, key=lambda one: one["loss"])
     chosen = train(task.train, None, {key: best[key] for key in models[0]}, best["epochs"])
     chosen.variant, chosen.tried = best[name], tried
     return chosen
 
 
+def _new_loss(fitted: Fitted, new: PseudoNew, shots: Sequence[int], seed: int) -> float:
+    """Mean over users set apart, and over numbers of shots, of the log loss after adapting."""
+    few, held, losses = fitted.view(new.few), fitted.view(new.held), []
+    for size in shots:
+        rows, users = subset(new.few, size, seed)
+        state = fitted.adapt(few[rows], users, seed)
+        logits = fitted.logits(held, state, new.held.user)
+        losses.append(float(new.held.log_losses(logits).mean()))
+    return sum(losses) / len(losses)
+
+
 @torch.no_grad()
-def held_loss(fitted: Fitted, held: HeldOut | Validation, users: Tensor) -> float:
+def held_loss(fitted: Fitted, held: HeldOut, users: Tensor) -> float:
     """Mean over users of the log loss of their held-out comparisons, states [U, S] being given."""
     data = held.held
     state = users[held.whose.to(users.device)]

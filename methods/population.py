@@ -14,7 +14,7 @@ from torch import Tensor
 from comparisons import Comparisons
 from methods.geometry import Geometry, total
 from methods.lbfgs import minimise
-from methods.posterior import Evidence, Posterior, expectations, solve
+from methods.posterior import Evidence, Posterior, solve
 from methods.ridge_bt import FINE, inverse_curvature, precision
 
 INNER = 10  # a user's bound may be this many times the tolerance below its maximum
@@ -71,21 +71,12 @@ class Objective:
         evidence = Evidence(Z, data)
         zero, one = theta.new_zeros(K), torch.eye(K).to(theta)
         q = self.posterior = solve(evidence, zero, one, self.posterior, self.inner)
-        G = slopes(evidence, q.mean, q.cov).to(self.dtype)
+        G = evidence.slopes(q.mean, q.cov).to(self.dtype)
         gradient = data.backproject(-G).double()
         flat = total(torch.cat([-q.bound.sum()[None], gradient.flatten()]), self.processes)
         strengths = self.column_strengths(K)
         value = float(flat[0] + (strengths * theta * theta).sum() / 2)
         return value, geometry.raw(flat[1:].reshape(theta.shape)) + strengths * theta
-
-
-def slopes(data: Evidence, mean: Tensor, cov: Tensor) -> Tensor:
-    """Slopes [N, 1 + K] of the expected log likelihood along x . mu and x . B, by comparison."""
-    user = data.users.user
-    _, e1, e2 = expectations(*data.moments(mean, cov))
-    spread = (cov[user] * data.Z[:, None, :]).sum(2)  # faster than small matrix products
-    B = e1[:, None] * mean[user] - e2[:, None] * spread
-    return data.weight[:, None] * torch.cat([e1[:, None], B], 1)
 
 
 def fit_population(

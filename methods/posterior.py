@@ -25,6 +25,7 @@ from comparisons import Users
 NODES = 16  # of the quadrature in fits: relative error below 1e-6 for standard deviations up to 2
 NODES_OF_PROBABILITIES = 32
 LEAST_VARIANCE = 1e-8
+CELLS = {"cpu": 1 << 13, "cuda": 1 << 22}  # comparisons at a time: what a core's cache holds
 
 
 @lru_cache
@@ -45,12 +46,12 @@ def expectations(a: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     The slopes are those of the quadrature itself, so that maxima are where they vanish.
 
     Args:
-        a: means of the log odds [N].
-        v: their variances [N].
+        a: means of the log odds [...].
+        v: their variances [...].
     """
     points, weights = quadrature(NODES, a)
     sd = v.clamp(min=LEAST_VARIANCE).sqrt()
-    t = torch.outer(sd, points).add_(a[:, None]).clamp_(min=-700)  # the sigmoid stays above 0
+    t = (sd[..., None] * points).add_(a[..., None]).clamp_(min=-700)  # the sigmoid stays above 0
     yes = torch.sigmoid_(t)
     first = 1 - yes @ weights
     second = (yes @ (weights * points)) / sd
@@ -161,8 +162,45 @@ def invert(P: Tensor) -> Tensor:
     return torch.cholesky_inverse(torch.linalg.cholesky(P))
 
 
+@dataclass
+class _Block:
+    """Comparisons of users who have about as many of them, filled up to n each with weight 0.
+
+    Attributes:
+        users: which users [u].
+        rows: which comparisons [u, n]; any where the weight is 0.
+        a: shared reward differences [u, n].
+        Z: what the comparisons ask of tastes [u, n, K].
+        weight: how much each counts [u, n].
+    """
+
+    users: Tensor
+    rows: Tensor
+    a: Tensor
+    Z: Tensor
+    weight: Tensor
+
+    def some(self, which: Tensor) -> _Block:
+        """Of those users alone for whom ``which`` [u] is true."""
+        return _Block(*(value[which] for value in vars(self).values()))
+
+    def moments(self, mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Means and variances of the log odds [u, n], and Z cov [u, n, K]."""
+        a = self.a + (self.Z @ mean[:, :, None])[:, :, 0]
+        spread = self.Z @ cov
+        return a, (spread * self.Z).sum(2).clamp(min=0), spread
+
+    def likelihood(self, mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Expected log likelihood [u], its slope [u, K], and the precision it adds [u, K, K]."""
+        a, v, _ = self.moments(mean, cov)
+        value, e1, e2 = expectations(a, v)
+        slope = ((self.weight * e1)[:, None, :] @ self.Z)[:, 0]
+        added = self.Z.mT @ ((self.weight * e2)[:, :, None] * self.Z)
+        return (self.weight * value).sum(1), slope, added
+
+
 class Evidence:
-    """The likelihood of users' tastes: everything of the comparisons that their posteriors need.
+    """The likelihood of users' tastes: all that their posteriors need of the comparisons.
 
     Args:
         Z: shared reward difference, then what the comparison asks of tastes [N, 1 + K].
@@ -170,34 +208,45 @@ class Evidence:
     """
 
     def __init__(self, Z: Tensor, users: Users) -> None:
-        self.users, self.weight = users, users.weight.to(Z.device)
-        self.a, self.Z = Z[:, 0].double(), Z[:, 1:].double()
-        K = self.Z.shape[1]
-        i, j = torch.tril_indices(K, K, device=Z.device)
-        self._i, self._j, self._twice = i, j, torch.where(i == j, 1.0, 2.0).to(self.Z)
-        self._ZZ = self.Z[:, i] * self.Z[:, j]
+        self.num_users, self.rank = users.num_users, Z.shape[1] - 1
+        Z = torch.cat([Z.double(), Z.new_zeros(1, Z.shape[1]).double()])  # for users without any
+        weight = torch.cat([users.weight, users.weight.new_zeros(1)]).to(Z.device)
+        counts, starts = users.counts.to(Z.device), (users.counts.cumsum(0) - users.counts)
+        self.shape, self.blocks = (len(Z) - 1, Z.shape[1]), []
+        for some in _alike(users.counts.cpu(), CELLS.get(Z.device.type, CELLS["cpu"])):
+            some = some.to(Z.device)
+            place = torch.arange(max(1, int(counts[some].max())), device=Z.device)
+            there = place < counts[some][:, None]
+            rows = torch.where(there, starts.to(Z.device)[some][:, None] + place, len(Z) - 1)
+            own = Z[rows]
+            self.blocks.append(_Block(some, rows, own[..., 0], own[..., 1:], weight[rows]))
 
-    def some(self, which: Tensor) -> Evidence:
-        """Of those users alone for whom ``which`` [U] is true."""
-        rows = which[self.users.user].nonzero()[:, 0]
-        Z = torch.cat([self.a[rows, None], self.Z[rows]], 1)
-        return Evidence(Z, self.users.pick(rows, self.users.counts[which]))
+    def slopes(self, mean: Tensor, cov: Tensor) -> Tensor:
+        """Slopes [N, 1 + K] of the expected log likelihood along x . mu and x . B.
 
-    def moments(self, mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
-        """Means and variances of the log odds [N] under tastes N(mean, cov) of each user."""
-        user = self.users.user
-        a = self.a + (self.Z * mean[user]).sum(1)
-        packed = cov[:, self._i, self._j] * self._twice
-        return a, (self._ZZ * packed[user]).sum(1).clamp(min=0)
+        Args:
+            mean, cov: of users' tastes [U, K], [U, K, K].
+        """
+        G = mean.new_zeros(self.shape[0] + 1, self.shape[1])
+        for block in self.blocks:
+            m = mean[block.users]
+            a, v, spread = block.moments(m, cov[block.users])
+            _, e1, e2 = expectations(a, v)
+            B = e1[:, :, None] * m[:, None] - e2[:, :, None] * spread
+            own = block.weight[:, :, None] * torch.cat([e1[:, :, None], B], 2)
+            G[block.rows.flatten()] = own.flatten(0, 1)
+        return G[:-1]
 
-    def likelihood(self, mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Expected log likelihood [U], its slope [U, K], and the precision it adds [U, K, K]."""
-        value, e1, e2 = expectations(*self.moments(mean, cov))
-        w, K = self.weight, self.Z.shape[1]
-        slope, flat = self.users.sum(self.Z, w * e1), self.users.sum(self._ZZ, w * e2)
-        added = flat.new_empty(len(flat), K, K)
-        added[:, self._i, self._j] = added[:, self._j, self._i] = flat
-        return self.users.sum((w * value)[:, None])[:, 0], slope, added
+
+def _alike(counts: Tensor, cells: int) -> list[Tensor]:
+    """Users [u] in groups with about as many comparisons each, and not too many in all."""
+    groups, first, order = [], 0, torch.argsort(counts, stable=True)
+    ordered = counts[order].tolist()
+    for i, count in enumerate(ordered):
+        if count > 1.25 * ordered[first] + 4 or (i - first + 1) * count > cells and i > first:
+            groups.append(order[first:i])
+            first = i
+    return [*groups, order[first:]]
 
 
 def _divergence(mean: Tensor, P: Tensor, S: Tensor, prior: tuple[Tensor, Tensor]) -> Tensor:
@@ -217,7 +266,7 @@ def solve(
     tolerance: float = 1e-10,
     sweeps: int = 100,
 ) -> Posterior:
-    """Posteriors by damped Newton steps, all users at once: no user's bound ever falls.
+    """Posteriors by damped Newton steps: no user's bound ever falls.
 
     A step of size r takes the precision r of the way to what the expected curvature asks for, and
     the mean along the slope times r of the new covariance. A user whose bound would fall stays,
@@ -230,13 +279,25 @@ def solve(
         tolerance: stop once every decrement is below it.
         sweeps: or after as many.
     """
-    prior = mean, torch.linalg.inv(cov)
-    U, K = data.users.num_users, len(mean)
-    if start is None:
-        m, P = mean.expand(U, K), prior[1].expand(U, K, K)
-    else:
-        m, P = start.mean, start.precision
-    size, best, decrement = m.new_ones(U), m.new_full((U,), -math.inf), m.new_full((U,), math.inf)
+    U, K, prior = data.num_users, data.rank, (mean, torch.linalg.inv(cov))
+    found = Posterior(mean.new_empty(U, K), cov.new_empty(U, K, K), *mean.new_empty(2, U), 0)
+    for block in data.blocks:
+        some = block.users
+        if start is None:
+            m, P = mean.expand(len(some), K), prior[1].expand(len(some), K, K)
+        else:
+            m, P = start.mean[some], start.precision[some]
+        part = _solve(block, prior, m, P, tolerance, sweeps)
+        found.mean[some], found.precision[some] = part.mean, part.precision
+        found.bound[some], found.decrement[some] = part.bound, part.decrement
+        found.sweeps = max(found.sweeps, part.sweeps)
+    return found
+
+
+def _solve(
+    data: _Block, prior: tuple[Tensor, Tensor], m: Tensor, P: Tensor, tolerance: float, sweeps: int
+) -> Posterior:
+    size, best = m.new_ones(len(m)), m.new_full((len(m),), -math.inf)
     kept: tuple[Tensor, ...] = ()
     for done in range(1, sweeps + 1):
         S = invert(P)
@@ -250,9 +311,8 @@ def solve(
         slow = decrement > tolerance
         if done == sweeps or not slow.any():
             break
-        if done > 1 and 2 * int(slow.sum()) < U:
-            left = Posterior(m[slow], P[slow], best[slow], decrement[slow], 0)
-            rest = solve(data.some(slow), mean, cov, left, tolerance, sweeps - done)
+        if done > 1 and 2 * int(slow.sum()) < len(m):
+            rest = _solve(data.some(slow), prior, m[slow], P[slow], tolerance, sweeps - done)
             m, P, best, decrement = (x.clone() for x in (m, P, best, decrement))
             m[slow], P[slow] = rest.mean, rest.precision
             best[slow], decrement[slow], done = rest.bound, rest.decrement, done + rest.sweeps

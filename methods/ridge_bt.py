@@ -166,8 +166,8 @@ class RidgeBT:
 
     Features are divided by the root mean square norm of the training differences.
 
-    Attributes:
-        strength: of the prior; chosen by log loss on validation if None.
+    Args:
+        strength: Of the prior; chosen by log loss on validation if None.
     """
 
     strength: float | None = None
@@ -184,10 +184,10 @@ class RidgeBT:
         facts = {
             "chosen": {"l_mu": strength}, "tried": tried, "scale": geometry.scale,
             "losses": [value / geometry.count for value in found.values],
-            "note": f"strength {strength:.3g}"
-            + (", chosen on validation." if tried else "."),
+            "parameters": data.num_features,
+            "note": f"strength {strength:.3g}" + (", chosen on validation" if tried else ""),
         }
-        log.info(facts["note"])
+        log.info("ridge BT: %s", facts["note"])
         return [SharedFit(geometry.raw(found.x)[:, 0], task.train.num_users, facts)]
 
     def _choose(self, task: Task, tried: list[dict[str, Any]]) -> float:

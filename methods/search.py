@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 FIRST = 0.5  # where the path of l_B begins, as a share of what keeps B at 0
 STEP = 10**0.5  # between neighbouring strengths
 LONGEST = 8  # path of l_B
+SURE = 0.01  # the score test's p at which tastes are taken to be there
 MOVES = 8  # fits after both paths
 
 
@@ -69,8 +70,9 @@ class Search:
     For either kind of features: ridge BT along its path; then, with the best ridge, l_B along a
     path that begins at half of what keeps B at zero. From the best of all, steps in l_mu and l_B
     as long as one of them helps. Last, mixtures of tastes. Every fit begins where a neighbour
-    ended. Tastes must beat ridge BT by a standard error: with few users the least of many losses
-    is low by chance.
+    ended. With few users the least of many losses is low by chance: tastes are kept where their
+    loss is lower than ridge BT's and either the score test finds them or the difference exceeds
+    two standard errors.
 
     Args:
         data: what the choice is made on.
@@ -84,12 +86,13 @@ class Search:
         self.ridge: _Tried | None = None
         self.best: _Tried | None = None
 
-    def run(self, kinds: Iterable[bool], mixtures: Iterable[int]) -> Candidate:
+    def run(self, kinds: Iterable[bool], mixtures: Iterable[int], p: float) -> Candidate:
         """The candidate chosen.
 
         Args:
             kinds: of features: stretched or not.
             mixtures: numbers of components of the tastes' distribution.
+            p: of the score test.
         """
         for white in kinds:
             self._paths(white)
@@ -100,7 +103,7 @@ class Search:
         self._moves()
         self._mixtures([c for c in mixtures if c > 1])
         gain, error = self.best.scores.gain(ridge.scores)
-        return self.best.candidate if gain > error else ridge.candidate
+        return self.best.candidate if gain > 2 * error or p <= SURE else ridge.candidate
 
     def _kinds(self, white: bool) -> list[Geometry]:
         return [replace(geometry, white=white) for geometry in self.geometries]

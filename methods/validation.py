@@ -15,7 +15,7 @@ from torch import Tensor
 from comparisons import Comparisons, Users
 from files import digest
 from methods.base import Fitted, Task
-from methods.geometry import total
+from methods.geometry import place, total
 
 HELD = 0.2  # of a seen user's dialogues
 NEW = 0.15  # of the seen users
@@ -86,7 +86,9 @@ def hold_out(train: Comparisons, seed: int) -> HeldOut:
         fit += [units[i] for i in order[count:]]
         whose += [u] if count else []
     rest = _pick(train, fit) if held else train
-    return HeldOut(rest, _pick(train, held) if held else None, torch.tensor(whose))
+    return HeldOut(
+        rest, _pick(train, held) if held else None, torch.tensor(whose, dtype=torch.long)
+    )
 
 
 def pseudo_new(train: Comparisons, seed: int, shots: int) -> PseudoNew | None:
@@ -147,14 +149,14 @@ class Scores:
     new: Tensor
 
     def means(self) -> dict[str, float]:
-        """Means over users: ``seen``, ``new``, and the mean of both, ``loss``."""
+        """Means over users: ``seen``, ``new``, and of all together, ``loss``."""
         means = {key: float(value.nanmean()) for key, value in vars(self).items()}
-        means = {key: value for key, value in means.items() if not math.isnan(value)}
-        return means | {"loss": sum(means.values()) / len(means)}
+        means |= {"loss": float(torch.cat([self.seen, self.new]).nanmean())}
+        return {key: value for key, value in means.items() if not math.isnan(value)}
 
     @property
     def loss(self) -> float:
-        """What choices go by."""
+        """What choices go by: the few pseudo-new users weigh no more than other users do."""
         return self.means()["loss"]
 
     def gain(self, other: Scores) -> tuple[float, float]:
@@ -162,12 +164,10 @@ class Scores:
 
         Differences are paired by user.
         """
-        parts = [b - a for a, b in zip(vars(self).values(), vars(other).values(), strict=True)]
-        parts = [part[~part.isnan()] for part in parts]
-        parts = [part for part in parts if len(part)]
-        mean = sum(float(part.mean()) for part in parts) / len(parts)
-        variances = [float(part.var()) / len(part) if len(part) > 1 else 0.0 for part in parts]
-        return mean, sum(variances) ** 0.5 / len(parts)
+        gains = torch.cat([other.seen - self.seen, other.new - self.new])
+        gains = gains[~gains.isnan()]
+        error = float(gains.std()) / len(gains) ** 0.5 if len(gains) > 1 else math.inf
+        return float(gains.mean()), error
 
 
 class Split:
@@ -192,7 +192,7 @@ class Split:
             self.new_rows, rows = rows[self.new.chosen], rows[~self.new.chosen]
         share = rest.share(task.process, task.processes)
         mine = hold_out(share, seed)
-        first = _before(share.num_users, task)
+        first = place(share.num_users, task.processes)[0]
         self.fit, self.held, self.whose = mine.fit, mine.held, mine.whose
         self.seen_rows = rows[first + self.whose]
         if not task.stream:
@@ -221,13 +221,6 @@ class Split:
             state = fitted.adapt(few[rows], users, self.seed)
             losses.append(new.held.log_losses(fitted.logits(held, state, new.held.user)))
         return torch.stack(losses).mean(0)
-
-
-def _before(users: int, task: Task) -> int:
-    """How many users belong to the processes before this one."""
-    counts = torch.zeros(task.processes)
-    counts[task.process] = users
-    return int(total(counts, task.processes)[: task.process].sum())
 
 
 def _gather(values: Tensor, processes: int) -> Tensor:

@@ -296,11 +296,11 @@ def assert_one_line(outcome: running.Outcome, *words: str) -> None:
     [
         ("no such revision", [MODEL, "v9"]),
         ("no such model", ["somebody/typo"]),
-        ("gated model", ["somebody/gated", "gated"]),
+        ("gated model", ["somebody/gated", "gated", "hf auth login"]),
         ("no such dataset", ["--source somebody/typo", "give a file"]),
         ("gated dataset", ["--source somebody/gated-data", "gated", "hf auth login"]),
-        ("cut data", ["--source somebody/flaky-data"]),
-        ("cut model", ["somebody/flaky"]),
+        ("cut data", ["--source somebody/flaky-data", "peer closed connection", "run it again"]),
+        ("cut model", ["somebody/flaky", "peer closed connection", "run it again"]),
     ],
 )
 def test_what_cannot_be_downloaded_is_one_clear_line(hubbed, job, words):

@@ -334,11 +334,13 @@ GOOD = {"prompt": "Which?", "chosen": "a", "rejected": "b"}
     [
         (["{"], "row 1 is not valid JSON"),
         ([GOOD, {"prompt": "Which?", "chosen": "a"}], "row 2 has no column rejected"),
-        ([GOOD | {"chosen": ["a"]}], "row 1: chosen must be text, not a list"),
+        ([GOOD | {"chosen": [5]}], "row 1: each chosen must be text, not a int"),
         ([GOOD | {"chosen": ""}], "row 1: chosen is empty"),
-        ([GOOD | {"prompt": ["a"]}], "row 1: .*content must be one text"),
-        ([GOOD | {"messages": []}], "row 1: either prompt or messages"),
-        ([{"chosen": "a", "rejected": "b"}], "row 1: either prompt or messages"),
+        ([GOOD | {"prompt": ["a"]}], "row 1: prompt must be text, not a list"),
+        ([GOOD | {"prompt": ""}], "row 1: the prompt or a message is empty"),
+        ([GOOD | {"messages": [{"role": "user", "content": "a"}]}], "row 1 has both prompt and"),
+        ([{"chosen": "a", "rejected": "b"}], "row 1 has neither prompt nor messages"),
+        ([GOOD | {"user": "al"}, GOOD | {"user": "bo"}], r"the choices of 2 users \(al, bo\)"),
         ([], "is empty"),
     ],
 )
@@ -349,9 +351,22 @@ def test_a_bad_line_is_named_before_a_model_is_loaded(tmp_path, lines, message):
         rank_responses.main(basis, choices, choices)
 
 
+def test_a_choice_may_name_several_responses_and_columns_may_have_other_names(tmp_path):
+    row = {"ask": "Which?", "chosen": ["a", "b"], "rejected": ["c", "d"]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    columns = rank_responses.Columns(prompt="ask")
+    found = rank_responses.read_liked(tmp_path / "rows.jsonl", columns)
+    answers = [[talk[-1]["content"] for talk in side] for side in found]
+    assert answers == [["a", "a", "b", "b"], ["c", "d", "c", "d"]]
+    assert found[0][0][0] == {"role": "user", "content": "Which?"}
+    (tmp_path / "drafts.csv").write_text('ask,response\nWhich?,"[""e"", ""f""]"\n')
+    drafts = rank_responses.read_drafts(tmp_path / "drafts.csv", columns)
+    assert [talk[-1]["content"] for talk in drafts] == ["e", "f"]
+
+
 def test_wrong_files_are_refused(task, tmp_path):
     files, _ = task
-    with pytest.raises(InputError, match="jsonl file is expected"):
+    with pytest.raises(InputError, match="absent.jsonl cannot be read: .*No such file"):
         rank_responses.main(**files | {"candidates": tmp_path / "absent.jsonl"})
     with pytest.raises(InputError, match=r"\.csv or \.json"):
         rank_responses.main(**files, save=tmp_path / "found.txt")

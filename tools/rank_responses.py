@@ -19,10 +19,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from basis import Basis, load_basis
+from choices import USUAL, Columns, read_choices, read_history, read_responses
 from cli import cli
-from embeddings import check_conversations, embed
-from files import InputError, require, write_text, write_whole
-from raw import read_file, text
+from embeddings import embed
+from files import require, write_text, write_whole
+from raw import read_file
 from reward_model import Conversation, Source, load_config, model_of_basis
 from utils import TEMPERATURE, PersonalizeBatch
 
@@ -31,6 +32,7 @@ def main(
     basis: Path,
     choices: Path,
     candidates: Path,
+    columns: Columns = USUAL,
     save: Path | None = None,
     model: str | None = None,
     tokenizer: str | None = None,
@@ -50,9 +52,11 @@ def main(
 
     Args:
         basis: basis file of a run.
-        choices: jsonl, one choice a line: "prompt" (a text) or "messages" (the dialogue so far, a
-            list of role and content), "chosen" and "rejected".
-        candidates: jsonl, one candidate a line: "prompt" or "messages", and "response".
+        choices: the user's choices, a file of rows as OwnData/prepare.py reads them: "prompt" (a
+            text) or "messages" (the dialogue so far, a list of role and content), "chosen" and
+            "rejected" (one text or a list).
+        candidates: a file with "prompt" or "messages", and "response" (one text or a list).
+        columns: what the columns are called, such as --chosen better.
         save: also write the ranking to this .csv, or weights and ranking to this .json file.
         model: reward model; by default the one that the basis was learned with.
         tokenizer: hub name or folder of the tokenizer, if it is not the model's own.
@@ -67,8 +71,8 @@ def main(
         require(save.suffix in (".csv", ".json"), f"--save {save}: end its name in .csv or .json")
         require(save.parent.is_dir(), f"--save {save}: there is no folder {save.parent}")
     learned = load_basis(basis)
-    chosen, rejected = read(choices, "chosen", "rejected")
-    (drafts,) = read(candidates, "response")
+    chosen, rejected = read_liked(choices, columns)
+    drafts = read_drafts(candidates, columns)
     named = (model, tokenizer, revision, trust_remote_code)
     source = model_of_basis(learned, basis, *named, any_model)
     rewards = basis_rewards(learned, source, [*chosen, *rejected, *drafts], **embedding)
@@ -88,36 +92,48 @@ def main(
 # ------------------------------------------------------------------------------ Input
 
 
-def read(file: Path, *responses: str) -> list[list[Conversation]]:
-    """The conversations that end in each of the named responses, line by line.
+def read_liked(file: Path, columns: Columns) -> tuple[list[Conversation], list[Conversation]]:
+    """The conversations that end in a chosen response, and those that end in the one rejected.
 
     Raises:
-        InputError: no such file, no lines, or a line that lacks something.
+        InputError: no such file, no rows, a row that lacks something, or rows of several users.
     """
-    is_jsonl = file.is_file() and file.name.endswith((".jsonl", ".jsonl.gz"))
-    require(is_jsonl, f"{file}: a .jsonl file is expected there")
-    found: list[list[Conversation]] = [[] for _ in responses]
+    chosen: list[Conversation] = []
+    rejected: list[Conversation] = []
+    users = set()
+    for row in read_choices(read_file(file), columns):
+        users.add(row.user)
+        for liked in row.chosen:
+            for other in row.rejected:
+                chosen.append(ending(row.place, row.history, liked, columns.chosen))
+                rejected.append(ending(row.place, row.history, other, columns.rejected))
+    require(bool(chosen), f"{file} is empty")
+    some = ", ".join(sorted(users)[:3])
+    require(len(users) == 1, f"{file} has the choices of {len(users)} users ({some}); keep one's")
+    return chosen, rejected
+
+
+def read_drafts(file: Path, columns: Columns) -> list[Conversation]:
+    """The conversations that end in a candidate response.
+
+    Raises:
+        InputError: no such file, no rows, or a row that lacks something.
+    """
+    drafts = []
     for place, row in read_file(file):
-        missing = [name for name in responses if name not in row]
-        require(not missing, f"{place} has no column {', '.join(missing)}")
-        history = _history(place, row)
-        for name, conversations in zip(responses, found, strict=True):
-            answer = text(row[name], place, name)
-            require(bool(answer), f"{place}: {name} is empty")
-            conversations.append([*history, {"role": "assistant", "content": answer}])
-    require(bool(found[0]), f"{file} is empty")
-    return found
+        require("response" in row, f"{place} has no column response")
+        history = read_history(place, row, columns)
+        for answer in read_responses(place, row, "response"):
+            drafts.append(ending(place, history, answer, "response"))
+    require(bool(drafts), f"{file} is empty")
+    return drafts
 
 
-def _history(place: str, row: dict[str, Any]) -> Conversation:
-    """What comes before the response."""
-    one = ("prompt" in row) != ("messages" in row)
-    require(one, f"{place}: either prompt or messages is expected")
-    history = row.get("messages", [{"role": "user", "content": row.get("prompt")}])
-    try:
-        return check_conversations([history])[0]
-    except InputError as error:
-        raise InputError(f"{place}: {error}") from error
+def ending(place: str, history: Conversation, answer: str, column: str) -> Conversation:
+    """The dialogue with this answer; InputError where one of them has no text."""
+    require(bool(history), f"{place}: the prompt or a message is empty")
+    require(bool(answer), f"{place}: {column} is empty")
+    return [*history, {"role": "assistant", "content": answer}]
 
 
 def basis_rewards(
@@ -223,4 +239,4 @@ def write(save: Path, w: Tensor, ranking: pd.DataFrame) -> None:
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, short="columns")

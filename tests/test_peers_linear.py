@@ -1,0 +1,472 @@
+"""The linear peers PReF, MRM, RBD and PEBS: what they must equal, and what they must recover."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize
+from torch import Tensor
+from torch.nn.functional import softplus
+
+import reference
+from comparisons import Comparisons, Users
+from methods import linear, mrm, pebs, pref, rbd
+from methods.base import Fitted, Task
+from methods.geometry import measure
+from methods.ridge_bt import fit_shared
+
+FEATURES = 12
+
+PReF, MRM, RBD, PEBS = pref.PReF, mrm.MRM, rbd.RBD, pebs.PEBS
+CONVERGED = [  # one strength each, so that nothing is chosen
+    PReF(rank=3, ridges=(2.0,)),
+    MRM(ridges=(1.0,)),
+    RBD(rank=3, strengths=((1.0, 5.0),)),
+    PEBS(strengths=(1.0,)),
+]
+FAITHFUL = [PReF(rank=3, setting="faithful"), RBD(rank=3, setting="faithful")]
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def choices(directions: Tensor, count: int, seed: int) -> Comparisons:
+    """Comparisons whose choices follow each user's direction [U, F] with logistic noise."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(len(directions), count, FEATURES, dtype=torch.float64, generator=generator)
+    p = torch.sigmoid((x * directions[:, None]).sum(2))
+    coin = torch.rand(p.shape, dtype=torch.float64, generator=generator)
+    return Comparisons.from_list(list(x * torch.where(coin < p, 1.0, -1.0)[..., None]))
+
+
+def planted(directions: Tensor, train: int = 60, few: int = 30, seed: int = 0) -> Task:
+    """A task in which the first two thirds of the users are seen."""
+    seen, new = directions.split([2 * len(directions) // 3, -(-len(directions) // 3)])
+    sets = (seen, train), (new, few), (seen, 200), (new, 200)
+    return Task(*(choices(d, n, 10 * seed + i) for i, (d, n) in enumerate(sets)), seed=seed)
+
+
+def tastes(users: int = 60, rank: int = 2, apart: float = 2.0, seed: int = 0) -> Tensor:
+    """Directions [U, F]: a common one, and Gaussian deviations in a few dimensions."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(
+        torch.randn(FEATURES, rank + 1, dtype=torch.float64, generator=generator)
+    ).Q
+    away = torch.randn(users, rank, dtype=torch.float64, generator=generator)
+    return basis[:, 0] + apart * away @ basis[:, 1:].T
+
+
+def decisive(users: int = 90) -> Tensor:
+    """One direction for all, which users follow with more or less noise."""
+    size = torch.linspace(math.log(0.2), math.log(3), users, dtype=torch.float64).exp()
+    size = size[torch.randperm(users, generator=torch.Generator().manual_seed(0))]
+    one = torch.ones(FEATURES, dtype=torch.float64) / FEATURES**0.5
+    return size[:, None] * 1.5 * one
+
+
+def bt(task: Task) -> Tensor:
+    """The ridge Bradley-Terry direction [F, 1]."""
+    geometry = measure(task.train)
+    return geometry.raw(fit_shared(task.train, geometry, 1.0).x)
+
+
+def judged(fit: Fitted, data: Comparisons, state: Tensor) -> tuple[float, float]:
+    """Mean accuracy and mean log loss over users."""
+    logits = fit.logits(fit.view(data), state, data.user)
+    return float(data.accuracies(logits).mean()), float(data.log_losses(logits).mean())
+
+
+def adapted(fit: Fitted, few: Comparisons, seed: int = 0) -> Tensor:
+    return fit.adapt(fit.view(few), few, seed)
+
+
+def name(method: object) -> str:
+    return f"{type(method).__name__}-{method.setting}"  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def world() -> Task:
+    return planted(tastes())
+
+
+@pytest.fixture(scope="module")
+def fits(world: Task) -> dict[str, Fitted]:
+    return {name(method): method.fit(world)[0] for method in [*CONVERGED, *FAITHFUL]}
+
+
+ALL = [name(method) for method in [*CONVERGED, *FAITHFUL]]
+PERSONAL = [n for n in ALL if n not in ("MRM-converged", "PReF-faithful", "RBD-faithful")]
+
+
+# ------------------------------------------------------------- What all linear methods share
+
+
+def test_users_are_solved_to_the_minimum_that_scipy_finds():
+    generator = torch.Generator().manual_seed(3)
+    Z = torch.randn(14, 3, dtype=torch.float64, generator=generator)
+    users = Users([9, 0, 5], torch.rand(14, dtype=torch.float64, generator=generator) + 0.5)
+    root = torch.randn(3, 3, dtype=torch.float64, generator=generator)
+    precision, centre = root @ root.T + 0.1 * torch.eye(3), torch.randn(3).double()
+    found = linear.solve_users(Z, users, precision, centre)
+    for u in range(3):
+        z, c = Z[users.user == u], users.weight[users.user == u]
+
+        def objective(w: np.ndarray, z: Tensor = z, c: Tensor = c) -> float:
+            away = torch.from_numpy(w) - centre
+            return float(c @ softplus(-(z @ torch.from_numpy(w))) + away @ precision @ away / 2)
+
+        best = minimize(objective, centre.numpy(), method="BFGS", options={"gtol": 1e-7})
+        assert torch.allclose(found[u], torch.from_numpy(best.x), atol=1e-4)
+    assert torch.equal(found[1], centre)
+
+
+def test_users_whose_choices_are_separable_are_solved_too():
+    Z = 30 * torch.ones(40, 1, dtype=torch.float64)
+    found = linear.solve_users(
+        Z, Users([40]), 1e-8 * torch.ones(1, 1).double(), torch.zeros(1).double()
+    )
+    gradient = -float((Z[:, 0] * torch.sigmoid(-Z[:, 0] * found[0])).sum()) + 1e-8 * float(found)
+    assert abs(gradient) < 1e-4 and float(found) > 0.3
+
+
+@pytest.mark.parametrize("which", ["pair_loss", "pref", "rbd"])
+def test_gradients_are_those_of_finite_differences(which: str):
+    data = choices(tastes(4), 5, 0)
+    generator = torch.Generator().manual_seed(1)
+    V = torch.randn(FEATURES, 2, dtype=torch.float64, generator=generator)
+    W = torch.randn(4, 2, dtype=torch.float64, generator=generator)
+    mean = torch.randn(2, dtype=torch.float64, generator=generator)
+
+    def value(*given: Tensor) -> tuple[Tensor, list[Tensor]]:
+        if which == "pair_loss":
+            loss, by_V, by_W, _ = linear.pair_loss(data, *given)
+            return loss, [by_V, by_W]
+        if which == "pref":
+            return pref.objective(data, *given, ridge=0.7)
+        return rbd.objective(data, given, 0.3, 0.8, scale=1.7)  # type: ignore[arg-type]
+
+    given = [V, mean, W] if which == "rbd" else [V, W]
+    _, gradients = value(*given)
+    for i, tensor in enumerate(given):
+        direction = torch.randn(tensor.shape, dtype=torch.float64, generator=generator)
+        ahead, behind = (
+            value(*given[:i], tensor + step * direction, *given[i + 1 :])[0]
+            for step in (1e-5, -1e-5)
+        )
+        slope = float((gradients[i] * direction).sum())
+        assert float(ahead - behind) / 2e-5 == pytest.approx(slope, rel=1e-6)
+
+
+@pytest.mark.parametrize("which", PERSONAL)
+def test_own_state_beats_nobodys_and_anothers(fits: dict[str, Fitted], world: Task, which: str):
+    fit = (
+        fits[which]
+        if which != "PEBS-converged"
+        else PEBS(strengths=(1.0,)).fit(world := planted(decisive()))[0]
+    )
+    for data, state in ((world.seen, fit.users), (world.unseen, adapted(fit, world.few))):
+        own = judged(fit, data, state)[1]
+        assert own < judged(fit, data, state.roll(1, 0))[1] - 0.01
+        assert own < judged(fit, data, fit.nobody.expand_as(state))[1] - 0.005
+
+
+@pytest.mark.parametrize("which", ALL)
+def test_no_shots_give_nobodys_state(fits: dict[str, Fitted], which: str, world: Task):
+    fit = fits[which]
+    view = fit.view(world.few)
+    rows = torch.arange(3)
+    state = fit.adapt(view[rows], world.few.pick(rows, [0, 3, 0]), 0)
+    assert torch.equal(state[0], fit.nobody) and torch.equal(state[2], fit.nobody)
+    assert not torch.equal(state[1], fit.nobody)
+
+
+@pytest.mark.parametrize("method", [*CONVERGED, *FAITHFUL], ids=name)
+def test_nobodys_state_knows_what_users_share(method):
+    task = planted(tastes(apart=0.5), 60, 30)
+    fit = method.fit(task)[0]
+    accuracy, _ = judged(fit, task.unseen, fit.nobody.expand(task.unseen.num_users, -1))
+    assert accuracy > 0.55
+
+
+@pytest.mark.parametrize("which", ALL)
+def test_swapped_choices_mirror_the_accuracy(fits: dict[str, Fitted], which: str, world: Task):
+    fit = fits[which]
+    swapped = world.seen.flipped(torch.ones(len(world.seen), dtype=torch.bool))
+    right, wrong = (judged(fit, data, fit.users)[0] for data in (world.seen, swapped))
+    assert right + wrong == pytest.approx(1, abs=1e-12) and right > 0.55
+
+
+def reordered(data: Comparisons, seed: int, within: bool) -> tuple[Comparisons, list[int]]:
+    """The same users in another order, and their comparisons too."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(data.num_users, generator=generator).tolist()
+    lists = [data.features.x[data.user == u] for u in order]
+    if within:
+        lists = [x[torch.randperm(len(x), generator=generator)] for x in lists]
+    return Comparisons.from_list(lists), order
+
+
+@pytest.mark.parametrize("method", CONVERGED, ids=name)
+def test_order_and_seed_change_nothing_that_is_converged(
+    method, fits: dict[str, Fitted], world: Task
+):
+    # MRM's episodes and PEBS's folds take a user's dialogues as they come.
+    within = not isinstance(method, MRM | PEBS)
+    train, order = reordered(world.train, 5, within)
+    other = method.fit(Task(train, world.few, world.seen, world.unseen, seed=9))[0]
+    fit = fits[name(method)]
+    before = fit.logits(fit.view(world.seen), fit.users, world.seen.user)
+    states = torch.empty_like(other.users)
+    states[order] = other.users
+    after = other.logits(other.view(world.seen), states, world.seen.user)
+    assert torch.allclose(before, after, atol=0.02 * float(before.std()))
+    few = fit.view(world.few), other.view(world.few)
+    seeds = fit.adapt(few[0], world.few, 1), fit.adapt(few[0], world.few, 2)
+    assert torch.equal(*seeds)
+
+
+@pytest.mark.parametrize("method", CONVERGED, ids=name)
+def test_a_choice_is_made_of_as_many_configurations_by_every_method(method):
+    given = type(method)()
+    candidates = getattr(given, "ridges", None) or given.strengths  # type: ignore[attr-defined]
+    assert len(candidates) == linear.TRIES
+    fit = (
+        given.fit(planted(tastes(30), 20, 10))
+        if not hasattr(given, "rank")
+        else type(method)(rank=3).fit(planted(tastes(30), 20, 10))
+    )
+    tried = fit[0].describe()["tried"]
+    best = min(tried, key=lambda row: row["loss"])
+    assert len(tried) == linear.TRIES
+    assert best.items() >= fit[0].settings.items()
+
+
+@pytest.mark.parametrize("method", [RBD(rank=2), PReF(rank=2), PEBS(), MRM()], ids=name)
+def test_a_choice_never_reads_a_test_comparison(method):
+    task = planted(tastes(30), 20, 10)
+    swapped = Task(task.train, task.few, task.unseen, task.seen, seed=task.seed)
+    assert torch.equal(method.fit(task)[0].users, method.fit(swapped)[0].users)
+
+
+# ----------------------------------------------------------------------------------- PReF
+
+
+def test_pref_on_the_simplex_without_its_penalties_is_lore():
+    data, generator = choices(tastes(5), 4, 2), torch.Generator().manual_seed(2)
+    V = torch.randn(FEATURES, 3, dtype=torch.float64, generator=generator)
+    logits = torch.randn(5, 3, dtype=torch.float64, generator=generator)
+    data.weight = torch.rand(len(data), dtype=torch.float64, generator=generator) + 0.5
+    X, c = (list(t.split(4)) for t in (data.features.x, data.weight))
+    loss, _ = pref.objective(data, V / reference.T, logits.softmax(1), 0.0, penalty=0.0)
+    expected = reference.pair_mean(X, c, V, logits)
+    assert float(loss / data.weight.sum()) == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_pref_recovers_signed_tastes_that_one_shared_reward_cannot():
+    signs = torch.where(torch.arange(60) % 3 == 0, -1.0, 1.0).double()[:, None]
+    task = planted(signs * tastes(1, apart=0) * 3)  # a third of the users want the opposite
+    fit = PReF(rank=1, ridges=(1.0,)).fit(task)[0]
+    shared = float(task.unseen.accuracies(linear.project(task.unseen, bt(task))[:, 0]).mean())
+    assert judged(fit, task.unseen, adapted(fit, task.few))[0] > shared + 0.15
+    assert fit.users.min() < 0 < fit.users.max()
+
+
+def test_prefs_start_spans_the_planted_tastes():
+    directions = tastes(60, rank=2)
+    A, W = pref.svd_start(choices(directions, 300, 0), 3)
+    Q = torch.linalg.qr(A).Q
+    left = directions - directions @ Q @ Q.T
+    assert float(left.norm() / directions.norm()) < 0.15
+    assert A.shape == (FEATURES, 3) and W.shape == (60, 3)
+
+
+# ------------------------------------------------------------------------------------ RBD
+
+
+def test_rbd_whose_users_may_not_deviate_is_ridge_bt(world: Task):
+    fit = RBD(rank=3, strengths=((1.0, 1e9),)).fit(world)[0]
+    direction, expected = fit.basis @ fit.nobody, bt(world)[:, 0]
+    assert torch.allclose(direction, expected, atol=2e-3 * float(expected.norm()))
+    own = fit.users @ fit.basis.T
+    assert float((own - direction).norm()) < 1e-4 * float(expected.norm())
+
+
+def test_rbd_nearly_reaches_the_planted_directions():
+    directions = tastes(90, rank=2)
+    task = planted(directions, 120, 60)
+    fit = RBD(rank=3, strengths=((0.1, 0.05),)).fit(task)[0]
+    truth = directions[60:]
+    best, own = (
+        float(task.unseen.log_losses((task.unseen.features.x * d[task.unseen.user]).sum(1)).mean())
+        for d in (truth, adapted(fit, task.few) @ fit.basis.T)
+    )
+    shared = float(task.unseen.log_losses(linear.project(task.unseen, bt(task))[:, 0]).mean())
+    assert shared - own > 0.8 * (shared - best)
+
+
+def test_rbds_seen_users_are_adapted_from_their_training_as_they_were_fitted(
+    fits: dict[str, Fitted], world: Task
+):
+    fit = fits["RBD-converged"]
+    away = (adapted(fit, world.train) - fit.users) @ fit.basis.T
+    assert float(away.norm() / (fit.users @ fit.basis.T).norm()) < 0.01
+
+
+def test_rbd_as_published_stops_where_held_out_loss_was_least(fits: dict[str, Fitted]):
+    losses = fits["RBD-faithful"].describe()["losses"]
+    assert losses[0] > min(losses) + 0.01
+
+
+# ------------------------------------------------------------------------------------ MRM
+
+
+def test_mrms_first_adam_step_moves_a_weight_by_at_most_half_the_rate(world: Task):
+    Z = linear.project(world.few, torch.randn(FEATURES, 2, dtype=torch.float64))
+    for rate in (1e-3, 0.3):
+        start = torch.tensor([0.2, -0.1], dtype=torch.float64).expand(world.few.num_users, 2)
+        moved = mrm.adam_steps(Z, world.few, start, rate, 1).softmax(1) - start.softmax(1)
+        assert rate / 4 < float(moved.abs().max()) <= rate / 2 + 1e-12
+
+
+def test_published_mrm_knows_no_user_from_another(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(mrm, "EPOCHS", 3)
+    task = planted(tastes(30, apart=3))
+    fit = MRM(setting="faithful").fit(task)[0]
+    assert float((fit.users - fit.nobody).abs().max()) <= 0.0005 + 1e-12
+    own = fit.logits(fit.view(task.seen), fit.users, task.seen.user)
+    other = fit.logits(fit.view(task.seen), fit.users.roll(1, 0), task.seen.user)
+    same = (own > 0) == (other > 0)
+    assert float(same.double().mean()) > 0.995
+
+
+def test_mrms_inner_gradient_is_that_of_the_mean_loss(world: Task):
+    Z = linear.project(world.few, torch.randn(FEATURES, 2, dtype=torch.float64))
+    s = torch.randn(world.few.num_users, 2, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(mrm.mean_losses(Z, world.few, s).sum(), s)
+    assert torch.allclose(mrm.inner_gradient(Z, world.few, s.detach()), expected, atol=1e-12)
+
+
+def test_mrms_outer_gradient_is_that_of_the_tail_loss():
+    batch = choices(tastes(2), 20, 3)
+    episode = mrm._episode(mrm._dialogues(batch), torch.Generator().manual_seed(0))
+    A = torch.randn(FEATURES, 2, dtype=torch.float64) * 50
+    s = torch.tensor([0.3, -0.4], dtype=torch.float64)
+    _, (by_A, by_s) = mrm._outer_gradients(batch, A, s, 1e-3, episode)
+    for gradient, step in ((by_A, "A"), (by_s, "s")):
+        given = {"A": A, "s": s}
+        direction = torch.randn(given[step].shape, dtype=torch.float64)
+        values = [
+            mrm._outer_gradients(
+                batch,
+                **(given | {step: given[step] + sign * 1e-5 * direction}),
+                inner_rate=1e-3,
+                episode=episode,
+            )[0]
+            for sign in (1, -1)
+        ]
+        slope = float((gradient * direction).sum())
+        assert (values[0] - values[1]) / 2e-5 == pytest.approx(slope, rel=1e-5)
+
+
+def test_an_episode_puts_nine_tenths_of_dialogues_in_the_query_and_a_single_one_on_both_sides():
+    (query, counts), (support, few) = mrm._episode(
+        [torch.arange(20), torch.zeros(3, dtype=torch.long)], torch.Generator().manual_seed(0)
+    )
+    assert counts == [18, 3] and few == [2, 3]
+    assert set(query[:18].tolist()) | set(support[:2].tolist()) == set(range(20))
+    assert query[18:].tolist() == support[2:].tolist() == [20, 21, 22]
+
+
+def test_mrms_tail_loss_favours_the_worse_off():
+    losses = torch.tensor([0.2, 1.0], dtype=torch.float64, requires_grad=True)
+    (by_loss,) = torch.autograd.grad(mrm.tail_loss(losses), losses)
+    losses = losses.detach()
+    assert by_loss[1] > 3 * by_loss[0]
+    assert float(mrm.tail_loss(losses[:1])) == pytest.approx(0.1)  # one alone counts half
+    assert float(mrm.tail_loss(losses, sharpness=0)) == pytest.approx(1.0)
+    assert float(mrm.tail_loss_of_pairs(losses)) == pytest.approx(float(mrm.tail_loss(losses)))
+
+
+def test_the_mean_over_pairs_is_the_mean_of_tail_losses():
+    losses = torch.rand(7, dtype=torch.float64)
+    pairs = [mrm.tail_loss(losses[[u, v]]) for u in range(7) for v in range(u)]
+    mean = float(torch.stack(pairs).mean())
+    assert float(mrm.tail_loss_of_pairs(losses)) == pytest.approx(mean, rel=1e-12)
+
+
+def test_converged_mrm_tells_two_planted_camps_apart():
+    one, two = torch.linalg.qr(torch.randn(FEATURES, 2).double()).Q.T * 3
+    task = planted(torch.stack([one, two] * 45), 100, 40)
+    fit = MRM(ridges=(0.1,)).fit(task)[0]
+    shared = float(task.unseen.accuracies(linear.project(task.unseen, bt(task))[:, 0]).mean())
+    state = adapted(fit, task.few)
+    own = judged(fit, task.unseen, state)
+    assert own[0] > shared + 0.03
+    assert own[1] < judged(fit, task.unseen, state.roll(1, 0))[1] - 0.05
+
+
+# ----------------------------------------------------------------------------------- PEBS
+
+
+def test_pebs_keeps_accuracy_and_lowers_log_loss_where_users_differ_in_decisiveness():
+    task = planted(decisive())
+    for setting in ("faithful", "converged"):
+        fit = PEBS(setting=setting, strengths=(0.3,)).fit(task)[0]
+        for data, state in ((task.seen, fit.users), (task.unseen, adapted(fit, task.few))):
+            shared = linear.project(data, fit.basis)[:, 0]
+            own = fit.logits(fit.view(data), state, data.user)
+            assert torch.equal(data.accuracies(own), data.accuracies(shared))
+            assert (state > 0).all()
+        nobody = fit.nobody.expand(task.seen.num_users, 1)
+        assert judged(fit, task.seen, fit.users)[1] < judged(fit, task.seen, nobody)[1] - 0.005
+
+
+def test_a_slope_stays_positive_for_a_user_who_wants_the_opposite():
+    prior = pebs.Prior(common=1.0, mean=1.0, variance=10.0)
+    slope = pebs.shrunk_slopes(-torch.ones(50).double(), Users([50]), prior)
+    assert 0 < float(slope) < 0.1
+
+
+def test_shrunk_slopes_are_the_closed_form_written_user_by_user():
+    generator = torch.Generator().manual_seed(0)
+    t = torch.randn(60, dtype=torch.float64, generator=generator) + 0.5
+    users = Users([30, 10, 0, 20], torch.rand(60, dtype=torch.float64, generator=generator) + 0.5)
+    prior = pebs.Prior(common=0.8, mean=0.9, variance=0.3)
+    found = pebs.shrunk_slopes(t, users, prior)[:, 0].tolist()
+    for u in range(4):
+        score = information = 0.0
+        for x, c in zip(
+            t[users.user == u].tolist(), users.weight[users.user == u].tolist(), strict=True
+        ):
+            p = 1 / (1 + math.exp(-0.8 * x))
+            score += c * (1 - p) * x
+            information += c * p * (1 - p) * x * x
+        expected = 0.9
+        if information:
+            w = 0.3 / (0.3 + 1 / information)
+            expected += w * (0.8 + score / information - 0.9)
+        assert found[u] == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_prior_finds_the_planted_variance_of_slopes_and_none_where_there_is_none():
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for spread in (0.0, 0.4):
+        slope = 1 + spread * torch.randn(800, dtype=torch.float64, generator=generator)
+        x = torch.randn(800, 60, dtype=torch.float64, generator=generator)
+        coin = torch.rand(x.shape, dtype=torch.float64, generator=generator)
+        t = torch.where(coin < torch.sigmoid(slope[:, None] * x), x, -x).reshape(-1)
+        found[spread] = pebs.empirical_prior(t, Users([60] * 800))
+    assert found[0.0].variance < 0.03 and found[0.0].mean == pytest.approx(1, abs=0.05)
+    assert 0.08 < found[0.4].variance < 0.24 and found[0.4].mean == pytest.approx(1, abs=0.1)
+
+
+def test_with_slopes_all_alike_pebs_leaves_the_shared_reward_as_it_is():
+    task = planted(decisive(2)[:1].expand(60, -1))
+    fit = PEBS(strengths=(0.3,)).fit(task)[0]
+    assert float(fit.users.std()) < 0.15 * float(fit.nobody)
