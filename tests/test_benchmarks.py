@@ -101,6 +101,17 @@ def test_the_file_of_differences_repeats_no_row(tmp_path):
     assert seconds > 0 and memory >= 0
 
 
+def test_extra_memory_is_the_process_own():
+    before = np.ones(50_000_000)  # 400 MB, which a process started now must not count
+    code = (
+        "import numpy as np, measure\n"
+        "print(measure.extra_memory(lambda: np.ones(10_000_000), 'cpu'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "benchmarks",
+                          capture_output=True, text=True)  # fmt: skip
+    assert len(before) and 70e6 < int(done.stdout) < 90e6, done.stderr
+
+
 # --------------------------------------------------------------------------- As commands
 
 

@@ -66,6 +66,11 @@ def run(world, tmp_path_factory) -> tuple[str, Path]:
     return fit(world, tmp_path_factory.mktemp("run"))
 
 
+def slow(value: Any) -> Any:
+    """A parameter of a test that takes its time."""
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 def task_of(world: People, unit: str = "dialogues", seed: int = 0) -> Task:
     return world.tasks(unit).task(seed, CPU, world.store.head, False, (0, 1))
 
@@ -587,7 +592,7 @@ def reported(world, run, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("size", [100, 1_100, 2_500, 8_000, 30_000])
+@pytest.mark.parametrize("size", [100, 2_500, *(slow(n) for n in (1_100, 8_000, 30_000))])
 def test_a_full_disk_loses_nothing(world, reported, tmp_path, monkeypatch, size):
     monkeypatch.setattr(reports, "write_plots", lambda *_: [])
     monkeypatch.setattr(experiments, "report", reports.report)
@@ -627,8 +632,8 @@ def killed(world: People, results: Path, monkeypatch: pytest.MonkeyPatch, **chan
             fit(world, results, checkpoint_every=10, **changes)
 
 
-@pytest.mark.parametrize("way", ["in memory", "streamed", "in other parts"])
-@pytest.mark.parametrize("asked", [REGULARIZED, {"ranks": (2, 3), "alpha": (0.1,)}])
+@pytest.mark.parametrize("way", [slow("in memory"), "streamed", slow("in other parts")])
+@pytest.mark.parametrize("asked", [REGULARIZED, slow({"ranks": (2, 3), "alpha": (0.1,)})])
 def test_a_killed_training_goes_on_wherever_it_computes(
     world, tmp_path, monkeypatch, caplog, asked, way
 ):

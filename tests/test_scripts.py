@@ -43,6 +43,7 @@ SWEEP = {
     "PRISM": {"shots": [1, 2], "trials": 3, "ranks": [2, 3]},
     "CommunityAlignment": {"shots": [1, 3], "trials": 3, "ranks": 3},
 }  # fmt: skip
+EVERY = [n if n == "PRISM" else pytest.param(n, marks=pytest.mark.slow) for n in WORLDS]
 SCRIPTS = sorted(
     str(path.relative_to(running.ROOT))
     for pattern in ("*.py", "*/*.py")
@@ -105,7 +106,7 @@ CONTROLS = {"nobody's": "nobody's state", "another's": "another's state",
 # -------------------------------------------------------------------- The good way
 
 
-@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize("name", EVERY)
 def test_prepare_and_embed_end_well(dataset, name):
     made = dataset(name)
     for outcome in made.outcomes:
@@ -119,7 +120,7 @@ def test_prepare_and_embed_end_well(dataset, name):
         assert f"{number:>9,}  {what}" in printed
 
 
-@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize("name", EVERY)
 def test_train_basis_prints_what_it_saves(finished, name):
     run = finished(name, "train_basis")
     assert run.outcome.status == 0, run.outcome.err
@@ -135,7 +136,7 @@ def test_train_basis_prints_what_it_saves(finished, name):
     assert "\nVerdict:" in run.outcome.out
 
 
-@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize("name", EVERY)
 def test_vary_fewshot_prints_what_it_saves(finished, name):
     run = finished(name, "vary_fewshot")
     assert run.outcome.status == 0, run.outcome.err
@@ -154,7 +155,7 @@ def test_vary_fewshot_prints_what_it_saves(finished, name):
 
 
 @pytest.mark.parametrize("script", ["train_basis", "vary_fewshot"])
-@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize("name", EVERY)
 def test_files_lie_where_the_last_line_says(finished, name, script):
     run = finished(name, script)
     last = run.outcome.out.splitlines()[-1]
@@ -169,7 +170,7 @@ def test_files_lie_where_the_last_line_says(finished, name, script):
     assert not list(run.folder.glob("*.part")) and not list(run.folder.glob("state-*"))
 
 
-@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize("name", EVERY)
 def test_basis_files_name_their_users(finished, name):
     run = finished(name, "train_basis")
     named = []
@@ -186,6 +187,7 @@ def test_basis_files_name_their_users(finished, name):
     assert sorted(named) == sorted(file.name for file in run.folder.glob("basis-*"))
 
 
+@pytest.mark.slow
 def test_rank_is_chosen_and_marked(finished):
     run = finished("CommunityAlignment", "train_basis")
     *fits, chosen = saved(run.folder)["seeds"][0]["methods"]["lore"]["fits"]
@@ -204,6 +206,7 @@ def test_the_same_command_shows_the_same_run_again(finished, dataset, tmp_path):
     assert again.out == run.outcome.out.replace(str(run.folder.parents[1]), str(copy))
 
 
+@pytest.mark.slow
 def test_two_repeats_of_a_command_give_the_same_results(finished, dataset, tmp_path):
     run = finished("RedditTLDR", "vary_fewshot")
     where = {"data": dataset("RedditTLDR").data, "results": tmp_path, "run": "here"}
@@ -212,6 +215,7 @@ def test_two_repeats_of_a_command_give_the_same_results(finished, dataset, tmp_p
     assert repeats(run.folder) == repeats(tmp_path / "RedditTLDR/here")
 
 
+@pytest.mark.slow
 def test_reports_put_runs_side_by_side(finished):
     names = ("PersonalLLM", "PRISM")
     runs = [finished(name, "train_basis").folder for name in names]
@@ -232,6 +236,7 @@ def test_reports_put_runs_side_by_side(finished):
 # -------------------------------------------------------------------- Published code
 
 
+@pytest.mark.slow
 def test_the_list_rendering_is_marked_in_every_output(dataset, model, tmp_path):
     data, results = tmp_path / "data", tmp_path / "results"
     raw = {"source": dataset("PRISM").source, "out": data, "rejected": "list"}
@@ -251,6 +256,7 @@ def test_the_list_rendering_is_marked_in_every_output(dataset, model, tmp_path):
         assert "WARNING" in (results / "PRISM" / folder / "table.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_published_reference_is_marked(dataset, tmp_path):
     where = {"data": dataset("PRISM").data, "results": tmp_path, "run": "here"}
     settings = {**where, "ranks": [0, 2], "reference": "last_linear", **QUICK}
@@ -379,6 +385,7 @@ def test_a_device_that_is_not_there_is_refused(train, flag):
     refused(train(**flag), "--device", flag["device"])
 
 
+@pytest.mark.slow
 def test_without_a_score_head_there_is_no_reference(dataset, tmp_path):
     model, data = models.headless(tmp_path / "model"), tmp_path / "data"
     raw = {"source": dataset("PersonalLLM").source, "out": data, "model": model}
