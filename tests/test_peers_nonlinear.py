@@ -14,7 +14,7 @@ from files import InputError
 from methods import mlp, pal, vpl
 from methods.base import Fitted, Task
 from methods.networks import TRIES, batches, blocks, row_scale, solve_weights
-from methods.vpl import Groups
+from methods.vpl_network import Groups
 
 F, ROWS, SEEN, NEW = 8, 300, 40, 16
 METHODS = {
