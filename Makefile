@@ -13,9 +13,8 @@ READY := $(VENV)/.installed
 endif
 PY := $(abspath $(VENV))/bin/python
 
-DEMO := ../results/PersonalLLM
-USERS := --users 150 --unseen-users 100 --pairs-per-user 45
-ALPHAS := 0.001 0.01 0.1
+DEMO := --data data/demo --users 100 --unseen-users 60
+ALPHAS := 0.001 0.1
 
 .DEFAULT_GOAL := help
 .PHONY: help test lint demo bench
@@ -23,22 +22,22 @@ ALPHAS := 0.001 0.01 0.1
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | sed 's/^/make /'
 
-test: $(READY)  ## run all tests
-	$(PY) -m pytest
+test: $(READY)  ## run all tests, two at a time
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 lint: $(READY)  ## check the style with ruff
 	$(PY) -m ruff check .
 
-demo: $(READY)  ## the whole pipeline of PersonalLLM on a small world, offline
+demo: $(READY)  ## the whole pipeline of PersonalLLM on a small made world, offline
 	cd PersonalLLM && $(PY) demo_world.py
 	cd PersonalLLM && $(PY) prepare.py --source data/demo-source --model data/smollm2 --out data/demo
 	cd PersonalLLM && for alpha in $(ALPHAS); do \
-		$(PY) train_basis.py --data data/demo --dirichlet-alpha $$alpha $(USERS) \
-			--few-shot-pairs 9 --run demo-$$alpha >/dev/null || exit; done
-	cd PersonalLLM && $(PY) vary_fewshot.py --data data/demo $(USERS) --run demo-shots
-	cd PersonalLLM && $(PY) ../reports.py $(ALPHAS:%=$(DEMO)/demo-%)
-	@echo "Plots: results/PersonalLLM/demo-0.001/accuracy.png, accuracy against rank, and"
-	@echo "       results/PersonalLLM/demo-shots/shots.png, accuracy against comparisons per user."
+		$(PY) train_basis.py $(DEMO) --dirichlet-alpha $$alpha --ranks 5 --seeds 0 1 2 \
+			--methods ridge_bt lore mixed_logit --name demo-$$alpha >/dev/null || exit; done
+	cd PersonalLLM && $(PY) vary_fewshot.py $(DEMO) --shots 0 1 3 9 27 45 --trials 2 \
+		--methods lore mixed_logit --name demo-shots >/dev/null
+	cd PersonalLLM && $(PY) ../reports.py $(ALPHAS:%=../results/PersonalLLM/demo-%)
+	@echo "Look at results/PersonalLLM/demo-0.001/report.html and demo-shots/report.html beside it."
 
 bench: $(READY)  ## how fast it is, against plain loops in the same run
 	$(PY) benchmarks/all.py

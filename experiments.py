@@ -21,6 +21,7 @@ from devices import pick_device, processes, wait_for_all
 from files import require
 from methods import METHODS
 from methods.base import Fitted, Method, Task, View
+from methods.heterogeneity import score_test
 from methods.shared import BradleyTerry, Own, Reference
 from reports import report
 from runs import Run
@@ -156,6 +157,7 @@ def _carry_out(
         for name in names:  # mistakes are told before the work starts
             if hasattr(methods[name], "check"):
                 methods[name].check(task)
+        about = _about(tasks, task) if here[0] == 0 else {}
         for name in names:
             task.state = run.folder / f"state-seed{seed}-{name}"
             start = time.perf_counter()
@@ -167,7 +169,7 @@ def _carry_out(
                     "settings": methods[name], "seconds": round(seconds, 3),
                     "fits": [_describe(fit, task, tasks) for fit in fits], "records": records,
                 }  # fmt: skip
-                run.add(seed, _about(tasks, task), name, done, list(methods))
+                run.add(seed, about, name, done, list(methods))
             wait_for_all()
             for file in run.folder.glob(f"{task.state.name}-*.{here[0]}.*.pt"):
                 file.unlink(missing_ok=True)
@@ -176,12 +178,13 @@ def _carry_out(
 
 def _about(tasks: Tasks, task: Task) -> dict[str, Any]:
     """Whose comparisons a repeat has, how many, and what a reader must know of them."""
+    personal = score_test(task.mine if task.processes == 1 else task.train)
     overlap = tasks.info.get("overlap", {}).get("sentence")
     sets = {"train": task.train, "seen": task.seen, "few": task.few, "unseen": task.unseen}
     return {
         "users": {"seen": task.train.names, "unseen": task.few.names},
         "comparisons": {name: len(data) for name, data in sets.items()},
-        "facts": {"overlap": overlap} if overlap else {},
+        "facts": {"personal": personal.sentence, **({"overlap": overlap} if overlap else {})},
     }
 
 
@@ -200,7 +203,7 @@ def _describe(fit: Fitted, task: Task, tasks: Tasks) -> dict[str, Any]:
 def _likes(directions: Tensor, task: Task, tasks: Tasks) -> list[dict[str, Any]]:
     """For each direction of V [F, C], the seen users' held-out responses with the most extreme
     rewards, compared with the mean of the responses to the same prompt."""
-    rows, talks = task.seen.features.index, tasks.conversations()
+    rows, talks = task.seen.features.index, tasks.conversations
     rewards = task.seen.features.pairs(lambda e: e @ directions.to(e)).values.cpu()  # [R, C]
     prompts = [str(talks[row][:-1]) for row in rows.tolist()]
     number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}

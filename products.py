@@ -47,8 +47,9 @@ class _ByDirection(Function):
     def forward(ctx, data: Comparisons, V: Tensor, W: Tensor, ranks: Sequence[int]) -> Tensor:  # noqa: ANN001
         ctx.save_for_backward(V, W)
         ctx.data, ctx.ranks = data, ranks
-        pairs = zip(V.split(ranks, 1), W.split(ranks, 1), strict=True)
-        directions = torch.stack([w @ v.T for v, w in pairs])  # [M, U, F]
+        directions = V.new_empty(len(ranks), len(W), len(V))  # [M, U, F]
+        for own, v, w in zip(directions, V.split(ranks, 1), W.split(ranks, 1), strict=True):
+            torch.mm(w, v.T, out=own)
         return data.dots(data.features.x.to(V.dtype), directions)
 
     @staticmethod

@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -66,6 +67,7 @@ class Tasks:
         """The dataset's name."""
         return str(self.info["dataset"])
 
+    @cached_property
     def conversations(self) -> list[preparing.Conversation]:
         """The conversations, row i being embedding i."""
         return preparing.read_conversations(self.folder)

@@ -145,6 +145,7 @@ class Made:
 
     dataset, info = "Made", {}
 
+    @property
     def conversations(self) -> list[Any]:
         talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
         return [talk] * planted.ROWS
