@@ -69,10 +69,10 @@ class Search:
 
     For either kind of features: ridge BT along its path; then, with the best ridge, l_B along a
     path that begins at half of what keeps B at zero. From the best of all, steps in l_mu and l_B
-    as long as one of them helps. Last, mixtures of tastes. Every fit begins where a neighbour
-    ended. With few users the least of many losses is low by chance: tastes are kept where their
-    loss is lower than ridge BT's and either the score test finds them or the difference exceeds
-    two standard errors.
+    as long as one of them helps. Last, mixtures of tastes, which have to earn their place by two
+    standard errors. Every fit begins where a neighbour ended. With few users the least of many
+    losses is low by chance: tastes are kept where their loss is lower than ridge BT's and either
+    the score test finds them or the difference exceeds two standard errors.
 
     Args:
         data: what the choice is made on.
@@ -201,3 +201,6 @@ class Search:
                 for data, prior in zip(evidence, kept, strict=True)
             ]
             self._score(replace(best.candidate, components=components), best.fits, kept, states)
+        gain, error = self.best.scores.gain(best.scores) if self.best is not best else (0.0, 0.0)
+        if gain <= 2 * error:
+            self.best = best
