@@ -18,7 +18,17 @@ from comparisons import Comparisons, Seed, Users
 from methods.base import Fitted, Task
 
 # Fewer steps where the defaults take long; the same model otherwise.
-QUICK: dict[str, dict[str, Any]] = {"lore": {"ranks": (3,), "iterations": 400}}
+QUICK: dict[str, dict[str, Any]] = {
+    "lore": {"ranks": (3,), "iterations": 400},
+    "pal": {"prototypes": (5,)},
+    "vpl": {"betas": (1e-4,), "hidden": 32},
+    "mlp": {"ranks": (5,)},
+}
+NETWORKS = {"pal", "vpl", "mlp"}  # seconds each
+NAMED = [
+    pytest.param(name, marks=pytest.mark.slow) if name in NETWORKS else name
+    for name in methods.METHODS
+]
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +36,7 @@ def task() -> Task:
     return planted.task()
 
 
-@pytest.fixture(scope="module", params=list(methods.METHODS))
+@pytest.fixture(scope="module", params=NAMED)
 def fit(request: pytest.FixtureRequest, task: Task) -> Fitted:
     """Each method's last fit on users whose tastes differ."""
     return _method(request.param).fit(task)[-1]
