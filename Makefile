@@ -14,7 +14,6 @@ endif
 PY := $(abspath $(VENV))/bin/python
 
 DEMO := --data data/demo --users 100 --unseen-users 60
-ALPHAS := 0.001 0.1
 
 .DEFAULT_GOAL := help
 .PHONY: help test lint demo bench
@@ -31,13 +30,11 @@ lint: $(READY)  ## check the style with ruff
 demo: $(READY)  ## the whole pipeline of PersonalLLM on a small made world, offline
 	cd PersonalLLM && $(PY) demo_world.py
 	cd PersonalLLM && $(PY) prepare.py --source data/demo-source --model data/smollm2 --out data/demo
-	cd PersonalLLM && for alpha in $(ALPHAS); do \
-		$(PY) train_basis.py $(DEMO) --dirichlet-alpha $$alpha --ranks 5 --seeds 0 1 2 \
-			--methods ridge_bt lore mixed_logit --name demo-$$alpha >/dev/null || exit; done
+	cd PersonalLLM && $(PY) train_basis.py $(DEMO) --ranks 5 --seeds 0 1 2 \
+		--methods ridge_bt lore mixed_logit --name demo
 	cd PersonalLLM && $(PY) vary_fewshot.py $(DEMO) --shots 0 1 3 9 27 45 --trials 2 \
-		--methods lore mixed_logit --name demo-shots >/dev/null
-	cd PersonalLLM && $(PY) ../reports.py $(ALPHAS:%=../results/PersonalLLM/demo-%)
-	@echo "Look at results/PersonalLLM/demo-0.001/report.html and demo-shots/report.html beside it."
+		--methods lore mixed_logit --name demo-shots
+	@echo "Look at results/PersonalLLM/demo/report.html and demo-shots/report.html beside it."
 
 bench: $(READY)  ## how fast it is, against plain loops in the same run
 	$(PY) benchmarks/all.py
