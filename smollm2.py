@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -54,10 +55,13 @@ def reward_model(folder: str | Path = HOME, head: Tensor | None = None) -> Path:
         InputError: a needed package is missing, or the folder holds something else.
     """
     folder = Path(folder)
-    if not folder.exists() and not HOME.exists():
-        _make(HOME, partial(_convert, _package_folder()))
     if not folder.exists():
-        _make(folder, _share)
+        HOME.parent.mkdir(exist_ok=True)
+        with FileLock(HOME.with_suffix(".lock")):  # others wait, and find it there
+            if not HOME.exists():
+                _make(HOME, partial(_convert, _package_folder()))
+            if not folder.exists():
+                _make(folder, _share)
     if not (folder / HEAD).exists():
         raise InputError(f"{folder} is not a SmolLM2 checkpoint: remove it or name another folder")
     if head is not None:
