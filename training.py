@@ -128,8 +128,7 @@ class Training:
         )
         self.mine = self._share(lead, data)
         self.ranks = [model.rank for model in models]
-        V = torch.cat([model.V0 for model in models], 1).to(data.device)
-        self.V = V.T.contiguous().T  # a column's numbers lie side by side: products are faster
+        self.V = torch.cat([model.V0 for model in models], 1).to(data.device)
         logits = torch.cat([model.W0 for model in models], 1)[self.mine]
         self.logits = logits.to(data.device, copy=True)
         per_comparison = lead.per_comparison(data)
@@ -201,7 +200,9 @@ class Training:
             of_weights, of_basis: which gradients are wanted.
             Z: the comparisons projected on V, where that is known.
         """
-        W, V = simplex(self.logits, self.ranks), self.V.detach().requires_grad_(of_basis)
+        W = simplex(self.logits, self.ranks)
+        columns = self.V.detach().T.contiguous()  # products are faster with each column in a row
+        V = columns.T.requires_grad_(of_basis)
         losses, dW = W.new_zeros(len(self.models)), torch.zeros_like(W)
         dV = torch.zeros_like(V)
         for users, rows, part in self.parts:
@@ -240,7 +241,7 @@ class Training:
             penalties = torch.stack([model.penalty(part, step) for model, part in pairs])
             dV = dV + torch.autograd.grad(penalties.sum(), V)[0]
             losses = losses + penalties.detach()
-        self.V.grad = dV
+        self.V.grad = dV.contiguous()
         return losses
 
     def _results(self) -> list[tuple[Tensor, Tensor]]:

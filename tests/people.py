@@ -39,6 +39,7 @@ class Rows:
 class Tasks(splits.Tasks):
     """Tasks whose conversations are not on disk: neighbouring rows answer the same prompt."""
 
+    @property
     def conversations(self) -> list[list[dict[str, str]]]:
         """One conversation for each row of the embeddings."""
         return [
