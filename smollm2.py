@@ -56,10 +56,11 @@ def reward_model(folder: str | Path = HOME, head: Tensor | None = None) -> Path:
     """
     folder = Path(folder)
     if not folder.exists():
-        HOME.parent.mkdir(exist_ok=True)
+        package = None if HOME.exists() else _package_folder()  # a missing one is told first
+        HOME.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(HOME.with_suffix(".lock")):  # others wait, and find it there
             if not HOME.exists():
-                _make(HOME, partial(_convert, _package_folder()))
+                _make(HOME, partial(_convert, package))
             if not folder.exists():
                 _make(folder, _share)
     if not (folder / HEAD).exists():
