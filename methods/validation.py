@@ -9,16 +9,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from comparisons import Comparisons, Users
+from comparisons import Comparisons, RowFeatures, Users
 from files import digest
 from methods.base import Fitted, Task
 from methods.geometry import place, total
 
 HELD = 0.2  # of a seen user's dialogues
 NEW = 0.15  # of the seen users
+GROUPS = 100  # of comparisons that share no response; a fifth of fewer says too little
+OFTEN = 2  # users of a prompt, in the mean, from which on prompts count as shared
 ENOUGH = 2000  # comparisons: with fewer, several splits are made
 MOST_SPLITS = 4
 
@@ -69,7 +74,45 @@ def _pick(data: Comparisons, rows: list[Tensor]) -> Comparisons:
     return data.select(keep)
 
 
-def hold_out(train: Comparisons, seed: int) -> HeldOut:
+def shared_prompts(train: Comparisons, seed: int) -> Tensor | None:
+    """Responses whose comparisons are held out of all users' at once [R]; None where none need be.
+
+    Where users answer the same prompts, what is held out of one user's comparisons would be learned
+    from the others', and every prior would look too strong. So whole groups of comparisons that
+    have a response in common, a fifth of the groups, are held out of everybody's.
+
+    Args:
+        train: comparisons of the seen users, by rows of the embeddings; others cannot be told
+            apart.
+        seed: of the draw.
+    """
+    if not isinstance(train.features, RowFeatures):
+        return None
+    x = train.features
+    chosen, rejected = x.chosen.cpu().numpy(), x.rejected.cpu().numpy()
+    size, link = len(x.index), np.ones(len(chosen))
+    graph = coo_array((link, (chosen, rejected)), shape=(size, size))
+    _, group = connected_components(graph, directed=False)
+    mine = group[chosen]
+    pairs = np.unique(np.stack([mine, train.user.cpu().numpy()]), axis=1).shape[1]
+    counts = np.bincount(mine, minlength=group.max() + 1)
+    if len(counts) < GROUPS or pairs < OFTEN * len(counts) or counts.max() > HELD / 2 * len(chosen):
+        return None
+    first = np.full(len(counts), -1)
+    first[group[::-1]] = x.index.cpu().numpy()[::-1]  # a name that no other user changes
+    order = sorted(range(len(counts)), key=lambda g: digest([int(first[g]), seed]))
+    held = np.isin(group, order[: round(HELD * len(order))])
+    return x.index[torch.from_numpy(held)]
+
+
+def _of(data: Comparisons, responses: Tensor) -> Tensor:
+    """Which comparisons are about some of the responses [N]."""
+    assert isinstance(data.features, RowFeatures)
+    x = data.features
+    return torch.isin(x.index[x.chosen.cpu()], responses)
+
+
+def hold_out(train: Comparisons, seed: int, responses: Tensor | None = None) -> HeldOut:
     """Hold out a fifth of each user's dialogues, at least one of those who have two.
 
     A dialogue is on one side only, and no pair of a user is on both.
@@ -77,7 +120,15 @@ def hold_out(train: Comparisons, seed: int) -> HeldOut:
     Args:
         train: comparisons of the seen users.
         seed: of the draws.
+        responses: whose comparisons are held out instead, from ``shared_prompts``.
     """
+    if responses is not None:
+        keep = ~_of(train, responses)
+        left = torch.bincount(train.user.cpu()[keep], minlength=train.num_users)
+        keep |= (left == 0)[train.user.cpu()]
+        held = torch.bincount(train.user.cpu()[~keep], minlength=train.num_users)
+        some = train.select(~keep) if bool((~keep).any()) else None
+        return HeldOut(train.select(keep), some, held.nonzero()[:, 0])
     fit, held, whose = [], [], []
     for u, (name, units) in enumerate(zip(_names(train), train.units(), strict=True)):
         order = torch.randperm(len(units), generator=_draw(name, seed)).tolist()
@@ -91,7 +142,9 @@ def hold_out(train: Comparisons, seed: int) -> HeldOut:
     )
 
 
-def pseudo_new(train: Comparisons, seed: int, shots: int) -> PseudoNew | None:
+def pseudo_new(
+    train: Comparisons, seed: int, shots: int, responses: Tensor | None = None
+) -> PseudoNew | None:
     """Set apart 15 % of the users; None where no user but one has two dialogues.
 
     Args:
@@ -99,9 +152,15 @@ def pseudo_new(train: Comparisons, seed: int, shots: int) -> PseudoNew | None:
         seed: of the draws.
         shots: dialogues (or comparisons) that each may adapt from, at most; a user's others, at
             least a fifth of them, are held out.
+        responses: whose comparisons are held out instead, from ``shared_prompts``.
     """
     names, units = _names(train), train.units()
+    away = torch.zeros(len(train), dtype=torch.bool)
+    if responses is not None:
+        away = _of(train, responses)
     able = [u for u in range(train.num_users) if len(units[u]) > 1]
+    if responses is not None:  # who has comparisons on either side
+        able = [u for u in able if 0 < int(away[torch.cat(units[u])].sum()) < len(units[u])]
     able.sort(key=lambda u: digest([names[u], seed, "new"]))
     chosen = set(able[: min(max(1, round(NEW * train.num_users)), len(able), train.num_users - 1)])
     if not chosen:
@@ -112,6 +171,12 @@ def pseudo_new(train: Comparisons, seed: int, shots: int) -> PseudoNew | None:
             rest += units[u]
             continue
         order = torch.randperm(len(units[u]), generator=_draw(names[u], seed)).tolist()
+        if responses is not None:
+            out = [i for i in order if bool(away[units[u][i]].any())]
+            order = [i for i in order if i not in out]
+            few += [units[u][i] for i in order[: max(shots, 1)]]
+            held += [units[u][i] for i in out]
+            continue
         count = min(max(shots, 1), len(order) - max(1, round(HELD * len(order))))
         few += [units[u][i] for i in order[:count]]
         held += [units[u][i] for i in order[count:]]
@@ -184,14 +249,15 @@ class Split:
     def __init__(self, task: Task, seed: int, shots: tuple[int, ...]) -> None:
         self.seed, self.shots, self.processes = seed, shots, task.processes
         self.num_users = task.train.num_users
-        self.new = pseudo_new(task.train, seed, max(shots))
+        responses = shared_prompts(task.train, seed)
+        self.new = pseudo_new(task.train, seed, max(shots), responses)
         rest = task.train if self.new is None else self.new.rest
         rows = torch.arange(self.num_users)
         self.new_rows = rows[:0]
         if self.new is not None:
             self.new_rows, rows = rows[self.new.chosen], rows[~self.new.chosen]
         share = rest.share(task.process, task.processes)
-        mine = hold_out(share, seed)
+        mine = hold_out(share, seed, responses)
         first = place(share.num_users, task.processes)[0]
         self.fit, self.held, self.whose = mine.fit, mine.held, mine.whose
         self.seen_rows = rows[first + self.whose]

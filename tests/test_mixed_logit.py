@@ -23,7 +23,7 @@ from methods.mixed_logit import MixedLogit
 from methods.population import Objective, first_tastes, fit_population
 from methods.posterior import Evidence, Prior, moments, posterior_states, predict, solve, unpack
 from methods.ridge_bt import RidgeBT, fit_shared
-from methods.validation import Validation, hold_out, pseudo_new
+from methods.validation import Validation, hold_out, pseudo_new, shared_prompts
 
 DOUBLE = torch.float64
 
@@ -452,3 +452,36 @@ def test_users_with_one_comparison_each_leave_nothing_to_choose_on() -> None:
     assert not Validation(task(data)).possible
     assert RidgeBT().fit(task(data))[0].describe()["chosen"]["l_mu"] == 1.0
     assert MixedLogit(rank=2).fit(task(data))[0].users.shape[0] == 6
+
+
+def prompts_of_all(users: int, prompts: int, pairs: int) -> Comparisons:
+    """Users who each answer some of the same prompts, two of whose four responses they compare."""
+    g = torch.Generator().manual_seed(0)
+    table = torch.randn(4 * prompts, 5, generator=g)
+    picked = torch.cat([torch.randperm(prompts, generator=g)[:pairs] for _ in range(users)])
+    ends = torch.stack([torch.randperm(4, generator=g)[:2] for _ in picked]) + 4 * picked[:, None]
+    features = RowFeatures(lambda i: table[i], 5, ends[:, 0], ends[:, 1])
+    return Comparisons(features, [pairs] * users, names=[str(u) for u in range(users)])
+
+
+def responses_of(data: Comparisons) -> set[int]:
+    x = data.features
+    assert isinstance(x, RowFeatures)
+    return set(x.index.tolist())
+
+
+def test_prompts_that_users_share_are_held_out_of_everybodys_comparisons() -> None:
+    data = prompts_of_all(users=40, prompts=120, pairs=30)
+    split = Validation(task(data, stream=True)).splits[0]
+    assert split.held is not None and split.new is not None
+    fitted = responses_of(split.fit)
+    assert not fitted & responses_of(split.held)
+    assert not fitted & responses_of(split.new.held)
+    assert not responses_of(split.new.few) & responses_of(split.new.held)
+    assert len(split.held) > 50 and len(split.new.held) > 5
+
+
+def test_prompts_of_ones_own_or_too_few_are_held_out_by_dialogue() -> None:
+    assert shared_prompts(prompts_of_all(users=1, prompts=30, pairs=30), 0) is None
+    assert shared_prompts(prompts_of_all(users=20, prompts=30, pairs=30), 0) is None
+    assert shared_prompts(world(users=3)[0], 0) is None
