@@ -17,7 +17,7 @@ from basis import Basis, save_basis
 from comparisons import Comparisons, Seed, Users
 from files import require
 from methods.base import Fitted, Task
-from methods.validation import hold_out
+from methods.validation import hold_out, shared_prompts
 from training import Checkpoint
 from utils import (
     TEMPERATURE,
@@ -112,7 +112,7 @@ class Lore:
 
     def _chosen(self, task: Task, asked: list[dict[str, Any]], fits: list[LoreFit]) -> LoreFit:
         """The fit whose settings have the best accuracy on held-out training comparisons."""
-        split = hold_out(task.train, task.seed)
+        split = hold_out(task.train, task.seed, shared_prompts(task.train, task.seed))
         require(
             split.held is not None,
             "--select-rank: no user has two dialogues to hold one out for choosing",

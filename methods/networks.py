@@ -18,7 +18,15 @@ from torch.nn.functional import softplus
 from comparisons import Comparisons, Pairs, RowFeatures, Users
 from files import InputError, require
 from methods.base import Fitted, Task
-from methods.validation import HeldOut, PseudoNew, hold_out, pseudo_new, shots_of, subset
+from methods.validation import (
+    HeldOut,
+    PseudoNew,
+    hold_out,
+    pseudo_new,
+    shared_prompts,
+    shots_of,
+    subset,
+)
 
 TRIES = 6  # configurations that every method may try
 CURVE = 400  # points of a training curve that are kept
@@ -222,8 +230,9 @@ def choose(
         InputError: no user has two dialogues, so nothing can be held out.
     """
     name, tried, shots = variants[0], [], shots_of(task.few, task.shots)
-    new = pseudo_new(task.train, task.seed, max(1, *shots))
-    held = hold_out(task.train if new is None else new.rest, task.seed)
+    responses = shared_prompts(task.train, task.seed)
+    new = pseudo_new(task.train, task.seed, max(1, *shots), responses)
+    held = hold_out(task.train if new is None else new.rest, task.seed, responses)
     require(held.held is not None, "no user has two dialogues: there is nothing to choose by")
     for model in models:
         fitted = train(held.fit, held, model, epochs)

@@ -37,7 +37,7 @@ from methods.networks import (
     solve_weights,
     where_known,
 )
-from methods.validation import hold_out
+from methods.validation import hold_out, shared_prompts
 
 RIDGES = (0.0, 1.0)  # pull of new users' logits towards the seen users' mean
 NEW_USER_RATE, NEW_USER_EPOCHS = 5e-3, 20  # published
@@ -86,7 +86,7 @@ class PAL:
             return self._train(data, held, model["prototypes"], epochs, task.seed)
 
         if self.setting == "faithful":
-            held = hold_out(task.train, task.seed)
+            held = hold_out(task.train, task.seed, shared_prompts(task.train, task.seed))
             require(held.held is not None, "no user has two dialogues: nothing can be held out")
             return [train(held.fit, held, {"prototypes": self.prototypes[0]}, self.epochs or 20)]
         models = [{"prototypes": K} for K in self.prototypes]
