@@ -21,7 +21,8 @@ from files import InputError, require
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}  # features read at a time
-PART_BYTES = 8 << 20  # features of a few users that a CPU's cache holds while they are worked on
+PART_BYTES = 128 << 20  # features worked on together on a CPU, which bounds what else is held
+CACHE_BYTES = 8 << 20  # features that a CPU's cache holds while they are worked on again and again
 Seed = int | torch.Generator | None
 
 
@@ -244,6 +245,7 @@ class Users:
         self._starts = self.counts.cumsum(0) - self.counts
         self._rows = torch.arange(len(self.user), device=self.device)
         self._patterns: dict[int, Tensor] = {}
+        self._orders: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def __len__(self) -> int:
         return len(self.user)
@@ -255,26 +257,37 @@ class Users:
         )
 
     def sums(self, x: Tensor, scale: Tensor) -> Tensor:
-        """Each user's sum of rows x [N, F] times each model's scale [N, M]: [M, U, F]."""
-        models, n = scale.shape[1], len(self)
-        rows = self._rows.repeat(models)  # model after model
-        starts = (self._starts + n * torch.arange(models, device=self.device)[:, None]).flatten()
-        flat = scale.T.contiguous().flatten()
-        both = embedding_bag(rows, x, starts, mode="sum", per_sample_weights=flat)
-        return both.view(models, self.num_users, -1)
+        """Each user's sum of rows x [N, F] times each model's scale [N, M]: [U, M, F]."""
+        rows, model, starts = self._bags(scale.shape[1])
+        weights = scale[rows, model]
+        both = embedding_bag(rows, x, starts, mode="sum", per_sample_weights=weights)
+        return both.view(self.num_users, scale.shape[1], -1)
+
+    def _bags(self, models: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows and models of what is summed, and where each user's sum for each model starts.
+
+        A user's models follow each other, while the cache still holds that user's rows.
+        """
+        if models not in self._orders:
+            order = self.user.repeat(models).argsort(stable=True)
+            within = self.counts[:, None] * torch.arange(models, device=self.device)
+            starts = models * self._starts[:, None] + within
+            self._orders[models] = order % len(self), order // len(self), starts.flatten()
+        return self._orders[models]
 
     def dots(self, x: Tensor, directions: Tensor) -> Tensor:
-        """Products of rows x [N, F] with their users' directions [M, U, F]: [N, M]."""
+        """Products of rows x [N, F] with their users' directions [U, M, F]: [N, M]."""
+        models = directions.shape[1]
         if x.device.type != "cpu":
-            return torch.stack([(x * d[self.user]).sum(1) for d in directions], 1)
-        pattern = self._pattern(len(directions)).to(x.dtype)
+            return torch.stack([(x * d[self.user]).sum(1) for d in directions.unbind(1)], 1)
+        pattern = self._pattern(models).to(x.dtype)
         flat = directions.flatten(0, 1)
-        return torch.sparse.sampled_addmm(pattern, x, flat.T, beta=0).values().view(len(x), -1)
+        return torch.sparse.sampled_addmm(pattern, x, flat.T, beta=0).values().view(-1, models)
 
     def _pattern(self, models: int) -> Tensor:
-        """Which directions each row meets: zeros [N, M U] where it does, sparse."""
+        """Which directions each row meets: zeros [N, U M] where it does, sparse."""
         if models not in self._patterns:
-            n, meets = len(self), self.user[:, None] + self.num_users * torch.arange(models)
+            n, meets = len(self), self.user[:, None] * models + torch.arange(models)
             with warnings.catch_warnings():  # torch announces that its CSR format may change
                 warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
                 self._patterns[models] = torch.sparse_csr_tensor(
@@ -386,19 +399,22 @@ class Comparisons(Users):
         features = self.features.dense()
         return Comparisons(features, self.counts, self.weight, self.names, self.dialogs)
 
-    def parts(self, user_rows: int = 0) -> Iterator[tuple[slice, slice, Comparisons]]:
-        """Runs of users whose features a CPU's cache holds together: users, rows, comparisons.
+    def parts(
+        self, user_rows: int = 0, size: int | None = None
+    ) -> Iterator[tuple[slice, slice, Comparisons]]:
+        """Runs of users that are worked on together: users, rows, comparisons.
 
         Everything is one part on another device, and where features are streamed.
 
         Args:
             user_rows: rows of F numbers that are kept for each user besides the comparisons.
+            size: bytes of both together, at most; PART_BYTES if None.
         """
         if self.device.type != "cpu" or not isinstance(self.features, DenseFeatures):
             yield slice(0, self.num_users), slice(0, len(self)), self
             return
         ends = [0, *self.counts.cumsum(0).tolist()]
-        rows = PART_BYTES // (4 * self.num_features)
+        rows = (size or PART_BYTES) // (4 * self.num_features)
         for users in _runs(self.counts.tolist(), rows, user_rows):
             some = slice(ends[users.start], ends[users.stop])
             features = DenseFeatures(self.features.x[some])

@@ -40,22 +40,22 @@ def projected_products(users: Users, Z: Tensor, W: Tensor) -> Tensor:
 class _ByDirection(Function):
     """A comparison meets its own user's directions V w: one product each, whatever the rank.
 
-    With H [M, U, F] each user's sums of slope times x, the gradients are H V and H^T W.
+    With H [U, M, F] each user's sums of slope times x, the gradients are H V and H^T W.
     """
 
     @staticmethod
     def forward(ctx, data: Comparisons, V: Tensor, W: Tensor, ranks: Sequence[int]) -> Tensor:  # noqa: ANN001
         ctx.save_for_backward(V, W)
         ctx.data, ctx.ranks = data, ranks
-        directions = V.new_empty(len(ranks), len(W), len(V))  # [M, U, F]
-        for own, v, w in zip(directions, V.split(ranks, 1), W.split(ranks, 1), strict=True):
-            torch.mm(w, v.T, out=own)
+        directions = V.new_empty(len(W), len(ranks), len(V))  # [U, M, F]
+        for m, (v, w) in enumerate(zip(V.split(ranks, 1), W.split(ranks, 1), strict=True)):
+            torch.mm(w, v.T, out=directions[:, m])
         return data.dots(data.features.x.to(V.dtype), directions)
 
     @staticmethod
     def backward(ctx, slope: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001
         V, W = ctx.saved_tensors
-        H = ctx.data.sums(ctx.data.features.x.to(V.dtype), slope)
+        H = ctx.data.sums(ctx.data.features.x.to(V.dtype), slope).unbind(1)
         dV = dW = None
         if ctx.needs_input_grad[1]:
             dV = torch.cat([w.T @ h for h, w in zip(H, W.split(ctx.ranks, 1), strict=True)]).T

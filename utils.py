@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from basis import Basis, save_basis
 from comparisons import (
+    CACHE_BYTES,
     Comparisons,
     Seed,
     Users,
@@ -842,7 +843,7 @@ def own_directions(
 ) -> Tensor:
     """``learn_multiple`` of comparisons held in memory: [U, F]."""
     directions = []
-    parts = list(data.parts(2))
+    parts = list(data.parts(2, CACHE_BYTES))
     for _, _, part in tqdm(parts, "own models", disable=not progress, leave=False):
         x = part.features.x.float()
         V = x.new_zeros(part.num_users, x.shape[1])
@@ -856,11 +857,11 @@ def own_directions(
 
 def _own_gradient(users: Users, x: Tensor, c: Tensor, V: Tensor) -> Tensor:
     """Loss of users' own directions V [B, F] on their x [n, F] with coefficients c [n]."""
-    products = users.dots(x, V[None]).requires_grad_()
+    products = users.dots(x, V[:, None]).requires_grad_()
     with torch.enable_grad():
         loss = preference_loss(products, c).sum()
         (slope,) = torch.autograd.grad(loss, products)
-    V.grad = users.sums(x, slope)[0]
+    V.grad = users.sums(x, slope)[:, 0]
     return loss.detach()
 
 
