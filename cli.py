@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
-
 from files import InputError
+from flags import Flags
 
-ALIASES = {"run": "name"}  # torchrun takes --run for an option of its own
 ROOT = Path(__file__).resolve().parent
 
 
 def cli(main: Callable[..., Any], short: str | None = None) -> None:
     """Run a script's typed ``main`` with settings from flags or ``--config file.yaml``.
 
-    Flags are the arguments of ``main`` (and of the functions its ``**kwargs`` go to), their help
-    is its docstring. Hyphens and underscores are the same; a list is given as ``--ranks 0 1 5``.
-    A user's mistake (``InputError``, a missing file, a full disk) ends in one line, status 2.
+    Flags are the arguments of ``main``, see ``flags.Flags``; their help is its docstring. A user's
+    mistake (``InputError``, a missing file, a full disk) ends in one line, status 2.
 
     Args:
         main: what to run.
@@ -30,13 +26,8 @@ def cli(main: Callable[..., Any], short: str | None = None) -> None:
             for ``--lore.ranks``, unless there is a flag of that name.
     """
     _log_to_stderr()
-    parser = jsonargparse.ArgumentParser()
-    parser.add_argument("--config", action="config", help="YAML file with any of these settings.")
-    parser.add_function_arguments(main, as_positional=False)
-    settings = parser.parse_args(_arguments(sys.argv[1:], parser.get_defaults(), short))
-    settings.pop("config", None)
     try:
-        main(**parser.instantiate(settings).as_dict())
+        main(**Flags(main, short).read(sys.argv[1:]))
     except (InputError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
@@ -54,36 +45,3 @@ def is_shown(record: logging.LogRecord) -> bool:
     path = Path(record.pathname).resolve()
     is_ours = path.is_relative_to(ROOT) and "site-packages" not in path.parts
     return is_ours or record.levelno >= logging.WARNING
-
-
-def _arguments(
-    argv: Sequence[str], defaults: jsonargparse.Namespace, short: str | None
-) -> list[str]:
-    """Spell flags with underscores, gather the values of lists, and let a bare switch be true."""
-    grouped: list[list[str]] = []
-    for word in argv:
-        if word.startswith("--"):
-            name, *value = word[2:].split("=", 1)
-            grouped.append(["--" + _full_name(name.replace("-", "_"), defaults, short), *value])
-        elif grouped:
-            grouped[-1].append(word)
-        else:
-            grouped.append([word])
-    arguments = []
-    for name, *values in grouped:
-        default = defaults.get(name[2:])
-        if isinstance(default, bool) and not values:
-            values = ["true"]
-        several = isinstance(default, Collection) and not isinstance(default, str | dict)
-        if values and several and not values[0].startswith("["):
-            values = [json.dumps(values)]  # as texts: they are read as what the flag's type says
-        arguments += [f"{name}={values[0]}", *values[1:]] if values else [name]
-    return arguments
-
-
-def _full_name(name: str, defaults: jsonargparse.Namespace, short: str | None) -> str:
-    """The flag's name, with its group where that was left out."""
-    name = ALIASES.get(name, name)
-    first = name.split(".")[0]
-    grouped = short and first not in defaults and f"{short}.{first}" in defaults
-    return f"{short}.{name}" if grouped else name

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from basis import Basis, save_basis
 from comparisons import Comparisons, Seed, Users
 from files import require
 from methods.base import Fitted, Task
 from methods.validation import hold_out, shared_prompts
+from settings import OptimizerChoice
 from training import Checkpoint
 from utils import (
     TEMPERATURE,
@@ -51,7 +51,9 @@ class Lore:
         few_shot_iterations: Steps of the new users' fit.
         few_shot_learning_rate: Of the new users' Adam; by default the estimator's (0.1 or 0.5).
         optimizer: Another optimiser for both fits, such as torch.optim.AdamW with
-            --lore.optimizer.lr 0.05; it then brings its own learning rate.
+            --lore.optimizer.lr 0.05; it then brings its own learning rate. Only a subclass of
+            torch.optim.Optimizer in torch.optim or in a module that the script imports, with
+            numbers as arguments; nothing is imported for it.
         select_rank: Choose rank, alpha and shrinkage on a fifth of the seen users' training
             comparisons, held out for that; test comparisons never choose anything.
     """
@@ -64,7 +66,7 @@ class Lore:
     learning_rate: float = 0.5
     few_shot_iterations: int = 500
     few_shot_learning_rate: float | None = None
-    optimizer: Callable[[Iterable], Optimizer] | None = None
+    optimizer: OptimizerChoice | None = None
     select_rank: bool = False
 
     def check_reference(self, task: Task) -> None:

@@ -139,7 +139,7 @@ def test_a_config_file_gives_way_to_flags(monkeypatch, capsys, tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("line", "word"),
-    [("--bogus 3", "--bogus"), ("--few-shot three", "few_shot"), ("--few-shot 1 2", "2"),
+    [("--bogus 3", "--bogus"), ("--few-shot three", "--few-shot"), ("--few-shot 1 2", "2"),
      ("--ranks 0 one", "ranks"), ("--ranks", "--ranks"), ("stray", "stray")],
 )  # fmt: skip
 def test_what_no_flag_takes_is_refused(monkeypatch, capsys, line, word):
