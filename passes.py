@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+BLOCK = 128  # queries and keys of a block that FlexAttention's kernel takes or leaves whole
 Tokens = np.ndarray  # [length], token ids
 
 
@@ -112,6 +116,46 @@ def tree_mask(ends: Tensor, dtype: torch.dtype) -> Tensor:
     sees = (place <= place[:, None]) & (place[:, None] < ends)
     mask = torch.zeros(sees.shape, dtype=dtype, device=ends.device)
     return mask.masked_fill_(~sees, torch.finfo(dtype).min)[None, None]
+
+
+def tree_blocks(ends: Tensor, device: torch.device | str) -> BlockMask:
+    """The same mask for FlexAttention, which forms no square: its kernel skips unseen blocks.
+
+    A token that any query of a later block sees is seen by the first one, and a token's descendants
+    have no gap; so the last and the first ``ends`` in a block of keys tell whether a block of
+    queries sees some of them, and whether it sees all.
+
+    Args:
+        ends: of a tree [T], on the CPU.
+        device: where attention is computed.
+    """
+    from torch.nn.attention.flex_attention import BlockMask  # imports the compiler
+
+    T, number = len(ends), -(-len(ends) // BLOCK)
+    padded = np.zeros(number * BLOCK, dtype=np.int64)  # behind the last token: unseen
+    padded[:T] = ends.numpy()
+    by_block = padded.reshape(number, BLOCK)
+    begin = BLOCK * np.arange(number)[:, None]  # of each block of queries, against keys in columns
+    earlier = np.tri(number, k=-1, dtype=bool)
+    every = earlier & (by_block.min(1) >= np.minimum(begin + BLOCK, T))
+    some = (earlier & (by_block.max(1) > begin) & ~every) | np.eye(number, dtype=bool)
+    own_ends = ends.to(device)
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query < own_ends[key])
+
+    return BlockMask.from_kv_blocks(
+        *_listed(some, device), *_listed(every, device), BLOCK_SIZE=BLOCK, mask_mod=sees,
+        seq_lengths=(T, T), compute_q_blocks=False,
+    )  # fmt: skip
+
+
+def _listed(wanted: np.ndarray, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """How many blocks of keys each block of queries wants [1, 1, n], and which, these first."""
+    order = np.argsort(~wanted, axis=1, kind="stable")
+    both = wanted.sum(1), order
+    count, which = (torch.from_numpy(x.astype(np.int32)).to(device)[None, None] for x in both)
+    return count, which
 
 
 def padded_passes(tokens: list[Tokens], budget: int, padding: str) -> Iterator[Pass]:

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from basis import Basis, check_model, resolve_model
 from devices import pick_device
 from files import InputError, first_line
-from passes import Pass, Tokens, padded_passes, tree_mask, tree_passes
+from passes import Pass, Tokens, padded_passes, tree_blocks, tree_mask, tree_passes
 
 log = logging.getLogger(__name__)
 
@@ -238,6 +239,7 @@ class Engine:
         method: tree, sorted or single.
         batch_tokens: most tokens in one forward pass.
         padding: side on which the sorted method pads.
+        flex: whether trees take FlexAttention, else the dense mask; turned off where it cannot run.
     """
 
     model: Any
@@ -245,6 +247,7 @@ class Engine:
     method: str
     batch_tokens: int
     padding: str = "right"
+    flex: bool = False
     tokens_computed: int = 0
     checked: bool = False
 
@@ -325,12 +328,28 @@ class Engine:
     def _forward(self, step: Pass) -> Tensor:
         """Embeddings [conversations of the pass, F]."""
         given = {"position_ids": step.positions, "attention_mask": step.mask}
+        given["input_ids"] = step.ids
         given = {k: v.to(self.model.device) for k, v in given.items() if v is not None}
-        if step.ends is not None:
-            given["attention_mask"] = tree_mask(step.ends.to(self.model.device), self.model.dtype)
-        ids = step.ids.to(self.model.device)
-        hidden = self.body(input_ids=ids, use_cache=False, **given).last_hidden_state
+        if step.ends is None:
+            hidden = self.body(use_cache=False, **given).last_hidden_state
+        else:
+            hidden = self._tree_hidden(step.ends, given)
         return hidden[step.last]
+
+    def _tree_hidden(self, ends: Tensor, given: dict[str, Tensor]) -> Tensor:
+        """Last hidden states [1, T, F] of a tree, by FlexAttention or with the dense mask."""
+        if self.flex:
+            try:
+                mask = tree_blocks(ends, self.model.device)
+                with _attending(self.model, "flex_attention"):
+                    return self.body(use_cache=False, attention_mask=mask, **given)[0]
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except Exception as error:  # compilers and kernels fail with classes of their own
+                log.warning("trees take the dense mask, without FlexAttention: %s", _brief(error))
+                self.flex = False
+        mask = tree_mask(ends.to(self.model.device), self.model.dtype)
+        return self.body(use_cache=False, attention_mask=mask, **given)[0]
 
     def _check(self, ids: Tokens, row: Tensor) -> None:
         """Stop unless the head times the row is the logit that the model itself gives."""
@@ -362,6 +381,22 @@ class Engine:
         return bool(((own - logit).abs() <= tolerance * scale).all())
 
 
+@contextmanager
+def _attending(model: Any, implementation: str) -> Iterator[None]:
+    """Another attention implementation of transformers for a while."""
+    own = model.config._attn_implementation
+    model.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(own)
+
+
+def _brief(error: Exception) -> str:
+    """Class and first line of an error, shortened."""
+    return f"{type(error).__name__}: {first_line(error)}"[:300]
+
+
 def load_engine(
     source: Source,
     dtype: str,
@@ -381,7 +416,8 @@ def load_engine(
     model, has_head = _load_model(source, getattr(torch, dtype), attention)
     # So that no token counts as padding: a model pools the last token before the padding.
     model.config.get_text_config().pad_token_id = -1
-    return Engine(model.to(device).eval(), has_head, method, batch_tokens, padding)
+    flex = attention == "sdpa" and torch.device(device).type == "cuda"
+    return Engine(model.to(device).eval(), has_head, method, batch_tokens, padding, flex)
 
 
 def choose_method(config: Any, method: str, attention: str) -> tuple[str, str]:
