@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from comparisons import Comparisons, Pairs, Seed, Users
+from methods.posterior import Prior
 
 View = Tensor | Pairs
 
@@ -108,6 +109,21 @@ class Fitted:
             user: whose each comparison is [N], a row of the state.
         """
         raise NotImplementedError
+
+    def population(self) -> Prior | None:
+        """How users' tastes b [K] vary, where log odds are a + z . b; None where they are not.
+
+        With it, the next question to a user can be chosen (see asking.py).
+        """
+        return None
+
+    def questions(self, view: View) -> Tensor:
+        """a and z of comparisons [N, 1 + K], in float64; only where there is a ``population``."""
+        raise NotImplementedError
+
+    def point(self, state: Tensor) -> Tensor:
+        """The tastes [U, K] that states [U, S] stand for; only where there is a ``population``."""
+        return state
 
     def tastes(self) -> Tensor | None:
         """Directions of reward [F, C] along which users differ, where the method has such."""

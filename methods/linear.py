@@ -19,6 +19,7 @@ from files import require
 from methods.base import Fitted, Task
 from methods.geometry import Geometry
 from methods.lbfgs import minimise
+from methods.posterior import Prior
 from methods.ridge_bt import inverse_curvature, precision
 from methods.validation import Validation
 
@@ -55,6 +56,14 @@ class LinearFitted(Fitted):
     def logits(self, view: Tensor, state: Tensor, user: Tensor) -> Tensor:
         """Log odds [N]; see ``Fitted.logits``."""
         return (view * state[user]).sum(1)
+
+    def population(self) -> Prior | None:
+        """A Gaussian like the seen users' states."""
+        return Prior.of_users(self.users) if len(self.users) > 1 else None
+
+    def questions(self, view: Tensor) -> Tensor:
+        """0 and X V [N, 1 + K]."""
+        return torch.nn.functional.pad(view, (1, 0))
 
     def describe(self) -> dict[str, Any]:
         """The facts given, with the singular values of the users' directions V s_u, centred."""

@@ -16,6 +16,7 @@ from basis import Basis, save_basis
 from comparisons import Comparisons, Seed, Users
 from files import require
 from methods.base import Fitted, Task
+from methods.posterior import Prior
 from methods.validation import hold_out, shared_prompts
 from settings import OptimizerChoice
 from training import Checkpoint
@@ -190,6 +191,14 @@ class LoreFit(Fitted):
         if not self.personal:
             return view[:, 0] / TEMPERATURE
         return (view * state.to(view)[user]).sum(1) / TEMPERATURE
+
+    def population(self) -> Prior | None:
+        """A Gaussian like the seen users' weights; LoRe itself has no prior."""
+        return Prior.of_users(self.users) if self.personal and len(self.users) > 1 else None
+
+    def questions(self, view: Tensor) -> Tensor:
+        """0 and X V / 100 [N, 1 + K]."""
+        return torch.nn.functional.pad(view.double() / TEMPERATURE, (1, 0))
 
     def tastes(self) -> Tensor | None:
         """The columns of V [F, K]."""

@@ -68,6 +68,19 @@ class MixedFit(Fitted):
             return view[:, 0]
         return predict(view, state, user, self.components)
 
+    def population(self) -> Prior | None:
+        """The prior."""
+        return self.prior
+
+    def questions(self, view: View) -> Tensor:
+        """The view [N, 1 + K] itself."""
+        assert isinstance(view, Tensor)
+        return view.double()
+
+    def point(self, state: Tensor) -> Tensor:
+        """Means of the posteriors [U, K]."""
+        return moments(state, self.components)[0]
+
     def reward(self, state: Tensor) -> tuple[Tensor, Tensor]:
         """A user's reward: its mean direction [F], and a factor [F, K] of its covariance.
 

@@ -85,6 +85,20 @@ class Prior:
         """N(0, I) in K dimensions."""
         return cls(like.new_ones(1), like.new_zeros(1, K), torch.eye(K).to(like)[None])
 
+    @classmethod
+    def of_users(cls, tastes: Tensor, least: float = 1e-3) -> Prior:
+        """The Gaussian with the mean and covariance of users' tastes [U, K].
+
+        Args:
+            tastes: point estimates of at least two users.
+            least: added to all variances, as a share of their mean.
+        """
+        tastes = tastes.double()
+        cov = torch.cov(tastes.T).reshape(tastes.shape[1], -1)
+        floor = least * cov.diagonal().mean() + LEAST_VARIANCE
+        cov = cov + floor * torch.eye(len(cov)).to(cov)
+        return cls(tastes.new_ones(1), tastes.mean(0)[None], cov[None])
+
     @property
     def state(self) -> Tensor:
         """What is known of one of whom nothing is known: [C (1 + K + K K)]."""
