@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from basis import Basis, check_model, resolve_model
+from basis import check_model, resolve_model
 from devices import pick_device
 from files import InputError, first_line
 from passes import Pass, Tokens, padded_passes, tree_blocks, tree_mask, tree_passes
@@ -123,7 +123,7 @@ def model_facts(source: Source, tokenizer: Any) -> dict[str, str | None]:
 
 
 def model_of_basis(
-    basis: Basis,
+    settings: Mapping[str, Any],
     path: str | Path,
     model: str | None = None,
     tokenizer: str | None = None,
@@ -133,14 +133,20 @@ def model_of_basis(
 ) -> Source:
     """The model for a basis: the one asked for, else the one that it was learned with.
 
+    Args:
+        settings: of the basis, which say what it was learned with.
+        path: of its file.
+        model, tokenizer, revision, trust_remote_code: what the user asks for.
+        any_model: take another model than the basis was learned with.
+
     Raises:
         InputError: there is no such model, or it is not the one that the basis was learned with
             and ``any_model`` is false.
     """
-    named = resolve_model(basis.settings, path, model, tokenizer, revision)
+    named = resolve_model(settings, path, model, tokenizer, revision)
     source = Source(*named, trust_remote_code)
     load_config(source)  # a hub model's commit is known once something of it is loaded
-    check_model(basis.settings, model_facts(source, load_tokenizer(source)), any_model)
+    check_model(settings, model_facts(source, load_tokenizer(source)), any_model)
     return source
 
 

@@ -120,7 +120,7 @@ def main(
     heads = asked_heads(rm_head, head_key, head_bias, learned, users)
     lm = Source(model or PAPERS_MODEL, tokenizer, revision, trust_remote_code)
     if learned:
-        lm = model_of_basis(learned, basis, model, *lm[1:], any_model)
+        lm = model_of_basis(learned.settings, basis, model, *lm[1:], any_model)
     mode = check_mode(mode, lm, heads)
     folder = Path(results) if results else RESULTS / slug(lm.model)
     (folder / "scores").mkdir(parents=True, exist_ok=True)

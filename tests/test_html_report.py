@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import json
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -17,15 +16,9 @@ import pytest
 
 import made_results as made
 import reports
+from browser import BROWSER, FLAGS
 
 HOSTILE = "</script><script>alert(1)</script> & <b>\"bold\" 'x'</b>"
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
-    "--disable-background-networking", "--disable-component-update",
-]  # fmt: skip
 
 
 @pytest.fixture(autouse=True, scope="module")

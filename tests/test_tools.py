@@ -18,7 +18,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import embeddings
 import models
+import ranking
 from basis import Basis, load_basis, save_basis
+from choices import Columns
 from files import InputError
 from tools import export, rank_responses
 from utils import PersonalizeBatch
@@ -270,7 +272,7 @@ def test_weights_find_the_column_and_candidates_come_in_its_order(task, tmp_path
 def test_leave_one_out_is_the_fit_without_each_choice(tmp_path):
     learned = load_basis(make_basis(tmp_path, None))
     Z = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)) * 100
-    w, without = rank_responses.fit_user(learned, Z, seed=3, num_iterations=300, learning_rate=0.1)
+    w, without = ranking.fit_user(learned, Z, seed=3, num_iterations=300, learning_rate=0.1)
     draws = torch.Generator().manual_seed(3)
     logits = [torch.randn(3, generator=draws) for _ in range(6)]  # user by user
     for i, (start, found) in enumerate(zip(logits, [w, *without], strict=True)):
@@ -287,14 +289,14 @@ def test_labels_by_chance_agree_when_fitted_and_not_when_left_out():
     K = 20
     learned = Basis(torch.eye(K), torch.full((1, K), 1 / K))
     Z = 1000 * torch.randn(20, K, generator=rng)
-    w, without = rank_responses.fit_user(learned, Z, seed=0, num_iterations=500, learning_rate=0.1)
+    w, without = ranking.fit_user(learned, Z, seed=0, num_iterations=500, learning_rate=0.1)
     assert (Z @ w > 0).sum() >= 16
     assert ((Z * without).sum(1) > 0).sum() <= 14
 
 
 def test_a_single_choice_cannot_be_left_out(tmp_path):
     learned = load_basis(make_basis(tmp_path, None))
-    w, without = rank_responses.fit_user(learned, torch.ones(1, 3), 0, 10, 0.1)
+    w, without = ranking.fit_user(learned, torch.ones(1, 3), 0, 10, 0.1)
     assert "needs two choices" in rank_responses.agreement(torch.ones(1, 3), w, without)
 
 
@@ -354,13 +356,13 @@ def test_a_bad_line_is_named_before_a_model_is_loaded(tmp_path, lines, message):
 def test_a_choice_may_name_several_responses_and_columns_may_have_other_names(tmp_path):
     row = {"ask": "Which?", "chosen": ["a", "b"], "rejected": ["c", "d"]}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
-    columns = rank_responses.Columns(prompt="ask")
-    found = rank_responses.read_liked(tmp_path / "rows.jsonl", columns)
+    columns = Columns(prompt="ask")
+    found = ranking.read_liked(tmp_path / "rows.jsonl", columns)
     answers = [[talk[-1]["content"] for talk in side] for side in found]
     assert answers == [["a", "a", "b", "b"], ["c", "d", "c", "d"]]
     assert found[0][0][0] == {"role": "user", "content": "Which?"}
     (tmp_path / "drafts.csv").write_text('ask,response\nWhich?,"[""e"", ""f""]"\n')
-    drafts = rank_responses.read_drafts(tmp_path / "drafts.csv", columns)
+    drafts = ranking.read_drafts(tmp_path / "drafts.csv", columns)
     assert [talk[-1]["content"] for talk in drafts] == ["e", "f"]
 
 

@@ -99,7 +99,7 @@ def main(
     require(not out.exists(), f"--out {out} already exists: remove it or choose another folder")
     rewards = choose_rewards(learned, user, average)
     named = (model, tokenizer, revision, trust_remote_code)
-    source = model_of_basis(learned, basis, *named, any_model)
+    source = model_of_basis(learned.settings, basis, *named, any_model)
     exported, chat_tokenizer = load_model(source, dtype), load_tokenizer(source)
     replace_head(exported, rewards)
     settle(chat_tokenizer, exported)

@@ -1,0 +1,1 @@
+"""Asking a person: which of two responses is better, until the answer would hardly matter."""

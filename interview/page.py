@@ -1,0 +1,140 @@
+"""Questions on a web page that only this machine can open."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from pathlib import Path
+from socketserver import ThreadingMixIn
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+import bottle
+import jinja2
+
+from files import InputError
+from interview.session import SPEAKERS, Session
+
+log = logging.getLogger(__name__)
+
+TEMPLATES = Path(__file__).resolve().parents[1] / "templates"
+HERE = "127.0.0.1"
+GRACE = 0.5  # seconds in which the last page reaches the browser
+HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+        "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+    ),
+    "Cache-Control": "no-store",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+class Page:
+    """A session as a page: every answer is a form that leads back to the page.
+
+    Args:
+        session: to be asked.
+        profile: where the profile is written once asking is over.
+        secret: first part of every address, so that others on this machine cannot look in.
+
+    Attributes:
+        app: what a server runs.
+        closed: set once the person is done.
+    """
+
+    def __init__(self, session: Session, profile: Path, secret: str) -> None:
+        self.session, self.profile, self.path = session, profile, f"/{secret}/"
+        self.lock, self.closed = threading.Lock(), threading.Event()
+        environment = jinja2.Environment(
+            loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True,
+            lstrip_blocks=True, undefined=jinja2.StrictUndefined,
+        )  # fmt: skip
+        self.template = environment.get_template("ask.html")
+        self.app = bottle.Bottle()
+        self.app.route(self.path, "GET", self.show)
+        self.app.route(self.path, "POST", self.act)
+
+    def show(self) -> str:
+        """The question, or what was learned once asking is over."""
+        with self.lock:
+            return self._render()
+
+    def act(self) -> Any:
+        """Do what a button says, unless it belongs to a question that is not asked any more."""
+        word, key = (bottle.request.forms.getunicode(name, "") for name in ("do", "question"))
+        with self.lock:
+            question = self.session.question()
+            if key == (question.pair.key if question else ""):
+                self._do(word)
+            if self.closed.is_set():
+                return self._render()
+        return bottle.redirect(self.path, 303)
+
+    def _render(self) -> str:
+        for name, value in HEADERS.items():
+            bottle.response.set_header(name, value)
+        session, closed = self.session, self.closed.is_set()
+        question = None if closed else session.question()
+        return self.template.render(
+            question=question, told=session.told, reason=session.reason, closed=closed,
+            found=None if question else session.save(self.profile), speakers=SPEAKERS,
+            profile=self.profile, answers=session.answers.path, left=len(session.left),
+        )  # fmt: skip
+
+    def _do(self, word: str) -> None:
+        if word in ("a", "b"):
+            self.session.answer(word)
+        elif word == "skip":
+            self.session.skip()
+        elif word == "undo":
+            self.session.undo()
+        elif word == "more":
+            self.session.insist = True
+        elif word == "quit":
+            self.closed.set()
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    """In threads, as a browser may open a connection and say nothing."""
+
+    daemon_threads = True
+
+
+class _Quiet(WSGIRequestHandler):
+    """Logs no requests."""
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing: the terminal is the person's."""
+
+
+def ask_on_page(session: Session, profile: Path, port: int = 0) -> None:
+    """Serve the page on this machine until the person is done, or the program is interrupted.
+
+    Args:
+        session: to be asked.
+        profile: where the profile is written.
+        port: of the server; 0 for a free one.
+
+    Raises:
+        InputError: the port is taken.
+    """
+    page = Page(session, profile, secrets.token_urlsafe(16))
+    try:
+        server = make_server(HERE, port, page.app, _Server, _Quiet)
+    except OSError as error:
+        raise InputError(f"--port {port} cannot be had ({error}); take another, or none") from error
+    with server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        log.info("open http://%s:%d%s in a browser of this machine; Ctrl-C ends it",
+                 HERE, server.server_port, page.path)  # fmt: skip
+        try:
+            page.closed.wait()
+            time.sleep(GRACE)
+        except KeyboardInterrupt:
+            log.info("interrupted")
+        server.shutdown()

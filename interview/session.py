@@ -1,0 +1,270 @@
+"""A session of questions: what is asked next, how sure the answers make us, and the profile."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from choices import Conversation
+from files import digest, write_text
+from interview.answers import Answers, Side
+from interview.outlook import look_ahead, same_prompt_pairs, thinned
+from interview.pool import Pair
+from interview.taste import Taste
+from ranking import directed_rewards, rank
+from reward_model import Source
+from utils import TEMPERATURE
+
+SPEAKERS = {"user": "You", "assistant": "Answer", "system": "Instructions"}
+
+
+class Question(NamedTuple):
+    """What a person is shown.
+
+    Attributes:
+        number: of the question, from 1.
+        history: the dialogue so far.
+        shown: the responses a and b.
+        pair: that they come from.
+    """
+
+    number: int
+    history: Conversation
+    shown: tuple[str, str]
+    pair: Pair
+
+
+@dataclass
+class Material:
+    """All that a session is about, and the rewards of it.
+
+    Attributes:
+        pairs: the pool.
+        pool: the pairs' differences, first text minus second [N, 1 + K].
+        drafts: candidate responses to be put in order; may be none.
+        offered: their rewards [D, 1 + K].
+        known: rewards of every conversation [1 + K], by its digest.
+    """
+
+    pairs: list[Pair]
+    pool: Tensor
+    drafts: list[Conversation]
+    offered: Tensor
+    known: dict[str, Tensor]
+
+    def differences(self, pairs: Sequence[tuple[Conversation, Conversation]]) -> Tensor:
+        """First minus second of pairs of known conversations [n, 1 + K]."""
+        rows = [self.known[digest(one)] - self.known[digest(other)] for one, other in pairs]
+        return torch.stack(rows) if rows else self.pool[:0]
+
+    def targets(self, rng: torch.Generator) -> Tensor:
+        """Pairs whose order matters [T, 1 + K]: of candidates, or of the pool without them."""
+        prompts = [digest(history) for *history, _ in self.drafts]
+        one, other = same_prompt_pairs(prompts, rng).unbind(1)
+        if len(one):
+            return self.offered[one] - self.offered[other]
+        return self.pool[thinned(len(self.pool), rng)]
+
+
+def gather(
+    pairs: list[Pair],
+    answers: Answers,
+    drafts: list[Conversation],
+    directions: Tensor,
+    source: Source,
+    folder: Path | None = None,
+    **embedding: Any,
+) -> Material:
+    """Embed the pool, the candidates and what was answered before.
+
+    What was answered usually stands in the pool, and is then not embedded again.
+
+    Args:
+        pairs: the pool.
+        answers: those that were given before.
+        drafts: the candidates' conversations.
+        directions: of the taste [F, 1 + K].
+        source: the reward model.
+        folder: where the embeddings of pool and candidates are kept; nowhere if None.
+        embedding: more arguments of ``embeddings.embed``.
+    """
+
+    def rewards(conversations: list[Conversation], folder: Path | None) -> Tensor:
+        return directed_rewards(directions, source, conversations, folder, **embedding).double()
+
+    ours = [conversation for pair in pairs for conversation in pair.conversations]
+    found = rewards([*ours, *drafts], folder)
+    known = dict(zip(map(digest, [*ours, *drafts]), found, strict=True))
+    before = {digest(c): c for both in answers.pairs for c in both}
+    foreign = {key: c for key, c in before.items() if key not in known}
+    if foreign:
+        known |= zip(foreign, rewards(list(foreign.values()), None), strict=True)
+    pool, offered = found.split([len(ours), len(drafts)])
+    return Material(pairs, pool[::2] - pool[1::2], drafts, offered, known)
+
+
+class Session:
+    """Questions to one person, one after the other; nothing is known here of how they are put.
+
+    Args:
+        taste: how people differ.
+        material: what may be asked, and what is to be put in order.
+        answers: those that were given before; new ones are kept there at once.
+        choose: which question comes next.
+        tolerance: stop once as many questions as are looked ahead to would raise the expected
+            accuracy by less.
+        most: stop after as many answers; 0 for no such limit.
+        seed: of all that is random: which response is shown first, and LoRe's initial weights.
+
+    Attributes:
+        state: what is known of the person [S].
+        outlook: how sure that is, and how sure it may become.
+        insist: ask on where the outlook says stop.
+    """
+
+    def __init__(
+        self, taste: Taste, material: Material, answers: Answers, choose: Choose,
+        tolerance: float = 0.005, most: int = 0, seed: int = 0,
+    ) -> None:  # fmt: skip
+        self.taste, self.material, self.answers = taste, material, answers
+        self.choose, self.tolerance, self.most, self.seed = choose, tolerance, most, seed
+        self.insist = False
+        self.targets = material.targets(torch.Generator().manual_seed(seed))
+        nothing = taste.moments(taste.state(material.pool[:0]))
+        self.before = look_ahead(nothing, self.targets, material.pool[:0], tolerance).now
+        self._learn()
+
+    def _learn(self) -> None:
+        """Take in the answers as they now are."""
+        settled = self.answers.settled
+        left = [i for i, pair in enumerate(self.material.pairs) if pair.key not in settled]
+        self.left = torch.tensor(left, dtype=torch.long)
+        self.Z = self.material.differences(self.answers.pairs)
+        self.state = self.taste.state(self.Z)
+        pool, moments = self.material.pool[self.left], self.taste.moments(self.state)
+        self.outlook = look_ahead(moments, self.targets, pool, self.tolerance)
+        self._next: Question | None = None
+
+    # ------------------------------------------------------------------ Questions
+
+    @property
+    def reason(self) -> str:
+        """Why nothing more is asked; empty while something is."""
+        if not len(self.left):
+            return "every pair of the pool was asked"
+        if self.insist:
+            return ""
+        if self.most and len(self.answers) >= self.most:
+            return f"{len(self.answers)} answers were given, and --most is {self.most}"
+        if self.tolerance and self.outlook.useful == 0:
+            ahead, little = len(self.outlook.accuracy) - 1, 100 * self.tolerance
+            gain = f"raise the expected accuracy by less than {little:g} points"
+            return f"{ahead} more answers would {gain}"
+        return ""
+
+    def question(self) -> Question | None:
+        """The question that waits for an answer; None where asking is over."""
+        if self.reason:
+            return None
+        if self._next is None:
+            place = self.choose(self, self.material.pool[self.left])
+            pair = self.material.pairs[int(self.left[place])]
+            turned = int(digest([self.seed, pair.key])[0], 16) % 2  # again so after a restart
+            shown = pair.texts[::-1] if turned else pair.texts
+            self._next = Question(self.answers.asked + 1, pair.history, shown, pair)
+        return self._next
+
+    def answer(self, side: Side) -> None:
+        """Keep that response a or b is the better one."""
+        if question := self.question():
+            self.answers.answer(question.pair, question.shown, side)
+            self._learn()
+
+    def skip(self) -> None:
+        """Leave the question unanswered, for good."""
+        if question := self.question():
+            self.answers.skip(question.pair)
+            self._learn()
+
+    def undo(self) -> bool:
+        """Take back the last answer or skip; False if there is none."""
+        if done := self.answers.undo():
+            self._learn()
+        return done
+
+    # ---------------------------------------------------------------- What is known
+
+    @property
+    def told(self) -> list[str]:
+        """How far we are and how sure, in sentences."""
+        skipped, look = len(self.answers.skips), self.outlook
+        ahead, useful = len(look.accuracy) - 1, look.useful
+        more = f"; after {ahead} more {look.best:.1%}" if ahead else ""
+        many = "or more " if useful == ahead > 0 else ""
+        return [
+            f"{len(self.answers)} answered, {skipped} skipped",
+            f"expected accuracy {look.now:.1%} (without answers {self.before:.1%}{more})",
+            f"{useful} {many}questions still useful" if useful != 1 else "1 question still useful",
+        ]
+
+    def ranking(self, weights: Tensor) -> pd.DataFrame:
+        """The candidates in order, see ``ranking.rank``.
+
+        Under LoRe p_over_next is that of the weights, as tools/rank_responses.py says it; under a
+        mixed logit it is the posterior's.
+        """
+        logits = self.material.offered @ torch.cat([weights.new_ones(1), weights]).double()
+        table = rank(self.material.drafts, (TEMPERATURE * logits).float())
+        if self.taste.basis is None and len(table) > 1:
+            rows = torch.tensor(table["line"].to_numpy() - 1)
+            ahead = self.material.offered[rows[:-1]] - self.material.offered[rows[1:]]
+            chances = self.taste.chances(self.state, ahead).numpy()
+            table["p_over_next"] = table["p_over_next"].where(
+                table["p_over_next"].isna(), np.append(chances, np.nan)
+            )
+        return table
+
+    def profile(self) -> dict[str, Any]:
+        """The person's weights, posterior and, where there are candidates, the ranking."""
+        weights = self.taste.weights(self.Z, self.state, self.seed)
+        profile = {
+            "user": self.answers.user,
+            "method": self.taste.method,
+            "answers": len(self.answers),
+            "skipped": len(self.answers.skips),
+            "weights": weights.tolist(),
+            "posterior": self.taste.described(self.state),
+            "expected_accuracy": self.outlook.now,
+            "expected_accuracy_without_answers": self.before,
+            "questions_still_useful": self.outlook.useful,
+        }
+        if self.material.drafts:
+            table = self.ranking(weights).astype(object)
+            profile["ranking"] = table.where(table.notna(), None).to_dict("records")
+        return profile
+
+    def save(self, path: Path) -> dict[str, Any]:
+        """Write the profile, and return it."""
+        profile = self.profile()
+        write_text(path, json.dumps(profile, indent=2))
+        return profile
+
+
+Choose = Callable[[Session, Tensor], int]
+"""Which of the pairs [N, 1 + K] that are left is asked next."""
+
+
+def d_optimal(session: Session, candidates: Tensor) -> int:
+    """The pair whose answer shrinks the posterior's volume most."""
+    mean, cov = session.taste.moments(session.state)
+    a, Z = candidates[:, 0], candidates[:, 1:]
+    chance = torch.sigmoid(a + Z @ mean)
+    return int((chance * (1 - chance) * ((Z @ cov) * Z).sum(1)).argmax())

@@ -1,0 +1,106 @@
+"""A real browser without a window: where it is, and a page of it that is driven by real keys."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update",
+]  # fmt: skip
+PATIENCE = 60  # seconds
+
+
+class Tab:
+    """One page, spoken to by the browser's debugging protocol.
+
+    Args:
+        said: file descriptor that the browser reads commands from.
+        heard: file descriptor that it writes answers to.
+    """
+
+    def __init__(self, said: int, heard: int) -> None:
+        self.said, self.heard = said, heard
+        self.session: dict[str, str] = {}
+        self.sent, self.rest = 0, b""
+        target = self.tell("Target.createTarget", url="about:blank")
+        found = self.tell("Target.attachToTarget", flatten=True, **target)
+        self.session = {"sessionId": found["sessionId"]}
+
+    def tell(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """Send a command, and what came of it."""
+        self.sent += 1
+        command = {"id": self.sent, "method": method, "params": parameters, **self.session}
+        os.write(self.said, json.dumps(command).encode() + b"\0")
+        while (message := self._message()).get("id") != self.sent:
+            pass
+        assert "result" in message, message
+        return message["result"]
+
+    def _message(self) -> dict[str, Any]:
+        while b"\0" not in self.rest:
+            more = os.read(self.heard, 1 << 16)
+            assert more, "the browser is gone"
+            self.rest += more
+        message, self.rest = self.rest.split(b"\0", 1)
+        return json.loads(message)
+
+    def open(self, url: str, width: int, height: int = 800) -> None:
+        """Go to an address on a screen of this size."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.tell("Emulation.setDeviceMetricsOverride", **size)
+        self.tell("Page.navigate", url=url)
+
+    def value(self, script: str) -> Any:
+        """What a script on the page says."""
+        found = self.tell("Runtime.evaluate", expression=script, returnByValue=True)
+        assert "exceptionDetails" not in found, found
+        return found["result"].get("value")
+
+    def wait(self, script: str) -> Any:
+        """What a script says once that is true; the page may change meanwhile."""
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end:
+            if value := self.value(f"document.readyState === 'complete' && ({script})"):
+                return value
+            time.sleep(0.05)
+        raise AssertionError(f"{script} is still false on: {self.value('document.body.innerText')}")
+
+    def press(self, key: str) -> None:
+        """Press a letter and let it go."""
+        for what in ({"type": "keyDown", "text": key}, {"type": "keyUp"}):
+            self.tell("Input.dispatchKeyEvent", key=key, **what)
+
+
+@contextmanager
+def a_tab(profile: Path) -> Iterator[Tab]:
+    """A tab of a browser that lives as long as this context."""
+    to_browser, said = os.pipe()
+    heard, from_browser = os.pipe()
+    # The protocol's pipes are the file descriptors 3 and 4, which bash puts in place.
+    shell = f'exec "$0" "$@" 3<&{to_browser} 4>&{from_browser}'
+    command = [BROWSER, *FLAGS, f"--user-data-dir={profile}", "--remote-debugging-pipe"]
+    process = subprocess.Popen(
+        ["bash", "-c", shell, *command, "about:blank"], pass_fds=(to_browser, from_browser),
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    os.close(to_browser)
+    os.close(from_browser)
+    try:
+        yield Tab(said, heard)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(said)
+        os.close(heard)

@@ -1,0 +1,278 @@
+"""tools/ask.py from the first question to the saved profile: in the terminal and in a browser."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+import embeddings
+import models
+import running
+from basis import Basis, save_basis
+from browser import BROWSER, a_tab
+from interview.terminal import printable
+from methods.mixed_fit import MixedFit
+from methods.posterior import Prior
+from tools import rank_responses
+
+PAIRS, PROMPTS, DRAFTS = 24, 4, 3
+HOSTILE = "<script>document.title = 'hacked'</script>\x1b[31m red"
+
+
+class World(NamedTuple):
+    """Files of a small world."""
+
+    folder: Path
+    model: Path
+    flags: dict[str, Any]
+
+    def files(self, folder: Path, **changes: Any) -> dict[str, Any]:
+        """Flags of a session of its own, whose answers lie in a folder."""
+        return self.flags | {"answers": folder / "ann.jsonl", "user": "ann"} | changes
+
+
+def lines(path: Path, rows: list) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A basis whose columns are the widest directions of the embeddings of its own texts."""
+    folder = tmp_path_factory.mktemp("world")
+    model, rng = models.tiny_llama(folder / "model"), np.random.default_rng(0)
+    words = [f"w{i}" for i in range(40)]
+    texts = [" ".join(rng.choice(words, 5)) for _ in range(2 * PAIRS + PROMPTS * DRAFTS)]
+    texts[0] = HOSTILE
+    pool = [{"prompt": f"Which {i}?", "responses": texts[2 * i : 2 * i + 2]} for i in range(PAIRS)]
+    history = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    history.append({"role": "user", "content": "Which 1?"})
+    pool[1] = {"messages": history, "chosen": texts[2], "rejected": [texts[3]]}
+    rest = texts[2 * PAIRS :]
+    drafts = [{"prompt": f"Best {i % PROMPTS}?", "response": text} for i, text in enumerate(rest)]
+    chats = [[{"role": "assistant", "content": text}] for text in texts]
+    store = embeddings.embed(chats, folder / "rows", model=str(model), progress=False)
+    x = store.rows(torch.arange(len(texts)))
+    V = torch.linalg.svd(x - x.mean(0), full_matrices=False)[2][:3].T
+    V = 300 * V / (x @ V).std(0)
+    W = torch.from_numpy(rng.dirichlet([0.4] * 3, 40)).float()
+    settings = {"rank": 3, "model": str(model)}
+    save_basis(folder / "basis.safetensors", Basis(V, W, settings=settings))
+    directions = torch.cat([V.mean(1, keepdim=True) / 4, V[:, :2]], 1).double() / 100
+    prior = Prior.standard(2, directions)
+    users = prior.state.expand(5, -1)
+    fit = MixedFit(directions, prior, users, {})
+    fit.save(folder / "mixed_logit.safetensors", users[:0], {"model": str(model)})
+    flags = {
+        "basis": folder / "basis.safetensors", "pool": lines(folder / "pool.jsonl", pool),
+        "candidates": lines(folder / "drafts.jsonl", drafts), "progress": "false",
+    }  # fmt: skip
+    return World(folder, model, flags)
+
+
+def ask(monkeypatch: pytest.MonkeyPatch, typed: str, flags: dict[str, Any]) -> running.Outcome:
+    """A session in the terminal, in which this is typed."""
+    monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+    return running.invoke("tools/ask.py", flags)
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def told(path: Path) -> list[tuple]:
+    """The answers without the time at which they were given."""
+    return [tuple(str(v) for k, v in row.items() if k != "timestamp") for row in rows(path)]
+
+
+@pytest.mark.parametrize("kind", ["basis", "mixed_logit"])
+def test_a_person_is_asked_until_more_answers_would_hardly_matter(
+    world, tmp_path, monkeypatch, kind
+):
+    flags = world.files(tmp_path, basis=world.folder / f"{kind}.safetensors", tolerance=1)
+    done = ask(monkeypatch, "a\n" * PAIRS, flags)
+    assert done.status == 0, done.err
+    profile = json.loads((tmp_path / "ann.profile.json").read_text())
+    asked = done.out.count("── Question")
+    assert 0 < asked == profile["answers"] == len(rows(tmp_path / "ann.jsonl")) < PAIRS
+    assert "would raise the expected accuracy by less than 1 points" in done.out
+    assert profile["questions_still_useful"] == 0
+    assert profile["expected_accuracy"] > profile["expected_accuracy_without_answers"]
+    K = len(profile["weights"])
+    assert np.shape(profile["posterior"]["mean"]) == (1, K) and (3 if kind == "basis" else 2) == K
+    assert np.linalg.eigvalsh(profile["posterior"]["covariance"][0]).min() > 0
+    ranked = [row["response"] for row in profile["ranking"]]
+    assert sorted(ranked) == sorted(r["response"] for r in rows(world.flags["candidates"]))
+    assert "\x1b" not in done.out and ranked[0][:20] in done.out
+
+
+def test_the_answers_are_choices_from_which_the_same_ranking_comes(world, tmp_path, monkeypatch):
+    flags = world.files(tmp_path, most=6, tolerance=0)
+    assert ask(monkeypatch, "a\nb\n" * 4, flags).status == 0
+    profile = json.loads((tmp_path / "ann.profile.json").read_text())
+    assert profile["answers"] == 6
+    again = rank_responses.main(
+        world.flags["basis"], tmp_path / "ann.jsonl", world.flags["candidates"],
+        save=tmp_path / "found.json", progress=False,
+    )  # fmt: skip
+    assert again is None
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["weights"] == pytest.approx(profile["weights"], abs=1e-4)
+    for key in ("response", "place"):
+        assert [r[key] for r in found["ranking"]] == [r[key] for r in profile["ranking"]]
+    ours, theirs = ([r["p_over_next"] or 0 for r in p["ranking"]] for p in (profile, found))
+    assert ours == pytest.approx(theirs, abs=1e-3)
+
+
+def test_a_killed_session_goes_on_where_it_was(world, tmp_path, monkeypatch):
+    (tmp_path / "killed").mkdir()
+    flags = world.files(tmp_path / "killed", tolerance=0, most=7)
+    process = running.start("tools/ask.py", flags)
+    process.kill()
+    process.communicate()
+    answers = tmp_path / "killed" / "ann.jsonl"
+    process = running.subprocess.Popen(
+        process.args, cwd=running.ROOT / "tools", env=running.ENV, text=True,
+        **dict.fromkeys(("stdin", "stdout", "stderr"), running.subprocess.PIPE),
+    )  # fmt: skip
+    process.stdin.write("a\ns\nb\na\n")
+    process.stdin.flush()
+    end = time.monotonic() + 120
+    while not (answers.exists() and len(rows(answers)) == 3):
+        assert process.poll() is None and time.monotonic() < end, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "ann.profile.json").exists()
+    resumed = ask(monkeypatch, "b\na\na\nb\n\n", flags)
+    assert resumed.status == 0 and "── Question 5 " in resumed.out, resumed.err
+    assert "── Question 4 " not in resumed.out and "3 answered, 1 skipped" in resumed.out
+    (tmp_path / "whole").mkdir()
+    whole = world.files(tmp_path / "whole", tolerance=0, most=7)
+    assert ask(monkeypatch, "a\ns\nb\na\nb\na\na\nb\n\n", whole).status == 0
+    assert told(answers) == told(tmp_path / "whole" / "ann.jsonl")
+    profiles = [(tmp_path / name / "ann.profile.json").read_text() for name in ("killed", "whole")]
+    assert profiles[0] == profiles[1]
+
+
+def test_undo_takes_back_answers_and_skips_also_those_of_an_earlier_session(
+    world, tmp_path, monkeypatch
+):
+    flags = world.files(tmp_path, tolerance=0)
+    first = ask(monkeypatch, "a\ns\nq\n", flags)
+    assert [row["question"] for row in rows(tmp_path / "ann.jsonl")] == [1]
+    back = ask(monkeypatch, "u\nu\nu\nwhat\nb\nq\n", flags)
+    assert "There is nothing to undo." in back.out and rows(tmp_path / "ann.skipped.jsonl") == []
+    (row,) = rows(tmp_path / "ann.jsonl")
+    question = re.search(r"── Question 1 ─+\n(.*?)\nWhich is better", first.out, re.DOTALL)[1]
+    assert question in back.out  # the same, in the same order
+    one, other = re.findall(r"\[[ab]\] -+\n  (.*)\n", question)
+    said = printable(row["chosen"]), printable(row["rejected"])
+    assert said == (other, one) and row["first"] == "rejected"
+
+
+def test_a_basis_and_answers_that_do_not_do_are_one_line(world, tmp_path, monkeypatch):
+    def refused(message: str, **changes: Any) -> None:
+        done = ask(monkeypatch, "", world.files(tmp_path, **changes))
+        assert done.status == 2 and done.err.count("error:") == 1, done.err
+        assert re.search(message, done.err.splitlines()[-1]), done.err
+
+    bobs = {"user": "bob", "prompt": "?", "chosen": "a", "rejected": "b"}
+    other = lines(tmp_path / "bob.jsonl", [bobs])
+    refused("has the choices of bob, not of ann", answers=other)
+    refused("end its name in .jsonl", answers=tmp_path / "ann.csv")
+    refused("there is no folder", answers=tmp_path / "no" / "ann.jsonl")
+    refused("end its name in .json", profile=tmp_path / "ann.txt")
+    refused("no such basis file", basis=tmp_path / "none.safetensors")
+    refused("cannot be read", basis=world.flags["pool"])
+    refused("no two different responses", pool=lines(tmp_path / "same.jsonl", [
+        {"prompt": "?", "responses": ["a", "a"]}]))  # fmt: skip
+    refused("row 1: chosen or rejected is empty", pool=lines(tmp_path / "empty.jsonl", [
+        {"prompt": "?", "chosen": "a", "rejected": ""}]))  # fmt: skip
+    refused("row 1 has no column chosen", pool=lines(tmp_path / "none.jsonl", [{"prompt": "?"}]))
+    refused("row 1 has no column response", candidates=world.flags["pool"])
+    refused("--tolerance must not be negative", tolerance=-1)
+    refused("--port is the page's", port=80)
+    one = Basis(torch.randn(32, 1), torch.ones(3, 1), settings={"model": str(world.model)})
+    save_basis(tmp_path / "one.safetensors", one)
+    refused("rank 1, where all users are alike", basis=tmp_path / "one.safetensors")
+    flat = MixedFit(torch.randn(32, 1), None, torch.empty(3, 0), {})
+    flat.save(tmp_path / "flat.safetensors", torch.empty(0, 0), {"model": str(world.model)})
+    refused("found no differences between users", basis=tmp_path / "flat.safetensors")
+    assert not (tmp_path / "ann.jsonl").exists() and not list(tmp_path.glob("*.profile.json"))
+
+
+# ---------------------------------------------------------------------- The page
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_leads_from_the_first_question_to_the_saved_profile(world, tmp_path, width):
+    flags = world.files(tmp_path, page="true", tolerance=0, most=4)
+    process = running.start("tools/ask.py", flags)
+    try:
+        said = iter(process.stderr.readline, "")
+        url = next(line.split()[1] for line in said if line.startswith("open http"))
+        assert url.startswith("http://127.0.0.1:")
+        with a_tab(tmp_path / "profile") as tab:
+            tab.open(url, width)
+            drive(tab, tmp_path / "ann.jsonl", width)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    profile = json.loads((tmp_path / "ann.profile.json").read_text())
+    assert profile["answers"] == 4 and profile["skipped"] == 1
+    assert [row["question"] for row in rows(tmp_path / "ann.jsonl")] == [1, 2, 4, 5]
+    assert "4 answered, 1 skipped" in out and profile["ranking"]
+
+
+def drive(tab: Any, answers: Path, width: int) -> None:
+    """Answer by keys and by clicks, take one back, and finish."""
+
+    def at(number: int) -> list[str]:
+        """The two responses of a question, once it is there."""
+        tab.wait(f"document.querySelector('h1')?.innerText.startsWith('Question {number}:')")
+        inside = "[document.documentElement.scrollWidth, innerWidth]"
+        assert len(set(tab.value(inside))) == 1 and tab.value("innerWidth") == width
+        found = "[...document.querySelectorAll('article p')].map(p => p.textContent)"
+        return tab.value(found)
+
+    shown = at(1)
+    tab.press("b")
+    at(2)
+    assert [(row["rejected"], row["chosen"]) for row in rows(answers)] == [tuple(shown)]
+    tab.press("a")
+    third = at(3)
+    tab.press("s")
+    at(4)
+    tab.press("a")
+    at(5)
+    assert len(rows(answers)) == 3
+    tab.press("u")
+    at(4)
+    assert len(rows(answers)) == 2
+    tab.value("document.querySelector('button[value=undo]').click()")
+    assert at(3) == third
+    tab.value("document.querySelector('button[value=skip]').click()")
+    at(4)
+    tab.value("document.querySelector('button[value=b]').click()")
+    at(5)
+    tab.press("a")
+    tab.wait("document.body.innerText.includes('Thank you')")
+    text = tab.value("document.body.innerText")
+    assert "4 answers were given, and --most is 4" in text and "Weights:" in text
+    assert tab.value("document.querySelectorAll('tbody tr').length") == PROMPTS * DRAFTS
+    assert tab.value("document.title") == "Which is better?"
+    tab.value("document.querySelector('button[value=quit]').click()")
+    tab.wait("document.body.innerText.includes('You may close this page')")

@@ -1,0 +1,140 @@
+"""Ask a person which responses are better, choosing questions that tell the most.
+
+    python tools/ask.py --basis results/PRISM/<run>/mixed_logit.safetensors \\
+        --pool pairs.jsonl --candidates drafts.jsonl --answers alice.jsonl
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from filelock import FileLock, Timeout
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from choices import USUAL, Columns
+from cli import cli
+from files import InputError, require
+from interview.answers import Answers
+from interview.page import ask_on_page
+from interview.pool import read_pool
+from interview.session import Session, d_optimal, gather
+from interview.taste import load_taste
+from interview.terminal import Terminal
+from ranking import as_text, read_drafts
+from reward_model import model_of_basis
+
+
+def main(
+    basis: Path,
+    pool: Path,
+    answers: Path = Path("answers.jsonl"),
+    candidates: Path | None = None,
+    profile: Path | None = None,
+    user: str = "",
+    columns: Columns = USUAL,
+    tolerance: float = 0.5,
+    most: int = 0,
+    page: bool = False,
+    port: int = 0,
+    embeddings: Path | None = None,
+    model: str | None = None,
+    tokenizer: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    any_model: bool = False,
+    seed: int = 0,
+    **embedding: Any,
+) -> None:
+    """Ask a person which of two responses is better, and learn what the person likes.
+
+    Every answer is kept at once; the same command goes on where it was stopped. Asking ends by
+    itself when more answers would hardly raise the expected accuracy: the chance that the better
+    one of two responses is foretold, on average over the pairs of candidates for the same prompt,
+    or over the pool where there are none.
+
+    Args:
+        basis: basis file of a run, LoRe's or the mixed logit's.
+        pool: pairs that may be asked about: rows of "prompt" (a text) or "messages" (the dialogue
+            so far, a list of role and content), with "responses" (a list), or with "chosen" and
+            "rejected", of which nobody is told which is which.
+        answers: the answers, rows as tools/rank_responses.py reads them; a .jsonl file. Choices
+            that are there already count.
+        candidates: rank these too: rows of "prompt" or "messages", and "response".
+        profile: where weights, posterior and ranking are written, a .json file; by default
+            beside the answers.
+        user: whose answers they are; by default the user of the answers file, else "me".
+        columns: what the columns of pool and candidates are called, such as --prompt question.
+        tolerance: stop when 20 more questions would raise the expected accuracy by less than
+            this many points; 0 goes on to the end of the pool.
+        most: stop after this many answers; 0 for no such limit.
+        page: ask on a page in the browser, which only this machine can open.
+        port: of the page; 0 for a free one.
+        embeddings: folder to keep the embeddings of pool and candidates in, for another time.
+        model: reward model; by default the one that the basis was learned with.
+        tokenizer: hub name or folder of the tokenizer, if it is not the model's own.
+        revision: branch, tag or commit of a hub model.
+        trust_remote_code: run model code that comes with a hub model.
+        any_model: take the model even if the basis was learned with another one.
+        seed: of the order in which two responses are shown.
+    """
+    profile = profile or answers.with_suffix(".profile.json")
+    require(profile.suffix == ".json", f"--profile {profile}: end its name in .json")
+    require(profile.parent.is_dir(), f"--profile {profile}: there is no folder {profile.parent}")
+    require(tolerance >= 0, "--tolerance must not be negative")
+    require(most >= 0, "--most must not be negative")
+    require(0 <= port < 1 << 16, f"--port {port}: a port is a number below 65536")
+    require(page or not port, "--port is the page's: give --page too")
+    with alone(answers):
+        book = Answers(answers, user)
+        pairs = read_pool(pool, columns)
+        drafts = read_drafts(candidates, columns) if candidates else []
+        taste = load_taste(basis)
+        named = (model, tokenizer, revision, trust_remote_code)
+        source = model_of_basis(taste.settings, basis, *named, any_model)
+        directions = taste.directions
+        material = gather(pairs, book, drafts, directions, source, embeddings, **embedding)
+        session = Session(taste, material, book, d_optimal, tolerance / 100, most, seed)
+        if page:
+            ask_on_page(session, profile, port)
+        else:
+            Terminal(session, sys.stdin, sys.stdout).run()
+        tell(session, profile)
+
+
+@contextmanager
+def alone(answers: Path) -> Iterator[None]:
+    """Keep a second process from the same answers, as one would write over the other's.
+
+    Raises:
+        InputError: another process has them, or there is no such folder.
+    """
+    require(answers.parent.is_dir(), f"--answers {answers}: there is no folder {answers.parent}")
+    lock = FileLock(answers.with_name(f".{answers.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise InputError(f"--answers {answers}: these questions are being asked already") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def tell(session: Session, path: Path) -> None:
+    """Write the profile and print what is in it."""
+    found = session.save(path)
+    print(*session.told, sep="\n")
+    print(f"weights: {' '.join(f'{x:.3f}' for x in found['weights'])}")
+    if "ranking" in found:
+        print("reward: a logit; P: that the response is preferred to the next one of its prompt\n")
+        print(as_text(pd.DataFrame(found["ranking"])))
+    print(f"answers in {session.answers.path}, profile in {path}")
+
+
+if __name__ == "__main__":
+    cli(main, short="columns")
