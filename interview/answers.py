@@ -83,7 +83,7 @@ class Answers:
         """
         chosen, rejected = shown if side == "a" else shown[::-1]
         row = {"user": self.user} | _history(pair.history)
-        row |= {"chosen": chosen, "rejected": rejected, "question": self.asked + 1}
+        row |= {"chosen": _cell(chosen), "rejected": _cell(rejected), "question": self.asked + 1}
         row |= {"first": "chosen" if side == "a" else "rejected"}
         row |= {"timestamp": datetime.now(UTC).isoformat(timespec="seconds")}
         rows = [*self.rows, row]
@@ -122,6 +122,11 @@ def _history(history: Conversation) -> dict[str, Any]:
     if len(history) == 1 and history[0]["role"] == "user":
         return {"prompt": history[0]["content"]}
     return {"messages": history}
+
+
+def _cell(text: str) -> str | list[str]:
+    """A response as a row has it; one that looks like a list in a .csv would be read as a list."""
+    return [text] if text.startswith('["') else text
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ Shape letters: T target pairs, N pairs of the pool, K directions of taste, H que
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -98,18 +99,27 @@ def expected_accuracy(logits: Tensor, now: Tensor, later: Tensor) -> Tensor:
 
 def _plan(mean: Tensor, cov: Tensor, pool: Tensor, steps: int) -> list[Tensor]:
     """Covariances after 1, 2, ... questions, each the D-optimal one of those that are left."""
-    a, Z = pool[:, 0], pool[:, 1:]
-    chance = torch.sigmoid(a + Z @ mean)
-    information = chance * (1 - chance)
+    logits, Z = pool[:, 0] + pool[:, 1:] @ mean, pool[:, 1:]
     covs, left = [], torch.ones(len(pool), dtype=torch.bool)
     for _ in range(steps):
-        gain = information * ((Z @ cov) * Z).sum(1)
+        variance = ((Z @ cov) * Z).sum(1).clamp(min=0)
+        information = _information(logits, variance)
+        gain = information * variance
         best = int(torch.where(left, gain, -1.0).argmax())
         left[best] = False
         spread = cov @ Z[best]
         cov = cov - torch.outer(spread, spread) * (information[best] / (1 + gain[best]))
         covs.append(cov)
     return covs
+
+
+def _information(logits: Tensor, variance: Tensor) -> Tensor:
+    """E[p (1 - p)] of answers [N] whose log odds are normal: at the mean alone it is too high."""
+    total = torch.zeros_like(logits)
+    for weight, slope in zip(SHARES, SLOPES, strict=True):
+        scale = slope / (1 + slope**2 * variance).sqrt()
+        total += weight * scale * torch.exp(-(scale * logits).square() / 2) / math.sqrt(2 * math.pi)
+    return total
 
 
 def same_prompt_pairs(prompts: list[str], rng: torch.Generator) -> Tensor:

@@ -27,6 +27,7 @@ from interview.taste import load_taste
 from interview.terminal import Terminal
 from ranking import as_text, read_drafts
 from reward_model import model_of_basis
+from settings import NonNegativeInt, Seed
 
 
 def main(
@@ -38,7 +39,7 @@ def main(
     user: str = "",
     columns: Columns = USUAL,
     tolerance: float = 0.5,
-    most: int = 0,
+    most: NonNegativeInt = 0,
     page: bool = False,
     port: int = 0,
     embeddings: Path | None = None,
@@ -47,7 +48,7 @@ def main(
     revision: str | None = None,
     trust_remote_code: bool = False,
     any_model: bool = False,
-    seed: int = 0,
+    seed: Seed = 0,
     **embedding: Any,
 ) -> None:
     """Ask a person which of two responses is better, and learn what the person likes.
@@ -86,7 +87,6 @@ def main(
     require(profile.suffix == ".json", f"--profile {profile}: end its name in .json")
     require(profile.parent.is_dir(), f"--profile {profile}: there is no folder {profile.parent}")
     require(tolerance >= 0, "--tolerance must not be negative")
-    require(most >= 0, "--most must not be negative")
     require(0 <= port < 1 << 16, f"--port {port}: a port is a number below 65536")
     require(page or not port, "--port is the page's: give --page too")
     with alone(answers):
