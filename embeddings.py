@@ -43,6 +43,7 @@ from reward_model import (
     sha256,
     tokenize,
 )
+from settings import NonNegativeInt, PositiveInt
 
 log = logging.getLogger(__name__)
 
@@ -58,15 +59,15 @@ def embed(
     model: str = PAPERS_MODEL,
     tokenizer: str | None = None,
     revision: str | None = None,
-    max_length: int = 4096,
+    max_length: PositiveInt = 4096,
     truncation_side: Literal["left", "right"] = "left",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     device: str = "auto",
     attention: str = "sdpa",
     method: Literal["auto", "tree", "sorted", "single"] = "auto",
     padding: Literal["right", "left"] = "right",
-    batch_tokens: int = 0,
-    shard_size: int = 512,
+    batch_tokens: NonNegativeInt = 0,
+    shard_size: PositiveInt = 512,
     shard: str | None = None,
     trust_remote_code: bool = False,
     progress: bool = True,
@@ -122,8 +123,10 @@ def check_model(settings: Mapping[str, Any]) -> None:
         settings: the arguments that ``embed`` will be given.
 
     Raises:
-        InputError: model or tokenizer cannot be loaded.
+        InputError: model or tokenizer cannot be loaded, or there is no such device or shard.
     """
+    _worker(settings.get("shard"))
+    device_and_dtype(settings.get("device", "auto"), "auto")
     named = {key: settings[key] for key in Source._fields if key in settings}
     source = Source(**{"model": embed.__kwdefaults__["model"], **named})
     load_config(source)

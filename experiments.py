@@ -25,9 +25,11 @@ from methods.heterogeneity import score_test
 from methods.shared import BradleyTerry, Own, Reference
 from reports import report
 from runs import Run
+from settings import Name, NonNegativeInt, SeedNumber
 from splits import Tasks
 
 ROOT = Path(__file__).resolve().parent
+MethodName = Literal[tuple(METHODS)]
 PERMUTATIONS = 10  # over which other users' states are averaged
 SHUFFLES = 3  # over which states from shuffled labels are averaged
 LIKED, LIKED_DIRECTIONS, SHOWN = 3, 8, 300  # responses shown per direction; letters of each
@@ -53,14 +55,14 @@ class Common:
         progress: Show progress bars.
     """
 
-    methods: tuple[str, ...] = ("lore",)
+    methods: tuple[MethodName, ...] = ("lore",)
     reference: Literal["head", "last_linear", "none"] = "head"
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[SeedNumber, ...] = (0,)
     device: str = "auto"
     stream: bool | None = None
     results: Path = ROOT / "results"
-    name: str | None = None
-    checkpoint_every: int = 200
+    name: Name | None = None
+    checkpoint_every: NonNegativeInt = 200
     progress: bool = True
 
     def asked(self) -> dict[str, Method]:
@@ -134,7 +136,8 @@ def vary_fewshot(tasks: Tasks, settings: Settings, shots: Sequence[int], trials:
 
 
 def _start(script: str, tasks: Tasks, settings: Settings, about: dict[str, Any]) -> Run:
-    settings.asked()  # refuses what there is not before anything is made
+    settings.asked()  # refuses what there is not before anything is made, as the next line does
+    pick_device(settings.device)
     shared = {"script": script, "reference": settings.reference, **tasks.facts(), **about}
     first = processes()[0] == 0
     return Run.start(settings.results, settings.name, shared, settings.all_methods(), first)

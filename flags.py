@@ -8,6 +8,7 @@ name something to be imported or called.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import json
 import re
@@ -80,7 +81,7 @@ class Flags:
         settings.pop("config", None)
         for name in self.types:
             self._check_list(name, settings.get(name), given)
-        return self.parser.instantiate(settings).as_dict()
+        return {k: _plain(v) for k, v in self.parser.instantiate(settings).as_dict().items()}
 
     # ------------------------------------------------------------- What is given
 
@@ -117,7 +118,9 @@ class Flags:
 
     def _unknown(self, flag: str) -> str:
         known = [self.flag(name)[2:] for name in self.types]
-        near = difflib.get_close_matches(flag.replace("_", "-"), known, n=1)
+        typed = flag.replace("_", "-")
+        longer = [name for name in known if name.startswith(typed)]
+        near = longer or difflib.get_close_matches(typed, known, n=1)
         return f"there is no flag --{flag}; " + (f"is it --{near[0]}?" if near else "see --help")
 
     def flag(self, name: str) -> str:
@@ -159,7 +162,7 @@ class Flags:
             if values and several and not values[0].startswith("["):
                 values = [json.dumps(values)]  # as texts: they are read as what the type says
             if name not in OWN:
-                require(bool(values), f"{self.flag(name)}: a value is missing")
+                require(all(values) and values != [], f"{self.flag(name)}: a value is missing")
             require(len(values) < 2, f"{self.flag(name)} {' '.join(values)}: it takes one value")
             dashes = "-" if name == "h" else "--"
             arguments.append("=".join([dashes + name, *values]))
@@ -212,6 +215,19 @@ def _word(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
+def _plain(value: Any) -> Any:
+    """Numbers and texts as Python's own, as files and other programs know them."""
+    if dataclasses.is_dataclass(value):
+        some = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **some)
+    if isinstance(value, list | tuple):
+        return type(value)(map(_plain, value))
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    return value
+
+
 def _has(hint: Any, kind: type) -> bool:
     """Whether a type is another one, or a union with it."""
     return hint is kind or kind in typing.get_args(hint)
@@ -225,5 +241,8 @@ def _expected(hint: Any) -> str:
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         return _expected(next(kind for kind in typing.get_args(hint) if kind is not NoneType))
     if typing.get_origin(hint) is not None:
-        return "a list"
+        inner = typing.get_args(hint)[0]
+        if typing.get_origin(inner) is Literal:
+            return _expected(inner)
+        return "a list of lists" if typing.get_origin(inner) else "a list"
     return names.get(hint, getattr(hint, "__name__", str(hint)))

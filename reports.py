@@ -31,6 +31,7 @@ from records import (
     row_name,
     title,
 )
+from settings import NonNegativeInt
 from summaries import Column, Summary, columns, interval, level, minus, results_csv
 from verdict import AGAINST, COIN, judged, verdict
 
@@ -269,7 +270,7 @@ def _shown(results: Results, only: Sequence[str], ranks: Sequence[int]) -> list[
 
 
 def main(
-    runs: tuple[Path, ...] = (), only: tuple[str, ...] = (), ranks: tuple[int, ...] = ()
+    runs: tuple[Path, ...] = (), only: tuple[str, ...] = (), ranks: tuple[NonNegativeInt, ...] = ()
 ) -> None:
     """Make the tables and plots of runs anew from their results.json, without training.
 

@@ -46,12 +46,13 @@ def _number(base: type, rule: str, low: float, high: float, open_ends: bool = Fa
 PositiveInt = _number(int, "a whole number from 1 to 1e9", 1, 10**9)
 NonNegativeInt = _number(int, "a whole number from 0 to 1e9", 0, 10**9)
 Latent = _number(int, "a whole number from -1 to 1e9", -1, 10**9)
-Seed = _number(int, "a whole number from 0 to 4294967295", 0, 2**32 - 1)
-Fraction = _number(float, "a number between 0 and 1, both excluded", 0, 1, open_ends=True)
+Port = _number(int, "a whole number from 0 to 65535", 0, 65535)
+SeedNumber = _number(int, "a whole number from 0 to 4294967295", 0, 2**32 - 1)
+Fraction = _number(float, "a number above 0 and below 1", 0, 1, open_ends=True)
 # Single precision squares these without overflow, and keeps the small ones apart from 0.
 Rate = _number(float, "a number from 1e-12 to 1000", 1e-12, 1e3)
-Strength = _number(float, "a number from 1e-12 to 1e12", 1e-12, 1e12)
-Pull = _number(float, "a number from 0 to 1e12", 0, 1e12)
+PositiveFloat = _number(float, "a number from 1e-12 to 1e12", 1e-12, 1e12)
+NonNegativeFloat = _number(float, "a number from 0 to 1e12", 0, 1e12)
 Concentration = _number(float, "a number from 1e-6 to 1e6", 1e-6, 1e6)
 
 

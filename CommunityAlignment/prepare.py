@@ -14,6 +14,7 @@ import raw
 from cli import cli
 from files import InputError
 from preparing import Funnel, Turn
+from settings import Fraction, PositiveInt, SeedNumber
 
 HERE = Path(__file__).resolve().parent
 WHOSE = {"user_id": "annotator_id", "dialog_id": "conversation_id"}
@@ -27,9 +28,9 @@ def main(
     source: str = "facebook/community-alignment-dataset",
     out: Path = HERE / "data",
     language: str = "en",
-    min_comparisons: int = 50,
-    seen_fraction: float = 0.5,
-    seed: int = 0,
+    min_comparisons: PositiveInt = 50,
+    seen_fraction: Fraction = 0.5,
+    seed: SeedNumber = 0,
     unseen_prompts: bool = False,
     embed: bool = True,
     **embedding: Any,

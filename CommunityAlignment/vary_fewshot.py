@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import experiments
 import splits
 from methods.lore import Lore
+from settings import NonNegativeInt, PositiveInt
 
 HERE = Path(__file__).resolve().parent
 
@@ -19,8 +20,8 @@ LORE = Lore(ranks=(5,), iterations=500)
 
 def main(
     data: Path = HERE / "data",
-    shots: tuple[int, ...] = (1, 2, 5, 10),
-    trials: int = 20,
+    shots: tuple[NonNegativeInt, ...] = (1, 2, 5, 10),
+    trials: PositiveInt = 20,
     lore: Lore = LORE,
     **settings: Any,
 ) -> None:

@@ -22,6 +22,7 @@ from choices import USUAL, Choice, Columns
 from cli import cli
 from files import InputError, digest
 from preparing import Funnel
+from settings import Fraction, PositiveInt, SeedNumber
 
 HERE = Path(__file__).resolve().parent
 SPLITS = ("train", "test")
@@ -31,9 +32,9 @@ def main(
     source: str,
     out: Path = HERE / "data",
     columns: Columns = USUAL,
-    min_comparisons: int = 2,
-    seen_fraction: float = 0.5,
-    seed: int = 0,
+    min_comparisons: PositiveInt = 2,
+    seen_fraction: Fraction = 0.5,
+    seed: SeedNumber = 0,
     embed: bool = True,
     **embedding: Any,
 ) -> None:

@@ -19,7 +19,7 @@ LORE = Lore(ranks=(2, 5))
 
 def main(
     data: Path = HERE / "data",
-    methods: tuple[str, ...] = ("lore", "mixed_logit"),
+    methods: tuple[experiments.MethodName, ...] = ("lore", "mixed_logit"),
     lore: Lore = LORE,
     **settings: Any,
 ) -> None:

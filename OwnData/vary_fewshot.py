@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import experiments
 import splits
 from methods.lore import Lore
+from settings import NonNegativeInt, PositiveInt
 
 HERE = Path(__file__).resolve().parent
 
@@ -19,9 +20,9 @@ LORE = Lore(ranks=(5,), iterations=500)
 
 def main(
     data: Path = HERE / "data",
-    shots: tuple[int, ...] = (0, 1, 2, 5, 10, 20),
-    trials: int = 5,
-    methods: tuple[str, ...] = ("lore", "mixed_logit"),
+    shots: tuple[NonNegativeInt, ...] = (0, 1, 2, 5, 10, 20),
+    trials: PositiveInt = 5,
+    methods: tuple[experiments.MethodName, ...] = ("lore", "mixed_logit"),
     lore: Lore = LORE,
     **settings: Any,
 ) -> None:

@@ -20,7 +20,6 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import torch
-from jsonargparse.typing import NonNegativeInt, PositiveInt
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -53,6 +52,7 @@ from reward_model import (
     render,
     render_text,
 )
+from settings import NonNegativeInt, PositiveInt
 
 CACHE = Path(__file__).resolve().parent / "data" / "rewardbench2"
 RESULTS = ROOT / "results" / "rewardbench2"

@@ -14,6 +14,7 @@ import raw
 from cli import cli
 from files import InputError, require
 from preparing import Funnel, Turn
+from settings import Fraction, PositiveInt, SeedNumber
 
 HERE = Path(__file__).resolve().parent
 WHOSE = {"user_id": "user_id", "dialog_id": "conversation_id"}
@@ -27,9 +28,9 @@ LIST_WARNING = (
 def main(
     source: str = "HannahRoseKirk/prism-alignment",
     out: Path = HERE / "data",
-    min_dialogues: int = 6,
-    seen_fraction: float = 0.5,
-    seed: int = 0,
+    min_dialogues: PositiveInt = 6,
+    seen_fraction: Fraction = 0.5,
+    seed: SeedNumber = 0,
     rejected: Literal["each", "list"] = "each",
 ) -> None:
     """Make the comparisons of the participants with many dialogues; nothing is embedded yet.

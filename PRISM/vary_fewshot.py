@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import experiments
 import splits
 from methods.lore import Lore
+from settings import NonNegativeInt, PositiveInt
 
 HERE = Path(__file__).resolve().parent
 
@@ -20,8 +21,8 @@ LORE = Lore(ranks=(5,), alpha=(1e4,), estimator="lore_regularized")
 
 def main(
     data: Path = HERE / "data",
-    shots: tuple[int, ...] = (1, 2, 3),
-    trials: int = 20,
+    shots: tuple[NonNegativeInt, ...] = (1, 2, 3),
+    trials: PositiveInt = 20,
     lore: Lore = LORE,
     **settings: Any,
 ) -> None:

@@ -29,6 +29,7 @@ from cli import cli
 from embeddings import embed
 from files import read_json, require, write_text, write_whole
 from reward_model import Conversation, file_sha256
+from settings import PositiveInt, SeedNumber
 
 HERE = Path(__file__).resolve().parent
 RESPONSES = 8
@@ -210,11 +211,11 @@ def fit_head(chosen: np.ndarray, rejected: np.ndarray) -> torch.Tensor:
 def main(
     out: Path = HERE / "data" / "demo-source",
     model: Path = HERE / "data" / "smollm2",
-    train_prompts: int = 200,
-    test_prompts: int = 60,
-    head_prompts: int = 20,
-    layers: int = 12,
-    seed: int = 0,
+    train_prompts: PositiveInt = 200,
+    test_prompts: PositiveInt = 60,
+    head_prompts: PositiveInt = 20,
+    layers: PositiveInt = 12,
+    seed: SeedNumber = 0,
 ) -> None:
     """Write the demo's world (train.parquet, test.parquet) and a reward model that fits it.
 

@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import experiments
 import splits
 from methods.lore import Lore
+from settings import Concentration, PositiveInt
 
 HERE = Path(__file__).resolve().parent
 
@@ -19,11 +20,11 @@ LORE = Lore(ranks=(0, 1, 2, 3, 4, 5))
 
 def main(
     data: Path = HERE / "data",
-    dirichlet_alpha: float = 0.001,
-    users: int = 1000,
-    unseen_users: int = 1000,
-    pairs_per_user: int = 45,
-    few_shot_pairs: int = 9,
+    dirichlet_alpha: Concentration = 0.001,
+    users: PositiveInt = 1000,
+    unseen_users: PositiveInt = 1000,
+    pairs_per_user: PositiveInt = 45,
+    few_shot_pairs: PositiveInt = 9,
     lore: Lore = LORE,
     **settings: Any,
 ) -> None:

@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import experiments
 import splits
 from methods.lore import Lore
+from settings import Concentration, NonNegativeInt, PositiveInt
 
 HERE = Path(__file__).resolve().parent
 
@@ -19,12 +20,12 @@ LORE = Lore(ranks=(5,), iterations=500)
 
 def main(
     data: Path = HERE / "data",
-    dirichlet_alpha: float = 0.001,
-    users: int = 1000,
-    unseen_users: int = 1000,
-    pairs_per_user: int = 45,
-    shots: tuple[int, ...] = (1, 3, 5, 7, 9, 15, 30, 45),
-    trials: int = 5,
+    dirichlet_alpha: Concentration = 0.001,
+    users: PositiveInt = 1000,
+    unseen_users: PositiveInt = 1000,
+    pairs_per_user: PositiveInt = 45,
+    shots: tuple[NonNegativeInt, ...] = (1, 3, 5, 7, 9, 15, 30, 45),
+    trials: PositiveInt = 5,
     lore: Lore = LORE,
     **settings: Any,
 ) -> None:
@@ -43,7 +44,7 @@ def main(
     """
     chosen = experiments.Settings(lore=lore, **settings)
     tasks = splits.simulated_users(
-        data, dirichlet_alpha, users, unseen_users, pairs_per_user, max(shots)
+        data, dirichlet_alpha, users, unseen_users, pairs_per_user, max(1, *shots)
     )
     print(experiments.vary_fewshot(tasks, chosen, shots, trials))
 

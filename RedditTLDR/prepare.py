@@ -15,6 +15,7 @@ import raw
 from cli import cli
 from files import InputError
 from preparing import Funnel, Turn
+from settings import PositiveInt
 
 HERE = Path(__file__).resolve().parent
 SPLITS = {"train": "train", "validation": "test"}
@@ -25,7 +26,7 @@ PARQUET = "refs/convert/parquet"  # the hub repository is a script, which `datas
 def main(
     source: str = "openai/summarize_from_feedback",
     out: Path = HERE / "data",
-    min_annotations: int = 50,
+    min_annotations: PositiveInt = 50,
     embed: bool = True,
     **embedding: Any,
 ) -> None:

@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import experiments
 import splits
 from methods.lore import Lore
+from settings import Fraction, PositiveInt
 
 HERE = Path(__file__).resolve().parent
 
@@ -19,9 +20,9 @@ LORE = Lore(ranks=(0, 1, 2, 3, 4, 5, 6))
 
 def main(
     data: Path = HERE / "data",
-    pairs_per_user: int = 150,
-    few_shot_pairs: int = 50,
-    seen_fraction: float = 0.5,
+    pairs_per_user: PositiveInt = 150,
+    few_shot_pairs: PositiveInt = 50,
+    seen_fraction: Fraction = 0.5,
     lore: Lore = LORE,
     **settings: Any,
 ) -> None:

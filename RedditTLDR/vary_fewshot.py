@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import experiments
 import splits
 from methods.lore import Lore
+from settings import Fraction, NonNegativeInt, PositiveInt
 
 HERE = Path(__file__).resolve().parent
 
@@ -19,10 +20,10 @@ LORE = Lore(ranks=(5,), iterations=500)
 
 def main(
     data: Path = HERE / "data",
-    pairs_per_user: int = 150,
-    seen_fraction: float = 0.5,
-    shots: tuple[int, ...] = (5, 10, 15, 20, 25, 30, 35, 40, 45, 50),
-    trials: int = 20,
+    pairs_per_user: PositiveInt = 150,
+    seen_fraction: Fraction = 0.5,
+    shots: tuple[NonNegativeInt, ...] = (5, 10, 15, 20, 25, 30, 35, 40, 45, 50),
+    trials: PositiveInt = 20,
     lore: Lore = LORE,
     **settings: Any,
 ) -> None:
@@ -37,7 +38,7 @@ def main(
         lore: settings of LoRe; Bradley-Terry is fitted with the same.
     """
     chosen = experiments.Settings(lore=lore, **settings)
-    tasks = splits.drawn_split(data, seen_fraction, pairs_per_user, max(shots))
+    tasks = splits.drawn_split(data, seen_fraction, pairs_per_user, max(1, *shots))
     print(experiments.vary_fewshot(tasks, chosen, shots, trials))
 
 

@@ -21,6 +21,7 @@ import core
 from cli import cli
 from files import InputError
 from reports import markdown
+from settings import PositiveInt
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ SHARE = 0.85  # of the ratio of tokens that the ratio of seconds should reach
 
 def main(
     device: str = "cpu",
-    rounds: int = 3,
+    rounds: PositiveInt = 3,
     against: tuple[Path, ...] = (),
     scaling: bool = False,
     embedding: tuple[str, ...] = (),

@@ -28,6 +28,7 @@ from cli import cli
 from files import require
 from measure import copy_bandwidth
 from reports import markdown
+from settings import PositiveInt, SeedNumber
 
 log = logging.getLogger(__name__)
 
@@ -84,15 +85,15 @@ class Side:
 
 def cases(
     device: str = "cpu",
-    features: int = 4096,
-    joint: tuple[int, int] = (1000, 47),
-    ranks: tuple[int, ...] = (1, 2, 3, 4, 5),
-    alternating: tuple[int, int, int] = (640, 15, 10),
-    sweep: tuple[int, ...] = (1, 5, 10, 15, 20, 25, 50),
-    few_shot: tuple[int, int, int, int] = (20, 10, 20, 5),
-    steps: int = 6,
-    few_shot_iterations: int = 500,
-    seed: int = 0,
+    features: PositiveInt = 4096,
+    joint: tuple[PositiveInt, PositiveInt] = (1000, 47),
+    ranks: tuple[PositiveInt, ...] = (1, 2, 3, 4, 5),
+    alternating: tuple[PositiveInt, PositiveInt, PositiveInt] = (640, 15, 10),
+    sweep: tuple[PositiveInt, ...] = (1, 5, 10, 15, 20, 25, 50),
+    few_shot: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt] = (20, 10, 20, 5),
+    steps: PositiveInt = 6,
+    few_shot_iterations: PositiveInt = 500,
+    seed: SeedNumber = 0,
 ) -> list[Case]:
     """What is timed.
 
@@ -210,7 +211,7 @@ def note() -> str:
     )
 
 
-def main(rounds: int = 3, against: tuple[Path, ...] = (), **sizes: Any) -> None:
+def main(rounds: PositiveInt = 3, against: tuple[Path, ...] = (), **sizes: Any) -> None:
     """Print a table: milliseconds of ours, of plain loops and of other checkouts, and the floor.
 
     Args:

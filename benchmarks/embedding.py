@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cli import ROOT, cli
 from passes import Tokens
 from reward_model import Engine, Source, load_engine, load_tokenizer, render
+from settings import NonNegativeInt, PositiveInt, SeedNumber
 from smollm2 import reward_model
 
 PRISM = ROOT.parent / "shared" / "data" / "prism_slice" / "conversations.jsonl"
@@ -52,13 +53,13 @@ HEADINGS = (
 def main(
     model: str | None = None,
     device: str = "cpu",
-    posts: int = 50,
-    dialogues: int = 25,
-    prompts: int = 50,
-    prism: int = 100,
-    batch_tokens: int = 0,
-    parts: int = 5,
-    seed: int = 0,
+    posts: NonNegativeInt = 50,
+    dialogues: NonNegativeInt = 25,
+    prompts: NonNegativeInt = 50,
+    prism: NonNegativeInt = 100,
+    batch_tokens: NonNegativeInt = 0,
+    parts: PositiveInt = 5,
+    seed: SeedNumber = 0,
 ) -> None:
     """Print tokens given and computed, seconds one at a time and shared, and their ratios.
 

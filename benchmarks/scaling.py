@@ -29,6 +29,7 @@ from cli import cli
 from comparisons import Comparisons, DenseFeatures
 from measure import OUT, iteration_seconds, made_up_users, own_memory
 from reports import markdown
+from settings import PositiveFloat, PositiveInt, SeedNumber
 from utils import LoRe, train_together
 
 FACTORS = (1, 2, 5, 10)
@@ -36,19 +37,19 @@ BYTES = {"bfloat16": 2, "float32": 4}
 
 
 def main(
-    users: int = 200,
-    pairs: int = 20,
-    rank: int = 4,
-    features: int = 512,
-    steps: int = 11,
+    users: PositiveInt = 200,
+    pairs: PositiveInt = 20,
+    rank: PositiveInt = 4,
+    features: PositiveInt = 512,
+    steps: PositiveInt = 11,
     device: str = "cpu",
     out: Path = OUT,
     million: bool = False,
-    target: tuple[int, ...] = (1_000_000, 50, 4096, 5),
-    gigabytes: float = 2.0,
+    target: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt] = (1_000_000, 50, 4096, 5),
+    gigabytes: PositiveFloat = 2.0,
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
-    device_gigabytes: float = 80.0,
-    seed: int = 0,
+    device_gigabytes: PositiveFloat = 80.0,
+    seed: SeedNumber = 0,
 ) -> None:
     """Print seconds of an iteration of the joint estimator while one size at a time grows tenfold.
 

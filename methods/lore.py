@@ -18,7 +18,7 @@ from files import require
 from methods.base import Fitted, Task
 from methods.posterior import Prior
 from methods.validation import hold_out, shared_prompts
-from settings import OptimizerChoice
+from settings import NonNegativeFloat, NonNegativeInt, OptimizerChoice, PositiveInt, Rate
 from training import Checkpoint
 from utils import (
     TEMPERATURE,
@@ -59,14 +59,14 @@ class Lore:
             comparisons, held out for that; test comparisons never choose anything.
     """
 
-    ranks: tuple[int, ...] = (5,)
-    alpha: tuple[float, ...] = (0.0,)
-    shrinkage: tuple[float, ...] = (0.0,)
+    ranks: tuple[NonNegativeInt, ...] = (5,)
+    alpha: tuple[NonNegativeFloat, ...] = (0.0,)
+    shrinkage: tuple[NonNegativeFloat, ...] = (0.0,)
     estimator: Literal["lore", "lore_regularized"] = "lore"
-    iterations: int | None = None
-    learning_rate: float = 0.5
-    few_shot_iterations: int = 500
-    few_shot_learning_rate: float | None = None
+    iterations: PositiveInt | None = None
+    learning_rate: Rate = 0.5
+    few_shot_iterations: PositiveInt = 500
+    few_shot_learning_rate: Rate | None = None
     optimizer: OptimizerChoice | None = None
     select_rank: bool = False
 

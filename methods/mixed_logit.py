@@ -28,6 +28,7 @@ from methods.posterior import Prior
 from methods.ridge_bt import fit_shared
 from methods.search import Candidate, Search
 from methods.validation import Validation
+from settings import PositiveFloat, PositiveInt
 
 log = logging.getLogger(__name__)
 
@@ -45,11 +46,11 @@ class MixedLogit:
         mixtures: numbers of components of the tastes' distribution to choose from.
     """
 
-    rank: int = 8
-    l_mu: float | None = None
-    l_B: float | None = None
+    rank: PositiveInt = 8
+    l_mu: PositiveFloat | None = None
+    l_B: PositiveFloat | None = None
     whitened: bool | None = None
-    mixtures: tuple[int, ...] = (1, 4, 10)
+    mixtures: tuple[PositiveInt, ...] = (1, 4, 10)
 
     def fit(self, task: Task) -> list[Fitted]:
         """Choose what is free, then fit all training comparisons."""

@@ -36,6 +36,7 @@ from methods.networks import (
     solve_weights,
     where_known,
 )
+from settings import NonNegativeInt, PositiveInt
 
 RIDGES = (0.0, 1.0)  # pull of new users' logits towards the seen users' mean
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "identity": nn.Identity}
@@ -60,10 +61,10 @@ class MLP:
     """
 
     setting: Literal["faithful", "converged"] = "converged"
-    ranks: tuple[int, ...] = (5, 2, 10)
-    hidden: int = 128
+    ranks: tuple[PositiveInt, ...] = (5, 2, 10)
+    hidden: PositiveInt = 128
     activation: Literal["gelu", "relu", "identity"] = "gelu"
-    epochs: int = 0
+    epochs: NonNegativeInt = 0
 
     def fit(self, task: Task) -> list[Fitted]:
         """Learn both layers and the weights from the task's training comparisons.

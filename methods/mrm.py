@@ -27,6 +27,7 @@ from methods.linear import (
     thinned,
 )
 from methods.ridge_bt import fit_shared, inverse_curvature
+from settings import PositiveFloat, PositiveInt, Rate
 
 K = 2
 SCALE = 0.01  # of embeddings
@@ -150,10 +151,10 @@ class MRM:
     """
 
     setting: Literal["faithful", "converged"] = "converged"
-    rate: float = 1e-3
-    inner_rate: float = 1e-3
-    inner_steps: int = 5
-    ridges: tuple[float, ...] = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03)
+    rate: Rate = 1e-3
+    inner_rate: Rate = 1e-3
+    inner_steps: PositiveInt = 5
+    ridges: tuple[PositiveFloat, ...] = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03)
 
     def fit(self, task: Task) -> list[Fitted]:
         """Choose the ridge, then fit all training comparisons; or as published."""

@@ -38,6 +38,7 @@ from methods.networks import (
     where_known,
 )
 from methods.validation import hold_out, shared_prompts
+from settings import NonNegativeInt, PositiveInt
 
 RIDGES = (0.0, 1.0)  # pull of new users' logits towards the seen users' mean
 NEW_USER_RATE, NEW_USER_EPOCHS = 5e-3, 20  # published
@@ -64,11 +65,11 @@ class PAL:
     """
 
     setting: Literal["faithful", "converged"] = "converged"
-    prototypes: tuple[int, ...] = (2, 5, 10)
-    width: int = 0
-    layers: int = 2
+    prototypes: tuple[PositiveInt, ...] = (2, 5, 10)
+    width: NonNegativeInt = 0
+    layers: PositiveInt = 2
     squared: bool = False
-    epochs: int = 0
+    epochs: NonNegativeInt = 0
 
     def fit(self, task: Task) -> list[Fitted]:
         """Learn f, prototypes and weights from the task's training comparisons.

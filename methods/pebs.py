@@ -24,6 +24,7 @@ from methods.linear import (
 )
 from methods.ridge_bt import fit_shared
 from methods.validation import hold_out
+from settings import PositiveFloat
 
 FOLDS = 5  # of each user's dialogues, for rewards that have not seen what they are judged on
 LEAST = 0.01  # of the prior's mean: no slope is below, so that none reverses a preference
@@ -132,7 +133,7 @@ class PEBS:
     """
 
     setting: Literal["faithful", "converged"] = "converged"
-    strengths: tuple[float, ...] = (100.0, 10.0, 1.0, 0.3, 0.1, 0.01)
+    strengths: tuple[PositiveFloat, ...] = (100.0, 10.0, 1.0, 0.3, 0.1, 0.01)
 
     def fit(self, task: Task) -> list[Fitted]:
         """Choose the ridge, then fit the reward and every user's slope."""

@@ -28,6 +28,7 @@ from methods.linear import (
     solve_users,
     thinned,
 )
+from settings import PositiveFloat, PositiveInt
 
 NORM_PENALTY = 0.02  # per comparison, on the length of x' A
 STEPS, BATCH, RATE = 500, 64, 1e-3  # published SGD over comparisons
@@ -107,9 +108,9 @@ class PReF:
         ridges: of loadings and weights, from the strongest on; chosen on validation if several.
     """
 
-    rank: int = 5
+    rank: PositiveInt = 5
     setting: Literal["faithful", "converged"] = "converged"
-    ridges: tuple[float, ...] = (8.0, 4.0, 2.0, 1.0, 0.3, 0.1)
+    ridges: tuple[PositiveFloat, ...] = (8.0, 4.0, 2.0, 1.0, 0.3, 0.1)
 
     def fit(self, task: Task) -> list[Fitted]:
         """Choose the ridge, then fit all training comparisons; or the published training."""

@@ -30,6 +30,7 @@ from methods.linear import (
 )
 from methods.ridge_bt import fit_shared
 from methods.validation import hold_out
+from settings import PositiveFloat, PositiveInt
 
 RATE, STEPS, PATIENCE, LEAST = 1e-4, 3000, 100, 1e-5  # published training, as tuned
 POPULATION, DEVIATION = 0.01, 10.0  # published strengths, of means
@@ -140,9 +141,9 @@ class RBD:
             several.
     """
 
-    rank: int = 8
+    rank: PositiveInt = 8
     setting: Literal["faithful", "converged"] = "converged"
-    strengths: tuple[tuple[float, float], ...] = (
+    strengths: tuple[tuple[PositiveFloat, PositiveFloat], ...] = (
         (10.0, 100.0), (1.0, 100.0), (1.0, 10.0), (0.1, 10.0), (0.1, 1.0), (0.01, 0.1),
     )  # fmt: skip
 

@@ -20,6 +20,7 @@ from methods.base import Fitted, Task, View
 from methods.geometry import Geometry, measure, total
 from methods.lbfgs import Minimum, minimise
 from methods.validation import Scores, Validation
+from settings import PositiveFloat
 
 log = logging.getLogger(__name__)
 
@@ -170,7 +171,7 @@ class RidgeBT:
         strength: Of the prior; chosen by log loss on validation if None.
     """
 
-    strength: float | None = None
+    strength: PositiveFloat | None = None
 
     def fit(self, task: Task) -> list[Fitted]:
         """Choose the strength, then fit all training comparisons."""

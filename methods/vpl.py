@@ -37,6 +37,7 @@ from methods.networks import (
 )
 from methods.validation import HeldOut, hold_out
 from methods.vpl_network import Groups, Net, divergence, on_sphere
+from settings import Latent, NonNegativeFloat, NonNegativeInt
 
 ACTIVE = 0.005  # variance over users from which a unit of the latent is active
 CYCLE = 10_000  # steps of the published cyclical weight of the KL term
@@ -63,10 +64,10 @@ class VPL:
     """
 
     setting: Literal["faithful", "converged"] = "converged"
-    betas: tuple[float, ...] = (3e-6, 1e-4, 1e-2)
-    hidden: int = 0
-    latent: int = -1
-    epochs: int = 0
+    betas: tuple[NonNegativeFloat, ...] = (3e-6, 1e-4, 1e-2)
+    hidden: NonNegativeInt = 0
+    latent: Latent = -1
+    epochs: NonNegativeInt = 0
 
     def fit(self, task: Task) -> list[Fitted]:
         """Learn encoder and decoder from the task's training comparisons.

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
+import typing
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 import running
+from files import InputError
+from flags import Flags
 from running import Outcome
-from test_scripts import SCRIPTS, parser_of
+from test_scripts import SCRIPTS, Parsed, parser_of
 
 TRAIN = "PRISM/train_basis.py"
 
@@ -22,6 +27,191 @@ def assert_refused(outcome: Outcome, *words: str) -> None:
     assert outcome.out == ""
     for word in words:
         assert word in outcome.err
+
+
+# --------------------------------------------------------------------------- Values
+
+# What ended in a traceback, or was taken without a word, and the flag that the line must name.
+REFUSED = {
+    TRAIN: """
+        --iterations 0 | --iterations -5 | --iterations 1.5 | --iterations true | --iterations 1e400
+        --iterations 100000000000000000000 | --few-shot-iterations 0 | --few-shot-iterations -1
+        --learning-rate 0 | --learning-rate -1 | --learning-rate .nan | --learning-rate 1e40
+        --few-shot-learning-rate -1 | --few-shot-learning-rate .nan | --few-shot-learning-rate inf
+        --alpha [.inf] | --alpha -1 | --alpha nan | --alpha 1e30 | --alpha [] | --alpha 0 0.0
+        --shrinkage [] | --shrinkage -1 | --shrinkage 1 nan | --shrinkage 2 2
+        --ranks -1 | --ranks 2 2 | --ranks [] | --ranks 1 x | --ranks 1.5 | --ranks
+        --seeds -1 | --seeds 0 0 0 | --seeds [] | --seeds 1180591620717411303424 | --seeds true
+        --checkpoint-every -1 | --checkpoint-every x | --methods [] | --methods lore lore
+        --methods lore2 | --reference heads | --estimator sgd
+        --stream maybe | --results= | --data= | --mlp.ranks 0 | --mlp.hidden 0 | --pal.layers 0
+        --mixed-logit.rank 0 | --mixed-logit.mixtures 0 | --mixed-logit.l-mu -1 | --vpl.latent -2
+        --vpl.betas -1 | --vpl.epochs -1 | --ridge-bt.strength 0 | --pebs.strengths 1 1
+        --pref.ridges nan | --rbd.strengths [[1,0]] | --rbd.strengths 1 2 | --mrm.inner-steps 0
+        --optimizer torch.optim.SparseAdam | --optimizer torch.optim.Optimizer
+        --optimizer torch.optim.AdamW --optimizer.lr -1 | --optimizer torch.optim.Adagrad2
+        --optimizer torch.optim.SGD --optimizer.lr .nan | --optimizer.lr 0.1 | --iterations 3 4
+        --optimizer torch.optim.SGD --optimizer.momentum [1,"x"] | --optimizer torch
+        --name ../../../evil | --name /tmp/evil | --name . | --name .. | --name= | --name a/../b
+        --name a\\b | --run ../evil | --run .hidden
+        """,
+    "PRISM/vary_fewshot.py": """
+        --shots [] | --shots -1 | --shots 1 1 | --shots 0.5 | --trials 0 | --trials -1
+        --iterations -1 | --seeds 0 0
+        """,
+    "PersonalLLM/train_basis.py": """
+        --users 0 | --users -1 | --unseen-users 0 | --unseen-users -2 | --pairs-per-user -1
+        --pairs-per-user 0 | --few-shot-pairs -1 | --dirichlet-alpha 0 | --dirichlet-alpha -1
+        --dirichlet-alpha nan | --dirichlet-alpha inf
+        """,
+    "PersonalLLM/vary_fewshot.py": "--users 0 | --shots [] | --pairs-per-user -1 | --trials 0",
+    "RedditTLDR/train_basis.py": """
+        --seen-fraction .nan | --seen-fraction 0 | --seen-fraction 1 | --seen-fraction -1
+        --pairs-per-user -1 | --few-shot-pairs 0
+        """,
+    "RedditTLDR/prepare.py": """
+        --min-annotations 0 | --source= | --out= | --device abacus | --shard 0/3 | --max-length 0
+        --batch-tokens -1 | --shard-size 0 | --dtype float7 | --padding middle
+        """,
+    "PRISM/prepare.py": "--min-dialogues -1 | --seen-fraction 1.5 | --seed -1 | --rejected some",
+    "PersonalLLM/demo_world.py": "--train-prompts 0 | --test-prompts -1 | --head-prompts 0",
+    "PRISM/eval_rb2.py": "--limit -1 | --top-k 0 | --batch-size 0 | --max-length -1",
+    "tools/rank_responses.py": """
+        --num-iterations 0 | --num-iterations -1 | --learning-rate -1 | --learning-rate nan
+        --seed -1
+        """,
+    "tools/ukpconvarg.py": "--min-judgments 0 | --seed x",
+    "reports.py": "--ranks -1 | --ranks 2 2",
+}
+CASES = [
+    (script, words.strip())
+    for script, lines in REFUSED.items()
+    for line in lines.strip().splitlines()
+    for words in line.split("|")
+]
+
+
+@pytest.mark.parametrize(("script", "words"), CASES)
+def test_a_senseless_value_is_refused_by_its_flag(tmp_path, monkeypatch, script, words):
+    monkeypatch.chdir(tmp_path)
+    outcome = running.invoke(script, {}, *words.split())
+    flag = words.split()[0].split("=")[0].removesuffix(".lr").replace("--run", "--name")
+    assert_refused(outcome, f"error: {flag}")
+    assert not list(tmp_path.iterdir())
+
+
+@functools.cache
+def flags_of(script: str) -> Flags:
+    """The flags that a script takes."""
+    made = []
+
+    def remember(flags: Flags, *_: object) -> None:
+        made.append(flags)
+        raise Parsed
+
+    with mock.patch.object(Flags, "read", remember), pytest.raises(Parsed):
+        running.invoke(script, {})
+    return made[0]
+
+
+def numbers(hint: object) -> set[type]:
+    """The types of numbers within a type."""
+    if isinstance(hint, type) and issubclass(hint, int | float) and hint is not bool:
+        return {hint}
+    return set().union(*map(numbers, typing.get_args(hint)))
+
+
+def filled(hint: object, value: str) -> str:
+    """A value of a flag in the form that its type has, each number being the value."""
+    parts = [part for part in typing.get_args(hint) if part is not Ellipsis]
+    if typing.get_origin(hint) is tuple:
+        return f"[{','.join(filled(part, value) for part in parts)}]"
+    return value
+
+
+def test_every_number_of_every_script_has_a_range():
+    tried = set()
+    for script in SCRIPTS:
+        flags = flags_of(script)
+        for name, hint in flags.types.items():
+            for kind in numbers(hint) if (name, hint) not in tried else ():
+                assert kind not in (int, float), (script, name)
+                for value in ("nan", "-1e300"):
+                    with pytest.raises(InputError) as error:
+                        flags.read([f"--{name}", filled(hint, value)])
+                    assert str(error.value).startswith(flags.flag(name))
+                    assert kind.__name__ in str(error.value) and "\n" not in str(error.value)
+            tried.add((name, hint))
+    assert len(tried) > 100
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_says_what_a_number_may_be(script):
+    text = " ".join(running.invoke(script, {}, "--help").out.split())
+    kinds = set().union(*map(numbers, flags_of(script).types.values()))
+    assert [kind.__name__ for kind in kinds if kind.__name__ not in text] == []
+
+
+def test_values_are_pythons_own():
+    words = ["--ranks", "1", "2", "--alpha", "1e3", "--seeds", "4", "--checkpoint-every", "7"]
+    read = flags_of(TRAIN).read([*words, "--name", "x", "--rbd.strengths", "[[1,2]]"])
+    lore = read["lore"]
+    values = [*lore.ranks, *read["seeds"], read["checkpoint_every"], *lore.alpha]
+    values += [read["name"], *read["rbd"].strengths[0]]
+    assert values == [1, 2, 4, 7, 1e3, "x", 1.0, 2.0]
+    assert [type(value) for value in values] == [int] * 4 + [float, str, float, float]
+
+
+# ----------------------------------------------------------------------------- Names
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("--rank 3", "there is no flag --rank; is it --ranks?"),
+        ("--seed 3", "there is no flag --seed; is it --seeds?"),
+        ("--lore.rank 3", "there is no flag --lore.rank; is it --"),
+        ("--iter=3", "there is no flag --iter; is it --iterations?"),
+        ("--optimizers x", "there is no flag --optimizers; is it --optimizer?"),
+        ("--xyzzy", "there is no flag --xyzzy; see --help"),
+        ("stray --seeds 1", "stray: no flag stands before it"),
+    ],
+)
+def test_flags_are_not_abbreviated(words, line):
+    assert_refused(running.invoke(TRAIN, {}, *words.split()), line)
+
+
+def test_a_flag_of_lore_is_the_same_with_its_group_and_without():
+    flags = flags_of(TRAIN)
+    assert flags.read(["--ranks", "3"]) == flags.read(["--lore.ranks", "3"])
+
+
+CONFIGS = {
+    "settings: 3": "there is no flag --settings",
+    "rank: 3": "there is no flag --rank; is it --ranks?",
+    "lore: {rank: 3}": "there is no flag --lore.rank",
+    "lore: 3": "lore has settings, not a value",
+    "lore: {alpha: [.inf]}": "error: --alpha [Infinity]: a number from 0 to 1e12 is expected",
+    "seeds: [0, 0]": "error: --seeds: 0 stands there twice",
+    "seeds: []": "error: --seeds: at least one value is needed",
+    "seeds: {a: 1}": "error: --seeds",
+    "[1, 2]": "settings with names are expected",
+    "a: b: c": "not readable as YAML",
+    "[" * 500: "not readable as YAML",
+    "name: ../evil": "error: --name ../evil: a name is expected, not a path",
+}
+
+
+@pytest.mark.parametrize("text", CONFIGS)
+def test_a_config_file_is_held_to_the_same(tmp_path, text):
+    (tmp_path / "c.yaml").write_text(text)
+    assert_refused(running.invoke(TRAIN, {"config": tmp_path / "c.yaml"}), CONFIGS[text])
+
+
+def test_a_config_file_that_is_none_is_refused(tmp_path):
+    (tmp_path / "bytes").write_bytes(bytes(range(256)))
+    for file, said in {"bytes": "YAML", "nothing": "No such file", ".": "Is a directory"}.items():
+        assert_refused(running.invoke(TRAIN, {"config": tmp_path / file}), "--config", said)
 
 
 # ------------------------------------------------------------------- Code execution

@@ -27,7 +27,7 @@ from interview.taste import load_taste
 from interview.terminal import Terminal
 from ranking import as_text, read_drafts
 from reward_model import model_of_basis
-from settings import NonNegativeInt, Seed
+from settings import NonNegativeFloat, NonNegativeInt, Port, SeedNumber
 
 
 def main(
@@ -38,17 +38,17 @@ def main(
     profile: Path | None = None,
     user: str = "",
     columns: Columns = USUAL,
-    tolerance: float = 0.5,
+    tolerance: NonNegativeFloat = 0.5,
     most: NonNegativeInt = 0,
     page: bool = False,
-    port: int = 0,
+    port: Port = 0,
     embeddings: Path | None = None,
     model: str | None = None,
     tokenizer: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     any_model: bool = False,
-    seed: Seed = 0,
+    seed: SeedNumber = 0,
     **embedding: Any,
 ) -> None:
     """Ask a person which of two responses is better, and learn what the person likes.

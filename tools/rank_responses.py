@@ -21,6 +21,7 @@ from cli import cli
 from files import require, write_text, write_whole
 from ranking import as_text, directed_rewards, fit_user, rank, read_drafts, read_liked
 from reward_model import model_of_basis
+from settings import PositiveInt, Rate, SeedNumber
 
 
 def main(
@@ -34,9 +35,9 @@ def main(
     revision: str | None = None,
     trust_remote_code: bool = False,
     any_model: bool = False,
-    num_iterations: int = 500,
-    learning_rate: float = 0.1,
-    seed: int = 0,
+    num_iterations: PositiveInt = 500,
+    learning_rate: Rate = 0.1,
+    seed: SeedNumber = 0,
     **embedding: Any,
 ) -> None:
     """Learn a new user's weights with the basis frozen, and rank candidates by the user's reward.

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cli import cli
 from files import InputError, digest, require, write_whole
 from preparing import Funnel, draw
+from settings import PositiveInt, SeedNumber
 
 HERE = Path(__file__).resolve().parent
 ANSWERS = {"a1": 0, "a2": 1, "equal": None}
@@ -49,8 +50,8 @@ class Judgment(NamedTuple):
 def main(
     source: Path,
     out: Path = HERE.parent / "RedditTLDR" / "data-ukp" / "raw",
-    min_judgments: int = 50,
-    seed: int = 0,
+    min_judgments: PositiveInt = 50,
+    seed: SeedNumber = 0,
 ) -> None:
     """Write the decided judgments of the workers with many, half of the pairs on either side.
 
