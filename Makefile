@@ -2,6 +2,7 @@
 #
 #   PYTHON=python3.12            the interpreter that .venv is made with
 #   TORCH="torch --index-url ..."  another build of PyTorch, for example for a GPU
+#   COMPARE="--only prism --repeats 2"  flags of make compare
 #   VENV=path/of/an/environment  use that one as it is; nothing is installed
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -16,7 +17,7 @@ PY := $(abspath $(VENV))/bin/python
 DEMO := --data data/demo --users 100 --unseen-users 60
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint demo bench
+.PHONY: help test lint demo bench compare
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | sed 's/^/make /'
@@ -38,6 +39,9 @@ demo: $(READY)  ## the whole pipeline of PersonalLLM on a small made world, offl
 
 bench: $(READY)  ## how fast it is, against plain loops in the same run
 	$(PY) benchmarks/all.py
+
+compare: $(READY)  ## fit every method on every dataset that is prepared; tables and a figure
+	OMP_NUM_THREADS=1 $(PY) benchmarks/compare.py $(COMPARE)
 
 # PyTorch comes first, so that an environment that has its own build keeps it.
 .venv/.installed: requirements.txt requirements-dev.txt

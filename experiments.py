@@ -135,6 +135,25 @@ def vary_fewshot(tasks: Tasks, settings: Settings, shots: Sequence[int], trials:
     return _carry_out(run, tasks, settings, tuple(shots), judge)
 
 
+def both(tasks: Tasks, settings: Settings, shots: Sequence[int], trials: int) -> str:
+    """Fit every method once and judge it as both experiments do; the run is a ``train_basis``.
+
+    Args:
+        tasks, settings, shots, trials: as above.
+    """
+    require(processes()[1] == 1, "shots are varied in one process: start it without torchrun")
+    drawn: dict[int, Shots] = {}
+
+    def judge(fit: Fitted, task: Task) -> list[dict[str, Any]]:
+        if task.seed not in drawn:
+            drawn[task.seed] = draw_shots(task.few, shots, trials, task.seed)
+        own = fit.adapt(fit.view(task.few), task.few, task.seed)
+        return [*evaluate(fit, task, own), *sweep(fit, task, drawn[task.seed])]
+
+    run = _start("train_basis", tasks, settings, {"shots": list(shots), "trials": trials})
+    return _carry_out(run, tasks, settings, tuple(shots), judge)
+
+
 def _start(script: str, tasks: Tasks, settings: Settings, about: dict[str, Any]) -> Run:
     settings.asked()  # refuses what there is not before anything is made, as the next line does
     pick_device(settings.device)
@@ -163,13 +182,14 @@ def _carry_out(
         about = _about(tasks, task) if here[0] == 0 else {}
         for name in names:
             task.state = run.folder / f"state-seed{seed}-{name}"
-            start = time.perf_counter()
+            start, busy = time.perf_counter(), time.process_time()
             fits = methods[name].fit(task)
-            seconds = time.perf_counter() - start
+            seconds, busy = time.perf_counter() - start, time.process_time() - busy
             if here[0] == 0:
                 records = [record for fit in fits for record in judge(fit, task)]
                 done = {
                     "settings": methods[name], "seconds": round(seconds, 3),
+                    "processor_seconds": round(busy, 3),
                     "fits": [_describe(fit, task, tasks) for fit in fits], "records": records,
                 }  # fmt: skip
                 run.add(seed, about, name, done, list(methods))

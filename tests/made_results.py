@@ -83,7 +83,8 @@ def results(
 def _repeat(seed: int, labels: Made, users: int, sweep: bool, noise: float) -> Made:
     figures, methods = Figures(users, noise, seed), {}
     for label, (method, personal, settings, means) in labels.items():
-        part = methods.setdefault(method, {"settings": {}, "seconds": 1.5, "parameters": 10,
+        part = methods.setdefault(method, {"settings": {}, "seconds": 1.5,
+                                           "processor_seconds": 1.5, "parameters": 10,
                                            "tried": 1, "fits": [], "records": []})  # fmt: skip
         part["fits"].append(fit(label, personal, **settings))
         controls = CONTROLS if personal and label != "own model" else {}

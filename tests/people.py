@@ -114,7 +114,7 @@ def repeats(folder: Path) -> list[dict[str, Any]]:
     seeds = saved(folder)["seeds"]
     for part in seeds:
         for method in part["methods"].values():
-            del method["seconds"]
+            del method["seconds"], method["processor_seconds"]
     return seeds
 
 

@@ -1,0 +1,121 @@
+"""The comparison: tables from runs whose truth is known, draws of its data, a whole small one."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+import made_results as made
+import splits
+from files import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+import compare
+import comparison_data
+from comparison_data import WORLDS, choose, plant
+
+CPU = torch.device("cpu")
+NONE = {name: Path("nowhere") for name in ("ukp", "prism", "demo")}
+PRISM = next(world for world in WORLDS if world.name == "prism")
+
+
+def cells(text: str, row: str) -> dict[str, str]:
+    """The cells of a row of a Markdown table, by column, of all tables that have the row."""
+    found, head = {}, []
+    for line in text.splitlines():
+        parts = [part.strip() for part in line.strip("| ").split("|")]
+        if line.startswith("| ") and line.count("|") > 3 and parts[0] != row:
+            head = head if line.split("|")[1].strip() else parts
+        elif line.startswith("| "):
+            found |= dict(zip(head, parts[1:], strict=True))
+    return found
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """A finished run in which LoRe's accuracy of seen users is eight points above BT's."""
+    parts, sweep = made.results(seeds=2), made.results(seeds=2, sweep=True)
+    for whole, more in zip(parts["seeds"], sweep["seeds"], strict=True):
+        for method, part in whole["methods"].items():
+            part["records"] += more["methods"][method]["records"]
+            part["fits"][0] |= {"parameters": 1234, "tried": [{}] * 6}
+    made.write(parts, tmp_path / "Toy" / "compare-prism")
+    return tmp_path
+
+
+def test_tables_say_what_the_runs_hold(finished):
+    compare.main(**NONE, tables_only=True, results=finished, out=finished)
+    text = (finished / "comparison.md").read_text()
+    bt, lore = cells(text, "BT"), cells(text, "LoRe K=5")
+    assert 66 < float(bt["seen"]) < 74
+    mean, gain = lore["seen"].split()[:2]
+    assert float(mean) == pytest.approx(float(bt["seen"]) + float(gain.strip("(+")), abs=0.11)
+    assert float(gain.strip("(+")) == pytest.approx(8, abs=1)
+    assert lore["seen"].split("[")[1].startswith(("7.", "8."))  # no zero in the interval
+    assert lore["repeats"] == "2"
+    assert (bt["parameters"], bt["tried"], bt["processor s"]) == ("1,234", "6", "1.5")
+    assert float(lore["another's state"].split()[1].strip("(+")) == pytest.approx(12, abs=1)
+    assert (finished / "comparison.svg").stat().st_size < 300_000
+
+
+def test_what_is_not_there_is_left_out_with_a_line(finished, caplog):
+    with caplog.at_level("INFO"):
+        compare.main(**NONE, results=finished, out=finished)
+    assert "ukp left out: --ukp nowhere is not there" in caplog.text
+    with pytest.raises(InputError, match="nothing to compare"):
+        compare.main(**NONE, only=("ukp",), results=finished, out=finished)
+
+
+def test_planted_tastes_have_the_spread_asked_for():
+    g = torch.Generator().manual_seed(0)
+    table = torch.randn(300, 30, generator=g) * torch.linspace(1, 9, 30)
+    alike = plant(table, 0.0, 5, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(alike, alike[:1].expand(5, -1))
+    apart = (alike[0, :150] - alike[0, 150:]).std()
+    assert apart == pytest.approx(comparison_data.SHARED, rel=0.15)
+    rewards = plant(table, 3.0, 2000, torch.Generator().manual_seed(1))
+    own = rewards - rewards.mean(0)
+    assert (own[:, :150] - own[:, 150:]).std() == pytest.approx(3.0, rel=0.15)
+
+
+def test_planted_choices_are_as_likely_as_a_logit_says():
+    rows = torch.arange(40).view(10, 4)
+    rewards = (torch.arange(40) % 4 * 0.5).expand(300, -1)
+    chosen, rejected = choose(rewards, rows, 40, torch.Generator().manual_seed(0))
+    assert (chosen // 4 == rejected // 4).all() and (chosen != rejected).all()
+    one = ((chosen - rejected).abs() == 2).nonzero()[:, 0]
+    won = (chosen > rejected)[one].double().mean()
+    assert won == pytest.approx(torch.tensor(1.0).sigmoid().item(), abs=0.02)
+
+
+def test_a_redrawn_prism_is_what_prepare_draws_with_that_seed(dataset):
+    data = dataset("PRISM").data
+    drawn, given = comparison_data.redrawn(data).draw(0, CPU), splits.given_split(data).draw(0, CPU)
+    other = comparison_data.redrawn(data).draw(1, CPU)
+    for ours, theirs in zip(drawn, given, strict=True):
+        assert ours.names == theirs.names
+        pd.testing.assert_series_equal(ends(ours), ends(theirs))
+    assert drawn.train.names != other.train.names
+
+
+def ends(comparisons: object) -> pd.Series:
+    """Rows of the responses chosen, in order of users."""
+    return pd.Series(comparisons.features.chosen.tolist())
+
+
+def test_one_command_fits_what_is_missing_and_compares(dataset, tmp_path):
+    given = {**NONE, "prism": dataset("PRISM").data, "only": ("prism",), "results": tmp_path}
+    given |= {"out": tmp_path, "repeats": 1, "methods": ("ridge_bt",)}
+    compare.main(**given)
+    first = (tmp_path / "PRISM" / "compare-prism" / "results.json").read_text()
+    compare.main(**given, faithful=("pebs",))
+    assert (tmp_path / "PRISM" / "compare-prism" / "results.json").read_text() == first
+    text = (tmp_path / "comparison.md").read_text()
+    for label in ("reference", "BT", "own model", "Ridge BT", "PEBS faithful"):
+        row = cells(text, label)
+        assert row["seen"] and row["2 shots"] and row["repeats"] == "1"
