@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +22,33 @@ from files import InputError, require, write_whole
 log = logging.getLogger(__name__)
 
 TENSORS = {"V", "W", "reference", "W_unseen"}
+
+
+class Learned(Protocol):
+    """What a run's file says of users' rewards, whichever method wrote it.
+
+    Attributes:
+        settings: those of the fit and whatever else the run recorded, such as the model.
+        method: what learned it, in words.
+        use: how a user's reward is made of the columns, in words.
+    """
+
+    settings: dict[str, Any]
+    method: str
+    use: str
+
+    @property
+    def names(self) -> list[str]:
+        """Users who can be asked for."""
+        ...
+
+    def columns(self) -> dict[str, Tensor]:
+        """Directions [F] that users' rewards are made of, by name; logits times 100."""
+        ...
+
+    def direction(self, user: str | None = None, flag: str = "user") -> Tensor:
+        """A user's reward [F], or that of the average user; logits times 100."""
+        ...
 
 
 @dataclass
@@ -46,6 +73,8 @@ class Basis:
     users_unseen: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     losses: Tensor = field(default_factory=lambda: torch.empty(0))
+    method = "LoRe (low-rank reward modelling, https://arxiv.org/abs/2504.14439)"
+    use = "A user's reward is `rewards @ w` with the user's weights w >= 0, which add up to one."
 
     @property
     def names(self) -> list[str]:
@@ -65,15 +94,28 @@ class Basis:
         named = dict(zip(self.users, self.W, strict=True)) if self.users else {}
         if self.users_unseen:
             named |= zip(self.users_unseen, self.W_unseen, strict=True)
-        if user not in named:
-            some = f"{len(named)} users, such as {', '.join(list(named)[:3])}"
-            known = f"{some} (--list-users true lists them)" if named else "no names of users"
-            raise InputError(f"{flag} {user} is not in the basis, which has {known}")
-        return named[user]
+        return look_up(named, user, flag)
+
+    def columns(self) -> dict[str, Tensor]:
+        """The columns of V [F], by name."""
+        return {f"basis {k}": column for k, column in enumerate(self.V.T, start=1)}
 
     def direction(self, user: str | None = None, flag: str = "user") -> Tensor:
         """A user's reward direction V w [F]; None gives that of the seen users' mean weights."""
         return self.V @ (self.W.mean(0) if user is None else self.weights_of(user, flag))
+
+
+def look_up(named: Mapping[str, Tensor], user: str, flag: str = "user") -> Tensor:
+    """What is known of a user.
+
+    Raises:
+        InputError: nothing is.
+    """
+    if user not in named:
+        some = f"{len(named)} users, such as {', '.join(list(named)[:3])}"
+        known = f"{some} (--list-users true lists them)" if named else "no names of users"
+        raise InputError(f"{flag} {user} is not in the basis, which has {known}")
+    return named[user]
 
 
 def save_basis(path: str | Path, basis: Basis) -> None:

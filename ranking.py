@@ -185,7 +185,9 @@ def rank(conversations: list[Conversation], rewards: Tensor) -> pd.DataFrame:
 
 
 def as_text(ranking: pd.DataFrame) -> str:
-    """A ranking as a terminal shows it: logits, and P that a response is preferred to the next."""
-    shown = ranking[["prompt", "place", "logit", "p_over_next", "response"]]
-    shown = shown.rename(columns={"logit": "reward", "p_over_next": "P"})
+    """A ranking as a terminal shows it: logits, with standard deviations where they are known, and
+    P that a response is preferred to the next."""
+    names = {"logit": "reward", "deviation": "sd", "p_over_next": "P"}
+    kept = [name for name in ("prompt", "place", *names, "response") if name in ranking]
+    shown = ranking[kept].rename(columns=names)
     return shown.to_string(index=False, max_colwidth=60, float_format="%.3f", na_rep="")

@@ -23,10 +23,11 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from basis import Basis, load_basis
+from basis import Learned
 from cli import ROOT, cli
 from embeddings import Store, embed
 from files import InputError, digest, require, write_text, write_whole
+from methods.learned import load_learned
 from passes import Tokens
 from PRISM.rewardbench2 import (
     Head,
@@ -89,7 +90,8 @@ def main(
         split: split of the hub dataset.
         subset: subsets to keep, such as Focus "Precise IF"; all when empty.
         limit: keep the first rows, so many; 0 keeps all.
-        basis: basis file of a run: its columns, its average user and its users are scored.
+        basis: basis file of a run, or mixed_logit file: its columns, its average user and its users
+            are scored.
         users: names of users of the basis to score, each with their own weights.
         list_users: print the names of the basis' users and do nothing else.
         rm_head: file with reward heads, .npy, .pt or .safetensors, of shape (F,), (F, 1), (F, B) or
@@ -111,7 +113,7 @@ def main(
         verbose_failures: show the worst failures of the last reward above the baseline's row.
         top_k: how many failures to show.
     """
-    learned = load_basis(basis) if basis else None
+    learned = load_learned(basis) if basis else None
     if list_users:
         require(learned is not None, "--list-users lists the users of a basis: give --basis")
         print("\n".join(learned.names))
@@ -147,7 +149,7 @@ def asked_heads(
     rm_head: str | None,
     head_key: str | None,
     head_bias: str | None,
-    basis: Basis | None,
+    basis: Learned | None,
     users: Sequence[str],
 ) -> dict[str, Head]:
     """Heads of the head file and of the basis, whichever are given."""
@@ -159,14 +161,14 @@ def asked_heads(
     return {**from_file, **(basis_heads(basis, users) if basis else {})}
 
 
-def basis_heads(basis: Basis, users: Sequence[str]) -> dict[str, Head]:
-    """Heads of a basis: its columns, its average user V mean(w), and V w of the users asked for.
+def basis_heads(basis: Learned, users: Sequence[str]) -> dict[str, Head]:
+    """Heads of a basis or a mixed logit: its columns, its average user, and the users asked for.
 
     Raises:
         InputError: a user whom the basis does not know.
     """
     return {
-        **{f"basis {k}": Head(column) for k, column in enumerate(basis.V.T, start=1)},
+        **{name: Head(column) for name, column in basis.columns().items()},
         "average user": Head(basis.direction()),
         **{f"user {name}": Head(basis.direction(name, "--users")) for name in users},
     }

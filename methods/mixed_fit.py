@@ -15,11 +15,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from basis import look_up
 from comparisons import Comparisons, Users
 from files import InputError, first_line, require, write_whole
 from methods.base import Fitted, View
 from methods.posterior import Evidence, Prior, moments, posterior_states, predict
 from methods.ridge_bt import precision
+from utils import TEMPERATURE
 
 FORMAT = "mixed-logit 1"
 
@@ -125,7 +127,11 @@ class Saved:
         fit: as it was fitted.
         new: states of the new users [U', S].
         facts: dataset, model, seed and more.
+        settings: of the fit, and the facts but for users' names.
     """
+
+    method = "a low-rank mixed logit"
+    use = "A user's reward is `rewards[0] + rewards[1:] @ z` with the user's tastes z."
 
     def __init__(self, fit: MixedFit, new: Tensor, facts: dict[str, Any]) -> None:
         self.fit, self.new, self.facts = fit, new, facts
@@ -133,17 +139,33 @@ class Saved:
         parts = [fit.users] * ("users" in facts) + [new] * ("users_unseen" in facts)
         states = torch.cat([*parts, fit.users[:0]])
         self.states = dict(zip(names, states, strict=True))
+        about = {key: facts[key] for key in facts if key not in ("users", "users_unseen")}
+        self.settings = {"estimator": "mixed logit", **fit.facts.get("chosen", {}), **about}
 
-    def user_reward(self, name: str | None = None) -> tuple[Tensor, Tensor]:
+    @property
+    def names(self) -> list[str]:
+        """The users whose rewards can be asked for, seen ones first."""
+        return list(self.states)
+
+    def columns(self) -> dict[str, Tensor]:
+        """mu and the columns of B [F], by name, on the scale of a basis file."""
+        first, *rest = (TEMPERATURE * self.fit.directions).float().T
+        return {"shared reward": first} | {f"taste {k}": x for k, x in enumerate(rest, start=1)}
+
+    def direction(self, user: str | None = None, flag: str = "user") -> Tensor:
+        """Mean direction [F] of a user's reward, or of the population's, as in a basis file."""
+        return (TEMPERATURE * self.user_reward(user, flag)[0]).float()
+
+    def user_reward(self, name: str | None = None, flag: str = "user") -> tuple[Tensor, Tensor]:
         """A user's reward: mean direction [F] and covariance factor [F, K]; of nobody if None.
+
+        Rewards are log odds here.
 
         Raises:
             InputError: the file knows no such user.
         """
-        if name is not None and name not in self.states:
-            some = ", ".join(list(self.states)[:5])
-            raise InputError(f"user {name}: not in the file, which knows {some} ...")
-        return self.fit.reward(self.fit.nobody if name is None else self.states[name])
+        known = self.fit.nobody if name is None else look_up(self.states, name, flag)
+        return self.fit.reward(known)
 
 
 def load(path: Path) -> Saved:

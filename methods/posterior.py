@@ -112,7 +112,7 @@ def pack(weight: Tensor, mean: Tensor, cov: Tensor) -> Tensor:
 
 def unpack(state: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor]:
     """Weights [U, C], means [U, C, K] and covariances [U, C, K, K] of states [U, S]."""
-    parts = state.reshape(len(state), components, -1)
+    parts = state.unflatten(1, (components, -1))
     K = (math.isqrt(4 * parts.shape[2] - 3) - 1) // 2  # 1 + K + K K numbers each
     return parts[:, :, 0], parts[:, :, 1 : 1 + K], parts[:, :, 1 + K :].unflatten(2, (K, K))
 

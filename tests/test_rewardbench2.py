@@ -22,6 +22,9 @@ import models
 from basis import Basis, save_basis
 from embeddings import embed, open_store
 from files import InputError
+from methods.learned import load_learned
+from methods.mixed_fit import MixedFit
+from methods.posterior import Prior
 from PRISM import eval_rb2
 from PRISM import rewardbench2 as rb2
 
@@ -484,6 +487,19 @@ def test_a_basis_that_names_only_its_new_users_gives_them_their_own_weights(basi
     torch.testing.assert_close(heads["user cy"].weight, basis.V @ basis.W_unseen[0])
     with pytest.raises(InputError, match="--users ann is not in the basis"):
         eval_rb2.basis_heads(replace(basis, users=[]), ["ann"])
+
+
+def test_a_mixed_logit_gives_the_population_and_its_users(tmp_path):
+    directions = torch.randn(32, 3, generator=torch.Generator().manual_seed(0)).double()
+    state = Prior.standard(2, directions).state
+    state[1:3] = torch.tensor([0.5, -1.0])
+    fit = MixedFit(directions, Prior.standard(2, directions), state[None], {})
+    fit.save(tmp_path / "mixed_logit.safetensors", state[:0].reshape(0, 7), {"users": ["ann"]})
+    heads = eval_rb2.basis_heads(load_learned(tmp_path / "mixed_logit.safetensors"), ["ann"])
+    assert list(heads) == ["shared reward", "taste 1", "taste 2", "average user", "user ann"]
+    for name, mixing in (("average user", [1.0, 0.0, 0.0]), ("user ann", [1.0, 0.5, -1.0])):
+        expected = 100 * directions @ torch.tensor(mixing).double()
+        torch.testing.assert_close(heads[name].weight, expected.float())
 
 
 def test_model_without_a_head_takes_a_basis(tmp_path, source, basis_file):

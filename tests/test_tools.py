@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
 import os
@@ -22,6 +23,9 @@ import ranking
 from basis import Basis, load_basis, save_basis
 from choices import Columns
 from files import InputError
+from methods.learned import load_learned
+from methods.mixed_fit import MixedFit
+from methods.posterior import Prior
 from tools import export, rank_responses
 from utils import PersonalizeBatch
 
@@ -63,6 +67,22 @@ def make_basis(
     basis = Basis(V, W[:2], V[:, 0], ["ann", "17"], W[2:], ["new"], settings)
     save_basis(folder / "basis.safetensors", basis)
     return folder / "basis.safetensors"
+
+
+def make_mixed(folder: Path, model: Path | None, features: int = 32, spread: float = 1.0) -> Path:
+    """A mixed logit's file with the same people: tastes along two directions, half known."""
+    rng = torch.Generator().manual_seed(2)
+    directions = torch.randn(features, 3, generator=rng).double() / 100
+    prior = Prior.standard(2, directions)
+    prior.cov = spread**2 * prior.cov
+    states = prior.state.repeat(3, 1)
+    states[:, 1:3] = torch.randn(3, 2, generator=rng).double()
+    states[:, 3:] /= 2
+    fit = MixedFit(directions, prior, states[:2], {"chosen": {"rank": 2}})
+    facts = {"users": ["ann", "17"], "users_unseen": ["new"]}
+    facts |= {"model": str(model)} if model else {}
+    fit.save(folder / "mixed_logit.safetensors", states[2:], facts)
+    return folder / "mixed_logit.safetensors"
 
 
 def embed(model: Path, folder: Path, chats: list = CHATS) -> torch.Tensor:
@@ -218,6 +238,29 @@ def test_smollm2_as_a_stock_checkpoint(tmp_path):
         assert torch.allclose(rewards, expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
 
 
+@pytest.mark.parametrize("asked", [{"user": "new"}, {"average": True}, {}])
+def test_a_mixed_logit_is_exported_as_a_basis_is(tmp_path, asked):
+    model = models.tiny_llama(tmp_path / "model")
+    path = make_mixed(tmp_path, model)
+    export.main(path, tmp_path / "out", **asked)
+    fit, new = load_learned(path).fit, load_learned(path).new
+    z = {"new": new[0, 1:3], None: torch.zeros(2)}[asked.get("user")].double()
+    mixing = torch.cat([torch.ones(1), z])[:, None] if asked else torch.eye(3)
+    expected = 100 * embed(model, tmp_path / "rows").double() @ fit.directions @ mixing.double()
+    rewards = stock_rewards(tmp_path / "out", True)
+    assert torch.allclose(rewards, expected.float(), rtol=1e-4, atol=1e-4)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "mixed logit" in card and "LoRe" not in card and "| rank | 2 |" in card
+
+
+def test_users_of_a_mixed_logit_are_listed_and_unknown_ones_refused(tmp_path, capsys):
+    path = make_mixed(tmp_path, models.tiny_llama(tmp_path / "model"))
+    export.main(path, list_users=True)
+    assert capsys.readouterr().out.split() == ["ann", "17", "new"]
+    with pytest.raises(InputError, match="--user bob is not in the basis, which has 3 users"):
+        export.main(path, tmp_path / "out", user="bob")
+
+
 # ------------------------------------------------------------------ Rank responses
 
 
@@ -259,7 +302,7 @@ def test_weights_find_the_column_and_candidates_come_in_its_order(task, tmp_path
     assert np.corrcoef(rewards.sort_index(), liking)[0, 1] > 0.9
     assert rewards.is_monotonic_decreasing
     printed = capsys.readouterr().out
-    assert f"{found['weights'][1]:.3f}" in printed and "of the 30 choices" in printed
+    assert f"{found['weights'][1]:.3f}" in printed and "of 30 choices predicted" in printed
     assert printed.count("Which?") == 20
     best, second = found["ranking"][:2]
     assert best["logit"] == pytest.approx(best["reward"] / 100)
@@ -280,8 +323,12 @@ def test_leave_one_out_is_the_fit_without_each_choice(tmp_path):
         fit.logits = start[None]
         kept = Z if i == 0 else torch.cat([Z[: i - 1], Z[i:]])
         assert torch.allclose(found, fit.train([kept], torch.eye(3))[0], atol=1e-5)
-    agreed = sum(bool(Z[i] @ without[i] > 0) for i in range(5))
-    assert f"leave-one-out: {agreed} of 5 " in rank_responses.agreement(Z, w, without)
+    odds = [(Z[i] @ without[i]).item() / 100 for i in range(5)]
+    person = rank_responses.with_weights(learned, Z, 3, 300, 0.1)
+    assert person.left_out.tolist() == pytest.approx(odds, rel=1e-5)
+    told = rank_responses.agreement(person.left_out)
+    assert f"leave-one-out: {sum(x > 0 for x in odds)} of 5 " in told
+    assert f"{sum(math.log1p(math.exp(-x)) for x in odds) / 5:.3f}" in told
 
 
 def test_labels_by_chance_agree_when_fitted_and_not_when_left_out():
@@ -296,8 +343,42 @@ def test_labels_by_chance_agree_when_fitted_and_not_when_left_out():
 
 def test_a_single_choice_cannot_be_left_out(tmp_path):
     learned = load_basis(make_basis(tmp_path, None))
-    w, without = ranking.fit_user(learned, torch.ones(1, 3), 0, 10, 0.1)
-    assert "needs two choices" in rank_responses.agreement(torch.ones(1, 3), w, without)
+    mixed = load_learned(make_mixed(tmp_path, None))
+    for person in (
+        rank_responses.with_weights(learned, torch.ones(1, 3), 0, 10, 0.1),
+        rank_responses.with_tastes(mixed, torch.ones(1, 3)),
+    ):
+        assert "needs two choices" in rank_responses.agreement(person.left_out)
+
+
+def test_a_mixed_logit_ranks_with_standard_deviations_and_predictive_probabilities(
+    task, tmp_path, capsys
+):
+    files, _ = task
+    files["basis"] = make_mixed(tmp_path, tmp_path / "model")
+    rank_responses.main(**files, save=tmp_path / "found.json", progress=False)
+    found, printed = json.loads((tmp_path / "found.json").read_text()), capsys.readouterr().out
+    assert len(found["tastes"]) == len(found["standard_deviations"]) == 2
+    assert min(found["standard_deviations"]) > 0 and max(found["standard_deviations"]) < 1
+    assert "tastes: " in printed and "leave-one-out: " in printed and " sd " in printed
+    for best, second in itertools.pairwise(found["ranking"]):
+        plain = 1 / (1 + math.exp(second["logit"] - best["logit"]))
+        assert 0.5 <= best["p_over_next"] <= plain + 1e-5  # doubt only brings it nearer to a half
+    assert all(row["deviation"] > 0 for row in found["ranking"])
+
+
+def test_a_mixed_logit_leaves_out_each_choice_and_knows_less_with_fewer(tmp_path):
+    saved = load_learned(make_mixed(tmp_path, None))
+    Z = 100 * torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+    person = rank_responses.with_tastes(saved, Z)
+    for i in range(6):
+        others = rank_responses.with_tastes(saved, torch.cat([Z[:i], Z[i + 1 :]]))
+        found = others.odds(Z[i : i + 1])[0]
+        torch.testing.assert_close(found, person.left_out[i], atol=1e-4, rtol=0)
+        assert others.deviations(Z).mean() > person.deviations(Z).mean()
+    sure = rank_responses.with_tastes(load_learned(make_mixed(tmp_path, None, spread=1e-4)), Z)
+    assert sure.deviations(Z).max() < 1e-3
+    assert torch.allclose(sure.rewards(Z), Z[:, 0].double() / 100, atol=1e-2)
 
 
 def test_rewards_are_those_of_the_exported_user(task, tmp_path):

@@ -1,8 +1,9 @@
-"""A learned basis as a stock Hugging Face reward model: all its rewards, or one user's.
+"""A learned basis or mixed logit as a stock Hugging Face reward model.
 
     python tools/export.py --basis results/PRISM/<run>/basis-K05-seed0.safetensors --out rewards
 
-writes the whole basis, one label for each of its K rewards; with --user, that user's own reward.
+writes the whole basis, one label for each of its K rewards; with --user, that user's own reward,
+and with --average the population's. The file of a mixed logit is taken as that of a basis is.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from basis import Basis, load_basis
+from basis import Learned
 from cli import cli
 from files import InputError, require
+from methods.learned import load_learned
 from reward_model import Source, load_tokenizer, model_of_basis, pretrained, render
 
 EXAMPLE = [
@@ -36,7 +38,7 @@ tags: [reward-model, lore]
 # {title}
 
 {what} It scores a conversation by the last hidden state of `{model}`, which was not changed, times
-{heads}. Learned by LoRe (low-rank reward modelling, https://arxiv.org/abs/2504.14439).
+{heads}. Learned by {method}.
 
 ```python
 import torch
@@ -79,10 +81,10 @@ def main(
     Without --user or --average it holds the whole basis, one label for each of its K rewards.
 
     Args:
-        basis: basis file of a run.
+        basis: basis file of a run, or mixed_logit file.
         out: folder to make.
-        user: export the reward of this user, V w, as the one label.
-        average: export the reward of the seen users' mean weights as the one label.
+        user: export the reward of this user as the one label; a mixed logit's is its mean.
+        average: export the reward of the average user as the one label.
         list_users: print the names of the basis' users and do nothing else.
         model: reward model; by default the one that the basis was learned with.
         tokenizer: hub name or folder of the tokenizer, if it is not the model's own.
@@ -91,7 +93,7 @@ def main(
         trust_remote_code: run model code that comes with a hub model.
         any_model: take the model even if the basis was learned with another one.
     """
-    learned = load_basis(basis)
+    learned = load_learned(basis)
     if list_users:
         print("\n".join(learned.names))
         return
@@ -103,12 +105,12 @@ def main(
     exported, chat_tokenizer = load_model(source, dtype), load_tokenizer(source)
     replace_head(exported, rewards)
     settle(chat_tokenizer, exported)
-    text = card(out.name, source.model, list(rewards), learned.settings)
+    text = card(out.name, source.model, list(rewards), learned)
     write_checkpoint(out, exported, chat_tokenizer, text)
     print(f"{', '.join(rewards)}: {out}")
 
 
-def choose_rewards(basis: Basis, user: str | None, average: bool) -> dict[str, Tensor]:
+def choose_rewards(basis: Learned, user: str | None, average: bool) -> dict[str, Tensor]:
     """The directions [F] to export, by the name of their label.
 
     Raises:
@@ -119,7 +121,7 @@ def choose_rewards(basis: Basis, user: str | None, average: bool) -> dict[str, T
         return {"average user": basis.direction()}
     if user is not None:
         return {f"user {user}": basis.direction(user, "--user")}
-    return {f"basis {k}": column for k, column in enumerate(basis.V.T, start=1)}
+    return basis.columns()
 
 
 def load_model(source: Source, dtype: str) -> Any:
@@ -182,16 +184,16 @@ def _stock(tokenizer: Any) -> Any:
     return tokenizer.apply_chat_template(EXAMPLE, return_tensors="pt", return_dict=True)
 
 
-def card(folder: str, model: str, labels: list[str], settings: dict[str, Any]) -> str:
+def card(folder: str, model: str, labels: list[str], learned: Learned) -> str:
     """The model card."""
-    what = "Rewards that users mix with weights."
-    use = "A user's reward is `rewards @ w` with the user's weights w >= 0, which add up to one."
+    what, use = "Rewards that users mix with weights.", learned.use
     title, heads = f"{folder}: a basis of {len(labels)} rewards", f"{len(labels)} directions"
     if len(labels) == 1:
         what, use = f"The reward of {labels[0]}.", "A higher reward is a better response."
         title, heads = f"{folder}: {labels[0]}", "one direction"
-    rows = "\n".join(f"| {key} | {value} |" for key, value in settings.items())
+    rows = "\n".join(f"| {key} | {value} |" for key, value in learned.settings.items())
     filled = {"what": what, "use": use, "title": title, "heads": heads, "settings": rows}
+    filled["method"] = learned.method
     return CARD.format(model=model, folder=folder, labels=len(labels), **filled)
 
 

@@ -7,21 +7,32 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
+from scipy.special import expit
 from torch import Tensor
+from torch.nn.functional import softplus
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from basis import load_basis
+from basis import Basis
 from choices import USUAL, Columns
 from cli import cli
+from comparisons import Users
 from files import require, write_text, write_whole
+from methods.learned import load_learned
+from methods.mixed_fit import Saved
+from methods.posterior import moments
 from ranking import as_text, directed_rewards, fit_user, rank, read_drafts, read_liked
-from reward_model import model_of_basis
+from reward_model import Conversation, model_of_basis
 from settings import PositiveInt, Rate, SeedNumber
+from utils import TEMPERATURE
 
 
 def main(
@@ -43,11 +54,12 @@ def main(
     """Learn a new user's weights with the basis frozen, and rank candidates by the user's reward.
 
     Rewards are printed as logits: the probability that one response is preferred to another is
-    sigmoid(reward - other reward). Whether the weights say anything about the user is judged by
-    leaving out each choice in turn and predicting it from the others.
+    sigmoid(reward - other reward). A mixed logit also knows how sure it is: its rewards have
+    standard deviations, and its probabilities are nearer to a half for them. What is known of the
+    user is judged by leaving out each choice in turn and predicting it from the others.
 
     Args:
-        basis: basis file of a run.
+        basis: basis file of a run, or mixed_logit file.
         choices: the user's choices, a file of rows as OwnData/prepare.py reads them: "prompt" (a
             text) or "messages" (the dialogue so far, a list of role and content), "chosen" and
             "rejected" (one text or a list).
@@ -59,46 +71,146 @@ def main(
         revision: branch, tag or commit of a hub model.
         trust_remote_code: run model code that comes with a hub model.
         any_model: take the model even if the basis was learned with another one.
-        num_iterations: steps of Adam on the weights.
+        num_iterations: steps of Adam on the weights; a mixed logit needs none of these.
         learning_rate: of Adam.
         seed: of the weights' initial values.
     """
     if save:
         require(save.suffix in (".csv", ".json"), f"--save {save}: end its name in .csv or .json")
         require(save.parent.is_dir(), f"--save {save}: there is no folder {save.parent}")
-    learned = load_basis(basis)
+    learned = load_learned(basis)
     chosen, rejected = read_liked(choices, columns)
     drafts = read_drafts(candidates, columns)
     named = (model, tokenizer, revision, trust_remote_code)
     source = model_of_basis(learned.settings, basis, *named, any_model)
-    rewards = directed_rewards(learned.V, source, [*chosen, *rejected, *drafts], **embedding)
+    directions = torch.stack(list(learned.columns().values()), 1)
+    rewards = directed_rewards(directions, source, [*chosen, *rejected, *drafts], **embedding)
     liked, disliked, offered = rewards.split([len(chosen), len(rejected), len(drafts)])
-    w, without = fit_user(learned, liked - disliked, seed, num_iterations, learning_rate)
-    ranking = rank(drafts, offered @ w)
-    print(f"weights: {' '.join(f'{x:.3f}' for x in w.tolist())}")
-    print(agreement(liked - disliked, w, without))
-    print("reward: a logit; P: that the response is preferred to the next one of its prompt\n")
-    print(as_text(ranking))
+    if isinstance(learned, Basis):
+        person = with_weights(learned, liked - disliked, seed, num_iterations, learning_rate)
+    else:
+        person = with_tastes(learned, liked - disliked)
+    ranking = ranked(drafts, offered, person)
+    for name, values in person.known.items():
+        print(f"{name}: {' '.join(f'{x:.3f}' for x in values)}")
+    print(agreement(person.left_out))
+    print("reward: a logit; P: that the response is preferred to the next one of its prompt")
+    if person.deviations is not None:
+        print("sd: standard deviation of the reward's distance from its prompt's mean")
+    print(f"\n{as_text(ranking)}")
     if save:
-        write(save, w, ranking)
+        write(save, person.known, ranking)
 
 
-def agreement(Z: Tensor, w: Tensor, without: Tensor) -> str:
-    """With how many choices the weights agree: those fitted to, and each left out in turn."""
-    fitted, left_out = int((Z @ w > 0).sum()), "needs two choices"
-    if len(without):
-        agreed = int(((Z * without).sum(1) > 0).sum())
-        left_out = f"{agreed} of {len(Z)} (each predicted from the others alone)"
-    return f"fitted choices: agree with {fitted} of the {len(Z)} choices\nleave-one-out: {left_out}"
+@dataclass
+class Person:
+    """What choices say of their user.
+
+    Attributes:
+        known: what to print and to keep of it, by name.
+        left_out: log odds [n] of each choice, predicted from the others; [0] of a single choice.
+        rewards: logits [m] of candidates, from their rewards by each column [m, C].
+        odds: log odds [m] of the predictive probability that the first of two responses is
+            preferred, from differences of such rewards [m, C].
+        deviations: standard deviations [m] of such differences, in logits; None if not known.
+    """
+
+    known: dict[str, list[float]]
+    left_out: Tensor
+    rewards: Callable[[Tensor], Tensor]
+    odds: Callable[[Tensor], Tensor]
+    deviations: Callable[[Tensor], Tensor] | None = None
 
 
-def write(save: Path, w: Tensor, ranking: pd.DataFrame) -> None:
-    """The ranking as .csv, or weights and ranking as .json."""
+def with_weights(
+    basis: Basis, Z: Tensor, seed: int, num_iterations: int, learning_rate: float
+) -> Person:
+    """A user with weights of a basis, by their choices' differences Z [n, K]."""
+    w, without = fit_user(basis, Z, seed, num_iterations, learning_rate)
+
+    def rewards(Z: Tensor) -> Tensor:
+        return (Z @ w).double() / TEMPERATURE
+
+    left_out = (Z[: len(without)] * without).sum(1).double() / TEMPERATURE
+    return Person({"weights": w.tolist()}, left_out, rewards, rewards)
+
+
+def with_tastes(saved: Saved, Z: Tensor) -> Person:
+    """A user with tastes of a mixed logit: their posterior, given differences Z [n, 1 + K]."""
+    n, fit = len(Z), saved.fit
+    apart = ~torch.eye(n, dtype=torch.bool) if n > 1 else torch.ones(0, 1, dtype=torch.bool)
+    rows = torch.cat([torch.arange(n), *(torch.arange(n)[row] for row in apart)])
+    users = Users([n] + [n - 1] * len(apart))
+    view = Z.double() / TEMPERATURE
+    states = fit.adapt(view[rows], users)  # all at once: the user, and who lacks a choice
+
+    def odds(Z: Tensor) -> Tensor:
+        view = Z.double() / TEMPERATURE
+        return fit.logits(view, states[:1], torch.zeros(len(view), dtype=torch.long)).double()
+
+    left_out = fit.logits(view[: len(apart)], states[1:], torch.arange(len(apart))).double()
+    if fit.prior is None:  # ridge BT: nothing personal
+        return Person({}, left_out, odds, odds)
+    mean, cov = (x[0] for x in moments(states[:1], fit.components))
+
+    def rewards(Z: Tensor) -> Tensor:
+        view = Z.double() / TEMPERATURE
+        return view[:, 0] + view[:, 1:] @ mean
+
+    def deviations(Z: Tensor) -> Tensor:
+        z = Z[:, 1:].double() / TEMPERATURE
+        return ((z @ cov) * z).sum(1).clamp(min=0).sqrt()
+
+    known = {"tastes": mean.tolist(), "standard deviations": cov.diagonal().sqrt().tolist()}
+    return Person(known, left_out, rewards, odds, deviations)
+
+
+def ranked(drafts: list[Conversation], Z: Tensor, person: Person) -> pd.DataFrame:
+    """``ranking.rank`` by a person's rewards, with what else is known of them.
+
+    Args:
+        drafts: conversations that end in a candidate.
+        Z: their rewards by each column of the file [n, C].
+        person: whose rewards rank them.
+
+    Returns:
+        The table of ``ranking.rank`` with predictive probabilities and, where it is known,
+        deviation: standard deviation of the logit's distance from its prompt's mean.
+    """
+    table = rank(drafts, (TEMPERATURE * person.rewards(Z)).float())
+    order = torch.from_numpy(table["line"].to_numpy() - 1)
+    ahead = expit(person.odds(Z[order] - Z[order.roll(-1)]).numpy())
+    table["p_over_next"] = pd.Series(ahead).mask(table["p_over_next"].isna())
+    if person.deviations is not None:
+        prompts = [str(history) for *history, _ in drafts]
+        number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        group = torch.tensor([number[prompt] for prompt in prompts])
+        count = torch.bincount(group)[:, None]
+        mean = torch.zeros(len(number), Z.shape[1]).index_add_(0, group, Z) / count
+        apart = person.deviations(Z - mean[group])
+        table.insert(5, "deviation", apart[order].numpy())
+    return table
+
+
+def agreement(left_out: Tensor) -> str:
+    """How well each choice is predicted from the others, from its log odds [n] so predicted."""
+    if not len(left_out):
+        return "leave-one-out: needs two choices"
+    right, loss = int((left_out > 0).sum()), float(softplus(-left_out).mean())
+    return (
+        f"leave-one-out: {right} of {len(left_out)} choices predicted from the others, "
+        f"log loss {loss:.3f} (a coin's is {math.log(2):.3f})"
+    )
+
+
+def write(save: Path, known: dict[str, list[float]], ranking: pd.DataFrame) -> None:
+    """The ranking as .csv, or what is known of the user and the ranking as .json."""
     if save.suffix == ".csv":
         write_whole(save, lambda draft: ranking.to_csv(draft, index=False))
     else:
         rows = ranking.astype(object).where(ranking.notna(), None).to_dict("records")
-        write_text(save, json.dumps({"weights": w.tolist(), "ranking": rows}, indent=2))
+        kept = {name.replace(" ", "_"): values for name, values in known.items()}
+        write_text(save, json.dumps({**kept, "ranking": rows}, indent=2))
 
 
 if __name__ == "__main__":
