@@ -17,7 +17,7 @@ PY := $(abspath $(VENV))/bin/python
 DEMO := --data data/demo --users 100 --unseen-users 60
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint demo bench compare
+.PHONY: help test lint demo bench compare gpu
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | sed 's/^/make /'
@@ -42,6 +42,9 @@ bench: $(READY)  ## how fast it is, against plain loops in the same run
 
 compare: $(READY)  ## fit every method on every dataset that is prepared; tables and a figure
 	OMP_NUM_THREADS=1 $(PY) benchmarks/compare.py $(COMPARE)
+
+gpu: $(READY)  ## what a GPU computes and how fast, in under nine minutes; writes docs/gpu.md
+	$(PY) benchmarks/gpu.py
 
 # PyTorch comes first, so that an environment that has its own build keeps it.
 .venv/.installed: requirements.txt requirements-dev.txt

@@ -19,9 +19,13 @@ def processes() -> tuple[int, int]:
     if not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=2))
+        dist.init_process_group(backend(), timeout=timedelta(hours=2))
     return dist.get_rank(), world
+
+
+def backend() -> str:
+    """What processes talk by: nccl for tensors on a GPU, gloo for those that stay on the CPU."""
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
 
 
 def wait_for_all() -> None:

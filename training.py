@@ -404,7 +404,7 @@ class Checkpoint:
 def _read_state(file: Path, training: Training) -> dict[str, Any]:
     """A kept state, checked: tensors alone are read, nothing is unpickled."""
     try:
-        state = torch.load(file, weights_only=True, map_location=training.V.device)
+        state = torch.load(file, weights_only=True, map_location="cpu")  # Adam counts there
         identity, tensors = state["identity"], [state["logits"], state["V"], state["losses"]]
         whole = all(bool(torch.isfinite(t).all()) for t in tensors)
     except Exception as error:  # torch names no common class for what a damaged file raises

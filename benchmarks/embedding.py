@@ -79,7 +79,8 @@ def main(
     """
     name = model or (str(reward_model()) if device == "cpu" else None)
     engine = _engine(name, device, batch_tokens or (1024 if device == "cpu" else 4096), seed)
-    cases = _made_up(engine, posts, dialogues, prompts, np.random.default_rng(seed))
+    vocabulary = engine.model.config.vocab_size
+    cases = made_up(vocabulary, posts, dialogues, prompts, np.random.default_rng(seed))
     if name and PRISM.exists():
         cases["d  PRISM, opening turns"] = _prism(load_tokenizer(Source(name)), prism)
     _time(engine, [np.arange(9), np.arange(20)])
@@ -104,7 +105,7 @@ def _engine(name: str | None, device: str, batch_tokens: int, seed: int) -> Engi
 # -------------------------------------------------------------------- The four cases
 
 
-class _Writer:
+class Writer:
     """Made-up messages of random tokens, framed as a chat template frames them."""
 
     def __init__(self, vocabulary: int, generator: np.random.Generator) -> None:
@@ -112,6 +113,7 @@ class _Writer:
         self.system, self.header = self.text(20), self.text(4)
 
     def text(self, length: int) -> Tokens:
+        """So many random tokens."""
         return self.generator.integers(3, self.vocabulary, length)
 
     def message(self, mean: int) -> Tokens:
@@ -120,12 +122,15 @@ class _Writer:
         return np.concatenate([self.header, self.text(length)])
 
     def answers(self, history: Tokens, count: int, mean: int) -> list[Tokens]:
+        """A history with as many answers."""
         return [np.append(history, self.message(mean)) for _ in range(count)]
 
     def prompt(self, mean: int) -> Tokens:
+        """System text and a first message."""
         return np.append(self.system, self.message(mean))
 
     def dialogue(self, turns: int, mean: int) -> list[Tokens]:
+        """Both candidates of every turn, the first of which goes on."""
         history, candidates = self.system, []
         for _ in range(turns):
             pair = self.answers(np.append(history, self.message(25)), 2, mean)
@@ -133,10 +138,11 @@ class _Writer:
         return candidates
 
 
-def _made_up(
-    engine: Engine, posts: int, dialogues: int, prompts: int, generator: np.random.Generator
+def made_up(
+    vocabulary: int, posts: int, dialogues: int, prompts: int, generator: np.random.Generator
 ) -> dict[str, list[Tokens]]:
-    write = _Writer(engine.model.config.vocab_size, generator)
+    """Cases a to c: conversations of each, in the order that a dataset has them."""
+    write = Writer(vocabulary, generator)
     summaries = [write.answers(write.prompt(300), 6, 35) for _ in range(posts)]
     turns = [write.dialogue(4, 80) for _ in range(dialogues)]
     responses = [write.answers(write.prompt(40), 8, 100) for _ in range(prompts)]

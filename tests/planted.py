@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,8 @@ def task(
     spread: float = 1.0,
     strength: float = 3.0,
     seed: int = 0,
+    features: int = F,
+    rows: int = ROWS,
 ) -> Task:
     """Seen and new users with logistic choices between rows of one table.
 
@@ -29,21 +33,36 @@ def task(
         spread: standard deviation of the tastes in each; 0 makes all users alike.
         strength: length of the shared direction; rewards are on the scale of logits times 100.
         seed: of everything.
+        features: F.
+        rows: of the table of embeddings.
     """
     g = torch.Generator().manual_seed(seed)
-    table = torch.randn(ROWS, F, generator=g)
-    basis = torch.linalg.qr(torch.randn(F, rank + 1, generator=g))[0]
+    table = torch.randn(rows, features, generator=g)
+    basis = torch.linalg.qr(torch.randn(features, rank + 1, generator=g))[0]
     shared = strength * basis[:, 0]
     sets = {}
     for kind in ("seen", "new"):
         tastes = shared + spread * strength * torch.randn(users, rank, generator=g) @ basis[:, 1:].T
         for part, count in (("few", shots), ("test", held_out)):
             sets[kind, part] = _choices(table, tastes, count, kind, g)
-    reference = (shared + 0.5 * torch.randn(F, generator=g)) * 100
+    reference = (shared + 0.5 * torch.randn(features, generator=g)) * 100
     return Task(
         train=sets["seen", "few"], few=sets["new", "few"], seen=sets["seen", "test"],
         unseen=sets["new", "test"], reference=reference, seed=seed,
     )  # fmt: skip
+
+
+def moved(task: Task, device: torch.device | str) -> Task:
+    """The same task, computed on another device."""
+    names = ("train", "few", "seen", "unseen")
+    return replace(task, **{name: _moved(getattr(task, name), device) for name in names})
+
+
+def _moved(data: Comparisons, device: torch.device | str) -> Comparisons:
+    f = data.features
+    rows = f.index[f.chosen], f.index[f.rejected]
+    features = RowFeatures(f.rows, f.num_features, *rows, device)
+    return Comparisons(features, data.counts, data.weight, data.names, data.dialogs)
 
 
 def _choices(
@@ -56,6 +75,6 @@ def _choices(
     logits = ((table[first] - table[second]) * tastes[user]).sum(1)
     wins = torch.rand(n, generator=g) < logits.sigmoid()
     chosen, rejected = torch.where(wins, first, second), torch.where(wins, second, first)
-    features = RowFeatures(lambda rows: table[rows], F, chosen, rejected)
+    features = RowFeatures(lambda rows: table[rows], table.shape[1], chosen, rejected)
     names = [f"{kind} {u}" for u in range(len(tastes))]
     return Comparisons(features, [count] * len(tastes), names=names)

@@ -1,0 +1,66 @@
+"""Every method on a pretended second device: nothing meets a tensor of the CPU by mistake."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+import elsewhere
+import experiments
+import methods
+import planted
+from comparisons import draw_shots
+from methods.base import Task
+
+# Steps enough for every line to run.
+FEW: dict[str, list[dict[str, Any]]] = {
+    "ridge_bt": [{}],
+    "lore": [
+        {"ranks": (3,), "iterations": 30, "few_shot_iterations": 5, "alpha": (0.1,),
+         "shrinkage": (1.0,), "select_rank": True},
+        {"ranks": (3,), "iterations": 10, "few_shot_iterations": 5,
+         "estimator": "lore_regularized", "alpha": (1.0,)},
+    ],
+    "mixed_logit": [{"rank": 2, "mixtures": (1, 2)}],
+    "pal": [{"prototypes": (3,), "epochs": 2}, {"setting": "faithful", "epochs": 1}],
+    "vpl": [{"betas": (1e-4,), "hidden": 8, "epochs": 2}, {"setting": "faithful", "epochs": 1}],
+    "pref": [{}, {"setting": "faithful"}],
+    "mrm": [{}, {"setting": "faithful"}],
+    "rbd": [{}, {"setting": "faithful"}],
+    "pebs": [{}],
+    "mlp": [{"ranks": (2,), "hidden": 8, "epochs": 2}, {"setting": "faithful", "epochs": 2}],
+}  # fmt: skip
+
+
+def task(device: torch.device) -> Task:
+    made = planted.moved(planted.task(users=8, shots=12, held_out=6), device)
+    for data in (made.train, made.few):
+        data.dialogs = torch.arange(len(data)) // 2
+    return dataclasses.replace(made, shots=(0, 4))
+
+
+def judged(name: str, settings: dict[str, Any], device: torch.device) -> list[dict[str, Any]]:
+    """All records of a method's fits, by both scripts' judges."""
+    given, records = task(device), []
+    shots = draw_shots(given.few, (0, 4), 2, 0)
+    for fit in methods.METHODS[name](**settings).fit(given):
+        own = fit.adapt(fit.view(given.few), given.few, 0)
+        assert fit.users.device == device == own.device
+        records += [*experiments.evaluate(fit, given, own), *experiments.sweep(fit, given, shots)]
+        fit.describe()
+    return records
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"), [(name, some) for name in methods.METHODS for some in FEW[name]]
+)
+def test_every_method_computes_where_its_comparisons_lie(name: str, settings: dict[str, Any]):
+    here = judged(name, settings, torch.device("cpu"))
+    with elsewhere.pretended() as device:
+        there = judged(name, settings, device)
+    assert [r["control"] for r in here] == [r["control"] for r in there]
+    for one, other in zip(here, there, strict=True):
+        assert one["log_loss"] == pytest.approx(other["log_loss"], rel=2e-2, abs=2e-2)

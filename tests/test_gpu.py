@@ -1,0 +1,105 @@
+"""``make gpu``, at tiny sizes on a CPU."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+import gpu
+import gpu_checks
+import gpu_speed
+import passes
+import reward_model
+from files import InputError
+
+
+def test_every_part_runs_and_is_saved(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    page = ROOT / "docs" / "gpu.md"
+    before = page.read_bytes() if page.exists() else None
+    gpu.main(device="cpu", tiny=True, seconds=3600, out=tmp_path, page_file=tmp_path / "page.md")
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert [part["name"] for part in report["parts"]] == list(gpu.PARTS)
+    assert all(part["rows"] and not part["ended"] for part in report["parts"])
+    checks = [row for part in report["parts"] for row in part["rows"] if "deviation" in row]
+    assert all(row["met"] == "yes" for row in checks if "share" not in row)
+    assert not any("fell back" in row.get("note", "") for row in checks)
+    text, printed = (tmp_path / "page.md").read_text(), capsys.readouterr().out
+    for part in report["parts"]:
+        assert f"## {part['title']}" in text and part["title"] in printed
+        assert all(row["case"] in text and row["case"] in printed for row in part["rows"])
+    assert (page.read_bytes() if page.exists() else None) == before
+
+
+def test_a_wrong_row_misses_its_aim(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = passes.tree_mask
+    monkeypatch.setattr(
+        reward_model, "tree_mask", lambda ends, dtype: right(0 * ends + len(ends), dtype)
+    )
+    monkeypatch.setattr(reward_model.Engine, "_check", lambda *_: None)
+    monkeypatch.setattr(gpu_checks, "WAYS", {"tree": ("tree", False)})
+    assert [row["met"] for row in gpu_checks.rows("cpu", True)] == ["no", "no"]
+    assert gpu_checks.line("nothing", float("nan"), 1.0)["met"] == "no"
+
+
+def parts(monkeypatch: pytest.MonkeyPatch, seconds: int = 60) -> None:
+    def one(device: str, tiny: bool) -> Iterator[dict[str, Any]]:
+        yield {"case": "quick"}
+        until = time.monotonic() + 30
+        while time.monotonic() < until:
+            try:
+                time.sleep(0.01)
+            except Exception:  # a fallback that must not swallow the limit
+                continue
+        yield {"case": "never"}
+
+    def two(device: str, tiny: bool) -> Iterator[dict[str, Any]]:
+        yield {"case": "before"}
+        raise RuntimeError("broken\nkernel")
+
+    made = {"slow": gpu.Part("Slow", one, seconds), "bad": gpu.Part("Bad", two, 9)}
+    monkeypatch.setattr(gpu, "PARTS", made)
+
+
+def test_what_stops_a_part_loses_the_rest_of_it_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts(monkeypatch)
+    kept: list[dict[str, Any]] = []
+    ended = gpu.carry_out(gpu.PARTS["slow"], "cpu", False, 0.3, kept.append)
+    assert kept == [{"case": "quick"}] and ended.startswith("stopped after")
+    assert gpu.carry_out(gpu.PARTS["slow"], "cpu", False, -1, kept.append).startswith("left out")
+    with pytest.raises(SystemExit):
+        gpu.main(device="cpu", parts=("bad",), tiny=True, out=tmp_path)
+    (part,) = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    assert part["rows"] == [{"case": "before"}]
+    assert part["ended"] == "failed: RuntimeError: broken"
+
+
+def test_the_limits_of_all_parts_are_under_nine_minutes() -> None:
+    assert sum(part.seconds for part in gpu.PARTS.values()) < 540
+
+
+def test_full_sizes_take_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--tiny"):
+        gpu.main(device="cpu", out=tmp_path)
+    with pytest.raises(InputError, match="--parts speeed"):
+        gpu.main(device="cpu", tiny=True, parts=("speeed",), out=tmp_path)
+
+
+def test_operations_are_those_of_the_weights() -> None:
+    sizes = {**gpu_speed.TINY, "intermediate_size": 128}
+    engine = gpu_checks.random_engine("Llama", torch.float32, "cpu", 100, **sizes)
+    row = gpu_speed._row("case", engine, 2.0, 8.0, 600, 200, 1e9)
+    # a layer: queries and outputs 64 x 64, keys and values 64 x 32, three of 64 x 128, two norms
+    weights = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64)
+    assert row["MFU"] == f"{2 * weights * 200 / 2 / 1e9:.1%}"
+    assert (row["times"], row["token bound"], row["share"]) == ("4.00", "3.00", "1.33")
