@@ -79,8 +79,8 @@ class _ByProjection(Function):
     @staticmethod
     def backward(ctx, slope: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001
         W, Z = ctx.saved_tensors
-        sizes = torch.tensor(ctx.ranks, device=slope.device)
-        G = slope.repeat_interleave(sizes, 1)  # [N, C]
+        columns = zip(slope.split(1, 1), ctx.ranks, strict=True)
+        G = torch.cat([s.expand(-1, rank) for s, rank in columns], 1)  # [N, C]: no wait on a GPU
         dV = dW = None
         if ctx.needs_input_grad[1]:
             dV = ctx.data.backproject(G * W.index_select(0, ctx.data.user))

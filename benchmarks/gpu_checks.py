@@ -164,7 +164,7 @@ WAYS = {
 def texts(vocabulary: int, tiny: bool) -> list[Tokens]:
     """Sorted conversations with shared prefixes."""
     write = Writer(vocabulary, np.random.default_rng(0))
-    prompts, mean = (2, 20) if tiny else (12, 150)
+    prompts, mean = (2, 12) if tiny else (12, 150)
     groups = [write.answers(write.prompt(mean), 4, mean // 2) for _ in range(prompts)]
     return sorted(sum(groups, []), key=tuple)
 
@@ -174,7 +174,7 @@ def rows(device: str, tiny: bool) -> Iterator[Row]:
     tokens = texts(SMALL["vocab_size"], tiny)
     for kind in KINDS[: 1 if tiny else None]:
         for dtype, aim in OF_ROWS.items():
-            engine = random_engine(kind, dtype, device, 200 if tiny else 4096)
+            engine = random_engine(kind, dtype, device, 120 if tiny else 4096)
             alone = embedded(engine, tokens, "single").float()
             for name, (method, flex) in WAYS.items():
                 found = embedded(engine, tokens, method, flex).float()

@@ -64,10 +64,10 @@ class _Literals(TorchFunctionMode):
         if func in (torch.repeat_interleave, Tensor.repeat_interleave) and args[0].device == DEVICE:
             repeats = args[1] if len(args) > 1 else args[0]  # no real device must be told the size
             kwargs.setdefault("output_size", int(repeats.sum()))
-        if func is Tensor.tolist:
-            return args[0].cpu().tolist()
-        if func is torch.tensor and kwargs.get("device") is not None:
-            return torch.tensor(*args, **{**kwargs, "device": "cpu"}).to(kwargs["device"])
+        if func in (Tensor.tolist, Tensor.item):
+            return func(args[0].cpu())
+        if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None:
+            return func(*args, **{**kwargs, "device": "cpu"}).to(kwargs["device"])
         return func(*args, **kwargs)
 
 

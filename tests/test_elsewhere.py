@@ -36,7 +36,7 @@ FEW: dict[str, list[dict[str, Any]]] = {
 
 
 def task(device: torch.device) -> Task:
-    made = planted.moved(planted.task(users=8, shots=12, held_out=6), device)
+    made = planted.moved(planted.task(users=6, shots=8, held_out=4), device)
     for data in (made.train, made.few):
         data.dialogs = torch.arange(len(data)) // 2
     return dataclasses.replace(made, shots=(0, 4))
@@ -54,6 +54,23 @@ def judged(name: str, settings: dict[str, Any], device: torch.device) -> list[di
     return records
 
 
+def test_the_device_refuses_what_a_gpu_refuses():
+    with elsewhere.pretended() as device:
+        x, here = torch.ones(3).to(device), torch.ones(3)
+        for mixed in (
+            lambda: x + here,
+            lambda: here[torch.tensor([1], device=device)],
+            lambda: x.numpy(),
+            lambda: torch.rand(2, generator=torch.Generator(), device=device),
+            lambda: here.index_add_(0, torch.tensor([0]), x[:1]),
+        ):
+            with pytest.raises(RuntimeError):
+                mixed()
+        assert (x + 1)[torch.tensor([0])].tolist() == [2.0]
+        assert (x.cpu() + here).tolist() == [2.0, 2.0, 2.0]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "settings"), [(name, some) for name in methods.METHODS for some in FEW[name]]
 )

@@ -22,6 +22,8 @@ import reward_model
 from files import InputError
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_every_part_runs_and_is_saved(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     page = ROOT / "docs" / "gpu.md"
     before = page.read_bytes() if page.exists() else None
