@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
-import time
+from collections.abc import Callable
 from pathlib import Path
 from socketserver import ThreadingMixIn
 from typing import Any
@@ -21,7 +21,6 @@ log = logging.getLogger(__name__)
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "templates"
 HERE = "127.0.0.1"
-GRACE = 0.5  # seconds in which the last page reaches the browser
 HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -43,20 +42,22 @@ class Page:
 
     Attributes:
         app: what a server runs.
-        closed: set once the person is done.
+        quitter: the thread that answers the last request, once there is one.
+        closed: set once its answer was sent.
     """
 
     def __init__(self, session: Session, profile: Path, secret: str) -> None:
         self.session, self.profile, self.path = session, profile, f"/{secret}/"
         self.lock, self.closed = threading.Lock(), threading.Event()
+        self.quitter: int | None = None
         environment = jinja2.Environment(
             loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True,
             lstrip_blocks=True, undefined=jinja2.StrictUndefined,
         )  # fmt: skip
         self.template = environment.get_template("ask.html")
         self.app = bottle.Bottle()
-        self.app.route(self.path, "GET", self.show)
-        self.app.route(self.path, "POST", self.act)
+        self.app.route(self.path, "GET", _told(self.show))
+        self.app.route(self.path, "POST", _told(self.act))
 
     def show(self) -> str:
         """The question, or what was learned once asking is over."""
@@ -70,14 +71,14 @@ class Page:
             question = self.session.question()
             if key == (question.pair.key if question else ""):
                 self._do(word)
-            if self.closed.is_set():
+            if self.quitter is not None:
                 return self._render()
         return bottle.redirect(self.path, 303)
 
     def _render(self) -> str:
         for name, value in HEADERS.items():
             bottle.response.set_header(name, value)
-        session, closed = self.session, self.closed.is_set()
+        session, closed = self.session, self.quitter is not None
         question = None if closed else session.question()
         return self.template.render(
             question=question, told=session.told, reason=session.reason, closed=closed,
@@ -95,13 +96,37 @@ class Page:
         elif word == "more":
             self.session.insist = True
         elif word == "quit":
+            self.quitter = threading.get_ident()
+
+    def sent(self) -> None:
+        """This thread's answer is on its way."""
+        if self.quitter == threading.get_ident():
             self.closed.set()
+
+
+def _told(answer: Callable[[], Any]) -> Callable[[], Any]:
+    """The same, but a full disk is a page that says so."""
+
+    def guarded() -> Any:
+        try:
+            return answer()
+        except InputError as error:
+            log.error("%s", error)
+            return bottle.HTTPError(500, str(error))
+
+    return guarded
 
 
 class _Server(ThreadingMixIn, WSGIServer):
     """In threads, as a browser may open a connection and say nothing."""
 
     daemon_threads = True
+    sent: Callable[[], None]
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer a request, and only then say that it is answered."""
+        super().process_request_thread(request, client_address)
+        self.sent()
 
 
 class _Quiet(WSGIRequestHandler):
@@ -127,6 +152,7 @@ def ask_on_page(session: Session, profile: Path, port: int = 0) -> None:
         server = make_server(HERE, port, page.app, _Server, _Quiet)
     except OSError as error:
         raise InputError(f"--port {port} cannot be had ({error}); take another, or none") from error
+    server.sent = page.sent
     with server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
@@ -134,7 +160,6 @@ def ask_on_page(session: Session, profile: Path, port: int = 0) -> None:
                  HERE, server.server_port, page.path)  # fmt: skip
         try:
             page.closed.wait()
-            time.sleep(GRACE)
         except KeyboardInterrupt:
             log.info("interrupted")
         server.shutdown()

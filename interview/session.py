@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from asking import Belief, Criterion, Pool, next_question
 from choices import Conversation
 from files import digest, write_text
 from interview.answers import Answers, Side
@@ -23,6 +24,7 @@ from ranking import directed_rewards, rank
 from reward_model import Source
 from utils import TEMPERATURE
 
+TARGETS_OF_A_QUESTION = 200  # pairs that the criterion "ranking" looks at
 SPEAKERS = {"user": "You", "assistant": "Answer", "system": "Instructions"}
 
 
@@ -118,11 +120,12 @@ class Session:
         taste: how people differ.
         material: what may be asked, and what is to be put in order.
         answers: those that were given before; new ones are kept there at once.
-        choose: which question comes next.
+        criterion: by which the next question is chosen, see ``asking.score``.
         tolerance: stop once as many questions as are looked ahead to would raise the expected
             accuracy by less.
         most: stop after as many answers; 0 for no such limit.
-        seed: of all that is random: which response is shown first, and LoRe's initial weights.
+        seed: of all that is random: which response is shown first, which of several equally good
+            questions is asked, and LoRe's initial weights.
 
     Attributes:
         state: what is known of the person [S].
@@ -131,12 +134,13 @@ class Session:
     """
 
     def __init__(
-        self, taste: Taste, material: Material, answers: Answers, choose: Choose,
-        tolerance: float = 0.005, most: int = 0, seed: int = 0,
+        self, taste: Taste, material: Material, answers: Answers,
+        criterion: Criterion = "information", tolerance: float = 0.005, most: int = 0,
+        seed: int = 0,
     ) -> None:  # fmt: skip
         self.taste, self.material, self.answers = taste, material, answers
-        self.choose, self.tolerance, self.most, self.seed = choose, tolerance, most, seed
-        self.insist = False
+        self.criterion, self.tolerance, self.most, self.seed = criterion, tolerance, most, seed
+        self.pool, self.insist = Pool(material.pool), False
         self.targets = material.targets(torch.Generator().manual_seed(seed))
         nothing = taste.moments(taste.state(material.pool[:0]))
         self.before = look_ahead(nothing, self.targets, material.pool[:0], tolerance).now
@@ -145,8 +149,9 @@ class Session:
     def _learn(self) -> None:
         """Take in the answers as they now are."""
         settled = self.answers.settled
-        left = [i for i, pair in enumerate(self.material.pairs) if pair.key not in settled]
-        self.left = torch.tensor(left, dtype=torch.long)
+        keys = [pair.key for pair in self.material.pairs]
+        self.settled = [i for i, key in enumerate(keys) if key in settled]
+        self.left = torch.tensor([i for i, key in enumerate(keys) if key not in settled]).long()
         self.Z = self.material.differences(self.answers.pairs)
         self.state = self.taste.state(self.Z)
         pool, moments = self.material.pool[self.left], self.taste.moments(self.state)
@@ -175,12 +180,18 @@ class Session:
         if self.reason:
             return None
         if self._next is None:
-            place = self.choose(self, self.material.pool[self.left])
-            pair = self.material.pairs[int(self.left[place])]
+            pair = self.material.pairs[self._choose()]
             turned = int(digest([self.seed, pair.key])[0], 16) % 2  # again so after a restart
             shown = pair.texts[::-1] if turned else pair.texts
             self._next = Question(self.answers.asked + 1, pair.history, shown, pair)
         return self._next
+
+    def _choose(self) -> int:
+        """The number of the next pair; the same one again after a restart."""
+        belief = Belief(self.taste.prior, self.Z, self.state)
+        some = self.targets[:: 1 + len(self.targets) // TARGETS_OF_A_QUESTION]
+        seed = int(digest([self.seed, self.answers.asked])[:12], 16)
+        return next_question(belief, self.pool, self.criterion, self.settled, seed, some)
 
     def answer(self, side: Side) -> None:
         """Keep that response a or b is the better one."""
@@ -256,15 +267,3 @@ class Session:
         profile = self.profile()
         write_text(path, json.dumps(profile, indent=2))
         return profile
-
-
-Choose = Callable[[Session, Tensor], int]
-"""Which of the pairs [N, 1 + K] that are left is asked next."""
-
-
-def d_optimal(session: Session, candidates: Tensor) -> int:
-    """The pair whose answer shrinks the posterior's volume most."""
-    mean, cov = session.taste.moments(session.state)
-    a, Z = candidates[:, 0], candidates[:, 1:]
-    chance = torch.sigmoid(a + Z @ mean)
-    return int((chance * (1 - chance) * ((Z @ cov) * Z).sum(1)).argmax())

@@ -200,7 +200,7 @@ def test_a_basis_and_answers_that_do_not_do_are_one_line(world, tmp_path, monkey
         {"prompt": "?", "chosen": "a", "rejected": ""}]))  # fmt: skip
     refused("row 1 has no column chosen", pool=lines(tmp_path / "none.jsonl", [{"prompt": "?"}]))
     refused("row 1 has no column response", candidates=world.flags["pool"])
-    refused("--tolerance must not be negative", tolerance=-1)
+    refused("--tolerance -1: ", tolerance=-1)
     refused("--port is the page's", port=80)
     one = Basis(torch.randn(32, 1), torch.ones(3, 1), settings={"model": str(world.model)})
     save_basis(tmp_path / "one.safetensors", one)

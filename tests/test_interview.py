@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 
+from asking import CRITERIA
 from choices import Columns
 from comparisons import Users
 from files import InputError, digest
 from interview.answers import Answers
 from interview.outlook import expected_accuracy, look_ahead, same_prompt_pairs, thinned
+from interview.page import Page
 from interview.pool import Pair, pair_of, read_pool
-from interview.session import Material, Session, d_optimal
+from interview.session import Material, Session
 from interview.taste import Taste
 from interview.terminal import Terminal
 from methods.posterior import Evidence, Prior, moments, posterior_states
@@ -40,7 +42,7 @@ def session(path: Path, pairs: int = 30, K: int = 3, **changes) -> Session:
     material.pool = material.differences([pair.conversations for pair in pool])
     directions = torch.zeros(5, 1 + K).double()
     taste = Taste("mixed logit", directions, Prior.standard(K, directions), {})
-    return Session(taste, material, Answers(path), d_optimal, **changes)
+    return Session(taste, material, Answers(path), **changes)
 
 
 # ------------------------------------------------------------------------- The pool
@@ -186,6 +188,19 @@ def test_answers_move_what_is_known_towards_the_person(tmp_path):
     assert own.outlook.now > own.before + 0.1
 
 
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_every_criterion_asks_and_asks_the_same_after_a_restart(tmp_path, criterion):
+    def start(seed: int) -> Session:
+        return session(tmp_path / "ann.jsonl", tolerance=0, criterion=criterion, seed=seed)
+
+    start(0).answer("a")
+    start(0).skip()
+    start(0).answer("b")
+    assert start(0).question() == start(0).question()
+    keys = {start(seed).question().pair.key for seed in range(12)}
+    assert (len(keys) > 4) == (criterion == "random")
+
+
 # ---------------------------------------------------------------------- The terminal
 
 
@@ -213,6 +228,34 @@ def test_the_end_of_the_input_or_an_interrupt_quits(tmp_path):
         own = session(tmp_path / "ann.jsonl", tolerance=0)
         Terminal(own, source, io.StringIO()).run()
         assert len(own.answers) == 0
+
+
+def test_a_page_whose_answer_cannot_be_written_says_so_and_keeps_the_question(
+    tmp_path, monkeypatch
+):
+    own = session(tmp_path / "ann.jsonl", tolerance=0)
+    page = Page(own, tmp_path / "ann.json", "secret")
+    key = own.question().pair.key
+
+    def post(body: str) -> tuple[str, str]:
+        said = []
+        environ = {"REQUEST_METHOD": "POST", "PATH_INFO": "/secret/", "SERVER_NAME": "here"}
+        environ |= {"CONTENT_TYPE": "application/x-www-form-urlencoded"}
+        environ |= {"CONTENT_LENGTH": str(len(body)), "wsgi.input": io.BytesIO(body.encode())}
+        environ |= {"SERVER_PORT": "80", "wsgi.url_scheme": "http", "wsgi.errors": io.StringIO()}
+        text = b"".join(page.app(environ, lambda status, *_: said.append(status))).decode()
+        return said[0], text
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.fsync", full)
+        status, text = post(f"do=a&question={key}")
+    assert status.startswith("500") and "No space left on device" in text
+    assert len(own.answers) == 0 and own.question().pair.key == key
+    assert post(f"do=b&question={key}")[0].startswith("303") and len(own.answers) == 1
+    assert post(f"do=b&question={key}")[0].startswith("303") and len(own.answers) == 1  # twice
 
 
 def test_who_is_done_may_go_back_or_on(tmp_path):

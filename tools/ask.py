@@ -16,13 +16,14 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from asking import Criterion
 from choices import USUAL, Columns
 from cli import cli
 from files import InputError, require
 from interview.answers import Answers
 from interview.page import ask_on_page
 from interview.pool import read_pool
-from interview.session import Session, d_optimal, gather
+from interview.session import Session, gather
 from interview.taste import load_taste
 from interview.terminal import Terminal
 from ranking import as_text, read_drafts
@@ -38,6 +39,7 @@ def main(
     profile: Path | None = None,
     user: str = "",
     columns: Columns = USUAL,
+    criterion: Criterion = "information",
     tolerance: NonNegativeFloat = 0.5,
     most: NonNegativeInt = 0,
     page: bool = False,
@@ -70,6 +72,9 @@ def main(
             beside the answers.
         user: whose answers they are; by default the user of the answers file, else "me".
         columns: what the columns of pool and candidates are called, such as --prompt question.
+        criterion: which question comes next: the one whose answer says most about the person
+            ("information", or "d_optimal", its simpler relative), or about the order of the
+            candidates ("ranking"); "pref" is PReF's published rule; "random" any.
         tolerance: stop when 20 more questions would raise the expected accuracy by less than
             this many points; 0 goes on to the end of the pool.
         most: stop after this many answers; 0 for no such limit.
@@ -86,8 +91,6 @@ def main(
     profile = profile or answers.with_suffix(".profile.json")
     require(profile.suffix == ".json", f"--profile {profile}: end its name in .json")
     require(profile.parent.is_dir(), f"--profile {profile}: there is no folder {profile.parent}")
-    require(tolerance >= 0, "--tolerance must not be negative")
-    require(0 <= port < 1 << 16, f"--port {port}: a port is a number below 65536")
     require(page or not port, "--port is the page's: give --page too")
     with alone(answers):
         book = Answers(answers, user)
@@ -98,7 +101,7 @@ def main(
         source = model_of_basis(taste.settings, basis, *named, any_model)
         directions = taste.directions
         material = gather(pairs, book, drafts, directions, source, embeddings, **embedding)
-        session = Session(taste, material, book, d_optimal, tolerance / 100, most, seed)
+        session = Session(taste, material, book, criterion, tolerance / 100, most, seed)
         if page:
             ask_on_page(session, profile, port)
         else:
