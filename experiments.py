@@ -18,7 +18,7 @@ from torch import Tensor
 from cli import cli
 from comparisons import Shots, Users, draw_shots
 from devices import pick_device, processes, wait_for_all
-from files import require
+from files import InputError, require
 from methods import METHODS
 from methods.base import Fitted, Method, Task, View
 from methods.heterogeneity import score_test
@@ -107,7 +107,9 @@ def train_basis(tasks: Tasks, settings: Settings) -> str:
     """
 
     def judge(fit: Fitted, task: Task) -> list[dict[str, Any]]:
-        own = fit.adapt(fit.view(task.few), task.few, task.seed)
+        own = fit.users[:0]
+        if task.few is not None:
+            own = fit.adapt(fit.view(task.few), task.few, task.seed)
         _save(run, tasks, settings, fit, task, own)
         return list(evaluate(fit, task, own))
 
@@ -176,6 +178,11 @@ def _carry_out(
         task = tasks.task(seed, device, direction, settings.stream, here)
         task.shots, task.progress = shots, settings.progress and here[0] == 0
         task.checkpoint_every = settings.checkpoint_every
+        if shots and task.few is None:
+            raise InputError(
+                f"no user of {tasks.dataset} is unseen, so that nobody's shots could be varied: "
+                "run train_basis.py"
+            )
         for name in names:  # mistakes are told before the work starts
             if hasattr(methods[name], "check"):
                 methods[name].check(task)
@@ -204,11 +211,16 @@ def _about(tasks: Tasks, task: Task) -> dict[str, Any]:
     personal = score_test(task.mine if task.processes == 1 else task.train)
     overlap = tasks.info.get("overlap", {}).get("sentence")
     sets = {"train": task.train, "seen": task.seen, "few": task.few, "unseen": task.unseen}
+    sets |= {"validation": task.validation} if task.validation is not None else {}
     return {
-        "users": {"seen": task.train.names, "unseen": task.few.names},
-        "comparisons": {name: len(data) for name, data in sets.items()},
+        "users": {"seen": task.train.names, "unseen": _new_names(task)},
+        "comparisons": {name: 0 if data is None else len(data) for name, data in sets.items()},
         "facts": {"personal": personal.sentence, **({"overlap": overlap} if overlap else {})},
     }
+
+
+def _new_names(task: Task) -> list[str]:
+    return [] if task.few is None else task.few.names
 
 
 def _describe(fit: Fitted, task: Task, tasks: Tasks) -> dict[str, Any]:
@@ -259,7 +271,7 @@ def _save(
     facts = {
         **{key: manifest[key] for key in kept if key in manifest},
         "dataset": tasks.dataset, "seed": task.seed,
-        "users": task.train.names, "users_unseen": task.few.names,
+        "users": task.train.names, "users_unseen": _new_names(task),
     }  # fmt: skip
     fit.file += f"{suffix}.safetensors"
     fit.save(run.folder / fit.file, own, facts)
@@ -269,36 +281,37 @@ def _save(
 
 
 def evaluate(fit: Fitted, task: Task, own: Tensor) -> Iterator[dict[str, Any]]:
-    """Records of a fit and its controls on all sets, new users having all their shots.
+    """Records of a fit and its controls on all sets there are, new users having all their shots.
 
     Args:
         fit: the fit.
         task: the comparisons.
         own: the new users' own states [U', S].
     """
-    users, few = fit.users, fit.view(task.few)
-    train, seen, unseen = (fit.view(data) for data in (task.train, task.seen, task.unseen))
-    for name, view, data, state in (
-        ("train", train, task.train, users), ("seen", seen, task.seen, users),
-        ("few_shot", few, task.few, own), ("unseen", unseen, task.unseen, own),
-    ):  # fmt: skip
-        yield _record(fit, "", name, *_measure(fit, view, data, state[None]))
+    states = {"train": fit.users, "seen": fit.users, "few_shot": own, "unseen": own}
+    sets = {"train": task.train, "seen": task.seen, "few_shot": task.few, "unseen": task.unseen}
+    sets = {name: data for name, data in sets.items() if data is not None}
+    views = {name: fit.view(data) for name, data in sets.items()}
+    for name, data in sets.items():
+        yield _record(fit, "", name, *_measure(fit, views[name], data, states[name][None]))
     if not (fit.personal and fit.controlled):
         return
     g = torch.Generator().manual_seed(task.seed)
-    swaps = [(swap(len(users), g), swap(len(own), g)) for _ in range(PERMUTATIONS)]
-    held_out = (("seen", seen, task.seen, users, [s for s, _ in swaps]),
-                ("unseen", unseen, task.unseen, own, [u for _, u in swaps]))  # fmt: skip
-    for name, view, data, state, orders in held_out:
+    held_out = [name for name in ("seen", "unseen") if name in sets]
+    swaps = [[swap(len(states[name]), g) for name in held_out] for _ in range(PERMUTATIONS)]
+    for name, *orders in zip(held_out, *swaps, strict=True):
+        state, view, data = states[name], views[name], sets[name]
         nobody = fit.nobody.expand(1, len(state), -1)
         others = torch.stack([state[order] for order in orders])
         yield _record(fit, "nobody's", name, *_measure(fit, view, data, nobody))
         yield _record(fit, "another's", name, *_measure(fit, view, data, others))
+    if task.few is None:
+        return
     shuffled = []
     for _ in range(SHUFFLES):
         flipped = task.few.flipped(torch.randint(2, (len(task.few),), generator=g).bool())
         shuffled.append(fit.adapt(fit.view(flipped), task.few, g))
-    measured = _measure(fit, unseen, task.unseen, torch.stack(shuffled))
+    measured = _measure(fit, views["unseen"], task.unseen, torch.stack(shuffled))
     yield _record(fit, "shuffled", "unseen", *measured)
 
 

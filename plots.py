@@ -33,7 +33,7 @@ from records import (
     row_name,
     title,
 )
-from summaries import Summary, level
+from summaries import Summary, held_out, level
 
 FIXED = {REFERENCE: "0.55", BT: "0.1", OWN: "#8c564b"}
 PALETTE = (
@@ -113,7 +113,7 @@ def measure_panels(results: Results, judged: Collection[str]) -> list[Panel]:
             draw = functools.partial(_draw_shots, judged=judged, **shared)
             panels.append(Panel("unseen users", what, draw))
             continue
-        for name in ("seen", "unseen"):
+        for name in held_out(results):
             if setting is None:
                 draw = functools.partial(_draw_labels, name=name, **shared)
             else:
@@ -452,7 +452,8 @@ def figure(
 def write_plots(folder: Path, results: Results, judged: Collection[str]) -> list[str]:
     """Every plot of a run as PNG and PDF; returns their names without suffix."""
     panels = measure_panels(results, judged)
-    main, height = ("shots", 4.4) if results.sweep else ("accuracy", 7.4)
+    main = "shots" if results.sweep else "accuracy"
+    height = 7.4 if len(panels) > 2 else 4.4
     figures = {main: figure(panels, title(results), caption(results), (9.4, height))}
     for panel in learned_panels(results, judged):
         named = f"{title(results)}: {panel.name}"

@@ -34,6 +34,8 @@ COLUMNS = {
     "weight": "float64",
 }
 
+VALIDATION = "val"  # a third split, of datasets that have one for choices
+
 
 # -------------------------------------------------------------------------- Comparisons
 
@@ -177,8 +179,14 @@ def split_dialogues(
 
 def keep_both_sides(comparisons: pd.DataFrame, funnel: Funnel, what: str) -> pd.DataFrame:
     """The comparisons of the users who have some in train and some in test."""
-    both = comparisons.groupby("user_id").split.transform("nunique") == 2
-    return keep(comparisons, both, funnel, what)
+    return keep(comparisons, on_both_sides(comparisons), funnel, what)
+
+
+def on_both_sides(comparisons: pd.DataFrame) -> pd.Series:
+    """Whether the user of each comparison has some in train and some in test."""
+    split = comparisons.split
+    train, test = (set(comparisons.user_id[split == side]) for side in ("train", "test"))
+    return comparisons.user_id.isin(train & test)
 
 
 def split_users(comparisons: pd.DataFrame, seed: int, seen_fraction: float) -> pd.DataFrame:
@@ -250,8 +258,10 @@ def _count_sets(comparisons: pd.DataFrame, funnel: Funnel) -> None:
         for kind, rows in (("seen", comparisons.seen), ("unseen", ~comparisons.seen)):
             funnel.count(f"{kind} users", comparisons[rows].user_id.nunique())
     prompts = first_prompts(comparisons.chosen)
-    train, test = (comparisons.split == side for side in ("train", "test"))
-    for side, rows in (("training", train), ("test", test)):
+    train, test, val = (comparisons.split == side for side in ("train", "test", VALIDATION))
+    for side, rows in (("training", train), ("validation", val), ("test", test)):
+        if side == "validation" and not rows.any():
+            continue
         dialogues = comparisons.loc[rows, ["user_id", "dialog_id"]].drop_duplicates()
         funnel.count(f"{side} comparisons", rows.sum())
         funnel.count(f"{side} dialogues", len(dialogues))
@@ -274,17 +284,17 @@ def overlap(conversations: Sequence[Conversation], comparisons: pd.DataFrame) ->
         they are compared with each other there; sentence.
     """
     before = [digest(conversation[:-1]) for conversation in conversations]
-    test = comparisons.split == "test"
+    train, test = (comparisons.split == side for side in ("train", "test"))
     pairs = [tuple(sorted(pair)) for pair in comparisons[["chosen", "rejected"]].to_numpy()]
     prompts, pairs = comparisons.chosen.map(before.__getitem__), pd.Series(pairs, test.index)
-    known = set(comparisons.chosen[~test]) | set(comparisons.rejected[~test])
+    known = set(comparisons.chosen[train]) | set(comparisons.rejected[train])
     chosen, rejected = (comparisons[side][test].isin(known) for side in ("chosen", "rejected"))
     shared = {
         "held_out": test,
-        "prompt": prompts[test].isin(set(prompts[~test])),
+        "prompt": prompts[test].isin(set(prompts[train])),
         "response": chosen | rejected,
         "both_responses": chosen & rejected,
-        "pair": pairs[test].isin(set(pairs[~test])),
+        "pair": pairs[test].isin(set(pairs[train])),
     }
     found = {what: int(rows.sum()) for what, rows in shared.items()}
     sentence = (
@@ -308,9 +318,10 @@ def write_prepared(
     Args:
         folder: where to; made if missing.
         conversations: the distinct conversations, row i being embedding i.
-        table: one row a comparison: user_id, split, seen, dialog_id, turn, chosen, rejected,
-            weight; or the scores, where users are simulated at training time: train.scores and
-            test.scores [prompts, responses, scorers], train.rows and test.rows the conversations.
+        table: one row a comparison: user_id, split (train, test or val), seen, dialog_id, turn,
+            chosen, rejected, weight; or the scores, where users are simulated at training time:
+            train.scores and test.scores [prompts, responses, scorers], train.rows and test.rows the
+            conversations.
         info: what prepare.json says: dataset, settings, counts and perhaps a warning, which every
             later output shows. Hashes of the tables are added, and the overlap of comparisons.
     """

@@ -51,6 +51,11 @@ def read_rows(source: str, table: str, columns: Iterable[str], **hub: Any) -> Ro
         rows = (row for file in table_files(Path(source), table) for row in read_file(file))
     else:
         rows = read_hub(source, table, hub)
+    yield from check_columns(rows, columns)
+
+
+def check_columns(rows: Rows, columns: Iterable[str]) -> Rows:
+    """The rows; InputError at one that lacks a column."""
     for place, row in rows:
         missing = [name for name in columns if name not in row]
         if missing:

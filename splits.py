@@ -30,16 +30,21 @@ log = logging.getLogger(__name__)
 
 Unit = Literal["comparisons", "dialogues"]
 SIDES = {"train": (True, "train"), "seen": (True, "test"),
-         "few": (False, "train"), "unseen": (False, "test")}  # fmt: skip
+         "few": (False, "train"), "unseen": (False, "test"),
+         "validation": (True, preparing.VALIDATION)}  # fmt: skip
 
 
 class Sets(NamedTuple):
-    """Training and held-out comparisons of seen users, few-shot and held-out of new ones."""
+    """Training and held-out comparisons of seen users, few-shot and held-out of new ones.
+
+    Sets that a dataset does not have are None: those of new users, and a validation set.
+    """
 
     train: Comparisons
     seen: Comparisons
-    few: Comparisons
-    unseen: Comparisons
+    few: Comparisons | None
+    unseen: Comparisons | None
+    validation: Comparisons | None = None
 
 
 @dataclass
@@ -293,25 +298,28 @@ def _read_scores(data: Path, num_rows: int) -> dict[str, Tensor]:
 
 
 def four_sets(table: pd.DataFrame, store: Store, device: torch.device, unit: Unit) -> Sets:
-    """The four sets of a table whose ``seen`` and ``split`` say where each comparison belongs.
+    """The sets of a table whose ``seen`` and ``split`` say where each comparison belongs.
 
     Users without comparisons on both sides of the split are left out, and counted in the log.
 
     Raises:
-        InputError: no seen or no unseen user is left.
+        InputError: no seen user is left, or no unseen one though the table has some.
     """
-    sides = table.groupby("user_id")["split"].nunique()
-    whole = table[table["user_id"].isin(sides.index[sides == 2])]
-    if (sides < 2).any():
-        log.info("left out %d users without both training and test data", (sides < 2).sum())
-    parts = {}
+    both = preparing.on_both_sides(table)
+    whole, lost = table[both], table["user_id"][~both].nunique()
+    if lost:
+        log.info("left out %d users without both training and test data", lost)
+    parts: dict[str, Comparisons | None] = {}
     for name, (seen, split) in SIDES.items():
         part = whole[(whole["seen"] == seen) & (whole["split"] == split)]
-        if part.empty:
+        if not part.empty:
+            parts[name] = _comparisons(part, store, device)
+        elif name == "validation" or not (seen or (~table["seen"]).any()):
+            parts[name] = None  # a set that this dataset does not have
+        else:
             kind = "seen" if seen else "unseen"
             raise InputError(f"no {kind} users are left; loosen the filters of prepare.py")
-        parts[name] = _comparisons(part, store, device)
-    if unit == "comparisons":
+    if unit == "comparisons" and parts["few"] is not None:
         parts["few"].dialogs = None
     return Sets(**parts)
 

@@ -144,11 +144,19 @@ class Column(NamedTuple):
 
 
 def columns(results: Results) -> list[Column]:
-    """Seen, unseen and both; or new users at every number of shots."""
+    """Seen, unseen and both, or seen alone where nobody is new; or new users at every number of
+    shots."""
     if results.sweep:
         return [Column(shots_name(s), ("unseen",), s) for s in results.shots()]
-    sets = (("seen",), ("unseen",), ("seen", "unseen"))
-    return [Column(name, s) for name, s in zip(("seen", "unseen", "overall"), sets, strict=True)]
+    names = held_out(results)
+    both = [Column("overall", names)] if len(names) > 1 else []
+    return [*(Column(name, (name,)) for name in names), *both]
+
+
+def held_out(results: Results) -> tuple[str, ...]:
+    """The sets of held-out comparisons that the run has, of seen and unseen."""
+    there = {record.set for record in results.records}
+    return tuple(name for name in ("seen", "unseen") if name in there)
 
 
 def minus(

@@ -27,8 +27,11 @@ class Task:
 
     Attributes:
         train: training comparisons of the seen users.
-        few: training comparisons of the new users, their shots.
-        seen, unseen: held-out comparisons of both; no method may look at them.
+        few: training comparisons of the new users, their shots; None where nobody is new.
+        seen: held-out comparisons of the seen users; no method may look at them.
+        unseen: the same of the new users.
+        validation: comparisons of the seen users that are neither, for choices; None where the
+            dataset has no such split, and part of the training comparisons is held out instead.
         reference: the reward model's own direction [F], if there is one.
         seed: of everything random.
         stream: features are read from disk at every pass instead of being held.
@@ -40,9 +43,10 @@ class Task:
     """
 
     train: Comparisons
-    few: Comparisons
+    few: Comparisons | None
     seen: Comparisons
-    unseen: Comparisons
+    unseen: Comparisons | None
+    validation: Comparisons | None = None
     reference: Tensor | None = None
     seed: int = 0
     stream: bool = False

@@ -55,8 +55,9 @@ class Lore:
             --lore.optimizer.lr 0.05; it then brings its own learning rate. Only a subclass of
             torch.optim.Optimizer in torch.optim or in a module that the script imports, with
             numbers as arguments; nothing is imported for it.
-        select_rank: Choose rank, alpha and shrinkage on a fifth of the seen users' training
-            comparisons, held out for that; test comparisons never choose anything.
+        select_rank: Choose rank, alpha and shrinkage on the dataset's validation comparisons,
+            or else on a fifth of the seen users' training comparisons, held out for that; test
+            comparisons never choose anything.
     """
 
     ranks: tuple[NonNegativeInt, ...] = (5,)
@@ -115,7 +116,8 @@ class Lore:
 
     def _chosen(self, task: Task, asked: list[dict[str, Any]], fits: list[LoreFit]) -> LoreFit:
         """The fit whose settings have the best accuracy on held-out training comparisons."""
-        split = hold_out(task.train, task.seed, shared_prompts(task.train, task.seed))
+        shared = shared_prompts(task.train, task.seed)
+        split = hold_out(task.train, task.seed, shared, task.validation)
         require(
             split.held is not None,
             "--select-rank: no user has two dialogues to hold one out for choosing",

@@ -231,8 +231,9 @@ def choose(
     """
     name, tried, shots = variants[0], [], shots_of(task.few, task.shots)
     responses = shared_prompts(task.train, task.seed)
-    new = pseudo_new(task.train, task.seed, max(1, *shots), responses)
-    held = hold_out(task.train if new is None else new.rest, task.seed, responses)
+    new = pseudo_new(task.train, task.seed, max(shots), responses) if shots else None
+    rest = task.train if new is None else new.rest
+    held = hold_out(rest, task.seed, responses, task.validation)
     require(held.held is not None, "no user has two dialogues: there is nothing to choose by")
     for model in models:
         fitted = train(held.fit, held, model, epochs)

@@ -87,7 +87,8 @@ class PAL:
             return self._train(data, held, model["prototypes"], epochs, task.seed)
 
         if self.setting == "faithful":
-            held = hold_out(task.train, task.seed, shared_prompts(task.train, task.seed))
+            shared = shared_prompts(task.train, task.seed)
+            held = hold_out(task.train, task.seed, shared, task.validation)
             require(held.held is not None, "no user has two dialogues: nothing can be held out")
             return [train(held.fit, held, {"prototypes": self.prototypes[0]}, self.epochs or 20)]
         models = [{"prototypes": K} for K in self.prototypes]

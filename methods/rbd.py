@@ -29,7 +29,7 @@ from methods.linear import (
     thinned,
 )
 from methods.ridge_bt import fit_shared
-from methods.validation import hold_out
+from methods.validation import HeldOut, hold_out
 from settings import PositiveFloat, PositiveInt
 
 RATE, STEPS, PATIENCE, LEAST = 1e-4, 3000, 100, 1e-5  # published training, as tuned
@@ -153,7 +153,8 @@ class RBD:
         most = min(data.num_users, data.num_features)
         require(1 <= self.rank <= most, f"RBD's rank must be 1 to {most}, not {self.rank}")
         if self.setting == "faithful":
-            return [self._faithful(data, task.seed)]
+            split = hold_out(data, task.seed, validation=task.validation)
+            return [self._faithful(data, split, task.seed)]
         best, tried = choose(
             task, self.strengths, lambda *given: (self._converged(*given[:2], ROUGH), None)
         )
@@ -201,8 +202,8 @@ class RBD:
         facts = {"parameters": numbers, "note": note, "tried": [], **thinned(losses)}
         return RBDFitted(label, settings, V, mean + away, mean, facts)
 
-    def _faithful(self, data: Comparisons, seed: int) -> RBDFitted:
-        split, K, U = hold_out(data, seed), self.rank, data.num_users
+    def _faithful(self, data: Comparisons, split: HeldOut, seed: int) -> RBDFitted:
+        K, U = self.rank, data.num_users
         require(split.held is not None, "no user has two dialogues: RBD cannot stop on validation")
         assert split.held is not None
         generator = torch.Generator().manual_seed(seed)

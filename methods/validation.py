@@ -112,7 +112,12 @@ def _of(data: Comparisons, responses: Tensor) -> Tensor:
     return torch.isin(x.index[x.chosen.cpu()], responses)
 
 
-def hold_out(train: Comparisons, seed: int, responses: Tensor | None = None) -> HeldOut:
+def hold_out(
+    train: Comparisons,
+    seed: int,
+    responses: Tensor | None = None,
+    validation: Comparisons | None = None,
+) -> HeldOut:
     """Hold out a fifth of each user's dialogues, at least one of those who have two.
 
     A dialogue is on one side only, and no pair of a user is on both.
@@ -121,7 +126,11 @@ def hold_out(train: Comparisons, seed: int, responses: Tensor | None = None) -> 
         train: comparisons of the seen users.
         seed: of the draws.
         responses: whose comparisons are held out instead, from ``shared_prompts``.
+        validation: comparisons of seen users outside ``train`` that take their place, so that all
+            of ``train`` is left.
     """
+    if validation is not None:
+        return _given(train, validation)
     if responses is not None:
         keep = ~_of(train, responses)
         left = torch.bincount(train.user.cpu()[keep], minlength=train.num_users)
@@ -140,6 +149,15 @@ def hold_out(train: Comparisons, seed: int, responses: Tensor | None = None) -> 
     return HeldOut(
         rest, _pick(train, held) if held else None, torch.tensor(whose, dtype=torch.long)
     )
+
+
+def _given(train: Comparisons, validation: Comparisons) -> HeldOut:
+    """The validation comparisons of those users whose training comparisons are here."""
+    row = {name: u for u, name in enumerate(_names(train))}
+    here = torch.tensor([name in row for name in _names(validation)])
+    held = validation.select(here[validation.user.cpu()]) if here.any() else None
+    whose = [row[name] for name in _names(validation) if name in row]
+    return HeldOut(train, held, torch.tensor(whose, dtype=torch.long))
 
 
 def pseudo_new(
@@ -194,8 +212,11 @@ def subset(few: Comparisons, shots: int, seed: int) -> tuple[Tensor, Users]:
     return picked, few.pick(picked, [len(x) for x in rows])
 
 
-def shots_of(few: Comparisons, shots: tuple[int, ...]) -> tuple[int, ...]:
-    """Numbers of shots that choices are made for: those given, else what new users mostly have."""
+def shots_of(few: Comparisons | None, shots: tuple[int, ...]) -> tuple[int, ...]:
+    """Numbers of shots that choices are made for: those given, else what new users mostly have;
+    none where nobody is new."""
+    if few is None:
+        return ()
     if shots:
         return tuple(sorted(set(shots)))
     return (int(torch.tensor([len(unit) for unit in few.units()]).median()),)
@@ -250,14 +271,14 @@ class Split:
         self.seed, self.shots, self.processes = seed, shots, task.processes
         self.num_users = task.train.num_users
         responses = shared_prompts(task.train, seed)
-        self.new = pseudo_new(task.train, seed, max(shots), responses)
+        self.new = pseudo_new(task.train, seed, max(shots), responses) if shots else None
         rest = task.train if self.new is None else self.new.rest
         rows = torch.arange(self.num_users)
         self.new_rows = rows[:0]
         if self.new is not None:
             self.new_rows, rows = rows[self.new.chosen], rows[~self.new.chosen]
         share = rest.share(task.process, task.processes)
-        mine = hold_out(share, seed, responses)
+        mine = hold_out(share, seed, responses, task.validation)
         first = place(share.num_users, task.processes)[0]
         self.fit, self.held, self.whose = mine.fit, mine.held, mine.whose
         self.seen_rows = rows[first + self.whose]
@@ -302,7 +323,8 @@ class Validation:
     """What a choice is made on: random splits of the training comparisons, more of small data.
 
     A candidate is fitted to each split's ``fit`` and scored by its log loss on held-out dialogues
-    of the users it knows, and on pseudo-new users who adapt from their first shots.
+    of the users it knows, and on pseudo-new users who adapt from their first shots. Where nobody
+    is new, the former are all; and with a validation set of the dataset's own there is one split.
 
     Attributes:
         splits: one or more.
@@ -311,6 +333,8 @@ class Validation:
     def __init__(self, task: Task) -> None:
         shots = shots_of(task.few, task.shots)
         count = min(MOST_SPLITS, max(1, round(ENOUGH / len(task.train))))
+        if task.validation is not None and task.few is None:
+            count = 1  # others would be the same
         self.splits = [Split(task, task.seed + 10007 * i, shots) for i in range(count)]
 
     @property

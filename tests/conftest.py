@@ -18,6 +18,7 @@ WORLDS = {
     "RedditTLDR": (worlds.tldr, {"workers": 12, "annotations": 40}, {"min_annotations": 20}),
     "PRISM": (worlds.prism, {"users": 16}, {}),
     "CommunityAlignment": (worlds.community, {"annotators": 10}, {"min_comparisons": 10}),
+    "PersonalRewardBench": (worlds.rewardbench, {"users": 12}, {}),
 }
 OWN_PROCESS = {"RedditTLDR"}  # whose scripts run as a user runs them: it takes their imports anew
 

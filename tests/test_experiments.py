@@ -23,6 +23,7 @@ import comparisons
 import experiments
 import methods.lore
 import people
+import preparing
 import reference
 import reports
 import training
@@ -34,7 +35,7 @@ from files import InputError
 from methods.base import Fitted, Task
 from methods.lore import Lore
 from methods.shared import BradleyTerry, Own
-from methods.validation import hold_out
+from methods.validation import Validation, hold_out
 from people import People, fit, records, repeats, saved, settings
 
 CPU = torch.device("cpu")
@@ -319,6 +320,84 @@ def test_the_choice_is_made_on_whole_dialogues_that_were_not_fitted(world, monke
     assert split.fit.names == task.train.names
     other = hold_out(task.train, 1)
     assert set(split.held.dialogs.tolist()) != set(other.held.dialogs.tolist())
+
+
+# ------------------------------------------------------------- Where nobody is unseen
+
+
+@pytest.fixture(scope="module")
+def all_seen(world) -> People:
+    """The same people, all seen, a quarter of each one's dialogues for validation."""
+    number = world.table.dialog_id.str.split(".").str[1].astype(int)
+    split = world.table.split.where(number % 4 != 0, preparing.VALIDATION)
+    return world._replace(table=world.table.assign(seen=True, split=split))
+
+
+def test_nobody_unseen_means_no_records_of_new_users(all_seen, tmp_path):
+    _, folder = fit(all_seen, tmp_path)
+    sets, found = all_seen.tasks().draw(0, CPU), records(folder)
+    assert {(name, control) for label, control, name, _ in found if label == "LoRe K=2"} == {
+        ("train", ""), ("seen", ""), ("seen", "nobody's"), ("seen", "another's")
+    }  # fmt: skip
+    assert {name for _, _, name, _ in found} == {"train", "seen"}
+    basis = load_basis(folder / "basis-K02.safetensors")
+    assert len(basis.users) == 12 and basis.users_unseen == [] and len(basis.W_unseen) == 0
+    expected = people.plain(all_seen.store, sets.seen, basis.V, basis.W)
+    same(found["LoRe K=2", "", "seen", None], expected)
+    (part,) = saved(folder)["seeds"]
+    assert part["users"]["unseen"] == []
+    assert part["comparisons"] == {
+        "train": 12 * 24, "seen": 12 * 12, "few": 0, "unseen": 0, "validation": 12 * 12
+    }  # fmt: skip
+
+
+def test_shots_of_new_users_need_new_users(all_seen, tmp_path):
+    with pytest.raises(InputError, match="no user of planted is unseen.*run train_basis.py"):
+        experiments.vary_fewshot(all_seen.tasks(), settings(tmp_path), (1, 2), 2)
+
+
+def test_settings_are_chosen_on_the_validation_comparisons(all_seen, monkeypatch):
+    fit_bases, fitted = methods.lore.fit_bases, []
+
+    def remember(estimator, asked, direction, data, *rest, **settings):
+        fitted.append(data)
+        return fit_bases(estimator, asked, direction, data, *rest, **settings)
+
+    monkeypatch.setattr(methods.lore, "fit_bases", remember)
+    task = task_of(all_seen)
+    *fits, chosen = Lore(ranks=(2, 3), select_rank=True, **people.QUICK).fit(task)
+    for data in fitted:  # nothing is held out of the training comparisons
+        assert torch.equal(data.features.x, task.mine.features.x)
+    assert chosen.tried.keys() == {"BT", "LoRe K=2", "LoRe K=3"}
+    for one in fits:
+        expected = people.plain(all_seen.store, task.validation, one.basis.V, one.basis.W)
+        assert chosen.tried[one.label] == pytest.approx(expected[0].mean(), abs=1e-6)
+
+
+def test_one_split_holds_the_validation_comparisons_where_nobody_is_new(all_seen):
+    task = task_of(all_seen)
+    (split,) = Validation(task).splits
+    assert split.new is None and len(split.fit) == len(task.train)
+    assert split.seen_rows.tolist() == list(range(12))
+    assert torch.equal(split.held.features.x, task.validation.in_memory().features.x)
+    fitted = Lore(ranks=(2,), **people.QUICK).fit(task)[0]
+    scores = Validation(task).score([fitted])
+    expected = people.plain(all_seen.store, task.validation, fitted.basis.V, fitted.basis.W)
+    assert np.allclose(scores.seen, expected[1], atol=2e-5) and scores.new.isnan().all()
+    assert scores.loss == pytest.approx(expected[1].mean(), abs=2e-5)
+
+
+def test_validation_comparisons_go_to_the_process_that_has_their_users(all_seen):
+    task = task_of(all_seen)
+    keep = task.validation.user != 1  # who has none
+    validation = task.validation.select(keep)
+    for process in (0, 1):
+        mine = task.train.share(process, 2)
+        split = hold_out(mine, 0, None, validation)
+        names = [name for name in mine.names if name != task.train.names[1]]
+        assert split.held.names == names
+        assert [mine.names[u] for u in split.whose.tolist()] == names
+        assert split.fit is mine
 
 
 # ------------------------------------------------------------------- Shots of new users

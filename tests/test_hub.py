@@ -32,6 +32,8 @@ TLDR = "openai/summarize_from_feedback"
 PRISM = "HannahRoseKirk/prism-alignment"
 COMMUNITY = "facebook/community-alignment-dataset"
 REWARDBENCH = "allenai/reward-bench-2"
+PERSONAL = "MichaelR207/prism_personalized_0125"
+ARENA = "MichaelR207/chatbot_arena_personalized_0125"
 TABLES = ("comparisons.parquet", "conversations.parquet", "scores.safetensors", "prepare.json")
 CARD = """---
 configs:
@@ -83,6 +85,8 @@ def publish_datasets(hub: Hub, folder: Path) -> None:
     worlds.tldr(raw / "RedditTLDR", workers=4, annotations=50)
     worlds.prism(raw / "PRISM")
     worlds.community(raw / "CommunityAlignment", annotators=4, conversations=20)
+    worlds.rewardbench(raw / "PersonalRewardBench")
+    worlds.rewardbench(folder / "arena", users=3, seed=1)
     tables = [
         (PERSONALLLM, "PersonalLLM/train.parquet", "data/train-00000-of-00001"),
         (PERSONALLLM, "PersonalLLM/test.parquet", "data/test-00000-of-00001"),
@@ -90,12 +94,15 @@ def publish_datasets(hub: Hub, folder: Path) -> None:
         (TLDR, "RedditTLDR/validation.jsonl.gz", "comparisons/validation/0000"),
         (COMMUNITY, "CommunityAlignment/train.parquet", "data/train-00000-of-00001"),
     ]
+    for name, files in ((PERSONAL, raw / "PersonalRewardBench"), (ARENA, folder / "arena")):
+        for split in ("train", "validation", "test"):
+            tables.append((name, files / f"{split}.parquet", f"data/{split}-00000-of-00001"))
     for name, table, path in tables:
         worlds.write(folder / name / f"{path}.parquet", worlds.read(raw / table))
     worlds.write(folder / REWARDBENCH / "data/test-00000-of-00001.parquet", rewardbench_rows())
     shutil.copytree(raw / "PRISM", folder / PRISM)
     (folder / PRISM / "README.md").write_text(CARD)
-    for name in (PERSONALLLM, COMMUNITY, REWARDBENCH, PRISM):
+    for name in (PERSONALLLM, COMMUNITY, REWARDBENCH, PRISM, PERSONAL, ARENA):
         hub.add("datasets", name, folder / name)
     hub.add("datasets", TLDR, folder / TLDR, "refs/convert/parquet")
 
@@ -147,6 +154,19 @@ def online_jobs(out: Path) -> dict[str, tuple[str, running.Flags]]:
         "CommunityAlignment": (
             "CommunityAlignment/prepare.py",
             {"out": out / "CommunityAlignment", **quiet},
+        ),
+        "PersonalRewardBench": (
+            "PersonalRewardBench/prepare.py",
+            {"out": out / "PersonalRewardBench", **quiet},
+        ),
+        "Chatbot Arena": (
+            "PersonalRewardBench/prepare.py",
+            {"source": ARENA, "out": out / "arena", **quiet},
+        ),
+        "personal results": (
+            "PersonalRewardBench/train_basis.py",
+            {"data": out / "PersonalRewardBench", "results": out / "results", "name": "prism",
+             "iterations": 50, "ranks": 2, **quiet},
         ),
         "RewardBench 2": (
             "PRISM/eval_rb2.py",
@@ -212,6 +232,7 @@ def store(hubbed: Hubbed, name: str) -> embeddings.Store:
         ("RedditTLDR", {"embed": False}),
         ("PRISM", {}),
         ("CommunityAlignment", {"embed": False}),
+        ("PersonalRewardBench", {"embed": False}),
     ],
 )
 def test_default_sources_give_what_local_files_give(hubbed, tmp_path, name, settings):
@@ -235,6 +256,27 @@ def test_reward_bench_2_is_scored(hubbed):
     assert outcome.status == 0, outcome.err
     assert "Factuality" in outcome.out
     assert (hubbed.folder / "out" / "rb2" / "scores.csv").exists()
+
+
+def test_personal_reward_bench_goes_from_the_hub_to_its_table(hubbed):
+    outcome = hubbed.online["personal results"]
+    assert outcome.status == 0, outcome.err
+    printed = running.table(outcome.out)
+    assert {"BT", "Ridge BT", "LoRe, chosen", "Mixed logit"} <= set(printed)
+    assert set(printed["BT"]) == {"seen", "train"}
+    saved = hubbed.folder / "out/results/PersonalRewardBench/prism/results.json"
+    (seed,) = json.loads(saved.read_text())["seeds"]
+    assert seed["comparisons"] == {
+        "train": 22, "seen": 18, "few": 0, "unseen": 0, "validation": 20
+    }  # fmt: skip
+    assert seed["users"] == {"seen": [f"user{u}" for u in range(6)], "unseen": []}
+
+
+def test_both_halves_of_personal_reward_bench_come_from_the_hub(hubbed):
+    outcome = hubbed.online["Chatbot Arena"]
+    assert outcome.status == 0, outcome.err
+    info = preparing.read_info(hubbed.folder / "out" / "arena")
+    assert info["settings"]["source"] == ARENA and info["counts"]["users with comparisons"] == 3
 
 
 def test_a_revision_is_pinned(hubbed):

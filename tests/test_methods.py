@@ -70,6 +70,19 @@ def test_own_state_beats_nobodys_and_anothers(fit: Fitted, task: Task):
         assert accuracy > _accuracy(fit, data, own.roll(1, 0)) + 0.02
 
 
+@pytest.mark.parametrize("name", NAMED)
+def test_nobody_need_be_new_where_there_are_validation_comparisons(name: str):
+    given = planted.task(users=16, shots=24, held_out=20)
+    turn = torch.arange(20).repeat(16)
+    sides = [given.seen.select(turn % 2 == half) for half in (0, 1)]
+    task = dataclasses.replace(given, few=None, unseen=None, validation=sides[0], seen=sides[1])
+    fit = _method(name).fit(task)[-1]
+    assert len(fit.users) == 16
+    assert _accuracy(fit, task.seen, fit.users) > 0.6
+    for tried in fit.describe().get("tried") or []:
+        assert "new" not in tried
+
+
 def test_no_shots_give_nobodys_state(fit: Fitted, task: Task):
     counts = task.few.counts.clone()
     counts[[0, 3]] = 0

@@ -101,6 +101,30 @@ def test_every_label_and_control_has_its_figures_in_the_order_written(tmp_path):
     assert accuracy["BT"]["overall"].startswith(f"{100 * np.mean(both):.1f} [")
 
 
+def only_seen(results: dict[str, Any]) -> dict[str, Any]:
+    """The same run without unseen users."""
+    for repeat in results["seeds"]:
+        repeat["users"]["unseen"] = []
+        for part in repeat["methods"].values():
+            part["records"] = [r for r in part["records"] if r["set"] in ("train", "seen")]
+    return results
+
+
+def test_without_unseen_users_nothing_is_said_of_them(tmp_path):
+    results = only_seen(made.results())
+    text = told(results, tmp_path)
+    accuracy, log_loss, differences, _ = tables(text)
+    assert all(set(row) <= {"seen", "train"} for row in (accuracy | log_loss).values())
+    assert "LoRe K=5: shuffled labels" not in accuracy
+    assert all(set(row) == {"seen"} for row in differences.values())
+    assert "unseen" not in text and "overall" not in text
+    read = records.read_results(tmp_path)
+    (verdict_of_seen,) = [v for v in verdict.verdicts(read) if v.label == "LoRe K=5"]
+    assert verdict_of_seen.where == "seen users"
+    panels = plots.measure_panels(read, verdict.judged(read))
+    assert [panel.name for panel in panels] == ["seen users"] * 2
+
+
 def test_the_coin_is_said_beside_the_log_loss(tmp_path):
     assert any("ln 2 = 0.693" in name for name in blocks(told(made.results(), tmp_path)))
 

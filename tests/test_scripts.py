@@ -10,7 +10,7 @@ import re
 import runpy
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -35,6 +35,7 @@ TRAIN = {
                    "seeds": [0, 1], "shrinkage": [0, 3]},
     "PRISM": {"ranks": [0, 1, 2, 3], "alpha": [0, 1e4]},
     "CommunityAlignment": {"ranks": [2, 3], "select_rank": "true"},
+    "PersonalRewardBench": {"methods": "lore", "ranks": [2, 3]},
 }  # fmt: skip
 SWEEP = {
     "PersonalLLM": {"users": 20, "unseen_users": 10, "pairs_per_user": 12, "shots": [2, 5, 9],
@@ -43,7 +44,15 @@ SWEEP = {
     "PRISM": {"shots": [1, 2], "trials": 3, "ranks": [2, 3]},
     "CommunityAlignment": {"shots": [1, 3], "trials": 3, "ranks": 3},
 }  # fmt: skip
-EVERY = [n if n == "PRISM" else pytest.param(n, marks=pytest.mark.slow) for n in WORLDS]
+SEEN_ONLY = WORLDS.keys() - SWEEP.keys()  # datasets in which nobody is new
+
+
+def quick_and_slow(names: Iterable[str]) -> list:
+    """Datasets as parameters of a test, all but PRISM slow."""
+    return [n if n == "PRISM" else pytest.param(n, marks=pytest.mark.slow) for n in names]
+
+
+EVERY, SWEPT = quick_and_slow(WORLDS), quick_and_slow(SWEEP)
 SCRIPTS = sorted(
     str(path.relative_to(running.ROOT))
     for pattern in ("*.py", "*/*.py")
@@ -132,11 +141,13 @@ def test_train_basis_prints_what_it_saves(finished, name):
             assert_shows_mean(printed[row_name(line)][line["set"]], lines, **where)
     seeds = [str(seed) for seed in TRAIN[name].get("seeds", [0])]
     assert sorted({line["seed"] for line in lines}) == seeds
-    assert {line["set"] for line in lines} == {"train", "seen", "few_shot", "unseen"}
+    sets = {"train", "seen"} | (set() if name in SEEN_ONLY else {"few_shot", "unseen"})
+    assert {line["set"] for line in lines} == sets
+    assert set(printed["BT"]) == {*sets - {"few_shot"}, *(["overall"] if "unseen" in sets else [])}
     assert "\nVerdict:" in run.outcome.out
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", SWEPT)
 def test_vary_fewshot_prints_what_it_saves(finished, name):
     run = finished(name, "vary_fewshot")
     assert run.outcome.status == 0, run.outcome.err
@@ -154,8 +165,14 @@ def test_vary_fewshot_prints_what_it_saves(finished, name):
     assert "\nVerdict:" in run.outcome.out
 
 
-@pytest.mark.parametrize("script", ["train_basis", "vary_fewshot"])
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize(
+    ("name", "script"),
+    [
+        pytest.param(name, script, marks=[] if name == "PRISM" else pytest.mark.slow)
+        for script, names in (("train_basis", TRAIN), ("vary_fewshot", SWEEP))
+        for name in names
+    ],
+)
 def test_files_lie_where_the_last_line_says(finished, name, script):
     run = finished(name, script)
     last = run.outcome.out.splitlines()[-1]
@@ -188,8 +205,9 @@ def test_basis_files_name_their_users(finished, name):
 
 
 @pytest.mark.slow
-def test_rank_is_chosen_and_marked(finished):
-    run = finished("CommunityAlignment", "train_basis")
+@pytest.mark.parametrize("name", ["CommunityAlignment", "PersonalRewardBench"])
+def test_rank_is_chosen_and_marked(finished, name):
+    run = finished(name, "train_basis")
     *fits, chosen = saved(run.folder)["seeds"][0]["methods"]["lore"]["fits"]
     assert chosen["label"] == "LoRe, chosen" and chosen["settings"]["rank"] in (1, 2, 3)
     assert set(chosen["tried"]) == {"BT", *(fit["label"] for fit in fits)}
@@ -367,10 +385,9 @@ def train(dataset, tmp_path) -> Callable[..., Outcome]:
     return get
 
 
-@pytest.mark.parametrize("name", WORLDS)
-@pytest.mark.parametrize("script", ["train_basis", "vary_fewshot"])
-def test_an_unprepared_folder_is_refused(name, script, tmp_path):
-    outcome = running.invoke(f"{name}/{script}.py", {"data": tmp_path / "nothing"})
+@pytest.mark.parametrize("script", [s for s in SCRIPTS if s.endswith(("_basis.py", "shot.py"))])
+def test_an_unprepared_folder_is_refused(script, tmp_path):
+    outcome = running.invoke(script, {"data": tmp_path / "nothing"})
     refused(outcome, str(tmp_path / "nothing"), "prepare.py")
 
 

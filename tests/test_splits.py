@@ -43,10 +43,13 @@ def loaded(world, tmp_path, monkeypatch) -> Path:
 # ------------------------------------------------------------------------ The four sets
 
 
+INITIALS = {"r": "train", "e": "test", "v": preparing.VALIDATION}
+
+
 def split_table(sides: dict[str, tuple[bool, str]]) -> pd.DataFrame:
-    """One dialogue for every letter of user -> (seen, "train"/"test" initials)."""
+    """One dialogue for every letter of user -> (seen, letters of the splits)."""
     rows = [
-        {"user_id": user, "seen": seen, "split": {"r": "train", "e": "test"}[letter],
+        {"user_id": user, "seen": seen, "split": INITIALS[letter],
          "dialog_id": f"{user}{i}", "turn": 0, "weight": 1.0}
         for user, (seen, letters) in sides.items() for i, letter in enumerate(letters)
     ]  # fmt: skip
@@ -62,18 +65,33 @@ def test_four_sets_are_what_the_table_says(caplog):
     sides = {"a": (True, "rre"), "b": (False, "re"), "c": (True, "er"), "d": (False, "rr")}
     with caplog.at_level("INFO"):
         sets = four(split_table(sides))
-    assert [(s.names, people.ends(s)) for s in sets] == [
+    assert [(s.names, people.ends(s)) for s in sets[:4]] == [
         (["a", "c"], ([0, 1, 6], [100, 101, 106])), (["a", "c"], ([2, 5], [102, 105])),
         (["b"], ([3], [103])), (["b"], ([4], [104])),
     ]  # fmt: skip
-    assert [s.counts.tolist() for s in sets] == [[2, 1], [1, 1], [1], [1]]
+    assert [s.counts.tolist() for s in sets[:4]] == [[2, 1], [1, 1], [1], [1]]
+    assert sets.validation is None
     assert "left out 1 user" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["seen", "unseen"])
 def test_four_sets_need_users_of_both_kinds(kind):
     with pytest.raises(InputError, match=f"no {kind} users"):
-        four(split_table({"a": (kind == "unseen", "re"), "b": (True, "r")}))
+        four(split_table({"a": (kind == "unseen", "re"), "b": (kind == "seen", "r")}))
+
+
+def test_where_nobody_is_unseen_there_are_no_sets_of_new_users():
+    sets = four(split_table({"a": (True, "re"), "b": (True, "rre"), "c": (True, "r")}))
+    assert sets.few is None and sets.unseen is None
+    assert [s.names for s in (sets.train, sets.seen)] == [["a", "b"], ["a", "b"]]
+
+
+def test_validation_comparisons_are_a_set_of_their_own():
+    sides = {"a": (True, "rvve"), "b": (True, "re"), "c": (True, "rv"), "d": (True, "erv")}
+    sets = four(split_table(sides))
+    assert sets.validation.names == ["a", "d"]
+    assert people.ends(sets.validation)[0] == [1, 2, 10]
+    assert people.ends(sets.train)[0] == [0, 4, 9] and people.ends(sets.seen)[0] == [3, 5, 8]
 
 
 def test_comparisons_keep_users_weights_and_dialogues_whatever_the_order_of_rows():
@@ -157,20 +175,21 @@ def test_flipping_swaps_both_ends_of_those_that_are_told(world, in_memory):
 def test_a_given_split_is_the_same_for_every_seed(world, loaded):
     tasks = splits.given_split(loaded)
     first, second = (tasks.draw(seed, CPU) for seed in (0, 1))
-    assert [listed(s) for s in first] == [listed(s) for s in second]
+    assert [listed(s) for s in first[:4]] == [listed(s) for s in second[:4]]
     assert first.train.names == first.seen.names == [f"p{u:02d}" for u in (0, 1, 4, 5, 8, 9)]
     assert tasks.unit == "dialogues"
-    assert [listed(s) for s in world.tasks().draw(0, CPU)] == [listed(s) for s in first]
+    mine = world.tasks().draw(0, CPU)
+    assert [listed(s) for s in mine[:4]] == [listed(s) for s in first[:4]]
 
 
 def test_drawn_splits_follow_the_seed_alone(world, loaded):
     draw = splits.drawn_split(loaded, 0.25, 10, 4).draw
     sets, again, other = (draw(seed, CPU) for seed in (0, 0, 1))
-    assert [listed(s) for s in sets] == [listed(s) for s in again]
+    assert [listed(s) for s in sets[:4]] == [listed(s) for s in again[:4]]
     assert sets.train.names != other.train.names
     world.table.sample(frac=1, random_state=0).to_parquet(loaded / "comparisons.parquet")
     moved = splits.drawn_split(loaded, 0.25, 10, 4).draw(0, CPU)
-    assert [sorted(listed(s)) for s in sets] == [sorted(listed(s)) for s in moved]
+    assert [sorted(listed(s)) for s in sets[:4]] == [sorted(listed(s)) for s in moved[:4]]
 
 
 def test_drawn_splits_take_samples_of_the_training_side_only(world, loaded):
@@ -179,7 +198,7 @@ def test_drawn_splits_take_samples_of_the_training_side_only(world, loaded):
     assert not set(sets.train.names) & set(sets.few.names)
     assert sets.train.counts.tolist() == [10] * 3 and sets.few.counts.tolist() == [4] * 9
     assert sets.few.dialogs is None  # a shot is a comparison
-    for part, split in zip(sets, ("train", "test", "train", "test"), strict=True):
+    for part, split in zip(sets[:4], ("train", "test", "train", "test"), strict=True):
         side = world.table[(world.table.split == split) & world.table.user_id.isin(part.names)]
         owned = set(zip(side.user_id, side.chosen, side.rejected, strict=True))
         taken = {row[:3] for row in listed(part)}
@@ -207,10 +226,10 @@ def test_simulated_users_choose_as_a_plain_loop_does(simulated):
     data, scores, rows = simulated
     sets = splits.simulated_users(data, 0.1, 6, 4, 9, 5).draw(3, CPU)
     W = sampling.generate_population(0.1, 10, torch.Generator().manual_seed(3)).double()
-    assert [s.counts.tolist() for s in sets] == [[9] * 6, [7] * 6, [5] * 4, [7] * 4]
+    assert [s.counts.tolist() for s in sets[:4]] == [[9] * 6, [7] * 6, [5] * 4, [7] * 4]
     prompt_of = {int(row): p for p, some in enumerate(rows) for row in some}
     drawn = set()
-    for part, weights, side in zip(sets, (W[:6], W[:6], W[6:], W[6:]), "rere", strict=True):
+    for part, weights, side in zip(sets[:4], (W[:6], W[:6], W[6:], W[6:]), "rere", strict=True):
         choices = torch.tensor(people.ends(part)).T.split(part.counts.tolist())
         for w, pairs_of_user in zip(weights, choices, strict=True):
             prompts = [prompt_of[int(chosen)] for chosen, _ in pairs_of_user]
@@ -226,7 +245,7 @@ def test_simulated_users_choose_as_a_plain_loop_does(simulated):
 
 def test_simulated_users_follow_the_seed(simulated):
     draw = splits.simulated_users(simulated[0], 0.1, 6, 4, 9, 5).draw
-    first, again, other = ([people.ends(s) for s in draw(seed, CPU)] for seed in (0, 0, 1))
+    first, again, other = ([people.ends(s) for s in draw(seed, CPU)[:4]] for seed in (0, 0, 1))
     assert first == again and first != other
     few, later = draw(0, CPU).few.names, draw(1, CPU).train.names
     assert not set(draw(0, CPU).train.names) & {*few, *later}

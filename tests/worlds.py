@@ -191,6 +191,39 @@ def _community_turns(
     return {**row, "is_pregenerated_first_prompt": opening is not None, **flags}
 
 
+def rewardbench(folder: Path, *, users: int = 6, comparisons: int = 9, seed: int = 0) -> Path:
+    """PersonalRewardBench's PRISM half: train, validation and test.parquet, a third of the users
+    in each; a third of each user's rows is val and a third is test.
+
+    User i has comparisons + i % 3 rows. A dialogue of two turns gives every third row.
+    """
+    world, files = _World(seed), ("train", "validation", "test")
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in files}
+    for user in range(users):
+        for number in range(comparisons + user % 3):
+            context = [{"content": f"what of {world.text(3)}?", "role": "user"}]
+            if number % 3 == 2:
+                context += [{"content": world.text(), "role": "model"},
+                            {"content": f"and of {world.text(3)}?", "role": "user"}]  # fmt: skip
+            pair = world.texts(2)
+            best = world.best(user % 2, pair)
+            rows[files[user % 3]].append({
+                "conversation_id": f"c{user}.{number}",
+                "user_id": f"user{user}",
+                "context": context,
+                "chosen": {"content": pair[best], "role": "model"},
+                "rejected": {"content": pair[1 - best], "role": "model"},
+                "turns": len(context) // 2 + 1,
+                "split": ("train", "val", "test")[number % 3],
+                "flip": bool(number % 2),
+                "reasoning_judge": world.text(),
+                "agreement": 0.5,
+            })  # fmt: skip
+    for name, some in rows.items():
+        write(folder / f"{name}.parquet", some)
+    return folder
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     """The rows of a raw table."""
     if path.suffix == ".parquet":

@@ -1,0 +1,115 @@
+"""PersonalRewardBench: each user's own choices for training, for choosing settings and for test."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import choices
+import embeddings
+import preparing
+import raw
+from choices import Columns
+from cli import cli
+from files import InputError, digest
+from preparing import Conversation, Funnel
+
+HERE = Path(__file__).resolve().parent
+COLUMNS = ("user_id", "split", "context", "chosen", "rejected")  # many judges' columns are left out
+SPLITS = ("train", preparing.VALIDATION, "test")
+ROLES = {"model": "assistant"}  # what PRISM calls the assistant
+
+
+def main(
+    source: str = "MichaelR207/prism_personalized_0125",
+    out: Path = HERE / "data",
+    embed: bool = True,
+    **embedding: Any,
+) -> None:
+    """Make the comparisons of one half of the benchmark, and embed the texts.
+
+    Every user has comparisons for training, for choosing settings and for test, by a column of the
+    data; so all users are seen ones, and nothing is drawn.
+
+    Args:
+        source: hub dataset, the PRISM half; or MichaelR207/chatbot_arena_personalized_0125; or a
+            file or folder of .jsonl, .jsonl.gz or .parquet.
+        out: folder of the prepared data.
+        embed: false writes the tables only.
+    """
+    if embed:
+        embeddings.check_model(embedding)
+    funnel = Funnel()
+    table = preparing.tabulate(read(source, funnel), funnel)
+    what = "users with comparisons for training and for test"
+    table = preparing.keep_both_sides(table, funnel, what).assign(seen=True)
+    conversations, table = preparing.number_conversations(table, funnel)
+    settings = {"source": source}
+    info = {"dataset": "PersonalRewardBench", "settings": settings, "counts": funnel.counts}
+    preparing.write_prepared(out, conversations, table, info)
+    print(funnel.lines())
+    if embed:
+        embeddings.embed(conversations, out / "embeddings", **embedding)
+    print(f"prepared {len(table):,} comparisons of {len(conversations):,} conversations in {out}")
+
+
+def read(source: str, funnel: Funnel) -> list[dict[str, Any]]:
+    """The comparisons of all rows. The files' own split is one of users, and says nothing here."""
+    comparisons: list[dict[str, Any]] = []
+    for place, row in raw.check_columns(raw.read_all(source), COLUMNS):
+        funnel.count("rows")
+        user, split = (raw.name(row[column], place, column) for column in ("user_id", "split"))
+        history = read_context(place, row)
+        if split not in SPLITS:
+            funnel.left_out([f"rows whose split is {split}"])
+        elif not history or history[-1]["role"] != "user":
+            funnel.left_out(["rows whose context does not end with a message of the user"])
+        else:
+            dialog = dialogue(place, row, history)
+            same = {"user_id": user, "split": split, "dialog_id": dialog, "weight": 1.0}
+            same["turn"] = sum(message["role"] == "user" for message in history) - 1
+            pairs, left_out = compare(place, row, history)
+            comparisons += [{**same, **pair} for pair in pairs]
+            funnel.left_out(left_out)
+    return comparisons
+
+
+def read_context(place: str, row: Mapping[str, Any]) -> Conversation:
+    """The messages before the two responses; empty where one has no text."""
+    only = {"context": row["context"]}
+    history = choices.read_history(place, only, Columns(messages="context"))
+    return [{**message, "role": ROLES.get(message["role"], message["role"])} for message in history]
+
+
+def dialogue(place: str, row: Mapping[str, Any], history: Conversation) -> str:
+    """A name for the dialogue of a row: what the data call it, else its first prompt."""
+    if row.get("conversation_id") is None:
+        return digest(next(m["content"] for m in history if m["role"] == "user"))
+    return raw.name(row["conversation_id"], place, "conversation_id")
+
+
+def compare(
+    place: str, row: Mapping[str, Any], history: Conversation
+) -> tuple[list[dict[str, Conversation]], list[str]]:
+    """The chosen response against the rejected one, or why that is left out."""
+    chosen, rejected = (response(place, row, column) for column in ("chosen", "rejected"))
+    if not chosen:
+        return [], ["chosen responses empty"]
+    return preparing.against(history, chosen, [rejected])
+
+
+def response(place: str, row: Mapping[str, Any], column: str) -> str:
+    """A response's text: the cell is a message with content, or the text itself."""
+    cell = row[column]
+    if isinstance(cell, dict):
+        if "content" not in cell:
+            raise InputError(f"{place}: {column} is a message without content")
+        return raw.text(cell["content"], place, f"{column}'s content")
+    return raw.text(cell, place, column)
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,42 @@
+"""PersonalRewardBench: methods on users of a few comparisons each, settings chosen on theirs.
+
+Every user is a seen one, so that there is no vary_fewshot.py here.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import experiments
+import splits
+from methods.lore import Lore
+
+HERE = Path(__file__).resolve().parent
+
+# No published settings of LoRe's: its objective at ranks up to 10, one chosen on validation.
+LORE = Lore(ranks=(0, 1, 2, 5, 10), select_rank=True)
+
+
+def main(
+    data: Path = HERE / "data",
+    methods: tuple[str, ...] = ("ridge_bt", "lore", "mixed_logit"),
+    lore: Lore = LORE,
+    **settings: Any,
+) -> None:
+    """Learn from every user's training comparisons and judge every method beside its controls.
+
+    Args:
+        data: folder that prepare.py wrote.
+        methods: methods to fit, by name; --help lists each one's settings.
+        lore: settings of LoRe; Bradley-Terry is fitted with the same.
+    """
+    chosen = experiments.Settings(methods=methods, lore=lore, **settings)
+    tasks = splits.given_split(data)
+    print(experiments.train_basis(tasks, chosen))
+
+
+if __name__ == "__main__":
+    experiments.command(main)
