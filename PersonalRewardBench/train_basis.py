@@ -22,7 +22,7 @@ LORE = Lore(ranks=(0, 1, 2, 5, 10), select_rank=True)
 
 def main(
     data: Path = HERE / "data",
-    methods: tuple[str, ...] = ("ridge_bt", "lore", "mixed_logit"),
+    methods: tuple[experiments.MethodName, ...] = ("ridge_bt", "lore", "mixed_logit"),
     lore: Lore = LORE,
     **settings: Any,
 ) -> None:
