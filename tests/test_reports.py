@@ -110,7 +110,7 @@ def only_seen(results: dict[str, Any]) -> dict[str, Any]:
     return results
 
 
-def test_without_unseen_users_nothing_is_said_of_them(tmp_path):
+def test_where_nobody_is_new_a_report_is_of_seen_users_alone(tmp_path):
     results = only_seen(made.results())
     text = told(results, tmp_path)
     accuracy, log_loss, differences, _ = tables(text)
