@@ -5,6 +5,7 @@ Whatever the method, a control is another row in the place of a user's own state
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from asking import CRITERIA, Criterion
 from cli import cli
 from comparisons import Shots, Users, draw_shots
 from devices import pick_device, processes, wait_for_all
@@ -23,6 +25,8 @@ from methods import METHODS
 from methods.base import Fitted, Method, Task, View
 from methods.heterogeneity import score_test
 from methods.shared import BradleyTerry, Own, Reference
+from records import ASKS
+from replay import choose_shots
 from reports import report
 from runs import Run
 from settings import Name, NonNegativeInt, SeedNumber
@@ -117,24 +121,49 @@ def train_basis(tasks: Tasks, settings: Settings) -> str:
     return _carry_out(run, tasks, settings, (), judge)
 
 
-def vary_fewshot(tasks: Tasks, settings: Settings, shots: Sequence[int], trials: int) -> str:
+def vary_fewshot(
+    tasks: Tasks,
+    settings: Settings,
+    shots: Sequence[int],
+    trials: int,
+    ask: Sequence[Criterion] = ("random",),
+) -> str:
     """Judge every method on new users against their number of shots; save results as above.
 
     Args:
         tasks, settings: what is fitted, and to what.
         shots: numbers of shots; 0 is none.
         trials: random draws per number of shots.
+        ask: how shots are chosen, of ``asking.CRITERIA``; at random is always there. Other criteria
+            are for the methods that know how tastes vary, and have a label each.
     """
     require(processes()[1] == 1, "vary_fewshot.py runs in one process: start it without torchrun")
+    for name in ask:
+        require(name in CRITERIA, f"--ask {name}: there are {', '.join(CRITERIA)}")
+    chosen = tuple(name for name in dict.fromkeys(ask) if name != "random")
     drawn: dict[int, Shots] = {}
 
     def judge(fit: Fitted, task: Task) -> list[dict[str, Any]]:
+        if fit.asks != "random":
+            g = torch.Generator().manual_seed(task.seed)
+            draws = choose_shots(fit, task.few, shots, fit.asks, trials, g)
+            return list(sweep(fit, task, draws))
         if task.seed not in drawn:
             drawn[task.seed] = draw_shots(task.few, shots, trials, task.seed)
         return list(sweep(fit, task, drawn[task.seed]))
 
-    run = _start("vary_fewshot", tasks, settings, {"shots": list(shots), "trials": trials})
-    return _carry_out(run, tasks, settings, tuple(shots), judge)
+    about = {"shots": list(shots), "trials": trials} | ({"ask": list(chosen)} if chosen else {})
+    run = _start("vary_fewshot", tasks, settings, about)
+    return _carry_out(run, tasks, settings, tuple(shots), judge, chosen)
+
+
+def _asking(fit: Fitted, criterion: str) -> Fitted:
+    """The same fit with new users' shots chosen by a criterion; without a file and controls."""
+    asking = copy.copy(fit)
+    asking.asks, asking.label = criterion, f"{fit.label}{ASKS}{criterion}"
+    asking.settings = {**fit.settings, "asks": criterion}
+    asking.file, asking.controlled = "", False
+    return asking
 
 
 def both(tasks: Tasks, settings: Settings, shots: Sequence[int], trials: int) -> str:
@@ -170,6 +199,7 @@ def _carry_out(
     settings: Settings,
     shots: tuple[int, ...],
     judge: Callable[[Fitted, Task], list[dict[str, Any]]],
+    ask: tuple[str, ...] = (),
 ) -> str:
     """Fit and judge what is missing; the report."""
     methods, here = settings.asked(), processes()
@@ -192,6 +222,8 @@ def _carry_out(
             start, busy = time.perf_counter(), time.process_time()
             fits = methods[name].fit(task)
             seconds, busy = time.perf_counter() - start, time.process_time() - busy
+            able = [fit for fit in fits if ask and fit.population() is not None]
+            fits = [*fits, *(_asking(fit, criterion) for fit in able for criterion in ask)]
             if here[0] == 0:
                 records = [record for fit in fits for record in judge(fit, task)]
                 done = {
@@ -226,6 +258,8 @@ def _new_names(task: Task) -> list[str]:
 def _describe(fit: Fitted, task: Task, tasks: Tasks) -> dict[str, Any]:
     """What results.json says of a fit, beside its records."""
     about = {"label": fit.label, "personal": fit.personal, "settings": fit.settings}
+    if fit.asks != "random":  # all else is said of the fit itself
+        return {**about, "file": ""}
     portrait = fit.portrait()
     if portrait is not None:
         about["states"] = [[round(x, 3) for x in row] for row in portrait.tolist()]
@@ -353,7 +387,7 @@ def sweep(fit: Fitted, task: Task, draws: Shots) -> Iterator[dict[str, Any]]:
     for control, some in states.items():
         known = None
         for s, size in enumerate(draws.sizes):
-            if not size and fit.personal and not fit.controlled:
+            if not size and fit.personal and not fit.controlled and fit.asks == "random":
                 continue  # each user's own model says nothing yet
             if known is None or (fit.personal and control != "nobody's"):
                 known = _measure(fit, unseen, task.unseen, some[:, s])

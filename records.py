@@ -25,6 +25,7 @@ CONTROLS = {
     "another's": "another's state",
     "shuffled": "shuffled labels",
 }
+ASKS = ", asks "  # between a label and the criterion by which new users' shots were chosen
 CHOSEN = ", chosen"  # ends the label of the fit that validation picked among a method's
 
 

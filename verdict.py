@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from records import BT, CHOSEN, MEASURES, REFERENCE, Results, control_name
+from records import ASKS, BT, CHOSEN, MEASURES, REFERENCE, Results, control_name
 from summaries import Column, Summary, columns, interval, level, minus
 
 AGAINST = (BT, "nobody's", "another's")
@@ -72,6 +72,8 @@ def judged(results: Results) -> list[str]:
     """
     last: dict[str, str] = {}
     for label, method in results.methods.items():
+        if ASKS in label:
+            continue
         if not last.get(method, "").endswith(CHOSEN):
             last[method] = label
     found = [label for label in last.values() if label not in (REFERENCE, BT)]

@@ -22,6 +22,7 @@ def main(
     data: Path = HERE / "data",
     shots: tuple[NonNegativeInt, ...] = (1, 2, 5, 10),
     trials: PositiveInt = 20,
+    ask: tuple[experiments.Criterion, ...] = ("random",),
     lore: Lore = LORE,
     **settings: Any,
 ) -> None:
@@ -31,11 +32,13 @@ def main(
         data: folder that prepare.py wrote.
         shots: numbers of dialogues of an unseen annotator; 0 is none.
         trials: random draws of the dialogues, for each number.
+        ask: how shots are chosen: random, pref, d_optimal, information, ranking; random is always
+            there.
         lore: settings of LoRe; Bradley-Terry is fitted with the same.
     """
     chosen = experiments.Settings(lore=lore, **settings)
     tasks = splits.given_split(data)
-    print(experiments.vary_fewshot(tasks, chosen, shots, trials))
+    print(experiments.vary_fewshot(tasks, chosen, shots, trials, ask))
 
 
 if __name__ == "__main__":

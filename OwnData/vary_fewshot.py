@@ -22,6 +22,7 @@ def main(
     data: Path = HERE / "data",
     shots: tuple[NonNegativeInt, ...] = (0, 1, 2, 5, 10, 20),
     trials: PositiveInt = 5,
+    ask: tuple[experiments.Criterion, ...] = ("random",),
     methods: tuple[experiments.MethodName, ...] = ("lore", "mixed_logit"),
     lore: Lore = LORE,
     **settings: Any,
@@ -33,12 +34,14 @@ def main(
         shots: numbers of dialogues of an unseen user, or of comparisons where the data have no
             dialogues; 0 is none.
         trials: random draws of the shots, for each number.
+        ask: how shots are chosen: random, pref, d_optimal, information, ranking; random is always
+            there.
         methods: methods to fit, by name; --help lists each one's settings.
         lore: settings of LoRe; Bradley-Terry is fitted with the same.
     """
     chosen = experiments.Settings(methods=methods, lore=lore, **settings)
     tasks = splits.given_split(data)
-    print(experiments.vary_fewshot(tasks, chosen, shots, trials))
+    print(experiments.vary_fewshot(tasks, chosen, shots, trials, ask))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ def main(
     pairs_per_user: PositiveInt = 45,
     shots: tuple[NonNegativeInt, ...] = (1, 3, 5, 7, 9, 15, 30, 45),
     trials: PositiveInt = 5,
+    pool: PositiveInt | None = None,
+    ask: tuple[experiments.Criterion, ...] = ("random",),
     lore: Lore = LORE,
     **settings: Any,
 ) -> None:
@@ -40,13 +42,17 @@ def main(
         pairs_per_user: training prompts of each seen user.
         shots: numbers of comparisons of a new user; 0 is none.
         trials: random draws of the comparisons, for each number.
+        pool: comparisons of each new user that shots are drawn from; by default as many as the
+            largest number of shots.
+        ask: how shots are chosen: random, pref, d_optimal, information, ranking; random is always
+            there.
         lore: settings of LoRe; Bradley-Terry is fitted with the same.
     """
     chosen = experiments.Settings(lore=lore, **settings)
     tasks = splits.simulated_users(
-        data, dirichlet_alpha, users, unseen_users, pairs_per_user, max(1, *shots)
+        data, dirichlet_alpha, users, unseen_users, pairs_per_user, pool or max(1, *shots)
     )
-    print(experiments.vary_fewshot(tasks, chosen, shots, trials))
+    print(experiments.vary_fewshot(tasks, chosen, shots, trials, ask))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ def main(
     seen_fraction: Fraction = 0.5,
     shots: tuple[NonNegativeInt, ...] = (5, 10, 15, 20, 25, 30, 35, 40, 45, 50),
     trials: PositiveInt = 20,
+    pool: PositiveInt | None = None,
+    ask: tuple[experiments.Criterion, ...] = ("random",),
     lore: Lore = LORE,
     **settings: Any,
 ) -> None:
@@ -35,11 +37,15 @@ def main(
         seen_fraction: share of the workers who are seen.
         shots: numbers of comparisons of an unseen worker; 0 is none.
         trials: random draws of the comparisons, for each number.
+        pool: comparisons of each new user that shots are drawn from; by default as many as the
+            largest number of shots.
+        ask: how shots are chosen: random, pref, d_optimal, information, ranking; random is always
+            there.
         lore: settings of LoRe; Bradley-Terry is fitted with the same.
     """
     chosen = experiments.Settings(lore=lore, **settings)
-    tasks = splits.drawn_split(data, seen_fraction, pairs_per_user, max(1, *shots))
-    print(experiments.vary_fewshot(tasks, chosen, shots, trials))
+    tasks = splits.drawn_split(data, seen_fraction, pairs_per_user, pool or max(1, *shots))
+    print(experiments.vary_fewshot(tasks, chosen, shots, trials, ask))
 
 
 if __name__ == "__main__":

@@ -75,6 +75,7 @@ class Fitted:
         file: name of the file that ``save`` writes, without seed and suffix; "" for none.
         controlled: whether it is judged with nobody's, another's and shuffled states too.
         max_trials: most trials of a sweep over shots; None for all.
+        asks: how new users' shots are chosen in a sweep, see asking.py.
     """
 
     label: str
@@ -84,6 +85,7 @@ class Fitted:
     file: str = ""
     controlled: bool = True
     max_trials: int | None = None
+    asks: str = "random"
 
     @property
     def personal(self) -> bool:
