@@ -115,7 +115,7 @@ class Lore:
         return [LoreFit(self, basis) for basis in bases]
 
     def _chosen(self, task: Task, asked: list[dict[str, Any]], fits: list[LoreFit]) -> LoreFit:
-        """The fit whose settings have the best accuracy on held-out training comparisons."""
+        """The fit whose settings have the best accuracy on validation."""
         shared = shared_prompts(task.train, task.seed)
         split = hold_out(task.train, task.seed, shared, task.validation)
         require(
@@ -228,7 +228,7 @@ class LoreFit(Fitted):
         if columns > 1:
             note += f"; a user's weights have {entropy:.0%} of the largest possible entropy"
         if self.tried:
-            note = f"chosen on held-out training comparisons: {self._label(self.settings)}; {note}"
+            note = f"chosen on validation: {self._label(self.settings)}; {note}"
         step = max(1, len(losses) // POINTS)
         return {
             "columns": columns, "effective_rank": effective, "weight_entropy": entropy,

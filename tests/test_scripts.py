@@ -213,7 +213,7 @@ def test_rank_is_chosen_and_marked(finished, name):
     assert set(chosen["tried"]) == {"BT", *(fit["label"] for fit in fits)}
     assert "LoRe, chosen" in table(run.outcome.out)
     best = max(chosen["tried"], key=chosen["tried"].get)
-    assert f"- LoRe, chosen: chosen on held-out training comparisons: {best};" in run.outcome.out
+    assert f"- LoRe, chosen: chosen on validation: {best};" in run.outcome.out
 
 
 def test_the_same_command_shows_the_same_run_again(finished, dataset, tmp_path):
