@@ -64,8 +64,8 @@ class _Literals(TorchFunctionMode):
         if func in (torch.repeat_interleave, Tensor.repeat_interleave) and args[0].device == DEVICE:
             repeats = args[1] if len(args) > 1 else args[0]  # no real device must be told the size
             kwargs.setdefault("output_size", int(repeats.sum()))
-        if func in (Tensor.tolist, Tensor.item):
-            return func(args[0].cpu())
+        if func in (Tensor.tolist, Tensor.item, Tensor.__format__):
+            return func(args[0].cpu(), *args[1:])
         if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None:
             return func(*args, **{**kwargs, "device": "cpu"}).to(kwargs["device"])
         return func(*args, **kwargs)

@@ -29,7 +29,7 @@ FEW: dict[str, list[dict[str, Any]]] = {
     "vpl": [{"betas": (1e-4,), "hidden": 8, "epochs": 2}, {"setting": "faithful", "epochs": 1}],
     "pref": [{}, {"setting": "faithful"}],
     "mrm": [{}, {"setting": "faithful"}],
-    "rbd": [{}, {"setting": "faithful"}],
+    "rbd": [{"rank": 2}, {"rank": 2, "setting": "faithful"}],
     "pebs": [{}],
     "mlp": [{"ranks": (2,), "hidden": 8, "epochs": 2}, {"setting": "faithful", "epochs": 2}],
 }  # fmt: skip
