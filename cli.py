@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +16,69 @@ from files import InputError
 from flags import Flags
 
 ROOT = Path(__file__).resolve().parent
+KEPT = "what was written whole is kept"
+PATIENCE = 10  # seconds in which the first process says what all have to say, and torchrun ends all
 
 
-def cli(main: Callable[..., Any], short: str | None = None) -> None:
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: what runs is left as it is for Ctrl-C."""
+
+
+def cli(main: Callable[..., Any], short: str | None = None, kept: str = KEPT) -> None:
     """Run a script's typed ``main`` with settings from flags or ``--config file.yaml``.
 
     Flags are the arguments of ``main``, see ``flags.Flags``; their help is its docstring. A user's
-    mistake (``InputError``, a missing file, a full disk) ends in one line, status 2.
+    mistake (``InputError``, a missing file, a full disk) ends in one line, status 2; Ctrl-C and
+    SIGTERM in one that says what is kept, status 130 and 143. Of several processes the first says
+    it.
 
     Args:
         main: what to run.
         short: a group of flags, such as lore, that may be given without its name: ``--ranks``
             for ``--lore.ranks``, unless there is a flag of that name.
+        kept: what a stopped run leaves for the same command to go on from.
     """
     _log_to_stderr()
     try:
-        main(**Flags(main, short).read(sys.argv[1:]))
-    except (InputError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
+        with _terminated():
+            main(**Flags(main, short).read(sys.argv[1:]))
+    except (InputError, OSError, MemoryError) as error:
+        said = str(error) or "not enough memory"
+        _end(2, f"error: {said}")
+    except KeyboardInterrupt as stop:
+        status = 143 if isinstance(stop, _Terminated) else 130
+        _end(status, f"stopped: {kept}; the same command goes on from there")
+
+
+@contextmanager
+def _terminated() -> Iterator[None]:
+    """Let SIGTERM end the first process as Ctrl-C does; the others it ends as ever, at once."""
+
+    def stop(*_: object) -> None:
+        raise _Terminated
+
+    ours = _process() == 0 and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _end(status: int, line: str) -> None:
+    """End with one line; of another process than the first only if that one stays silent."""
+    if _process():
+        time.sleep(PATIENCE if status == 2 else 0)
+    if not _process() or status == 2:
+        sys.stderr.write(line + "\n")
+    sys.exit(status)
+
+
+def _process() -> int:
+    """The number of this process among those that torchrun started."""
+    return int(os.environ.get("RANK", 0))
 
 
 def _log_to_stderr() -> None:

@@ -95,7 +95,7 @@ Settings.__doc__ = Common.__doc__
 
 def command(main: Callable[..., Any]) -> None:
     """Run a script's ``main``; flags of LoRe may go without their group: --ranks, --alpha."""
-    cli(main, short="lore")
+    cli(main, "lore", "finished methods and repeats and the last state of the training are kept")
 
 
 # ------------------------------------------------------------------ The two experiments

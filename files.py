@@ -36,6 +36,9 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError
         draft.unlink(missing_ok=True)
         raise InputError(f"{path}: cannot be written ({error}); what was there is kept") from error
+    except KeyboardInterrupt:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

@@ -360,17 +360,25 @@ def _file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_info(folder: Path) -> dict[str, Any]:
+def read_info(folder: Path, dataset: str | None = None) -> dict[str, Any]:
     """What prepare.json says of a prepared dataset; a warning in it is logged.
 
+    Args:
+        folder: the prepared folder.
+        dataset: whose script asks, which is also the name of that script's folder; None for any.
+
     Raises:
-        InputError: the folder is not prepared, or its prepare.json is of another form.
+        InputError: the folder is not prepared, its prepare.json is of another form, or it holds
+            another dataset.
     """
     info = read_json(folder / "prepare.json")
     require(info is not None, f"{folder} is not a prepared dataset; run prepare.py first")
     whole = isinstance(info, dict) and isinstance(info.get("files"), dict)
     if not whole or not re.fullmatch(r"[\w-]+", str(info.get("dataset"))):
         raise InputError(f"{folder / 'prepare.json'} is not as expected; run prepare.py again")
+    found = info["dataset"]
+    own = dataset in (None, found)
+    require(own, f"{folder} holds {found}, not {dataset}: use the scripts in the folder {found}")
     if info.get("warning"):
         log.warning("WARNING: %s", info["warning"])
     return info

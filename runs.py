@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from files import InputError, digest, read_json, write_text
+from records import read_results
 
 PACKAGES = ("torch", "numpy", "pandas", "transformers", "datasets", "scipy")
 
@@ -45,17 +46,19 @@ class Run:
             first: this process writes.
 
         Raises:
-            InputError: the folder holds a run with other settings.
+            InputError: the folder holds a run with other settings, or damaged results.
         """
         settings = json.loads(json.dumps(settings, default=str))
         short = f"{settings['script']}-{digest([settings, plain(methods)])[:8]}"
         folder = results / settings["dataset"] / (name or short)
-        found = [read_json(folder / name) for name in ("results.json", "settings.json")]
-        old = found[1] if found[0] is None else found[0]
-        if old is not None:
-            _check_same(folder, old, settings)
-        run = cls(folder, settings, {"seeds": (old or {}).get("seeds", [])})
-        if first and old is None:
+        found, written = (read_json(folder / name) for name in ("results.json", "settings.json"))
+        for old in (found, written):  # either may have been copied from another run, or removed
+            if old is not None:
+                _check_same(folder, old, settings)
+        if found and found.get("seeds"):
+            read_results(folder)  # refuses what no run has written
+        run = cls(folder, settings, {"seeds": (found or {}).get("seeds") or []})
+        if first and written is None:
             folder.mkdir(parents=True, exist_ok=True)
             found = {package: importlib.metadata.version(package) for package in PACKAGES}
             versions = {"python": sys.version.split()[0], **found}
@@ -77,7 +80,9 @@ class Run:
         for seed in seeds:
             done = self.part(seed)["methods"]
             for name in [name for name in methods if name in done]:
-                old, new = done[name]["settings"], plain(methods[name])
+                old, new = done[name].get("settings"), plain(methods[name])
+                if type(old) is not type(new):
+                    raise InputError(f"{self.folder}/results.json is damaged; remove it")
                 if old != new:
                     raise InputError(
                         f"{self.folder}: {name} was fitted with other settings "

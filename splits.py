@@ -129,12 +129,12 @@ def _too_large(size: int, device: torch.device) -> bool:
 # ---------------------------------------------------------------------- Kinds of split
 
 
-def given_split(data: Path) -> Tasks:
+def given_split(data: Path, dataset: str | None = None) -> Tasks:
     """The four sets that prepare.py drew, the same for every seed.
 
     A shot is a dialogue, or a comparison where no dialogue has more than one.
     """
-    info, store = load(data)
+    info, store = load(data, dataset)
     table = read_comparisons(data, len(store))
     alone = not table.duplicated(["user_id", "dialog_id"]).any()
     unit: Unit = "comparisons" if alone else "dialogues"
@@ -151,6 +151,7 @@ def drawn_split(
     pairs_per_user: int,
     few_shot_pairs: int,
     unit: Unit = "comparisons",
+    dataset: str | None = None,
 ) -> Tasks:
     """Seen and unseen users drawn anew for every seed, with a sample of their training data.
 
@@ -160,10 +161,11 @@ def drawn_split(
         pairs_per_user: random training comparisons of each seen user; all where there are fewer.
         few_shot_pairs: the same of each unseen user.
         unit: what a shot is.
+        dataset: whose script asks; None for any.
     """
     about = {"pairs_per_user": pairs_per_user, "few_shot_pairs": few_shot_pairs,
              "seen_fraction": seen_fraction}  # fmt: skip
-    info, store = load(data)
+    info, store = load(data, dataset)
     table = read_comparisons(data, len(store))
 
     def draw(seed: int, device: torch.device) -> Sets:
@@ -185,6 +187,7 @@ def simulated_users(
     unseen_users: int,
     pairs_per_user: int,
     few_shot_pairs: int,
+    dataset: str | None = None,
 ) -> Tasks:
     """Users simulated for every seed: their best response of a prompt against their worst.
 
@@ -194,15 +197,16 @@ def simulated_users(
         dirichlet_alpha: the users' weights over the reward models are Dirichlet(alpha * 1).
         users, unseen_users: how many are simulated.
         pairs_per_user, few_shot_pairs: training prompts of each; all test prompts are held out.
+        dataset: whose script asks; None for any.
 
     Raises:
-        InputError: no score tensors, or fewer training prompts than asked for.
+        InputError: another dataset, no score tensors, or fewer training prompts than asked for.
     """
     about = {
         "dirichlet_alpha": dirichlet_alpha, "users": users, "unseen_users": unseen_users,
         "pairs_per_user": pairs_per_user, "few_shot_pairs": few_shot_pairs,
     }  # fmt: skip
-    info, store = load(data)
+    info, store = load(data, dataset)
     tensors = _read_scores(data, len(store))
     prompts, most = len(tensors["train.scores"]), max(pairs_per_user, few_shot_pairs)
     require(
@@ -251,14 +255,14 @@ def _simulate(
 # ------------------------------------------------------------------ Reading what was prepared
 
 
-def load(data: Path) -> tuple[dict[str, Any], Store]:
+def load(data: Path, dataset: str | None = None) -> tuple[dict[str, Any], Store]:
     """prepare.json and the embeddings of a folder that ``prepare.py`` wrote.
 
     Raises:
         InputError: it is missing, damaged or incomplete, or its embeddings belong to other
             conversations.
     """
-    info = preparing.read_info(data)
+    info = preparing.read_info(data, dataset)
     preparing.check_files(data, info)
     folder = data / "embeddings"
     require(folder.exists(), f"{folder}: not there; embed the conversations first")

@@ -116,4 +116,4 @@ def read_turns(place: str, row: dict[str, Any]) -> tuple[list[Turn], str]:
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, kept="what is embedded already is kept")

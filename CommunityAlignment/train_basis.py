@@ -29,7 +29,7 @@ def main(
         lore: settings of LoRe; Bradley-Terry is fitted with the same.
     """
     chosen = experiments.Settings(lore=lore, **settings)
-    tasks = splits.given_split(data)
+    tasks = splits.given_split(data, HERE.name)
     print(experiments.train_basis(tasks, chosen))
 
 

@@ -171,4 +171,4 @@ def number_turns(table: pd.DataFrame) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    cli(main, short="columns")
+    cli(main, short="columns", kept="what is embedded already is kept")

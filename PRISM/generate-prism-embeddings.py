@@ -20,7 +20,7 @@ def main(data: Path = HERE / "data", **embedding: Any) -> None:
     Args:
         data: folder that prepare.py wrote; the embeddings lie in its subfolder embeddings.
     """
-    info = preparing.read_info(data)  # shows a warning that prepare.py left
+    info = preparing.read_info(data, HERE.name)  # shows a warning that prepare.py left
     preparing.check_files(data, info)
     conversations = preparing.read_conversations(data)
     embeddings.embed(conversations, data / "embeddings", **embedding)
@@ -28,4 +28,4 @@ def main(data: Path = HERE / "data", **embedding: Any) -> None:
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, kept="what is embedded already is kept")

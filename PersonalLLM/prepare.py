@@ -130,4 +130,4 @@ def overlap(prompts: dict[str, list[Prompt]]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, kept="what is embedded already is kept")

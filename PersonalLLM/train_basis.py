@@ -42,7 +42,7 @@ def main(
     """
     chosen = experiments.Settings(lore=lore, **settings)
     tasks = splits.simulated_users(
-        data, dirichlet_alpha, users, unseen_users, pairs_per_user, few_shot_pairs
+        data, dirichlet_alpha, users, unseen_users, pairs_per_user, few_shot_pairs, HERE.name
     )
     print(experiments.train_basis(tasks, chosen))
 

@@ -49,8 +49,9 @@ def main(
         lore: settings of LoRe; Bradley-Terry is fitted with the same.
     """
     chosen = experiments.Settings(lore=lore, **settings)
+    most = pool or max(1, *shots)
     tasks = splits.simulated_users(
-        data, dirichlet_alpha, users, unseen_users, pairs_per_user, pool or max(1, *shots)
+        data, dirichlet_alpha, users, unseen_users, pairs_per_user, most, HERE.name
     )
     print(experiments.vary_fewshot(tasks, chosen, shots, trials, ask))
 

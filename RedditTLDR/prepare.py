@@ -102,4 +102,4 @@ def keep_workers(table: pd.DataFrame, min_annotations: int, funnel: Funnel) -> p
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, kept="what is embedded already is kept")

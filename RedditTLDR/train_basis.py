@@ -36,7 +36,9 @@ def main(
         lore: settings of LoRe; Bradley-Terry is fitted with the same.
     """
     chosen = experiments.Settings(lore=lore, **settings)
-    tasks = splits.drawn_split(data, seen_fraction, pairs_per_user, few_shot_pairs)
+    tasks = splits.drawn_split(
+        data, seen_fraction, pairs_per_user, few_shot_pairs, dataset=HERE.name
+    )
     print(experiments.train_basis(tasks, chosen))
 
 

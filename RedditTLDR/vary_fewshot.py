@@ -44,7 +44,8 @@ def main(
         lore: settings of LoRe; Bradley-Terry is fitted with the same.
     """
     chosen = experiments.Settings(lore=lore, **settings)
-    tasks = splits.drawn_split(data, seen_fraction, pairs_per_user, pool or max(1, *shots))
+    most = pool or max(1, *shots)
+    tasks = splits.drawn_split(data, seen_fraction, pairs_per_user, most, dataset=HERE.name)
     print(experiments.vary_fewshot(tasks, chosen, shots, trials, ask))
 
 

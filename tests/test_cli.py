@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +13,9 @@ from typing import Any
 
 import pytest
 
+import cli as command
 from cli import cli
-from files import InputError
+from files import InputError, write_whole
 
 
 def call(
@@ -181,3 +184,47 @@ def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch, capsys):
 
     with pytest.raises(KeyError, match="ours"):
         call(main, monkeypatch, capsys, "")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_command_says_what_is_kept(monkeypatch, capsys, number, status):
+    def main() -> None:
+        """Nothing."""
+        os.kill(os.getpid(), number)
+        raise AssertionError("not to be reached")
+
+    line = "stopped: what was written whole is kept; the same command goes on from there\n"
+    assert call(main, monkeypatch, capsys, "") == (status, line)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_draft_does_not_outlive_a_stopped_command(tmp_path):
+    def write(draft: Path) -> None:
+        draft.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(tmp_path / "file", write)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_of_several_processes_speaks(monkeypatch, capsys, rank):
+    """Another one waits, in which time torchrun ends it; it speaks if nobody has."""
+    waited = []
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setattr(command.time, "sleep", waited.append)
+
+    def main() -> None:
+        """Nothing."""
+        raise InputError("a mistake")
+
+    assert call(main, monkeypatch, capsys, "") == (2, "error: a mistake\n")
+    assert waited == [command.PATIENCE] * rank
+
+    def stop() -> None:
+        """Nothing."""
+        raise KeyboardInterrupt
+
+    status, err = call(stop, monkeypatch, capsys, "")
+    assert status == 130 and bool(err) == (rank == 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import sys
 import typing
 from pathlib import Path
@@ -212,6 +213,35 @@ def test_a_config_file_that_is_none_is_refused(tmp_path):
     (tmp_path / "bytes").write_bytes(bytes(range(256)))
     for file, said in {"bytes": "YAML", "nothing": "No such file", ".": "Is a directory"}.items():
         assert_refused(running.invoke(TRAIN, {"config": tmp_path / file}), "--config", said)
+
+
+def test_what_the_documents_say_of_torchrun_is_a_command():
+    """Every line with torchrun in README and docs keeps its flags from torchrun."""
+    from torch.distributed.run import get_args_parser
+
+    texts = [running.ROOT / "README.md", *sorted((running.ROOT / "docs").glob("*.md"))]
+    lines = re.findall(r"^ *torchrun .*|`torchrun [^`]*`", "\n".join(map(_read, texts)), re.M)
+    assert lines
+    for line in lines:
+        words = line.strip("` ").replace("N", "2").split()[1:]
+        asked = get_args_parser().parse_args([*words, "--name", "a"])
+        assert asked.training_script.endswith(".py") and "--name" in asked.training_script_args
+
+
+def _read(path: Path) -> str:
+    return path.read_text()
+
+
+@pytest.mark.parametrize("script", ["train_basis", "vary_fewshot"])
+@pytest.mark.parametrize("name", ["RedditTLDR", "PersonalLLM", "CommunityAlignment", "OwnData"])
+def test_another_datasets_script_names_the_right_folder(dataset, name, script):
+    outcome = running.invoke(f"{name}/{script}.py", {"data": dataset("PRISM").data})
+    assert_refused(outcome, f"holds PRISM, not {name}: use the scripts in the folder PRISM")
+
+
+def test_a_datasets_name_is_no_path(tmp_path):
+    (tmp_path / "prepare.json").write_text(json.dumps({"dataset": "../../x", "files": {}}))
+    assert_refused(running.invoke(TRAIN, {"data": tmp_path}), "prepare.json")
 
 
 # ------------------------------------------------------------------- Code execution

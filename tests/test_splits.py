@@ -36,7 +36,7 @@ def world() -> people.People:
 def loaded(world, tmp_path, monkeypatch) -> Path:
     """A folder that reads as the world."""
     world.table.to_parquet(tmp_path / "comparisons.parquet", index=False)
-    monkeypatch.setattr(splits, "load", lambda data: (world.info, world.store))
+    monkeypatch.setattr(splits, "load", lambda *_: (world.info, world.store))
     return tmp_path
 
 
@@ -218,7 +218,7 @@ def simulated(tmp_path, monkeypatch) -> tuple[Path, torch.Tensor, torch.Tensor]:
     talk = [[{"role": "user", "content": "a"}]]
     preparing.write_prepared(tmp_path, talk, tables, {"dataset": "simulated"})
     store = Rows(torch.zeros(27 * 8, 2), None)
-    monkeypatch.setattr(splits, "load", lambda data: ({"dataset": "simulated"}, store))
+    monkeypatch.setattr(splits, "load", lambda *_: ({"dataset": "simulated"}, store))
     return tmp_path, scores, rows
 
 
