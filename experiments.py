@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+import panel
 from asking import CRITERIA, Criterion
 from cli import cli
 from comparisons import Shots, Users, draw_shots
@@ -327,7 +328,12 @@ def evaluate(fit: Fitted, task: Task, own: Tensor) -> Iterator[dict[str, Any]]:
     sets = {name: data for name, data in sets.items() if data is not None}
     views = {name: fit.view(data) for name, data in sets.items()}
     for name, data in sets.items():
-        yield _record(fit, "", name, *_measure(fit, views[name], data, states[name][None]))
+        state, whole = states[name][None], name in ("seen", "unseen")
+        measured = _measure(fit, views[name], data, state, whole)
+        if name == "unseen" and fit.personal and fit.controlled:
+            swapped = fit.adapt(_swapped(fit, task), task.few, task.seed)
+            measured["flips"] = _flips(fit, views[name], data, state, swapped[None])
+        yield _record(fit, "", name, measured)
     if not (fit.personal and fit.controlled):
         return
     g = torch.Generator().manual_seed(task.seed)
@@ -337,8 +343,8 @@ def evaluate(fit: Fitted, task: Task, own: Tensor) -> Iterator[dict[str, Any]]:
         state, view, data = states[name], views[name], sets[name]
         nobody = fit.nobody.expand(1, len(state), -1)
         others = torch.stack([state[order] for order in orders])
-        yield _record(fit, "nobody's", name, *_measure(fit, view, data, nobody))
-        yield _record(fit, "another's", name, *_measure(fit, view, data, others))
+        yield _record(fit, "nobody's", name, _measure(fit, view, data, nobody))
+        yield _record(fit, "another's", name, _measure(fit, view, data, others))
     if task.few is None:
         return
     shuffled = []
@@ -346,7 +352,12 @@ def evaluate(fit: Fitted, task: Task, own: Tensor) -> Iterator[dict[str, Any]]:
         flipped = task.few.flipped(torch.randint(2, (len(task.few),), generator=g).bool())
         shuffled.append(fit.adapt(fit.view(flipped), task.few, g))
     measured = _measure(fit, views["unseen"], task.unseen, torch.stack(shuffled))
-    yield _record(fit, "shuffled", "unseen", *measured)
+    yield _record(fit, "shuffled", "unseen", measured)
+
+
+def _swapped(fit: Fitted, task: Task) -> View:
+    """The new users' shots with chosen and rejected exchanged."""
+    return fit.view(task.few.flipped(torch.ones(len(task.few), dtype=torch.bool)))
 
 
 def swap(users: int, generator: torch.Generator) -> Tensor:
@@ -358,14 +369,31 @@ def swap(users: int, generator: torch.Generator) -> Tensor:
 
 
 def _measure(
-    fit: Fitted, view: View, data: Users, states: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Accuracy and log loss [T, U] of every user with each of the states [T, U, S]."""
+    fit: Fitted, view: View, data: Users, states: Tensor, whole: bool = False
+) -> dict[str, Tensor]:
+    """Figures of every user with each of the states [T, U, S]: [T, U].
+
+    Args:
+        whole: with figures of all comparisons together too [T].
+    """
     logits = [fit.logits(view, state, data.user) for state in states]
-    return (
-        torch.stack([data.accuracies(z) for z in logits]),
-        torch.stack([data.log_losses(z) for z in logits]),
-    )
+    found = {
+        "accuracy": torch.stack([data.accuracies(z) for z in logits]),
+        "log_loss": torch.stack([data.log_losses(z) for z in logits]),
+        "brier": torch.stack([panel.brier(data, z) for z in logits]),
+    }
+    if whole:
+        parts = [panel.pooled(data, z) for z in logits]
+        found |= {key: torch.tensor([part[key] for part in parts]) for key in parts[0]}
+    return found
+
+
+def _flips(fit: Fitted, view: View, data: Users, states: Tensor, swapped: Tensor) -> Tensor:
+    """Flip rates [T, U] between states [T, U, S] and those from the same shots swapped."""
+    return torch.stack([
+        panel.flip_rate(data, *(fit.logits(view, state, data.user) for state in pair))
+        for pair in zip(states, swapped, strict=True)
+    ])  # fmt: skip
 
 
 def sweep(fit: Fitted, task: Task, draws: Shots) -> Iterator[dict[str, Any]]:
@@ -376,7 +404,8 @@ def sweep(fit: Fitted, task: Task, draws: Shots) -> Iterator[dict[str, Any]]:
     W, fitted = _sweep_states(fit, few, task.few, draws, trials, g, True)  # [trials, S, U, ...]
     for s, size in enumerate(draws.sizes):
         if size and fitted is not None:
-            yield _record(fit, "", "few_shot", *(x[:, s] for x in fitted), size, draws.enough[s])
+            judged = {key: x[:, s] for key, x in fitted.items()}
+            yield _record(fit, "", "few_shot", judged, size, draws.enough[s])
     states = {"": W}
     if fit.personal and fit.controlled:
         states["nobody's"] = fit.nobody.expand(1, len(draws.sizes), U, -1)
@@ -384,19 +413,25 @@ def sweep(fit: Fitted, task: Task, draws: Shots) -> Iterator[dict[str, Any]]:
         flipped = task.few.flipped(torch.randint(2, (len(task.few),), generator=g).bool())
         shuffled = fit.view(flipped)
         states["shuffled"] = _sweep_states(fit, shuffled, task.few, draws, trials, g, False)[0]
+    swapped = None
+    if fit.personal and fit.controlled:  # the first draw of shots alone, as the sweep has a price
+        again, view = torch.Generator().manual_seed(task.seed), _swapped(fit, task)
+        swapped = _sweep_states(fit, view, task.few, draws, 1, again, False)[0]
     for control, some in states.items():
         known = None
         for s, size in enumerate(draws.sizes):
             if not size and fit.personal and not fit.controlled and fit.asks == "random":
                 continue  # each user's own model says nothing yet
             if known is None or (fit.personal and control != "nobody's"):
-                known = _measure(fit, unseen, task.unseen, some[:, s])
-            yield _record(fit, control, "unseen", *known, size, draws.enough[s])
+                known = _measure(fit, unseen, task.unseen, some[:, s], not control)
+            if not control and swapped is not None:
+                known["flips"] = _flips(fit, unseen, task.unseen, some[:1, s], swapped[:, s])
+            yield _record(fit, control, "unseen", known, size, draws.enough[s])
 
 
 def _sweep_states(
     fit: Fitted, view: View, few: Users, draws: Shots, trials: int, g: torch.Generator, judge: bool
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+) -> tuple[Tensor, dict[str, Tensor] | None]:
     """States [trials, S, U, state] from the shots; accuracy and log loss on the shots themselves.
 
     Every trial, number of shots and user is a user of its own; as many are fitted in one batch as
@@ -417,27 +452,29 @@ def _sweep_states(
             accuracies.append(users.accuracies(logits))
             losses.append(users.log_losses(logits))
     shape = (trials, S, U)
-    fitted = (torch.cat(x).view(shape) for x in (accuracies, losses)) if judge else None
-    return torch.cat(states).view(*shape, -1), None if fitted is None else tuple(fitted)
+    fitted = {"accuracy": accuracies, "log_loss": losses} if judge else {}
+    judged = {key: torch.cat(values).view(shape) for key, values in fitted.items()}
+    return torch.cat(states).view(*shape, -1), judged or None
 
 
 def _record(
     fit: Fitted,
     control: str,
     name: str,
-    accuracy: Tensor,
-    log_loss: Tensor,
+    measured: dict[str, Tensor],
     shots: int | None = None,
     enough: int | None = None,
 ) -> dict[str, Any]:
-    """One line of the results: every user's accuracy and log loss, means over trials [T, U]."""
-    trials = None if shots is None else _rounded(accuracy.mean(1))
+    """One line of the results: means over trials of every user's figures [T, U], or of [T]."""
+    trials = None if shots is None else _rounded(measured["accuracy"].mean(1))
+    figures = {key: _rounded(values.mean(0)) for key, values in measured.items()}
     return {
-        "label": fit.label, "control": control, "set": name, "shots": shots,
-        "accuracy": _rounded(accuracy.mean(0)), "log_loss": _rounded(log_loss.mean(0)),
+        "label": fit.label, "control": control, "set": name, "shots": shots, **figures,
         "trials": trials, "enough": enough,
     }  # fmt: skip
 
 
-def _rounded(values: Tensor) -> list[float]:
-    return [round(value, 5) for value in values.tolist()]
+def _rounded(values: Tensor) -> Any:
+    """Numbers, one or a list, to the fifth digit."""
+    rounded = (values.double() * 1e5).round() / 1e5
+    return rounded.tolist()

@@ -53,6 +53,9 @@ MEASURES = {
     "log_loss": Measure("log loss", "nats", 1, 3),
     "brier": Measure("Brier score", "0 to 1", 1, 3, 1.0),
     "ece": Measure("expected calibration error", "0 to 1", 1, 3, 1.0),
+    "ece_tempered": Measure("calibration error after one temperature", "0 to 1", 1, 3, 1.0),
+    "sure": Measure("accuracy on the quarter that is surest", "percent", 100, 1, 1.0),
+    "flips": Measure("predictions that change with the shots swapped", "percent", 100, 1, 1.0),
 }
 ALWAYS = ("accuracy", "log_loss")  # of every record; the others where it has them
 

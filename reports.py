@@ -32,7 +32,17 @@ from records import (
     title,
 )
 from settings import NonNegativeInt
-from summaries import Column, Summary, columns, interval, level, minus, results_csv
+from summaries import (
+    THIRDS,
+    Column,
+    Summary,
+    by_third,
+    columns,
+    interval,
+    level,
+    minus,
+    results_csv,
+)
 from verdict import AGAINST, COIN, judged, verdict
 
 INTERVAL = "mean [95 % interval over users]"
@@ -100,6 +110,22 @@ def difference_table(results: Results, measure: str) -> Table:
     return table
 
 
+def unusual_table(results: Results) -> Table:
+    """Accuracy among users whom BT's shared reward describes well, less well and badly."""
+    shots = max(results.shots(), default=None)
+    sets = [("unseen", shots)] if results.sweep else [("seen", None), ("unseen", None)]
+    table: Table = {}
+    for label in results.labels:
+        row = {}
+        for name, count in sets:
+            found = by_third(results, label, name, count) or ()
+            for third, summary in zip(THIRDS, found, strict=False):  # all three or none
+                row[f"{name}, {third}"] = _cell("accuracy", summary)
+        if row:
+            table[label] = row
+    return table
+
+
 class Section(NamedTuple):
     """A table and what its figures are."""
 
@@ -117,10 +143,12 @@ def sections(results: Results) -> list[Section]:
         if key == "log_loss":
             caption += f"; a coin's is ln 2 = {COIN:.3f}, lower is better"
         found.append(Section(caption, measure_table(results, key)))
-    for key in ALWAYS:
+    for key in (*ALWAYS, "brier"):
         unit = "points" if key == "accuracy" else f"{MEASURES[key].unit}, below 0 is better"
         caption = f"Differences of {MEASURES[key].name} ({unit}), paired by user: {INTERVAL}"
         found.append(Section(caption, difference_table(results, key)))
+    caption = "Accuracy by how unusual a user is (thirds by BT's log loss on training choices)"
+    found.append(Section(f"{caption}: {over}", unusual_table(results)))
     return [section for section in found if section.table]
 
 

@@ -118,6 +118,7 @@ def difference(
     for name in sets:
         rest = {r.seed: r for r in results.find(*other, name, shots)}
         pairs = [(r, rest[r.seed]) for r in results.find(label, "", name, shots) if r.seed in rest]
+        pairs = [pair for pair in pairs if all(measure in r.values for r in pair)]
         found.append([record for record, _ in pairs])
         samples.append([(a.users, a.values[measure] - b.values[measure]) for a, b in pairs])
     return summarise(samples) if _complete(found) else None
@@ -133,6 +134,37 @@ def interval(measure: str, summary: Summary) -> str:
     """[low, high] in the measure's unit, nothing where there is none."""
     known = np.isfinite(summary.low)
     return MEASURES[measure].between(summary.low, summary.high) if known else ""
+
+
+THIRDS = ("usual", "between", "unusual")
+
+
+def by_third(results: Results, label: str, name: str, shots: int | None) -> list[Summary] | None:
+    """A label's accuracy among users in thirds, from the usual to the unusual ones.
+
+    A user is unusual whose own training choices BT predicts badly; held-out ones, which the
+    accuracy is of, say nothing of it.
+
+    Args:
+        results: of the run.
+        label: whose accuracy.
+        name: set of held-out comparisons, seen or unseen.
+        shots: of the new users.
+
+    Returns:
+        A summary for every third; None without BT or with fewer than three users.
+    """
+    training = {"seen": "train", "unseen": "few_shot"}[name]
+    told = {r.seed: r.values["log_loss"] for r in results.find(BT, "", training, shots)}
+    records = results.find(label, "", name, shots)
+    if not records or any(r.seed not in told or len(r.users) < 3 for r in records):
+        return None
+    samples: list[list[Sample]] = [[], [], []]
+    for r in records:
+        order = np.argsort(told[r.seed], kind="stable")
+        for third, rows in zip(samples, np.array_split(order, 3), strict=True):
+            third.append(([r.users[row] for row in rows], r.values["accuracy"][rows]))
+    return [summarise([third]) for third in samples]
 
 
 class Column(NamedTuple):

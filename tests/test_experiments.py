@@ -22,6 +22,7 @@ from torch import Tensor
 import comparisons
 import experiments
 import methods.lore
+import panel
 import people
 import preparing
 import reference
@@ -166,7 +167,8 @@ def test_shuffled_labels_are_coins_for_every_comparison_and_fitted_anew(world):
     own, x = toy.adapt(toy.view(task.few), task.few, 0), toy.view(task.few)
     toy.shown.clear()
     found = {(r["control"], r["set"]): r for r in experiments.evaluate(toy, task, own)}
-    assert len(toy.shown) == experiments.SHUFFLES
+    (swapped, _), *toy.shown = toy.shown  # all of them first, for the flip rate
+    assert torch.equal(swapped, -x) and len(toy.shown) == experiments.SHUFFLES
     coins = []
     for view, users in toy.shown:
         swapped = (view == -x).all(1)
@@ -463,13 +465,34 @@ def test_no_shots_give_nobodys_figures(world):
     assert shots == {2}  # nothing is known of a user without comparisons
 
 
+def test_flips_are_predictions_that_follow_the_swapped_shots(world):
+    task = task_of(world)
+    toy, x = Sum(task), Sum(task).view(task.unseen)
+    own = toy.adapt(toy.view(task.few), task.few, 0)
+    draws = draw_shots(task.few, (0, 2), 2, 0)
+    by_set = {(r["control"], r["set"]): r for r in experiments.evaluate(toy, task, own)}
+    assert by_set["", "unseen"]["flips"] == [1.0] * 6  # the sum of shots listens to nothing else
+    assert [name for (c, name), r in by_set.items() if "flips" in r] == ["unseen"]
+    swept = {r["shots"]: r for r in experiments.sweep(toy, task, draws)
+             if (r["control"], r["set"]) == ("", "unseen")}  # fmt: skip
+    assert swept[0]["flips"] == [0.0] * 6 and swept[2]["flips"] == [1.0] * 6
+    z = (x * own[task.unseen.user]).sum(1) / 1e4
+    c, user, lost = task.unseen.weight, task.unseen.user, (1 - z.double().sigmoid()) ** 2
+    brier = [float((c * lost)[user == u].sum() / c[user == u].sum()) for u in range(6)]
+    assert np.allclose(by_set["", "unseen"]["brier"], brier, atol=2e-5)
+    for key, value in panel.pooled(task.unseen, z).items():
+        assert by_set["", "unseen"][key] == pytest.approx(value, abs=1e-4)
+    assert "ece" not in by_set["nobody's", "unseen"] and "ece" not in by_set["", "train"]
+
+
 def test_a_sweep_shuffles_labels_and_then_draws_the_same_shots(world):
     task = task_of(world)
     toy = Sum(task)
     draws = draw_shots(task.few, (1, 3), 2, 0)
     toy.shown.clear()
     found = {(r["control"], r["set"], r["shots"]): r for r in experiments.sweep(toy, task, draws)}
-    (view, users), (shuffled, again) = toy.shown
+    (view, users), (shuffled, again), (turned, first) = toy.shown
+    assert torch.equal(turned, -view[: len(turned)]) and first.num_users == users.num_users // 2
     swapped = (shuffled == -view).all(1)
     assert ((shuffled == view).all(1) | swapped).all() and 0.3 < swapped.float().mean() < 0.7
     assert torch.equal(users.user, again.user)

@@ -51,7 +51,7 @@ def blocks(text: str) -> dict[str, dict[str, dict[str, str]]]:
 
 def tables(text: str) -> tuple[dict, dict, dict, dict]:
     """Accuracy, log loss, and their differences."""
-    found = blocks(text)
+    found = {name: block for name, block in blocks(text).items() if "how unusual" not in name}
     assert [name.split(" (")[0] for name in found] == [
         "Accuracy", "Log loss", "Differences of accuracy", "Differences of log loss"
     ]  # fmt: skip
@@ -406,6 +406,22 @@ def test_without_a_personal_method_there_is_nothing_to_judge(tmp_path):
 def rows(folder: Path) -> list[dict[str, str]]:
     with (folder / "results.csv").open() as file:
         return list(csv.DictReader(file))
+
+
+def test_unusual_users_are_those_whose_training_choices_bt_predicts_badly(tmp_path):
+    results = made.results(seeds=2)
+    for r in (r for s in results["seeds"] for m in s["methods"].values() for r in m["records"]):
+        if (r["label"], r["set"]) == ("BT", "train"):
+            r["log_loss"] = [0.1 * (i % 3) for i in range(40)]  # every third user is unusual
+        if (r["label"], r["control"], r["set"]) == ("LoRe K=5", "", "seen"):
+            r["accuracy"] = [0.9 - 0.2 * (i % 3) for i in range(40)]
+    found = records.read_results(made.write(results, tmp_path))
+    thirds = summaries.by_third(found, "LoRe K=5", "seen", None)
+    assert [round(s.mean, 1) for s in thirds] == [0.9, 0.7, 0.5]
+    assert summaries.by_third(found.only(["LoRe K=5"]), "LoRe K=5", "seen", None) is None
+    table = reports.unusual_table(found)
+    assert table["LoRe K=5"]["seen, usual"].startswith("90.0")
+    assert "unseen, usual" not in table["LoRe K=5"]  # the made-up runs have no few_shot set
 
 
 def test_the_csv_has_one_row_for_each_record(tmp_path):
