@@ -569,6 +569,40 @@ def test_a_run_with_other_settings_is_refused_by_their_names(world, tmp_path):
     assert (folder / "results.json").read_bytes() == before
 
 
+def test_results_beside_missing_or_other_settings_are_not_believed(world, tmp_path):
+    _, folder = fit(world, tmp_path)
+    before = (folder / "results.json").read_bytes()
+    (folder / "settings.json").unlink()
+    with pytest.raises(InputError, match=r"\(reference\)"):
+        fit(world, tmp_path, reference="none")
+    assert not (folder / "settings.json").exists()
+    fit(world, tmp_path)  # its own settings are written again
+    kept = json.loads((folder / "settings.json").read_text())["settings"]
+    assert kept == saved(folder)["settings"]
+    _, other = fit(world, tmp_path, reference="none", name="other")
+    shutil.copy(folder / "results.json", other)
+    for which in ("none", "head"):  # as its settings.json says, and as its results.json does
+        with pytest.raises(InputError, match=r"other: holds a run with .*\(reference\)"):
+            fit(world, tmp_path, reference=which, name="other")
+    assert (folder / "results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", ["accuracy", "settings", "a repeat"])
+def test_results_that_no_run_has_written_are_refused_before_work(world, run, tmp_path, damage):
+    folder = Path(shutil.copytree(run[1].parents[1], tmp_path / "results")) / run[1].parent.name
+    written = saved(folder / run[1].name)
+    method = written["seeds"][0]["methods"]["lore"]
+    if damage == "accuracy":
+        method["records"][0]["accuracy"][0] = 7.5
+    elif damage == "settings":
+        del method["settings"]
+    else:
+        written["seeds"].append(3)
+    (folder / run[1].name / "results.json").write_text(json.dumps(written))
+    with pytest.raises(InputError, match=r"results\.json"):
+        fit(world, tmp_path / "results")
+
+
 def test_without_a_name_other_settings_have_another_folder(world, tmp_path):
     steps = {"iterations": 2, "few_shot_iterations": 2}
     for changes in ({}, {"seeds": (1,)}, {"alpha": (1.0,)}, {"reference": "none"}):
