@@ -21,6 +21,7 @@ from html_report import write_report
 from plots import write_plots
 from records import (
     ALWAYS,
+    ASKS,
     BT,
     MEASURES,
     OWN,
@@ -42,10 +43,13 @@ from summaries import (
     level,
     minus,
     results_csv,
+    worth,
 )
 from verdict import AGAINST, COIN, judged, verdict
 
 INTERVAL = "mean [95 % interval over users]"
+
+ABOUT = 10  # chosen shots that are counted in random ones
 
 Table = dict[str, dict[str, str]]  # row -> column -> cell
 
@@ -100,13 +104,15 @@ def difference_table(results: Results, measure: str) -> Table:
     """Every label minus BT, its controls and the reference, paired by user and repeat."""
     table: Table = {}
     for label in results.labels:
-        for against in (*AGAINST, REFERENCE) if label != REFERENCE else ():
+        random = (label.split(ASKS)[0],) if ASKS in label else ()
+        for against in (*AGAINST, REFERENCE, *random) if label != REFERENCE else ():
             row = {
                 column.name: _cell(measure, minus(results, label, against, measure, column), True)
                 for column in columns(results)
             }
             if any(row.values()):
-                table[f"{label} minus {control_name(against)}"] = row
+                name = "random ones" if against in random else control_name(against)
+                table[f"{label} minus {name}"] = row
     return table
 
 
@@ -206,9 +212,27 @@ def notes(results: Results) -> list[str]:
         for note, count in list(told.items())[: 1 if len(told) > 3 else None]:
             often = f" ({count} of {repeats} repeats)" if count < repeats else ""
             lines.append(f"- {label}: {note}{often}")
+    lines += [line for label in results.labels if ASKS in label for line in _worth(results, label)]
     for method in dict.fromkeys(results.methods.values()):
         lines += _cost(results, method)
     return lines
+
+
+def _worth(results: Results, label: str) -> list[str]:
+    """How many random shots about ten chosen ones are worth, by accuracy and log loss."""
+    sizes = [size for size in results.shots() if size]
+    if not sizes:
+        return []
+    shots = min(sizes, key=lambda size: abs(size - ABOUT))
+    told = []
+    for measure in ALWAYS:
+        found = worth(results, label, measure, shots)
+        if found:
+            mean, low, high = (
+                f"{x:.1f}" if np.isfinite(x) else f"more than {sizes[-1]}" for x in found
+            )
+            told.append(f"{mean} [{low}, {high}] by {MEASURES[measure].name}")
+    return [f"- {label}: {shots} are worth as many drawn at random: {', '.join(told)}"]
 
 
 def _cost(results: Results, method: str) -> list[str]:

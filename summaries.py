@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from records import ALWAYS, BT, MEASURES, REFERENCE, Record, Results, shots_name
+from records import ALWAYS, ASKS, BT, MEASURES, Record, Results, shots_name
 
 RESAMPLES = 2000
 MOST_RESAMPLED = 10_000  # users; of more, the normal interval is the bootstrap's to its own noise
@@ -130,6 +130,73 @@ def _complete(found: Sequence[Sequence[Record]]) -> bool:
     return bool(seeds) and bool(seeds[0]) and all(s == seeds[0] for s in seeds)
 
 
+def reached(shots: Sequence[float], values: Sequence[float], level: float) -> float:
+    """The least number of shots at which a curve, drawn with straight lines, reaches a level.
+
+    Args:
+        shots: ascending.
+        values: of the curve at each; more is better.
+        level: to be reached.
+
+    Returns:
+        The number, or infinity where the curve stays below.
+    """
+    for i, value in enumerate(values):
+        if value >= level:
+            if not i:
+                return float(shots[0])
+            share = (level - values[i - 1]) / (value - values[i - 1])
+            return float(shots[i - 1] + share * (shots[i] - shots[i - 1]))
+    return math.inf
+
+
+class Worth(NamedTuple):
+    """How many random shots some chosen ones are worth, with the 95 % interval over users."""
+
+    shots: float
+    low: float
+    high: float
+
+
+def worth(results: Results, label: str, measure: str, shots: int) -> Worth | None:
+    """How many shots at random reach what chosen ones do; None where either was not recorded.
+
+    Users are resampled with both curves of theirs. Infinity means more than were drawn at random.
+
+    Args:
+        results: of a sweep.
+        label: of the fit that asks.
+        measure: accuracy or log_loss.
+        shots: how many were chosen.
+    """
+    sizes = results.shots()
+    there = [results.find(label.split(ASKS)[0], "", "unseen", s) for s in sizes]
+    sizes = [s for s, found in zip(sizes, there, strict=True) if found and found[0].shots == s]
+    curves = [_of_users(results, label.split(ASKS)[0], measure, s) for s in sizes]
+    asked = _of_users(results, label, measure, shots)
+    if not curves or not asked:
+        return None
+    users = [user for user in asked if all(user in curve for curve in curves)]
+    sign = 1 if measure == "accuracy" else -1
+    drawn = sign * np.array([[curve[u] for u in users] for curve in curves])
+    chosen = sign * np.array([asked[u] for u in users])
+    found = [reached(sizes, drawn.mean(1).tolist(), float(chosen.mean()))]
+    for counts in _resamples(len(users)):
+        share = counts / counts.sum()
+        found.append(reached(sizes, (drawn @ share).tolist(), float(chosen @ share)))
+    ends = np.quantile(found[1:], (0.025, 0.975), method="inverted_cdf")
+    return Worth(found[0], float(ends[0]), float(ends[1]))
+
+
+def _of_users(results: Results, label: str, measure: str, shots: int) -> dict[str, float]:
+    """Every user's figure at a number of shots, the mean over repeats."""
+    found: dict[str, list[float]] = {}
+    for record in results.find(label, "", "unseen", shots):
+        for user, value in zip(record.users, record.values[measure], strict=True):
+            found.setdefault(user, []).append(value)
+    return {user: float(np.mean(values)) for user, values in found.items()}
+
+
 def interval(measure: str, summary: Summary) -> str:
     """[low, high] in the measure's unit, nothing where there is none."""
     known = np.isfinite(summary.low)
@@ -195,7 +262,7 @@ def minus(
     results: Results, label: str, against: str, measure: str, column: Column
 ) -> Summary | None:
     """A label minus another label or one of its own controls; None where there is no such pair."""
-    other = (against, "") if against in (BT, REFERENCE) else (label, against)
+    other = (against, "") if against in results.methods else (label, against)
     if other == (label, ""):
         return None
     return difference(results, label, other, measure, *column[1:])
