@@ -36,6 +36,7 @@ from devices import pick_device
 from files import first_line, require, write_whole
 from measure import OUT
 from reports import markdown
+from settings import PositiveInt
 
 Row = dict[str, Any]
 
@@ -143,7 +144,7 @@ def main(
     device: str = "cuda",
     parts: tuple[str, ...] = tuple(PARTS),
     tiny: bool = False,
-    seconds: int = 525,
+    seconds: PositiveInt = 525,
     out: Path = OUT,
     page_file: Path | None = None,
 ) -> None:
