@@ -143,7 +143,7 @@ def test_train_basis_prints_what_it_saves(finished, name):
     assert sorted({line["seed"] for line in lines}) == seeds
     sets = {"train", "seen"} | (set() if name in SEEN_ONLY else {"few_shot", "unseen"})
     assert {line["set"] for line in lines} == sets
-    assert set(printed["BT"]) == {*sets - {"few_shot"}, *(["overall"] if "unseen" in sets else [])}
+    assert set(printed["reference"]) == {*sets - {"few_shot"}, *(["overall"] if "unseen" in sets else [])}
     assert "\nVerdict:" in run.outcome.out
 
 
