@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from files import InputError, require, write_whole
+from tensors import expect, read_tensors, require_finite
 
 log = logging.getLogger(__name__)
 
@@ -147,18 +147,41 @@ def load_basis(path: str | Path) -> Basis:
     Raises:
         InputError: the file is missing, damaged or holds something else.
     """
-    require(Path(path).is_file(), f"{path}: no such basis file")
+    path = Path(path)
+    require(path.is_file(), f"{path}: no such basis file")
+    remedy = "it is no basis file"
     try:
-        with safe_open(path, "pt") as file:
-            there = TENSORS & set(file.keys())
-            tensors = {name: file.get_tensor(name) for name in there}
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
+        metadata, found = read_tensors(path, remedy)
+    except InputError as error:
         raise InputError(f"{path}: not a readable safetensors file ({error})") from error
-    require({"V", "W"} <= set(tensors), f"{path}: not a basis file: it lacks V or W")
-    notes = {name: json.loads(metadata.get(name, "[]")) for name in ("users", "users_unseen")}
-    settings = json.loads(metadata.get("settings", "{}"))
-    return Basis(**tensors, **notes, settings=settings)
+    require({"V", "W"} <= set(found), f"{path}: not a basis file: it lacks V or W")
+    V = expect(path, found, remedy, "V", torch.float32, None, None)
+    shapes = {"W": (None, V.shape[1]), "reference": (len(V),), "W_unseen": (None, V.shape[1])}
+    tensors = {"V": V} | {
+        name: expect(path, found, remedy, name, torch.float32, *shape)
+        for name, shape in shapes.items()
+        if name in found
+    }
+    require_finite(path, tensors, remedy)
+    basis = Basis(**tensors, **_read_notes(path, metadata))
+    for names, W in ((basis.users, basis.W), (basis.users_unseen, basis.W_unseen)):
+        counted = len(names) in (0, 0 if W is None else len(W))
+        require(counted, f"{path}: names {len(names)} users for other rows of weights; {remedy}")
+    return basis
+
+
+def _read_notes(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The names of users and the settings in a basis file."""
+    notes = {}
+    for name, kind in {"users": list, "users_unseen": list, "settings": dict}.items():
+        try:
+            notes[name] = json.loads(metadata.get(name, "{}" if kind is dict else "[]"))
+        except (ValueError, RecursionError):
+            notes[name] = None
+        texts = kind is dict or all(isinstance(user, str) for user in notes[name] or ())
+        fits = isinstance(notes[name], kind) and texts
+        require(fits, f"{path}: {name} are not as expected; it is no basis file")
+    return notes
 
 
 # ---------------------------------------------------------------- The basis' model

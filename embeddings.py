@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from files import InputError, digest, require, write_whole
+from files import InputError, alone, digest, file_sha256, read_json, require, write_whole
 from passes import Tokens
 from reward_model import (
     PAPERS_MODEL,
@@ -34,7 +33,6 @@ from reward_model import (
     Source,
     cut_tokens,
     device_and_dtype,
-    file_sha256,
     load_config,
     load_engine,
     load_tokenizer,
@@ -44,12 +42,20 @@ from reward_model import (
     tokenize,
 )
 from settings import NonNegativeInt, PositiveInt
+from tensors import expect, read_tensors, require_finite
 
 log = logging.getLogger(__name__)
 
 POOLING = "last token, after the final norm"
 NAMES = ("model", "tokenizer")  # facts that may change: the same files under another path
 MANIFEST, INDEX, HEAD = "manifest.json", "index.safetensors", "head.safetensors"
+VERIFIED = "verified.json"  # size, time and inode of the files whose checksums were right
+AGAIN = "embed again; the rest is kept"
+FACTS = {"model": str, "revision": str | None, "weights_sha256": str | None, "tokenizer": str,
+         "template_sha256": str, "pooling": str, "dtype": str, "max_length": int,
+         "truncation_side": str, "conversations_sha256": str, "num_conversations": int,
+         "tokens_sha256": str, "shard_size": int}  # fmt: skip
+COUNTS = {"num_distinct": int, "num_features": int, "num_shards": int, "files": dict}
 
 
 def embed(
@@ -113,7 +119,8 @@ def embed(
     source = Source(model, tokenizer, revision, trust_remote_code)
     plan = _plan(conversations, source, dtype, max_length, truncation_side, shard_size)
     load = partial(load_engine, source, dtype, device, attention, method, batch_tokens, padding)
-    return _complete(Path(folder), plan, load, worker, workers, progress)
+    with alone(Path(folder), shard):
+        return _complete(Path(folder), plan, load, worker, workers, progress)
 
 
 def check_model(settings: Mapping[str, Any]) -> None:
@@ -134,23 +141,69 @@ def check_model(settings: Mapping[str, Any]) -> None:
 
 
 def open_store(folder: str | Path) -> Store:
-    """Open finished embeddings; InputError if there are none or a file is missing or cut."""
+    """Open finished embeddings.
+
+    Raises:
+        InputError: there are none, or a file is missing, cut, damaged or edited.
+    """
     return Store(Path(folder))
 
 
 class Store:
-    """Finished embeddings on disk, one row per conversation; the files are memory-mapped."""
+    """Finished embeddings on disk, one row per conversation; the files are memory-mapped.
+
+    Nothing is believed that ``embed`` did not write: the manifest's facts are those that the files
+    were written for, index and head have the manifest's checksums, every shard has its shape and
+    type, and its checksum when it is first opened here.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.manifest = _read_manifest(folder)
-        complete = self.manifest.get("complete", False)
-        require(complete, f"{folder} holds no finished embeddings: embed first")
-        self._rows = _open(folder / INDEX)[1]["rows"]
+        self.manifest = read_manifest(folder)
+        self._rows = self._read(INDEX, "rows", torch.int64, self.manifest["num_conversations"])
+        inside = (self._rows >= 0) & (self._rows < self.manifest["num_distinct"])
+        require(bool(inside.all()), f"{folder / INDEX}: names rows that are not there; {AGAIN}")
         self._head = _open(folder / HEAD)[1]
-        shards = self.manifest["num_shards"]
-        paths = [folder / shard_name(i, shards) for i in range(shards)]
-        self._shards = [_open(path)[1]["embeddings"] for path in paths]
+        require_finite(folder / HEAD, self._head, AGAIN)
+        for name in ("head", "last_linear"):
+            if name in self._head:
+                shape = (None, self.num_features) if name == "head" else (self.num_features,)
+                expect(folder / HEAD, self._head, AGAIN, name, torch.float32, *shape)
+        self._shards = [self._shard(i) for i in range(self.manifest["num_shards"])]
+        self.verify(_known(folder))
+
+    def _read(self, file: str, name: str, dtype: torch.dtype, *shape: int | None) -> Tensor:
+        """A tensor of a file that was written for this manifest's facts."""
+        note, tensors = _open(self.folder / file)
+        ours = note.get("identity") == _identity(self.manifest)
+        require(ours, f"{self.folder / file} is of other embeddings than {MANIFEST} says: {AGAIN}")
+        return expect(self.folder / file, tensors, AGAIN, name, dtype, *shape)
+
+    def _shard(self, number: int) -> Tensor:
+        facts = self.manifest
+        rows = min(facts["shard_size"], facts["num_distinct"] - number * facts["shard_size"])
+        file, dtype = shard_name(number, facts["num_shards"]), getattr(torch, facts["dtype"])
+        return self._read(file, "embeddings", dtype, rows, facts["num_features"])
+
+    def verify(self, known: Mapping[str, Any] | None = None) -> None:
+        """Compare the files with the manifest's checksums.
+
+        Args:
+            known: file -> size, time and inode of those that need not be read again, index and
+                head excepted; by default all are read.
+
+        Raises:
+            InputError: a file is another one.
+        """
+        known, stamps = known or {}, {}
+        for name, checksum in self.manifest["files"].items():
+            path = self.folder / name
+            stamps[name] = _stamp(path)
+            is_known = stamps[name] == known.get(name) and name not in (INDEX, HEAD)
+            if not is_known and file_sha256(path) != checksum:
+                raise InputError(f"{path} is not the file that was embedded: {AGAIN}")
+        if stamps != known:
+            _remember(self.folder, stamps)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -239,8 +292,8 @@ class _Plan:
 
     @cached_property
     def identity(self) -> str:
-        """Hash of the facts; the same weights are the same model, whatever its path."""
-        return digest({key: value for key, value in self.facts.items() if key not in NAMES})
+        """Hash of the facts."""
+        return _identity(self.facts)
 
     @property
     def num_shards(self) -> int:
@@ -256,6 +309,11 @@ class _Plan:
         size = self.facts["shard_size"]
         part = self.tokens[shard * size : (shard + 1) * size]
         return [np.frombuffer(ids, dtype=">u4").astype(np.int64) for ids in part]
+
+
+def _identity(facts: Mapping[str, Any]) -> str:
+    """Hash of the facts; the same weights are the same model, whatever its path."""
+    return digest({key: facts[key] for key in FACTS if key not in NAMES})
 
 
 def shard_name(shard: int, num_shards: int) -> str:
@@ -355,7 +413,10 @@ def _embed_shards(
 
 def _claim(folder: Path, plan: _Plan) -> None:
     """Take the folder for these embeddings; InputError if it holds those of something else."""
-    found = _read_manifest(folder)
+    found = _found_manifest(folder)
+    is_edited = any(found.get(k) != v for k, v in plan.facts.items() if k not in NAMES)
+    if is_edited and _is_of(folder / INDEX, plan.identity):
+        found = {}
     for key, value in plan.facts.items():
         if found and key not in NAMES and found.get(key) != value:
             raise InputError(
@@ -379,12 +440,14 @@ def _finish(folder: Path, plan: _Plan) -> Store | None:
     if waiting:
         log.info("%d files are still to come from other processes: %s ..", len(waiting), waiting[0])
         return None
-    if not _read_manifest(folder).get("complete"):
+    full = _full_manifest(plan, shards, files)
+    if _found_manifest(folder) != full:
         try:
-            _write_manifest(folder, _full_manifest(plan, shards, files))
+            _write_manifest(folder, full)
         except InputError:
-            if not _read_manifest(folder).get("complete"):
+            if _found_manifest(folder) != full:
                 raise  # else another process completed it at the same time, and removed our draft
+        _remember(folder, {path.name: _stamp(path) for path in files})
         for draft in folder.glob("*.part"):  # of a run that was killed
             draft.unlink(missing_ok=True)
     return Store(folder)
@@ -397,8 +460,8 @@ def _full_manifest(plan: _Plan, shards: list[Path], files: list[Path]) -> dict[s
     return {
         **plan.facts,
         **plan.counts,
-        "tokens_computed": sum(note["tokens_computed"] for note in notes),
-        "method": ", ".join(sorted({note["method"] for note in notes})),
+        "tokens_computed": sum(note.get("tokens_computed", 0) for note in notes),
+        "method": ", ".join(sorted({note.get("method", "") for note in notes})),
         "num_features": _open(shards[0])[1]["embeddings"].shape[1],
         "num_shards": len(shards),
         "reference": "none" if head is None else f"score head with {len(head)} outputs",
@@ -407,15 +470,66 @@ def _full_manifest(plan: _Plan, shards: list[Path], files: list[Path]) -> dict[s
     }
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def _found_manifest(folder: Path) -> dict[str, Any]:
     """The manifest, or an empty one if there is none or it is unreadable."""
     try:
-        return dict(json.loads((folder / MANIFEST).read_text()))
-    except FileNotFoundError:
-        return {}
-    except ValueError:
-        log.warning("%s is damaged", folder / MANIFEST)
-        return {}
+        found = read_json(folder / MANIFEST)
+    except InputError as error:
+        log.warning("%s", error)
+        found = None
+    return found if isinstance(found, dict) else {}
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of finished embeddings.
+
+    Raises:
+        InputError: there is none, it is damaged or of another form.
+    """
+    path = folder / MANIFEST
+    found = read_json(path)
+    missing = f"{folder} holds no finished embeddings: embed first"
+    require(found is not None, missing)
+    damaged = f"{path} is not as expected"
+    require(isinstance(found, dict), f"{damaged}: {AGAIN}")
+    require(found.get("complete") is True, missing)
+    for key, kind in (FACTS | COUNTS).items():
+        right = isinstance(found.get(key), kind) and not isinstance(found.get(key), bool)
+        require(right, f"{damaged}, {key} is {found.get(key)!r:.40}: {AGAIN}")
+    size, distinct, shards = (found[k] for k in ("shard_size", "num_distinct", "num_shards"))
+    fits = size > 0 and distinct > 0 and shards == -(-distinct // size) and shards < 10**5
+    require(fits, f"{damaged}, {distinct} rows in {shards} files of {size}: {AGAIN}")
+    known = found["dtype"] in ("float32", "bfloat16", "float16")
+    require(known, f"{damaged}, dtype is {found['dtype']!r:.40}: {AGAIN}")
+    names = {shard_name(i, shards) for i in range(shards)} | {INDEX, HEAD}
+    require(set(found["files"]) == names, f"{damaged}, files names others: {AGAIN}")
+    return found
+
+
+def _stamp(path: Path) -> list[int]:
+    """What changes where a file is written anew."""
+    try:
+        found = path.stat()
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is missing: {AGAIN}") from error
+    return [found.st_size, found.st_mtime_ns, found.st_ino]
+
+
+def _known(folder: Path) -> dict[str, Any]:
+    """The files that were verified before."""
+    try:
+        found = read_json(folder / VERIFIED)
+    except InputError:
+        found = None
+    return found if isinstance(found, dict) else {}
+
+
+def _remember(folder: Path, stamps: Mapping[str, list[int]]) -> None:
+    """Keep what was verified, unless the folder is read-only: then it is verified each time."""
+    try:
+        _write(folder / VERIFIED, json.dumps(stamps).encode())
+    except InputError as error:
+        log.debug("%s", error)
 
 
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
@@ -443,14 +557,21 @@ def _write(path: Path, data: bytes) -> None:
 
 def _open(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Note and memory-mapped tensors of a file."""
+    metadata, tensors = read_tensors(path, AGAIN)
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            note = json.loads((file.metadata() or {}).get("note", "{}"))
-            return note, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise InputError(f"{path} is missing: embed again; the rest is kept") from error
-    except (safetensors.SafetensorError, ValueError, OSError) as error:
-        raise InputError(f"{path} is damaged ({error}): embed again; the rest is kept") from error
+        note = json.loads(metadata.get("note", "{}"))
+    except (ValueError, RecursionError):
+        note = None
+    require(isinstance(note, dict), f"{path} is damaged (its note is unreadable): {AGAIN}")
+    return note, tensors
+
+
+def _is_of(path: Path, identity: str) -> bool:
+    """Whether a file is there and belongs to these embeddings."""
+    try:
+        return _open(path)[0].get("identity") == identity
+    except InputError:
+        return False
 
 
 def _is_sound(path: Path, identity: str) -> bool:
@@ -464,7 +585,9 @@ def _is_sound(path: Path, identity: str) -> bool:
         return False
     ours = note.get("identity") == identity
     require(ours, f"{path} belongs to other embeddings: take another folder or remove it")
-    if note["sha256"] != _tensors_sha256(tensors):
+    is_counted = isinstance(note.get("tokens_computed", 0), int)
+    is_told = is_counted and isinstance(note.get("method", ""), str)
+    if not is_told or note.get("sha256") != _tensors_sha256(tensors):
         log.warning("%s is damaged: it is made again", path)
         return False
     return True

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from asking import CRITERIA, Criterion
 from cli import cli
 from comparisons import Shots, Users, draw_shots
 from devices import pick_device, processes, wait_for_all
-from files import InputError, require
+from files import InputError, alone, require
 from methods import METHODS
 from methods.base import Fitted, Method, Task, View
 from methods.heterogeneity import score_test
@@ -29,7 +30,7 @@ from methods.shared import BradleyTerry, Own, Reference
 from records import ASKS
 from replay import choose_shots
 from reports import report
-from runs import Run
+from runs import Run, run_folder
 from settings import Name, NonNegativeInt, SeedNumber
 from splits import Tasks
 
@@ -58,6 +59,8 @@ class Common:
         name: Name of the run's folder; by default made from the settings. Also --run.
         checkpoint_every: Steps between two saved states of the training; 0 for none.
         progress: Show progress bars.
+        verify: Read all embeddings once more and compare them with their checksums, which
+            otherwise is done when they are first used.
     """
 
     methods: tuple[MethodName, ...] = ("lore",)
@@ -69,6 +72,7 @@ class Common:
     name: Name | None = None
     checkpoint_every: NonNegativeInt = 200
     progress: bool = True
+    verify: bool = False
 
     def asked(self) -> dict[str, Method]:
         """The methods to fit, those first that are always there.
@@ -118,8 +122,8 @@ def train_basis(tasks: Tasks, settings: Settings) -> str:
         _save(run, tasks, settings, fit, task, own)
         return list(evaluate(fit, task, own))
 
-    run = _start("train_basis", tasks, settings, {})
-    return _carry_out(run, tasks, settings, (), judge)
+    with _at_work("train_basis", tasks, settings, {}) as run:
+        return _carry_out(run, tasks, settings, (), judge)
 
 
 def vary_fewshot(
@@ -154,8 +158,8 @@ def vary_fewshot(
         return list(sweep(fit, task, drawn[task.seed]))
 
     about = {"shots": list(shots), "trials": trials} | ({"ask": list(chosen)} if chosen else {})
-    run = _start("vary_fewshot", tasks, settings, about)
-    return _carry_out(run, tasks, settings, tuple(shots), judge, chosen)
+    with _at_work("vary_fewshot", tasks, settings, about) as run:
+        return _carry_out(run, tasks, settings, tuple(shots), judge, chosen)
 
 
 def _asking(fit: Fitted, criterion: str) -> Fitted:
@@ -182,16 +186,25 @@ def both(tasks: Tasks, settings: Settings, shots: Sequence[int], trials: int) ->
         own = fit.adapt(fit.view(task.few), task.few, task.seed)
         return [*evaluate(fit, task, own), *sweep(fit, task, drawn[task.seed])]
 
-    run = _start("train_basis", tasks, settings, {"shots": list(shots), "trials": trials})
-    return _carry_out(run, tasks, settings, tuple(shots), judge)
+    about = {"shots": list(shots), "trials": trials}
+    with _at_work("train_basis", tasks, settings, about) as run:
+        return _carry_out(run, tasks, settings, tuple(shots), judge)
 
 
-def _start(script: str, tasks: Tasks, settings: Settings, about: dict[str, Any]) -> Run:
+@contextmanager
+def _at_work(
+    script: str, tasks: Tasks, settings: Settings, about: dict[str, Any]
+) -> Iterator[Run]:
+    """A run, whose folder no other process writes into meanwhile."""
     settings.asked()  # refuses what there is not before anything is made, as the next line does
     pick_device(settings.device)
     shared = {"script": script, "reference": settings.reference, **tasks.facts(), **about}
+    if settings.verify:
+        tasks.store.verify()
     first = processes()[0] == 0
-    return Run.start(settings.results, settings.name, shared, settings.all_methods(), first)
+    where = (settings.results, settings.name, shared, settings.all_methods())
+    with alone(run_folder(*where)) if first else nullcontext():
+        yield Run.start(*where, first)
 
 
 def _carry_out(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 
@@ -52,8 +54,56 @@ def read_json(path: Path) -> Any:
         return None
     try:
         return json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path}: not readable as JSON ({error}); remove it") from error
+    except (ValueError, RecursionError, OSError) as error:
+        why = first_line(error)
+        raise InputError(f"{path}: not readable as JSON ({why}); remove it") from error
+
+
+@contextmanager
+def alone(folder: Path, share: str | None = None) -> Iterator[None]:
+    """Keep a folder to this process while it works; its lock lies beside it and goes with the work.
+
+    Args:
+        folder: what is worked on; it need not be there yet.
+        share: i/n where n processes share the work, each of which has a lock of its own; so have
+            the processes of torchrun.
+
+    Raises:
+        InputError: another process has it, whose number is told.
+    """
+    process = os.environ.get("RANK", "0")
+    path = Path(os.path.abspath(folder))
+    parts = (path.name, *(share or "").split("/"), "" if process == "0" else process, "lock")
+    path = path.with_name(".".join(filter(None, parts)))
+    lock = FileLock(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"{folder}: {_holder(path)} works on it; wait for its end") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+    try:
+        path.write_text(str(os.getpid()))
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # before the release: whoever waits then makes another one
+        lock.release()
+
+
+def _holder(lock: Path) -> str:
+    """The process that holds a lock, as far as the file says."""
+    try:
+        number = lock.read_text()
+    except OSError:
+        number = ""
+    return f"process {number}" if number.isdigit() else "another process"
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest(value: Any) -> str:

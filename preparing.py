@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,10 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.numpy import save_file
 
-import raw
-from files import InputError, digest, read_json, require, write_text, write_whole
-
-log = logging.getLogger(__name__)
+from files import digest, file_sha256, require, write_text, write_whole
 
 Conversation = list[dict[str, str]]
 COLUMNS = {
@@ -33,6 +28,13 @@ COLUMNS = {
     "rejected": "int64",
     "weight": "float64",
 }
+MESSAGES = pa.schema(
+    [("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])))]
+)
+TABLES = (
+    {"conversations.parquet", "comparisons.parquet"},
+    {"conversations.parquet", "scores.safetensors"},
+)  # that a prepared folder holds beside prepare.json
 
 VALIDATION = "val"  # a third split, of datasets that have one for choices
 
@@ -341,58 +343,13 @@ def write_prepared(
         content = [[name, table[name].tolist()] for name in sorted(table)]
         write_whole(path, lambda draft: save_file(table, draft))
     hashes["data_sha256"] = digest([hashes["conversations_sha256"], content])
-    files = {file.name: _file_sha256(file) for file in (talks, path)}
+    files = {file.name: file_sha256(file) for file in (talks, path)}
     write_text(folder / "prepare.json", json.dumps({**info, **hashes, "files": files}, indent=2))
 
 
 def _write_conversations(path: Path, conversations: Sequence[Conversation]) -> None:
     """In parts, since a single Arrow column of text ends at 2 GB."""
-    message = pa.struct([("role", pa.string()), ("content", pa.string())])
-    schema = pa.schema([("messages", pa.list_(message))])
-    with pq.ParquetWriter(path, schema) as writer:
+    with pq.ParquetWriter(path, MESSAGES) as writer:
         for start in range(0, len(conversations), 10_000):
             part = list(conversations[start : start + 10_000])
-            writer.write_table(pa.table({"messages": part}, schema=schema))
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_info(folder: Path, dataset: str | None = None) -> dict[str, Any]:
-    """What prepare.json says of a prepared dataset; a warning in it is logged.
-
-    Args:
-        folder: the prepared folder.
-        dataset: whose script asks, which is also the name of that script's folder; None for any.
-
-    Raises:
-        InputError: the folder is not prepared, its prepare.json is of another form, or it holds
-            another dataset.
-    """
-    info = read_json(folder / "prepare.json")
-    require(info is not None, f"{folder} is not a prepared dataset; run prepare.py first")
-    whole = isinstance(info, dict) and isinstance(info.get("files"), dict)
-    if not whole or not re.fullmatch(r"[\w-]+", str(info.get("dataset"))):
-        raise InputError(f"{folder / 'prepare.json'} is not as expected; run prepare.py again")
-    found = info["dataset"]
-    own = dataset in (None, found)
-    require(own, f"{folder} holds {found}, not {dataset}: use the scripts in the folder {found}")
-    if info.get("warning"):
-        log.warning("WARNING: %s", info["warning"])
-    return info
-
-
-def check_files(folder: Path, info: Mapping[str, Any]) -> None:
-    """Raise InputError if a table is not the one that prepare.json was written with."""
-    for file, sha256 in info["files"].items():
-        path = folder / file
-        require(path.is_file(), f"{path}: not there; run prepare.py again")
-        if _file_sha256(path) != sha256:
-            raise InputError(f"{path} is not the file that prepare.py wrote; run it again")
-
-
-def read_conversations(folder: Path) -> list[Conversation]:
-    """The conversations of a prepared dataset, row i being embedding i."""
-    return [row["messages"] for _, row in raw.read_file(folder / "conversations.parquet")]
+            writer.write_table(pa.table({"messages": part}, schema=MESSAGES))

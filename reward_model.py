@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from basis import check_model, resolve_model
 from devices import pick_device
-from files import InputError, first_line
+from files import InputError, file_sha256, first_line
 from passes import Pass, Tokens, padded_passes, tree_blocks, tree_mask, tree_passes
 
 log = logging.getLogger(__name__)
@@ -173,12 +173,6 @@ def sha256(*parts: bytes | memoryview) -> str:
     for part in parts:
         total.update(part)
     return total.hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ----------------------------------------------------------------------------- Text

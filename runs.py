@@ -49,8 +49,7 @@ class Run:
             InputError: the folder holds a run with other settings, or damaged results.
         """
         settings = json.loads(json.dumps(settings, default=str))
-        short = f"{settings['script']}-{digest([settings, plain(methods)])[:8]}"
-        folder = results / settings["dataset"] / (name or short)
+        folder = run_folder(results, name, settings, methods)
         found, written = (read_json(folder / name) for name in ("results.json", "settings.json"))
         for old in (found, written):  # either may have been copied from another run, or removed
             if old is not None:
@@ -115,6 +114,15 @@ class Run:
         self.results["seeds"] = list(seeds.values())
         kept = json.loads((self.folder / "settings.json").read_text())
         write_text(self.folder / "results.json", json.dumps({**kept, **self.results}))
+
+
+def run_folder(
+    results: Path, name: str | None, settings: Mapping[str, Any], methods: Mapping[str, Any]
+) -> Path:
+    """Where a run lies; the arguments are those of ``Run.start``."""
+    settings = json.loads(json.dumps(settings, default=str))
+    short = f"{settings['script']}-{digest([settings, plain(methods)])[:8]}"
+    return results / settings["dataset"] / (name or short)
 
 
 def plain(settings: Any) -> Any:

@@ -16,9 +16,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+import prepared
 import preparing
 from comparisons import Comparisons, RowFeatures
 from embeddings import Store, open_store
@@ -75,7 +75,7 @@ class Tasks:
     @cached_property
     def conversations(self) -> list[preparing.Conversation]:
         """The conversations, row i being embedding i."""
-        return preparing.read_conversations(self.folder)
+        return prepared.read_conversations(self.folder)
 
     def facts(self) -> dict[str, Any]:
         """What decides the results of a run, as far as the data do."""
@@ -88,12 +88,19 @@ class Tasks:
         }  # fmt: skip
 
     def reference(self, which: str) -> Tensor | None:
-        """The reference direction [F]: the model's score head, the published code's, or none."""
+        """The reference direction [F]: the model's score head, the published code's, or none.
+
+        One that cannot tell responses apart is warned of.
+        """
         if which == "last_linear":
             log.warning("WARNING: the reference is the published code's mistaken one (last_linear)")
-        return {
+        found = {
             "head": self.store.head, "last_linear": self.store.last_linear, "none": None
         }[which]  # fmt: skip
+        if found is not None and found.min() == found.max():
+            what = "zero" if not found.any() else f"{float(found[0]):.4g} in every feature"
+            log.warning("WARNING: the reference (%s) is %s and says nothing", which, what)
+        return found
 
     def task(
         self, seed: int, device: torch.device, reference: Tensor | None, stream: bool | None,
@@ -135,7 +142,7 @@ def given_split(data: Path, dataset: str | None = None) -> Tasks:
     A shot is a dialogue, or a comparison where no dialogue has more than one.
     """
     info, store = load(data, dataset)
-    table = read_comparisons(data, len(store))
+    table = prepared.read_comparisons(data, len(store))
     alone = not table.duplicated(["user_id", "dialog_id"]).any()
     unit: Unit = "comparisons" if alone else "dialogues"
 
@@ -166,7 +173,7 @@ def drawn_split(
     about = {"pairs_per_user": pairs_per_user, "few_shot_pairs": few_shot_pairs,
              "seen_fraction": seen_fraction}  # fmt: skip
     info, store = load(data, dataset)
-    table = read_comparisons(data, len(store))
+    table = prepared.read_comparisons(data, len(store))
 
     def draw(seed: int, device: torch.device) -> Sets:
         drawn = preparing.split_users(table, seed, seen_fraction)
@@ -207,7 +214,7 @@ def simulated_users(
         "pairs_per_user": pairs_per_user, "few_shot_pairs": few_shot_pairs,
     }  # fmt: skip
     info, store = load(data, dataset)
-    tensors = _read_scores(data, len(store))
+    tensors = prepared.read_scores(data, len(store))
     prompts, most = len(tensors["train.scores"]), max(pairs_per_user, few_shot_pairs)
     require(
         most <= prompts,
@@ -262,43 +269,13 @@ def load(data: Path, dataset: str | None = None) -> tuple[dict[str, Any], Store]
         InputError: it is missing, damaged or incomplete, or its embeddings belong to other
             conversations.
     """
-    info = preparing.read_info(data, dataset)
-    preparing.check_files(data, info)
+    info = prepared.read_info(data, dataset)
+    prepared.check_files(data, info)
     folder = data / "embeddings"
     require(folder.exists(), f"{folder}: not there; embed the conversations first")
     store = open_store(folder)
-    store.check(preparing.read_conversations(data))
+    store.check(prepared.read_conversations(data))
     return info, store
-
-
-def read_comparisons(data: Path, num_rows: int) -> pd.DataFrame:
-    """The table of comparisons of a prepared folder.
-
-    Raises:
-        InputError: it is missing, lacks a column, or points past the embeddings.
-    """
-    path = data / "comparisons.parquet"
-    require(path.exists(), f"{path}: not there; run prepare.py again")
-    table = pd.read_parquet(path)
-    missing = [column for column in preparing.COLUMNS if column not in table]
-    require(not missing, f"{path}: lacks the columns {', '.join(missing)}; run prepare.py again")
-    numbers = table[["chosen", "rejected"]]
-    inside = bool(((numbers >= 0) & (numbers < num_rows)).all(axis=None))
-    require(inside, f"{path}: has rows that are none of the {num_rows} embeddings")
-    return table
-
-
-def _read_scores(data: Path, num_rows: int) -> dict[str, Tensor]:
-    """The score tensors of a prepared folder; InputError where they are not as expected."""
-    path = data / "scores.safetensors"
-    require(path.exists(), f"{path}: not there; run prepare.py again")
-    tensors = load_file(path)
-    for split in ("train", "test"):
-        scores, rows = (tensors.get(f"{split}.{what}") for what in ("scores", "rows"))
-        whole = scores is not None and rows is not None and scores.shape[:2] == rows.shape
-        whole = whole and bool(scores.isfinite().all() & ((rows >= 0) & (rows < num_rows)).all())
-        require(whole, f"{path}: {split} scores are not as expected; run prepare.py again")
-    return tensors
 
 
 def four_sets(table: pd.DataFrame, store: Store, device: torch.device, unit: Unit) -> Sets:

@@ -12,7 +12,7 @@ import embeddings
 import preparing
 import raw
 from cli import cli
-from files import InputError
+from files import InputError, alone
 from preparing import Funnel, Turn
 from settings import Fraction, PositiveInt, SeedNumber
 
@@ -70,10 +70,11 @@ def main(
         "unseen_prompts": unseen_prompts,
     }
     info = {"dataset": "CommunityAlignment", "settings": settings, "counts": funnel.counts}
-    preparing.write_prepared(out, conversations, table, info)
-    print(funnel.lines())
-    if embed:
-        embeddings.embed(conversations, out / "embeddings", **embedding)
+    with alone(out, embedding.get("shard")):
+        preparing.write_prepared(out, conversations, table, info)
+        print(funnel.lines())
+        if embed:
+            embeddings.embed(conversations, out / "embeddings", **embedding)
     print(f"prepared {len(table):,} comparisons of {len(conversations):,} conversations in {out}")
 
 

@@ -20,7 +20,7 @@ import preparing
 import raw
 from choices import USUAL, Choice, Columns
 from cli import cli
-from files import InputError, digest
+from files import InputError, alone, digest
 from preparing import Funnel
 from settings import Fraction, PositiveInt, SeedNumber
 
@@ -70,10 +70,11 @@ def main(
         "seed": seed,
     }
     info = {"dataset": "OwnData", "settings": settings, "counts": funnel.counts}
-    preparing.write_prepared(out, conversations, table, info)
-    print(funnel.lines())
-    if embed:
-        embeddings.embed(conversations, out / "embeddings", **embedding)
+    with alone(out, embedding.get("shard")):
+        preparing.write_prepared(out, conversations, table, info)
+        print(funnel.lines())
+        if embed:
+            embeddings.embed(conversations, out / "embeddings", **embedding)
     print(f"prepared {len(table):,} comparisons of {len(conversations):,} conversations in {out}")
 
 

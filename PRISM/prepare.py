@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import preparing
 import raw
 from cli import cli
-from files import InputError, require
+from files import InputError, alone, require
 from preparing import Funnel, Turn
 from settings import Fraction, PositiveInt, SeedNumber
 
@@ -62,10 +62,11 @@ def main(
     }
     info = {"dataset": "PRISM", "settings": settings, "counts": funnel.counts}
     warning = {"warning": LIST_WARNING} if rejected == "list" else {}
-    preparing.write_prepared(out, conversations, table, {**info, **warning})
-    print(funnel.lines())
-    if warning:
-        print(f"WARNING: {LIST_WARNING}")
+    with alone(out):
+        preparing.write_prepared(out, conversations, table, {**info, **warning})
+        print(funnel.lines())
+        if warning:
+            print(f"WARNING: {LIST_WARNING}")
     print(f"prepared {len(table):,} comparisons of {len(conversations):,} conversations in {out}")
 
 
@@ -135,7 +136,8 @@ def check_message(place: str, message: Any) -> None:
     fields = message if isinstance(message, dict) else {}
     turn = fields.get("turn")
     known = fields.get("role") in ("user", "model") and "content" in fields
-    if not known or not isinstance(turn, int) or turn < 0:
+    is_number = isinstance(turn, int) and not isinstance(turn, bool)
+    if not known or not is_number or turn < 0:
         raise InputError(
             f"{place}: a message needs turn, role (user or model), content, unlike {message!r:.80}"
         )

@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import smollm2
 from cli import cli
 from embeddings import embed
-from files import read_json, require, write_text, write_whole
-from reward_model import Conversation, file_sha256
+from files import file_sha256, read_json, require, write_text, write_whole
+from reward_model import Conversation
 from settings import PositiveInt, SeedNumber
 
 HERE = Path(__file__).resolve().parent

@@ -15,7 +15,7 @@ import embeddings
 import preparing
 import raw
 from cli import cli
-from files import InputError
+from files import InputError, alone
 from preparing import Funnel, Numbering
 
 HERE = Path(__file__).resolve().parent
@@ -68,10 +68,11 @@ def main(
     funnel.count("prompts on both sides", shared["prompt"])
     funnel.count("distinct conversations", len(number.conversations))
     info = {"dataset": "PersonalLLM", "settings": {"source": source}, "counts": funnel.counts}
-    preparing.write_prepared(out, number.conversations, tables, {**info, "overlap": shared})
-    print(funnel.lines())
-    if embed:
-        embeddings.embed(number.conversations, out / "embeddings", **embedding)
+    with alone(out, embedding.get("shard")):
+        preparing.write_prepared(out, number.conversations, tables, {**info, "overlap": shared})
+        print(funnel.lines())
+        if embed:
+            embeddings.embed(number.conversations, out / "embeddings", **embedding)
     print(f"prepared {len(number.conversations):,} conversations with scores in {out}")
 
 

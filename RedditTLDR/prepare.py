@@ -13,7 +13,7 @@ import embeddings
 import preparing
 import raw
 from cli import cli
-from files import InputError
+from files import InputError, alone
 from preparing import Funnel, Turn
 from settings import PositiveInt
 
@@ -46,10 +46,11 @@ def main(
     conversations, table = preparing.number_conversations(table, funnel)
     settings = {"source": source, "min_annotations": min_annotations}
     info = {"dataset": "RedditTLDR", "settings": settings, "counts": funnel.counts}
-    preparing.write_prepared(out, conversations, table, info)
-    print(funnel.lines())
-    if embed:
-        embeddings.embed(conversations, out / "embeddings", **embedding)
+    with alone(out, embedding.get("shard")):
+        preparing.write_prepared(out, conversations, table, info)
+        print(funnel.lines())
+        if embed:
+            embeddings.embed(conversations, out / "embeddings", **embedding)
     print(f"prepared {len(table):,} comparisons of {len(conversations):,} conversations in {out}")
 
 

@@ -18,7 +18,7 @@ import cli
 import embeddings
 import hub as hub_module
 import models
-import preparing
+import prepared
 import running
 import worlds
 from files import InputError
@@ -238,10 +238,10 @@ def store(hubbed: Hubbed, name: str) -> embeddings.Store:
 def test_default_sources_give_what_local_files_give(hubbed, tmp_path, name, settings):
     assert hubbed.online[name].status == 0, hubbed.online[name].err
     info = worlds.prepare(name, hubbed.folder / "raw" / name, tmp_path, **settings)
-    made = preparing.read_info(hubbed.folder / "out" / name)
+    made = prepared.read_info(hubbed.folder / "out" / name)
     assert made["data_sha256"] == info["data_sha256"]
     embedded = store(hubbed, name)
-    embedded.check(preparing.read_conversations(tmp_path))
+    embedded.check(prepared.read_conversations(tmp_path))
     assert embedded.manifest["model"] == MODEL
     assert embedded.manifest["revision"] == hub_module.commit(hubbed.folder / "model")
 
@@ -275,7 +275,7 @@ def test_personal_reward_bench_goes_from_the_hub_to_its_table(hubbed):
 def test_both_halves_of_personal_reward_bench_come_from_the_hub(hubbed):
     outcome = hubbed.online["Chatbot Arena"]
     assert outcome.status == 0, outcome.err
-    info = preparing.read_info(hubbed.folder / "out" / "arena")
+    info = prepared.read_info(hubbed.folder / "out" / "arena")
     assert info["settings"]["source"] == ARENA and info["counts"]["users with comparisons"] == 3
 
 
@@ -353,8 +353,8 @@ def test_nothing_half_written_is_believed(hubbed):
     """The runs after a cut one find its leavings in the cache."""
     assert hubbed.online["resumed"].status == 0, hubbed.online["resumed"].err
     made = hubbed.folder / "out" / "own"
-    assert preparing.read_info(made)["counts"]["comparisons"] == 40
-    talks, local = preparing.read_conversations(made), str(hubbed.folder / "flaky")
+    assert prepared.read_info(made)["counts"]["comparisons"] == 40
+    talks, local = prepared.read_conversations(made), str(hubbed.folder / "flaky")
     plain = embeddings.embed(talks, hubbed.folder / "plain", model=local, progress=False)
     some = torch.arange(len(talks))
     assert len(talks) == 20 and plain.rows(some).equal(store(hubbed, "own").rows(some))

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 import models
-import preparing
+import prepared
 import reward_model
 import worlds
 from files import InputError
@@ -342,7 +342,7 @@ def test_the_list_form_prints_a_list_and_warns_everywhere(tmp_path, capsys, capl
         }
         text = row.rejected[-1]["content"]
         assert set(json.loads(text.replace("'", '"'))) == answers
-    preparing.read_info(tmp_path / "data")
+    prepared.read_info(tmp_path / "data")
     assert info["warning"] in caplog.text
 
 

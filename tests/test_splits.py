@@ -21,7 +21,7 @@ import sampling
 import splits
 import worlds
 from comparisons import Comparisons, DenseFeatures, RowFeatures
-from files import InputError
+from files import InputError, file_sha256
 from people import Rows, listed
 
 CPU = torch.device("cpu")
@@ -306,7 +306,7 @@ def test_an_unreadable_shard_is_named(copy, damage):
 def trust(data: Path, name: str) -> None:
     """Take a table as it is for the one that prepare.py wrote."""
     info = json.loads((data / "prepare.json").read_text())
-    info["files"][name] = preparing._file_sha256(data / name)
+    info["files"][name] = file_sha256(data / name)
     (data / "prepare.json").write_text(json.dumps(info))
 
 

@@ -1,0 +1,380 @@
+"""Files that are damaged, cut, of another form or edited by hand: one line, nothing changed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+import embeddings
+import running
+import splits
+import worlds
+from embeddings import open_store
+from files import InputError, alone, file_sha256
+from splits import Tasks
+
+Change = Callable[[Path], Any]
+
+
+# ------------------------------------------------------------------------ What is done to a file
+
+
+def content(data: bytes) -> Change:
+    """Other bytes."""
+    return lambda path: path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    """The first half alone."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    """One bit of the last number."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def facts(**changes: Any) -> Change:
+    """Other values in a JSON object; those that are None go."""
+
+    def change(path: Path) -> None:
+        found = json.loads(path.read_text()) | changes
+        kept = {key: value for key, value in found.items() if value is not None}
+        path.write_text(json.dumps(kept))
+
+    return change
+
+
+def rows(edit: Callable[[dict[str, Any]], Any], trusted: bool = True) -> Change:
+    """Every row of a parquet table changed; trusted: with the hash that prepare.json has of it."""
+
+    def change(path: Path) -> None:
+        worlds.edit(path, lambda table: [edit(row) for row in table])
+        if trusted:
+            trust(path)
+
+    return change
+
+
+def tensors(trusted: bool = True, **changes: Callable[[Tensor], Tensor | None]) -> Change:
+    """Other tensors in a safetensors file, whose note stays; None takes one out."""
+
+    def change(path: Path) -> None:
+        with safe_open(path, "pt") as file:
+            note, found = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+        for name, edit in changes.items():
+            name = name.replace("__", ".")
+            edited = edit(found.pop(name).clone())
+            found |= {} if edited is None else {name: edited.contiguous()}
+        found = found or {"other": torch.zeros(2)}
+        path.unlink()  # what is mapped must not change
+        save_file(found, path, note)
+        if trusted:
+            trust(path)
+
+    return change
+
+
+def gone(_: Any) -> None:
+    """Nothing."""
+
+
+def trust(path: Path) -> None:
+    """Take a file as it is for the one that was written."""
+    says = path.with_name("manifest.json" if path.parent.name == "embeddings" else "prepare.json")
+    known = json.loads(says.read_text())
+    known["files"][path.name] = file_sha256(path)
+    says.write_text(json.dumps(known))
+
+
+def set_one(number: float) -> Callable[[Tensor], Tensor]:
+    """The first number of a tensor."""
+    return lambda t: t.index_put((torch.tensor(0),), torch.tensor(number).to(t))
+
+
+# --------------------------------------------------------------------- Prepared and embedded data
+
+TALKS, TABLE, SCORES = "conversations.parquet", "comparisons.parquet", "scores.safetensors"
+MANIFEST, INDEX, HEAD = (f"embeddings/{n}" for n in ("manifest.json", "index.safetensors",
+                                                     "head.safetensors"))  # fmt: skip
+SHARD = "embeddings/shard"  # the first one, whatever its name
+GARBAGE = b"{" * 500
+BAD_JSON = {"a list": content(b"[1]"), "empty": content(b"{}"), "binary": content(b"\xff\x00\x01"),
+            "cut": cut, "deep": content(b"[" * 10**5)}  # fmt: skip
+CASES: dict[str, dict[str, Change]] = {
+    "prepare.json": {
+        **BAD_JSON, "a path as name": facts(dataset="../../x"), "no files": facts(files={}),
+        "other files": facts(files={"../x": "0"}), "settings": facts(settings=[1]),
+        "counts": facts(counts=None), "warning": facts(warning=5), "overlap": facts(overlap="x"),
+        "hash": facts(data_sha256=5), "dataset": facts(dataset=None),
+    },
+    TALKS: {
+        "cut": cut, "garbage": content(GARBAGE), "flipped": flip, "missing": Path.unlink,
+        "other columns": rows(lambda row: row.update(x=row.pop("messages"))),
+        "another text": rows(lambda row: row["messages"][0].update(content="?")),
+    },
+    TABLE: {
+        "cut": cut, "garbage": content(GARBAGE), "flipped": flip, "missing": Path.unlink,
+        "swapped": rows(lambda r: r.update(chosen=r["rejected"], rejected=r["chosen"]), False),
+        "negative": rows(lambda row: row.update(chosen=-1)),
+        "past the end": rows(lambda row: row.update(rejected=10**6)),
+        "text for a number": rows(lambda row: row.update(chosen=str(row["chosen"]))),
+        "half a row": rows(lambda row: row.update(chosen=row["chosen"] + 0.5)),
+        "no weight": rows(lambda row: row.pop("weight")),
+        "NaN weight": rows(lambda row: row.update(weight=math.nan)),
+        "negative weight": rows(lambda row: row.update(weight=-1.0)),
+        "another split": rows(lambda row: row.update(split="dev")),
+        "no user": rows(lambda row: row.update(user_id=None)),
+        "seen as text": rows(lambda row: row.update(seen="yes")),
+    },
+    MANIFEST: {
+        **BAD_JSON, "missing": Path.unlink, "unfinished": facts(complete=False),
+        "no shards": facts(num_shards=None), "shards as text": facts(num_shards="x"),
+        "more shards": facts(num_shards=10**9), "size as text": facts(shard_size="x"),
+        "another size": facts(shard_size=10), "no size": facts(shard_size=0),
+        "another width": facts(num_features=31), "another model": facts(weights_sha256="0" * 64),
+        "another type": facts(dtype="bfloat16"), "no type": facts(dtype="load"),
+        "other rows": facts(num_conversations=3), "fewer": facts(num_distinct=3),
+        "other files": facts(files={}), "truth": facts(max_length=True),
+    },
+    INDEX: {
+        "cut": cut, "garbage": content(GARBAGE), "missing": Path.unlink, "flipped bit": flip,
+        "reversed": tensors(False, rows=lambda t: t.flip(0)),
+        "another tensor": tensors(rows=gone), "floats": tensors(rows=lambda t: t.float()),
+        "past the end": tensors(rows=set_one(10**6)), "negative": tensors(rows=set_one(-1)),
+        "fewer": tensors(rows=lambda t: t[:-1]),
+    },
+    SHARD: {
+        "cut": cut, "garbage": content(GARBAGE), "missing": Path.unlink, "flipped bit": flip,
+        "NaN": tensors(False, embeddings=lambda t: t * math.nan),
+        "fewer rows": tensors(embeddings=lambda t: t[:-1]),
+        "fewer columns": tensors(embeddings=lambda t: t[:, 1:]),
+        "another type": tensors(embeddings=lambda t: t.double()),
+        "another tensor": tensors(embeddings=gone),
+    },
+    HEAD: {
+        "cut": cut, "garbage": content(GARBAGE), "missing": Path.unlink, "flipped bit": flip,
+        "negated": tensors(False, head=lambda t: -t),
+        "NaN": tensors(head=lambda t: t * math.nan),
+        "another width": tensors(head=lambda t: t[:, 1:]),
+        "one dimension": tensors(head=lambda t: t[0]),
+    },
+    SCORES: {
+        "cut": cut, "garbage": content(GARBAGE), "missing": Path.unlink, "flipped bit": flip,
+        "negated": tensors(False, train__scores=lambda t: -t),
+        "NaN": tensors(test__scores=lambda t: t * math.nan),
+        "negative rows": tensors(train__rows=lambda t: -t - 1),
+        "rows past the end": tensors(test__rows=lambda t: t + 10**6),
+        "no rows": tensors(test__rows=gone), "no scores": tensors(train__scores=gone),
+        "fewer": tensors(train__scores=lambda t: t[:-1]),
+        "no prompts": tensors(train__scores=lambda t: t[:0], train__rows=lambda t: t[:0]),
+        "flat": tensors(train__scores=lambda t: t[..., 0]),
+        "whole numbers": tensors(train__scores=lambda t: t.long()),
+        "fewer models": tensors(test__scores=lambda t: t[..., 1:]),
+    },
+}  # fmt: skip
+
+
+def opened(data: Path) -> Tasks:
+    """What a train script reads first."""
+    if (data / SCORES).exists() or SCORES in (data / "prepare.json").read_text(errors="replace"):
+        return splits.simulated_users(data, 0.1, 4, 4, 5, 5)
+    return splits.given_split(data)
+
+
+def path_of(data: Path, name: str) -> Path:
+    """A file by its name in the table."""
+    shards = sorted((data / "embeddings").glob("embeddings-*"))
+    return shards[0] if name == SHARD else data / name
+
+
+def all_bytes(folder: Path) -> dict[Path, bytes]:
+    """Everything in a folder but the note on what was verified."""
+    files = [p for p in folder.rglob("*") if p.is_file() and p.name != embeddings.VERIFIED]
+    return {path: path.read_bytes() for path in files}
+
+
+def one_line(error: pytest.ExceptionInfo, *words: str) -> None:
+    said = str(error.value)
+    assert "\n" not in said and len(said) < 600
+    for word in words:
+        assert word in said, said
+
+
+@pytest.mark.parametrize(
+    ("name", "what"), [(name, what) for name, cases in CASES.items() for what in cases]
+)
+def test_a_file_that_is_not_as_written_is_named_and_left_alone(dataset, tmp_path, name, what):
+    world = "PersonalLLM" if name == SCORES else "PRISM"
+    data = shutil.copytree(dataset(world).data, tmp_path / "data")
+    opened(data)
+    path = path_of(data, name)
+    CASES[name][what](path)
+    before = all_bytes(data)
+    with pytest.raises(InputError) as error:
+        opened(data)
+    one_line(error, path.parent.name if name == MANIFEST else path.name)
+    assert all_bytes(data) == before
+
+
+def test_a_folder_as_prepared_is_opened_twice_and_verified_once(dataset, tmp_path, monkeypatch):
+    data = shutil.copytree(dataset("PRISM").data, tmp_path / "data")
+    read: list[str] = []
+
+    def note(path: Path) -> str:
+        read.append(path.name)
+        return file_sha256(path)
+
+    monkeypatch.setattr(embeddings, "file_sha256", note)
+    first, second = opened(data), len(read)
+    opened(data)
+    shards = [name for name in read if name.startswith("embeddings-")]
+    assert len(shards) == first.store.manifest["num_shards"] and len(read) == second + 2
+    first.store.verify()
+    assert len([name for name in read if name.startswith("embeddings-")]) == 2 * len(shards)
+
+
+def test_a_bit_that_flips_under_the_same_time_is_found_by_verify(dataset, tmp_path):
+    data = shutil.copytree(dataset("PRISM").data, tmp_path / "data")
+    store = opened(data).store
+    path, times = path_of(data, SHARD), path_of(data, SHARD).stat()
+    flip(path)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert len(open_store(data / "embeddings")) == len(store)  # which is what --verify is for
+    with pytest.raises(InputError, match=f"{path.name} is not the file that was embedded"):
+        store.verify()
+    settings = {"data": data, "results": tmp_path, "ranks": 1, "iterations": 2, "verify": "true"}
+    outcome = running.invoke("PRISM/train_basis.py", settings)
+    assert outcome.status == 2 and path.name in outcome.err.splitlines()[-1]
+    assert not (tmp_path / "PRISM").exists()
+
+
+@pytest.mark.parametrize(("number", "word"), [(0.0, "is zero"), (0.5, "is 0.5 in every feature")])
+def test_a_reference_that_says_nothing_is_told(dataset, tmp_path, caplog, number, word):
+    data = shutil.copytree(dataset("PRISM").data, tmp_path / "data")
+    tensors(head=lambda t: torch.full_like(t, number))(data / HEAD)
+    opened(data).reference("head")
+    assert word in caplog.text and caplog.text.count("WARNING: the reference") == 1
+
+
+# ------------------------------------------------------------------------------- Two at once
+
+
+def test_whoever_comes_second_is_told_the_firsts_process(tmp_path):
+    folder = tmp_path / "out"
+    with alone(folder), pytest.raises(InputError) as error, alone(folder):
+        pass
+    one_line(error, str(folder), f"process {os.getpid()} ")
+    with alone(folder, "1/2"), alone(folder, "2/2"), alone(folder):
+        assert not folder.exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_runs_of_a_command_on_one_folder_do_not_mix(dataset, model, tmp_path):
+    prism, data = dataset("PRISM"), tmp_path / "data"
+    prepare = {"source": prism.source, "out": data}
+    with alone(data):
+        refused = running.invoke("PRISM/prepare.py", prepare)
+    assert refused.status == 2 and not data.exists()
+    assert running.invoke("PRISM/prepare.py", prepare).status == 0
+    embed = {"data": data, "model": model, "progress": "false"}
+    with alone(data / "embeddings"):
+        refused_too = running.invoke("PRISM/generate-prism-embeddings.py", embed)
+    assert refused_too.status == 2 and not (data / "embeddings").exists()
+    train = {"data": prism.data, "results": tmp_path, "name": "a", "ranks": 1, "iterations": 2}
+    with alone(tmp_path / "PRISM" / "a"):
+        last = running.invoke("PRISM/train_basis.py", train)
+    assert last.status == 2 and not (tmp_path / "PRISM" / "a").exists()
+    for outcome in (refused, refused_too, last):
+        said = outcome.err.strip().splitlines()[-1]
+        assert said.startswith("error: ") and f"process {os.getpid()} works on it" in said
+
+
+# ---------------------------------------------------------------------------------- Raw rows
+
+TURN = {"turn": 0, "role": "user", "content": "a"}
+RAW: dict[str, dict[str, dict[str, Any]]] = {
+    "RedditTLDR": {
+        "summaries as texts": {"summaries": ["a", "b"]}, "summaries as text": {"summaries": "ab"},
+        "a number of summaries": {"summaries": 5}, "no summaries": {"summaries": None},
+        "one summary": {"summaries": [None, {"text": "a"}]},
+        "a text of another kind": {"summaries": [{"text": 1}, {"text": "a"}]},
+        "choice true": {"choice": True}, "choice 2": {"choice": 2}, "choice half": {"choice": 0.5},
+        "choice as text": {"choice": "0"}, "choice as list": {"choice": [0]},
+        "info as text": {"info": "post"}, "worker as list": {"worker": ["a"]},
+        "no worker": {"worker": None}, "surrogate": {"worker": "\ud800"},
+    },
+    "PRISM": {
+        "history as number": {"conversation_history": 5},
+        "history as text": {"conversation_history": "hello"},
+        "messages as texts": {"conversation_history": ["hello"]},
+        "no content": {"conversation_history": [{"turn": 0, "role": "user"}]},
+        "turn as text": {"conversation_history": [{**TURN, "turn": "0"}]},
+        "turn as truth": {"conversation_history": [{**TURN, "turn": True}]},
+        "if_chosen as text": {"conversation_history": [TURN, {**TURN, "role": "model",
+                                                              "if_chosen": "yes"}]},
+        "user as list": {"user_id": ["user0"]}, "surrogate": {"conversation_id": "\udfff"},
+        "the id of another": {"conversation_id": "c1"},
+    },
+    "PersonalLLM": {
+        "past float32": {"response_1_gemma_2b": 1e39}, "NaN": {"response_1_gemma_2b": math.nan},
+        "infinite": {"response_1_gemma_2b": math.inf}, "text": {"response_1_gemma_2b": "1"},
+        "truth": {"response_1_gemma_2b": True}, "no score": {"response_1_gemma_2b": None},
+        "400 digits": {"response_1_gemma_2b": 10**400}, "prompt as list": {"prompt": ["a"]},
+        "no response": {"response_3": None}, "response as number": {"response_3": 3},
+    },
+    "CommunityAlignment": {
+        "no annotator": {"annotator_id": None}, "annotator NaN": {"annotator_id": math.nan},
+        "annotator as object": {"annotator_id": {"a": 1}}, "surrogate": {"annotator_id": "\ud800"},
+        "prompt as list": {"first_turn_prompt": ["a"]}, "language": {"assigned_lang": 5},
+    },
+}  # fmt: skip
+RAW_FILES = {"RedditTLDR": "train.jsonl.gz", "PRISM": "conversations.jsonl",
+             "PersonalLLM": "train.parquet", "CommunityAlignment": "train.parquet"}  # fmt: skip
+WRITE = {"RedditTLDR": worlds.tldr, "PRISM": worlds.prism, "PersonalLLM": worlds.personalllm,
+         "CommunityAlignment": worlds.community}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=RAW)
+def raw_world(request, tmp_path_factory) -> tuple[str, Path]:
+    """A dataset's name and its raw tables, the first of which is jsonl."""
+    name = request.param
+    source = WRITE[name](tmp_path_factory.mktemp(name))
+    for file in (source / RAW_FILES[name], *source.glob("*.parquet")):
+        if file.exists():
+            found = worlds.read(file)
+            file.unlink()
+            worlds.write(source / f"{file.name.split('.')[0]}.jsonl", found)
+    return name, source
+
+
+def test_a_raw_row_that_cannot_be_is_named_by_file_and_row(raw_world, tmp_path):
+    name, source = raw_world
+    file = source / f"{RAW_FILES[name].split('.')[0]}.jsonl"
+    whole = file.read_text()
+    for what, changes in RAW[name].items():
+        table = [json.loads(line) for line in whole.splitlines()]
+        table[0 if "another" not in what else 2] |= changes
+        file.write_text("".join(json.dumps(row) + "\n" for row in table))
+        try:
+            with pytest.raises(InputError) as error:
+                more = {} if name == "PRISM" else {"embed": False}
+                worlds.prepare(name, source, tmp_path / "data", **more)
+        finally:
+            file.write_text(whole)
+        row = 3 if "another" in what else 1
+        one_line(error, f"{file} row {row}")
+        assert not (tmp_path / "data").exists(), what

@@ -1,0 +1,122 @@
+"""Whatever a file or a raw row becomes, it is read, or refused as a mistake of the user."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import splits
+import worlds
+from embeddings import VERIFIED
+from files import InputError, file_sha256
+from preparing import Funnel
+
+EXAMPLES = settings(
+    max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+)
+BYTES = st.tuples(
+    st.sampled_from(["flip", "cut", "insert", "zero"]), st.floats(0, 1, exclude_max=True),
+    st.binary(min_size=1, max_size=20),
+)  # fmt: skip
+CELLS = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+    | st.sampled_from(["\ud800", 10**400, "EMPTY STRING", "response_a", "model", "user"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+        st.sampled_from(["turn", "role", "content", "text", "id", "post", "if_chosen"]),
+        inner, max_size=4,
+    ),
+    max_leaves=6,
+)  # fmt: skip
+
+
+def mutated(data: bytes, how: str, place: float, more: bytes) -> bytes:
+    """The bytes with a bit flipped, the rest cut off, some put in, or some made zero."""
+    at = int(place * len(data))
+    return {
+        "flip": data[:at] + bytes([data[at] ^ (1 << more[0] % 8)]) + data[at + 1 :],
+        "cut": data[:at],
+        "insert": data[:at] + more + data[at:],
+        "zero": data[:at] + bytes(len(more)) + data[at + len(more) :],
+    }[how]
+
+
+@pytest.fixture(scope="module", params=["PRISM", "PersonalLLM"])
+def copied(request, dataset, tmp_path_factory) -> Path:
+    """A prepared folder to damage and mend."""
+    data = tmp_path_factory.mktemp("fuzz") / "data"
+    return shutil.copytree(dataset(request.param).data, data)
+
+
+@EXAMPLES
+@given(change=BYTES, which=st.integers(0, 30), trusted=st.booleans())
+def test_mutated_files_are_read_or_refused(copied, change, which, trusted):
+    files = sorted(p for p in copied.rglob("*") if p.is_file() and p.name != VERIFIED)
+    path = files[which % len(files)]
+    says = path.with_name("manifest.json" if path.parent.name == "embeddings" else "prepare.json")
+    whole = {file: file.read_bytes() for file in (path, says)}
+    path.unlink()
+    path.write_bytes(mutated(whole[path], *change))
+    if trusted and path != says:  # so that not only the checksum is tried
+        known = json.loads(whole[says])
+        known["files"][path.name] = file_sha256(path)
+        says.write_text(json.dumps(known))
+    try:
+        if (copied / "scores.safetensors").exists():
+            splits.simulated_users(copied, 0.1, 3, 3, 4, 4)
+        else:
+            splits.given_split(copied)
+    except InputError as error:
+        assert "\n" not in str(error)
+    finally:
+        for file, content in whole.items():
+            file.unlink()
+            file.write_bytes(content)
+
+
+RAW = {
+    "RedditTLDR": (worlds.tldr, {"workers": 2, "annotations": 2}, "train.jsonl.gz", ()),
+    "PRISM": (worlds.prism, {"users": 2, "dialogues": 2}, "conversations.jsonl", ("each",)),
+    "PersonalLLM": (worlds.personalllm, {"train": 2, "test": 2}, "train.parquet", ()),
+    "CommunityAlignment": (worlds.community, {"annotators": 2, "conversations": 2},
+                           "train.parquet", ("en",)),
+}  # fmt: skip
+
+
+@cache
+def raw_source(name: str, folder: Path) -> tuple[Any, Path, list[dict[str, Any]]]:
+    """A dataset's script, its table as jsonl and the rows in it."""
+    write, size, file, _ = RAW[name]
+    source = write(folder / name, **size)
+    rows = worlds.read(source / file)
+    (source / file).unlink()
+    return worlds.script(f"{name}/prepare.py"), source / f"{file.split('.')[0]}.jsonl", rows
+
+
+@pytest.mark.parametrize("name", RAW)
+@EXAMPLES
+@given(cell=CELLS, column=st.integers(0, 100), deep=st.booleans())
+def test_mutated_raw_rows_are_read_or_refused(tmp_path_factory, name, cell, column, deep):
+    script, file, rows = raw_source(name, tmp_path_factory.getbasetemp())
+    row = json.loads(json.dumps(rows[0]))
+    columns = sorted(row)
+    key = columns[column % len(columns)]
+    inner = row[key][0] if deep and isinstance(row[key], list) and row[key] else row[key]
+    if deep and isinstance(inner, dict):
+        inner[sorted(inner)[column % len(inner)]] = cell
+    else:
+        row[key] = cell
+    file.write_text("".join(json.dumps(one) + "\n" for one in [row, *rows[1:]]))
+    try:
+        if name == "PersonalLLM":
+            script.read(str(file.parent), "train", Funnel())
+        else:
+            script.read(str(file.parent), *RAW[name][3], Funnel())
+    except InputError as error:
+        assert "\n" not in str(error) and "row" in str(error) or "language" in str(error)
