@@ -178,8 +178,8 @@ def _read_notes(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
             notes[name] = json.loads(metadata.get(name, "{}" if kind is dict else "[]"))
         except (ValueError, RecursionError):
             notes[name] = None
-        texts = kind is dict or all(isinstance(user, str) for user in notes[name] or ())
-        fits = isinstance(notes[name], kind) and texts
+        fits = isinstance(notes[name], kind)
+        fits = fits and (kind is dict or all(isinstance(user, str) for user in notes[name]))
         require(fits, f"{path}: {name} are not as expected; it is no basis file")
     return notes
 

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from safetensors.torch import load_file
 
+import prepared
 import preparing
 import splits
 from comparisons import Comparisons, RowFeatures
@@ -55,7 +56,7 @@ def redrawn(data: Path, seen_fraction: float = 0.5) -> Tasks:
         seen_fraction: share of the users who are seen.
     """
     info, store = splits.load(data)
-    table = splits.read_comparisons(data, len(store))
+    table = prepared.read_comparisons(data, len(store))
 
     def draw(seed: int, device: torch.device) -> Sets:
         drawn = preparing.split_dialogues(table, seed, preparing.Funnel())

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from basis import look_up
 from comparisons import Comparisons, Users
-from files import InputError, first_line, require, write_whole
+from files import require, write_whole
 from methods.base import Fitted, View
 from methods.posterior import Evidence, Prior, moments, posterior_states, predict
 from methods.ridge_bt import precision
+from tensors import expect, read_tensors, require_finite
 from utils import TEMPERATURE
 
 FORMAT = "mixed-logit 1"
@@ -172,16 +172,41 @@ def load(path: Path) -> Saved:
     """Read what ``MixedFit.save`` wrote.
 
     Raises:
-        InputError: no such file, or of another kind.
+        InputError: no such file, or a damaged one, or of another kind.
     """
+    remedy = "it is no mixed logit's file"
+    text, found = read_tensors(Path(path), remedy)
+    require(text.get("format") == FORMAT, f"{path}: not a mixed logit's file")
+    require_finite(path, found, remedy)
+
+    def tensor(name: str, *shape: int | None) -> Tensor:
+        kind = torch.float32 if name not in found else found[name].dtype
+        return expect(path, found, remedy, name, kind, *shape)
+
+    directions = tensor("directions", None, None)
+    K, prior, size = directions.shape[1] - 1, None, 0
+    if "prior.weight" in found:
+        C = len(tensor("prior.weight", None))
+        shapes = {"weight": (C,), "mean": (C, K), "cov": (C, K, K)}
+        prior = Prior(**{key: tensor(f"prior.{key}", *shape) for key, shape in shapes.items()})
+        size = len(prior.state)
+    users, new = (tensor(name, None, size) for name in ("users", "users_unseen"))
+    fit, facts = (_read_note(path, text, name) for name in ("fit", "facts"))
+    for name, states in (("users", users), ("users_unseen", new)):
+        fits = name not in facts or _are_names(facts[name], len(states))
+        require(fits, f"{path}: its {name} are not as expected; {remedy}")
+    return Saved(MixedFit(directions, prior, users, fit), new, facts)
+
+
+def _read_note(path: Path, text: Mapping[str, str], name: str) -> dict[str, Any]:
     try:
-        with safe_open(path, "pt") as file:
-            text = file.metadata() or {}
-            require(text.get("format") == FORMAT, f"{path}: not a mixed logit's file")
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot be read ({first_line(error)})") from error
-    parts = {key[6:]: value for key, value in tensors.items() if key.startswith("prior.")}
-    prior = Prior(**parts) if parts else None
-    fit = MixedFit(tensors["directions"], prior, tensors["users"], json.loads(text["fit"]))
-    return Saved(fit, tensors["users_unseen"], json.loads(text["facts"]))
+        note = json.loads(text.get(name, ""))
+    except (ValueError, RecursionError):
+        note = None
+    require(isinstance(note, dict), f"{path}: its {name} are not readable; remove the file")
+    return note
+
+
+def _are_names(names: Any, count: int) -> bool:
+    is_list = isinstance(names, list) and len(names) == count
+    return is_list and all(isinstance(name, str) for name in names)

@@ -21,7 +21,8 @@ import running
 import splits
 import worlds
 from embeddings import open_store
-from files import InputError, alone, file_sha256
+from files import InputError, alone, digest, file_sha256
+from prepared import read_conversations
 from splits import Tasks
 
 Change = Callable[[Path], Any]
@@ -188,6 +189,45 @@ CASES: dict[str, dict[str, Change]] = {
 }  # fmt: skip
 
 
+class Made:
+    """In the place of a reward model: random embeddings, and a random score head."""
+
+    method, tokens_computed = "made", 0
+
+    def embed(self, tokens: list[Any], _: Any) -> Tensor:
+        """[n, 8]."""
+        return torch.randn(len(tokens), 8, generator=torch.Generator().manual_seed(len(tokens)))
+
+    def reference(self) -> dict[str, Tensor]:
+        """As ``reward_model.Engine.reference``."""
+        return {"head": torch.randn(1, 8), "last_linear": torch.randn(8)}
+
+
+def embed(data: Path) -> None:
+    """Embeddings of a prepared dataset's conversations, 40 in a file."""
+    talks = read_conversations(data)
+    known = dict.fromkeys(embeddings.FACTS, "made") | {
+        "dtype": "float32", "max_length": 9, "shard_size": 40,
+        "num_conversations": len(talks), "conversations_sha256": digest(talks),
+    }  # fmt: skip
+    tokens = [number.to_bytes(4) for number in range(len(talks))]
+    counts = {"num_distinct": len(talks), "num_truncated": 0, "tokens_given": len(talks)}
+    plan = embeddings._Plan(tokens, torch.arange(len(talks)), known, counts)
+    embeddings._complete(data / "embeddings", plan, Made, 0, 1, False)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> dict[str, Path]:
+    """Two prepared datasets with embeddings, made without a reward model."""
+    folder = tmp_path_factory.mktemp("made")
+    worlds.prepare("PRISM", worlds.prism(folder / "prism"), folder / "PRISM")
+    source = worlds.personalllm(folder / "personal")
+    worlds.prepare("PersonalLLM", source, folder / "PersonalLLM", embed=False)
+    for name in ("PRISM", "PersonalLLM"):
+        embed(folder / name)
+    return {name: folder / name for name in ("PRISM", "PersonalLLM")}
+
+
 def opened(data: Path) -> Tasks:
     """What a train script reads first."""
     if (data / SCORES).exists() or SCORES in (data / "prepare.json").read_text(errors="replace"):
@@ -217,21 +257,22 @@ def one_line(error: pytest.ExceptionInfo, *words: str) -> None:
 @pytest.mark.parametrize(
     ("name", "what"), [(name, what) for name, cases in CASES.items() for what in cases]
 )
-def test_a_file_that_is_not_as_written_is_named_and_left_alone(dataset, tmp_path, name, what):
+def test_a_file_that_is_not_as_written_is_named_and_left_alone(made, tmp_path, name, what):
     world = "PersonalLLM" if name == SCORES else "PRISM"
-    data = shutil.copytree(dataset(world).data, tmp_path / "data")
+    data = shutil.copytree(made[world], tmp_path / "data")
     opened(data)
     path = path_of(data, name)
     CASES[name][what](path)
     before = all_bytes(data)
     with pytest.raises(InputError) as error:
         opened(data)
-    one_line(error, path.parent.name if name == MANIFEST else path.name)
+    one_line(error)
+    assert any(str(where) in str(error.value) for where in (path, data / "embeddings"))
     assert all_bytes(data) == before
 
 
-def test_a_folder_as_prepared_is_opened_twice_and_verified_once(dataset, tmp_path, monkeypatch):
-    data = shutil.copytree(dataset("PRISM").data, tmp_path / "data")
+def test_a_folder_as_prepared_is_opened_twice_and_verified_once(made, tmp_path, monkeypatch):
+    data = shutil.copytree(made["PRISM"], tmp_path / "data")
     read: list[str] = []
 
     def note(path: Path) -> str:
@@ -247,8 +288,8 @@ def test_a_folder_as_prepared_is_opened_twice_and_verified_once(dataset, tmp_pat
     assert len([name for name in read if name.startswith("embeddings-")]) == 2 * len(shards)
 
 
-def test_a_bit_that_flips_under_the_same_time_is_found_by_verify(dataset, tmp_path):
-    data = shutil.copytree(dataset("PRISM").data, tmp_path / "data")
+def test_a_bit_that_flips_under_the_same_time_is_found_by_verify(made, tmp_path):
+    data = shutil.copytree(made["PRISM"], tmp_path / "data")
     store = opened(data).store
     path, times = path_of(data, SHARD), path_of(data, SHARD).stat()
     flip(path)
@@ -263,8 +304,8 @@ def test_a_bit_that_flips_under_the_same_time_is_found_by_verify(dataset, tmp_pa
 
 
 @pytest.mark.parametrize(("number", "word"), [(0.0, "is zero"), (0.5, "is 0.5 in every feature")])
-def test_a_reference_that_says_nothing_is_told(dataset, tmp_path, caplog, number, word):
-    data = shutil.copytree(dataset("PRISM").data, tmp_path / "data")
+def test_a_reference_that_says_nothing_is_told(made, tmp_path, caplog, number, word):
+    data = shutil.copytree(made["PRISM"], tmp_path / "data")
     tensors(head=lambda t: torch.full_like(t, number))(data / HEAD)
     opened(data).reference("head")
     assert word in caplog.text and caplog.text.count("WARNING: the reference") == 1
