@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from files import InputError, file_sha256, first_line, read_json, require
-from preparing import COLUMNS, MESSAGES, TABLES, Conversation
+from preparing import COLUMNS, MESSAGES, TABLES, VALIDATION, Conversation
 from tensors import expect, read_tensors, require_finite
 
 log = logging.getLogger(__name__)
@@ -97,7 +97,8 @@ def read_comparisons(folder: Path, num_rows: int) -> pd.DataFrame:
     numbers = table[["chosen", "rejected"]]
     inside = ((numbers >= 0) & (numbers < num_rows)).all(axis=1)
     _need(inside, path, f"has rows that are none of the {num_rows} embeddings")
-    _need(table.split.isin(SPLITS), path, "has a split that is neither train nor test")
+    known = (*SPLITS, VALIDATION)
+    _need(table.split.isin(known), path, f"has a split that is none of {', '.join(known)}")
     weights = np.isfinite(table.weight) & (table.weight > 0)
     _need(weights, path, "has a weight that is not a number above 0")
     return table

@@ -14,7 +14,7 @@ import preparing
 import raw
 from choices import Columns
 from cli import cli
-from files import InputError, digest
+from files import InputError, alone, digest
 from preparing import Conversation, Funnel
 
 HERE = Path(__file__).resolve().parent
@@ -49,10 +49,11 @@ def main(
     conversations, table = preparing.number_conversations(table, funnel)
     settings = {"source": source}
     info = {"dataset": "PersonalRewardBench", "settings": settings, "counts": funnel.counts}
-    preparing.write_prepared(out, conversations, table, info)
-    print(funnel.lines())
-    if embed:
-        embeddings.embed(conversations, out / "embeddings", **embedding)
+    with alone(out, embedding.get("shard")):
+        preparing.write_prepared(out, conversations, table, info)
+        print(funnel.lines())
+        if embed:
+            embeddings.embed(conversations, out / "embeddings", **embedding)
     print(f"prepared {len(table):,} comparisons of {len(conversations):,} conversations in {out}")
 
 
