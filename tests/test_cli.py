@@ -193,6 +193,7 @@ def test_a_stopped_command_says_what_is_kept(monkeypatch, capsys, number, status
         os.kill(os.getpid(), number)
         raise AssertionError("not to be reached")
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's jobs may ignore it
     line = "stopped: what was written whole is kept; the same command goes on from there\n"
     assert call(main, monkeypatch, capsys, "") == (status, line)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
