@@ -7,6 +7,7 @@ Shape letters: U users, N comparisons, F features, C columns, M models.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,9 @@ class _ByDirection(Function):
     """
 
     @staticmethod
-    def forward(ctx, data: Comparisons, V: Tensor, W: Tensor, ranks: Sequence[int]) -> Tensor:  # noqa: ANN001
+    def forward(
+        ctx: Any, data: Comparisons, V: Tensor, W: Tensor, ranks: Sequence[int]
+    ) -> Tensor:
         ctx.save_for_backward(V, W)
         ctx.data, ctx.ranks = data, ranks
         directions = V.new_empty(len(W), len(ranks), len(V))  # [U, M, F]
@@ -53,7 +56,7 @@ class _ByDirection(Function):
         return data.dots(data.features.x.to(V.dtype), directions)
 
     @staticmethod
-    def backward(ctx, slope: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         V, W = ctx.saved_tensors
         H = ctx.data.sums(ctx.data.features.x.to(V.dtype), slope).unbind(1)
         dV = dW = None
@@ -68,16 +71,16 @@ class _ByProjection(Function):
     """The same from Z = X V [N, C], for features that are streamed or on a GPU."""
 
     @staticmethod
-    def forward(  # noqa: ANN205
-        ctx, data: Comparisons, V: Tensor, W: Tensor, ranks: Sequence[int], Z: Tensor  # noqa: ANN001
-    ):
+    def forward(
+        ctx: Any, data: Comparisons, V: Tensor, W: Tensor, ranks: Sequence[int], Z: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(W, Z)
         ctx.data, ctx.ranks = data, ranks
         products = (Z * W.index_select(0, data.user)).split(ranks, 1)
         return torch.stack([p.sum(1) for p in products], 1)
 
     @staticmethod
-    def backward(ctx, slope: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         W, Z = ctx.saved_tensors
         columns = zip(slope.split(1, 1), ctx.ranks, strict=True)
         G = torch.cat([s.expand(-1, rank) for s, rank in columns], 1)  # [N, C]: no wait on a GPU
@@ -91,12 +94,12 @@ class _ByProjection(Function):
 
 class _Projected(Function):
     @staticmethod
-    def forward(ctx, users: Users, Z: Tensor, W: Tensor) -> Tensor:  # noqa: ANN001
+    def forward(ctx: Any, users: Users, Z: Tensor, W: Tensor) -> Tensor:
         ctx.save_for_backward(Z)
         ctx.users = users
         return (Z * W.index_select(0, users.user)).sum(1)
 
     @staticmethod
-    def backward(ctx, slope: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         (Z,) = ctx.saved_tensors
         return None, None, ctx.users.sum(Z, slope)

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from basis import Basis, load_basis
+from basis import Basis
 from comparisons import Users
-from files import InputError, first_line, require
-from methods import mixed_fit
+from files import InputError, require
+from methods.learned import load_learned
+from methods.mixed_fit import Saved
 from methods.posterior import Evidence, Prior, moments, posterior_states, predict, unpack
 from ranking import fit_user
 from utils import TEMPERATURE
@@ -98,26 +98,19 @@ def load_taste(path: Path) -> Taste:
     Raises:
         InputError: another file, or one that knows of no differences between people.
     """
-    require(path.is_file(), f"{path}: no such basis file")
-    try:
-        with safe_open(path, "pt") as file:
-            mixed = (file.metadata() or {}).get("format") == mixed_fit.FORMAT
-    except SafetensorError as error:
-        raise InputError(f"{path}: cannot be read ({first_line(error)})") from error
-    return _of_mixed_logit(path) if mixed else _of_lore(path)
+    learned = load_learned(path)
+    return _of_lore(path, learned) if isinstance(learned, Basis) else _of_mixed_logit(path, learned)
 
 
-def _of_mixed_logit(path: Path) -> Taste:
-    saved = mixed_fit.load(path)
+def _of_mixed_logit(path: Path, saved: Saved) -> Taste:
     prior = saved.fit.prior
     if prior is None:
         raise InputError(f"{path}: this mixed logit found no differences between users to ask for")
     return Taste("mixed logit", saved.fit.directions.double(), prior, saved.facts)
 
 
-def _of_lore(path: Path) -> Taste:
+def _of_lore(path: Path, basis: Basis) -> Taste:
     """LoRe has no prior: its seen users' weights, as if Gaussian, stand for one."""
-    basis = load_basis(path)
     users, K = basis.W.shape
     require(K > 1, f"{path} has rank 1, where all users are alike: take a basis of a higher rank")
     require(users > 1, f"{path} has one user: how people differ cannot be told from it")

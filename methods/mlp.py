@@ -57,7 +57,7 @@ class MLP:
         ranks: ranks K to try; ``faithful`` takes the first.
         hidden: hidden units H.
         activation: g.
-        epochs: passes over the data, at most; 0 for 1000 if faithful, else 100.
+        epochs: passes over the data, at most; 0 for 1000 if faithful, else 60.
     """
 
     setting: Literal["faithful", "converged"] = "converged"

@@ -61,7 +61,7 @@ class PAL:
         width: outputs D of every layer of f; 0 for 512 if faithful, else 128.
         layers: linear layers of f, with GELU between them.
         squared: compare squared distances.
-        epochs: passes over the data, at most; 0 for 20 if faithful, else 100.
+        epochs: passes over the data, at most; 0 for 20 if faithful, else 60.
     """
 
     setting: Literal["faithful", "converged"] = "converged"

@@ -60,7 +60,7 @@ class VPL:
         hidden: hidden units H; 0 for 512 if faithful, else 64.
         latent: units L of the latent; -1 for 512 if faithful, else 32; 0 for none, which leaves
             Bradley-Terry on a network.
-        epochs: passes over the data, at most; 0 for 2 if faithful, else 100.
+        epochs: passes over the data, at most; 0 for 2 if faithful, else 60.
     """
 
     setting: Literal["faithful", "converged"] = "converged"
