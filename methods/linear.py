@@ -23,7 +23,8 @@ from methods.posterior import Prior
 from methods.ridge_bt import inverse_curvature, precision
 from methods.validation import Validation
 
-TRIES = 6  # configurations that every method may try
+TRIES = 12  # configurations that every method may try
+HALVINGS = tuple(2.0**k for k in range(4, 4 - TRIES, -1))  # ridges to try, 16 to 1/128
 ROUGH, FINE = 1e-5, 1e-7  # tolerances while choosing and at the end, shares of the objective
 NEWTON_TOLERANCE = 1e-10  # Newton stops when no user's decrement is above this, in nats
 

@@ -38,7 +38,7 @@ from methods.networks import (
 )
 from settings import NonNegativeInt, PositiveInt
 
-RIDGES = (0.0, 1.0)  # pull of new users' logits towards the seen users' mean
+RIDGES = (0.0, 0.3, 1.0, 3.0)  # pull of new users' logits towards the seen users' mean
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "identity": nn.Identity}
 
 

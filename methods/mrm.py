@@ -15,6 +15,7 @@ from methods.base import Fitted, Task, View
 from methods.geometry import measure
 from methods.linear import (
     FINE,
+    HALVINGS,
     ROUGH,
     LinearFitted,
     backproject,
@@ -154,7 +155,7 @@ class MRM:
     rate: Rate = 1e-3
     inner_rate: Rate = 1e-3
     inner_steps: PositiveInt = 5
-    ridges: tuple[PositiveFloat, ...] = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03)
+    ridges: tuple[PositiveFloat, ...] = HALVINGS
 
     def fit(self, task: Task) -> list[Fitted]:
         """Choose the ridge, then fit all training comparisons; or as published."""

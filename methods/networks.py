@@ -28,7 +28,6 @@ from methods.validation import (
     subset,
 )
 
-TRIES = 6  # configurations that every method may try
 CURVE = 400  # points of a training curve that are kept
 TOLERANCE = 1e-4  # an improvement of the held-out log loss, or of a user's objective, that counts
 PATIENCE = 10  # epochs without one before training stops

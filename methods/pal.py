@@ -40,7 +40,7 @@ from methods.networks import (
 from methods.validation import hold_out, shared_prompts
 from settings import NonNegativeInt, PositiveInt
 
-RIDGES = (0.0, 1.0)  # pull of new users' logits towards the seen users' mean
+RIDGES = (0.0, 0.3, 1.0, 3.0)  # pull of new users' logits towards the seen users' mean
 NEW_USER_RATE, NEW_USER_EPOCHS = 5e-3, 20  # published
 
 

@@ -22,7 +22,7 @@ from methods.linear import (
     solve_users,
     thinned,
 )
-from methods.ridge_bt import fit_shared
+from methods.ridge_bt import STRENGTHS, fit_shared
 from methods.validation import hold_out
 from settings import PositiveFloat
 
@@ -133,7 +133,7 @@ class PEBS:
     """
 
     setting: Literal["faithful", "converged"] = "converged"
-    strengths: tuple[PositiveFloat, ...] = (100.0, 10.0, 1.0, 0.3, 0.1, 0.01)
+    strengths: tuple[PositiveFloat, ...] = STRENGTHS
 
     def fit(self, task: Task) -> list[Fitted]:
         """Choose the ridge, then fit the reward and every user's slope."""

@@ -14,6 +14,7 @@ from methods.base import Fitted, Task, View
 from methods.geometry import measure
 from methods.linear import (
     FINE,
+    HALVINGS,
     ROUGH,
     LinearFitted,
     backproject,
@@ -31,6 +32,7 @@ from methods.linear import (
 from settings import PositiveFloat, PositiveInt
 
 NORM_PENALTY = 0.02  # per comparison, on the length of x' A
+COLLAPSED = 1e-2  # mean length of x' A below which nothing is left
 STEPS, BATCH, RATE = 500, 64, 1e-3  # published SGD over comparisons
 USER_STEPS, USER_RATE = 1000, 0.01  # published SGD for a new user
 
@@ -110,7 +112,7 @@ class PReF:
 
     rank: PositiveInt = 5
     setting: Literal["faithful", "converged"] = "converged"
-    ridges: tuple[PositiveFloat, ...] = (8.0, 4.0, 2.0, 1.0, 0.3, 0.1)
+    ridges: tuple[PositiveFloat, ...] = HALVINGS
 
     def fit(self, task: Task) -> list[Fitted]:
         """Choose the ridge, then fit all training comparisons; or the published training."""
@@ -137,7 +139,7 @@ class PReF:
 
     def _converged(
         self, data: Comparisons, ridge: float, warm: tuple[Tensor, Tensor] | None, tolerance: float
-    ) -> tuple[PReFFitted, tuple[Tensor, Tensor]]:
+    ) -> tuple[PReFFitted, tuple[Tensor, Tensor] | None]:
         geometry = measure(data)
         A, W = warm or svd_start(data, self.rank)
         if warm is None:  # both of the same size, as the ridge would have them
@@ -154,7 +156,9 @@ class PReF:
             return loss, [by_A / geometry.scale + ridge * A, by_W]
 
         (A, W), losses = fit_together(scaled, [A, W], inverses, tolerance)
-        warm = A, W
+        # A ridge that shrinks all to nothing, a saddle for weaker ones, is no start for them
+        collapsed = float(project(data, A / geometry.scale).norm(dim=1).mean()) < COLLAPSED
+        warm = None if collapsed else (A, W)
         A, losses = A / geometry.scale, [loss / len(data) for loss in losses]
         note = f"PReF K={self.rank}: ridge {ridge:g}, {len(losses)} steps of L-BFGS."
         return self._fitted(A, W, ridge, losses, note), warm

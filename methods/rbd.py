@@ -143,9 +143,9 @@ class RBD:
 
     rank: PositiveInt = 8
     setting: Literal["faithful", "converged"] = "converged"
-    strengths: tuple[tuple[PositiveFloat, PositiveFloat], ...] = (
-        (10.0, 100.0), (1.0, 100.0), (1.0, 10.0), (0.1, 10.0), (0.1, 1.0), (0.01, 0.1),
-    )  # fmt: skip
+    strengths: tuple[tuple[PositiveFloat, PositiveFloat], ...] = tuple(
+        (shared, ratio * shared) for shared in (10.0, 1.0, 0.1, 0.01) for ratio in (100, 10, 1)
+    )
 
     def fit(self, task: Task) -> list[Fitted]:
         """Choose the strengths, then fit all training comparisons; or the published training."""

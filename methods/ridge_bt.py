@@ -24,7 +24,7 @@ from settings import PositiveFloat
 
 log = logging.getLogger(__name__)
 
-STRENGTHS = tuple(10 ** (x / 2) for x in range(6, -7, -1))  # 1000 to .001, from the strongest on
+STRENGTHS = tuple(10 ** (x / 2) for x in range(5, -7, -1))  # 316 to .001, from the strongest on
 ROUGH, FINE = 3e-5, 1e-8  # tolerances while choosing and at the end, shares of the objective
 
 

@@ -64,7 +64,7 @@ class VPL:
     """
 
     setting: Literal["faithful", "converged"] = "converged"
-    betas: tuple[NonNegativeFloat, ...] = (3e-6, 1e-4, 1e-2)
+    betas: tuple[NonNegativeFloat, ...] = (3e-6, 3e-5, 1e-4, 1e-3, 1e-2, 1e-1)
     hidden: NonNegativeInt = 0
     latent: Latent = -1
     epochs: NonNegativeInt = 0

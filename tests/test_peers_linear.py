@@ -256,6 +256,14 @@ def test_a_choice_never_reads_a_test_comparison(method):
 # ----------------------------------------------------------------------------------- PReF
 
 
+def test_a_ridge_that_shrinks_pref_to_nothing_leaves_the_weaker_ones_their_chance():
+    task = planted(tastes(30), 20, 10)
+    alone, after = (PReF(rank=2, ridges=ridges).fit(task)[0] for ridges in ((1.0, 0.5), (1e4, 1.0)))
+    losses = [[row["loss"] for row in fit.describe()["tried"]] for fit in (alone, after)]
+    assert losses[1][0] == pytest.approx(math.log(2), abs=1e-3)
+    assert losses[1][1] == pytest.approx(losses[0][0], rel=1e-6) and losses[0][0] < 0.6
+
+
 def test_pref_on_the_simplex_without_its_penalties_is_lore():
     data, generator = choices(tastes(5), 4, 2), torch.Generator().manual_seed(2)
     V = torch.randn(FEATURES, 3, dtype=torch.float64, generator=generator)
