@@ -91,6 +91,10 @@ class Geometry:
         """Directions V [F, C] among scaled and stretched features, as ones among raw features."""
         return self.apply(self.stretch(), V)
 
+    def stretched(self, V: Tensor) -> Tensor:
+        """Directions V [F, C] among raw features, as ones among scaled and stretched features."""
+        return self.apply(1 / self.stretch(), V)
+
     def curvature(self) -> Tensor:
         """Eigenvalues [D + 1] of sum x x^T in the stretched features."""
         return self.count * self._spectrum() * (self.stretch() * self.scale).square()

@@ -50,27 +50,29 @@ class MixedLogit:
     l_mu: PositiveFloat | None = None
     l_B: PositiveFloat | None = None
     whitened: bool | None = None
-    mixtures: tuple[PositiveInt, ...] = (1, 4, 10)
+    mixtures: tuple[PositiveInt, ...] = (1, 4)
 
     def fit(self, task: Task) -> list[Fitted]:
         """Choose what is free, then fit all training comparisons."""
         require(self.rank >= 1, "rank must be at least 1")
         require((self.l_mu is None) == (self.l_B is None), "give l_mu and l_B together, or neither")
         tried: list[dict[str, Any]] = []
-        chosen = self._given() if self.l_mu is not None else self._choose(task, tried)
+        chosen, start = (self._given(), None) if self.l_mu else self._choose(task, tried)
         data = task.mine
         geometry = replace(measure(data, task.processes), white=chosen.white)
-        return [self._final(task, data, geometry, chosen, tried)]
+        return [self._final(task, data, geometry, chosen, tried, start)]
 
     def _given(self) -> Candidate:
         assert self.l_mu is not None and self.l_B is not None
         return Candidate(bool(self.whitened), self.l_mu, self.l_B, self.mixtures[0])
 
-    def _choose(self, task: Task, tried: list[dict[str, Any]]) -> Candidate:
+    def _choose(
+        self, task: Task, tried: list[dict[str, Any]]
+    ) -> tuple[Candidate, Tensor | None]:
         data = Validation(task)
         if not data.possible:
             log.warning("no user has two dialogues: strengths of 1, as nothing can be held out")
-            return Candidate(bool(self.whitened), 1.0, 1.0, 1)
+            return Candidate(bool(self.whitened), 1.0, 1.0, 1), None
         kinds = (False, True) if self.whitened is None else (self.whitened,)
         found = score_test(task.mine, processes=task.processes)
         log.info(found.sentence)
@@ -83,8 +85,8 @@ class MixedLogit:
         geometry: Geometry,
         chosen: Candidate,
         tried: list[dict[str, Any]],
+        start: Tensor | None,
     ) -> MixedFit:
-        shared = fit_shared(data, geometry, chosen.l_mu, processes=task.processes)
         K = min(self.rank, data.num_features)
         facts = {
             "chosen": vars(chosen) | {"rank": K if chosen.components else 0}, "tried": tried,
@@ -93,12 +95,16 @@ class MixedLogit:
         }
         log.info("mixed logit: %s", facts["note"])
         if chosen.components == 0:
+            shared = fit_shared(data, geometry, chosen.l_mu, processes=task.processes)
             facts["losses"] = [value / geometry.count for value in shared.values]
             none = shared.x.new_zeros(task.train.num_users, 0)
             return MixedFit(geometry.raw(shared.x), None, none, facts)
-        B, _ = first_tastes(data, geometry, shared.x, K, task.processes)
+        if start is None:
+            mu = fit_shared(data, geometry, chosen.l_mu, processes=task.processes).x
+            start = torch.cat([mu, first_tastes(data, geometry, mu, K, task.processes)[0]], 1)
+        else:
+            start = geometry.stretched(start)
         strengths = chosen.l_mu, chosen.l_B
-        start = torch.cat([shared.x, B], 1)
         fit = fit_population(data, geometry, strengths, start, processes=task.processes)
         directions, turn, spectrum = principal(geometry.raw(fit.theta))
         prior = Prior.standard(K, fit.theta)

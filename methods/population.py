@@ -14,9 +14,10 @@ from torch import Tensor
 from comparisons import Comparisons
 from methods.geometry import Geometry, total
 from methods.lbfgs import minimise
-from methods.posterior import Evidence, Posterior, solve
-from methods.ridge_bt import FINE, inverse_curvature, precision
+from methods.posterior import NODES, Evidence, Posterior, solve
+from methods.ridge_bt import inverse_curvature, precision
 
+ROUGH, FINE = 1e-4, 1e-6  # tolerances while choosing and at the end, shares of the objective
 INNER = 10  # a user's bound may be this many times the tolerance below its maximum
 
 
@@ -53,8 +54,10 @@ class Objective:
         strengths: tuple[float, float],
         processes: int = 1,
         inner: float = 1e-8,
+        nodes: int = NODES,
     ) -> None:
         self.data, self.geometry, self.processes, self.inner = data, geometry, processes, inner
+        self.nodes = nodes
         self.strengths = strengths
         self.dtype = precision(data)
         self.posterior: Posterior | None = None
@@ -68,7 +71,7 @@ class Objective:
         """Value and gradient [F, 1 + K] at [mu, B] among the stretched features."""
         data, geometry, K = self.data, self.geometry, theta.shape[1] - 1
         Z = data.project(geometry.raw(theta).to(self.dtype))
-        evidence = Evidence(Z, data)
+        evidence = Evidence(Z, data, self.nodes)
         zero, one = theta.new_zeros(K), torch.eye(K).to(theta)
         q = self.posterior = solve(evidence, zero, one, self.posterior, self.inner)
         G = evidence.slopes(q.mean, q.cov).to(self.dtype)
@@ -87,7 +90,8 @@ def fit_population(
     posterior: Posterior | None = None,
     processes: int = 1,
     tolerance: float = FINE,
-    iterations: int = 300,
+    iterations: int = 100,
+    nodes: int = NODES,
 ) -> Population:
     """Maximise the evidence bound over mu and B; each user's posterior is found at every step.
 
@@ -99,8 +103,9 @@ def fit_population(
         posterior: of the users at the start, if known.
         processes: over which users are spread.
         tolerance, iterations: of the minimisation.
+        nodes: of the quadrature.
     """
-    objective = Objective(data, geometry, strengths, processes, INNER * tolerance)
+    objective = Objective(data, geometry, strengths, processes, INNER * tolerance, nodes)
     objective.posterior = posterior
     inverse = inverse_curvature(geometry, objective.column_strengths(start.shape[1] - 1))
     found = minimise(objective, start, inverse, tolerance, iterations)

@@ -23,6 +23,7 @@ from torch.nn.functional import logsigmoid
 from comparisons import Users
 
 NODES = 16  # of the quadrature in fits: relative error below 1e-6 for standard deviations up to 2
+FEW_NODES = 8  # while settings are chosen
 NODES_OF_PROBABILITIES = 32
 LEAST_VARIANCE = 1e-8
 CELLS = {"cpu": 1 << 13, "cuda": 1 << 22}  # comparisons at a time: what a core's cache holds
@@ -40,7 +41,7 @@ def quadrature(nodes: int, like: Tensor) -> tuple[Tensor, Tensor]:
     return like.new_tensor(points), like.new_tensor(weights)
 
 
-def expectations(a: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def expectations(a: Tensor, v: Tensor, nodes: int = NODES) -> tuple[Tensor, Tensor, Tensor]:
     """E[log sigmoid(t)], t ~ N(a, v), its slope in a, and -2 times that in v: three tensors [N].
 
     The slopes are those of the quadrature itself, so that maxima are where they vanish.
@@ -48,8 +49,9 @@ def expectations(a: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Args:
         a: means of the log odds [...].
         v: their variances [...].
+        nodes: of the quadrature.
     """
-    points, weights = quadrature(NODES, a)
+    points, weights = quadrature(nodes, a)
     sd = v.clamp(min=LEAST_VARIANCE).sqrt()
     t = (sd[..., None] * points).add_(a[..., None]).clamp_(min=-700)  # the sigmoid stays above 0
     yes = torch.sigmoid_(t)
@@ -186,6 +188,7 @@ class _Block:
         a: shared reward differences [u, n].
         Z: what the comparisons ask of tastes [u, n, K].
         weight: how much each counts [u, n].
+        nodes: of the quadrature.
     """
 
     users: Tensor
@@ -193,10 +196,12 @@ class _Block:
     a: Tensor
     Z: Tensor
     weight: Tensor
+    nodes: int
 
     def some(self, which: Tensor) -> _Block:
         """Of those users alone for whom ``which`` [u] is true."""
-        return _Block(*(value[which] for value in vars(self).values()))
+        parts = (self.users, self.rows, self.a, self.Z, self.weight)
+        return _Block(*(part[which] for part in parts), self.nodes)
 
     def moments(self, mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Means and variances of the log odds [u, n], and Z cov [u, n, K]."""
@@ -207,7 +212,7 @@ class _Block:
     def likelihood(self, mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Expected log likelihood [u], its slope [u, K], and the precision it adds [u, K, K]."""
         a, v, _ = self.moments(mean, cov)
-        value, e1, e2 = expectations(a, v)
+        value, e1, e2 = expectations(a, v, self.nodes)
         slope = ((self.weight * e1)[:, None, :] @ self.Z)[:, 0]
         added = self.Z.mT @ ((self.weight * e2)[:, :, None] * self.Z)
         return (self.weight * value).sum(1), slope, added
@@ -219,9 +224,10 @@ class Evidence:
     Args:
         Z: shared reward difference, then what the comparison asks of tastes [N, 1 + K].
         users: whose they are, and what each weighs.
+        nodes: of the quadrature.
     """
 
-    def __init__(self, Z: Tensor, users: Users) -> None:
+    def __init__(self, Z: Tensor, users: Users, nodes: int = NODES) -> None:
         self.num_users, self.rank = users.num_users, Z.shape[1] - 1
         Z = torch.cat([Z.double(), Z.new_zeros(1, Z.shape[1]).double()])  # for users without any
         weight = torch.cat([users.weight, users.weight.new_zeros(1)]).to(Z.device)
@@ -233,7 +239,7 @@ class Evidence:
             there = place < counts[some][:, None]
             rows = torch.where(there, starts.to(Z.device)[some][:, None] + place, len(Z) - 1)
             own = Z[rows]
-            self.blocks.append(_Block(some, rows, own[..., 0], own[..., 1:], weight[rows]))
+            self.blocks.append(_Block(some, rows, own[..., 0], own[..., 1:], weight[rows], nodes))
 
     def slopes(self, mean: Tensor, cov: Tensor) -> Tensor:
         """Slopes [N, 1 + K] of the expected log likelihood along x . mu and x . B.
@@ -245,7 +251,7 @@ class Evidence:
         for block in self.blocks:
             m = mean[block.users]
             a, v, spread = block.moments(m, cov[block.users])
-            _, e1, e2 = expectations(a, v)
+            _, e1, e2 = expectations(a, v, block.nodes)
             B = e1[:, :, None] * m[:, None] - e2[:, :, None] * spread
             own = block.weight[:, :, None] * torch.cat([e1[:, :, None], B], 2)
             G[block.rows.flatten()] = own.flatten(0, 1)

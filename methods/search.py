@@ -12,20 +12,20 @@ import torch
 from torch import Tensor
 
 from methods.geometry import Geometry, measure
+from methods.linear import TRIES
 from methods.mixed_fit import MixedFit
 from methods.mixture import fit_mixture
-from methods.population import Population, first_tastes, fit_population
-from methods.posterior import Evidence, Posterior, Prior, pack, posterior_states
-from methods.ridge_bt import ROUGH, precision, ridge_path
+from methods.population import ROUGH, Population, first_tastes, fit_population
+from methods.posterior import FEW_NODES, Evidence, Posterior, Prior, pack, posterior_states
+from methods.ridge_bt import precision, ridge_path
 from methods.validation import Scores, Validation
 
 log = logging.getLogger(__name__)
 
-FIRST = 0.5  # where the path of l_B begins, as a share of what keeps B at 0
-STEP = 10**0.5  # between neighbouring strengths
-LONGEST = 8  # path of l_B
+FIRST = 0.16  # where the path of l_B begins, as a share of what keeps B at 0
+STEP = 10**0.5  # between neighbouring strengths; the path takes two, then four at a time
 SURE = 0.01  # the score test's p at which tastes are taken to be there
-MOVES = 8  # fits after both paths
+NEIGHBOURS = ((0, 1), (0, -1), (-1, -1), (1, 0), (-1, 0), (1, 1))  # steps of l_mu and l_B
 
 
 @dataclass
@@ -65,14 +65,14 @@ def gaussian_states(fit: Population) -> Tensor:
 
 
 class Search:
-    """A search over strengths, kinds of features and distributions of tastes.
+    """A search over strengths, kinds of features and distributions of tastes, in ``TRIES`` tries.
 
-    For either kind of features: ridge BT along its path; then, with the best ridge, l_B along a
-    path that begins at half of what keeps B at zero. From the best of all, steps in l_mu and l_B
-    as long as one of them helps. Last, mixtures of tastes, which have to earn their place by two
-    standard errors. Every fit begins where a neighbour ended. With few users the least of many
-    losses is low by chance: tastes are kept where their loss is lower than ridge BT's and either
-    the score test finds them or the difference exceeds two standard errors.
+    First ridge BT, then with the best ridge l_B along a coarse path, down from about what keeps B
+    at zero, then neighbours of the best, in l_B and in both, as long as one of them helps. Last,
+    stretched features, and a mixture of tastes, which has to earn its place by two standard
+    errors. Every fit begins where a neighbour ended. With few users the least of many losses is
+    low by chance: tastes are kept where their loss is lower than ridge BT's and either the score
+    test finds them or the difference exceeds two standard errors.
 
     Args:
         data: what the choice is made on.
@@ -83,36 +83,39 @@ class Search:
     def __init__(self, data: Validation, rank: int, tried: list[dict[str, Any]]) -> None:
         self.data, self.rank, self.tried = data, rank, tried
         self.geometries = [measure(split.fit, split.processes) for split in data.splits]
-        self.ridge: _Tried | None = None
         self.best: _Tried | None = None
 
-    def run(self, kinds: Iterable[bool], mixtures: Iterable[int], p: float) -> Candidate:
-        """The candidate chosen.
+    def run(
+        self, kinds: Sequence[bool], mixtures: Iterable[int], p: float
+    ) -> tuple[Candidate, Tensor | None]:
+        """The candidate chosen, and mu and B [F, 1 + K] among raw features of its first split.
 
         Args:
-            kinds: of features: stretched or not.
+            kinds: of features, stretched or not: the first one to begin with, others to try last.
             mixtures: numbers of components of the tastes' distribution.
             p: of the score test.
         """
-        for white in kinds:
-            self._paths(white)
-        ridge = self.ridge
-        assert ridge is not None
-        if self.best is None or self.best.scores.loss >= ridge.scores.loss:
-            return ridge.candidate
-        self._moves()
-        self._mixtures([c for c in mixtures if c > 1])
-        gain, error = self.best.scores.gain(ridge.scores)
-        return self.best.candidate if gain > 2 * error or p <= SURE else ridge.candidate
+        first, *others = kinds
+        mixtures = [components for components in mixtures if components > 1]
+        l_mu, mus, scores = ridge_path(self.data, self._kinds(first), self.tried)
+        ridge = Candidate(first, l_mu)
+        self._strengths(ridge, mus, TRIES - len(others) - len(mixtures))
+        if self.best is None or self.best.scores.loss >= scores.loss:
+            return ridge, None
+        for white in others:
+            self._other_kind(white)
+        self._mixtures(mixtures)
+        gain, error = self.best.scores.gain(scores)
+        if gain <= 2 * error and p > SURE:
+            return ridge, None
+        best = self.best.candidate
+        return best, self._kinds(best.white)[0].raw(self.best.fits[0].theta)
 
     def _kinds(self, white: bool) -> list[Geometry]:
         return [replace(geometry, white=white) for geometry in self.geometries]
 
-    def _paths(self, white: bool) -> None:
-        geometries, splits = self._kinds(white), self.data.splits
-        l_mu, mus, scores = ridge_path(self.data, geometries, self.tried)
-        if self.ridge is None or scores.loss < self.ridge.scores.loss:
-            self.ridge = _Tried(Candidate(white, l_mu), scores, [])
+    def _strengths(self, ridge: Candidate, mus: Sequence[Tensor], tries: int) -> None:
+        geometries, splits = self._kinds(ridge.white), self.data.splits
         tastes = [
             first_tastes(split.fit, geometry, mu, self.rank, split.processes)
             for split, geometry, mu in zip(splits, geometries, mus, strict=True)
@@ -121,23 +124,53 @@ class Search:
         if most <= 0:
             return
         starts = [(torch.cat([mu, B], 1), None) for mu, (B, _) in zip(mus, tastes, strict=True)]
-        least = math.inf
-        for step in range(LONGEST):
-            now = self._try(Candidate(white, l_mu, FIRST * most / STEP**step, 1), starts)
-            starts = now.starts
-            if now.scores.loss > least:
+        down, at, known = 0, 0, set()
+        while len(self.tried) < tries:
+            known.add((0, -down))
+            c = replace(ridge, l_B=FIRST * most / STEP**down, components=1)
+            now = self._try(c, starts)
+            if self.best is not now:
                 break
-            least = now.scores.loss
+            starts, at, down = now.starts, down, down + (4 if down else 2)
+        self._climb((0, -at), known, tries)
+
+    def _climb(self, at: tuple[int, int], known: set[tuple[int, int]], tries: int) -> None:
+        helped = True
+        while helped:
+            helped = False
+            for by_mu, by_B in NEIGHBOURS:
+                place, best = (at[0] + by_mu, at[1] + by_B), self.best
+                assert best is not None
+                if place in known or len(self.tried) >= tries:
+                    continue
+                known.add(place)
+                c = best.candidate
+                l_mu, l_B = c.l_mu * STEP**by_mu, c.l_B * STEP**by_B
+                if self._try(replace(c, l_mu=l_mu, l_B=l_B), best.starts) is self.best:
+                    at, helped = place, True
+                    break
+
+    def _other_kind(self, white: bool) -> None:
+        best = self.best
+        assert best is not None
+        old, new = self._kinds(best.candidate.white), self._kinds(white)
+        starts: list[tuple[Tensor, Posterior | None]] = [
+            (there.stretched(here.raw(fit.theta)), fit.posterior)
+            for here, there, fit in zip(old, new, best.fits, strict=True)
+        ]
+        l_mu = best.candidate.l_mu * (STEP if white else 1 / STEP)
+        self._try(replace(best.candidate, white=white, l_mu=l_mu), starts)
 
     def _try(self, c: Candidate, starts: Sequence[tuple[Tensor, Posterior | None]]) -> _Tried:
         fits = [
             fit_population(
-                split.fit, geometry, (c.l_mu, c.l_B), theta, posterior, split.processes, ROUGH
+                split.fit, geometry, (c.l_mu, c.l_B), theta, posterior, split.processes, ROUGH,
+                nodes=FEW_NODES,
             )
             for split, geometry, (theta, posterior) in zip(
                 self.data.splits, self._kinds(c.white), starts, strict=True
             )
-        ]
+        ]  # fmt: skip
         priors = [Prior.standard(fit.theta.shape[1] - 1, fit.theta) for fit in fits]
         return self._score(c, fits, priors, [gaussian_states(fit) for fit in fits])
 
@@ -159,26 +192,6 @@ class Search:
         if self.best is None or now.scores.loss < self.best.scores.loss:
             self.best = now
         return now
-
-    def _moves(self) -> None:
-        # A step down the path from the best, and all but perhaps the first one up, were tried
-        known, moves = {(0, 0), (0, -1), (0, 1)}, 0
-        at, helped = (0, 0), True
-        while helped and moves < MOVES:
-            helped = False
-            for by_mu, by_B in ((1, 1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1)):
-                place, best = (at[0] + by_mu, at[1] + by_B), self.best
-                assert best is not None
-                if place in known or moves == MOVES:
-                    continue
-                known.add(place)
-                moves += 1
-                c = best.candidate
-                l_mu, l_B = c.l_mu * STEP**by_mu, c.l_B * STEP**by_B
-                self._try(replace(c, l_mu=l_mu, l_B=l_B), best.starts)
-                if self.best is not best:
-                    at, helped = place, True
-                    break
 
     def _mixtures(self, numbers: Iterable[int]) -> None:
         best = self.best

@@ -270,6 +270,7 @@ class Split:
     def __init__(self, task: Task, seed: int, shots: tuple[int, ...]) -> None:
         self.seed, self.shots, self.processes = seed, shots, task.processes
         self.num_users = task.train.num_users
+        self.subsets: dict[int, tuple[Tensor, Users]] = {}
         responses = shared_prompts(task.train, seed)
         self.new = pseudo_new(task.train, seed, max(shots), responses) if shots else None
         rest = task.train if self.new is None else self.new.rest
@@ -304,10 +305,15 @@ class Split:
     def _new(self, fitted: Fitted, new: PseudoNew) -> Tensor:
         few, held, losses = fitted.view(new.few), fitted.view(new.held), []
         for shots in self.shots if fitted.personal else self.shots[:1]:
-            rows, users = subset(new.few, shots, self.seed)
+            rows, users = self._subset(new, shots)
             state = fitted.adapt(few[rows], users, self.seed)
             losses.append(new.held.log_losses(fitted.logits(held, state, new.held.user)))
         return torch.stack(losses).mean(0)
+
+    def _subset(self, new: PseudoNew, shots: int) -> tuple[Tensor, Users]:
+        if shots not in self.subsets:
+            self.subsets[shots] = subset(new.few, shots, self.seed)
+        return self.subsets[shots]
 
 
 def _gather(values: Tensor, processes: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,12 @@ from files import InputError
 from methods.base import Task
 from methods.geometry import measure
 from methods.lbfgs import minimise
+from methods.linear import TRIES
 from methods.mixed_fit import MixedFit, load
 from methods.mixed_logit import MixedLogit
 from methods.population import Objective, first_tastes, fit_population
 from methods.posterior import Evidence, Prior, moments, posterior_states, predict, solve, unpack
-from methods.ridge_bt import RidgeBT, fit_shared
+from methods.ridge_bt import STRENGTHS, RidgeBT, fit_shared, lowest
 from methods.validation import Validation, hold_out, pseudo_new, shared_prompts
 
 DOUBLE = torch.float64
@@ -309,7 +311,7 @@ def test_a_weight_of_two_is_the_same_comparison_twice() -> None:
     twice = Comparisons(data.features.select(rows), [20] * 10)
     heavy = Comparisons(data.features, [10] * 10, torch.full((100,), 2.0).double())
     a, b = own(given(twice), twice)[::2], own(given(heavy), heavy)
-    torch.testing.assert_close(a, b, atol=2e-3, rtol=0)
+    torch.testing.assert_close(a, b, atol=5e-3, rtol=5e-3)
 
 
 def test_swapped_labels_mirror_the_probabilities() -> None:
@@ -404,7 +406,8 @@ def test_personal_rewards_beat_the_shared_one_for_seen_and_new_users() -> None:
 def test_intervals_of_90_percent_cover_nine_of_ten_true_rewards(pairs: int) -> None:
     data, rewards = world(users=400, pairs=30, taste=0.7)
     new, truth = world(users=400, pairs=pairs, taste=0.7, seed=1)
-    fit = MixedLogit(rank=2).fit(task(data, new, shots=(pairs,)))[0]
+    # Weak priors: it is the posteriors that are tested, and strong ones would shrink B as well
+    fit = MixedLogit(rank=2, l_mu=0.1, l_B=0.1).fit(task(data, new, shots=(pairs,)))[0]
     states = fit.adapt(fit.view(new), new, 0)
     test = torch.randn(50, 6, generator=torch.Generator().manual_seed(4), dtype=DOUBLE)
     covered = []
@@ -485,3 +488,24 @@ def test_prompts_of_ones_own_or_too_few_are_held_out_by_dialogue() -> None:
     assert shared_prompts(prompts_of_all(users=1, prompts=30, pairs=30), 0) is None
     assert shared_prompts(prompts_of_all(users=20, prompts=30, pairs=30), 0) is None
     assert shared_prompts(world(users=3)[0], 0) is None
+
+
+@pytest.mark.parametrize("place", range(len(STRENGTHS)))
+def test_the_bottom_of_any_valley_of_ridges_is_found_in_five_tries(place: int) -> None:
+    asked: set[int] = set()
+
+    def loss(at: int) -> float:
+        asked.add(at)
+        return abs(at - place + 0.1)
+
+    assert lowest(loss) == place and len(asked) == 5
+
+
+def test_a_choice_tries_twelve_settings_at_most_and_directions_can_be_taken_back() -> None:
+    data, _ = world(users=60)
+    fit = MixedLogit(rank=2).fit(task(data, shots=(5,)))[0]
+    assert 8 <= len(fit.facts["tried"]) <= TRIES
+    assert {one.get("whitened") for one in fit.facts["tried"]} == {False, True}
+    here = replace(measure(data), white=True)
+    there = here.stretched(here.raw(here.directions))
+    torch.testing.assert_close(there, here.directions, atol=1e-4, rtol=0)
