@@ -34,7 +34,10 @@ from methods.posterior import (
 Criterion = Literal["random", "pref", "d_optimal", "information", "ranking"]
 CRITERIA: tuple[str, ...] = get_args(Criterion)
 PREF_RIDGE = 1e-3  # of PReF's published matrix
-SHORT_LIST = 512  # questions that an exact criterion looks at, of those with most information
+# Questions that a criterion looks at exactly, of those that a closed form puts first.
+SHORT_LIST = {"information": 512, "ranking": 64}
+SHORT_LIST_OF_MIXTURES = 512  # which closed forms know less well
+MOST_TARGETS = 100  # pairs of the pool whose order "ranking" asks about, if none are given
 TIE = 1e-6  # scores nearer to the best than this share of it are as good
 # The logistic function as a mixture of normal ones (Monahan and Stefanski, 1992), within 6e-5.
 SHARES, SLOPES = (0.25220, 0.58522, 0.16257), (0.90793, 0.57778, 0.36403)
@@ -169,17 +172,34 @@ def next_question(
         belief.state[None], len(belief.prior.weight), belief.answers[None],
         None if point is None else point[None],
     )  # fmt: skip
-    if criterion == "ranking" and targets is None:
-        some = torch.randperm(len(pool), generator=generator)[:200]
+    if criterion != "ranking":
+        targets = None
+    elif targets is None:
+        some = torch.randperm(len(pool), generator=generator)[:MOST_TARGETS]
         targets = pool.rows[0, :, some].T
-    short = torch.arange(len(pool))
-    if criterion in ("information", "ranking") and len(pool) > SHORT_LIST:
-        rough = rough_information(known, pool.rows).masked_fill_(~still, -math.inf)
-        short = rough[0].topk(SHORT_LIST).indices
-        short = short[still[short]]
-    rows = pool.rows if len(short) == len(pool) else pool.rows[:, :, short]
-    found = score(criterion, known, rows, None if targets is None else targets[None])
-    return int(short[best(found, still[short][None], generator)[0]])
+    several = None if targets is None else targets[None]
+    most = SHORT_LIST.get(criterion, len(pool))
+    if criterion in SHORT_LIST and known.components > 1:
+        most = SHORT_LIST_OF_MIXTURES
+    if len(pool) <= most:
+        found = score(criterion, known, pool.rows, several)
+        return int(best(found, still[None], generator)[0])
+    short = _short_list(most, known, pool, still, several)
+    found = score(criterion, known, pool.rows[:, :, short], several)
+    return int(short[best(found, torch.ones_like(found, dtype=torch.bool), generator)[0]])
+
+
+def _short_list(
+    most: int, known: Known, pool: Pool, still: Tensor, targets: Tensor | None
+) -> Tensor:
+    """Numbers of questions that may be asked: those with most information by a closed form, on
+    the order of target pairs if there are any."""
+    if targets is None:
+        rough = rough_information(known, pool.rows)
+    else:
+        rough = rough_ranking_information(known, pool.rows, targets)
+    first = rough[0].masked_fill_(~still, -math.inf).topk(most).indices
+    return first[still[first]]
 
 
 def _still_open(pool: Pool, asked: Sequence[int]) -> Tensor:
@@ -188,9 +208,9 @@ def _still_open(pool: Pool, asked: Sequence[int]) -> Tensor:
     if len(asked):
         still[list(asked)] = False
         require(bool(still.any()), "there is nothing left to ask: every question was asked")
-        new = still.clone()
-        for pair in pool.pair[list(asked)].unique().tolist():
-            new &= pool.pair != pair
+        told = torch.zeros(len(pool), dtype=torch.bool)
+        told[pool.pair[list(asked)]] = True
+        new = still & ~told[pool.pair]
         still = new if new.any() else still
     return still
 
@@ -206,10 +226,10 @@ def best(scores: Tensor, still: Tensor, generator: Seed = None) -> Tensor:
     scores = scores.masked_fill(~still, -math.inf)
     top = scores.amax(1, keepdim=True)
     good = still & (scores >= top - TIE * top.abs())
-    counts = good.cumsum(1)
+    counts, places = good.sum(1), good.nonzero()[:, 1]
     share = torch.rand(len(scores), generator=as_generator(generator)).to(scores.device)
-    pick = (share * counts[:, -1]).long().clamp(max=counts[:, -1] - 1) + 1
-    return (good & (counts == pick[:, None])).int().argmax(1)
+    pick = (share * counts).long().clamp(max=counts - 1)
+    return places[counts.cumsum(0) - counts + pick]
 
 
 # ---------------------------------------------------------------------- The criteria
@@ -255,7 +275,7 @@ def _reach(mean: Tensor, cov: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     a, Z = rows[..., 0, :], rows[..., 1:, :]
     mean, cov = mean.to(rows), cov.to(rows)
     logits = a + (mean[..., None, :] @ Z)[..., 0, :]
-    return logits, ((cov @ Z) * Z).sum(-2).clamp(min=0)
+    return logits, (cov @ Z).mul_(Z).sum(-2).clamp_(min=0)  # in place: new memory costs more
 
 
 def _slope(logits: Tensor) -> Tensor:
@@ -283,12 +303,8 @@ def information(weight: Tensor, a: Tensor, v: Tensor) -> Tensor:
         a, v: means and variances of the log odds under each [U, C, n].
     """
     points, weights = quadrature(NODES_OF_PROBABILITIES, a)
-    sd, yes, noise = v.sqrt(), torch.zeros_like(a), torch.zeros_like(a)
-    for x, w in zip(points.tolist(), weights.tolist(), strict=True):
-        t = a + x * sd
-        p, size = torch.sigmoid(t), t.abs()
-        yes += w * p
-        noise += w * (torch.nn.functional.softplus(-size) + size * torch.sigmoid(-size))
+    t = a[..., None] + v.sqrt()[..., None] * points
+    yes, noise = torch.sigmoid(t) @ weights, _uncertainty(t) @ weights
     mixed = (weight[:, :, None] * torch.stack([yes, noise])).sum(2)
     return (_entropy(mixed[0]) - mixed[1]).clamp(min=0)
 
@@ -299,6 +315,13 @@ def _entropy(p: Tensor) -> Tensor:
     return torch.special.entr(p) + torch.special.entr(1 - p)
 
 
+def _uncertainty(t: Tensor) -> Tensor:
+    """Entropy of a yes with log odds t, in nats; also where the probability rounds to 1."""
+    size = t.abs()
+    less = torch.exp(-size)
+    return torch.log1p(less) + size * less / (1 + less)
+
+
 def rough_information(known: Known, rows: Tensor) -> Tensor:
     """``information`` in closed form [U, n], for a short list; a few per cent off.
 
@@ -306,10 +329,9 @@ def rough_information(known: Known, rows: Tensor) -> Tensor:
     log 2 exp(-t^2 / (8 log 2)), which has its height and curvature at t = 0.
     """
     a, v = _reach(*_moments(known), rows)
-    p = torch.sigmoid(a * (1 + math.pi / 8 * v).rsqrt())
     width = (2 * v).add_(8 * math.log(2))
     noise = (-a.square() / width).exp_() * (8 * math.log(2) / width).sqrt_() * math.log(2)
-    return _entropy(p) - noise
+    return _uncertainty(a * (1 + math.pi / 8 * v).rsqrt()) - noise
 
 
 def ranking_information(known: Known, rows: Tensor, targets: Tensor) -> Tensor:
@@ -331,17 +353,40 @@ def ranking_information(known: Known, rows: Tensor, targets: Tensor) -> Tensor:
     sd = s.clamp(min=1e-18).sqrt()
     k, w = (m / sd)[:, :, None], weight[:, :, None]
     above = (w * torch.special.ndtr(k[:, :, 0])).sum(1)[:, None]  # [U, 1, T]
-    yes, both = a.new_zeros(a.shape), a.new_zeros(together.shape)
-    for share, slope in zip(SHARES, SLOPES, strict=True):
-        wide = (v + slope**-2).sqrt()
-        h = a / wide
-        yes += share * torch.special.ndtr(h)
-        r = together / (wide[..., None] * sd[:, :, None])
-        both += share * both_above(h[..., None], k, r.clamp(-0.9999, 0.9999))
+    shares, slopes = a.new_tensor([SHARES, SLOPES])[:, :, None, None, None]
+    wide = (v + slopes**-2).sqrt()
+    h = a / wide  # [3, U, C, n], one for each normal distribution
+    r = together / (wide[..., None] * sd[:, :, None])
+    yes = (shares * torch.special.ndtr(h)).sum(0)
+    both = both_above(h[..., None], k, r.clamp(-0.9999, 0.9999))
+    both = (shares[..., None] * both).sum(0)
     yes, both = (w * yes).sum(1)[..., None], (w[..., None] * both).sum(1)
     cells = torch.stack([both, yes - both, above - both, 1 - yes - above + both])
     joint = torch.special.entr(cells.clamp(min=0)).sum(0)
     return (_entropy(yes) + _entropy(above) - joint).clamp(min=0).mean(2)
+
+
+def rough_ranking_information(known: Known, rows: Tensor, targets: Tensor) -> Tensor:
+    """``ranking_information`` in closed form [U, n], for a short list; in order, not in nats.
+
+    Two events of probabilities p and q with a small covariance c have information
+    c^2 / (2 p (1 - p) q (1 - q)). Here c is, to first order, the covariance of two log odds times a
+    factor for each, so that the mean over target pairs is a quadratic form in z.
+
+    Args:
+        known, rows, targets: as there.
+    """
+    mean, cov = _moments(known)
+    a, v = _reach(mean, cov, rows)
+    m, s = _reach(mean, cov, targets.to(mean).mT)
+    s = s.clamp(min=1e-18)
+    above = torch.special.ndtr(m / s.sqrt())
+    size = torch.exp(-m.square() / s) / s / (above * (1 - above)).clamp(min=1e-18)
+    tells = targets[..., 1:].to(mean) @ cov
+    form = (tells.mT @ (size[..., None] * tells)).to(rows)
+    flatter = (1 + math.pi / 8 * v).reciprocal_()
+    quadratic = (form @ rows[:, 1:]).mul_(rows[:, 1:]).sum(1)
+    return _slope(a * flatter.sqrt()) * flatter * quadratic
 
 
 def both_above(h: Tensor, k: Tensor, r: Tensor) -> Tensor:
@@ -355,7 +400,8 @@ def both_above(h: Tensor, k: Tensor, r: Tensor) -> Tensor:
     squares, product = h.square() + k.square(), 2 * h * k
     for x, w in zip(nodes, weights, strict=True):
         sine = torch.sin(arc * x)
-        total += w * torch.exp(-(squares - product * sine) / (2 * (1 - sine.square())))
+        power = (product * sine).sub_(squares).div_(2 - 2 * sine.square())
+        total.add_(power.exp_(), alpha=w)
     return torch.special.ndtr(h) * torch.special.ndtr(k) + arc * total / (2 * math.pi)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -26,24 +26,35 @@ from utils import TEMPERATURE, PersonalizeBatch
 # ------------------------------------------------------------------------------ Input
 
 
-def read_liked(file: Path, columns: Columns) -> tuple[list[Conversation], list[Conversation]]:
-    """The conversations that end in a chosen response, and those that end in the one rejected.
+class Liked(NamedTuple):
+    """One person's choices, a pair for every chosen and rejected response of a row.
+
+    Attributes:
+        chosen, rejected: conversations that end in the response [n].
+        row: the number of the row that each pair comes from, from 0 [n].
+    """
+
+    chosen: list[Conversation]
+    rejected: list[Conversation]
+    row: Tensor
+
+
+def read_liked(file: Path, columns: Columns) -> Liked:
+    """One person's choices from a file.
 
     Raises:
         InputError: no such file, no rows, a row that lacks something, or rows of several users.
     """
-    chosen: list[Conversation] = []
-    rejected: list[Conversation] = []
+    found: list[tuple[Conversation, Conversation, int]] = []
     users = set()
-    for row in read_choices(read_file(file), columns):
+    for number, row in enumerate(read_choices(read_file(file), columns)):
         users.add(row.user)
-        for liked, other in both_endings(row, columns):
-            chosen.append(liked)
-            rejected.append(other)
-    require(bool(chosen), f"{file} is empty")
+        found += [(liked, other, number) for liked, other in both_endings(row, columns)]
+    require(bool(found), f"{file} is empty")
     some = ", ".join(sorted(users)[:3])
     require(len(users) == 1, f"{file} has the choices of {len(users)} users ({some}); keep one's")
-    return chosen, rejected
+    chosen, rejected, rows = zip(*found, strict=True)
+    return Liked(list(chosen), list(rejected), torch.tensor(rows))
 
 
 def both_endings(
@@ -126,21 +137,23 @@ def directed_rewards(
 
 
 def fit_user(
-    basis: Basis, Z: Tensor, seed: int, num_iterations: int, learning_rate: float
-) -> tuple[Tensor, Tensor]:
-    """The user's weights from all n choices, and from all choices but one (eq. 11).
+    basis: Basis, Z: Tensor, seed: int, num_iterations: int, learning_rate: float,
+    row: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The user's weights from all n choices, and from all but those of each row (eq. 11).
 
     Args:
         basis: whose users' mean weights the new ones are shrunk to, if its own were.
         Z: rewards of chosen minus rejected [n, K].
         seed: of the initial values.
         num_iterations, learning_rate: of Adam.
+        row: number of each choice's row, 0 to R - 1 [n]; each has its own if None.
 
     Returns:
-        w [K], and weights [n, K], each without the choice of its row; [0, K] of a single choice.
+        w [K], and weights [R, K], each without the choices of one row; [0, K] of a single row.
     """
-    n, K = Z.shape
-    others = [torch.cat([Z[:i], Z[i + 1 :]]) for i in range(n)] if n > 1 else []
+    K = Z.shape[1]
+    others = [Z[apart] for apart in all_but_one(len(Z), row)]
     fit = PersonalizeBatch(
         1 + len(others),
         K,
@@ -153,6 +166,16 @@ def fit_user(
     )
     w = torch.stack(fit.train([Z, *others], torch.eye(K)))  # all at once: each is its own user
     return w[0], w[1:]
+
+
+def all_but_one(n: int, row: Tensor | None = None) -> Tensor:
+    """Which of n choices are not of a row, for every row [R, n]; [0, n] of a single row.
+
+    What is learned from such choices says nothing of the row, whose pairs share responses.
+    """
+    row = torch.arange(n) if row is None else row
+    numbers = row.unique()
+    return row != numbers[:, None] if len(numbers) > 1 else torch.ones(0, n, dtype=torch.bool)
 
 
 # ------------------------------------------------------------------------------ Ranking

@@ -15,13 +15,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from asking import Known, best, distinct, score
+from asking import SHARES, Known, best, distinct, score
 from comparisons import Comparisons, Shots, Users
 from methods.base import Fitted, View
-from methods.posterior import Evidence, Prior, posterior_states
+from methods.posterior import NODES_OF_PROBABILITIES, Evidence, Prior, posterior_states
 
 TARGETS = 20  # pairs of a user's pool whose order the criterion "ranking" asks about
-CELLS = 1 << 22  # numbers that are scored at once
+CELLS = 1 << 21  # numbers that are formed at once, of every comparison those of WIDTH
+WIDTH = {"information": NODES_OF_PROBABILITIES, "ranking": len(SHARES) * TARGETS}
 
 
 @dataclass
@@ -142,7 +143,7 @@ def _scores(
     criterion: str, known: Known, pools: _Pools, asked: Tensor, targets: Tensor | None
 ) -> Tensor:
     """Of every comparison [U, m], as many users at once as memory holds."""
-    m, width = pools.rows.shape[1], known.components * (TARGETS if targets is not None else 1)
+    m, width = pools.rows.shape[1], known.components * WIDTH.get(criterion, 1)
     found = []
     for some in torch.arange(len(pools.rows)).split(max(1, CELLS // (m * width))):
         here = Known(known.state[some], known.components, known.asked[some],

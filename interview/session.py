@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from asking import Belief, Criterion, Pool, next_question
+from asking import MOST_TARGETS, Belief, Criterion, Pool, next_question
 from choices import Conversation
 from files import digest, write_text
 from interview.answers import Answers, Side
@@ -24,7 +24,6 @@ from ranking import directed_rewards, rank
 from reward_model import Source
 from utils import TEMPERATURE
 
-TARGETS_OF_A_QUESTION = 200  # pairs that the criterion "ranking" looks at
 SPEAKERS = {"user": "You", "assistant": "Answer", "system": "Instructions"}
 
 
@@ -189,7 +188,7 @@ class Session:
     def _choose(self) -> int:
         """The number of the next pair; the same one again after a restart."""
         belief = Belief(self.taste.prior, self.Z, self.state)
-        some = self.targets[:: 1 + len(self.targets) // TARGETS_OF_A_QUESTION]
+        some = self.targets[:: 1 + len(self.targets) // MOST_TARGETS]
         seed = int(digest([self.seed, self.answers.asked])[:12], 16)
         return next_question(belief, self.pool, self.criterion, self.settled, seed, some)
 

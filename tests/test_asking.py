@@ -231,6 +231,21 @@ def test_the_short_list_keeps_the_most_informative_question(spread, components):
     assert exact[chosen] >= exact.max() * (1 - 1e-5)
 
 
+@pytest.mark.parametrize("spread", [0.3, 1.0, 3.0])
+@pytest.mark.parametrize("K", [1, 5, 10])
+def test_the_short_list_keeps_a_question_as_good_for_the_order_of_targets(K, spread):
+    pool, targets = questions(2000, K, seed=10), questions(50, K, seed=11)
+    prior = Prior(torch.ones(1).double(), torch.ones(1, K).double() / K,
+                  spread**2 * torch.eye(K).double()[None])  # fmt: skip
+    belief = Belief.start(prior).update(pool[0]).update(pool[1], won=False)
+    known = Known(belief.state[None], 1, belief.answers[None])
+    plain = score("ranking", known, pool.T[None], targets[None])[0]
+    plain[:2] = 0  # asked
+    chosen = next_question(belief, pool, "ranking", [0, 1], targets=targets)
+    assert plain[chosen] >= 0.98 * plain.max()
+    assert plain.median() < 0.7 * plain.max()
+
+
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_ten_thousand_questions_take_well_under_a_second(criterion):
     pool = Pool(questions(10_000, 8, dtype=torch.float32))

@@ -331,6 +331,38 @@ def test_leave_one_out_is_the_fit_without_each_choice(tmp_path):
     assert f"{sum(math.log1p(math.exp(-x)) for x in odds) / 5:.3f}" in told
 
 
+@pytest.mark.parametrize("kind", ["LoRe", "mixed logit"])
+def test_what_is_left_out_is_a_whole_row_with_all_its_pairs(tmp_path, kind):
+    noise = 100 * torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
+    Z, row = noise.repeat_interleave(3, 0), torch.arange(4).repeat_interleave(3)
+    if kind == "LoRe":
+        learned = load_basis(make_basis(tmp_path, None))
+        person = rank_responses.with_weights(learned, Z, 0, 300, 0.1, row)
+    else:
+        learned = load_learned(make_mixed(tmp_path, None))
+        person = rank_responses.with_tastes(learned, Z, row)
+    for i in range(4):
+        kept = Z[row != i]
+        if kind == "LoRe":
+            w = ranking.fit_user(learned, kept, 0, 3000, 0.1)[0]
+            odds = (noise[i] @ w).item() / 100
+        else:
+            odds = rank_responses.with_tastes(learned, kept).odds(noise[i : i + 1]).item()
+        assert person.left_out[row == i].tolist() == pytest.approx([odds] * 3, abs=0.05)
+
+
+def test_pairs_of_one_row_do_not_foretell_each_other(task, tmp_path, capsys):
+    files, _ = task
+    rows = [{"prompt": f"{i}?", "chosen": ["a b", "a c"], "rejected": ["d", "e f"]}
+            for i in range(3)]  # fmt: skip
+    files["choices"] = write_lines(tmp_path / "several.jsonl", rows[:1])
+    rank_responses.main(**files, progress=False)
+    assert "needs two rows" in capsys.readouterr().out  # four pairs, but nothing else to learn from
+    files["choices"] = write_lines(tmp_path / "several.jsonl", rows)
+    rank_responses.main(**files, progress=False)
+    assert "of 12 choices predicted from the other rows" in capsys.readouterr().out
+
+
 def test_labels_by_chance_agree_when_fitted_and_not_when_left_out():
     rng = torch.Generator().manual_seed(0)
     K = 20
@@ -348,7 +380,7 @@ def test_a_single_choice_cannot_be_left_out(tmp_path):
         rank_responses.with_weights(learned, torch.ones(1, 3), 0, 10, 0.1),
         rank_responses.with_tastes(mixed, torch.ones(1, 3)),
     ):
-        assert "needs two choices" in rank_responses.agreement(person.left_out)
+        assert "needs two rows" in rank_responses.agreement(person.left_out)
 
 
 def test_a_mixed_logit_ranks_with_standard_deviations_and_predictive_probabilities(
@@ -439,9 +471,10 @@ def test_a_choice_may_name_several_responses_and_columns_may_have_other_names(tm
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     columns = Columns(prompt="ask")
     found = ranking.read_liked(tmp_path / "rows.jsonl", columns)
-    answers = [[talk[-1]["content"] for talk in side] for side in found]
+    answers = [[talk[-1]["content"] for talk in side] for side in found[:2]]
     assert answers == [["a", "a", "b", "b"], ["c", "d", "c", "d"]]
-    assert found[0][0][0] == {"role": "user", "content": "Which?"}
+    assert found.row.tolist() == [0] * 4
+    assert found.chosen[0][0] == {"role": "user", "content": "Which?"}
     (tmp_path / "drafts.csv").write_text('ask,response\nWhich?,"[""e"", ""f""]"\n')
     drafts = ranking.read_drafts(tmp_path / "drafts.csv", columns)
     assert [talk[-1]["content"] for talk in drafts] == ["e", "f"]

@@ -29,7 +29,15 @@ from files import require, write_text, write_whole
 from methods.learned import load_learned
 from methods.mixed_fit import Saved
 from methods.posterior import moments
-from ranking import as_text, directed_rewards, fit_user, rank, read_drafts, read_liked
+from ranking import (
+    all_but_one,
+    as_text,
+    directed_rewards,
+    fit_user,
+    rank,
+    read_drafts,
+    read_liked,
+)
 from reward_model import Conversation, model_of_basis
 from settings import PositiveInt, Rate, SeedNumber
 from utils import TEMPERATURE
@@ -56,7 +64,7 @@ def main(
     Rewards are printed as logits: the probability that one response is preferred to another is
     sigmoid(reward - other reward). A mixed logit also knows how sure it is: its rewards have
     standard deviations, and its probabilities are nearer to a half for them. What is known of the
-    user is judged by leaving out each choice in turn and predicting it from the others.
+    user is judged by leaving out each row of choices in turn and predicting it from the others.
 
     Args:
         basis: basis file of a run, or mixed_logit file.
@@ -79,17 +87,18 @@ def main(
         require(save.suffix in (".csv", ".json"), f"--save {save}: end its name in .csv or .json")
         require(save.parent.is_dir(), f"--save {save}: there is no folder {save.parent}")
     learned = load_learned(basis)
-    chosen, rejected = read_liked(choices, columns)
+    chosen, rejected, row = read_liked(choices, columns)
     drafts = read_drafts(candidates, columns)
     named = (model, tokenizer, revision, trust_remote_code)
     source = model_of_basis(learned.settings, basis, *named, any_model)
     directions = torch.stack(list(learned.columns().values()), 1)
     rewards = directed_rewards(directions, source, [*chosen, *rejected, *drafts], **embedding)
     liked, disliked, offered = rewards.split([len(chosen), len(rejected), len(drafts)])
+    Z = liked - disliked
     if isinstance(learned, Basis):
-        person = with_weights(learned, liked - disliked, seed, num_iterations, learning_rate)
+        person = with_weights(learned, Z, seed, num_iterations, learning_rate, row)
     else:
-        person = with_tastes(learned, liked - disliked)
+        person = with_tastes(learned, Z, row)
     ranking = ranked(drafts, offered, person)
     for name, values in person.known.items():
         print(f"{name}: {' '.join(f'{x:.3f}' for x in values)}")
@@ -108,7 +117,7 @@ class Person:
 
     Attributes:
         known: what to print and to keep of it, by name.
-        left_out: log odds [n] of each choice, predicted from the others; [0] of a single choice.
+        left_out: log odds [n] of each choice, predicted from the other rows; [0] of a single row.
         rewards: logits [m] of candidates, from their rewards by each column [m, C].
         odds: log odds [m] of the predictive probability that the first of two responses is
             preferred, from differences of such rewards [m, C].
@@ -123,32 +132,37 @@ class Person:
 
 
 def with_weights(
-    basis: Basis, Z: Tensor, seed: int, num_iterations: int, learning_rate: float
-) -> Person:
-    """A user with weights of a basis, by their choices' differences Z [n, K]."""
-    w, without = fit_user(basis, Z, seed, num_iterations, learning_rate)
+    basis: Basis, Z: Tensor, seed: int, num_iterations: int, learning_rate: float,
+    row: Tensor | None = None,
+) -> Person:  # fmt: skip
+    """A user with weights of a basis, by their choices' differences Z [n, K], of some rows [n]."""
+    w, without = fit_user(basis, Z, seed, num_iterations, learning_rate, row)
 
     def rewards(Z: Tensor) -> Tensor:
         return (Z @ w).double() / TEMPERATURE
 
-    left_out = (Z[: len(without)] * without).sum(1).double() / TEMPERATURE
+    row = torch.arange(len(Z)) if row is None else row
+    left_out = (Z * without[row]).sum(1).double() / TEMPERATURE if len(without) else Z[:0, 0]
     return Person({"weights": w.tolist()}, left_out, rewards, rewards)
 
 
-def with_tastes(saved: Saved, Z: Tensor) -> Person:
-    """A user with tastes of a mixed logit: their posterior, given differences Z [n, 1 + K]."""
+def with_tastes(saved: Saved, Z: Tensor, row: Tensor | None = None) -> Person:
+    """A user with tastes of a mixed logit: their posterior, given differences Z [n, 1 + K], of
+    some rows [n]."""
     n, fit = len(Z), saved.fit
-    apart = ~torch.eye(n, dtype=torch.bool) if n > 1 else torch.ones(0, 1, dtype=torch.bool)
-    rows = torch.cat([torch.arange(n), *(torch.arange(n)[row] for row in apart)])
-    users = Users([n] + [n - 1] * len(apart))
+    row = torch.arange(n) if row is None else row
+    apart = all_but_one(n, row)
+    rows = torch.cat([torch.arange(n), *(some.nonzero()[:, 0] for some in apart)])
+    users = Users([n, *apart.sum(1).tolist()])
     view = Z.double() / TEMPERATURE
-    states = fit.adapt(view[rows], users)  # all at once: the user, and who lacks a choice
+    states = fit.adapt(view[rows], users)  # all at once: the user, and who lacks a row
 
     def odds(Z: Tensor) -> Tensor:
         view = Z.double() / TEMPERATURE
         return fit.logits(view, states[:1], torch.zeros(len(view), dtype=torch.long)).double()
 
-    left_out = fit.logits(view[: len(apart)], states[1:], torch.arange(len(apart))).double()
+    predicted = slice(n if len(apart) else 0)
+    left_out = fit.logits(view[predicted], states[1:], row[predicted]).double()
     if fit.prior is None:  # ridge BT: nothing personal
         return Person({}, left_out, odds, odds)
     mean, cov = (x[0] for x in moments(states[:1], fit.components))
@@ -193,12 +207,12 @@ def ranked(drafts: list[Conversation], Z: Tensor, person: Person) -> pd.DataFram
 
 
 def agreement(left_out: Tensor) -> str:
-    """How well each choice is predicted from the others, from its log odds [n] so predicted."""
+    """How well each choice is predicted from the other rows, from its log odds [n] so predicted."""
     if not len(left_out):
-        return "leave-one-out: needs two choices"
+        return "leave-one-out: needs two rows of choices"
     right, loss = int((left_out > 0).sum()), float(softplus(-left_out).mean())
     return (
-        f"leave-one-out: {right} of {len(left_out)} choices predicted from the others, "
+        f"leave-one-out: {right} of {len(left_out)} choices predicted from the other rows, "
         f"log loss {loss:.3f} (a coin's is {math.log(2):.3f})"
     )
 
