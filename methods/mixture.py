@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from sklearn.mixture import GaussianMixture
 
 from methods.geometry import everyones
 from methods.posterior import Posterior, Prior
@@ -25,6 +24,8 @@ def fit_mixture(posterior: Posterior, components: int, processes: int = 1) -> Pr
         components: of the mixture.
         processes: over which users are spread.
     """
+    from sklearn.mixture import GaussianMixture  # slow to import, and few scripts come here
+
     mean, cov = everyones(posterior.mean, processes), everyones(posterior.cov, processes)
     U, K = mean.shape
     if LEAST_USERS * components > U:

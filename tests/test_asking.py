@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -18,47 +18,44 @@ from files import InputError
 from methods.posterior import Evidence, Prior, pack, posterior_states
 
 
-def normal(mean: list[float], sd: list[float], points: int = 81) -> list[tuple[float, np.ndarray]]:
-    """A grid over independent normal variables: pairs of a probability and a point."""
+class Grid(NamedTuple):
+    """Probabilities [n] and points [n, K] of tastes."""
+
+    weight: np.ndarray
+    point: np.ndarray
+
+    def says_yes(self, question: np.ndarray) -> np.ndarray:
+        """How likely who has each taste prefers the first response [n]."""
+        return 1 / (1 + np.exp(-(question[0] + self.point @ question[1:])))
+
+
+def normal(mean: list[float], sd: list[float], points: int = 81) -> Grid:
+    """A grid over independent normal variables."""
     nodes = np.linspace(-6, 6, points)
     weight = np.exp(-(nodes**2) / 2)
-    weight /= weight.sum()
-    grid = []
-    for places in itertools.product(range(points), repeat=len(mean)):
-        point = [m + s * nodes[i] for m, s, i in zip(mean, sd, places, strict=True)]
-        grid.append((math.prod(weight[i] for i in places), np.array(point)))
-    return grid
+    places = np.meshgrid(*[np.arange(points)] * len(mean), indexing="ij")
+    point = np.stack([m + s * nodes[i].ravel() for m, s, i in zip(mean, sd, places, strict=True)])
+    return Grid(np.prod([weight[i].ravel() / weight.sum() for i in places], 0), point.T)
 
 
-def entropy(p: float) -> float:
-    return -sum(q * math.log(q) for q in (p, 1 - p) if q > 0)
+def entropy(p: np.ndarray) -> np.ndarray:
+    return -sum(q * np.log(q) for q in (p, 1 - p))
 
 
-def plain_information(question: np.ndarray, grid: list[tuple[float, np.ndarray]]) -> float:
-    """H(E p) - E H(p) by a plain loop over a grid of tastes."""
-    yes = noise = 0.0
-    for weight, b in grid:
-        p = 1 / (1 + math.exp(-(question[0] + question[1:] @ b)))
-        yes += weight * p
-        noise += weight * entropy(p)
-    return entropy(yes) - noise
+def plain_information(question: np.ndarray, grid: Grid) -> float:
+    """H(E p) - E H(p) on a grid of tastes."""
+    p = grid.says_yes(question)
+    return float(entropy(grid.weight @ p) - grid.weight @ entropy(p))
 
 
-def plain_order_information(
-    question: np.ndarray, target: np.ndarray, grid: list[tuple[float, np.ndarray]]
-) -> float:
-    """Mutual information of the answer and the order of a target pair, by the same loop."""
-    cells = np.zeros((2, 2))
-    for weight, b in grid:
-        p = 1 / (1 + math.exp(-(question[0] + question[1:] @ b)))
-        above = int(target[0] + target[1:] @ b > 0)
-        cells[1, above] += weight * p
-        cells[0, above] += weight * (1 - p)
-    found = 0.0
-    for i, j in itertools.product(range(2), repeat=2):
-        if cells[i, j] > 0:
-            found += cells[i, j] * math.log(cells[i, j] / cells[i].sum() / cells[:, j].sum())
-    return found
+def plain_order_information(question: np.ndarray, target: np.ndarray, grid: Grid) -> float:
+    """Mutual information of the answer and the order of a target pair, on the same grid."""
+    p, above = grid.says_yes(question), target[0] + grid.point @ target[1:] > 0
+    cells = np.array([
+        [grid.weight @ (answer * order) for order in (~above, above)] for answer in (1 - p, p)
+    ])  # fmt: skip
+    found = cells * np.log(cells / cells.sum(1, keepdims=True) / cells.sum(0))
+    return float(found[cells > 0].sum())
 
 
 def known_of(mean: list[list[float]], sd: list[list[float]], weight: list[float]) -> Known:
@@ -86,8 +83,9 @@ def test_information_of_a_mixture_is_that_of_numerical_integration():
     rows = questions(6, 1, seed=1)
     known = known_of([[-2.0], [1.5]], [[0.4], [0.8]], [0.3, 0.7])
     found = score("information", known, rows.T[None])
-    parts = [(0.3, normal([-2.0], [0.4])), (0.7, normal([1.5], [0.8]))]
-    grid = [(w * p, b) for w, part in parts for p, b in part]
+    parts = normal([-2.0], [0.4]), normal([1.5], [0.8])
+    weight = np.concatenate([0.3 * parts[0].weight, 0.7 * parts[1].weight])
+    grid = Grid(weight, np.concatenate([part.point for part in parts]))
     np.testing.assert_allclose(
         found[0], [plain_information(row, grid) for row in rows.numpy()], atol=1e-4
     )
