@@ -20,8 +20,9 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -159,12 +160,26 @@ def _convert(source: Path, folder: Path) -> None:
     from transformers import AutoModel, AutoTokenizer
 
     log.info("converting SmolLM2-135M-Instruct once, which takes about 20 s")
-    AutoTokenizer.from_pretrained(source, gguf_file=WEIGHTS).save_pretrained(folder)
-    model = AutoModel.from_pretrained(source, gguf_file=WEIGHTS, dtype=torch.float32)
+    with _parsed_once():
+        AutoTokenizer.from_pretrained(source, gguf_file=WEIGHTS).save_pretrained(folder)
+        model = AutoModel.from_pretrained(source, gguf_file=WEIGHTS, dtype=torch.float32)
     (folder / "config.json").write_text(json.dumps(_config(model.config), indent=2))
     body = {f"model.{name}": value.contiguous() for name, value in model.state_dict().items()}
     save_file(body, folder / BODY, {"format": "pt"})
     _write_index(folder, body)
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Let transformers' loaders share one reader of the file: parsing it takes longest of all."""
+    import gguf
+
+    reader = gguf.GGUFReader
+    gguf.GGUFReader = cache(reader)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader
 
 
 def _config(config: Any) -> dict[str, Any]:
