@@ -14,7 +14,7 @@ READY := $(VENV)/.installed
 endif
 PY := $(abspath $(VENV))/bin/python
 
-DEMO := --data data/demo --users 100 --unseen-users 60
+DEMO := --data data/demo --users 60 --unseen-users 40
 
 .DEFAULT_GOAL := help
 .PHONY: help test lint demo bench compare gpu

@@ -211,10 +211,10 @@ def fit_head(chosen: np.ndarray, rejected: np.ndarray) -> torch.Tensor:
 def main(
     out: Path = HERE / "data" / "demo-source",
     model: Path = HERE / "data" / "smollm2",
-    train_prompts: PositiveInt = 200,
-    test_prompts: PositiveInt = 60,
+    train_prompts: PositiveInt = 120,
+    test_prompts: PositiveInt = 40,
     head_prompts: PositiveInt = 20,
-    layers: PositiveInt = 12,
+    layers: PositiveInt = 6,
     seed: SeedNumber = 0,
 ) -> None:
     """Write the demo's world (train.parquet, test.parquet) and a reward model that fits it.

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import models
+import running
 import smollm2
 import worlds
 from embeddings import embed
@@ -55,7 +56,7 @@ def test_a_seed_gives_a_world_and_another_seed_another():
 
 def test_more_prompts_than_can_be_written_are_refused():
     every = len(WORDS["topics"]) * len(WORDS["questions"])
-    assert len(write(every)) == every
+    assert len(world.write_prompts(every, np.random.default_rng(0))) == every
     with pytest.raises(InputError, match=f"1 to {every}"):
         world.write_prompts(every + 1, np.random.default_rng(0))
 
@@ -248,8 +249,8 @@ def test_the_command_makes_a_checkpoint_beside_the_shared_weights(checkpoint, tm
     assert done.stdout.strip() == str(tmp_path / "plain"), done.stderr
     sizes = [(folder / smollm2.BODY).stat().st_size for folder in (checkpoint, tmp_path / "plain")]
     assert sizes[0] == sizes[1] > 500e6
-    again = subprocess.run([*command[:2], tmp_path], cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 2 and again.stderr.startswith("error: ")
+    again = running.invoke("smollm2.py", {}, str(tmp_path))
+    assert again.status == 2 and again.err.startswith("error: ")
 
 
 @pytest.mark.slow
@@ -291,11 +292,10 @@ def test_the_first_layers_alone_make_a_checkpoint_of_their_own(checkpoint, tmp_p
 @pytest.mark.slow
 def test_script_writes_a_world_and_a_head_that_means_something(checkpoint, tmp_path):
     model = tmp_path / "model"  # has fewer layers than the fixture's, and shares its conversion
-    command = [sys.executable, "demo_world.py", "--out", tmp_path / "world", "--model", model]
-    command += ["--train-prompts", "30", "--test-prompts", "6", "--head-prompts", "24"]
-    quietly = {"cwd": ROOT / "PersonalLLM", "capture_output": True, "text": True, "timeout": 600}
-    done = subprocess.run(command, **quietly)
-    assert done.returncode == 0, done.stderr
+    sizes = {"train_prompts": 30, "test_prompts": 6, "head_prompts": 24}
+    given = "PersonalLLM/demo_world.py", {"out": tmp_path / "world", "model": model, **sizes}
+    done = running.invoke(*given)
+    assert done.status == 0, done.err
     train_file, test_file = (tmp_path / "world" / f"{s}.parquet" for s in ("train", "test"))
     train, test = pd.read_parquet(train_file), pd.read_parquet(test_file)
     assert (len(train), len(test)) == (30, 6)
@@ -304,7 +304,7 @@ def test_script_writes_a_world_and_a_head_that_means_something(checkpoint, tmp_p
     store = embed(unused, tmp_path / "rows", model=str(model), progress=False)
     rewards = store.rows(torch.arange(24)) @ store.head
     stamps = [path.stat().st_mtime_ns for path in (model / smollm2.HEAD, train_file)]
-    again = subprocess.run(command, **quietly)
-    assert again.stdout == done.stdout and "loading" not in again.stderr.lower()
+    again = running.invoke(*given)
+    assert again.out == done.out and "loading" not in again.err.lower()
     assert stamps == [p.stat().st_mtime_ns for p in (model / smollm2.HEAD, train_file)]
     assert (rewards[:12] > rewards[12:]).sum() >= 10  # a coin gets there once in fifty times
