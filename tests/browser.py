@@ -58,9 +58,13 @@ class Tab:
 
     def open(self, url: str, width: int, height: int = 800) -> None:
         """Go to an address on a screen of this size."""
+        self.resize(width, height)
+        self.tell("Page.navigate", url=url)
+
+    def resize(self, width: int, height: int = 800) -> None:
+        """Show the page on another screen."""
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.tell("Emulation.setDeviceMetricsOverride", **size)
-        self.tell("Page.navigate", url=url)
 
     def value(self, script: str) -> Any:
         """What a script on the page says."""

@@ -25,6 +25,7 @@ from methods.posterior import Prior
 from tools import rank_responses
 
 PAIRS, PROMPTS, DRAFTS = 24, 4, 3
+WIDTHS = 390, 1280  # of a phone and a desktop
 HOSTILE = "<script>document.title = 'hacked'</script>\x1b[31m red"
 
 
@@ -216,8 +217,7 @@ def test_a_basis_and_answers_that_do_not_do_are_one_line(world, tmp_path, monkey
 
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
-@pytest.mark.parametrize("width", [390, 1280])
-def test_a_browser_leads_from_the_first_question_to_the_saved_profile(world, tmp_path, width):
+def test_a_browser_leads_from_the_first_question_to_the_saved_profile(world, tmp_path):
     flags = world.files(tmp_path, page="true", tolerance=0, most=4)
     process = running.start("tools/ask.py", flags)
     try:
@@ -225,8 +225,8 @@ def test_a_browser_leads_from_the_first_question_to_the_saved_profile(world, tmp
         url = next(line.split()[1] for line in said if line.startswith("open http"))
         assert url.startswith("http://127.0.0.1:")
         with a_tab(tmp_path / "profile") as tab:
-            tab.open(url, width)
-            drive(tab, tmp_path / "ann.jsonl", width)
+            tab.open(url, WIDTHS[0])
+            drive(tab, tmp_path / "ann.jsonl")
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
@@ -237,14 +237,16 @@ def test_a_browser_leads_from_the_first_question_to_the_saved_profile(world, tmp
     assert "4 answered, 1 skipped" in out and profile["ranking"]
 
 
-def drive(tab: Any, answers: Path, width: int) -> None:
+def drive(tab: Any, answers: Path) -> None:
     """Answer by keys and by clicks, take one back, and finish."""
 
     def at(number: int) -> list[str]:
-        """The two responses of a question, once it is there."""
+        """The two responses of a question, once it is there and fits every screen."""
         tab.wait(f"document.querySelector('h1')?.innerText.startsWith('Question {number}:')")
-        inside = "[document.documentElement.scrollWidth, innerWidth]"
-        assert len(set(tab.value(inside))) == 1 and tab.value("innerWidth") == width
+        for width in WIDTHS:
+            tab.resize(width)
+            inside = "[document.documentElement.scrollWidth, innerWidth]"
+            assert tab.value(inside) == [width, width]
         found = "[...document.querySelectorAll('article p')].map(p => p.textContent)"
         return tab.value(found)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 import core
+import running
 import scaling
 import side
 import utils
@@ -115,11 +115,9 @@ def test_extra_memory_is_the_process_own():
 # --------------------------------------------------------------------------- As commands
 
 
-def run(script: str, *flags: str, status: int = 0) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "benchmarks" / script), *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == status, done.stdout + done.stderr
+def run(script: str, *flags: str, status: int = 0) -> running.Outcome:
+    done = running.invoke(f"benchmarks/{script}", {}, *flags)
+    assert done.status == status, done.out + done.err
     return done
 
 
@@ -133,7 +131,7 @@ def table(printed: str) -> pd.DataFrame:
 @pytest.mark.slow
 def test_the_core_against_plain_loops_and_another_checkout(tmp_path):
     (tmp_path / "other").symlink_to(ROOT)
-    rows = table(run("core.py", *CORE, f"--against={tmp_path / 'other'}").stdout)
+    rows = table(run("core.py", *CORE, f"--against={tmp_path / 'other'}").out)
     assert list(rows.index) == [case.name for case in tiny()]
     filled = rows.replace("", np.nan)
     numbers = filled.astype(float)
@@ -147,14 +145,14 @@ def test_the_core_against_plain_loops_and_another_checkout(tmp_path):
 def test_a_failing_part_is_named(tmp_path):
     missing = f"model={tmp_path / 'missing'}"
     done = run("all.py", *CORE, "--embedding", missing, status=2)
-    assert done.stderr.splitlines()[-1].startswith("error: ")
-    assert "embedding.py failed" in done.stderr
+    assert done.err.splitlines()[-1].startswith("error: ")
+    assert "embedding.py failed" in done.err
 
 
 @pytest.mark.slow
 def test_growth_is_measured_over_a_decade(tmp_path):
     sizes = ["--users=10", "--pairs=3", "--rank=1", "--features=12", "--steps=3"]
-    rows = table(run("scaling.py", *sizes, f"--out={tmp_path}").stdout)
+    rows = table(run("scaling.py", *sizes, f"--out={tmp_path}").out)
     assert list(rows.index) == ["users", "pairs", "rank", "features"]
     assert rows.loc["features", "x10"].startswith("120: ")
     names = {file.name for file in tmp_path.iterdir()}

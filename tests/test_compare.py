@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 
@@ -109,7 +110,9 @@ def ends(comparisons: object) -> pd.Series:
     return pd.Series(comparisons.features.chosen.tolist())
 
 
-def test_one_command_fits_what_is_missing_and_compares(dataset, tmp_path):
+def test_one_command_fits_what_is_missing_and_compares(dataset, tmp_path, monkeypatch):
+    quick = functools.partial(compare.Lore, iterations=30, few_shot_iterations=20)
+    monkeypatch.setattr(compare, "Lore", quick)
     given = {**NONE, "prism": dataset("PRISM").data, "only": ("prism",), "results": tmp_path}
     given |= {"out": tmp_path, "repeats": 1, "methods": ("ridge_bt",)}
     compare.main(**given)

@@ -13,9 +13,11 @@ import experiments
 import methods
 import planted
 from comparisons import draw_shots
+from methods import lbfgs, linear, mrm, networks, pal, population, pref, rbd, ridge_bt
 from methods.base import Task
 
 # Steps enough for every line to run.
+STEPS = 4
 FEW: dict[str, list[dict[str, Any]]] = {
     "ridge_bt": [{}],
     "lore": [
@@ -30,7 +32,7 @@ FEW: dict[str, list[dict[str, Any]]] = {
     "pref": [{"ridges": (1.0,)}, {"setting": "faithful"}],
     "mrm": [{"ridges": (1.0, 0.3)}, {"setting": "faithful"}],
     "rbd": [{"rank": 2, "strengths": ((1.0, 1.0),)}, {"rank": 2, "setting": "faithful"}],
-    "pebs": [{}],
+    "pebs": [{"strengths": (1.0,)}],
     "mlp": [{"ranks": (2,), "hidden": 8, "epochs": 2}, {"setting": "faithful", "epochs": 2}],
 }  # fmt: skip
 
@@ -70,7 +72,22 @@ def test_the_device_refuses_what_a_gpu_refuses():
         assert (x.cpu() + here).tolist() == [2.0, 2.0, 2.0]
 
 
+@pytest.fixture
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few steps also where no setting says how many: each operation elsewhere takes long."""
+    for module in (linear, population, ridge_bt):
+        monkeypatch.setattr(module, "minimise", lambda *a: lbfgs.minimise(*a[:-1], STEPS))
+    least = networks._least
+    monkeypatch.setattr(networks, "_least", lambda f, at, n, *a: least(f, at, min(n, STEPS), *a))
+    for module in (pref, rbd):
+        monkeypatch.setattr(module, "STEPS", STEPS)
+        monkeypatch.setattr(module, "USER_STEPS", STEPS)
+    monkeypatch.setattr(mrm, "EPOCHS", 1)
+    monkeypatch.setattr(pal, "NEW_USER_EPOCHS", 1)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_steps")
 @pytest.mark.parametrize(
     ("name", "settings"), [(name, some) for name in methods.METHODS for some in FEW[name]]
 )
