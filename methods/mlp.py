@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -76,14 +77,10 @@ class MLP:
         if task.process:  # the first process judges alone
             return []
 
-        def train(
-            data: Comparisons, held: Held, model: dict, epochs: int
-        ) -> FittedMLP:
-            return self._train(data, held, model["rank"], epochs, task.seed)
-
+        train = partial(self._train, seed=task.seed)
         if self.setting == "faithful":
-            return [train(task.train, None, {"rank": self.ranks[0]}, self.epochs or 1000)]
-        models = [{"rank": K} for K in self.ranks]
+            return [train(task.train, None, self.ranks[0], self.epochs or 1000)]
+        models = "rank", self.ranks
         return [choose(task, models, ("ridge", RIDGES), self.epochs or 60, train)]
 
     def _train(

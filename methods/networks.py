@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -204,12 +205,12 @@ class Network(Fitted):
 
 
 Held = HeldOut | None
-Train = Callable[[Comparisons, Held, dict[str, Any], int], Network]
+Train = Callable[[Comparisons, Held, Any, int], Network]
 
 
 def choose(
     task: Task,
-    models: Sequence[dict[str, Any]],
+    models: tuple[str, Sequence[Any]],
     variants: tuple[str, Sequence[float]],
     epochs: int,
     train: Train,
@@ -220,32 +221,33 @@ def choose(
 
     Args:
         task: only its training comparisons are read.
-        models: settings that need a training each.
-        variants: name and values of a setting that needs none.
+        models: name and values of a setting that needs a training for each.
+        variants: the same of one that needs none.
         epochs: passes over the data, at most.
         train: fits (comparisons, held-out ones to stop by or None, one of the models, epochs).
 
     Raises:
         InputError: no user has two dialogues, so nothing can be held out.
     """
-    name, tried, shots = variants[0], [], shots_of(task.few, task.shots)
+    (kind, values), (name, variants_of) = models, variants
+    tried, shots = [], shots_of(task.few, task.shots)
     responses = shared_prompts(task.train, task.seed)
     new = pseudo_new(task.train, task.seed, max(shots), responses) if shots else None
     rest = task.train if new is None else new.rest
     held = hold_out(rest, task.seed, responses, task.validation)
     require(held.held is not None, "no user has two dialogues: there is nothing to choose by")
-    for model in models:
+    for model in values:
         fitted = train(held.fit, held, model, epochs)
-        for value in variants[1]:
+        for value in variants_of:
             fitted.variant = value
             scores = {"seen": held_loss(fitted, held, fitted.users)}
             if new is not None:
                 scores["new"] = _new_loss(fitted, new, shots, task.seed)
             loss = sum(scores.values()) / len(scores)
             about = {"epochs": fitted.course.epochs, **scores, "loss": loss}
-            tried.append({**model, name: value, **about})
+            tried.append({kind: model, name: value, **about})
     best = min(tried, key=lambda one: one["loss"])
-    chosen = train(task.train, None, {key: best[key] for key in models[0]}, best["epochs"])
+    chosen = train(task.train, None, best[kind], best["epochs"])
     chosen.variant, chosen.tried = best[name], tried
     return chosen
 
@@ -339,15 +341,24 @@ def solve_weights(
         centre, total = start[who], part.user_weight().clamp(min=1).float()
         share = (part.weight / part.user_weight()[part.user]).float()
 
-        def objective(
-            logits: Tensor, part=part, rows=rows, centre=centre, total=total, share=share
-        ) -> Tensor:
-            each = share * losses(rows, logits.softmax(1), part.user)
-            mean = each.new_zeros(part.num_users).index_add(0, part.user, each)
-            return mean + ridge / 2 * (logits - centre).square().sum(1) / total
-
+        objective = partial(_mean_losses, losses, part, rows, share, centre, ridge / total)
         found[who] = _least(objective, centre, steps, tolerance, rate)
     return found.softmax(1)
+
+
+def _mean_losses(
+    losses: Losses,
+    users: Users,
+    rows: slice,
+    share: Tensor,
+    centre: Tensor,
+    ridge: Tensor,
+    logits: Tensor,
+) -> Tensor:
+    """Each user's weighted mean loss [U], with a ridge [U] about the centre [U, K]."""
+    each = share * losses(rows, logits.softmax(1), users.user)
+    mean = each.new_zeros(users.num_users).index_add(0, users.user, each)
+    return mean + ridge / 2 * (logits - centre).square().sum(1)
 
 
 def _least(

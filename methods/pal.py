@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -81,17 +82,13 @@ class PAL:
         if task.process:  # the first process judges alone
             return []
 
-        def train(
-            data: Comparisons, held: Held, model: dict, epochs: int
-        ) -> FittedPAL:
-            return self._train(data, held, model["prototypes"], epochs, task.seed)
-
+        train = partial(self._train, seed=task.seed)
         if self.setting == "faithful":
             shared = shared_prompts(task.train, task.seed)
             held = hold_out(task.train, task.seed, shared, task.validation)
             require(held.held is not None, "no user has two dialogues: nothing can be held out")
-            return [train(held.fit, held, {"prototypes": self.prototypes[0]}, self.epochs or 20)]
-        models = [{"prototypes": K} for K in self.prototypes]
+            return [train(held.fit, held, self.prototypes[0], self.epochs or 20)]
+        models = "prototypes", self.prototypes
         return [choose(task, models, ("ridge", RIDGES), self.epochs or 60, train)]
 
     def _train(

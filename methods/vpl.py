@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -80,13 +81,11 @@ class VPL:
             return []
         longest = max(1, *task.shots) if task.shots else 50
 
-        def train(data: Comparisons, held: Held, model: dict, epochs: int) -> FittedVPL:
-            return self._train(data, held, model["beta"], epochs, task.seed, longest)
-
+        train = partial(self._train, seed=task.seed, longest=longest)
         if self.setting == "faithful":
-            return [train(task.train, None, {"beta": self.betas[0]}, self.epochs or 2)]
+            return [train(task.train, None, self.betas[0], self.epochs or 2)]
         personal = self.latent != 0  # without a latent there is nothing to choose
-        models = [{"beta": beta} for beta in self.betas[: None if personal else 1]]
+        models = "beta", self.betas[: None if personal else 1]
         spheres = (0.0, 1.0) if personal else (0.0,)
         return [choose(task, models, ("sphere", spheres), self.epochs or 60, train)]
 
