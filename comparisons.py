@@ -204,6 +204,11 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.chosen)
 
+    @property
+    def width(self) -> int:
+        """Numbers of a row."""
+        return self.values.shape[-1]
+
     def __getitem__(self, some: Tensor) -> Pairs:
         return Pairs(self.values, self.chosen[some], self.rejected[some])
 
@@ -312,6 +317,17 @@ class Users:
         """Mean of -log P(the choice), P being the sigmoid of the logit [N], by user: [U]."""
         return self.mean(softplus(-logits.double()))
 
+    def runs(self, most: int, besides: int = 0) -> Iterator[tuple[slice, slice]]:
+        """Runs of users with at most so many comparisons, if they have fewer alone: users, rows.
+
+        Args:
+            most: comparisons of a run.
+            besides: rows that each user takes besides the comparisons.
+        """
+        ends = [0, *self.counts.cumsum(0).tolist()]
+        for users in _runs(self.counts.tolist(), most, besides):
+            yield users, slice(ends[users.start], ends[users.stop])
+
     def pick(self, rows: Tensor, counts: Sequence[int]) -> Users:
         """Some of the comparisons, by number [n], as those of other users; features stay behind."""
         return Users(counts, self.weight[rows.to(self.device)])
@@ -413,10 +429,8 @@ class Comparisons(Users):
         if self.device.type != "cpu" or not isinstance(self.features, DenseFeatures):
             yield slice(0, self.num_users), slice(0, len(self)), self
             return
-        ends = [0, *self.counts.cumsum(0).tolist()]
         rows = (size or PART_BYTES) // (4 * self.num_features)
-        for users in _runs(self.counts.tolist(), rows, user_rows):
-            some = slice(ends[users.start], ends[users.stop])
+        for users, some in self.runs(rows, user_rows):
             features = DenseFeatures(self.features.x[some])
             yield users, some, Comparisons(features, self.counts[users], self.weight[some])
 

@@ -204,7 +204,9 @@ def _at_work(
     first = processes()[0] == 0
     where = (settings.results, settings.name, shared, settings.all_methods())
     with alone(run_folder(*where)) if first else nullcontext():
-        yield Run.start(*where, first)
+        run = Run.start(*where, first)
+        wait_for_all()  # the first one adds results only when all have read what is there
+        yield run
 
 
 def _carry_out(
@@ -247,9 +249,12 @@ def _carry_out(
                 }  # fmt: skip
                 run.add(seed, about, name, done, list(methods))
             wait_for_all()
-            for file in run.folder.glob(f"{task.state.name}-*.{here[0]}.*.pt"):
-                file.unlink(missing_ok=True)
-    return report(run.folder) if here[0] == 0 else ""
+            if here[0] == 0:
+                run.forget(seed, name)
+    if here[0]:
+        return ""
+    run.tidy(settings.seeds, methods)
+    return report(run.folder)
 
 
 def _about(tasks: Tasks, task: Task) -> dict[str, Any]:
@@ -451,7 +456,7 @@ def _sweep_states(
     memory holds.
     """
     S, U = len(draws.sizes), few.num_users
-    width = view.numel() // max(1, len(view)) if isinstance(view, Tensor) else view.values.shape[-1]
+    width = view.numel() // max(1, len(view)) if isinstance(view, Tensor) else view.width
     at_once = max(1, BATCH // (len(few) * S * max(width, 1))) * U * S
     states, accuracies, losses = [], [], []
     rows = draws.rows[: trials * S * U]

@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,20 @@ class Run:
         self.results["seeds"] = list(seeds.values())
         kept = json.loads((self.folder / "settings.json").read_text())
         write_text(self.folder / "results.json", json.dumps({**kept, **self.results}))
+
+
+    def forget(self, seed: int, name: str) -> None:
+        """Remove the states of a method's training, every process's, once it is finished."""
+        for file in self.folder.glob(f"state-seed{seed}-{name}-*.pt"):
+            file.unlink(missing_ok=True)
+
+    def tidy(self, seeds: Sequence[int], methods: Iterable[str]) -> None:
+        """At the end of all work, remove what runs have left that were killed."""
+        for seed in seeds:
+            for name in methods:
+                self.forget(seed, name)
+        for draft in self.folder.glob("*.part"):
+            draft.unlink(missing_ok=True)
 
 
 def run_folder(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from basis import Basis
-from comparisons import Comparisons, Pairs, Seed, Users
+from comparisons import PART_BYTES, Comparisons, DenseFeatures, Pairs, RowFeatures, Seed, Users
 from methods.base import Fitted, Task
 from methods.lore import Lore, LoreFit
 from utils import TEMPERATURE, own_directions
@@ -53,14 +54,37 @@ class Own:
     lore: Lore
 
     def fit(self, task: Task) -> list[Fitted]:
-        """Every seen user's own direction; nothing where the features do not fit in memory."""
-        if task.stream or task.process:  # the first process judges alone
-            return []
-        return [OwnFit(self.lore, task)]
+        """Every seen user's own direction."""
+        return [] if task.process else [OwnFit(self.lore, task)]  # the first process judges alone
+
+
+@dataclass
+class OnDisk:
+    """In the place of ``Pairs``: comparisons whose embeddings are read when they are needed."""
+
+    features: RowFeatures
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, some: Tensor) -> OnDisk:
+        return OnDisk(self.features.select(some))
+
+    @property
+    def width(self) -> int:
+        """F."""
+        return self.features.num_features
+
+    def read(self, some: Tensor) -> Pairs:
+        """The embeddings of some comparisons [n]."""
+        return self.features.select(some).pairs()
 
 
 class OwnFit(Fitted):
-    """A user's state is the user's own reward direction [F]; nobody's is zero."""
+    """A user's state is the user's own reward direction [F]; nobody's is zero.
+
+    Where features are streamed, some users' are read at a time, and the same is computed.
+    """
 
     label = "own model"
     controlled = False
@@ -68,34 +92,54 @@ class OwnFit(Fitted):
 
     def __init__(self, lore: Lore, task: Task) -> None:
         self.lore, self.progress, self.settings = lore, task.progress, {}
-        self.users = self._directions(task.train.in_memory())
-        self.nobody = torch.zeros(task.train.num_features, device=self.users.device)
+        self.stream, data = task.stream, task.train
+        self.at_once = max(1, PART_BYTES // (4 * data.num_features))  # comparisons
+        data = data if self.stream else data.in_memory()
+        mine = [self._directions(part) for part in self._parts(data)]
+        self.users = torch.cat(mine)
+        self.nobody = torch.zeros(data.num_features, device=self.users.device)
+
+    def _parts(self, data: Comparisons) -> Iterator[Comparisons]:
+        """Runs of users, in memory."""
+        if not isinstance(data.features, RowFeatures):
+            yield data
+            return
+        for _, rows in data.runs(self.at_once):
+            keep = torch.zeros(len(data), dtype=torch.bool)
+            keep[rows] = True
+            yield data.select(keep).in_memory()
 
     def _directions(self, data: Comparisons) -> Tensor:
         fitted = self.lore.few_shot_iterations, self.lore.learning_rate, self.lore.optimizer
         return own_directions(data, *fitted, progress=self.progress)
 
-    def view(self, data: Comparisons) -> Pairs:
+    def view(self, data: Comparisons) -> Pairs | OnDisk:
         """The embeddings of the two responses."""
-        return data.features.pairs()
+        return OnDisk(data.features) if self.stream else data.features.pairs()
 
-    def adapt(self, view: Pairs, users: Users, seed: Seed) -> Tensor:
+    def adapt(self, view: Pairs | OnDisk, users: Users, seed: Seed) -> Tensor:
         """Each user's own direction [U', F]; zero for those without comparisons."""
         there = users.counts > 0
         states = self.nobody.repeat(users.num_users, 1)
         if there.any():
-            x = view.difference()
-            some = Comparisons.from_list(x.split(users.counts[there].tolist()))
-            some.weight = users.weight
-            states[there] = self._directions(some)
+            some, found = Users(users.counts[there], users.weight), []
+            for who, rows in some.runs(self.at_once):
+                place = torch.arange(len(some), device=users.device)[rows]
+                x = (view[place] if isinstance(view, Pairs) else view.read(place)).difference()
+                part = DenseFeatures(x), some.counts[who], some.weight[rows]
+                found.append(self._directions(Comparisons(*part)))
+            states[there] = torch.cat(found)
         return states
 
-    def logits(self, view: Pairs, state: Tensor, user: Tensor) -> Tensor:
+    def logits(self, view: Pairs | OnDisk, state: Tensor, user: Tensor) -> Tensor:
         """x^T v / 100 [N], a block of users at a time, from the distinct rows."""
-        logits = torch.empty(len(view), device=view.values.device)
+        logits = torch.empty(len(view), device=state.device)
+        at_once = len(view) if isinstance(view, Pairs) else self.at_once
         for first in range(0, len(state), USERS_AT_A_TIME):
-            rows = ((user >= first) & (user < first + USERS_AT_A_TIME)).nonzero()[:, 0]
-            rewards = view.values @ state[first : first + USERS_AT_A_TIME].T  # [R, users]
-            column, pair = user[rows] - first, view[rows]
-            logits[rows] = rewards[pair.chosen, column] - rewards[pair.rejected, column]
+            block = state[first : first + USERS_AT_A_TIME].T
+            theirs = ((user >= first) & (user < first + USERS_AT_A_TIME)).nonzero()[:, 0]
+            for rows in theirs.split(at_once):
+                pair = view[rows] if isinstance(view, Pairs) else view.read(rows)
+                rewards, column = pair.values @ block, user[rows] - first  # [R, users]
+                logits[rows] = rewards[pair.chosen, column] - rewards[pair.rejected, column]
         return logits / TEMPERATURE

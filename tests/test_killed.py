@@ -1,0 +1,60 @@
+"""Killed at any moment, the same command ends where an undisturbed run ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import killed
+import running
+from people import repeats, saved
+
+
+@pytest.fixture(scope="module")
+def ask() -> Iterator[Callable[..., Any]]:
+    """Give a job to a process that kills and resumes trainings; its answer."""
+    path = os.pathsep.join([str(running.ROOT), str(running.ROOT / "tests")])
+    process = subprocess.Popen(
+        [sys.executable, killed.__file__], env={**running.ENV, "PYTHONPATH": path},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+    def answer(**job: Any) -> Any:
+        process.stdin.write(json.dumps(job) + "\n")
+        process.stdin.flush()
+        return json.loads(process.stdout.readline())
+
+    yield answer
+    process.communicate()
+
+
+def assert_same(run: Path, whole: Path, moment: str) -> None:
+    """The same files, results, and learned tensors."""
+    assert sorted(f.name for f in run.iterdir()) == sorted(f.name for f in whole.iterdir()), moment
+    assert repeats(run) == repeats(whole), moment
+    assert saved(run)["settings"] == saved(whole)["settings"]
+    for file in run.glob("*.safetensors"):
+        found, expected = load_file(file), load_file(whole / file.name)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in found), (moment, file)
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", killed.CASES)
+def test_killed_at_twenty_moments_it_ends_as_if_undisturbed(ask, tmp_path, case, processes):
+    answer = ask(case=case, processes=processes, folder=str(tmp_path))
+    assert "moments" in answer, answer["error"]
+    whole = tmp_path / "whole/planted/here"
+    assert not [*whole.glob("state-*"), *whole.glob("*.part")]
+    assert len(set(answer["moments"])) == killed.MOMENTS
+    for number, moment in enumerate(answer["moments"]):
+        assert_same(tmp_path / f"{number}" / "planted/here", whole, moment)

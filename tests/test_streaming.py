@@ -1,0 +1,93 @@
+"""Features read from disk at every pass give the rows that features in memory give."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import experiments
+import methods
+import people
+from comparisons import draw_shots
+from methods import shared
+from methods.lore import Lore
+
+QUICK: dict[str, dict[str, Any]] = {
+    "ridge_bt": {"strength": 1.0}, "mixed_logit": {"rank": 2, "l_mu": 1.0, "l_B": 0.1},
+    "pal": {"prototypes": (2,), "width": 8, "layers": 1, "epochs": 2},
+    "vpl": {"betas": (1e-4,), "hidden": 8, "latent": 4, "epochs": 2},
+    "mlp": {"ranks": (2,), "hidden": 8, "epochs": 2}, "pref": {"rank": 2, "ridges": (1.0,)},
+    "rbd": {"rank": 2, "strengths": ((1.0, 1.0),)}, "pebs": {"strengths": (1.0,)},
+    "mrm": {"ridges": (1.0,)},
+}  # fmt: skip
+FIGURES = ("accuracy", "log_loss", "brier", "flips")
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> people.People:
+    """Six seen and six new users."""
+    monkeypatch.setattr(experiments, "report", lambda folder: "")
+    return people.planted(users=12, dialogues=4, F=5)
+
+
+def assert_same(memory: Path, disk: Path) -> None:
+    """The same labels, controls, sets and shots, and figures that differ by rounding alone."""
+    expected, found = people.records(memory), people.records(disk)
+    assert list(found) == list(expected)
+    for row, record in expected.items():
+        assert record.keys() == found[row].keys()
+        for name in FIGURES:
+            if record.get(name) is not None:
+                np.testing.assert_allclose(found[row][name], record[name], atol=1e-3, err_msg=row)
+
+
+def test_every_method_has_the_same_rows_streamed_and_in_memory(world, tmp_path):
+    given = {name: methods.METHODS[name](**quick) for name, quick in QUICK.items()}
+    given["methods"] = tuple(methods.METHODS)
+    folders = [
+        people.fit(world, tmp_path, name=str(stream), stream=stream, **given)[1]
+        for stream in (False, True)
+    ]
+    assert_same(*folders)
+    labels = {label for label, *_ in people.records(folders[1])}
+    assert "own model" in labels and len(labels) == 3 + len(methods.METHODS)
+
+
+def test_shots_are_varied_alike_streamed_and_in_memory(world, tmp_path):
+    for stream in (False, True):
+        given = people.settings(tmp_path, name=str(stream), stream=stream)
+        experiments.vary_fewshot(world.tasks(), given, [0, 1, 2], 2)
+    folders = [tmp_path / "planted" / str(stream) for stream in (False, True)]
+    assert_same(*folders)
+    own = [row[3] for row in people.records(folders[1]) if row[0] == "own model"]
+    assert {1, 2} <= set(own)
+
+
+def test_own_models_read_a_few_users_at_a_time(world, monkeypatch):
+    tasks = world.tasks()
+    read: list[int] = []
+
+    def rows(index: torch.Tensor) -> torch.Tensor:
+        read.append(len(index))
+        return world.store.x[index]
+
+    monkeypatch.setattr(shared, "PART_BYTES", 4 * 5 * 12)  # twelve comparisons: two users
+    monkeypatch.setattr(world.store, "rows", rows)
+    task = tasks.task(0, torch.device("cpu"), None, True, (0, 1))
+    held = tasks.task(0, torch.device("cpu"), None, False, (0, 1))
+    lore = Lore(few_shot_iterations=20)
+    fit = shared.OwnFit(lore, task)
+    picked = torch.cat(draw_shots(task.few, [2], 1, 0).rows)
+    users = task.few.pick(picked, torch.bincount(task.few.user[picked]))
+    state = fit.adapt(fit.view(task.few)[picked], users, 0)
+    logits = fit.logits(fit.view(task.unseen), state, task.unseen.user)
+    assert max(read) <= 2 * 12 < len(task.train)
+    other = shared.OwnFit(lore, held)
+    torch.testing.assert_close(fit.users, other.users)
+    torch.testing.assert_close(state, other.adapt(other.view(task.few)[picked], users, 0))
+    again = other.logits(other.view(task.unseen), state, task.unseen.user)
+    torch.testing.assert_close(logits, again)
