@@ -3,6 +3,7 @@
 #   PYTHON=python3.12            the interpreter that .venv is made with
 #   TORCH="torch --index-url ..."  another build of PyTorch, for example for a GPU
 #   COMPARE="--only prism --repeats 2"  flags of make compare
+#   QUESTIONS="--tables-only"    flags of make questions
 #   VENV=path/of/an/environment  use that one as it is; nothing is installed
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -17,7 +18,7 @@ PY := $(abspath $(VENV))/bin/python
 DEMO := --data data/demo --users 60 --unseen-users 40
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint demo bench compare gpu
+.PHONY: help test lint demo bench compare questions gpu
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | sed 's/^/make /'
@@ -42,6 +43,9 @@ bench: $(READY)  ## how fast it is, against plain loops in the same run
 
 compare: $(READY)  ## fit every method on every dataset that is prepared; tables and a figure
 	OMP_NUM_THREADS=1 $(PY) benchmarks/compare.py $(COMPARE)
+
+questions: $(READY)  ## what chosen questions are worth, where data are prepared; tables and a figure
+	OMP_NUM_THREADS=1 $(PY) benchmarks/questions.py $(QUESTIONS)
 
 gpu: $(READY)  ## what a GPU computes and how fast, in under nine minutes; writes docs/gpu.md
 	$(PY) benchmarks/gpu.py

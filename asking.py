@@ -37,7 +37,7 @@ PREF_RIDGE = 1e-3  # of PReF's published matrix
 # Questions that a criterion looks at exactly, of those that a closed form puts first.
 SHORT_LIST = {"information": 512, "ranking": 64}
 SHORT_LIST_OF_MIXTURES = 512  # which closed forms know less well
-MOST_TARGETS = 100  # pairs of the pool whose order "ranking" asks about, if none are given
+MOST_TARGETS = 50  # pairs of the pool whose order "ranking" asks about, if none are given
 TIE = 1e-6  # scores nearer to the best than this share of it are as good
 # The logistic function as a mixture of normal ones (Monahan and Stefanski, 1992), within 6e-5.
 SHARES, SLOPES = (0.25220, 0.58522, 0.16257), (0.90793, 0.57778, 0.36403)
