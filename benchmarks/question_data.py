@@ -124,7 +124,9 @@ def with_enough(task: Task, least: int) -> Task:
 
 
 def _demo(folder: Path) -> Tasks:
-    return splits.simulated_users(folder, 0.001, 100, 60, 45, 200)
+    """The demo's users; new ones may be asked about every training prompt."""
+    prompts = splits.load(folder)[0]["counts"]["train prompts"]
+    return splits.simulated_users(folder, 0.001, 100, 60, 45, prompts)
 
 
 TO_20 = (0, 2, 5, 7, 10, 12, 15, 20)
