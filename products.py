@@ -97,7 +97,8 @@ class _Projected(Function):
     def forward(ctx: Any, users: Users, Z: Tensor, W: Tensor) -> Tensor:
         ctx.save_for_backward(Z)
         ctx.users = users
-        return (Z * W.index_select(0, users.user)).sum(1)
+        products = W.index_select(0, users.user).mul_(Z)  # new memory costs more than the product
+        return products @ products.new_ones(Z.shape[1])  # faster than sums over so few columns
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
