@@ -20,7 +20,8 @@ WORLDS = {
     "CommunityAlignment": (worlds.community, {"annotators": 10}, {"min_comparisons": 10}),
     "PersonalRewardBench": (worlds.rewardbench, {"users": 12}, {}),
 }
-OWN_PROCESS = {"RedditTLDR"}  # whose scripts run as a user runs them: it takes their imports anew
+# Scripts that run as a user runs them, although that takes their imports anew.
+OWN_PROCESS = {("RedditTLDR", "prepare"), ("RedditTLDR", "vary_fewshot")}
 
 
 class Dataset(NamedTuple):
@@ -59,6 +60,18 @@ def _prepare(name: str, folder: Path, model: Path) -> Dataset:
         steps = [("prepare", settings), ("generate-prism-embeddings", {"data": data, **embedding})]
     else:
         steps = [("prepare", {**settings, **embedding})]
-    how = running.run if name in OWN_PROCESS else running.invoke
-    outcomes = [how(f"{name}/{script}.py", given) for script, given in steps]
+    outcomes = [carry_out(name, script, given) for script, given in steps]
     return Dataset(source, data, outcomes)
+
+
+def carry_out(name: str, script: str, given: running.Flags) -> running.Outcome:
+    """Run a dataset's script, within this process or in one of its own."""
+    how = running.run if (name, script) in OWN_PROCESS else running.invoke
+    return how(f"{name}/{script}.py", given)
+
+
+@pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs within this process write tables alone: plots and pages take far longer."""
+    monkeypatch.setattr("reports.write_plots", lambda *given: [])
+    monkeypatch.setattr("reports.write_report", lambda *given: None)

@@ -134,6 +134,7 @@ def test_the_answers_are_choices_from_which_the_same_ranking_comes(world, tmp_pa
     assert ours == pytest.approx(theirs, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_killed_session_goes_on_where_it_was(world, tmp_path, monkeypatch):
     (tmp_path / "killed").mkdir()
     flags = world.files(tmp_path / "killed", tolerance=0, most=7)

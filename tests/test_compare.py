@@ -110,6 +110,7 @@ def ends(comparisons: object) -> pd.Series:
     return pd.Series(comparisons.features.chosen.tolist())
 
 
+@pytest.mark.slow
 def test_one_command_fits_what_is_missing_and_compares(dataset, tmp_path, monkeypatch):
     quick = functools.partial(compare.Lore, iterations=30, few_shot_iterations=20)
     monkeypatch.setattr(compare, "Lore", quick)

@@ -65,9 +65,9 @@ def blocks(request, monkeypatch):
 def test_joint_follows_the_reference(alpha, K, dtype, tolerance):
     X, direction = users(COUNTS, dtype=dtype), users([1], seed=5, dtype=dtype)[0][0]
     logits, V = start(utils.LoRe, K, X, dtype=dtype)
-    logits, V, losses = reference.joint(X, logits, V, 100, 0.5, direction, alpha)
+    logits, V, losses = reference.joint(X, logits, V, 50, 0.5, direction, alpha)
     torch.manual_seed(1)
-    model = utils.LoRe(direction[:, None], alpha, len(X), 12, K, 100, 0.5, dtype=dtype)
+    model = utils.LoRe(direction[:, None], alpha, len(X), 12, K, 50, 0.5, dtype=dtype)
     W, learned = model.train(X)
     close(learned, V, tolerance)
     close(W, logits.softmax(1), tolerance)
@@ -80,9 +80,9 @@ def test_joint_follows_the_reference(alpha, K, dtype, tolerance):
 def test_alternating_follows_the_reference(alpha, dtype, tolerance):
     X, direction = users(COUNTS, dtype=dtype), users([1], seed=5, dtype=dtype)[0][0]
     logits, V = start(utils.LoRe_regularized, 4, X, dtype=dtype)
-    logits, V, losses = reference.alternating(X, logits, V, 100, 0.5, direction, alpha)
+    logits, V, losses = reference.alternating(X, logits, V, 60, 0.5, direction, alpha)
     torch.manual_seed(1)
-    model = utils.LoRe_regularized(direction, alpha, len(X), 12, 4, 100, 0.5, dtype=dtype)
+    model = utils.LoRe_regularized(direction, alpha, len(X), 12, 4, 60, 0.5, dtype=dtype)
     W, learned = model.train(X)
     expected = logits.softmax(1)
     kept = expected.amax(0) >= 1e-2
@@ -109,21 +109,21 @@ def test_weighted_comparisons_follow_the_reference():
     X, g = users(COUNTS), torch.Generator().manual_seed(0)
     c = [torch.rand(len(x), generator=g, dtype=torch.float64) + 0.1 for x in X]
     logits, V = start(utils.LoRe, 3, X)
-    expected = reference.joint(X, logits, V, 60, 0.5, c=c)
+    expected = reference.joint(X, logits, V, 30, 0.5, c=c)
     torch.manual_seed(1)
-    W, learned = utils.LoRe(None, 0, len(X), 12, 3, 60, dtype=torch.float64).train(X, c)
+    W, learned = utils.LoRe(None, 0, len(X), 12, 3, 30, dtype=torch.float64).train(X, c)
     close(learned, expected[1], 1e-9)
     direction = users([1], seed=5)[0][0]
     logits, V = start(utils.LoRe_regularized, 3, X)
-    expected = reference.alternating(X, logits, V, 60, 0.5, direction, 10.0, c=c)
+    expected = reference.alternating(X, logits, V, 30, 0.5, direction, 10.0, c=c)
     torch.manual_seed(1)
-    model = utils.LoRe_regularized(direction, 10.0, len(X), 12, 3, 60, dtype=torch.float64)
+    model = utils.LoRe_regularized(direction, 10.0, len(X), 12, 3, 30, dtype=torch.float64)
     kept = expected[0].softmax(1).amax(0) >= 1e-2
     close(model.train(X, c)[1], expected[1][:, kept], 1e-9)
     close(model.losses, torch.tensor(expected[2], dtype=torch.float64), 1e-9)
-    few = utils.PersonalizeBatch(len(X), 12, 3, 60, dtype=torch.float64, generator=4)
+    few = utils.PersonalizeBatch(len(X), 12, 3, 30, dtype=torch.float64, generator=4)
     weights = few.train(X, learned, c)
-    for w, e in zip(weights, reference.few_shot(X, learned, few.logits, 60, 0.1, c), strict=True):
+    for w, e in zip(weights, reference.few_shot(X, learned, few.logits, 30, 0.1, c), strict=True):
         close(w, e, 1e-9)
 
 
@@ -148,7 +148,7 @@ def test_models_trained_side_by_side_follow_their_own_trajectories(estimator):
     cases = [(1, 0.0, 0.0), (3, 0.1, 0.0), (2, 0.0, 3.0), (5, 0.1, 1.0)]
     models = [
         [
-            estimator(direction, alpha, 6, 12, K, 80, generator=K, shrinkage=s, dtype=torch.float64)
+            estimator(direction, alpha, 6, 12, K, 40, generator=K, shrinkage=s, dtype=torch.float64)
             for K, alpha, s in cases
         ]
         for _ in range(2)
@@ -248,7 +248,7 @@ def test_strong_shrinkage_gives_the_population_and_none_gives_the_plain_fit():
     logits = torch.zeros(4, 3)
     strong = fit_weights(
         Z, data, logits, utils.preference_loss, shrinkage=1e6, population=population,
-        num_iterations=2000, learning_rate=0.02,
+        num_iterations=600, learning_rate=0.05,
     )  # fmt: skip
     torch.testing.assert_close(strong, population.expand(4, 3).double(), atol=2e-3, rtol=0)
     plain = fit_weights(Z, data, logits, utils.preference_loss)
@@ -309,6 +309,7 @@ def largest_angle(A, B):
     return float(torch.linalg.svdvals(a.T @ b).clamp(max=1).acos().max())
 
 
+@pytest.mark.slow
 def test_the_planted_subspace_is_recovered_as_comparisons_grow():
     angles = []
     for m in (10, 60, 360):
@@ -319,6 +320,7 @@ def test_the_planted_subspace_is_recovered_as_comparisons_grow():
     assert angles[2] < 0.35
 
 
+@pytest.mark.slow
 def test_new_users_come_within_two_points_of_the_planted_model():
     X, V, W = planted([300] * 120)
     few, test = [x[:150] for x in X[80:]], [x[150:] for x in X[80:]]

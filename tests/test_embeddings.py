@@ -24,6 +24,7 @@ import embeddings
 import models
 import passes
 import reward_model
+import running
 from embeddings import embed, open_store
 from files import InputError, digest
 from reward_model import render
@@ -502,6 +503,7 @@ assert store.manifest["revision"] == sys.argv[2] and store.manifest["weights_sha
 """
 
 
+@pytest.mark.slow
 def test_a_hub_name_is_known_by_its_commit(finished: Path, llama: Path, tmp_path: Path) -> None:
     home, commit = tmp_path / "hub" / "models--some--reward-model", "c0ffee" + "0" * 34
     (home / "refs").mkdir(parents=True)
@@ -656,6 +658,7 @@ def _python(*arguments: str, **settings: str) -> subprocess.CompletedProcess:
     return done
 
 
+@pytest.mark.slow
 def test_killed_anywhere_it_resumes_to_the_same_bytes(tmp_path: Path, llama: Path) -> None:
     _python("-c", KILLED, str(tmp_path), str(llama), "20")
     whole, states = contents(tmp_path / "whole"), set()
@@ -679,6 +682,7 @@ store = embeddings.embed(test_embeddings.some_chats(), sys.argv[1], **settings)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_bytes(tmp_path: Path, llama: Path, finished: Path) -> None:
     (tmp_path / "rank.py").write_text(RANK)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -708,8 +712,9 @@ def test_parts_of_a_job_array_complete_each_other(
 
 def test_the_benchmark_prints_its_cases(llama: Path) -> None:
     sizes = ["--posts=2", "--dialogues=2", "--prompts=2", "--prism=2", "--parts=1"]
-    path = ROOT / "benchmarks" / "embedding.py"
-    lines = _python(str(path), f"--model={llama}", *sizes).stdout.splitlines()
+    done = running.invoke("benchmarks/embedding.py", {"model": llama}, *sizes)
+    assert done.status == 0, done.err
+    lines = done.out.splitlines()
     assert [line[0] for line in lines] == ["c", "a", "b", "c", "d"]
     for line in lines[1:4]:
         given, computed, tokens, alone, shared, seconds, share, deviation = line[32:].split()

@@ -18,6 +18,7 @@ from methods.base import Fitted, Task
 from methods.geometry import measure
 from methods.ridge_bt import fit_shared
 
+pytestmark = pytest.mark.slow
 FEATURES = 12
 
 PReF, MRM, RBD, PEBS = pref.PReF, mrm.MRM, rbd.RBD, pebs.PEBS

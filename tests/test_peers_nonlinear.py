@@ -17,6 +17,7 @@ from methods.linear import TRIES
 from methods.networks import batches, blocks, row_scale, solve_weights
 from methods.vpl_network import Groups
 
+pytestmark = pytest.mark.slow
 F, ROWS, SEEN, NEW = 8, 300, 40, 16
 METHODS = {
     "pal": pal.PAL(prototypes=(2, 3), width=32, epochs=25),

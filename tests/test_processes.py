@@ -16,7 +16,7 @@ from basis import load_basis
 from people import repeats, saved
 from running import table
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_plots")]
 # Not --run, which torchrun takes for an option of its own.
 QUICK = {"iterations": 40, "few_shot_iterations": 40, "progress": "false", "name": "here"}
 

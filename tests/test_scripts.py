@@ -22,7 +22,7 @@ import pytest
 import models
 import running
 from basis import load_basis
-from conftest import OWN_PROCESS, WORLDS, Dataset
+from conftest import WORLDS, Dataset, carry_out
 from methods.lore import Lore
 from people import repeats, saved
 from running import Outcome, table
@@ -77,8 +77,7 @@ def finished(dataset: Callable[[str], Dataset], tmp_path_factory) -> Callable[[s
         results = tmp_path_factory.mktemp("results")
         settings = (TRAIN if script == "train_basis" else SWEEP)[name]
         where = {"data": dataset(name).data, "results": results, "run": "here"}
-        how = running.run if name in OWN_PROCESS else running.invoke
-        outcome = how(f"{name}/{script}.py", {**where, **settings, **QUICK})
+        outcome = carry_out(name, script, {**where, **settings, **QUICK})
         return Run(outcome, results / name / "here")
 
     return get
@@ -226,6 +225,7 @@ def test_the_same_command_shows_the_same_run_again(finished, dataset, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_plots")
 def test_two_repeats_of_a_command_give_the_same_results(finished, dataset, tmp_path):
     run = finished("RedditTLDR", "vary_fewshot")
     where = {"data": dataset("RedditTLDR").data, "results": tmp_path, "run": "here"}
@@ -256,6 +256,7 @@ def test_reports_put_runs_side_by_side(finished):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_plots")
 def test_the_list_rendering_is_marked_in_every_output(dataset, model, tmp_path):
     data, results = tmp_path / "data", tmp_path / "results"
     raw = {"source": dataset("PRISM").source, "out": data, "rejected": "list"}
@@ -276,13 +277,14 @@ def test_the_list_rendering_is_marked_in_every_output(dataset, model, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_published_reference_is_marked(dataset, tmp_path):
+@pytest.mark.usefixtures("no_plots")
+def test_the_published_reference_is_marked(dataset, finished, tmp_path):
     where = {"data": dataset("PRISM").data, "results": tmp_path, "run": "here"}
     settings = {**where, "ranks": [0, 2], "reference": "last_linear", **QUICK}
     outcome = running.invoke("PRISM/train_basis.py", settings)
     assert outcome.status == 0, outcome.err
     assert "WARNING: the reference is the published code's mistaken one" in outcome.out
-    right = running.invoke("PRISM/train_basis.py", {**settings, "reference": "head", "run": "b"})
+    right = finished("PRISM", "train_basis").outcome
     assert "WARNING" not in right.out
     assert table(right.out)["reference"] != table(outcome.out)["reference"]
 
@@ -344,6 +346,7 @@ def test_settings_can_be_written_down_and_read_back(tmp_path):
     assert again.out == first.out and "1.5" in first.out
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_config_file_and_optimizer_reach_the_run(dataset, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(
@@ -404,6 +407,7 @@ def test_a_device_that_is_not_there_is_refused(train, flag):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_plots")
 def test_without_a_score_head_there_is_no_reference(dataset, tmp_path):
     model, data = models.headless(tmp_path / "model"), tmp_path / "data"
     raw = {"source": dataset("PersonalLLM").source, "out": data, "model": model}
