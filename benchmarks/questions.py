@@ -238,7 +238,7 @@ def table(world: World, curves: Curves) -> pd.DataFrame:
     """A row for each criterion, differences and numbers of questions with 95 % intervals."""
     shots, random = list(world.shots), curves["random"]
     at = shots.index(TEN) if TEN in shots else 1
-    shown = [i for i, s in enumerate(shots) if s in (0, 5, TEN, *MOST)] or range(len(shots))
+    shown = [i for i, s in enumerate(shots) if TEN not in shots or s in (0, 5, TEN, *MOST)]
     rows = {}
     for rule, chosen in curves.items():
         cells = {}
