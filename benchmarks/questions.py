@@ -188,7 +188,7 @@ def finished(world: World, results: Path) -> Answers | None:
     """What is finished of a world; None if nothing is."""
     paths = [results / f"{world.name}-seed{seed}.json" for seed in world.seeds]
     parts: list[dict[str, Any]] = [read_json(path) for path in paths if path.exists()]
-    if not parts:
+    if not any(part["found"] for part in parts):
         return None
     for path, part in zip([path for path in paths if path.exists()], parts, strict=True):
         same = tuple(part["shots"]) == world.shots
@@ -220,28 +220,25 @@ def _curves(parts: Sequence[dict[str, Any]], name: str) -> Curves:
 
 
 def section(world: World, answers: Answers) -> list[str]:
-    """Heading, what was asked, and the table of each fit."""
+    """Heading, who was asked, and a table with rows for every fit that could ask."""
     low, middle, high = answers.pool
     pool = f"{low}" if low == high else f"{low} to {high}, median {middle}"
-    blocks = [f"## {world.title}"]
-    for name in dict.fromkeys([*answers.curves, *world.methods]):
+    users = max(curves["random"]["accuracy"].shape[1] for curves in answers.curves.values())
+    about = f"{users} users in {answers.of} repeats; questions in a user's pool: {pool}."
+    for name in world.methods:
         could = answers.repeats.get(name, 0)
-        head = f"**{name}** ({answers.of} repeats; pool of a user: {pool})"
         if could < answers.of:
-            head += f", has tastes to ask about in {could} of them"
-        blocks.append(head)
-        if could:
-            users = answers.curves[name]["random"]["accuracy"].shape[1]
-            blocks[-1] += f"; {users} users."
-            blocks.append(markdown(table(world, answers.curves[name])))
-    return blocks
+            about += f" {name} had tastes to ask about in {could} of {answers.of}."
+    tables = [table(world, curves).rename(lambda rule, name=name: f"{name}: {rule}")
+              for name, curves in answers.curves.items()]  # fmt: skip
+    return [f"## {world.title}", about, markdown(pd.concat(tables).fillna(""))]
 
 
 def table(world: World, curves: Curves) -> pd.DataFrame:
     """A row for each criterion, differences and numbers of questions with 95 % intervals."""
     shots, random = list(world.shots), curves["random"]
-    at = shots.index(TEN) if TEN in shots else len(shots) - 1
-    shown = [i for i, s in enumerate(shots) if s in (0, 5, TEN, *MOST)] or range(len(shots))
+    at = shots.index(TEN) if TEN in shots else 1
+    shown = [i for i, s in enumerate(shots) if TEN not in shots or s in (0, 5, TEN, *MOST)]
     rows = {}
     for rule, chosen in curves.items():
         cells = {}
