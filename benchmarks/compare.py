@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ from methods import METHODS
 from methods.lore import Lore
 from plots import full_colour
 from records import BT, MEASURES, Results, read_results, shots_name
-from reports import facts, markdown
+from reports import markdown
 from settings import NonNegativeInt
 from summaries import Summary, difference, interval, level
 
@@ -139,25 +140,46 @@ class Row(NamedTuple):
 
 
 def rows(runs: Sequence[Results]) -> list[Row]:
-    """What a table has a row for; what every run has only once."""
+    """What a table has a row for, baselines first; what every run has only once."""
     found: dict[str, Row] = {}
     for run in runs:
         for label in run.labels:
             found.setdefault(label, Row(run, label))
-    return list(found.values())
+    place = {method: number for number, method in enumerate(ORDER)}
+    return sorted(
+        found.values(), key=lambda row: place.get(row.results.methods[row.label], -1)
+    )
+
+
+def opening(run: Results) -> list[str]:
+    """What is known before any fit: in how many repeats users differ, and what the sides share."""
+    told = [str(fact) for one in run.repeats for fact in (one.get("facts") or {}).values()]
+    tests = [fact for fact in told if "score test" in fact]
+    others = list(dict.fromkeys(fact for fact in told if "score test" not in fact))
+    found = [fact for fact in tests if fact.startswith("Users differ")]
+    if not tests:
+        return others
+    line = f"The score test finds that users differ in {len(found)} of {len(tests)} repeats"
+    counts = [int(count.replace(",", "")) for count in re.findall(r"about ([\d,]+)", str(found))]
+    if counts:
+        most = f" to {max(counts):,}" if max(counts) > min(counts) else ""
+        line += (
+            f"; a user's own choices weigh as much as everyone else's from about {min(counts):,}"
+            f"{most} comparisons on"
+        )
+    return [line + ".", *others]
 
 
 def section(world: World, runs: Sequence[Results]) -> list[str]:
     """Heading, what the repeats are, and the two tables of a dataset."""
     table = rows(runs)
-    seeds = sorted({repeat["seed"] for run in runs for repeat in run.repeats})
     about = (
-        f"Repeats: seeds {', '.join(map(str, seeds))} of the {len(world.seeds)} of the full "
-        f"comparison (a row's number of them is in the second table), {TRIALS} draws of the shots "
-        f"in each. A shot is one of a user's {world.unit}."
+        f"{len(world.seeds)} repeats make the full comparison (a row's number of them is in the "
+        f"second table), with {TRIALS} draws of the shots in each. A shot is one of a user's "
+        f"{world.unit}."
     )
     return [
-        f"## {world.title}", about, *dict.fromkeys(line for run in runs for line in facts(run)),
+        f"## {world.title}", about, *dict.fromkeys(line for run in runs for line in opening(run)),
         "Accuracy in percent (minus BT, paired by user, with 95 % interval over users):",
         markdown({row.label: accuracies(world, row) for row in table}),
         f"Log loss (minus BT's); unseen users' accuracy at {shots_name(world.shots[-1])} with "
