@@ -26,6 +26,8 @@ NODES = 16  # of the quadrature in fits: relative error below 1e-6 for standard 
 FEW_NODES = 8  # while settings are chosen
 NODES_OF_PROBABILITIES = 32
 LEAST_VARIANCE = 1e-8
+ENOUGH = 0.25  # of the rise that a step's slope promises; with less, steps oscillate
+MOST = 0.75  # of the users of a block must still move for the others to be carried along
 CELLS = {"cpu": 1 << 13, "cuda": 1 << 22}  # comparisons at a time: what a core's cache holds
 
 
@@ -289,8 +291,9 @@ def solve(
     """Posteriors by damped Newton steps: no user's bound ever falls.
 
     A step of size r takes the precision r of the way to what the expected curvature asks for, and
-    the mean along the slope times r of the new covariance. A user whose bound would fall stays,
-    and halves r. Once most are done the others go on by themselves.
+    the mean along the slope times r of the new covariance. A user whose bound rises less than the
+    slope promises stays, and halves r. Users who are done stay where they are, so that nobody's
+    posterior depends on who else is there.
 
     Args:
         data: the users' comparisons.
@@ -317,31 +320,33 @@ def solve(
 def _solve(
     data: _Block, prior: tuple[Tensor, Tensor], m: Tensor, P: Tensor, tolerance: float, sweeps: int
 ) -> Posterior:
-    size, best = m.new_ones(len(m)), m.new_full((len(m),), -math.inf)
-    kept: tuple[Tensor, ...] = ()
-    for done in range(1, sweeps + 1):
+    found = Posterior(m.clone(), P.clone(), *m.new_empty(2, len(m)), 0)
+    live, size, kept = torch.arange(len(m), device=m.device), m.new_ones(len(m)), ()
+    best = least = m.new_full((len(m),), -math.inf)
+    for found.sweeps in range(1, sweeps + 1):
         S = invert(P)
         value, slope, added = data.likelihood(m, S)
         bound = value - _divergence(m, P, S, prior)
-        worse = bound < best - 1e-13 * (1 + best.abs())
+        worse = bound < least - 1e-13 * (1 + best.abs())
         aim, g = prior[1] + added, slope - (m - prior[0]) @ prior[1]
         now = (m, P, S, g, aim, bound, _decrement(S, g, aim - P))
         kept = tuple(_where(worse, *x) for x in zip(kept, now, strict=True)) if kept else now
-        m, P, S, g, aim, best, decrement = kept
-        slow = decrement > tolerance
-        if done == sweeps or not slow.any():
-            break
-        if done > 1 and 2 * int(slow.sum()) < len(m):
-            rest = _solve(data.some(slow), prior, m[slow], P[slow], tolerance, sweeps - done)
-            m, P, best, decrement = (x.clone() for x in (m, P, best, decrement))
-            m[slow], P[slow] = rest.mean, rest.precision
-            best[slow], decrement[slow], done = rest.bound, rest.decrement, done + rest.sweeps
+        found.mean[live], found.precision[live] = kept[0], kept[1]
+        found.bound[live], found.decrement[live] = kept[5], kept[6]
+        slow = kept[6] > tolerance
+        if not slow.any():
             break
         size = torch.where(worse, size / 2, (1.5 * size).clamp(max=1))
-        P = torch.lerp(P, aim, size[:, None, None])
+        if int(slow.sum()) < MOST * len(slow):
+            data, kept = data.some(slow), tuple(x[slow] for x in kept)
+            live, size, slow = live[slow], size[slow], slow[slow]
+        m, P, S, g, aim, best, decrement = kept
+        move = torch.where(slow, size, 0)  # who is done stays, whoever else is in the block
+        P = torch.lerp(P, aim, move[:, None, None])
         step = torch.cholesky_solve(g[:, :, None], torch.linalg.cholesky(P))[:, :, 0]
-        m = m + size[:, None] * step
-    return Posterior(m, P, best, decrement, done)
+        m = m + move[:, None] * step
+        least = best + ENOUGH * move * decrement
+    return found
 
 
 def _decrement(S: Tensor, g: Tensor, change: Tensor) -> Tensor:

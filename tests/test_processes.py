@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,6 +57,67 @@ def test_processes_together_do_what_one_does(dataset, tmp_path, name, processes,
     assert_same(*folders, (0, 1, 2, 3))
     assert list(table(one.out)) == list(table(several.out))
     assert several.out.count("Verdict:") == 1
+
+
+FITS = """
+import dataclasses, json, sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import torch
+import planted
+from devices import processes
+from methods.mixed_logit import MixedLogit
+from methods.ridge_bt import RidgeBT
+
+process, together = processes()
+task = planted.task(users=40, shots=30, features=16)
+task.train.dialogs = torch.arange(len(task.train)) // 3
+task.train.weight = 0.5 + 0.5 * (torch.arange(len(task.train)) % 3).double()
+here = dict(process=process, processes=together, stream=sys.argv[4] == "true")
+task, found = dataclasses.replace(task, **here), {{}}
+for name, method in (("ridge_bt", RidgeBT()), ("mixed_logit", MixedLogit(rank=4))):
+    (fit,) = method.fit(task)
+    own = fit.adapt(fit.view(task.few), task.few, 0)
+    losses = [
+        data.log_losses(fit.logits(fit.view(data), state, data.user)).tolist()
+        for data, state in ((task.train, fit.users), (task.seen, fit.users), (task.unseen, own))
+    ]
+    found[name] = {{"facts": fit.describe(), "losses": losses}}
+if process == 0:
+    json.dump(found, open(sys.argv[2], "w"))
+"""
+
+
+def assert_close(a: Any, b: Any, place: str = "") -> None:
+    """The same JSON values, numbers within a millionth (of 1, where they are smaller)."""
+    if isinstance(a, float):
+        assert abs(a - b) <= 1e-6 * max(1, abs(a)), (place, a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), place
+        for key in a:
+            assert_close(a[key], b[key], f"{place} {key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), (place, a, b)
+        for i, pair in enumerate(zip(a, b, strict=True)):
+            assert_close(*pair, f"{place} {i}")
+    else:
+        assert a == b, place
+
+
+def test_mixed_logit_and_ridge_bt_are_the_same_in_every_form(tmp_path):
+    """In memory, streamed, and spread over processes: the same choice and the same losses."""
+    (tmp_path / "fits.py").write_text(FITS.format(root=str(running.ROOT)))
+    found = []
+    for name, processes, stream in (("one", 1, "false"), ("disk", 1, "true"), ("two", 2, "true")):
+        flags = {"results": tmp_path / name, "stream": stream}
+        outcome = running.run(str(tmp_path / "fits.py"), flags, processes)
+        assert outcome.status == 0, outcome.err
+        found.append(json.loads((tmp_path / name).read_text()))
+    facts = found[0]["mixed_logit"]["facts"]
+    assert facts["chosen"]["components"] > 0 and len(facts["tried"]) > 5
+    for one in found:  # how far from the maximum the last sweep stopped, all below 1e-5
+        assert one["mixed_logit"]["facts"].pop("decrement") < 1e-5
+    for other in found[1:]:
+        assert_close(found[0], other)
 
 
 def test_a_killed_training_goes_on_where_it_was(dataset, tmp_path):
