@@ -234,7 +234,7 @@ def _carry_out(
                 methods[name].check(task)
         about = _about(tasks, task) if here[0] == 0 else {}
         for name in names:
-            task.state = run.folder / f"state-seed{seed}-{name}"
+            task.state = run.state(seed, name)
             start, busy = time.perf_counter(), time.process_time()
             fits = methods[name].fit(task)
             seconds, busy = time.perf_counter() - start, time.process_time() - busy

@@ -110,15 +110,19 @@ class Run:
         part = seeds.setdefault(seed, {"seed": seed, **about, "methods": {}})
         done = {**part["methods"], name: {**method, "settings": plain(method["settings"])}}
         first = [method for method in order if method in done]
-        part["methods"] = {method: done[method] for method in [*first, *(done.keys() - first)]}
+        rest = [method for method in done if method not in first]
+        part["methods"] = {method: done[method] for method in [*first, *rest]}
         self.results["seeds"] = list(seeds.values())
         kept = json.loads((self.folder / "settings.json").read_text())
         write_text(self.folder / "results.json", json.dumps({**kept, **self.results}))
 
+    def state(self, seed: int, name: str) -> Path:
+        """Where the state of a method's training is kept, with a suffix."""
+        return self.folder / f"state-seed{seed}-{name}"
 
     def forget(self, seed: int, name: str) -> None:
         """Remove the states of a method's training, every process's, once it is finished."""
-        for file in self.folder.glob(f"state-seed{seed}-{name}-*.pt"):
+        for file in self.folder.glob(f"{self.state(seed, name).name}-*.pt"):
             file.unlink(missing_ok=True)
 
     def tidy(self, seeds: Sequence[int], methods: Iterable[str]) -> None:

@@ -1,6 +1,6 @@
 """Every method on several datasets, one repeat after the other: tables and a figure (make compare).
 
-    python benchmarks/compare.py                            # all that is prepared: most of a day
+    python benchmarks/compare.py                            # all that is prepared: some hours
     python benchmarks/compare.py --only prism --repeats 2
     python benchmarks/compare.py --tables-only               # tables of what is finished
 

@@ -27,6 +27,7 @@ import people
 import preparing
 import reference
 import reports
+import runs
 import training
 import utils
 import worlds
@@ -672,6 +673,15 @@ def test_methods_and_seeds_that_are_added_later_are_all_that_is_fitted(
         for name, method in other["methods"].items():
             assert one["methods"][name]["records"] == method["records"]
         assert list(one["methods"]) == list(other["methods"])
+
+
+def test_methods_that_are_not_asked_for_again_keep_their_order(tmp_path):
+    (tmp_path / "settings.json").write_text("{}")
+    run = runs.Run(tmp_path, {}, {"seeds": []})
+    names = [f"method {letter}" for letter in "abcdefgh"]
+    for name in names:
+        run.add(0, {}, name, {"settings": {}}, [name])
+    assert list(run.part(0)["methods"]) == names[::-1]  # those asked for come first
 
 
 def test_an_unknown_method_is_refused_before_anything_is_made(world, tmp_path):
