@@ -14,9 +14,11 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 import core
+import mixed
 import running
 import scaling
 import side
+import threads
 import utils
 from files import InputError
 
@@ -159,3 +161,27 @@ def test_growth_is_measured_over_a_decade(tmp_path):
     assert names == {"scaling.csv", "scaling.pdf", "scaling.png"}
     kept = pd.read_csv(tmp_path / "scaling.csv")
     assert len(kept) == 16 and (kept["seconds"] > 0).all()
+
+
+def test_the_mixed_logit_is_timed_beside_lore(monkeypatch):
+    monkeypatch.setattr(mixed, "MEASURED", 2)
+    rows = table(run("mixed.py", "--users=30", "--pairs=8", "--features=12").out)
+    assert list(rows.index) == ["F = 12"]
+    seconds = rows.drop(columns="chosen").astype(float)
+    assert (seconds.iloc[0, :2] >= 0).all() and "l_mu" in rows["chosen"].iloc[0]
+
+
+def test_planted_choices_are_of_the_rank_that_is_said():
+    data = mixed.made(200, 50, 10)
+    x = data.features.x.view(200, 50, 10)
+    directions = x.mean(1)  # of each user: what was chosen points along the user's reward
+    sizes = torch.linalg.svdvals(directions - directions.mean(0))
+    assert sizes[mixed.RANK - 1] > 1.5 * sizes[mixed.RANK + 1]
+
+
+def test_differences_between_threads_are_the_largest_of_any_user():
+    one = [{"accuracy": [0.5, 1.0], "log_loss": [0.2, 0.3], "brier": [0.1, 0.1]}]
+    other = [{"accuracy": [0.75, 0.75], "log_loss": [0.2, 0.4], "brier": [0.1, 0.1]}]
+    found = threads._differences(one, other)
+    expected = {"mean accuracy": 0, "accuracy": 0.25, "log_loss": 0.1, "brier": 0}
+    assert {name: float(value) for name, value in found.items()} == pytest.approx(expected)
