@@ -172,11 +172,10 @@ def test_the_mixed_logit_is_timed_beside_lore(monkeypatch):
 
 
 def test_planted_choices_are_of_the_rank_that_is_said():
-    data = mixed.made(200, 50, 10)
-    x = data.features.x.view(200, 50, 10)
+    x = mixed.made(300, 200, 10).features.x.view(300, 200, 10) * torch.arange(1, 11).sqrt()
     directions = x.mean(1)  # of each user: what was chosen points along the user's reward
     sizes = torch.linalg.svdvals(directions - directions.mean(0))
-    assert sizes[mixed.RANK - 1] > 1.5 * sizes[mixed.RANK + 1]
+    assert sizes[mixed.RANK - 1] > 1.5 * sizes[mixed.RANK]
 
 
 def test_differences_between_threads_are_the_largest_of_any_user():
