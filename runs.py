@@ -122,7 +122,7 @@ class Run:
 
     def forget(self, seed: int, name: str) -> None:
         """Remove the states of a method's training, every process's, once it is finished."""
-        for file in self.folder.glob(f"{self.state(seed, name).name}-*.pt"):
+        for file in self.folder.glob(f"{self.state(seed, name).name}-*"):
             file.unlink(missing_ok=True)
 
     def tidy(self, seeds: Sequence[int], methods: Iterable[str]) -> None:

@@ -21,6 +21,7 @@ from files import require
 from methods.base import Fitted, Task
 from methods.geometry import Geometry, everyones, measure
 from methods.heterogeneity import score_test
+from methods.journal import Journal
 from methods.mixed_fit import MixedFit
 from methods.mixture import fit_mixture
 from methods.population import first_tastes, fit_population
@@ -57,17 +58,19 @@ class MixedLogit:
         require(self.rank >= 1, "rank must be at least 1")
         require((self.l_mu is None) == (self.l_B is None), "give l_mu and l_B together, or neither")
         tried: list[dict[str, Any]] = []
-        chosen, start = (self._given(), None) if self.l_mu else self._choose(task, tried)
+        journal = Journal(task, self)
+        given = self.l_mu is not None
+        chosen, start = (self._given(), None) if given else self._choose(task, tried, journal)
         data = task.mine
         geometry = replace(measure(data, task.processes), white=chosen.white)
-        return [self._final(task, data, geometry, chosen, tried, start)]
+        return [self._final(task, data, geometry, chosen, tried, start, journal)]
 
     def _given(self) -> Candidate:
         assert self.l_mu is not None and self.l_B is not None
         return Candidate(bool(self.whitened), self.l_mu, self.l_B, self.mixtures[0])
 
     def _choose(
-        self, task: Task, tried: list[dict[str, Any]]
+        self, task: Task, tried: list[dict[str, Any]], journal: Journal
     ) -> tuple[Candidate, Tensor | None]:
         data = Validation(task)
         if not data.possible:
@@ -76,7 +79,7 @@ class MixedLogit:
         kinds = (False, True) if self.whitened is None else (self.whitened,)
         found = score_test(task.mine, processes=task.processes)
         log.info(found.sentence)
-        return Search(data, self.rank, tried).run(kinds, self.mixtures, found.p)
+        return Search(data, self.rank, tried, journal).run(kinds, self.mixtures, found.p)
 
     def _final(
         self,
@@ -86,6 +89,7 @@ class MixedLogit:
         chosen: Candidate,
         tried: list[dict[str, Any]],
         start: Tensor | None,
+        journal: Journal,
     ) -> MixedFit:
         K = min(self.rank, data.num_features)
         facts = {
@@ -95,17 +99,19 @@ class MixedLogit:
         }
         log.info("mixed logit: %s", facts["note"])
         if chosen.components == 0:
-            shared = fit_shared(data, geometry, chosen.l_mu, processes=task.processes)
+            shared = fit_shared(data, geometry, chosen.l_mu, processes=task.processes, kept=journal)
             facts["losses"] = [value / geometry.count for value in shared.values]
             none = shared.x.new_zeros(task.train.num_users, 0)
             return MixedFit(geometry.raw(shared.x), None, none, facts)
         if start is None:
-            mu = fit_shared(data, geometry, chosen.l_mu, processes=task.processes).x
+            mu = fit_shared(data, geometry, chosen.l_mu, processes=task.processes, kept=journal).x
             start = torch.cat([mu, first_tastes(data, geometry, mu, K, task.processes)[0]], 1)
         else:
             start = geometry.stretched(start)
         strengths = chosen.l_mu, chosen.l_B
-        fit = fit_population(data, geometry, strengths, start, processes=task.processes)
+        fit = fit_population(
+            data, geometry, strengths, start, processes=task.processes, kept=journal
+        )
         directions, turn, spectrum = principal(geometry.raw(fit.theta))
         prior = Prior.standard(K, fit.theta)
         if chosen.components > 1:

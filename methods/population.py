@@ -13,6 +13,7 @@ from torch import Tensor
 
 from comparisons import Comparisons
 from methods.geometry import Geometry, total
+from methods.journal import Kept, anew
 from methods.lbfgs import minimise
 from methods.posterior import NODES, Evidence, Posterior, solve
 from methods.ridge_bt import inverse_curvature, precision
@@ -92,6 +93,7 @@ def fit_population(
     tolerance: float = FINE,
     iterations: int = 100,
     nodes: int = NODES,
+    kept: Kept = anew,
 ) -> Population:
     """Maximise the evidence bound over mu and B; each user's posterior is found at every step.
 
@@ -104,15 +106,19 @@ def fit_population(
         processes: over which users are spread.
         tolerance, iterations: of the minimisation.
         nodes: of the quadrature.
+        kept: keeps the minimum, see journal.py.
     """
     objective = Objective(data, geometry, strengths, processes, INNER * tolerance, nodes)
     objective.posterior = posterior
     inverse = inverse_curvature(geometry, objective.column_strengths(start.shape[1] - 1))
-    found = minimise(objective, start, inverse, tolerance, iterations)
-    objective(found.x)
+    what = f"tastes, white {geometry.white}, strengths {strengths}, tolerance {tolerance}"
+    found = kept(what, lambda: minimise(objective, start, inverse, tolerance, iterations))
+    x = found.x.to(start)
+    objective.posterior = None  # so that it follows from mu and B alone, and is not kept
+    objective(x)
     q = objective.posterior
     assert q is not None
-    return Population(found.x, strengths, found.values, found.evaluations + 1, q)
+    return Population(x, strengths, found.values, found.evaluations + 1, q)
 
 
 def first_tastes(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from comparisons import Comparisons, DenseFeatures
 from files import write_whole
 from methods.base import Fitted, Task, View
 from methods.geometry import Geometry, measure, total
+from methods.journal import Journal, Kept, anew
 from methods.lbfgs import Minimum, minimise
 from methods.validation import Scores, Validation
 from settings import PositiveFloat
@@ -59,6 +60,7 @@ def fit_shared(
     processes: int = 1,
     tolerance: float = FINE,
     iterations: int = 200,
+    kept: Kept = anew,
 ) -> Minimum:
     """The shared reward [F, 1] (among stretched features) with the greatest posterior density.
 
@@ -71,6 +73,7 @@ def fit_shared(
         start: where to begin; zero if None.
         processes: over which users are spread.
         tolerance, iterations: of the minimisation.
+        kept: keeps the minimum, see journal.py.
     """
     dtype = precision(data)
 
@@ -86,7 +89,10 @@ def fit_shared(
     if start is None:
         start = geometry.directions.new_zeros(data.num_features, 1)
     strengths = geometry.values.new_tensor([strength])
-    return minimise(loss, start, inverse_curvature(geometry, strengths), tolerance, iterations)
+    inverse = inverse_curvature(geometry, strengths)
+    what = f"shared reward, white {geometry.white}, l_mu {strength:.9g}, tolerance {tolerance}"
+    found = kept(what, lambda: minimise(loss, start, inverse, tolerance, iterations))
+    return replace(found, x=found.x.to(start))
 
 
 class SharedFit(Fitted):
@@ -122,7 +128,10 @@ class SharedFit(Fitted):
 
 
 def ridge_path(
-    data: Validation, geometries: Sequence[Geometry], tried: list[dict[str, Any]]
+    data: Validation,
+    geometries: Sequence[Geometry],
+    tried: list[dict[str, Any]],
+    kept: Kept = anew,
 ) -> tuple[float, list[Tensor], Scores]:
     """The best of the ridges on validation, in five tries.
 
@@ -133,6 +142,7 @@ def ridge_path(
         data: what the choice is made on.
         geometries: of each split's features.
         tried: gets a record of every strength and its log losses.
+        kept: keeps minima, see journal.py.
 
     Returns:
         The strength, each split's shared reward among stretched features [F, 1], and the scores.
@@ -143,7 +153,7 @@ def ridge_path(
         if place not in found:
             near = min(found, key=lambda other: abs(other - place), default=None)
             starts = [None] * len(data.splits) if near is None else found[near][0]
-            found[place] = _try_ridge(data, geometries, STRENGTHS[place], starts, tried)
+            found[place] = _try_ridge(data, geometries, STRENGTHS[place], starts, tried, kept)
         return found[place][1].loss
 
     best = lowest(loss)
@@ -169,9 +179,10 @@ def _try_ridge(
     strength: float,
     starts: Sequence[Tensor | None],
     tried: list[dict[str, Any]],
+    kept: Kept,
 ) -> tuple[list[Tensor], Scores]:
     found = [
-        fit_shared(split.fit, geometry, strength, mu, split.processes, ROUGH).x
+        fit_shared(split.fit, geometry, strength, mu, split.processes, ROUGH, kept=kept).x
         for split, geometry, mu in zip(data.splits, geometries, starts, strict=True)
     ]
     fits = [
@@ -199,12 +210,12 @@ class RidgeBT:
     def fit(self, task: Task) -> list[Fitted]:
         """Choose the strength, then fit all training comparisons."""
         tried: list[dict[str, Any]] = []
-        strength = self.strength
+        strength, journal = self.strength, Journal(task, self)
         if strength is None:
-            strength = self._choose(task, tried)
+            strength = self._choose(task, tried, journal)
         data = task.mine
         geometry = measure(data, task.processes)
-        found = fit_shared(data, geometry, strength, processes=task.processes)
+        found = fit_shared(data, geometry, strength, processes=task.processes, kept=journal)
         facts = {
             "chosen": {"l_mu": strength}, "tried": tried, "scale": geometry.scale,
             "losses": [value / geometry.count for value in found.values],
@@ -214,10 +225,10 @@ class RidgeBT:
         log.info("ridge BT: %s", facts["note"])
         return [SharedFit(geometry.raw(found.x)[:, 0], task.train.num_users, facts)]
 
-    def _choose(self, task: Task, tried: list[dict[str, Any]]) -> float:
+    def _choose(self, task: Task, tried: list[dict[str, Any]], journal: Journal) -> float:
         data = Validation(task)
         if not data.possible:
             log.warning("no user has two dialogues: a ridge of 1, as nothing can be held out")
             return 1.0
         geometries = [measure(split.fit, task.processes) for split in data.splits]
-        return ridge_path(data, geometries, tried)[0]
+        return ridge_path(data, geometries, tried, journal)[0]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from methods.geometry import Geometry, measure
+from methods.journal import Kept, anew
 from methods.linear import TRIES
 from methods.mixed_fit import MixedFit
 from methods.mixture import fit_mixture
@@ -78,10 +79,13 @@ class Search:
         data: what the choice is made on.
         rank: K.
         tried: gets a record of every candidate and its log losses.
+        kept: keeps minima, see journal.py.
     """
 
-    def __init__(self, data: Validation, rank: int, tried: list[dict[str, Any]]) -> None:
-        self.data, self.rank, self.tried = data, rank, tried
+    def __init__(
+        self, data: Validation, rank: int, tried: list[dict[str, Any]], kept: Kept = anew
+    ) -> None:
+        self.data, self.rank, self.tried, self.kept = data, rank, tried, kept
         self.geometries = [measure(split.fit, split.processes) for split in data.splits]
         self.best: _Tried | None = None
 
@@ -97,7 +101,7 @@ class Search:
         """
         first, *others = kinds
         mixtures = [components for components in mixtures if components > 1]
-        l_mu, mus, scores = ridge_path(self.data, self._kinds(first), self.tried)
+        l_mu, mus, scores = ridge_path(self.data, self._kinds(first), self.tried, self.kept)
         ridge = Candidate(first, l_mu)
         self._strengths(ridge, mus, TRIES - len(others) - len(mixtures))
         if self.best is None or self.best.scores.loss >= scores.loss:
@@ -165,7 +169,7 @@ class Search:
         fits = [
             fit_population(
                 split.fit, geometry, (c.l_mu, c.l_B), theta, posterior, split.processes, ROUGH,
-                nodes=FEW_NODES,
+                nodes=FEW_NODES, kept=self.kept,
             )
             for split, geometry, (theta, posterior) in zip(
                 self.data.splits, self._kinds(c.white), starts, strict=True

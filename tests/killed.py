@@ -5,12 +5,14 @@ As a program it answers jobs, a line of JSON each, so that the imports are paid 
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import random
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,6 +25,7 @@ import torch.distributed as dist
 
 import experiments
 import people
+from methods import search
 from methods.mixed_logit import MixedLogit
 
 MOMENTS = 20
@@ -30,10 +33,11 @@ CASES: dict[str, dict[str, Any]] = {
     "joint": {"methods": ("lore",), "iterations": 10},
     "alternating": {"methods": ("lore",), "iterations": 10, "estimator": "lore_regularized"},
     "mixed logit": {"methods": ("mixed_logit",), "iterations": 2,
-                    "mixed_logit": MixedLogit(rank=2, l_mu=1.0, l_B=0.1, mixtures=(2,))},
+                    "mixed_logit": MixedLogit(rank=2, whitened=False, mixtures=(1,))},
 }  # fmt: skip
-PEOPLE = people.planted(users=8, dialogues=2, F=5)
+PEOPLE = people.planted(users=8, dialogues=4, F=5)
 QUICK = {"checkpoint_every": 2, "few_shot_iterations": 2}
+PATIENCE = 120  # seconds after which a child is taken to hang
 WRITES = {"open", "write", "write_record", "write_end_of_file", "serialize_file",
           "replace", "unlink", "mkdir"}  # fmt: skip
 
@@ -82,8 +86,15 @@ def child(work: Callable[[], Any]) -> int:
 
 
 def status(number: int) -> int:
-    """How a child ended; -9 after SIGKILL."""
-    return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
+    """How a child ended: -9 by SIGKILL, -6 where it hung and had to say where it was."""
+    until, ended = time.monotonic() + PATIENCE, (0, 0)
+    while ended[0] == 0:
+        if time.monotonic() > until:
+            os.kill(number, signal.SIGABRT)
+            until += PATIENCE
+        time.sleep(0.002)
+        ended = os.waitpid(number, os.WNOHANG)
+    return os.waitstatus_to_exitcode(ended[1])
 
 
 class Job:
@@ -147,11 +158,14 @@ class Job:
 
 def main() -> None:
     """Answer jobs until there are no more."""
+    faulthandler.enable()
     torch.set_num_threads(1)  # a forked child cannot use its parent's threads
     experiments.report = lambda folder: ""  # drawn from the results alone, and dear
     experiments.PERMUTATIONS = experiments.SHUFFLES = 1
-    with tempfile.TemporaryDirectory() as folder:  # what torch imports late, it imports here
-        people.fit(PEOPLE, Path(folder), **QUICK, iterations=2)
+    search.TRIES = 7
+    for case in CASES.values():  # what is imported late, is imported here
+        with tempfile.TemporaryDirectory() as folder:
+            people.fit(PEOPLE, Path(folder), **QUICK, **case)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:

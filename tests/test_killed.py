@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ def ask() -> Iterator[Callable[..., Any]]:
     path = os.pathsep.join([str(running.ROOT), str(running.ROOT / "tests")])
     process = subprocess.Popen(
         [sys.executable, killed.__file__], env={**running.ENV, "PYTHONPATH": path},
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
 
     def answer(**job: Any) -> Any:
@@ -34,6 +35,7 @@ def ask() -> Iterator[Callable[..., Any]]:
         return json.loads(process.stdout.readline())
 
     yield answer
+    os.killpg(process.pid, signal.SIGKILL)  # and its children, where a test has given up
     process.communicate()
 
 
