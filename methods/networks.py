@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from comparisons import Comparisons, Pairs, RowFeatures, Users
+from comparisons import Comparisons, Pairs, RowFeatures, Seed, Users, as_generator
 from files import InputError, require
-from methods.base import Fitted, Task
+from methods.base import Fitted, Task, View
 from methods.validation import (
     HeldOut,
     PseudoNew,
@@ -171,13 +171,47 @@ def descend(
     return course
 
 
-# --------------------------------------------------------------------- Choosing
+# ---------------------------------------------------------------------- Methods
+
+
+class Networked:
+    """A method with a network, in the published setting or fitted to a tolerance.
+
+    ``learn`` does what differs between methods.
+    """
+
+    setting: str
+
+    @property
+    def faithful(self) -> bool:
+        """Whether the published constants and budget are kept."""
+        return self.setting == "faithful"
+
+    def fit(self, task: Task) -> list[Fitted]:
+        """Learn from the task's training comparisons.
+
+        Raises:
+            InputError: only differences of embeddings are held.
+        """
+        rows_of(task.train)
+        return [] if task.process else [self.learn(task)]  # the first process judges alone
+
+    def learn(self, task: Task) -> Network:
+        """The published fit, or the best one of those that ``choose`` tries."""
+        raise NotImplementedError
 
 
 class Network(Fitted):
     """A fitted method with a network.
 
+    Args:
+        name: of the method in tables.
+        method: its settings.
+        data: training comparisons.
+
     Attributes:
+        faithful: whether the published constants are kept.
+        scale: what rows are divided by; 1 if faithful.
         course: of its training.
         variant: a setting of new users' fits or of scoring that needs no other training.
         tried: configurations that were tried, with held-out log losses.
@@ -185,9 +219,15 @@ class Network(Fitted):
     """
 
     course: Course
-    variant: float
+    variant: float = 0.0
     tried: Sequence[dict[str, Any]] = ()
     parameters: int = 0
+
+    def __init__(self, name: str, method: Networked, data: Comparisons) -> None:
+        self.faithful = method.faithful
+        self.label = f"{name} faithful" if self.faithful else name
+        self.settings = {"setting": method.setting}
+        self.scale = 1.0 if self.faithful else row_scale(data)
 
     def describe(self) -> dict[str, Any]:
         """Parameters, configurations tried, training curve and a line for the report."""
@@ -203,6 +243,94 @@ class Network(Fitted):
         """A line for the report."""
         return f"{self.label}: {self.parameters:,} parameters, {self.course.epochs} epochs"
 
+
+class Mixing(Network):
+    """A network whose users mix K outputs: a state is weights [K] on the simplex, and nobody's is
+    the mean of the seen users'.
+
+    Attributes:
+        free: logits [U, K] of the seen users' weights.
+        variant: ridge of new users' weights.
+        hinge: the loss is the hinge loss of margin 1, not the log loss.
+    """
+
+    free: Tensor
+    hinge: bool = False
+
+    def train(
+        self,
+        data: Comparisons,
+        weight: Tensor,
+        optimizer: torch.optim.Optimizer,
+        size: int,
+        generator: torch.Generator,
+        held: Held,
+        epochs: int,
+        **settings: Any,
+    ) -> None:
+        """Descend, a batch of comparisons after the other.
+
+        Args:
+            data: training comparisons.
+            weight: what each of them weighs [N].
+            optimizer: of network and weights.
+            size: comparisons in a batch.
+            generator: of the batches.
+            held: comparisons to stop by, if there are any.
+            epochs: passes over the data, at most.
+            settings: further ones of ``descend``.
+        """
+        pairs = scaled_pairs(data, self.scale)
+
+        def epoch() -> Iterator[Tensor]:
+            for some in batches(len(data), size, generator):
+                some = some.to(data.device)
+                logits = self.batch_logits(pairs[some], data.user[some])
+                yield add_losses(logits, weight[some], self.hinge)
+
+        def held_now() -> float:
+            return held_loss(self, held, self.free.softmax(1))
+
+        self.course = descend(optimizer, epoch, epochs, held and held_now, **settings)
+
+    def batch_logits(self, pairs: Pairs, user: Tensor) -> Tensor:
+        """Logits [n] of training comparisons, from scaled rows, at the present parameters."""
+        raise NotImplementedError
+
+    def finish(self, network: nn.Module, *own: Tensor) -> None:
+        """Nothing is trained any more: read the states, and count the parameters.
+
+        Args:
+            network: frozen from now on.
+            own: other parameters of the method.
+        """
+        frozen(network)
+        self.free = self.free.detach()
+        self.users = self.free.softmax(1)
+        self.nobody = self.users.mean(0)
+        self.parameters = sum(p.numel() for p in [*network.parameters(), *own, self.free])
+
+    def adapt(self, view: View, users: Users, seed: Seed) -> Tensor:
+        """Weights [U', K] that fit users' comparisons, all else fixed (eq. 11)."""
+        if len(users) == 0:
+            return self.nobody.repeat(users.num_users, 1)
+        if self.faithful:
+            found = self.published(view, users, as_generator(seed))
+        else:
+            start = self.nobody.log().repeat(users.num_users, 1)
+            found = solve_weights(partial(self.losses, view), users, start, self.variant)
+        return where_known(found, users, self.nobody)
+
+    def losses(self, view: View, rows: slice, weights: Tensor, user: Tensor) -> Tensor:
+        """Losses [n] of some comparisons, given weights [U', K] and whose they are [n]."""
+        return losses_of(self.logits(view[rows], weights, user), self.hinge)
+
+    def published(self, view: View, users: Users, generator: torch.Generator) -> Tensor:
+        """Weights [U', K] of users by the published fit."""
+        raise NotImplementedError
+
+
+# --------------------------------------------------------------------- Choosing
 
 Held = HeldOut | None
 Train = Callable[[Comparisons, Held, Any, int], Network]
@@ -284,10 +412,14 @@ def pair_weights(users: Users, by_user: bool) -> Tensor:
     return (weight / weight.mean()).float()
 
 
+def losses_of(logits: Tensor, hinge: bool = False) -> Tensor:
+    """The log loss, or the hinge loss of margin 1, of each of the logits [n]."""
+    return (1 - logits).clamp(min=0) if hinge else softplus(-logits)
+
+
 def add_losses(logits: Tensor, weight: Tensor, hinge: bool = False) -> Tensor:
-    """Weighted mean of the log loss, or of the hinge loss of margin 1, of logits [n]."""
-    losses = (1 - logits).clamp(min=0) if hinge else softplus(-logits)
-    return weight @ losses / len(losses)
+    """Weighted mean of the losses of logits [n]."""
+    return weight @ losses_of(logits, hinge) / len(logits)
 
 
 # --------------------------------------------------------------- Users' weights

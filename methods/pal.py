@@ -8,7 +8,6 @@ Shape letters: U users, N comparisons, F features, K prototypes, D width of f, R
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -16,27 +15,19 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from comparisons import Comparisons, Pairs, Seed, Users, as_generator
+from comparisons import Comparisons, Pairs, Users
 from files import require
-from methods.base import Fitted, Task
+from methods.base import Task
 from methods.networks import (
     Held,
-    Network,
-    add_losses,
-    batches,
+    Mixing,
+    Networked,
     blocks,
     choose,
-    descend,
     distinct,
-    frozen,
-    held_loss,
     linear,
     pair_weights,
-    row_scale,
     rows_of,
-    scaled_pairs,
-    solve_weights,
-    where_known,
 )
 from methods.validation import hold_out, shared_prompts
 from settings import NonNegativeInt, PositiveInt
@@ -46,7 +37,7 @@ NEW_USER_RATE, NEW_USER_EPOCHS = 5e-3, 20  # published
 
 
 @dataclass(frozen=True)
-class PAL:
+class PAL(Networked):
     """PAL-A.
 
     ``faithful`` keeps the published constants: rows as they are, f of width 512, batches of 4,
@@ -72,54 +63,38 @@ class PAL:
     squared: bool = False
     epochs: NonNegativeInt = 0
 
-    def fit(self, task: Task) -> list[Fitted]:
-        """Learn f, prototypes and weights from the task's training comparisons.
-
-        Raises:
-            InputError: only differences of embeddings are held.
-        """
-        rows_of(task.train)
-        if task.process:  # the first process judges alone
-            return []
-
+    def learn(self, task: Task) -> FittedPAL:
+        """Learn f, prototypes and weights from the task's training comparisons."""
         train = partial(self._train, seed=task.seed)
-        if self.setting == "faithful":
+        if self.faithful:
             shared = shared_prompts(task.train, task.seed)
             held = hold_out(task.train, task.seed, shared, task.validation)
             require(held.held is not None, "no user has two dialogues: nothing can be held out")
-            return [train(held.fit, held, self.prototypes[0], self.epochs or 20)]
+            return train(held.fit, held, self.prototypes[0], self.epochs or 20)
         models = "prototypes", self.prototypes
-        return [choose(task, models, ("ridge", RIDGES), self.epochs or 60, train)]
+        return choose(task, models, ("ridge", RIDGES), self.epochs or 60, train)
 
     def _train(
         self, data: Comparisons, held: Held, K: int, epochs: int, seed: int
     ) -> FittedPAL:
-        faithful = self.setting == "faithful"
         generator = torch.Generator().manual_seed(seed)
-        fit = FittedPAL(self, data, K, 1.0 if faithful else row_scale(data), generator)
-        faster = 1 if faithful else 10
+        fit = FittedPAL(self, data, K, generator)
+        faster = 1 if self.faithful else 10
         optimizer = torch.optim.Adam(
             [
                 {"params": fit.f.parameters(), "lr": 1e-4 * faster, "weight_decay": 0.01},
                 {"params": [fit.prototypes, fit.free], "lr": 5e-3 * faster},
             ]
         )
-        pairs, weight = scaled_pairs(data, fit.scale), pair_weights(data, not faithful)
-
-        def epoch() -> Iterator[Tensor]:
-            for some in batches(len(data), 4 if faithful else 64, generator):
-                some = some.to(data.device)
-                yield add_losses(fit.batch_logits(pairs[some], data.user[some]), weight[some], True)
-
-        def held_now() -> float:
-            return held_loss(fit, held, fit.free.softmax(1))
-
-        patience = {"patience": epochs} if faithful else {}
-        fit.course = descend(optimizer, epoch, epochs, held and held_now, **patience)
-        return fit.finish()
+        weight = pair_weights(data, not self.faithful)
+        size, patience = (4, {"patience": epochs}) if self.faithful else (64, {})
+        fit.train(data, weight, optimizer, size, generator, held, epochs, **patience)
+        fit.prototypes = fit.prototypes.detach()
+        fit.finish(fit.f, fit.prototypes)
+        return fit
 
 
-class FittedPAL(Network):
+class FittedPAL(Mixing):
     """A fitted PAL. A user's state is the weights [K] of the prototypes in that user's ideal point;
     nobody's is the mean of the seen users' weights.
 
@@ -127,24 +102,21 @@ class FittedPAL(Network):
         method: its settings.
         data: training comparisons.
         K: number of prototypes.
-        scale: what rows are divided by.
         generator: of initial values: torch's own for f, unit vectors for prototypes, N(0, 1) for
             the logits of weights.
 
     Attributes:
         f: the network [*, F] -> [*, D].
         prototypes: [K, F].
-        free: logits [U, K] of the seen users' weights.
-        variant: ridge of new users' weights.
     """
 
+    hinge = True
+
     def __init__(
-        self, method: PAL, data: Comparisons, K: int, scale: float, generator: torch.Generator
+        self, method: PAL, data: Comparisons, K: int, generator: torch.Generator
     ) -> None:
-        self.faithful = method.setting == "faithful"
-        self.label = "PAL faithful" if self.faithful else "PAL"
-        self.settings = {"setting": method.setting}
-        self.squared, self.scale, self.variant = method.squared, scale, 0.0
+        super().__init__("PAL", method, data)
+        self.squared = method.squared
         width, F = method.width or (512 if self.faithful else 128), data.num_features
         layers: list[nn.Module] = []
         for number in range(method.layers):
@@ -154,16 +126,6 @@ class FittedPAL(Network):
         W = torch.randn(data.num_users, K, generator=generator)
         self.prototypes = (P / P.norm(dim=1, keepdim=True)).to(data.device).requires_grad_()
         self.free = W.to(data.device).requires_grad_()
-
-    def finish(self) -> FittedPAL:
-        """Nothing is trained any more."""
-        frozen(self.f)
-        self.prototypes, self.free = self.prototypes.detach(), self.free.detach()
-        self.users = self.free.softmax(1)
-        self.nobody = self.users.mean(0)
-        shared = [*self.f.parameters(), self.prototypes, self.free]
-        self.parameters = sum(p.numel() for p in shared)
-        return self
 
     @torch.no_grad()
     def view(self, data: Comparisons) -> Pairs:
@@ -189,24 +151,8 @@ class FittedPAL(Network):
             parts.append(far.square() - near.square() if self.squared else far - near)
         return torch.cat(parts)
 
-    def adapt(self, view: Pairs, users: Users, seed: Seed) -> Tensor:
-        """Weights [U', K] that fit users' comparisons, f and prototypes fixed."""
-        if len(users) == 0:
-            return self.nobody.repeat(users.num_users, 1)
-        if self.faithful:
-            found = self._published(view, users, as_generator(seed))
-        else:
-            start = self.nobody.log().repeat(users.num_users, 1)
-
-            def losses(rows: slice, weights: Tensor, user: Tensor) -> Tensor:
-                part = Pairs(view.values, view.chosen[rows], view.rejected[rows])
-                return (1 - self.logits(part, weights, user)).clamp(min=0)
-
-            found = solve_weights(losses, users, start, self.variant)
-        return where_known(found, users, self.nobody)
-
-    def _published(self, view: Pairs, users: Users, generator: torch.Generator) -> Tensor:
-        """The published fit: from N(0, 1), an Adam step at each comparison, 20 times over.
+    def published(self, view: Pairs, users: Users, generator: torch.Generator) -> Tensor:
+        """Weights [U', K] by the published fit: from N(0, 1), a step at each comparison, 20 times.
 
         A published batch holds 4 comparisons, mostly of different users, and Adam is blind to the
         size of gradients: so every user is given steps of its own, all users at a time.

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from comparisons import Comparisons, Pairs, Seed, Users
-from methods.base import Fitted, Task
+from methods.base import Task
 from methods.networks import (
     Held,
     Network,
+    Networked,
     add_losses,
     batches,
     blocks,
@@ -31,7 +32,6 @@ from methods.networks import (
     frozen,
     held_loss,
     pair_weights,
-    row_scale,
     rows_of,
     scaled_pairs,
     where_known,
@@ -45,7 +45,7 @@ CYCLE = 10_000  # steps of the published cyclical weight of the KL term
 
 
 @dataclass(frozen=True)
-class VPL:
+class VPL(Networked):
     """VPL, repaired.
 
     ``faithful`` keeps the published constants: rows as they are, H = L = 512, contexts of 8,
@@ -70,31 +70,23 @@ class VPL:
     latent: Latent = -1
     epochs: NonNegativeInt = 0
 
-    def fit(self, task: Task) -> list[Fitted]:
-        """Learn encoder and decoder from the task's training comparisons.
-
-        Raises:
-            InputError: only differences of embeddings are held.
-        """
-        rows_of(task.train)
-        if task.process:  # the first process judges alone
-            return []
+    def learn(self, task: Task) -> FittedVPL:
+        """Learn encoder and decoder from the task's training comparisons."""
         longest = max(1, *task.shots) if task.shots else 50
-
         train = partial(self._train, seed=task.seed, longest=longest)
-        if self.setting == "faithful":
-            return [train(task.train, None, self.betas[0], self.epochs or 2)]
+        if self.faithful:
+            return train(task.train, None, self.betas[0], self.epochs or 2)
         personal = self.latent != 0  # without a latent there is nothing to choose
         models = "beta", self.betas[: None if personal else 1]
         spheres = (0.0, 1.0) if personal else (0.0,)
-        return [choose(task, models, ("sphere", spheres), self.epochs or 60, train)]
+        return choose(task, models, ("sphere", spheres), self.epochs or 60, train)
 
     def _train(
         self, data: Comparisons, held: Held, beta: float, epochs: int, seed: int, longest: int
     ) -> FittedVPL:
-        faithful = self.setting == "faithful"
+        faithful = self.faithful
         generator = torch.Generator().manual_seed(seed)
-        fit = FittedVPL(self, data, 1.0 if faithful else row_scale(data), generator)
+        fit = FittedVPL(self, data, generator)
         groups = Groups(data, 1 if faithful else 16, (1, 8) if faithful else (0, longest))
         rate, decay = (1e-4, 1e-3) if faithful else (3e-3, 1e-2)
         optimizer = torch.optim.AdamW(fit.net.parameters(), lr=rate, weight_decay=decay)
@@ -119,7 +111,8 @@ class VPL:
             return held_loss(fit, held, fit.adapt(fit.view(data), data, seed))
 
         fit.course = descend(optimizer, epoch, epochs, held and held_now, schedule)
-        return fit.finish(data, seed)
+        fit.finish(data, seed)
+        return fit
 
 
 def _cosine(step: int, total: int) -> float:
@@ -142,7 +135,6 @@ class FittedVPL(Network):
     Args:
         method: its settings.
         data: training comparisons.
-        scale: what rows are divided by.
         generator: of initial values.
 
     Attributes:
@@ -150,19 +142,14 @@ class FittedVPL(Network):
         variant: 1 to put states on the sphere of the training, 0 not to.
     """
 
-    def __init__(
-        self, method: VPL, data: Comparisons, scale: float, generator: torch.Generator
-    ) -> None:
-        faithful = method.setting == "faithful"
-        self.label = "VPL faithful" if faithful else "VPL"
-        self.settings = {"setting": method.setting}
-        self.scale, self.variant = scale, 0.0
-        hidden = method.hidden or (512 if faithful else 64)
-        latent = method.latent if method.latent >= 0 else (512 if faithful else 32)
+    def __init__(self, method: VPL, data: Comparisons, generator: torch.Generator) -> None:
+        super().__init__("VPL", method, data)
+        hidden = method.hidden or (512 if self.faithful else 64)
+        latent = method.latent if method.latent >= 0 else (512 if self.faithful else 32)
         self.net = Net(data.num_features, hidden, latent, generator).to(data.device)
         self.nobody = torch.zeros(latent, device=data.device)
 
-    def finish(self, data: Comparisons, seed: int) -> FittedVPL:
+    def finish(self, data: Comparisons, seed: int) -> None:
         """Nothing is trained any more: read the seen users' contexts, and look for a collapse."""
         frozen(self.net)
         self.parameters = sum(p.numel() for p in self.net.parameters())
@@ -175,7 +162,6 @@ class FittedVPL(Network):
             active = (self.users.var(0) > ACTIVE).sum() if len(self.users) > 1 else 0
             self.latents = {"active_units": int(active), "units": self.net.latent, "kl": float(kl)}
             self.latents |= self._collapse(hold_out(data, seed), seed)
-        return self
 
     def _collapse(self, parts: HeldOut, seed: int) -> dict[str, float]:
         """Accuracy on some training comparisons with contexts of others: a user's own, the same
