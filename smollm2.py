@@ -13,7 +13,6 @@ keeps the first 12 of its 30 layers, which embeds more than twice as fast.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import logging
@@ -31,7 +30,9 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cli import cli
 from files import InputError, require, write_text, write_whole
+from settings import PositiveInt
 
 log = logging.getLogger(__name__)
 
@@ -194,19 +195,17 @@ def _config(config: Any) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Make the checkpoint in the folder that the command line names, and print the folder."""
-    parser = argparse.ArgumentParser(description="Make a reward model of SmolLM2-135M-Instruct.")
-    parser.add_argument("folder", type=Path, nargs="?", default=HOME, help=f"default: {HOME}")
-    parser.add_argument("--layers", type=int, help="keep the first layers only, of all 30")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    asked = parser.parse_args()
-    try:
-        print(reward_model(asked.folder, layers=asked.layers))
-    except (InputError, OSError) as error:
-        parser.exit(2, f"error: {error}\n")
+def main(folder: Path = HOME, layers: PositiveInt | None = None) -> None:
+    """Make a reward model of SmolLM2-135M-Instruct, and print its folder.
+
+    Args:
+        folder: where it is or will be.
+        layers: the first layers that a new one keeps; all 30 by default.
+    """
+    sys.stdout.write(f"{reward_model(folder, layers=layers)}\n")
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] and not sys.argv[1].startswith("-"):
+        sys.argv.insert(1, "--folder")
+    cli(main)

@@ -21,7 +21,7 @@ from interview.outlook import look_ahead, same_prompt_pairs, thinned
 from interview.pool import Pair
 from interview.taste import Taste
 from ranking import directed_rewards, rank
-from reward_model import Source
+from reward_model import model_of_basis
 from utils import TEMPERATURE
 
 SPEAKERS = {"user": "You", "assistant": "Answer", "system": "Instructions"}
@@ -76,12 +76,17 @@ class Material:
 
 
 def gather(
+    taste: Taste,
+    basis: Path,
     pairs: list[Pair],
     answers: Answers,
     drafts: list[Conversation],
-    directions: Tensor,
-    source: Source,
-    folder: Path | None = None,
+    embeddings: Path | None = None,
+    model: str | None = None,
+    tokenizer: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    any_model: bool = False,
     **embedding: Any,
 ) -> Material:
     """Embed the pool, the candidates and what was answered before.
@@ -89,20 +94,27 @@ def gather(
     What was answered usually stands in the pool, and is then not embedded again.
 
     Args:
+        taste: how people differ.
+        basis: the file that says so.
         pairs: the pool.
         answers: those that were given before.
         drafts: the candidates' conversations.
-        directions: of the taste [F, 1 + K].
-        source: the reward model.
-        folder: where the embeddings of pool and candidates are kept; nowhere if None.
+        embeddings: folder to keep the embeddings of pool and candidates in, for another time.
+        model: reward model; by default the one that the basis was learned with.
+        tokenizer: hub name or folder of the tokenizer, if it is not the model's own.
+        revision: branch, tag or commit of a hub model.
+        trust_remote_code: run model code that comes with a hub model.
+        any_model: take the model even if the basis was learned with another one.
         embedding: more arguments of ``embeddings.embed``.
     """
+    named = (model, tokenizer, revision, trust_remote_code)
+    source = model_of_basis(taste.settings, basis, *named, any_model)
 
-    def rewards(conversations: list[Conversation], folder: Path | None) -> Tensor:
-        return directed_rewards(directions, source, conversations, folder, **embedding).double()
+    def rewards(texts: list[Conversation], folder: Path | None) -> Tensor:
+        return directed_rewards(taste.directions, source, texts, folder, **embedding).double()
 
     ours = [conversation for pair in pairs for conversation in pair.conversations]
-    found = rewards([*ours, *drafts], folder)
+    found = rewards([*ours, *drafts], embeddings)
     known = dict(zip(map(digest, [*ours, *drafts]), found, strict=True))
     before = {digest(c): c for both in answers.pairs for c in both}
     foreign = {key: c for key, c in before.items() if key not in known}

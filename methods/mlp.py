@@ -45,14 +45,12 @@ class MLP(Networked):
     more, and solves new users' weights, from the seen users' mean, to 1e-4.
 
     Args:
-        setting: published constants and budget, or the same model fitted to a tolerance.
         ranks: ranks K to try; ``faithful`` takes the first.
         hidden: hidden units H.
         activation: g.
         epochs: passes over the data, at most; 0 for 1000 if faithful, else 60.
     """
 
-    setting: Literal["faithful", "converged"] = "converged"
     ranks: tuple[PositiveInt, ...] = (5, 2, 10)
     hidden: PositiveInt = 128
     activation: Literal["gelu", "relu", "identity"] = "gelu"

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -174,13 +174,15 @@ def descend(
 # ---------------------------------------------------------------------- Methods
 
 
+@dataclass(frozen=True)
 class Networked:
-    """A method with a network, in the published setting or fitted to a tolerance.
+    """A method with a network; ``learn`` does what differs between methods.
 
-    ``learn`` does what differs between methods.
+    Args:
+        setting: published constants and budget, or the same model fitted to a tolerance.
     """
 
-    setting: str
+    setting: Literal["faithful", "converged"] = "converged"
 
     @property
     def faithful(self) -> bool:

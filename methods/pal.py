@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +47,6 @@ class PAL(Networked):
     users' weights, from the seen users' mean, to 1e-4.
 
     Args:
-        setting: published constants and budget, or the same model fitted to a tolerance.
         prototypes: numbers of prototypes K to try; ``faithful`` takes the first.
         width: outputs D of every layer of f; 0 for 512 if faithful, else 128.
         layers: linear layers of f, with GELU between them.
@@ -56,7 +54,6 @@ class PAL(Networked):
         epochs: passes over the data, at most; 0 for 20 if faithful, else 60.
     """
 
-    setting: Literal["faithful", "converged"] = "converged"
     prototypes: tuple[PositiveInt, ...] = (2, 5, 10)
     width: NonNegativeInt = 0
     layers: PositiveInt = 2

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +56,6 @@ class VPL(Networked):
     held-out log loss falls no more, and tries the sphere afterwards too.
 
     Args:
-        setting: published constants and budget, or the same model fitted to a tolerance.
         betas: weights of the KL term to try; ``faithful`` takes the first.
         hidden: hidden units H; 0 for 512 if faithful, else 64.
         latent: units L of the latent; -1 for 512 if faithful, else 32; 0 for none, which leaves
@@ -64,7 +63,6 @@ class VPL(Networked):
         epochs: passes over the data, at most; 0 for 2 if faithful, else 60.
     """
 
-    setting: Literal["faithful", "converged"] = "converged"
     betas: tuple[NonNegativeFloat, ...] = (3e-6, 3e-5, 1e-4, 1e-3, 1e-2, 1e-1)
     hidden: NonNegativeInt = 0
     latent: Latent = -1

@@ -27,7 +27,6 @@ from interview.session import Session, gather
 from interview.taste import load_taste
 from interview.terminal import Terminal
 from ranking import as_text, read_drafts
-from reward_model import model_of_basis
 from settings import NonNegativeFloat, NonNegativeInt, Port, SeedNumber
 
 
@@ -44,12 +43,6 @@ def main(
     most: NonNegativeInt = 0,
     page: bool = False,
     port: Port = 0,
-    embeddings: Path | None = None,
-    model: str | None = None,
-    tokenizer: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    any_model: bool = False,
     seed: SeedNumber = 0,
     **embedding: Any,
 ) -> None:
@@ -68,8 +61,7 @@ def main(
         answers: the answers, rows as tools/rank_responses.py reads them; a .jsonl file. Choices
             that are there already count.
         candidates: rank these too: rows of "prompt" or "messages", and "response".
-        profile: where weights, posterior and ranking are written, a .json file; by default
-            beside the answers.
+        profile: where weights, posterior and ranking go, a .json file; by default beside answers.
         user: whose answers they are; by default the user of the answers file, else "me".
         columns: what the columns of pool and candidates are called, such as --prompt question.
         criterion: which question comes next: the one whose answer says most about the person
@@ -80,12 +72,6 @@ def main(
         most: stop after this many answers; 0 for no such limit.
         page: ask on a page in the browser, which only this machine can open.
         port: of the page; 0 for a free one.
-        embeddings: folder to keep the embeddings of pool and candidates in, for another time.
-        model: reward model; by default the one that the basis was learned with.
-        tokenizer: hub name or folder of the tokenizer, if it is not the model's own.
-        revision: branch, tag or commit of a hub model.
-        trust_remote_code: run model code that comes with a hub model.
-        any_model: take the model even if the basis was learned with another one.
         seed: of the order in which two responses are shown.
     """
     profile = profile or answers.with_suffix(".profile.json")
@@ -97,10 +83,7 @@ def main(
         pairs = read_pool(pool, columns)
         drafts = read_drafts(candidates, columns) if candidates else []
         taste = load_taste(basis)
-        named = (model, tokenizer, revision, trust_remote_code)
-        source = model_of_basis(taste.settings, basis, *named, any_model)
-        directions = taste.directions
-        material = gather(pairs, book, drafts, directions, source, embeddings, **embedding)
+        material = gather(taste, basis, pairs, book, drafts, **embedding)
         session = Session(taste, material, book, criterion, tolerance / 100, most, seed)
         if page:
             ask_on_page(session, profile, port)

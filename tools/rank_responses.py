@@ -100,13 +100,7 @@ def main(
     else:
         person = with_tastes(learned, Z, row)
     ranking = ranked(drafts, offered, person)
-    for name, values in person.known.items():
-        print(f"{name}: {' '.join(f'{x:.3f}' for x in values)}")
-    print(agreement(person.left_out))
-    print("reward: a logit; P: that the response is preferred to the next one of its prompt")
-    if person.deviations is not None:
-        print("sd: standard deviation of the reward's distance from its prompt's mean")
-    print(f"\n{as_text(ranking)}")
+    tell(person, ranking)
     if save:
         write(save, person.known, ranking)
 
@@ -215,6 +209,17 @@ def agreement(left_out: Tensor) -> str:
         f"leave-one-out: {right} of {len(left_out)} choices predicted from the other rows, "
         f"log loss {loss:.3f} (a coin's is {math.log(2):.3f})"
     )
+
+
+def tell(person: Person, ranking: pd.DataFrame) -> None:
+    """Print what is known of a person, how well it foretells, and the ranking."""
+    for name, values in person.known.items():
+        print(f"{name}: {' '.join(f'{x:.3f}' for x in values)}")
+    print(agreement(person.left_out))
+    print("reward: a logit; P: that the response is preferred to the next one of its prompt")
+    if person.deviations is not None:
+        print("sd: standard deviation of the reward's distance from its prompt's mean")
+    print(f"\n{as_text(ranking)}")
 
 
 def write(save: Path, known: dict[str, list[float]], ranking: pd.DataFrame) -> None:
