@@ -24,7 +24,7 @@ from comparisons import Shots, Users, draw_shots
 from devices import pick_device, processes, wait_for_all
 from files import InputError, alone, require
 from methods import METHODS
-from methods.base import Fitted, Method, Task, View
+from methods.base import Fitted, Method, Task, View, check
 from methods.heterogeneity import score_test
 from methods.shared import BradleyTerry, Own, Reference
 from records import ASKS
@@ -204,8 +204,8 @@ def _at_work(
     first = processes()[0] == 0
     where = (settings.results, settings.name, shared, settings.all_methods())
     with alone(run_folder(*where)) if first else nullcontext():
-        run = Run.start(*where, first)
-        wait_for_all()  # the first one adds results only when all have read what is there
+        run = Run.start(*where)
+        wait_for_all()  # the first one writes only when all have read what is there
         yield run
 
 
@@ -230,9 +230,11 @@ def _carry_out(
                 "run train_basis.py"
             )
         for name in names:  # mistakes are told before the work starts
-            if hasattr(methods[name], "check"):
-                methods[name].check(task)
-        about = _about(tasks, task) if here[0] == 0 else {}
+            check(name, methods[name], task)
+        about = {}
+        if here[0] == 0:
+            run.begin()
+            about = _about(tasks, task)
         for name in names:
             task.state = run.state(seed, name)
             start, busy = time.perf_counter(), time.process_time()
@@ -253,6 +255,7 @@ def _carry_out(
                 run.forget(seed, name)
     if here[0]:
         return ""
+    run.begin()
     run.tidy(settings.seeds, methods)
     return report(run.folder)
 

@@ -53,10 +53,12 @@ def read_json(path: Path) -> Any:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except (ValueError, RecursionError, OSError) as error:
         why = first_line(error)
         raise InputError(f"{path}: not readable as JSON ({why}); remove it") from error
+    require(found is not None, f"{path}: holds nothing; remove it")
+    return found
 
 
 @contextmanager

@@ -34,16 +34,15 @@ class Run:
     @classmethod
     def start(
         cls, results: Path, name: str | None, settings: Mapping[str, Any],
-        methods: Mapping[str, Any], first: bool,
+        methods: Mapping[str, Any],
     ) -> Run:  # fmt: skip
-        """Make the folder and write the settings, or go on with what is there.
+        """Go on with what is there, if anything; nothing is written yet.
 
         Args:
             results: folder of all results.
             name: of the run's folder; by default made of the settings, the methods' included.
             settings: what all methods share.
             methods: settings of every method there is, asked for or not.
-            first: this process writes.
 
         Raises:
             InputError: the folder holds a run with other settings, or damaged results.
@@ -56,14 +55,16 @@ class Run:
                 _check_same(folder, old, settings)
         if found and found.get("seeds"):
             read_results(folder)  # refuses what no run has written
-        run = cls(folder, settings, {"seeds": (found or {}).get("seeds") or []})
-        if first and written is None:
-            folder.mkdir(parents=True, exist_ok=True)
+        return cls(folder, settings, {"seeds": (found or {}).get("seeds") or []})
+
+    def begin(self) -> None:
+        """Make the folder with its settings, once nothing is left that could be refused."""
+        path = self.folder / "settings.json"
+        if not path.exists():
             found = {package: importlib.metadata.version(package) for package in PACKAGES}
             versions = {"python": sys.version.split()[0], **found}
-            text = {"settings": settings, "command": sys.argv, "versions": versions}
-            write_text(folder / "settings.json", json.dumps(text, indent=2))
-        return run
+            text = {"settings": self.settings, "command": sys.argv, "versions": versions}
+            write_text(path, json.dumps(text, indent=2))
 
     def missing(self, seeds: Sequence[int], methods: Mapping[str, Any]) -> dict[int, list[str]]:
         """Which methods of which repeats are not finished yet.
@@ -105,6 +106,9 @@ class Run:
             about: users and comparisons of the repeat.
             name, method: the method, its settings, fits and records.
             order: of the methods in the file.
+
+        Raises:
+            InputError: a figure is NaN or infinite.
         """
         seeds = {p["seed"]: p for p in self.results["seeds"]}
         part = seeds.setdefault(seed, {"seed": seed, **about, "methods": {}})
@@ -114,7 +118,14 @@ class Run:
         part["methods"] = {method: done[method] for method in [*first, *rest]}
         self.results["seeds"] = list(seeds.values())
         kept = json.loads((self.folder / "settings.json").read_text())
-        write_text(self.folder / "results.json", json.dumps({**kept, **self.results}))
+        try:
+            text = json.dumps({**kept, **self.results}, allow_nan=False)
+        except ValueError:
+            raise InputError(
+                f"{name}, seed {seed}: its figures hold NaN or infinity, so that nothing of it is "
+                "kept; fit it with other settings, such as a lower learning rate"
+            ) from None
+        write_text(self.folder / "results.json", text)
 
     def state(self, seed: int, name: str) -> Path:
         """Where the state of a method's training is kept, with a suffix."""

@@ -7,6 +7,7 @@ C columns of all models, M models.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,10 @@ from products import projected_products, user_products
 
 log = logging.getLogger(__name__)
 
+DIVERGED = (
+    "numbers became NaN or infinite; lower the learning rate (--learning-rate) or --alpha, or "
+    "choose another --optimizer"
+)
 OptimizerFactory = Callable[[Iterable[Tensor]], Optimizer]
 Loss = Callable[[Tensor, Tensor], Tensor]  # products [N, M], coefficients [N] -> losses [M]
 # Their update of an entry depends on that entry alone, so that models trained side by side in one
@@ -171,7 +176,13 @@ class Training:
                 bar.set_postfix(loss=" ".join(f"{x:.4f}" for x in self.losses[step].tolist()))
             if checkpoint:
                 checkpoint.tick(self, step + 1)
+        self.check_finite(lead.num_iterations)
         return self._results()
+
+    def check_finite(self, step: int) -> None:
+        """Raise InputError if weights or bases are not numbers after a step."""
+        finite = bool(self.V.isfinite().all() & self.logits.isfinite().all())
+        require(finite, f"by step {step} of training, {DIVERGED}")
 
     def _joint_step(self, step: int) -> Tensor:
         return _step(self.optimizers[0], lambda: self._set_gradients(step, True, True))
@@ -326,6 +337,7 @@ def fit_weights(
         total = _step(steps, gradient)
         if losses is not None:
             losses.append(float(total))
+    require(bool(logits.isfinite().all()), f"in the fit of users' weights {DIVERGED}")
     return logits.softmax(1)
 
 
@@ -348,14 +360,20 @@ class Checkpoint:
     every: int = 200
 
     def tick(self, training: Training, step: int) -> None:
-        """Keep the state after a step, if it is time."""
+        """Keep the state after a step, if it is time.
+
+        Raises:
+            InputError: it cannot be written, or holds NaN or infinity.
+        """
         if step % self.every:
             return
+        training.check_finite(step)
         state = {
             "identity": _identity(training), "step": step, "losses": training.losses[:step].clone(),
             "logits": training.logits, "V": training.V,
             "optimizers": [o.state_dict() for o in training.optimizers],
         }  # fmt: skip
+        state["sha256"] = _checksum(state)
         write_whole(self._file(step), lambda draft: torch.save(state, draft))
         for old in self._steps()[:-2]:
             self._file(old).unlink(missing_ok=True)
@@ -374,7 +392,7 @@ class Checkpoint:
         if step == 0:
             return 0
         file = self._file(step)
-        state = _read_state(file, training)
+        state = _read_state(file, step, training)
         training.logits.copy_(state["logits"])
         training.V.copy_(state["V"])
         for optimizer, kept in zip(training.optimizers, state["optimizers"], strict=True):
@@ -398,23 +416,38 @@ class Checkpoint:
     def _steps(self) -> list[int]:
         """Steps of the kept states; a file of another name is none of them."""
         files = self.path.parent.glob(f"{self._stem()}*.pt")
-        return sorted(int(n) for n in (file.name.split(".")[-2] for file in files) if n.isdigit())
+        return sorted(int(n) for n in (file.name.split(".")[-2] for file in files) if n.isdecimal())
 
 
-def _read_state(file: Path, training: Training) -> dict[str, Any]:
-    """A kept state, checked: tensors alone are read, nothing is unpickled."""
+def _read_state(file: Path, step: int, training: Training) -> dict[str, Any]:
+    """The state after a step, as ``Checkpoint.tick`` wrote it; nothing is unpickled."""
+    remedy = "remove it to go on from an earlier state, or from the start"
     try:
         state = torch.load(file, weights_only=True, map_location="cpu")  # Adam counts there
-        identity, tensors = state["identity"], [state["logits"], state["V"], state["losses"]]
-        whole = all(bool(torch.isfinite(t).all()) for t in tensors)
+        checksum = state.pop("sha256")
+        whole = checksum == _checksum(state) and state["step"] == step
     except Exception as error:  # torch names no common class for what a damaged file raises
-        raise InputError(f"{file}: damaged; remove it to start again") from error
-    require(
-        identity == _identity(training),
-        f"{file}: belongs to a training with other settings or data; remove it to start again",
-    )
-    require(whole, f"{file}: holds NaN or infinity; remove it to start again")
+        raise InputError(f"{file}: damaged; {remedy}") from error
+    require(whole, f"{file}: is not as it was written; {remedy}")
+    same = state["identity"] == _identity(training)
+    require(same, f"{file}: belongs to a training with other settings or data; {remedy}")
     return state
+
+
+def _checksum(state: Any) -> str:
+    """SHA-256 of tensors, numbers and texts in dicts and lists."""
+    total = hashlib.sha256()
+    if isinstance(state, Tensor):
+        total.update(f"{state.dtype} {list(state.shape)}".encode())
+        total.update(state.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    elif isinstance(state, dict):
+        for key in sorted(state, key=repr):
+            total.update(f"{key!r}: {_checksum(state[key])}".encode())
+    elif isinstance(state, list | tuple):
+        total.update(" ".join(map(_checksum, state)).encode())
+    else:
+        total.update(repr(state).encode())
+    return total.hexdigest()
 
 
 def _identity(training: Training) -> dict[str, Any]:

@@ -42,6 +42,7 @@ from sampling import (  # noqa: F401 (the published names)
     simulate_user,
 )
 from training import (
+    DIVERGED,
     Checkpoint,
     OptimizerFactory,
     Training,
@@ -851,6 +852,7 @@ def own_directions(
         steps = make_optimizer(optimizer, [V], learning_rate)
         for _ in range(num_iterations):
             steps.step(partial(_own_gradient, part, x, c, V))
+        require(bool(V.isfinite().all()), f"in the fit of users' own models {DIVERGED}")
         directions.append(V)
     return torch.cat(directions)
 

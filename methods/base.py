@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from comparisons import Comparisons, Pairs, Seed, Users
+from files import require
 from methods.posterior import Prior
 
 View = Tensor | Pairs
@@ -158,9 +159,35 @@ class Fitted:
 class Method(Protocol):
     """A method with its settings: a dataclass, whose fields are its flags.
 
-    It may have a method ``check`` too, which takes the task before anything is fitted and raises
-    InputError where its settings do not go with the data.
+    A class may say more, for ``check``: ``bounded``, names of the fields that are ranks which users
+    or features limit; ``alone``, that one process fits it; and a method ``check``, which takes the
+    task and raises InputError where other settings do not go with the data.
     """
 
     def fit(self, task: Task) -> list[Fitted]:
         """Learn from the task's training comparisons alone."""
+
+
+def check(name: str, method: Method, task: Task) -> None:
+    """Refuse, before anything is fitted, a method that cannot be fitted to this task.
+
+    Args:
+        name: of the method, which is that of its group of flags.
+        method: with its settings.
+        task: what it would be fitted to.
+
+    Raises:
+        InputError: a rank beyond what users and features support, several processes where one is
+            needed, or whatever else the method refuses.
+    """
+    one = task.processes == 1 or not getattr(method, "alone", False)
+    require(one, f"--methods {name}: one process fits this method, start it without torchrun")
+    users, features = task.train.num_users, task.train.num_features
+    most = min(users, features)
+    for field in getattr(method, "bounded", ()):
+        ranks = getattr(method, field)
+        for rank in [ranks] if isinstance(ranks, int) else ranks:
+            support = f"{users} seen users and {features} features support ranks up to {most}"
+            require(rank <= most, f"--{name}.{field} {rank}: {support}")
+    if hasattr(method, "check"):
+        method.check(task)

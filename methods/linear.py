@@ -77,12 +77,6 @@ def spectrum(V: Tensor, W: Tensor) -> list[float]:
     return torch.linalg.svdvals((W - W.mean(0)) @ triangle.T / math.sqrt(len(W))).tolist()
 
 
-def only_process(task: Task, label: str) -> Comparisons:
-    """The training comparisons of a method that is fitted by one process."""
-    require(task.processes == 1, f"{label} is fitted by one process: start one, not several")
-    return task.mine
-
-
 # ---------------------------------------------------------------------- Products
 
 

@@ -17,14 +17,13 @@ from comparisons import Comparisons, Seed, Users
 from files import require
 from methods.base import Fitted, Task
 from methods.posterior import Prior
-from methods.validation import hold_out, shared_prompts
+from methods.validation import HeldOut, hold_out, shared_prompts
 from settings import NonNegativeFloat, NonNegativeInt, OptimizerChoice, PositiveInt, Rate
 from training import Checkpoint
 from utils import (
     TEMPERATURE,
     LoRe,
     LoRe_regularized,
-    check_rank,
     fit_bases,
     grid,
     personalize,
@@ -70,6 +69,7 @@ class Lore:
     few_shot_learning_rate: Rate | None = None
     optimizer: OptimizerChoice | None = None
     select_rank: bool = False
+    bounded = ("ranks",)  # ranks that users or features limit
 
     def check_reference(self, task: Task) -> None:
         """Refuse a pull to a reference where there is none."""
@@ -80,10 +80,10 @@ class Lore:
         )
 
     def check(self, task: Task) -> None:
-        """Refuse ranks that users or features cannot support, and a pull to nothing."""
+        """Refuse a pull to nothing, and a choice where nothing can be held out for it."""
         self.check_reference(task)
-        for rank in self.ranks:
-            check_rank(rank, task.train.num_features, task.train.num_users)
+        if self.select_rank:
+            self._hold_out(task)
 
     def fit_shared(self, task: Task) -> list[LoreFit]:
         """Bradley-Terry: rank 1, one shared direction, for every alpha."""
@@ -114,14 +114,19 @@ class Lore:
         )  # fmt: skip
         return [LoreFit(self, basis) for basis in bases]
 
-    def _chosen(self, task: Task, asked: list[dict[str, Any]], fits: list[LoreFit]) -> LoreFit:
-        """The fit whose settings have the best accuracy on validation."""
+    def _hold_out(self, task: Task) -> HeldOut:
+        """What a choice is made on; InputError where there is nothing."""
         shared = shared_prompts(task.train, task.seed)
         split = hold_out(task.train, task.seed, shared, task.validation)
         require(
             split.held is not None,
             "--select-rank: no user has two dialogues to hold one out for choosing",
         )
+        return split
+
+    def _chosen(self, task: Task, asked: list[dict[str, Any]], fits: list[LoreFit]) -> LoreFit:
+        """The fit whose settings have the best accuracy on validation."""
+        split = self._hold_out(task)
         mine = split.fit.share(task.process, task.processes)
         mine = mine if task.stream else mine.in_memory()
         tried, scores = self._fit(task, asked, mine, split.fit.num_users, ""), {}

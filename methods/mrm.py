@@ -21,7 +21,6 @@ from methods.linear import (
     backproject,
     choose,
     fit_together,
-    only_process,
     project,
     ridge_directions,
     slopes,
@@ -156,10 +155,11 @@ class MRM:
     inner_rate: Rate = 1e-3
     inner_steps: PositiveInt = 5
     ridges: tuple[PositiveFloat, ...] = HALVINGS
+    alone = True  # fitted by one process
 
     def fit(self, task: Task) -> list[Fitted]:
         """Choose the ridge, then fit all training comparisons; or as published."""
-        data = only_process(task, "MRM")
+        data = task.mine
         if self.setting == "faithful":
             return [self._faithful(data, task.seed)]
         best, tried = choose(task, self.ridges, lambda *given: self._converged(*given, ROUGH))

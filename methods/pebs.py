@@ -16,7 +16,6 @@ from methods.linear import (
     ROUGH,
     LinearFitted,
     choose,
-    only_process,
     project,
     slopes,
     solve_users,
@@ -134,10 +133,11 @@ class PEBS:
 
     setting: Literal["faithful", "converged"] = "converged"
     strengths: tuple[PositiveFloat, ...] = STRENGTHS
+    alone = True  # fitted by one process
 
     def fit(self, task: Task) -> list[Fitted]:
         """Choose the ridge, then fit the reward and every user's slope."""
-        data = only_process(task, "PEBS")
+        data = task.mine
         fit = self._faithful if self.setting == "faithful" else self._converged
         best, tried = choose(task, self.strengths, lambda *given: (fit(*given[:2], ROUGH), None))
         fitted = fit(data, best, FINE)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from comparisons import Comparisons, Seed, Users, as_generator
-from files import require
 from methods.base import Fitted, Task, View
 from methods.geometry import measure
 from methods.linear import (
@@ -21,7 +20,6 @@ from methods.linear import (
     basis_inverses,
     choose,
     fit_together,
-    only_process,
     pair_loss,
     project,
     ridge_directions,
@@ -113,12 +111,12 @@ class PReF:
     rank: PositiveInt = 5
     setting: Literal["faithful", "converged"] = "converged"
     ridges: tuple[PositiveFloat, ...] = HALVINGS
+    alone = True  # fitted by one process
+    bounded = ("rank",)  # ranks that users or features limit
 
     def fit(self, task: Task) -> list[Fitted]:
         """Choose the ridge, then fit all training comparisons; or the published training."""
-        data = only_process(task, "PReF")
-        most = min(data.num_users, data.num_features)
-        require(1 <= self.rank <= most, f"PReF's rank must be 1 to {most}, not {self.rank}")
+        data = task.mine
         if self.setting == "faithful":
             return [self._faithful(data, task.seed)]
         ridge, tried = choose(task, self.ridges, lambda *given: self._converged(*given, ROUGH))

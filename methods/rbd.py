@@ -20,7 +20,6 @@ from methods.linear import (
     basis_inverses,
     choose,
     fit_together,
-    only_process,
     pair_loss,
     project,
     ridge_directions,
@@ -146,12 +145,12 @@ class RBD:
     strengths: tuple[tuple[PositiveFloat, PositiveFloat], ...] = tuple(
         (shared, ratio * shared) for shared in (10.0, 1.0, 0.1, 0.01) for ratio in (100, 10, 1)
     )
+    alone = True  # fitted by one process
+    bounded = ("rank",)  # ranks that users or features limit
 
     def fit(self, task: Task) -> list[Fitted]:
         """Choose the strengths, then fit all training comparisons; or the published training."""
-        data = only_process(task, "RBD")
-        most = min(data.num_users, data.num_features)
-        require(1 <= self.rank <= most, f"RBD's rank must be 1 to {most}, not {self.rank}")
+        data = task.mine
         if self.setting == "faithful":
             split = hold_out(data, task.seed, validation=task.validation)
             return [self._faithful(data, split, task.seed)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +20,14 @@ from torch import Tensor
 import embeddings
 import running
 import splits
+import utils
 import worlds
+from comparisons import Comparisons
 from embeddings import open_store
 from files import InputError, alone, digest, file_sha256
 from prepared import read_conversations
 from splits import Tasks
+from training import Checkpoint
 
 Change = Callable[[Path], Any]
 
@@ -45,6 +49,13 @@ def flip(path: Path) -> None:
     """One bit of the last number."""
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def flip_inside(path: Path) -> None:
+    """One bit of a number of the greatest tensor."""
+    data = bytearray(path.read_bytes())
+    data[data.index(torch.load(path, weights_only=True)["V"].numpy().tobytes())] ^= 1
     path.write_bytes(data)
 
 
@@ -309,6 +320,112 @@ def test_a_reference_that_says_nothing_is_told(made, tmp_path, caplog, number, w
     tensors(head=lambda t: torch.full_like(t, number))(data / HEAD)
     opened(data).reference("head")
     assert word in caplog.text and caplog.text.count("WARNING: the reference") == 1
+
+
+# ----------------------------------------------------------------------- States of a training
+
+
+def state(edit: Callable[[dict[str, Any]], Any]) -> Change:
+    """Something else in a state of a training."""
+
+    def change(path: Path) -> None:
+        found = torch.load(path, weights_only=True)
+        torch.save(edit(found) or found, path)
+
+    return change
+
+
+def optimizer(edit: Callable[[dict[str, Any]], Any]) -> Change:
+    """Something else in the first optimiser's state; what ``edit`` returns is ignored."""
+
+    def change(found: dict[str, Any]) -> None:
+        edit(found["optimizers"][0])
+
+    return state(change)
+
+
+def first_moment(edit: Callable[[Tensor], Tensor]) -> Change:
+    def change(found: dict[str, Any]) -> None:
+        found["state"][0]["exp_avg"] = edit(found["state"][0]["exp_avg"])
+
+    return optimizer(change)
+
+
+def another_step(step: str) -> Change:
+    """Another number in the file's name, and the same beside it."""
+    return lambda path: shutil.copy(path, path.with_name(f"state.0.{step}.pt"))
+
+
+class Trap:
+    """Makes a file if it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("ran"),)
+
+
+STATES: dict[str, Change] = {
+    "cut": cut, "garbage": content(GARBAGE), "empty": content(b""), "flipped bit": flip_inside,
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "pickled": lambda path: torch.save(Trap(), path), "a list": state(lambda found: [1, 2]),
+    "pickled plainly": content(pickle.dumps(Trap())),
+    "no identity": state(lambda found: {k: v for k, v in found.items() if k != "identity"}),
+    "no optimisers": state(lambda found: {k: v for k, v in found.items() if k != "optimizers"}),
+    "fewer optimisers": state(lambda found: found.update(optimizers=[])),
+    "an empty optimiser": optimizer(dict.clear),
+    "no moments": optimizer(lambda found: found["state"].clear()),
+    "NaN moments": first_moment(lambda t: t * math.nan),
+    "moments of another size": first_moment(lambda t: t[:1]),
+    "another rate": optimizer(lambda found: found["param_groups"][0].update(lr=5.0)),
+    "NaN in the basis": state(lambda found: found.update(V=found["V"] * math.nan)),
+    "fewer columns": state(lambda found: found.update(V=found["V"][:, :1])),
+    "a text for weights": state(lambda found: found.update(logits="x")),
+    "fewer losses": state(lambda found: found.update(losses=found["losses"][:1])),
+    "another step": state(lambda found: found.update(step=3)),
+    "named after another step": another_step("21"), "named past the end": another_step("9999"),
+    "of no checksum": state(lambda found: {k: v for k, v in found.items() if k != "sha256"}),
+}  # fmt: skip
+
+
+def trained(folder: Path) -> tuple[Tensor, Tensor]:
+    """A training that keeps its state every ten steps, and goes on from there."""
+    g = torch.Generator().manual_seed(0)
+    data = Comparisons.from_list([torch.randn(5, 6, generator=g) for _ in range(4)])
+    model = utils.LoRe(torch.ones(6), 0.1, 4, 6, 2, 24, generator=0)
+    return utils.train_together([model], data, Checkpoint(folder / "state", 10))[0]
+
+
+@pytest.fixture(scope="module")
+def kept_states(tmp_path_factory) -> Path:
+    """The states after 10 and 20 steps of 24."""
+    folder = tmp_path_factory.mktemp("states")
+    trained(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["state.0.10.pt", "state.0.20.pt"]
+    return folder
+
+
+@pytest.mark.parametrize("what", STATES)
+def test_a_state_that_is_not_as_written_is_named_and_left_alone(
+    kept_states, tmp_path, monkeypatch, what
+):
+    folder = shutil.copytree(kept_states, tmp_path / "states")
+    monkeypatch.chdir(tmp_path)
+    STATES[what](folder / "state.0.20.pt")
+    before = all_bytes(folder)
+    last = max(folder.iterdir(), key=lambda path: int(path.name.split(".")[2]))
+    with pytest.raises(InputError) as error:
+        trained(folder)
+    one_line(error, str(last), "remove it")
+    assert all_bytes(folder) == before and not Path("ran").exists()
+
+
+def test_an_earlier_state_is_gone_on_from_and_other_files_are_none(kept_states, tmp_path):
+    folder = shutil.copytree(kept_states, tmp_path / "states")
+    whole = trained(kept_states)
+    (folder / "state.0.20.pt").unlink()
+    for name in ("state.0.abc.pt", "state.0.\u00b2.pt", "state.0..pt", "state.0.pt"):
+        (folder / name).write_bytes(GARBAGE)
+    for mine, theirs in zip(trained(folder), whole, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
 
 
 # ------------------------------------------------------------------------------- Two at once

@@ -576,6 +576,8 @@ def test_results_beside_missing_or_other_settings_are_not_believed(world, tmp_pa
     (folder / "settings.json").unlink()
     with pytest.raises(InputError, match=r"\(reference\)"):
         fit(world, tmp_path, reference="none")
+    with pytest.raises(InputError, match=r"lore\.ranks"):
+        fit(world, tmp_path, ranks=(3,))
     assert not (folder / "settings.json").exists()
     fit(world, tmp_path)  # its own settings are written again
     kept = json.loads((folder / "settings.json").read_text())["settings"]
@@ -585,6 +587,30 @@ def test_results_beside_missing_or_other_settings_are_not_believed(world, tmp_pa
     for which in ("none", "head"):  # as its settings.json says, and as its results.json does
         with pytest.raises(InputError, match=r"other: holds a run with .*\(reference\)"):
             fit(world, tmp_path, reference=which, name="other")
+    assert (folder / "results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("refused", [{"alpha": (1.0,), "reference": "none"}, {"ranks": (99,)}])
+def test_a_refused_run_leaves_no_folder(world, tmp_path, refused):
+    with pytest.raises(InputError, match="^--"):
+        fit(world, tmp_path, **refused)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    fit(world, tmp_path, methods=())  # under the same name
+
+
+def test_a_training_that_diverges_is_one_line_and_leaves_no_state(world, tmp_path):
+    with pytest.raises(InputError, match=r"by step 10 of training, .*--learning-rate"):
+        fit(world, tmp_path, learning_rate=1e30, alpha=(1.0,), checkpoint_every=10)
+    assert not list(tmp_path.rglob("state-*"))
+
+
+def test_figures_that_are_no_numbers_are_never_written(world, tmp_path):
+    _, folder = fit(world, tmp_path, methods=())
+    run = runs.Run.start(tmp_path, "here", saved(folder)["settings"], {})
+    before = (folder / "results.json").read_bytes()
+    bad = {"settings": {}, "fits": [{"losses": [float("nan")]}], "records": []}
+    with pytest.raises(InputError, match="lore, seed 0: its figures hold NaN or infinity"):
+        run.add(0, {}, "lore", bad, [])
     assert (folder / "results.json").read_bytes() == before
 
 

@@ -15,7 +15,8 @@ import experiments
 import methods
 import planted
 from comparisons import Comparisons, Seed, Users
-from methods.base import Fitted, Task
+from files import InputError
+from methods.base import Fitted, Task, check
 
 # Fewer steps where the defaults take long; the same model otherwise.
 QUICK: dict[str, dict[str, Any]] = {
@@ -119,6 +120,45 @@ def test_a_method_fits_the_same_twice(fit: Fitted, task: Task, request: pytest.F
     name = request.node.callspec.params["fit"]
     again = _method(name).fit(task)[-1]
     torch.testing.assert_close(again.users, fit.users)
+
+
+# ------------------------------------------------------------- Refused before work starts
+
+# Ranks that more of cannot be wrong: columns that are not needed vanish, or are of a hidden layer.
+FREE = {("mixed_logit", "rank"), ("mlp", "ranks")}
+RANKS = [
+    (name, field.name)
+    for name, method in methods.METHODS.items()
+    for field in dataclasses.fields(method)
+    if field.name in ("rank", "ranks")
+]
+
+
+@pytest.mark.parametrize(("name", "field"), [given for given in RANKS if given not in FREE])
+def test_a_rank_that_the_data_cannot_support_is_refused_by_its_flag(name, field, tmp_path):
+    for rank in (13, 10**9):  # of 12 users and 12 features
+        method = methods.METHODS[name](**{field: (2, rank) if field == "ranks" else rank})
+        asked = {"methods": (name,), name: method, "results": tmp_path, "progress": False}
+        with pytest.raises(InputError, match=rf"^--{name}\.{field} {rank}: 12 seen users and 12 f"):
+            experiments.train_basis(Made(), experiments.Settings(**asked))
+        assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_the_greatest_rank_that_the_data_support_is_taken():
+    task = planted.task(users=12, shots=12, held_out=10)
+    for name, field in set(RANKS) - FREE:
+        check(name, methods.METHODS[name](**{field: (12,) if field == "ranks" else 12}), task)
+    assert {name for name, _ in RANKS} == {"lore", "mixed_logit", "pref", "rbd", "mlp"}
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_a_method_of_one_process_is_refused_to_several_before_work(name):
+    task = dataclasses.replace(planted.task(users=12, shots=12, held_out=10), processes=2)
+    if name not in ("pref", "mrm", "rbd", "pebs"):
+        check(name, _method(name), task)
+        return
+    with pytest.raises(InputError, match=f"--methods {name}: one process"):
+        check(name, _method(name), task)
 
 
 # ----------------------------------------------------------------------- A new method
