@@ -239,7 +239,10 @@ def check_model(
     Raises:
         InputError: another model, template or commit.
     """
-    what = {"weights_sha256": "weights", "revision": "commit", "template_sha256": "chat template"}
+    what = {
+        "weights_sha256": "other weights", "revision": "another commit",
+        "template_sha256": "another chat template",
+    }  # fmt: skip
     differs = [
         name for key, name in what.items()
         if settings.get(key) and facts.get(key) and settings[key] != facts[key]
@@ -247,6 +250,6 @@ def check_model(
     if not differs:
         return
     others = " and ".join(differs)
-    problem = f"{facts['model']} has another {others} than the model the basis was learned with"
+    problem = f"{facts['model']} has {others} than the model the basis was learned with"
     require(any_model, f"{problem}: name that model by --model, or insist with --any-model true")
     log.warning("WARNING: %s; the rewards may mean nothing", problem)

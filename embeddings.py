@@ -332,6 +332,7 @@ def _plan(
     conversations = check_conversations(conversations)
     config, tokenizer = load_config(source), load_tokenizer(source)
     max_length = min(max_length, getattr(config, "max_position_embeddings", None) or max_length)
+    require(max_length > 0, f"{source.model}: its config.json leaves no room for any token")
     cut, num_truncated = [], 0
     for ids in tokenize(tokenizer, (render_text(tokenizer, each) for each in conversations)):
         short = cut_tokens(ids, tokenizer.bos_token_id, max_length, truncation_side)
@@ -380,11 +381,12 @@ def _complete(
     progress: bool,
 ) -> Store | None:
     """Embed what is missing of this worker's share; the model is loaded only for that."""
-    _claim(folder, plan)
+    _refuse_others(folder, plan)
     mine = range(worker, plan.num_shards, workers)
     missing = [i for i in mine if not _is_sound(plan.path(folder, i), plan.identity)]
-    if missing or not _is_sound(folder / HEAD, plan.identity):
-        engine = load()
+    engine = load() if missing or not _is_sound(folder / HEAD, plan.identity) else None
+    _claim(folder, plan)  # once the model is there, so that a damaged one claims nothing
+    if engine is not None:
         _write_tensors(folder / HEAD, engine.reference(), plan.identity)
         _embed_shards(folder, plan, engine, missing, progress and worker == 0)
     return _finish(folder, plan)
@@ -411,8 +413,8 @@ def _embed_shards(
     )
 
 
-def _claim(folder: Path, plan: _Plan) -> None:
-    """Take the folder for these embeddings; InputError if it holds those of something else."""
+def _refuse_others(folder: Path, plan: _Plan) -> dict[str, Any]:
+    """The manifest that is there, or an empty one; InputError if it is of other embeddings."""
     found = _found_manifest(folder)
     is_edited = any(found.get(k) != v for k, v in plan.facts.items() if k not in NAMES)
     if is_edited and _is_of(folder / INDEX, plan.identity):
@@ -426,6 +428,12 @@ def _claim(folder: Path, plan: _Plan) -> None:
     ours = {plan.path(folder, i).name for i in range(plan.num_shards)}
     for path in sorted(folder.glob("embeddings-*.safetensors")):
         require(path.name in ours, f"{path} belongs to other embeddings: take another folder")
+    return found
+
+
+def _claim(folder: Path, plan: _Plan) -> None:
+    """Take the folder for these embeddings."""
+    found = _refuse_others(folder, plan)
     if not _is_sound(folder / INDEX, plan.identity):
         _write_tensors(folder / INDEX, {"rows": plan.rows}, plan.identity)
     if not found:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from basis import check_model, resolve_model
 from devices import pick_device
-from files import InputError, file_sha256, first_line
+from files import InputError, file_sha256, first_line, require
 from passes import Pass, Tokens, padded_passes, tree_blocks, tree_mask, tree_passes
 
 log = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ def pretrained(loader: Any, name: str, source: Source, **options: Any) -> Any:
         options["revision"] = source.revision
     try:
         return loader.from_pretrained(name, trust_remote_code=source.trust_remote_code, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # what damaged files raise has no common class
         raise InputError(f"{name} cannot be loaded: {_why(error)}") from error
 
 
@@ -88,7 +89,11 @@ def _why(error: Exception) -> str:
     cause = error.__cause__ or error.__context__
     if str(error).startswith("Can't load") and cause:  # says nothing of a failed download
         error = cause
-    why = first_line(error).strip()
+    if isinstance(error, UnpicklingError):  # which advises to unpickle whatever it is
+        return "its weights are damaged, or hold something else than tensors"
+    why = " ".join(str(error).split())[:300]
+    if not isinstance(error, OSError | ValueError | ImportError):  # such as a key, and no more
+        why = f"{type(error).__name__}: {why}"
     if "gated" in why:
         return f"{why} Ask for access on its page, then log in with `hf auth login`"
     if "connection" in why:
@@ -184,15 +189,15 @@ def render_text(tokenizer: Any, conversation: Conversation) -> str:
     Raises:
         InputError: the template refuses the conversation.
     """
-    from jinja2 import TemplateError
-
+    whose, start = f"the chat template of {tokenizer.name_or_path}", f"{str(conversation)[:100]}..."
     try:
-        return tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             conversation, tokenize=False, add_generation_prompt=False
         )
-    except (TemplateError, ValueError) as error:
-        start = str(conversation)[:100]
-        raise InputError(f"the chat template cannot write {start}...: {error}") from error
+    except Exception as error:  # a template is a program of its own, and may raise anything
+        raise InputError(f"{whose} cannot write {start}: {first_line(error)}") from error
+    require(bool(text.strip()), f"{whose} writes nothing for {start}")
+    return text
 
 
 def render(tokenizer: Any, conversation: Conversation) -> list[int]:

@@ -428,6 +428,47 @@ def test_an_earlier_state_is_gone_on_from_and_other_files_are_none(kept_states, 
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
 
 
+# --------------------------------------------------------------------------- A model's folder
+
+WEIGHTS, CONFIG, TEMPLATE = "model.safetensors", "config.json", "chat_template.jinja"
+MODELS: dict[str, dict[str, Change]] = {
+    WEIGHTS: {
+        "cut": cut, "garbage": content(GARBAGE), "missing": Path.unlink,
+        "pickled": lambda path: torch.save(Trap(), path.rename(path.parent / "pytorch_model.bin")),
+    },
+    CONFIG: {
+        "cut": cut, "a list": content(b"[]"), "another width": facts(hidden_size=31),
+        "no heads": facts(num_attention_heads=0), "no room": facts(max_position_embeddings=-1),
+        "width as text": facts(hidden_size="x"), "no type": facts(dtype="load"),
+    },
+    "tokenizer.json": {"cut": cut, "empty": content(b"{}"), "missing": Path.unlink},
+    "tokenizer_config.json": {"a list": content(b"[]")},
+    TEMPLATE: {
+        "a billion": content(b"{% for i in range(10**9) %}x{% endfor %}"),
+        "no template": content(b"{% for %}"), "division": content(b"{{ 1 // 0 }}"),
+        "text and number": content(b"{{ 'x' + 1 }}"), "nothing": content(b"{# #}"),
+        "a refusal": content(b"{{ raise_exception('no') }}"),
+        "for ever": content(b"{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"),
+        "the inside of Python": content(b"{{ ''.__class__.__mro__ }}"),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "what"), [(name, what) for name, cases in MODELS.items() for what in cases]
+)
+def test_a_damaged_model_is_named_and_claims_no_folder(model, tmp_path, monkeypatch, name, what):
+    folder = shutil.copytree(model, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    MODELS[name][what](folder / name)
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(InputError) as error:
+        embeddings.embed([talk], tmp_path / "out", model=str(folder), progress=False)
+    one_line(error, str(folder))
+    assert "weights_only" not in str(error.value)
+    assert not (tmp_path / "out").exists() and not Path("ran").exists()
+
+
 # ------------------------------------------------------------------------------- Two at once
 
 

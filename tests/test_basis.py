@@ -104,9 +104,9 @@ def test_a_local_model_that_moved_is_named_with_what_to_do(name):
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        ({"weights_sha256": "c" * 64}, "another weights than"),
+        ({"weights_sha256": "c" * 64}, "other weights than"),
         ({"template_sha256": "c" * 64}, "another chat template than"),
-        ({"weights_sha256": "c" * 64, "template_sha256": "c" * 64}, "weights and chat template"),
+        ({"weights_sha256": "c" * 64, "template_sha256": "c" * 64}, "other weights and another"),
         ({"weights_sha256": None}, None),
         ({"revision": "c0ffee"}, None),
     ],

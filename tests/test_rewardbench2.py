@@ -467,7 +467,7 @@ def test_the_model_is_the_one_the_basis_was_learned_with(tmp_path, source, llama
     table = evaluate(tmp_path / "out", source=source, basis=path, progress=False)
     assert "reference" in table.index
     other = str(models.tiny_llama(tmp_path / "other", seed=1))
-    with pytest.raises(InputError, match="another weights .*--any-model true"):
+    with pytest.raises(InputError, match="other weights .*--any-model true"):
         evaluate(tmp_path / "new", source=source, basis=path, model=other)
     assert not (tmp_path / "new").exists()
     settings = {"source": source, "basis": path, "model": other, "progress": False}

@@ -198,7 +198,7 @@ def test_another_model_of_the_same_size_is_refused_unless_it_is_insisted_on(tmp_
     facts = {name: manifest[name] for name in ("weights_sha256", "template_sha256")}
     path = make_basis(tmp_path, model, **facts)
     export.main(path, tmp_path / "own")
-    with pytest.raises(InputError, match="another weights than .*--any-model true"):
+    with pytest.raises(InputError, match="other weights than .*--any-model true"):
         export.main(path, tmp_path / "out", model=str(other))
     path = make_basis(tmp_path, model, **facts | {"template_sha256": "0" * 64})
     with pytest.raises(InputError, match="another chat template than"):
