@@ -163,10 +163,18 @@ def load_basis(path: str | Path) -> Basis:
         if name in found
     }
     require_finite(path, tensors, remedy)
+    require(V.numel() > 0 and len(tensors["W"]) > 0, f"{path}: V or W is empty; {remedy}")
+    for name in {"W", "W_unseen"} & set(tensors):
+        sums = tensors[name].sum(1)
+        simplex = bool((tensors[name] >= 0).all()) and torch.allclose(sums, torch.ones(()), 0, 1e-3)
+        told = f"{path}: {name} holds weights that are below 0 or do not add up to one; {remedy}"
+        require(simplex, told)
     basis = Basis(**tensors, **_read_notes(path, metadata))
     for names, W in ((basis.users, basis.W), (basis.users_unseen, basis.W_unseen)):
         counted = len(names) in (0, 0 if W is None else len(W))
         require(counted, f"{path}: names {len(names)} users for other rows of weights; {remedy}")
+    once = len(set(basis.names)) == len(basis.names)
+    require(once, f"{path}: names a user twice; {remedy}")
     return basis
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -17,6 +18,7 @@ from flags import Flags
 
 ROOT = Path(__file__).resolve().parent
 KEPT = "what was written whole is kept"
+NO_MEMORY = "not enough memory"
 PATIENCE = 10  # seconds in which the first process says what all have to say, and torchrun ends all
 
 
@@ -43,8 +45,11 @@ def cli(main: Callable[..., Any], short: str | None = None, kept: str = KEPT) ->
         with _terminated():
             main(**Flags(main, short).read(sys.argv[1:]))
     except (InputError, OSError, MemoryError) as error:
-        said = str(error) or "not enough memory"
-        _end(2, f"error: {said}")
+        _end(2, f"error: {str(error) or NO_MEMORY}")
+    except RuntimeError as error:
+        if not re.search("allocate memory|out of memory|Storage size", str(error)):
+            raise
+        _end(2, f"error: {NO_MEMORY}")  # PyTorch's own error has pages of text
     except KeyboardInterrupt as stop:
         status = 143 if isinstance(stop, _Terminated) else 130
         _end(status, f"stopped: {kept}; the same command goes on from there")

@@ -43,6 +43,18 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         raise
 
 
+def check_place(path: Path, flag: str) -> None:
+    """Notice before the work, which takes long, that a file cannot be written where a flag says.
+
+    Raises:
+        InputError: it is a folder, or would be in what is no folder to write in.
+    """
+    require(not path.is_dir(), f"{flag} {path}: is a folder; name a file")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    writable = above.is_dir() and os.access(above, os.W_OK)
+    require(writable, f"{flag} {path}: nothing can be written in {above}")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     write_whole(path, lambda draft: draft.write_text(text))

@@ -63,10 +63,12 @@ def both_endings(
     """The dialogue with every chosen response, beside that with every rejected one.
 
     Raises:
-        InputError: the dialogue or a response has no text.
+        InputError: the dialogue or a response has no text, or the two are equal.
     """
     for liked in row.chosen:
         for other in row.rejected:
+            same = f"{row.place}: {columns.chosen} and {columns.rejected} are equal"
+            require(liked != other, same)
             yield (
                 ending(row.place, row.history, liked, columns.chosen),
                 ending(row.place, row.history, other, columns.rejected),

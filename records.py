@@ -262,6 +262,8 @@ def _read(written: Any) -> Results:
     methods: dict[str, str] = {}
     for repeat in repeats:
         records += _read_repeat(repeat, methods)
+    seeds = [repeat["seed"] for repeat in repeats]
+    _need(len(set(seeds)) == len(seeds), "a seed stands twice")
     return Results(settings, repeats, records + _empty_controls(repeats, records), methods)
 
 
@@ -294,12 +296,19 @@ def _empty_controls(repeats: Sequence[dict], records: Sequence[Record]) -> list[
 def _read_repeat(repeat: Any, methods: dict[str, str]) -> list[Record]:
     """The records of a repeat; its labels are added to the methods."""
     seed = _get("a seed", repeat, "seed", int)
+    _need(seed >= 0, f"a seed is {seed}")
     where = f"seed {seed}"
+    facts = repeat.get("facts") or {}
+    told = isinstance(facts, Mapping) and all(isinstance(fact, str) for fact in facts.values())
+    _need(told, f"'facts' of {where} are no texts")
     users = _get(where, repeat, "users", dict)
     names = {side: _names(where, users, side) for side in ("seen", "unseen")}
     records: dict[tuple, Record] = {}
     for method, part in _get(where, repeat, "methods", dict).items():
         place = f"{where}, {method}"
+        _get(place, part, "settings", dict)
+        for key in ("seconds", "parameters", "tried"):
+            _need(part.get(key) is None or _number(part[key]), f"{key!r} of {place} is no number")
         personal = {}
         for fit in _get(place, part, "fits", list):
             label = _check_fit(place, fit)
@@ -314,6 +323,8 @@ def _read_repeat(repeat: Any, methods: dict[str, str]) -> list[Record]:
             key = (record.label, record.control, record.set, record.shots)
             _need(key not in records, f"{place}: two records of {key}")
             records[key] = record
+        shown = {record.label for record in records.values()}
+        _need(shown >= personal.keys(), f"{place}: a fit has no records")
     return list(records.values())
 
 
@@ -330,6 +341,7 @@ def _check_fit(where: str, fit: Any) -> str:
     where = f"{where}, {label}"
     _get(where, fit, "personal", bool)
     _get(where, fit, "settings", dict)
+    _need(isinstance(fit.get("note") or "", str), f"'note' of {where} is no text")
     for key in ("losses", "spectrum"):
         values = fit.get(key) or []
         good = isinstance(values, list) and all(map(_number, values))

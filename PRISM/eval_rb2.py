@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from basis import Learned
 from cli import ROOT, cli
 from embeddings import Store, embed
-from files import InputError, digest, require, write_text, write_whole
+from files import InputError, check_place, digest, require, write_text, write_whole
 from methods.learned import load_learned
 from passes import Tokens
 from PRISM.rewardbench2 import (
@@ -113,6 +113,8 @@ def main(
         verbose_failures: show the worst failures of the last reward above the baseline's row.
         top_k: how many failures to show.
     """
+    if save_csv:
+        check_place(Path(save_csv), "--save-csv")
     learned = load_learned(basis) if basis else None
     if list_users:
         require(learned is not None, "--list-users lists the users of a basis: give --basis")

@@ -6,13 +6,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,6 +18,8 @@ import raw
 from files import InputError, first_line, require
 from reward_model import Conversation
 
+NUMBERS = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.uint16,
+           torch.uint32, torch.int8, torch.int16, torch.int32, torch.int64}  # fmt: skip
 COLUMNS = ("id", "prompt", "chosen", "rejected", "num_correct", "subset")
 
 # Rows of each subset in the published test split, on which alone the score is official.
@@ -157,7 +157,7 @@ def read_bench(source: str, split: str, subset: Sequence[str], limit: int) -> pd
         missing = [name for name in COLUMNS if name not in row]
         require(not missing, f"{place} has no column {', '.join(missing)}")
         if problem := _problem(row):
-            raise InputError(f"{place} (id {row['id']}): {problem}")
+            raise InputError(f"{place} (id {str(row['id'])!a:.40}): {problem}")
         rows.append({**{name: row[name] for name in COLUMNS}, "id": str(row["id"])})
     require(bool(rows), f"--source {source} has no rows")
     bench = _restrict(pd.DataFrame(rows), subset, limit)
@@ -175,12 +175,19 @@ def _raw_rows(source: str, split: str) -> raw.Rows:
 def _problem(row: Mapping[str, Any]) -> str | None:
     if not isinstance(row["subset"], str) or not isinstance(row["prompt"], str):
         return "subset and prompt must be text"
+    if not row["subset"]:
+        return "subset is empty"
+    if not isinstance(row["id"], str | int) or isinstance(row["id"], bool):
+        return "id must be text or a whole number"
     for name in ("chosen", "rejected"):
         if not isinstance(row[name], list) or not row[name]:
             return f"{name} must be a list of one or more texts"
         if not all(isinstance(text, str) for text in row[name]):
             return f"{name} holds something that is not text"
-    if row["num_correct"] != len(row["chosen"]):
+    texts = [str(row["id"]), row["subset"], row["prompt"], *row["chosen"], *row["rejected"]]
+    if re.search("[\ud800-\udfff]", "".join(texts)):
+        return "a text holds half a surrogate pair; clean it"
+    if row["num_correct"] != len(row["chosen"]) or isinstance(row["num_correct"], bool):
         return f"num_correct is {row['num_correct']}, but {len(row['chosen'])} texts are chosen"
     return None
 
@@ -294,12 +301,16 @@ def read_head(path: str, key: str | None = None) -> Tensor:
     """
     entries = _read_tensors(Path(path))
     if isinstance(entries, dict):
-        key = next(iter(entries)) if key is None and len(entries) == 1 else key
-        if key not in entries:
-            raise InputError(f"{path}: choose one of {', '.join(entries)} with --head_key")
-        entries = entries[key]
+        named = {str(name): entry for name, entry in entries.items()}
+        key = next(iter(named)) if key is None and len(named) == 1 else key
+        if key not in named:
+            raise InputError(f"{path}: choose one of {', '.join(named)} with --head_key")
+        entries = named[key]
     if not isinstance(entries, Tensor) or entries.dim() not in (1, 2) or not entries.numel():
         raise InputError(f"{path}: a head is one tensor of shape (F,), (F, 1), (F, B) or (1, F)")
+    plain = entries.layout == torch.strided and entries.device.type == "cpu"
+    if not plain or entries.dtype not in NUMBERS:
+        raise InputError(f"{path}: a head holds plain real numbers, not {entries.dtype}")
     head = entries.detach().float()
     if not head.isfinite().all():
         raise InputError(f"{path}: the head holds numbers that are not finite")
@@ -318,7 +329,7 @@ def _read_tensors(path: Path) -> Tensor | dict[str, Tensor]:
         raise InputError(f"{path}: a head file is one of {', '.join(readers)}")
     try:
         return readers[path.suffix]()
-    except (ValueError, TypeError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as bad:
+    except Exception as bad:  # what damaged files raise has no common class
         raise InputError(f"{path}: cannot be read ({first_line(bad)})") from bad
 
 
@@ -339,4 +350,6 @@ def _read_bias(bias: str, count: int) -> list[float]:
         values = read_head(bias).flatten().tolist()
     if len(values) not in (1, count):
         raise InputError(f"--head_bias {bias}: {len(values)} numbers for {count} heads")
+    if not np.isfinite(values).all():
+        raise InputError(f"--head_bias {bias}: a finite number is expected")
     return values * (count // len(values))

@@ -91,6 +91,33 @@ def test_what_is_given_goes_before_what_the_basis_remembers():
     assert resolve_model(settings, "b", "other") == ("other", None, None)
 
 
+NOTES = {"users": '["ann", "bob"]', "users_unseen": "[]", "settings": "{}"}
+NO_BASIS = {
+    "one dimension": {"V": V[:, 0].clone()}, "other weights": {"W": W[:, :1].clone()},
+    "whole numbers": {"V": V.long()}, "half precision": {"V": V.bfloat16()},
+    "NaN": {"V": V * float("nan")}, "NaN weights": {"W": W * float("nan")},
+    "weights of seven": {"W": 7 * W}, "weights below zero": {"W": W.flip(1) * 2 - W},
+    "new weights of seven": {"W_unseen": 7 * W_UNSEEN}, "no weights": {"W": W[:0].clone()},
+    "no columns": {"V": V[:, :0].clone(), "W": W[:, :0].clone()},
+    "names cut": {"users": "["}, "a number of names": {"users": "5"},
+    "more names": {"users": '["a", "b", "c"]'}, "a name twice": {"users": '["ann", "ann"]'},
+    "names of numbers": {"users": "[1, 2]"}, "settings cut": {"settings": "{"},
+    "settings as number": {"settings": "5"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", NO_BASIS)
+def test_what_no_run_has_written_is_no_basis(tmp_path, what):
+    path, notes = tmp_path / "basis.safetensors", dict(NOTES)
+    tensors = {"V": V, "W": W}
+    for name, value in NO_BASIS[what].items():
+        (notes if isinstance(value, str) else tensors)[name] = value
+    save_file(tensors, path, notes)
+    with pytest.raises(InputError, match="basis.safetensors.*no basis file") as error:
+        load_basis(path)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("name", ["/gone/model", "../gone", "a/b/c"])
 def test_a_local_model_that_moved_is_named_with_what_to_do(name):
     with pytest.raises(InputError, match=f"run/b was learned with the model in {name}.*--model"):

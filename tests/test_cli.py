@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import cli as command
 from cli import cli
@@ -175,6 +176,14 @@ def test_a_users_mistake_is_one_line(monkeypatch, capsys, error, line):
         raise error
 
     assert call(main, monkeypatch, capsys, "") == (2, line + "\n")
+
+
+def test_a_tensor_that_does_not_fit_is_one_line(monkeypatch, capsys):
+    def main() -> None:
+        """Nothing."""
+        torch.zeros(10**15)
+
+    assert call(main, monkeypatch, capsys, "") == (2, "error: not enough memory\n")
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch, capsys):

@@ -583,6 +583,17 @@ def test_a_record_without_a_key_is_one_clear_line(tmp_path, key):
         (lambda r: r["seeds"][0]["methods"]["bt"]["fits"][0].pop("personal"), "'personal'"),
         (lambda r: r["seeds"][0]["methods"]["bt"]["fits"][0].update(losses=["x"]), "'losses'"),
         (lambda r: r["seeds"][0]["methods"].update(lore=[]), "lore"),
+        (lambda r: r["seeds"].append(r["seeds"][0]), "a seed stands twice"),
+        (lambda r: r["seeds"][0].update(seed="0"), "'seed' of a seed is '0'"),
+        (lambda r: r["seeds"][0].update(seed=-1), "a seed is -1"),
+        (lambda r: r["seeds"][0].update(facts="x"), "'facts'"),
+        (lambda r: r["seeds"][0].update(facts={"personal": 3}), "'facts'"),
+        (lambda r: r["seeds"][0]["methods"]["bt"].update(seconds="x"), "'seconds'"),
+        (lambda r: r["seeds"][0]["methods"]["bt"].update(settings="x"), "'settings'"),
+        (lambda r: r["seeds"][0]["methods"]["bt"].update(records=[]), "a fit has no records"),
+        (lambda r: r["seeds"][0]["methods"]["bt"]["fits"][0].update(note=5), "'note'"),
+        (lambda r: r["seeds"][0]["users"]["seen"].pop(), "40 values for 39 users"),
+        (lambda r: r["seeds"][0].pop("users"), "'users'"),
         (lambda r: r.update(seeds=[]), "no finished repeat"),
     ],
 )
@@ -593,6 +604,9 @@ def test_a_damaged_file_is_one_clear_line(tmp_path, spoil, word):
 def test_a_file_of_another_kind_is_one_clear_line(tmp_path):
     (tmp_path / "results.json").write_text("[1, 2]")
     with pytest.raises(InputError, match="the file is no object"):
+        reports.report(tmp_path)
+    (tmp_path / "results.json").write_text("null")
+    with pytest.raises(InputError, match="holds nothing"):
         reports.report(tmp_path)
     (tmp_path / "results.json").write_text("{")
     with pytest.raises(InputError, match="not readable as JSON"):

@@ -6,8 +6,10 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -639,6 +641,53 @@ def test_bad_head_files(tmp_path, write, says):
         rb2.read_head(str(tmp_path / "head.bin"))
 
 
+def pickled(value: Any) -> Callable[[Path], Any]:
+    return lambda path: torch.save(value, path)
+
+
+ONES, DAMAGED, COMPLEX = torch.ones(4, 1), "cannot be read", "plain real numbers, not"
+BAD_HEADS = {
+    "garbage": (lambda path: path.write_bytes(b"garbage"), DAMAGED),
+    "empty": (lambda path: path.write_bytes(b""), DAMAGED),
+    "a pickle of nothing": (lambda path: path.write_bytes(b"\x80\x02."), DAMAGED),
+    "names that are numbers": (pickled({1: ONES, 2: ONES}), "choose one of 1, 2 with --head_key"),
+    "no names": (pickled({None: ONES, "b": ONES}), "choose one of None, b with --head_key"),
+    "nothing": (pickled({}), "--head_key"), "a list": (pickled([ONES]), "a head is one tensor"),
+    "a nest": (pickled({"a": {"b": ONES}}), "a head is one tensor"),
+    "sparse": (pickled(ONES.to_sparse()), COMPLEX),
+    "of no device": (pickled(ONES.to("meta")), COMPLEX),
+    "complex": (pickled(ONES * 1j), COMPLEX), "truth": (pickled(ONES > 0), COMPLEX),
+    "infinite": (pickled(ONES / 0), "not finite"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_HEADS)
+def test_what_is_no_plain_head_is_named_in_one_line(tmp_path, what):
+    write, says = BAD_HEADS[what]
+    write(tmp_path / "head.pt")
+    with pytest.raises(InputError, match=f"head.pt: .*{says}") as error:
+        rb2.read_head(str(tmp_path / "head.pt"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_head_of_numpys_that_promises_too_much_or_is_complex_is_named(tmp_path):
+    path = tmp_path / "head.npy"
+    np.save(path, np.ones(4) * 1j)
+    with pytest.raises(InputError, match=f"head.npy: .*{COMPLEX}"):
+        rb2.read_head(str(path))
+    np.save(path, np.ones(4, np.float32))
+    path.write_bytes(path.read_bytes().replace(b"(4,), }" + 12 * b" ", b"(1000000000000,), }"))
+    with pytest.raises(InputError, match=f"head.npy: {DAMAGED}"):
+        rb2.read_head(str(path))
+
+
+@pytest.mark.parametrize("bias", ["nan", "inf"])
+def test_a_bias_that_is_no_number_is_refused_by_its_flag(tmp_path, bias):
+    np.save(tmp_path / "head.npy", np.ones(4))
+    with pytest.raises(InputError, match=f"--head_bias {bias}: a finite number"):
+        rb2.file_heads(str(tmp_path / "head.npy"), None, bias)
+
+
 # --------------------------------------------------------------------- Bad input
 
 
@@ -655,6 +704,15 @@ def without(row: dict, name: str) -> dict:
         (lambda row: {**row, "chosen": "text"}, "row 2 .*chosen must be a list"),
         (lambda row: {**row, "rejected": ["a", None, "b"]}, "row 2 .*rejected holds something"),
         (lambda row: {**row, "prompt": None}, "row 2 .*prompt must be text"),
+        (lambda row: {**row, "prompt": "\ud800"}, "row 2 .*half a surrogate"),
+        (lambda row: {**row, "chosen": ["\udfff"]}, "row 2 .*half a surrogate"),
+        (lambda row: {**row, "rejected": ["a", "\ud800"]}, "row 2 .*half a surrogate"),
+        (lambda row: {**row, "subset": "\ud800"}, "row 2 .*half a surrogate"),
+        (lambda row: {**row, "id": "\ud800"}, r"row 2 .*ud800.*half a surrogate"),
+        (lambda row: {**row, "id": None}, "row 2 .*id must be text or a whole number"),
+        (lambda row: {**row, "id": [1]}, "row 2 .*id must be text or a whole number"),
+        (lambda row: {**row, "subset": ""}, "row 2 .*subset is empty"),
+        (lambda row: {**row, "num_correct": True}, "row 2 .*num_correct is True"),
         (lambda row: {**row, "num_correct": 2}, "row 2 .*num_correct is 2, but 1 "),
         (lambda row: {**row, "subset": "Ties"}, "ref:k"),
     ],
@@ -685,6 +743,8 @@ def test_malformed_empty_and_missing_sources(tmp_path):
         ({"basis": "{basis}", "users": ["dan"]}, "--users dan.*3 users, such as ann, bob, cy"),
         ({"users": ["ann"]}, "--users belongs to --basis"),
         ({"head_key": "a"}, "belong to --rm_head"),
+        ({"save_csv": "{folder}"}, "--save-csv .* is a folder"),
+        ({"save_csv": "{wide}/x.csv"}, "--save-csv .*nothing can be written in .*wide.npy"),
         ({"mode": "seqclf", "basis": "{basis}"}, "--mode seqclf"),
         ({"rm_head": "{wide}"}, "head 1 has 33 features.*have 32"),
         ({"basis": "nowhere.safetensors"}, "nowhere.safetensors.*no such basis"),
@@ -694,6 +754,7 @@ def test_malformed_empty_and_missing_sources(tmp_path):
 def test_bad_settings_stop_before_any_work(tmp_path, source, llama, basis_file, settings, says):
     np.save(tmp_path / "wide.npy", np.ones(33))
     files = {"basis": basis_file, "wide": str(tmp_path / "wide.npy")}
+    files["folder"] = str(tmp_path)
     files["missing"] = str(tmp_path / "missing")
     filled = {k: v.format(**files) if isinstance(v, str) else v for k, v in settings.items()}
     with pytest.raises(InputError, match=says):

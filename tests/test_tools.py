@@ -451,6 +451,7 @@ GOOD = {"prompt": "Which?", "chosen": "a", "rejected": "b"}
         ([GOOD, {"prompt": "Which?", "chosen": "a"}], "row 2 has no column rejected"),
         ([GOOD | {"chosen": [5]}], "row 1: each chosen must be text, not a int"),
         ([GOOD | {"chosen": ""}], "row 1: chosen is empty"),
+        ([GOOD, GOOD | {"chosen": "b"}], "row 2: chosen and rejected are equal"),
         ([GOOD | {"prompt": ["a"]}], "row 1: prompt must be text, not a list"),
         ([GOOD | {"prompt": ""}], "row 1: the prompt or a message is empty"),
         ([GOOD | {"messages": [{"role": "user", "content": "a"}]}], "row 1 has both prompt and"),
