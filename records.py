@@ -306,7 +306,7 @@ def _read_repeat(repeat: Any, methods: dict[str, str]) -> list[Record]:
     records: dict[tuple, Record] = {}
     for method, part in _get(where, repeat, "methods", dict).items():
         place = f"{where}, {method}"
-        _get(place, part, "settings", dict)
+        _get(place, part, "settings", (dict, str))
         for key in ("seconds", "parameters", "tried"):
             _need(part.get(key) is None or _number(part[key]), f"{key!r} of {place} is no number")
         personal = {}

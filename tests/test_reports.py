@@ -589,7 +589,7 @@ def test_a_record_without_a_key_is_one_clear_line(tmp_path, key):
         (lambda r: r["seeds"][0].update(facts="x"), "'facts'"),
         (lambda r: r["seeds"][0].update(facts={"personal": 3}), "'facts'"),
         (lambda r: r["seeds"][0]["methods"]["bt"].update(seconds="x"), "'seconds'"),
-        (lambda r: r["seeds"][0]["methods"]["bt"].update(settings="x"), "'settings'"),
+        (lambda r: r["seeds"][0]["methods"]["bt"].update(settings=5), "'settings'"),
         (lambda r: r["seeds"][0]["methods"]["bt"].update(records=[]), "a fit has no records"),
         (lambda r: r["seeds"][0]["methods"]["bt"]["fits"][0].update(note=5), "'note'"),
         (lambda r: r["seeds"][0]["users"]["seen"].pop(), "40 values for 39 users"),
