@@ -65,9 +65,15 @@ def expectations(a: Tensor, v: Tensor, nodes: int = NODES) -> tuple[Tensor, Tens
 def predictive_logit(a: Tensor, v: Tensor) -> Tensor:
     """Log odds [N] of the probability E[sigmoid(t)], t ~ N(a, v); the sign is a's."""
     points, weights = quadrature(NODES_OF_PROBABILITIES, a)
-    t, log_weights = torch.outer(v.sqrt(), points).add_(a[:, None]), weights.log()
-    yes, no = (torch.logsumexp(logsigmoid(s * t) + log_weights, 1) for s in (1, -1))
-    return yes - no
+    t = torch.outer(v.sqrt(), points).add_(a[:, None])
+    yes, no = torch.sigmoid(t) @ weights, torch.sigmoid(-t) @ weights
+    logit = yes.log() - no.log()
+    far = t.abs().amax(1) > 600  # there a sigmoid may be 0
+    if far.any():
+        t, logs = t[far], weights.log()
+        yes, no = (torch.logsumexp(logsigmoid(s * t) + logs, 1) for s in (1, -1))
+        logit[far] = yes - no
+    return logit
 
 
 @dataclass
@@ -146,6 +152,8 @@ def predict(Z: Tensor, state: Tensor, user: Tensor, components: int) -> Tensor:
         mine = a + (Z * mean[user, c]).sum(1)
         variance = torch.einsum("nk,nkl,nl->n", Z, cov[user, c], Z).clamp(min=0)
         logit, log_weight = predictive_logit(mine, variance), weight[user, c].log()
+        if components == 1:
+            return logit
         yes.append(log_weight + logsigmoid(logit))
         no.append(log_weight + logsigmoid(-logit))
     return torch.logsumexp(torch.stack(yes), 0) - torch.logsumexp(torch.stack(no), 0)
@@ -271,11 +279,11 @@ def _alike(counts: Tensor, cells: int) -> list[Tensor]:
     return [*groups, order[first:]]
 
 
-def _divergence(mean: Tensor, P: Tensor, S: Tensor, prior: tuple[Tensor, Tensor]) -> Tensor:
-    """KL divergence [U] of N(mean, S = P^-1) from the prior (mean [K], precision [K, K])."""
+def _divergence(mean: Tensor, L: Tensor, S: Tensor, prior: tuple[Tensor, Tensor]) -> Tensor:
+    """KL divergence [U] of N(mean, S = (L L^T)^-1) from the prior (mean [K], precision [K, K])."""
     off, P0 = mean - prior[0], prior[1]
-    logs = torch.linalg.cholesky(P).diagonal(dim1=1, dim2=2).log().sum(1)
-    logs0 = torch.linalg.cholesky(P0).diagonal().log().sum()
+    logs = L.diagonal(dim1=1, dim2=2).log().sum(1)
+    logs0 = torch.logdet(P0) / 2
     trace = (S * P0).sum((1, 2))
     return (trace + ((off @ P0) * off).sum(1) - mean.shape[1]) / 2 + logs - logs0
 
@@ -323,10 +331,11 @@ def _solve(
     found = Posterior(m.clone(), P.clone(), *m.new_empty(2, len(m)), 0)
     live, size, kept = torch.arange(len(m), device=m.device), m.new_ones(len(m)), ()
     best = least = m.new_full((len(m),), -math.inf)
+    L = torch.linalg.cholesky(P)
     for found.sweeps in range(1, sweeps + 1):
-        S = invert(P)
+        S = torch.cholesky_inverse(L)
         value, slope, added = data.likelihood(m, S)
-        bound = value - _divergence(m, P, S, prior)
+        bound = value - _divergence(m, L, S, prior)
         worse = bound < least - 1e-13 * (1 + best.abs())
         aim, g = prior[1] + added, slope - (m - prior[0]) @ prior[1]
         now = (m, P, S, g, aim, bound, _decrement(S, g, aim - P))
@@ -343,7 +352,8 @@ def _solve(
         m, P, S, g, aim, best, decrement = kept
         move = torch.where(slow, size, 0)  # who is done stays, whoever else is in the block
         P = torch.lerp(P, aim, move[:, None, None])
-        step = torch.cholesky_solve(g[:, :, None], torch.linalg.cholesky(P))[:, :, 0]
+        L = torch.linalg.cholesky(P)
+        step = torch.cholesky_solve(g[:, :, None], L)[:, :, 0]
         m = m + move[:, None] * step
         least = best + ENOUGH * move * decrement
     return found
