@@ -39,7 +39,7 @@ class MixedLogit:
     """The mixed logit with its settings; those that are None are chosen on validation.
 
     Args:
-        rank: K, the most directions of taste; those not needed shrink to nothing.
+        rank: K, the most directions of taste; fewer are tried, where fewer stand out.
         l_mu: strength of the prior of mu, given with that of B's columns or not at all; features
             are divided by the root mean square norm of the training differences.
         l_B: strength of the prior of B's columns.
@@ -91,7 +91,7 @@ class MixedLogit:
         start: Tensor | None,
         journal: Journal,
     ) -> MixedFit:
-        K = min(self.rank, data.num_features)
+        K = min(self.rank, data.num_features) if start is None else start.shape[1] - 1
         facts = {
             "chosen": vars(chosen) | {"rank": K if chosen.components else 0}, "tried": tried,
             "scale": geometry.scale, "note": _note(chosen, K, bool(tried)),

@@ -24,9 +24,11 @@ from methods.validation import Scores, Validation
 log = logging.getLogger(__name__)
 
 FIRST = 0.16  # where the path of l_B begins, as a share of what keeps B at 0
-STEP = 10**0.5  # between neighbouring strengths; the path takes two, then four at a time
+STEP = 10**0.5  # between neighbouring strengths; the path takes two at a time
+SMALL = 0.2  # directions of a smaller share of the largest one's size count as small alike
 SURE = 0.01  # the score test's p at which tastes are taken to be there
-NEIGHBOURS = ((0, 1), (0, -1), (-1, -1), (1, 0), (-1, 0), (1, 1))  # steps of l_mu and l_B
+Steps = Sequence[tuple[int, int]]  # of l_mu and l_B
+NEIGHBOURS: Steps = ((0, 1), (0, -1), (-1, -1), (1, 0), (-1, 0), (1, 1))
 
 
 @dataclass
@@ -69,11 +71,11 @@ class Search:
     """A search over strengths, kinds of features and distributions of tastes, in ``TRIES`` tries.
 
     First ridge BT, then with the best ridge l_B along a coarse path, down from about what keeps B
-    at zero, then neighbours of the best, in l_B and in both, as long as one of them helps. Last,
-    stretched features, and a mixture of tastes, which has to earn its place by two standard
-    errors. Every fit begins where a neighbour ended. With few users the least of many losses is
-    low by chance: tastes are kept where their loss is lower than ridge BT's and either the score
-    test finds them or the difference exceeds two standard errors.
+    at zero, then no more directions than stand out, then neighbours of the best, in l_B and in
+    both, as long as one of them helps. Last, stretched features, and a mixture of tastes, which has
+    to earn its place by two standard errors. Every fit begins where a neighbour ended. With few
+    users the least of many losses is low by chance: tastes are kept where their loss is lower than
+    ridge BT's and either the score test finds them or the difference exceeds two standard errors.
 
     Args:
         data: what the choice is made on.
@@ -128,21 +130,47 @@ class Search:
         if most <= 0:
             return
         starts = [(torch.cat([mu, B], 1), None) for mu, (B, _) in zip(mus, tastes, strict=True)]
-        down, at, known = 0, 0, set()
+        at, losses = 0, {}
         while len(self.tried) < tries:
-            known.add((0, -down))
-            c = replace(ridge, l_B=FIRST * most / STEP**down, components=1)
+            place = -2 * len(losses)
+            c = replace(ridge, l_B=FIRST * most * STEP**place, components=1)
             now = self._try(c, starts)
+            losses[place] = now.scores.loss
             if self.best is not now:
                 break
-            starts, at, down = now.starts, down, down + (4 if down else 2)
-        self._climb((0, -at), known, tries)
+            starts, at = now.starts, place
+        if self.best is None:
+            return
+        # With fewer directions each may be freer; else the side on which the path is lower is first
+        stronger, weaker = (losses.get(at + by, math.inf) for by in (2, -2))
+        fewer = len(self.tried) + 1 < tries and self._cut()
+        side = 1 if stronger < weaker and not fewer else -1
+        steps = [(mu, B if mu else side * B) for mu, B in NEIGHBOURS]
+        self._climb((0, at), {(0, place) for place in losses}, steps, tries)
 
-    def _climb(self, at: tuple[int, int], known: set[tuple[int, int]], tries: int) -> None:
+    def _cut(self) -> bool:
+        """Whether half of the directions or fewer do better: those before their sizes fall most."""
+        best = self.best
+        assert best is not None
+        split = [torch.linalg.svd(fit.theta[:, 1:], full_matrices=False) for fit in best.fits]
+        sizes = torch.stack([sizes / sizes[0] for _, sizes, _ in split])
+        logs = sizes.clamp(min=SMALL).log().mean(0)
+        falls = (logs[:-1] - logs[1:])[: len(logs) // 2]
+        if not len(falls):
+            return False
+        kept = 1 + int(falls.argmax())
+        directions = [left[:, :kept] * sizes[:kept] for left, sizes, _ in split]
+        mus = [fit.theta[:, :1] for fit in best.fits]
+        starts = [torch.cat(x, 1) for x in zip(mus, directions, strict=True)]
+        return self._try(best.candidate, [(start, None) for start in starts]) is self.best
+
+    def _climb(
+        self, at: tuple[int, int], known: set[tuple[int, int]], steps: Steps, tries: int
+    ) -> None:
         helped = True
         while helped:
             helped = False
-            for by_mu, by_B in NEIGHBOURS:
+            for by_mu, by_B in steps:
                 place, best = (at[0] + by_mu, at[1] + by_B), self.best
                 assert best is not None
                 if place in known or len(self.tried) >= tries:
