@@ -21,6 +21,7 @@ import side
 import threads
 import utils
 from files import InputError
+from flags import Flags
 
 CORE = [
     "--features=32", "--joint", "12", "4", "--ranks", "1", "2", "--alternating", "9", "5", "4",
@@ -130,10 +131,42 @@ def table(printed: str) -> pd.DataFrame:
     return pd.DataFrame(cells[2:], columns=cells[0]).set_index(cells[0][0])
 
 
+def test_the_flags_of_the_core_make_its_cases():
+    sizes = Flags(core.main).read(CORE)
+    del sizes["rounds"], sizes["against"]
+    assert core.cases(**sizes) == tiny()
+
+
+class Within(core.Side):
+    """A side in this process, which needs no imports of its own; it measures no memory."""
+
+    def __init__(self, checkout: str | Path) -> None:
+        self.name = str(checkout)
+
+    def ask(self, settings: dict) -> dict:
+        fresh = settings.pop("memory", False)
+        return {"extra": 7e6} if fresh else side.answer(settings, self.name == "plain")
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+def test_a_side_is_a_process_that_takes_one_case_after_the_other():
+    one, _, _, _, _, few = (case.settings for case in tiny())
+    there = core.Side(ROOT)
+    told, memory, sweep = (there.ask(s) for s in (one, one | {"memory": True}, few))
+    there.close()
+    here = side.answer(one, False)
+    assert len(told["seconds"]) == 2 and len(sweep["seconds"]) == 1 and memory["extra"] >= 0
+    assert core._deviation({"there": [told], "here": [here]}) < 1e-4
+
+
 @pytest.mark.slow
-def test_the_core_against_plain_loops_and_another_checkout(tmp_path):
+def test_the_core_against_plain_loops_and_another_checkout(tmp_path, monkeypatch, capsys):
     (tmp_path / "other").symlink_to(ROOT)
-    rows = table(run("core.py", *CORE, f"--against={tmp_path / 'other'}").out)
+    monkeypatch.setattr(core, "Side", Within)
+    core.main(**Flags(core.main).read([*CORE, f"--against={tmp_path / 'other'}"]))
+    rows = table(capsys.readouterr().out)
     assert list(rows.index) == [case.name for case in tiny()]
     filled = rows.replace("", np.nan)
     numbers = filled.astype(float)
@@ -141,6 +174,7 @@ def test_the_core_against_plain_loops_and_another_checkout(tmp_path):
     ratio = numbers["plain ms"] / numbers["ours ms"]
     assert np.allclose(numbers["plain / ours"], ratio, rtol=0.01, atol=0.06, equal_nan=True)
     assert (numbers["deviation"].dropna() < 1e-4).all() and numbers["deviation"].count() == 5
+    assert numbers["extra MB"].dropna().tolist() == [7] * 5
 
 
 @pytest.mark.slow

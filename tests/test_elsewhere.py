@@ -21,9 +21,9 @@ STEPS = 4
 FEW: dict[str, list[dict[str, Any]]] = {
     "ridge_bt": [{}],
     "lore": [
-        {"ranks": (3,), "iterations": 30, "few_shot_iterations": 5, "alpha": (0.1,),
+        {"ranks": (3,), "iterations": 5, "few_shot_iterations": 3, "alpha": (0.1,),
          "shrinkage": (1.0,), "select_rank": True},
-        {"ranks": (3,), "iterations": 10, "few_shot_iterations": 5,
+        {"ranks": (3,), "iterations": 5, "few_shot_iterations": 3,
          "estimator": "lore_regularized", "alpha": (1.0,)},
     ],
     "mixed_logit": [{"rank": 2, "l_mu": 0.3, "l_B": 1.0, "whitened": False, "mixtures": (1, 2)}],
@@ -38,7 +38,7 @@ FEW: dict[str, list[dict[str, Any]]] = {
 
 
 def task(device: torch.device) -> Task:
-    made = planted.moved(planted.task(users=6, shots=8, held_out=4), device)
+    made = planted.moved(planted.task(users=4, shots=6, held_out=3), device)
     for data in (made.train, made.few):
         data.dialogs = torch.arange(len(data)) // 2
     return dataclasses.replace(made, shots=(0, 4))

@@ -612,7 +612,7 @@ def test_a_full_disk_keeps_what_is_done(
 
 # --------------------------------------------------------------- Killed, or in parts
 
-KILLED = """
+FORKED = """
 import os, signal, sys
 import torch
 import embeddings, reward_model, test_embeddings
@@ -637,6 +637,16 @@ for owner, name in [(os, "fsync"), (os, "replace"), (reward_model.Engine, "_forw
     setattr(owner, name, step(getattr(owner, name)))
 run(folder + "/whole")
 total = steps
+os.environ["WORLD_SIZE"] = "2"  # as torchrun says it
+ranks = []
+for rank in "01":
+    os.environ["RANK"] = rank
+    ranks.append(os.fork())
+    if not ranks[-1]:
+        run(folder + "/two")
+        os._exit(0)
+assert [os.waitpid(child, 0)[1] for child in ranks] == [0, 0]
+del os.environ["WORLD_SIZE"], os.environ["RANK"]
 for point in range(points):
     steps, limit = 0, 1 + point * (total - 1) // (points - 1)
     child = os.fork()
@@ -658,12 +668,19 @@ def _python(*arguments: str, **settings: str) -> subprocess.CompletedProcess:
     return done
 
 
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Path:
+    """Embeddings of an undisturbed process, of two at a time, and of 20 that were killed."""
+    folder = tmp_path_factory.mktemp("forked")
+    _python("-c", FORKED, str(folder), str(llama), "20")
+    return folder
+
+
 @pytest.mark.slow
-def test_killed_anywhere_it_resumes_to_the_same_bytes(tmp_path: Path, llama: Path) -> None:
-    _python("-c", KILLED, str(tmp_path), str(llama), "20")
-    whole, states = contents(tmp_path / "whole"), set()
+def test_killed_anywhere_it_resumes_to_the_same_bytes(forked: Path, llama: Path) -> None:
+    whole, states = contents(forked / "whole"), set()
     for point in range(20):
-        folder = tmp_path / f"killed-{point}"
+        folder = forked / f"killed-{point}"
         states.add(len(list(folder.iterdir())))
         if point < 19:  # the last kill falls into the note on checksums, when all is written
             with pytest.raises(InputError, match="no finished embeddings"):
@@ -673,21 +690,9 @@ def test_killed_anywhere_it_resumes_to_the_same_bytes(tmp_path: Path, llama: Pat
     assert len(states) > 4
 
 
-RANK = """
-import sys
-import embeddings, test_embeddings
-
-settings = dict(model=sys.argv[2], shard_size=4, progress=False)
-store = embeddings.embed(test_embeddings.some_chats(), sys.argv[1], **settings)
-"""
-
-
 @pytest.mark.slow
-def test_two_processes_write_the_same_bytes(tmp_path: Path, llama: Path, finished: Path) -> None:
-    (tmp_path / "rank.py").write_text(RANK)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    _python(*launch, str(tmp_path / "rank.py"), str(tmp_path / "two"), str(llama))
-    assert contents(tmp_path / "two") == contents(finished)
+def test_two_processes_write_the_same_bytes(forked: Path, finished: Path) -> None:
+    assert contents(forked / "two") == contents(finished)
 
 
 def test_parts_of_a_job_array_complete_each_other(
