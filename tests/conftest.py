@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 
@@ -70,8 +72,18 @@ def carry_out(name: str, script: str, given: running.Flags) -> running.Outcome:
     return how(f"{name}/{script}.py", given)
 
 
-@pytest.fixture
-def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def without_plots() -> Iterator[None]:
     """Runs within this process write tables alone: plots and pages take far longer."""
-    monkeypatch.setattr("reports.write_plots", lambda *given: [])
-    monkeypatch.setattr("reports.write_report", lambda *given: None)
+    with (
+        mock.patch("reports.write_plots", lambda *given: []),
+        mock.patch("reports.write_report", lambda *given: None),
+    ):
+        yield
+
+
+@pytest.fixture
+def no_plots() -> Iterator[None]:
+    """The whole test without plots and pages."""
+    with without_plots():
+        yield

@@ -58,6 +58,16 @@ def run(script: str, settings: Flags, processes: int = 1) -> Outcome:
     return Outcome(process.returncode, out, err)
 
 
+def together(script: str, settings: Flags, processes: int) -> Outcome:
+    """Run a script to its end in several processes, which torchrun's own imports would slow."""
+    path = ROOT / script
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests/ranks.py"), str(processes), path.name, *flags(settings)],
+        cwd=path.parent, env=ENV, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
 def invoke(script: str, settings: Flags, *words: str) -> Outcome:
     """Run a script to its end within this process."""
     path, out, err = ROOT / script, io.StringIO(), io.StringIO()

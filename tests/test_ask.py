@@ -166,6 +166,7 @@ def test_a_killed_session_goes_on_where_it_was(world, tmp_path, monkeypatch):
     assert profiles[0] == profiles[1]
 
 
+@pytest.mark.slow
 def test_undo_takes_back_answers_and_skips_also_those_of_an_earlier_session(
     world, tmp_path, monkeypatch
 ):

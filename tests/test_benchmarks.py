@@ -104,6 +104,7 @@ def test_the_file_of_differences_repeats_no_row(tmp_path):
     assert seconds > 0 and memory >= 0
 
 
+@pytest.mark.slow
 def test_extra_memory_is_the_process_own():
     before = np.ones(50_000_000)  # 400 MB, which a process started now must not count
     code = (
@@ -151,6 +152,7 @@ class Within(core.Side):
         """Nothing."""
 
 
+@pytest.mark.slow
 def test_a_side_is_a_process_that_takes_one_case_after_the_other():
     one, _, _, _, _, few = (case.settings for case in tiny())
     there = core.Side(ROOT)
@@ -197,6 +199,7 @@ def test_growth_is_measured_over_a_decade(tmp_path):
     assert len(kept) == 16 and (kept["seconds"] > 0).all()
 
 
+@pytest.mark.slow
 def test_the_mixed_logit_is_timed_beside_lore(monkeypatch):
     monkeypatch.setattr(mixed, "MEASURED", 2)
     rows = table(run("mixed.py", "--users=30", "--pairs=8", "--features=12").out)

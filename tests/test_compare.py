@@ -94,6 +94,7 @@ def test_planted_choices_are_as_likely_as_a_logit_says():
     assert won == pytest.approx(torch.tensor(1.0).sigmoid().item(), abs=0.02)
 
 
+@pytest.mark.slow
 def test_a_redrawn_prism_is_what_prepare_draws_with_that_seed(dataset):
     data = dataset("PRISM").data
     drawn, given = comparison_data.redrawn(data).draw(0, CPU), splits.given_split(data).draw(0, CPU)

@@ -141,6 +141,7 @@ def test_a_comparison_of_weight_two_is_that_comparison_twice():
     torch.testing.assert_close(data.result, again.result)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("estimator", [utils.LoRe, utils.LoRe_regularized])
 def test_models_trained_side_by_side_follow_their_own_trajectories(estimator):
@@ -241,6 +242,7 @@ def test_shrinkage_follows_its_loss_written_down():
     close(W, free.detach().softmax(1), 1e-9)
 
 
+@pytest.mark.slow
 def test_strong_shrinkage_gives_the_population_and_none_gives_the_plain_fit():
     X, V = users([5] * 4), torch.randn(12, 3, dtype=torch.float64)
     data = Comparisons.from_list(X)
@@ -334,6 +336,7 @@ def test_new_users_come_within_two_points_of_the_planted_model():
     assert ours > shared + 0.02
 
 
+@pytest.mark.slow
 def test_with_one_shared_taste_higher_ranks_do_not_beat_one_direction():
     X, _, _ = planted([60] * 80, spread=0)
     train, test = [x[:30] for x in X], [x[30:] for x in X]
@@ -426,6 +429,7 @@ def test_own_rewards_follow_each_users_plain_fit():
         close(v, e, 1e-4)
 
 
+@pytest.mark.slow
 def test_own_and_shared_rewards():
     X = users([20] * 6, F=16, dtype=torch.float32)  # more comparisons than features, just
     directions = utils.learn_multiple(X, 200)
@@ -591,6 +595,7 @@ def test_basis_files_are_checked(tmp_path):
         save_basis(tmp_path / "x", basis)
 
 
+@pytest.mark.slow
 def test_importing_the_module_draws_nothing_and_picks_no_device():
     code = (
         "import torch; torch.manual_seed(5); before = torch.get_rng_state(); import utils; "

@@ -56,6 +56,7 @@ def judged(name: str, settings: dict[str, Any], device: torch.device) -> list[di
     return records
 
 
+@pytest.mark.slow
 def test_the_device_refuses_what_a_gpu_refuses():
     with elsewhere.pretended() as device:
         x, here = torch.ones(3).to(device), torch.ones(3)

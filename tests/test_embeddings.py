@@ -119,6 +119,7 @@ def finished(tmp_path: Path, quiet: dict[str, Any]) -> Path:
 # ------------------------------------------------------------------- The same rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_method_gives_the_rows_of_plain_transformers(kind: str, tmp_path: Path) -> None:
     model, chats = MODELS[kind](tmp_path / "model"), some_chats()

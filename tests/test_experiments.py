@@ -87,6 +87,7 @@ def same(record: dict[str, Any], expected: tuple[np.ndarray, np.ndarray]) -> Non
 # --------------------------------------------------------------------- Judging a fit
 
 
+@pytest.mark.slow
 def test_results_are_those_of_the_saved_bases(four, tmp_path):
     _, folder = fit(four, tmp_path)
     sets, found = four.tasks().draw(0, CPU), records(folder)
@@ -281,6 +282,7 @@ def test_one_seen_user_has_nobody_to_differ_from(four, tmp_path):
 # --------------------------------------------------------------------- Choosing a rank
 
 
+@pytest.mark.slow
 def test_the_choice_never_reads_a_test_comparison(world, tmp_path):
     table = world.table.copy()
     test = table.split == "test"
@@ -667,6 +669,7 @@ class Fits:
 NAMES = ("bt", "own", "lore")
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_keeps_finished_methods_and_repeats(world, tmp_path, monkeypatch):
     asked = {"seeds": (0, 1, 2), "estimator": "lore_regularized", "alpha": (0.0, 10.0)}
     _, whole = fit(world, tmp_path / "whole", **asked)
@@ -683,6 +686,7 @@ def test_an_interrupted_run_keeps_finished_methods_and_repeats(world, tmp_path, 
     assert sorted(p.name for p in part.iterdir()) == sorted(p.name for p in whole.iterdir())
 
 
+@pytest.mark.slow
 def test_methods_and_seeds_that_are_added_later_are_all_that_is_fitted(
     world, tmp_path, monkeypatch
 ):
@@ -716,6 +720,7 @@ def test_an_unknown_method_is_refused_before_anything_is_made(world, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_basis_files_are_named_as_written_and_hold_their_repeat(world, tmp_path):
     _, one = fit(world, tmp_path / "one", alpha=(0.0, 1.0))
     _, two = fit(world, tmp_path / "two", seeds=(0, 1))
@@ -764,6 +769,7 @@ def reported(world, run, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [100, 2_500, *(slow(n) for n in (1_100, 8_000, 30_000))])
 def test_a_full_disk_loses_nothing(world, reported, tmp_path, monkeypatch, size):
     monkeypatch.setattr(reports, "write_plots", lambda *_: [])
@@ -804,6 +810,7 @@ def killed(world: People, results: Path, monkeypatch: pytest.MonkeyPatch, **chan
             fit(world, results, checkpoint_every=10, **changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [slow("in memory"), "streamed", slow("in other parts")])
 @pytest.mark.parametrize("asked", [REGULARIZED, slow({"ranks": (2, 3), "alpha": (0.1,)})])
 def test_a_killed_training_goes_on_wherever_it_computes(
@@ -824,6 +831,7 @@ def test_a_killed_training_goes_on_wherever_it_computes(
         torch.testing.assert_close(bases[0].W, bases[1].W, **exact)
 
 
+@pytest.mark.slow
 def test_a_kept_state_of_other_settings_is_not_taken_up(world, tmp_path, monkeypatch):
     killed(world, tmp_path, monkeypatch, **REGULARIZED)
     kept = sorted((tmp_path / "planted/here").glob("state-*"))

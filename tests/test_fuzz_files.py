@@ -99,6 +99,7 @@ def raw_source(name: str, folder: Path) -> tuple[Any, Path, list[dict[str, Any]]
     return worlds.script(f"{name}/prepare.py"), source / f"{file.split('.')[0]}.jsonl", rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RAW)
 @EXAMPLES
 @given(cell=CELLS, column=st.integers(0, 100), deep=st.booleans())

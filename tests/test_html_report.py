@@ -111,6 +111,7 @@ def test_the_tables_say_what_the_text_says(tmp_path):
     assert len(cells) > 60 and all(f"<td>{cell.strip()}</td>" in text for cell in cells)
 
 
+@pytest.mark.slow
 def test_users_are_listed_with_their_accuracy_under_each_method(tmp_path):
     results = made.results()
     text = page(tmp_path, results)
@@ -127,6 +128,7 @@ def test_users_are_listed_with_their_accuracy_under_each_method(tmp_path):
     assert re.findall("<td>(.*)</td>", row) == expected
 
 
+@pytest.mark.slow
 def test_a_page_is_the_same_whenever_it_is_made(tmp_path):
     results = made.results(sweep=True)
     assert page(tmp_path, results) == page(tmp_path, results)

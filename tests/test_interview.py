@@ -177,6 +177,7 @@ def test_either_response_may_come_first(tmp_path):
     assert 5 < sum(turned) < 25
 
 
+@pytest.mark.slow
 def test_answers_move_what_is_known_towards_the_person(tmp_path):
     own, b = session(tmp_path / "ann.jsonl", tolerance=0), torch.tensor([2.0, -1.0, 0.5]).double()
     while question := own.question():

@@ -240,6 +240,7 @@ def settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return made(methods=("lore", "toy"), lore=lore, results=tmp_path, name="run", progress=False)
 
 
+@pytest.mark.slow
 def test_a_new_method_appears_everywhere(settings: Any, tmp_path: Path):
     text = experiments.train_basis(Made(), settings)
     folder = tmp_path / "Made" / "run"

@@ -365,6 +365,7 @@ def test_strengths_are_given_together() -> None:
 # ------------------------------------------------------------------- the choice
 
 
+@pytest.mark.slow
 def test_tastes_are_kept_where_they_are_and_dropped_where_labels_were_permuted() -> None:
     data, _ = world(users=60, pairs=30, taste=0.8)
     fit = MixedLogit(rank=3).fit(task(data))[0]

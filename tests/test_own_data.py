@@ -29,9 +29,11 @@ def choices(path: Path, users: int = 30, rows: int = 12) -> Path:
 
 
 @pytest.mark.slow
-def test_a_file_of_thirty_users_becomes_a_page(model, tmp_path):
+def test_a_file_of_thirty_users_becomes_a_page(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("reports.write_plots", lambda *given: [])  # the page has its own
     source, data = choices(tmp_path / "mine.jsonl"), tmp_path / "data"
     quick = {"data": data, "results": tmp_path, "progress": "false", "iterations": 30}
+    quick |= {"mixed_logit.rank": 2, "mixed_logit.l_mu": 1, "mixed_logit.l_B": 0.1}
     steps = {
         "prepare": {"source": source, "out": data, "model": model, "progress": "false"},
         "train_basis": {**quick, "ranks": [2], "name": "fit"},

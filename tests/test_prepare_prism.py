@@ -346,6 +346,7 @@ def test_the_list_form_prints_a_list_and_warns_everywhere(tmp_path, capsys, capl
     assert info["warning"] in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rejected", "brackets"), [("each", 0), ("list", 1)])
 def test_the_text_that_is_embedded(tmp_path, rejected, brackets):
     """History and answer as plain text, one BOS; only the list form has its brackets."""

@@ -155,6 +155,7 @@ def test_the_hub_is_asked_for_the_parquet_conversion(tmp_path, monkeypatch):
     assert hub["data_sha256"] == prepare(source, tmp_path / "local")["data_sha256"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not UKP.exists(), reason="the UKPConvArg data is not beside the project")
 def test_the_real_data(tmp_path):
     """All 173 workers have fifty annotations; all pairs of unequal texts are there."""

@@ -51,7 +51,7 @@ def test_processes_together_do_what_one_does(dataset, tmp_path, name, processes,
     one = running.invoke(f"{name}/train_basis.py", {**settings, "results": tmp_path / "one"})
     assert one.status == 0, one.err
     settings["results"] = tmp_path / "more"
-    several = running.run(f"{name}/train_basis.py", settings, processes)
+    several = running.together(f"{name}/train_basis.py", settings, processes)
     assert several.status == 0, several.err
     folders = [tmp_path / part / name / "here" for part in ("one", "more")]
     assert_same(*folders, (0, 1, 2, 3))
@@ -109,7 +109,10 @@ def test_mixed_logit_and_ridge_bt_are_the_same_in_every_form(tmp_path):
     found = []
     for name, processes, stream in (("one", 1, "false"), ("disk", 1, "true"), ("two", 2, "true")):
         flags = {"results": tmp_path / name, "stream": stream}
-        outcome = running.run(str(tmp_path / "fits.py"), flags, processes)
+        if processes == 1:
+            outcome = running.invoke(str(tmp_path / "fits.py"), flags)
+        else:
+            outcome = running.together(str(tmp_path / "fits.py"), flags, processes)
         assert outcome.status == 0, outcome.err
         found.append(json.loads((tmp_path / name).read_text()))
     facts = found[0]["mixed_logit"]["facts"]
@@ -120,7 +123,7 @@ def test_mixed_logit_and_ridge_bt_are_the_same_in_every_form(tmp_path):
         assert_close(found[0], other)
 
 
-def test_a_killed_training_goes_on_where_it_was(dataset, tmp_path):
+def test_a_killed_training_goes_on_where_it_was(dataset, tmp_path, caplog):
     long = {**QUICK, "ranks": [2, 3], "iterations": 800, "checkpoint_every": 20}
     settings = {"data": dataset("PRISM").data, **long}
     whole, killed = ({**settings, "results": tmp_path / name} for name in ("whole", "killed"))
@@ -133,9 +136,10 @@ def test_a_killed_training_goes_on_where_it_was(dataset, tmp_path):
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert list(saved(folder)["seeds"][0]["methods"]) == ["reference", "bt", "own"]
-    resumed = running.run("PRISM/train_basis.py", killed)
+    with caplog.at_level("INFO"):
+        resumed = running.invoke("PRISM/train_basis.py", killed)
     assert resumed.status == 0, resumed.err
-    (step,) = re.findall(r"going on from step (\d+)", resumed.err)
+    (step,) = re.findall(r"going on from step (\d+)", caplog.text)
     assert 40 <= int(step) < 800
     outcome = running.invoke("PRISM/train_basis.py", whole)
     assert outcome.status == 0, outcome.err

@@ -43,6 +43,7 @@ def _one_rank_after_the_other(X, ranks, trials=(), sizes=()):
     return results
 
 
+@pytest.mark.slow
 def test_ranks_of_one_run_draw_as_if_fitted_one_after_the_other(X):
     few, test, ranks = [x[:5] for x in X], [x[5:] for x in X], [3, 1, 2, 4]
     torch.manual_seed(3)

@@ -91,6 +91,7 @@ def tiny(monkeypatch):
     return world
 
 
+@pytest.mark.slow
 def test_one_command_asks_what_is_missing_and_makes_tables_and_one_figure(
     tiny, tmp_path, monkeypatch, caplog
 ):
@@ -114,6 +115,7 @@ def test_one_command_asks_what_is_missing_and_makes_tables_and_one_figure(
     assert (tmp_path / "questions.md").read_text() == text
 
 
+@pytest.mark.slow
 def test_finished_repeats_with_other_numbers_of_questions_are_refused(tiny, tmp_path):
     given = {"results": tmp_path, "out": tmp_path, "rounds": 1, "pools": False}
     questions.main(**given, only=("tiny",), repeats=1)
@@ -122,6 +124,7 @@ def test_finished_repeats_with_other_numbers_of_questions_are_refused(tiny, tmp_
         questions.main(**given, only=("tiny",), tables_only=True)
 
 
+@pytest.mark.slow
 def test_a_larger_pool_has_better_questions_to_choose_from(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(questions, "POOLS", (10, 80))
     monkeypatch.setattr(questions, "POOL_WORLD", Planted(2, 1.5, users=40, held_out=40))

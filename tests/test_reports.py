@@ -466,6 +466,7 @@ def drawn(results: dict[str, Any], folder: Path) -> set[str]:
     return names | {tick.get_text() for axes in figure.axes for tick in axes.get_xticklabels()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sweep", [False, True])
 def test_a_method_nobody_has_heard_of_appears_everywhere(tmp_path, sweep, monkeypatch):
     monkeypatch.setattr(reports, "write_plots", WRITE_PLOTS)
@@ -518,6 +519,7 @@ def test_marks_of_reference_and_chance_do_not_stretch_the_axis(tmp_path):
     assert "chance 50.0 ↓" in texts and any(text.startswith("reference 6") for text in texts)
 
 
+@pytest.mark.slow
 def test_dollars_in_names_are_no_formulas(tmp_path):
     labels = {**made.LABELS, "a $x^ label": TOY}
     results = made.results(labels)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import models
+import running
 from basis import Basis, save_basis
 from embeddings import embed, open_store
 from files import InputError
@@ -173,6 +172,7 @@ def test_shift_and_positive_scale_do_not_matter(rows, shift, scale):
     assert rb2.score(moved) == rb2.score(rows)
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(benchmarks(), st.randoms())
 def test_order_of_rows_and_of_completions_of_a_kind_does_not_matter(rows, random):
@@ -326,13 +326,6 @@ def basis_file(tmp_path_factory, basis) -> str:
     return str(path)
 
 
-def run_script(*flags: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "eval_rb2.py", *flags]
-    return subprocess.run(
-        command, cwd=ROOT / "PRISM", capture_output=True, text=True, check=False, timeout=120
-    )
-
-
 def evaluate(folder: Path, **settings) -> pd.DataFrame:
     """The table of a run in this process, as it was saved."""
     eval_rb2.main(results=str(folder), embeddings=str(folder / "embeddings"), **settings)
@@ -368,13 +361,14 @@ def harness_logits(model: str, max_length: int = 2048) -> np.ndarray:
 def test_script_reports_every_reward_from_one_pass(tmp_path, source, llama, basis, basis_file):
     head = torch.arange(64.0).reshape(32, 2).cos()
     np.save(tmp_path / "head.npy", head.numpy())
-    done = run_script(
+    done = running.invoke(
+        "PRISM/eval_rb2.py", {},
         "--source", source, "--model", llama, "--basis", basis_file, "--users", "bob", "cy",
         "--rm_head", str(tmp_path / "head.npy"), "--head-bias", "3",
         "--results", str(tmp_path / "out"), "--embeddings", str(tmp_path / "embeddings"),
         "--save_csv", str(tmp_path / "table.csv"), "--verbose_failures", "--top_k", "2",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.err
     table = pd.read_csv(tmp_path / "out" / "scores.csv", index_col="reward")
     assert list(table.columns) == ["Mean", *rb2.OFFICIAL]
     pd.testing.assert_frame_equal(table, pd.read_csv(tmp_path / "table.csv", index_col="reward"))
@@ -396,14 +390,14 @@ def test_script_reports_every_reward_from_one_pass(tmp_path, source, llama, basi
         record = saved(tmp_path / "out", name.replace(" ", "-"))
         np.testing.assert_allclose(flat(record), rewards.numpy(), rtol=1e-4, atol=1e-4)
         assert_record_gives(record, table.loc[name])
-        printed = next(line for line in done.stdout.splitlines() if line.startswith(name))
+        printed = next(line for line in done.out.splitlines() if line.startswith(name))
         assert printed.split()[-7:] == [f"{value:.4f}" for value in table.loc[name]]
-    assert "not official" in done.stdout
+    assert "not official" in done.out
     # The two worst rows of user cy, the last reward before the baseline.
     record = saved(tmp_path / "out", "user-cy")
     numbered = zip(record["num_correct"], record["scores"], strict=True)
     worst = sorted((max(s[n:]) - min(s[:n]) for n, s in numbered), reverse=True)[:2]
-    shown = [line.split()[0] for line in done.stdout.splitlines()[-2:]]
+    shown = [line.split()[0] for line in done.out.splitlines()[-2:]]
     assert [float(x) for x in shown] == pytest.approx(worst, abs=1e-5)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -22,7 +23,7 @@ import pytest
 import models
 import running
 from basis import load_basis
-from conftest import WORLDS, Dataset, carry_out
+from conftest import OWN_PROCESS, WORLDS, Dataset, carry_out, without_plots
 from methods.lore import Lore
 from people import repeats, saved
 from running import Outcome, table
@@ -44,6 +45,9 @@ SWEEP = {
     "PRISM": {"shots": [1, 2], "trials": 3, "ranks": [2, 3]},
     "CommunityAlignment": {"shots": [1, 3], "trials": 3, "ranks": 3},
 }  # fmt: skip
+# Plots and pages take longer than all else, and are drawn from a run's results alone.
+DRAWN = [("PRISM", "train_basis"), ("PRISM", "vary_fewshot")]
+DRAWN += [(name, "vary_fewshot") for name, script in OWN_PROCESS if script == "vary_fewshot"]
 SEEN_ONLY = WORLDS.keys() - SWEEP.keys()  # datasets in which nobody is new
 
 
@@ -77,7 +81,9 @@ def finished(dataset: Callable[[str], Dataset], tmp_path_factory) -> Callable[[s
         results = tmp_path_factory.mktemp("results")
         settings = (TRAIN if script == "train_basis" else SWEEP)[name]
         where = {"data": dataset(name).data, "results": results, "run": "here"}
-        outcome = carry_out(name, script, {**where, **settings, **QUICK})
+        drawing = contextlib.nullcontext() if (name, script) in DRAWN else without_plots()
+        with drawing:
+            outcome = carry_out(name, script, {**where, **settings, **QUICK})
         return Run(outcome, results / name / "here")
 
     return get
@@ -175,16 +181,23 @@ def test_vary_fewshot_prints_what_it_saves(finished, name):
 )
 def test_files_lie_where_the_last_line_says(finished, name, script):
     run = finished(name, script)
-    last = run.outcome.out.splitlines()[-1]
-    plots = re.search(r"\((.*)\)", last).group(1).split(", ")
-    assert last.endswith(f": {run.folder}")
+    assert run.outcome.out.splitlines()[-1].endswith(f": {run.folder}")
+    assert run.outcome.out.startswith((run.folder / "table.md").read_text().splitlines()[0])
+    assert not list(run.folder.glob("*.part")) and not list(run.folder.glob("state-*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "script"),
+    [pytest.param(*run, marks=[] if run[0] == "PRISM" else pytest.mark.slow) for run in DRAWN],
+)
+def test_plots_lie_where_the_last_line_says(finished, name, script):
+    run = finished(name, script)
+    plots = re.search(r"\((.*)\)", run.outcome.out.splitlines()[-1]).group(1).split(", ")
     for plot in plots:
         assert (run.folder / plot).read_bytes()[1:4] == b"PNG"
         assert (run.folder / plot).with_suffix(".pdf").read_bytes().startswith(b"%PDF")
     main = "accuracy.png" if script == "train_basis" else "shots.png"
     assert main in plots
-    assert run.outcome.out.startswith((run.folder / "table.md").read_text().splitlines()[0])
-    assert not list(run.folder.glob("*.part")) and not list(run.folder.glob("state-*"))
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -235,7 +248,9 @@ def test_two_repeats_of_a_command_give_the_same_results(finished, dataset, tmp_p
 
 
 @pytest.mark.slow
-def test_reports_put_runs_side_by_side(finished):
+def test_reports_put_runs_side_by_side(finished, monkeypatch):
+    monkeypatch.setattr("plots.write_plots", lambda *given: [])
+    monkeypatch.setattr("html_report.write_report", lambda *given: None)
     names = ("PersonalLLM", "PRISM")
     runs = [finished(name, "train_basis").folder for name in names]
     before = [(folder / "table.md").read_bytes() for folder in runs]

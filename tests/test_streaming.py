@@ -45,6 +45,7 @@ def assert_same(memory: Path, disk: Path) -> None:
                 np.testing.assert_allclose(found[row][name], record[name], atol=1e-3, err_msg=row)
 
 
+@pytest.mark.slow
 def test_every_method_has_the_same_rows_streamed_and_in_memory(world, tmp_path):
     given = {name: methods.METHODS[name](**quick) for name, quick in QUICK.items()}
     given["methods"] = tuple(methods.METHODS)

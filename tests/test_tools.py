@@ -20,6 +20,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import embeddings
 import models
 import ranking
+import running
 from basis import Basis, load_basis, save_basis
 from choices import Columns
 from files import InputError
@@ -180,14 +181,13 @@ def test_a_basis_of_another_model_is_refused(tmp_path):
         export.main(make_basis(tmp_path, None), tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_export_from_the_command_line_names_and_lists_users(tmp_path):
     path = make_basis(tmp_path, models.tiny_llama(tmp_path / "model"))
-    command = [sys.executable, "export.py", "--basis", path]
-    listed = subprocess.run(
-        [*command, "--list-users", "true"], cwd=ROOT / "tools", capture_output=True, text=True
-    )
-    assert listed.stdout.split() == ["ann", "17", "new"], listed.stderr
-    command += ["--user", "17", "--out", tmp_path / "out"]
+    listed = running.invoke("tools/export.py", {"basis": path, "list_users": "true"})
+    assert listed.out.split() == ["ann", "17", "new"], listed.err
+    command = [sys.executable, "export.py", "--basis", path, "--user", "17"]
+    command += ["--out", tmp_path / "out"]
     done = subprocess.run(command, cwd=ROOT / "tools", capture_output=True, text=True)
     assert done.returncode == 0 and "user 17" in done.stdout, done.stderr
 
@@ -312,6 +312,7 @@ def test_weights_find_the_column_and_candidates_come_in_its_order(task, tmp_path
     assert f"{best['logit']:.3f}" in printed and f"{chance:.3f}" in printed
 
 
+@pytest.mark.slow
 def test_leave_one_out_is_the_fit_without_each_choice(tmp_path):
     learned = load_basis(make_basis(tmp_path, None))
     Z = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)) * 100
@@ -331,6 +332,7 @@ def test_leave_one_out_is_the_fit_without_each_choice(tmp_path):
     assert f"{sum(math.log1p(math.exp(-x)) for x in odds) / 5:.3f}" in told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["LoRe", "mixed logit"])
 def test_what_is_left_out_is_a_whole_row_with_all_its_pairs(tmp_path, kind):
     noise = 100 * torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
@@ -510,8 +512,6 @@ def test_file_names_are_taken_as_they_are_and_the_model_is_found_from_anywhere(
 
 def test_ranking_from_the_command_line_takes_the_embedding_flags(task):
     files, _ = task
-    command = [sys.executable, "rank_responses.py"]
-    command += [part for name, path in files.items() for part in (f"--{name}", path)]
-    command += ["--method", "single", "--dtype", "float32"]
-    done = subprocess.run(command, cwd=ROOT / "tools", capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.startswith("weights: "), done.stderr
+    flags = {**files, "method": "single", "dtype": "float32"}
+    done = running.invoke("tools/rank_responses.py", flags)
+    assert done.status == 0 and done.out.startswith("weights: "), done.err
