@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 import core
 import mixed
+import planted
 import running
 import scaling
 import side
@@ -22,6 +24,7 @@ import threads
 import utils
 from files import InputError
 from flags import Flags
+from methods import METHODS
 
 CORE = [
     "--features=32", "--joint", "12", "4", "--ranks", "1", "2", "--alternating", "9", "5", "4",
@@ -213,6 +216,36 @@ def test_planted_choices_are_of_the_rank_that_is_said():
     directions = x.mean(1)  # of each user: what was chosen points along the user's reward
     sizes = torch.linalg.svdvals(directions - directions.mean(0))
     assert sizes[mixed.RANK - 1] > 1.5 * sizes[mixed.RANK]
+
+
+def test_the_truth_is_judged_beside_what_was_fitted(monkeypatch, capsys):
+    lore = partial(METHODS["lore"], iterations=5, few_shot_iterations=5)
+    mixed_logit = partial(METHODS["mixed_logit"], l_mu=1.0, l_B=1.0, rank=2)
+    quick = {"ridge_bt": METHODS["ridge_bt"], "lore": lore, "mixed_logit": mixed_logit}
+    monkeypatch.setattr(planted, "METHODS", quick)
+    planted.main((40,), shots=10, features=6, worlds=1)
+    accuracy, covered, seconds = capsys.readouterr().out.split("\n\n")[1::2]
+    rows = table(accuracy)
+    assert list(rows.index)[-1] == "corners of a simplex: the truth" and len(rows) == 12
+    assert rows.loc["Gaussian tastes: the truth", "gain, new"] == "100 %"
+    assert rows.loc["nobody differs: mixed_logit", "gain, new"] == ""
+    assert "the truth, 10 comparisons" in table(covered).index
+    assert (table(seconds)["seconds"].astype(float) >= 0).all()
+
+
+@pytest.mark.parametrize("kind", planted.KINDS[1:])
+def test_true_intervals_cover_what_they_say(kind):
+    world = planted.planted(kind, 200, 30, 6, 0)
+    x = world.task.train.features.x.double()
+    odds = x @ world.truth.directions  # of the shared part, and of tastes
+    for part in (odds[:, :1], odds[:, 1:]):
+        size = float(part.square().sum(1).mean().sqrt())
+        assert size == pytest.approx(planted.SPREAD, rel=0.05)
+    assert float(world.tastes.square().mean()) == pytest.approx(1, rel=0.15)
+    if kind == "Gaussian tastes":
+        for row in list(planted.coverage(world, {"mixed_logit": world.truth}))[:3]:
+            shares = [row[level] for level in planted.WIDTHS]
+            assert shares == pytest.approx([50, 80, 90, 95], abs=5)
 
 
 def test_differences_between_threads_are_the_largest_of_any_user():

@@ -502,6 +502,14 @@ def test_the_bottom_of_any_valley_of_ridges_is_found_in_five_tries(place: int) -
     assert lowest(loss) == place and len(asked) == 5
 
 
+def test_no_more_directions_are_kept_than_stand_out() -> None:
+    data, _ = world(users=60, F=12, rank=1)
+    (fit,) = MixedLogit(rank=8, mixtures=(1,)).fit(task(data))
+    ranks = [one["rank"] for one in fit.facts["tried"]]
+    assert 8 in ranks and fit.facts["chosen"]["rank"] == 1
+    assert fit.directions.shape == (12, 2) and fit.prior.mean.shape == (1, 1)
+
+
 def test_a_choice_tries_twelve_settings_at_most_and_directions_can_be_taken_back() -> None:
     data, _ = world(users=60)
     fit = MixedLogit(rank=2).fit(task(data, shots=(5,)))[0]
