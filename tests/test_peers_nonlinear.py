@@ -402,3 +402,22 @@ def test_a_view_of_pairs_swaps_by_its_places() -> None:
     view = fitted("pal").view(planted("pal").few)
     assert isinstance(view, Pairs)
     assert len(view.values) <= ROWS < len(view)  # distinct rows only
+
+
+# ------------------------------------------------------------------- Losses and processes
+
+
+def test_pal_has_the_hinge_loss_of_margin_1_and_the_mlp_the_log_loss() -> None:
+    task = planted("pal")
+    for name, loss in (("pal", lambda x: (1 - x).clamp(min=0)), ("mlp", lambda x: softplus(-x))):
+        (fit,) = replace(METHODS[name], setting="faithful", epochs=1).fit(task)
+        view, rows = fit.view(task.few), slice(0, 20)  # the first user's
+        logits = fit.logits(view[rows], fit.users[:1], torch.zeros(20, dtype=torch.long))
+        found = fit.losses(view, rows, fit.users[:1], torch.zeros(20, dtype=torch.long))
+        torch.testing.assert_close(found, loss(logits))
+        assert found.std() > 1e-4
+
+
+@every
+def test_the_first_process_judges_alone(name: str) -> None:
+    assert METHODS[name].fit(replace(planted(name), process=1, processes=2)) == []
