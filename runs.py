@@ -118,14 +118,15 @@ class Run:
         part["methods"] = {method: done[method] for method in [*first, *rest]}
         self.results["seeds"] = list(seeds.values())
         kept = json.loads((self.folder / "settings.json").read_text())
-        try:
-            text = json.dumps({**kept, **self.results}, allow_nan=False)
+        drawn = [fit.get(key) for fit in method["fits"] for key in ("losses", "spectrum", "states")]
+        try:  # elsewhere infinity is a strength: that of what a fit goes without
+            json.dumps([method["records"], drawn], allow_nan=False)
         except ValueError:
             raise InputError(
                 f"{name}, seed {seed}: its figures hold NaN or infinity, so that nothing of it is "
                 "kept; fit it with other settings, such as a lower learning rate"
             ) from None
-        write_text(self.folder / "results.json", text)
+        write_text(self.folder / "results.json", json.dumps({**kept, **self.results}))
 
     def state(self, seed: int, name: str) -> Path:
         """Where the state of a method's training is kept, with a suffix."""

@@ -102,7 +102,8 @@ def read_survey(source: str, funnel: Funnel) -> dict[str, bool]:
     for place, row in read_table(source, "survey", ("user_id", column)):
         name = raw.name(row["user_id"], place, "user_id")
         require(name not in completed, f"{place} has the user_id of an earlier row")
-        completed[name] = raw.number(row[column] or 0, place, column) > 0
+        count = 0 if row[column] is None else row[column]
+        completed[name] = raw.number(count, place, column) > 0
     funnel.count("participants", len(completed))
     funnel.count("participants with a completed conversation", sum(completed.values()))
     return completed

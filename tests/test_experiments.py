@@ -614,6 +614,8 @@ def test_figures_that_are_no_numbers_are_never_written(world, tmp_path):
     with pytest.raises(InputError, match="lore, seed 0: its figures hold NaN or infinity"):
         run.add(0, {}, "lore", bad, [])
     assert (folder / "results.json").read_bytes() == before
+    chosen = {"chosen": {"l_B": float("inf")}, "losses": [1.0]}  # as a mixed logit says it
+    run.add(0, {}, "lore", {"settings": {}, "fits": [chosen], "records": []}, [])
 
 
 @pytest.mark.parametrize("damage", ["accuracy", "settings", "a repeat"])

@@ -284,6 +284,10 @@ def test_settings_that_leave_nothing_are_refused(tmp_path, settings, message):
             {"num_completed_conversations": "0"},
             "survey.jsonl row 2: num_completed_conversations must be a number, not '0'",
         ),
+        (
+            {"num_completed_conversations": {}},
+            "survey.jsonl row 2: num_completed_conversations must be a number, not {}",
+        ),
     ],
 )
 def test_a_bad_participant_is_refused_by_row(tmp_path, change, message):

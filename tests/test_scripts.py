@@ -412,7 +412,7 @@ def test_an_unprepared_folder_is_refused(script, tmp_path):
 
 @pytest.mark.parametrize("ranks", [[0, 40], [0, 9]])  # of 32 features, of 8 seen users
 def test_a_rank_too_large_is_refused_before_training(train, tmp_path, ranks):
-    refused(train(ranks=ranks), f"rank {ranks[1]}", "8")
+    refused(train(ranks=ranks), f"--lore.ranks {ranks[1]}", "8")
     assert not list((tmp_path / "results").rglob("results.json"))
 
 
