@@ -242,6 +242,26 @@ def test_shrinkage_follows_its_loss_written_down():
     close(W, free.detach().softmax(1), 1e-9)
 
 
+def test_training_with_shrinkage_pulls_each_user_to_the_mean_of_all_as_written_down():
+    X = users([2, 3, 4], F=5)
+    logits, V = start(utils.LoRe, 3, X, dtype=torch.float64)
+    free = [x.clone().requires_grad_() for x in (logits, V)]
+    optimizer = torch.optim.Adam(free, lr=0.5)
+    for _ in range(20):
+        loss = reference.joint_objective(X, reference.ones(X), free[1], free[0])
+        W = free[0].softmax(1)
+        mean = W.detach().mean(0)
+        for u, x in enumerate(X):
+            loss = loss + 2.5 / len(x) * (mean * (mean / W[u]).log()).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    torch.manual_seed(1)
+    found = utils.LoRe(None, 0, 3, 5, 3, 20, 0.5, dtype=torch.float64, shrinkage=2.5).train(X)
+    close(found[0], free[0].detach().softmax(1), 1e-9)
+    close(found[1], free[1].detach(), 1e-9)
+
+
 @pytest.mark.slow
 def test_strong_shrinkage_gives_the_population_and_none_gives_the_plain_fit():
     X, V = users([5] * 4), torch.randn(12, 3, dtype=torch.float64)
