@@ -32,7 +32,7 @@ lint: $(READY)  ## check the style with ruff
 demo: $(READY)  ## the whole pipeline of PersonalLLM on a small made world, offline
 	cd PersonalLLM && $(PY) demo_world.py
 	cd PersonalLLM && $(PY) prepare.py --source data/demo-source --model data/smollm2 --out data/demo
-	@cd PersonalLLM && export OMP_NUM_THREADS=1 && set -x; \
+	cd PersonalLLM && export OMP_NUM_THREADS=1; \
 	$(PY) vary_fewshot.py $(DEMO) --shots 0 1 3 9 27 45 --trials 2 --progress false \
 		--methods lore mixed_logit --name demo-shots >data/demo-shots.txt 2>&1 & \
 	$(PY) train_basis.py $(DEMO) --ranks 5 --seeds 0 1 2 \

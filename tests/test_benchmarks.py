@@ -15,8 +15,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 import core
+import known_truth
 import mixed
-import planted
 import running
 import scaling
 import side
@@ -222,8 +222,8 @@ def test_the_truth_is_judged_beside_what_was_fitted(monkeypatch, capsys):
     lore = partial(METHODS["lore"], iterations=5, few_shot_iterations=5)
     mixed_logit = partial(METHODS["mixed_logit"], l_mu=1.0, l_B=1.0, rank=2)
     quick = {"ridge_bt": METHODS["ridge_bt"], "lore": lore, "mixed_logit": mixed_logit}
-    monkeypatch.setattr(planted, "METHODS", quick)
-    planted.main((40,), shots=10, features=6, worlds=1)
+    monkeypatch.setattr(known_truth, "METHODS", quick)
+    known_truth.main((40,), shots=10, features=6, worlds=1)
     accuracy, covered, seconds = capsys.readouterr().out.split("\n\n")[1::2]
     rows = table(accuracy)
     assert list(rows.index)[-1] == "corners of a simplex: the truth" and len(rows) == 12
@@ -233,18 +233,18 @@ def test_the_truth_is_judged_beside_what_was_fitted(monkeypatch, capsys):
     assert (table(seconds)["seconds"].astype(float) >= 0).all()
 
 
-@pytest.mark.parametrize("kind", planted.KINDS[1:])
+@pytest.mark.parametrize("kind", known_truth.KINDS[1:])
 def test_true_intervals_cover_what_they_say(kind):
-    world = planted.planted(kind, 200, 30, 6, 0)
+    world = known_truth.planted(kind, 200, 30, 6, 0)
     x = world.task.train.features.x.double()
     odds = x @ world.truth.directions  # of the shared part, and of tastes
     for part in (odds[:, :1], odds[:, 1:]):
         size = float(part.square().sum(1).mean().sqrt())
-        assert size == pytest.approx(planted.SPREAD, rel=0.05)
+        assert size == pytest.approx(known_truth.SPREAD, rel=0.05)
     assert float(world.tastes.square().mean()) == pytest.approx(1, rel=0.15)
     if kind == "Gaussian tastes":
-        for row in list(planted.coverage(world, {"mixed_logit": world.truth}))[:3]:
-            shares = [row[level] for level in planted.WIDTHS]
+        for row in list(known_truth.coverage(world, {"mixed_logit": world.truth}))[:3]:
+            shares = [row[level] for level in known_truth.WIDTHS]
             assert shares == pytest.approx([50, 80, 90, 95], abs=5)
 
 

@@ -1,7 +1,7 @@
 """The mixed logit where the truth is known: share of the possible gain, coverage, a sweep's time.
 
-    python benchmarks/planted.py                          # some minutes on one core
-    python benchmarks/planted.py --users 50 --worlds 1    # smaller
+    python benchmarks/known_truth.py                          # some minutes on one core
+    python benchmarks/known_truth.py --users 50 --worlds 1    # smaller
 """
 
 from __future__ import annotations
