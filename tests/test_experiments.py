@@ -272,7 +272,7 @@ def test_one_seen_user_has_nobody_to_differ_from(four, tmp_path):
     alone = four._replace(table=four.table[four.table.user_id.isin(["p00", "p02"])])
     _, folder = fit(alone, tmp_path, ranks=(0, 1))
     assert {key[0] for key in records(folder)} == {"reference", "BT", "own model"}
-    with pytest.raises(InputError, match="rank 2 .* at most 1"):
+    with pytest.raises(InputError, match="--lore.ranks 2: .* ranks up to 1"):
         fit(alone, tmp_path, ranks=(2,), name="other")
     assert not list(tmp_path.rglob("other/results.json"))  # nothing was fitted
     with pytest.raises(InputError, match="--alpha pulls to a reference, and there is none"):
@@ -712,7 +712,7 @@ def test_methods_that_are_not_asked_for_again_keep_their_order(tmp_path):
     run = runs.Run(tmp_path, {}, {"seeds": []})
     names = [f"method {letter}" for letter in "abcdefgh"]
     for name in names:
-        run.add(0, {}, name, {"settings": {}}, [name])
+        run.add(0, {}, name, {"settings": {}, "fits": [], "records": []}, [name])
     assert list(run.part(0)["methods"]) == names[::-1]  # those asked for come first
 
 
