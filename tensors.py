@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -70,6 +72,22 @@ def require_finite(path: Path, tensors: dict[str, Tensor], remedy: str) -> None:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise InputError(f"{path}: {name} holds NaN or infinity; {remedy}")
+
+
+def checksum(state: Any) -> str:
+    """SHA-256 of tensors, numbers and texts in dicts and lists."""
+    total = hashlib.sha256()
+    if isinstance(state, Tensor):
+        total.update(f"{state.dtype} {list(state.shape)}".encode())
+        total.update(state.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    elif isinstance(state, dict):
+        for key in sorted(state, key=repr):
+            total.update(f"{key!r}: {checksum(state[key])}".encode())
+    elif isinstance(state, list | tuple):
+        total.update(" ".join(map(checksum, state)).encode())
+    else:
+        total.update(repr(state).encode())
+    return total.hexdigest()
 
 
 def _form(tensor: Tensor) -> str:

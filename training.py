@@ -7,7 +7,6 @@ C columns of all models, M models.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from comparisons import Comparisons, DenseFeatures, Users
 from files import InputError, require, write_whole
 from products import projected_products, user_products
+from tensors import checksum
 
 log = logging.getLogger(__name__)
 
@@ -373,7 +373,7 @@ class Checkpoint:
             "logits": training.logits, "V": training.V,
             "optimizers": [o.state_dict() for o in training.optimizers],
         }  # fmt: skip
-        state["sha256"] = _checksum(state)
+        state["sha256"] = checksum(state)
         write_whole(self._file(step), lambda draft: torch.save(state, draft))
         for old in self._steps()[:-2]:
             self._file(old).unlink(missing_ok=True)
@@ -424,30 +424,14 @@ def _read_state(file: Path, step: int, training: Training) -> dict[str, Any]:
     remedy = "remove it to go on from an earlier state, or from the start"
     try:
         state = torch.load(file, weights_only=True, map_location="cpu")  # Adam counts there
-        checksum = state.pop("sha256")
-        whole = checksum == _checksum(state) and state["step"] == step
+        known = state.pop("sha256")
+        whole = known == checksum(state) and state["step"] == step
     except Exception as error:  # torch names no common class for what a damaged file raises
         raise InputError(f"{file}: damaged; {remedy}") from error
     require(whole, f"{file}: is not as it was written; {remedy}")
     same = state["identity"] == _identity(training)
     require(same, f"{file}: belongs to a training with other settings or data; {remedy}")
     return state
-
-
-def _checksum(state: Any) -> str:
-    """SHA-256 of tensors, numbers and texts in dicts and lists."""
-    total = hashlib.sha256()
-    if isinstance(state, Tensor):
-        total.update(f"{state.dtype} {list(state.shape)}".encode())
-        total.update(state.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-    elif isinstance(state, dict):
-        for key in sorted(state, key=repr):
-            total.update(f"{key!r}: {_checksum(state[key])}".encode())
-    elif isinstance(state, list | tuple):
-        total.update(" ".join(map(_checksum, state)).encode())
-    else:
-        total.update(repr(state).encode())
-    return total.hexdigest()
 
 
 def _identity(training: Training) -> dict[str, Any]:

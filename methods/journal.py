@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from files import InputError, require, write_whole
+from files import require, write_whole
 from methods.base import Task
 from methods.lbfgs import Minimum
-from tensors import read_tensors, require_finite
+from tensors import checksum, read_tensors
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,9 @@ class Journal:
         found = seek()
         about = {"owner": self.owner, "what": what, "values": found.values}
         about |= {"evaluations": found.evaluations}
-        text, x = {"about": json.dumps(about)}, found.x.cpu().contiguous()
+        x = found.x.cpu().contiguous()
+        text = {"about": json.dumps(about)}
+        text["sha256"] = checksum({"x": x, **text})
         write_whole(file, lambda draft: save_file({"x": x}, draft, text))
         return found
 
@@ -96,13 +98,11 @@ class Journal:
 
     def _read(self, file: Path, what: str) -> Minimum:
         text, tensors = read_tensors(file, REMEDY)
-        require_finite(file, tensors, REMEDY)
-        try:
-            about = json.loads(text["about"])
-            found = Minimum(tensors["x"].clone(), about["values"], about["evaluations"])
-            owner = about["owner"], about["what"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{file} is damaged: {REMEDY}") from error
+        whole = text.pop("sha256", None) == checksum({**tensors, **text})
+        require(whole, f"{file} is not as it was written: {REMEDY}")
+        about = json.loads(text["about"])
+        found = Minimum(tensors["x"].clone(), about["values"], about["evaluations"])
+        owner = about["owner"], about["what"]
         same = owner == (json.loads(json.dumps(self.owner)), what)
         require(same, f"{file}: belongs to a fit with other settings or data; {REMEDY}")
         return found

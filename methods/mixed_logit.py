@@ -53,10 +53,13 @@ class MixedLogit:
     whitened: bool | None = None
     mixtures: tuple[PositiveInt, ...] = (1, 4)
 
+    def check(self, task: Task) -> None:
+        """Refuse one strength without the other."""
+        both = (self.l_mu is None) == (self.l_B is None)
+        require(both, "--mixed_logit.l_mu and --mixed_logit.l_B: give both, or neither")
+
     def fit(self, task: Task) -> list[Fitted]:
         """Choose what is free, then fit all training comparisons."""
-        require(self.rank >= 1, "rank must be at least 1")
-        require((self.l_mu is None) == (self.l_B is None), "give l_mu and l_B together, or neither")
         tried: list[dict[str, Any]] = []
         journal = Journal(task, self)
         given = self.l_mu is not None

@@ -82,9 +82,9 @@ def damaged(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-8])
 
 
-def not_finite(file: Path) -> None:
-    """A NaN in the minimum."""
-    change(file, lambda about: None, torch.nan)
+def moved(file: Path) -> None:
+    """Another minimum."""
+    change(file, lambda about: None, 1.001)
 
 
 def unread(file: Path) -> None:
@@ -96,12 +96,13 @@ def change(file: Path, how: Any, factor: float = 1.0) -> None:
     """Write the file anew with something else."""
     x = factor * load_file(file)["x"]
     with safe_open(file, "pt") as opened:
-        about = json.loads(opened.metadata()["about"])
+        text = opened.metadata()
+    about = json.loads(text["about"])
     how(about)
-    save_file({"x": x}, file, {"about": json.dumps(about)})
+    save_file({"x": x}, file, {**text, "about": json.dumps(about)})
 
 
-@pytest.mark.parametrize("spoil", [damaged, not_finite, unread])
+@pytest.mark.parametrize("spoil", [damaged, moved, unread])
 def test_a_damaged_minimum_is_named(task, spoil):
     RidgeBT().fit(task)
     (file,) = task.state.parent.glob("*-minima.0.3.safetensors")

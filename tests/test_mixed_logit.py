@@ -16,7 +16,7 @@ from torch import Tensor
 
 from comparisons import Comparisons, DenseFeatures, RowFeatures, Users
 from files import InputError
-from methods.base import Task
+from methods.base import Task, check
 from methods.geometry import measure
 from methods.lbfgs import minimise
 from methods.linear import TRIES
@@ -358,8 +358,8 @@ def test_a_file_gives_back_rewards_by_name(tmp_path: Path) -> None:
 
 
 def test_strengths_are_given_together() -> None:
-    with pytest.raises(InputError, match="l_B"):
-        MixedLogit(l_mu=1.0).fit(task(world(users=3)[0]))
+    with pytest.raises(InputError, match="--mixed_logit.l_B: give both"):
+        check("mixed_logit", MixedLogit(l_mu=1.0), task(world(users=3)[0]))
 
 
 # ------------------------------------------------------------------- the choice
