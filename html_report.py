@@ -6,19 +6,20 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
-import matplotlib
 import numpy as np
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
 from files import write_text
 from plots import Panel, caption, figure, learned_panels, measure_panels
 from records import MEASURES, OWN, Results, control_name, row_name, title
 from summaries import Summary, columns, interval
 from verdict import COST, EARN, OPEN, Verdict, judged, outcome_of, verdicts
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 MOST_USERS = 2000  # lines of the table of users
@@ -186,6 +187,8 @@ def _svgs(panels: Sequence[Panel], note: str) -> dict[str, Any]:
 
 def _svg(made: Figure, name: str) -> Markup:
     """A figure as SVG to stand within a page; the same bytes whenever it is drawn."""
+    import matplotlib  # takes a second, and who draws nothing does without
+
     text = io.StringIO()
     # Without a salt of its own every figure would draw numbers for the names of its parts.
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "path"}):

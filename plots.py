@@ -12,13 +12,9 @@ import re
 import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator, ScalarFormatter
 
 from files import write_whole
 from records import (
@@ -34,6 +30,10 @@ from records import (
     title,
 )
 from summaries import Summary, held_out, level
+
+if TYPE_CHECKING:  # matplotlib takes a second to import: functions that draw import what they need
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 FIXED = {REFERENCE: "0.55", BT: "0.1", OWN: "#8c564b"}
 PALETTE = (
@@ -71,6 +71,8 @@ class Panel(NamedTuple):
 
 def full_colour(results: Results, label: str) -> tuple[float, float, float]:
     """The colour of a label's method."""
+    from matplotlib.colors import to_rgb
+
     number = zlib.adler32(results.methods[label].encode())
     return to_rgb(FIXED.get(label, PALETTE[number % len(PALETTE)]))
 
@@ -218,6 +220,8 @@ def _draw_labels(axes: Axes, results: Results, measure: str, name: str) -> None:
 
 def _draw_shots(axes: Axes, results: Results, measure: str, judged: Collection[str]) -> None:
     """New users' figures against their number of shots, on a logarithmic axis that has a 0."""
+    from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
+
     shots = results.shots()
     for label in results.labels:
         if label == REFERENCE:
@@ -320,6 +324,8 @@ def _drawn(results: Results, key: str) -> Iterator[tuple[str, dict]]:
 
 def _draw_training(axes: Axes, results: Results) -> None:
     """The objective over the steps, divided by its value at the start where that is positive."""
+    from matplotlib.ticker import ScalarFormatter
+
     found = [(label, fit, np.array(fit["losses"])) for label, fit in _drawn(results, "losses")]
     positive = all((losses > 0).all() for _, _, losses in found)
     for label, fit, losses in found:
@@ -417,6 +423,8 @@ def figure(
         size: width and height in inches.
         room: add to the height what the legend takes.
     """
+    from matplotlib.figure import Figure
+
     rows = (len(panels) + 1) // 2
     made = Figure(figsize=size, layout="constrained")
     grid = made.subplots(rows, min(2, len(panels)), squeeze=False)

@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from comparisons import Comparisons, RowFeatures, Users
@@ -88,6 +86,9 @@ def shared_prompts(train: Comparisons, seed: int) -> Tensor | None:
     """
     if not isinstance(train.features, RowFeatures):
         return None
+    from scipy.sparse import coo_array  # slow to import, and plain LoRe chooses nothing here
+    from scipy.sparse.csgraph import connected_components
+
     x = train.features
     chosen, rejected = x.chosen.cpu().numpy(), x.rejected.cpu().numpy()
     size, link = len(x.index), np.ones(len(chosen))
