@@ -68,7 +68,7 @@ def _prepare(name: str, folder: Path, model: Path) -> Dataset:
 
 def carry_out(name: str, script: str, given: running.Flags) -> running.Outcome:
     """Run a dataset's script, within this process or in one of its own."""
-    how = running.run if (name, script) in OWN_PROCESS else running.invoke
+    how = running.fresh if (name, script) in OWN_PROCESS else running.invoke
     return how(f"{name}/{script}.py", given)
 
 

@@ -1,19 +1,25 @@
 """The project's scripts, run as a user runs them: in their folder, in a process of their own.
 
-``invoke`` runs them within this process instead, which saves the seconds that importing takes.
+``invoke`` runs them within this process instead, which is quicker still.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import io
 import os
 import runpy
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
+
+import warm
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -37,20 +43,37 @@ def flags(settings: Flags) -> list[str]:
     return words
 
 
+@functools.cache
+def _server() -> str:
+    """The socket of warm.py, which runs as long as this process."""
+    folder = tempfile.TemporaryDirectory()
+    path = Path(folder.name) / "warm"
+    server = subprocess.Popen(
+        [sys.executable, warm.__file__, path], env=ENV, stdin=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    atexit.register(folder.cleanup)
+    atexit.register(server.communicate)  # ends it
+    until = time.monotonic() + 120
+    while not path.exists():
+        assert server.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
+    return str(path)
+
+
 def start(script: str, settings: Flags, processes: int = 1) -> subprocess.Popen:
-    """Start a script such as "PRISM/prepare.py", by torchrun where there are several processes."""
+    """Start a script such as "PRISM/prepare.py", in several processes as torchrun does, without
+    the seconds that importing takes; see warm.py."""
     path = ROOT / script
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    launcher = torchrun if processes > 1 else []
+    words = [warm.__file__, _server(), str(processes), path.name, *flags(settings)]
     return subprocess.Popen(
-        [sys.executable, *launcher, path.name, *flags(settings)],
-        cwd=path.parent, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-I", "-S", *words], cwd=path.parent, env=ENV, text=True,
+        **dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE),
     )  # fmt: skip
 
 
-def run(script: str, settings: Flags, processes: int = 1) -> Outcome:
-    """Run a script to its end."""
-    process = start(script, settings, processes)
+def end(process: subprocess.Popen) -> Outcome:
+    """How a process ends."""
     try:
         out, err = process.communicate(timeout=240)
     finally:
@@ -58,14 +81,17 @@ def run(script: str, settings: Flags, processes: int = 1) -> Outcome:
     return Outcome(process.returncode, out, err)
 
 
-def together(script: str, settings: Flags, processes: int) -> Outcome:
-    """Run a script to its end in several processes, which torchrun's own imports would slow."""
+def run(script: str, settings: Flags, processes: int = 1) -> Outcome:
+    """Run a script to its end."""
+    return end(start(script, settings, processes))
+
+
+def fresh(script: str, settings: Flags) -> Outcome:
+    """Run a script to its end in a process that imports all by itself, as a user does."""
     path = ROOT / script
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/ranks.py"), str(processes), path.name, *flags(settings)],
-        cwd=path.parent, env=ENV, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    return Outcome(done.returncode, done.stdout, done.stderr)
+    command = [sys.executable, path.name, *flags(settings)]
+    pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    return end(subprocess.Popen(command, cwd=path.parent, env=ENV, text=True, **pipes))
 
 
 def invoke(script: str, settings: Flags, *words: str) -> Outcome:

@@ -142,10 +142,7 @@ def test_a_killed_session_goes_on_where_it_was(world, tmp_path, monkeypatch):
     process.kill()
     process.communicate()
     answers = tmp_path / "killed" / "ann.jsonl"
-    process = running.subprocess.Popen(
-        process.args, cwd=running.ROOT / "tools", env=running.ENV, text=True,
-        **dict.fromkeys(("stdin", "stdout", "stderr"), running.subprocess.PIPE),
-    )  # fmt: skip
+    process = running.start("tools/ask.py", flags)
     process.stdin.write("a\ns\nb\na\n")
     process.stdin.flush()
     end = time.monotonic() + 120
@@ -153,7 +150,7 @@ def test_a_killed_session_goes_on_where_it_was(world, tmp_path, monkeypatch):
         assert process.poll() is None and time.monotonic() < end, process.stderr.read()
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     assert not (tmp_path / "killed" / "ann.profile.json").exists()
     resumed = ask(monkeypatch, "b\na\na\nb\n\n", flags)
     assert resumed.status == 0 and "── Question 5 " in resumed.out, resumed.err

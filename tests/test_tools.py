@@ -7,8 +7,6 @@ import itertools
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -186,10 +184,9 @@ def test_export_from_the_command_line_names_and_lists_users(tmp_path):
     path = make_basis(tmp_path, models.tiny_llama(tmp_path / "model"))
     listed = running.invoke("tools/export.py", {"basis": path, "list_users": "true"})
     assert listed.out.split() == ["ann", "17", "new"], listed.err
-    command = [sys.executable, "export.py", "--basis", path, "--user", "17"]
-    command += ["--out", tmp_path / "out"]
-    done = subprocess.run(command, cwd=ROOT / "tools", capture_output=True, text=True)
-    assert done.returncode == 0 and "user 17" in done.stdout, done.stderr
+    given = {"basis": path, "user": "17", "out": tmp_path / "out"}
+    done = running.run("tools/export.py", given)
+    assert done.status == 0 and "user 17" in done.out, done.err
 
 
 def test_another_model_of_the_same_size_is_refused_unless_it_is_insisted_on(tmp_path, caplog):

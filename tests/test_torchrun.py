@@ -1,4 +1,8 @@
-"""The real torchrun, typed as in the README: a mistake and a stop are one line each."""
+"""Several processes as the README starts them: a mistake and a stop are one line each.
+
+The real torchrun, whose processes import everything anew, ends in each way once; other mistakes and
+another signal are told to the processes of warm.py.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +23,7 @@ from running import Outcome
 
 pytestmark = pytest.mark.slow
 QUICK = {"ranks": 2, "iterations": 10, "few_shot_iterations": 5, "progress": "false", "name": "a"}
+LONG = {**QUICK, "iterations": 100, "checkpoint_every": 5}
 
 
 def command() -> list[str]:
@@ -28,20 +33,14 @@ def command() -> list[str]:
     return [str(Path(sys.executable).with_name(program)), *rest]
 
 
-def start(**settings: Any) -> subprocess.Popen:
+def start(torchrun: bool, **settings: Any) -> subprocess.Popen:
     """Type the command in a dataset's folder, with more flags."""
+    if not torchrun:
+        return running.start("PRISM/train_basis.py", settings, processes=2)
     return subprocess.Popen(
         [*command(), *running.flags(settings)], cwd=running.ROOT / "PRISM", env=running.ENV,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-
-
-def end(process: subprocess.Popen) -> Outcome:
-    try:
-        out, err = process.communicate(timeout=240)
-    finally:
-        process.kill()
-    return Outcome(process.returncode, out, err)
 
 
 def said(outcome: Outcome, start: str) -> str:
@@ -52,36 +51,42 @@ def said(outcome: Outcome, start: str) -> str:
     return line
 
 
-def test_the_readmes_command_takes_a_name(dataset, tmp_path):
-    outcome = end(start(data=dataset("PRISM").data, results=tmp_path, **QUICK))
-    assert outcome.status == 0, outcome.err
-    assert outcome.out.count("Verdict:") == 1
-    (part,) = saved(tmp_path / "PRISM/a")["seeds"]
-    assert list(part["methods"]) == ["reference", "bt", "own", "lore"]
-
-
 @pytest.mark.parametrize(
-    ("mistake", "line"),
-    [({"data": "nowhere"}, "error: nowhere"), ({"ranks": "x"}, "error: --ranks"),
-     ({"ranks": 99}, "error: ")],
+    ("torchrun", "mistake", "line"),
+    [(False, {"data": "nowhere"}, "error: nowhere"), (False, {"ranks": "x"}, "error: --ranks"),
+     (True, {"ranks": 99}, "error: ")],
 )  # fmt: skip
-def test_a_mistake_is_told_once(dataset, tmp_path, mistake, line):
+def test_a_mistake_is_told_once(dataset, tmp_path, torchrun, mistake, line):
     settings = {"data": dataset("PRISM").data, "results": tmp_path, **QUICK, **mistake}
-    outcome = end(start(**settings))
+    outcome = running.end(start(torchrun, **settings))
     assert outcome.status not in (0, None)
     assert said(outcome, "error: ").startswith(line)
     assert not list(tmp_path.rglob("results.json"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_is_one_line(dataset, tmp_path, number):
-    long = {**QUICK, "iterations": 100_000, "checkpoint_every": 20}
-    process = start(data=dataset("PRISM").data, results=tmp_path, **long)
+def stopped(settings: dict[str, Any], torchrun: bool, number: signal.Signals) -> None:
+    """Start a training that is sent a signal once both have kept a state."""
+    process, results = start(torchrun, **settings), settings["results"]
     until = time.monotonic() + 120
-    while not list(tmp_path.rglob("state-*.pt")) and time.monotonic() < until:
-        time.sleep(0.05)
+    while not list(results.rglob("state-*.1.*.pt")) and time.monotonic() < until:
+        time.sleep(0.02)
     process.send_signal(number)
-    outcome = end(process)
+    outcome = running.end(process)
     assert outcome.status not in (0, None)
     assert "the same command goes on from there" in said(outcome, "stopped: ")
-    assert list(tmp_path.rglob("state-*.1.*.pt")) and not list(tmp_path.rglob("*.lock"))
+    assert list(results.rglob("state-*.1.*.pt")) and not list(results.rglob("*.lock"))
+
+
+def test_ctrl_c_is_one_line(dataset, tmp_path):
+    settings = {**LONG, "data": dataset("PRISM").data, "results": tmp_path, "iterations": 100_000}
+    stopped(settings, False, signal.SIGINT)
+
+
+def test_the_readmes_command_takes_a_name_and_what_it_has_kept_is_gone_on_from(dataset, tmp_path):
+    settings = {**LONG, "data": dataset("PRISM").data, "results": tmp_path}
+    stopped(settings, True, signal.SIGTERM)
+    outcome = running.end(start(False, **settings))
+    assert outcome.status == 0, outcome.err
+    assert outcome.out.count("Verdict:") == 1
+    (part,) = saved(tmp_path / "PRISM/a")["seeds"]
+    assert list(part["methods"]) == ["reference", "bt", "own", "lore"]
