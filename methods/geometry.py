@@ -89,10 +89,14 @@ class Geometry:
 
     def raw(self, V: Tensor) -> Tensor:
         """Directions V [F, C] among scaled and stretched features, as ones among raw features."""
+        if not self.white:
+            return V / self.scale
         return self.apply(self.stretch(), V)
 
     def stretched(self, V: Tensor) -> Tensor:
         """Directions V [F, C] among raw features, as ones among scaled and stretched features."""
+        if not self.white:
+            return V * self.scale
         return self.apply(1 / self.stretch(), V)
 
     def curvature(self) -> Tensor:

@@ -37,14 +37,16 @@ class MixedFit(Fitted):
         prior: of the tastes; None where K is 0.
         users: seen users' states [U, S].
         facts: what ``describe`` says.
+        tolerance: how far below its maximum a new user's evidence bound may be, in nats.
     """
 
     def __init__(
-        self, directions: Tensor, prior: Prior | None, users: Tensor, facts: dict[str, Any]
-    ) -> None:
+        self, directions: Tensor, prior: Prior | None, users: Tensor, facts: dict[str, Any],
+        tolerance: float = 1e-10,
+    ) -> None:  # fmt: skip
         self.label, self.settings, self.file = "Mixed logit", {}, "mixed_logit"
         self.directions, self.prior, self.facts = directions, prior, facts
-        self.users = users
+        self.users, self.tolerance = users, tolerance
         self.nobody = users.new_zeros(0) if prior is None else prior.state
 
     @property
@@ -61,7 +63,7 @@ class MixedFit(Fitted):
         if self.prior is None:
             return self.users.new_zeros(users.num_users, 0)
         assert isinstance(view, Tensor)
-        return posterior_states(Evidence(view, users), self.prior)
+        return posterior_states(Evidence(view, users), self.prior, self.tolerance)
 
     def logits(self, view: View, state: Tensor, user: Tensor) -> Tensor:
         """Log odds [N] of the predictive probability that the chosen response is preferred."""

@@ -12,8 +12,9 @@ Shape letters: U users, N comparisons, K directions of taste, C components of th
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,24 +24,25 @@ from torch.nn.functional import logsigmoid
 from comparisons import Users
 
 NODES = 16  # of the quadrature in fits: relative error below 1e-6 for standard deviations up to 2
-FEW_NODES = 8  # while settings are chosen
+FEW_NODES = 8  # while settings are chosen, and on the way to a posterior
+ROUGH = 1e-2  # the decrement at which more nodes are used
 NODES_OF_PROBABILITIES = 32
 LEAST_VARIANCE = 1e-8
 ENOUGH = 0.25  # of the rise that a step's slope promises; with less, steps oscillate
 MOST = 0.75  # of the users of a block must still move for the others to be carried along
+SPARE = 1 << 12  # comparisons of weight 0 that a block may have: dearer than that is another block
 CELLS = {"cpu": 1 << 13, "cuda": 1 << 22}  # comparisons at a time: what a core's cache holds
 
 
 @lru_cache
-def _hermite(nodes: int) -> tuple[list[float], list[float]]:
-    points, weights = np.polynomial.hermite_e.hermegauss(nodes)
-    return points.tolist(), (weights / weights.sum()).tolist()
+def _hermite(nodes: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    points, weights = (torch.from_numpy(x) for x in np.polynomial.hermite_e.hermegauss(nodes))
+    return points.to(device, dtype), (weights / weights.sum()).to(device, dtype)
 
 
 def quadrature(nodes: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Points and weights [nodes] that integrate over a standard normal variable."""
-    points, weights = _hermite(nodes)
-    return like.new_tensor(points), like.new_tensor(weights)
+    return _hermite(nodes, like.dtype, like.device)
 
 
 def expectations(a: Tensor, v: Tensor, nodes: int = NODES) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,15 +67,15 @@ def expectations(a: Tensor, v: Tensor, nodes: int = NODES) -> tuple[Tensor, Tens
 def predictive_logit(a: Tensor, v: Tensor) -> Tensor:
     """Log odds [N] of the probability E[sigmoid(t)], t ~ N(a, v); the sign is a's."""
     points, weights = quadrature(NODES_OF_PROBABILITIES, a)
-    t = torch.outer(v.sqrt(), points).add_(a[:, None])
-    yes, no = torch.sigmoid(t) @ weights, torch.sigmoid(-t) @ weights
-    logit = yes.log() - no.log()
-    far = t.abs().amax(1) > 600  # there a sigmoid may be 0
+    t = torch.outer(v.sqrt(), points).sub_(a.abs()[:, None])
+    far = t[:, 0] < -600  # where the sigmoid may be 0 at every node but few
+    less = torch.sigmoid(t) @ weights  # the smaller probability is the exact one
+    logit = torch.log1p(-less) - less.log()
     if far.any():
         t, logs = t[far], weights.log()
-        yes, no = (torch.logsumexp(logsigmoid(s * t) + logs, 1) for s in (1, -1))
+        no, yes = (torch.logsumexp(logsigmoid(s * t) + logs, 1) for s in (1, -1))
         logit[far] = yes - no
-    return logit
+    return torch.copysign(logit.clamp(min=0), a)
 
 
 @dataclass
@@ -269,23 +271,33 @@ class Evidence:
 
 
 def _alike(counts: Tensor, cells: int) -> list[Tensor]:
-    """Users [u] in groups with about as many comparisons each, and not too many in all."""
-    groups, first, order = [], 0, torch.argsort(counts, stable=True)
-    ordered = counts[order].tolist()
-    for i, count in enumerate(ordered):
-        if count > 1.25 * ordered[first] + 4 or (i - first + 1) * count > cells and i > first:
+    """Users [u] in groups with about as many comparisons each, and not too many in all.
+
+    A group costs about as much as ``SPARE`` comparisons do, so that much may be filled up.
+    """
+    groups, first, total, order = [], 0, 0, torch.argsort(counts, stable=True)
+    for i, count in enumerate(counts[order].tolist()):
+        size = (i - first + 1) * count
+        if i > first and (size > cells or size - total - count > SPARE):
             groups.append(order[first:i])
-            first = i
+            first, total = i, 0
+        total += count
     return [*groups, order[first:]]
 
 
-def _divergence(mean: Tensor, L: Tensor, S: Tensor, prior: tuple[Tensor, Tensor]) -> Tensor:
-    """KL divergence [U] of N(mean, S = (L L^T)^-1) from the prior (mean [K], precision [K, K])."""
-    off, P0 = mean - prior[0], prior[1]
-    logs = L.diagonal(dim1=1, dim2=2).log().sum(1)
-    logs0 = torch.logdet(P0) / 2
-    trace = (S * P0).sum((1, 2))
-    return (trace + ((off @ P0) * off).sum(1) - mean.shape[1]) / 2 + logs - logs0
+class _Given(NamedTuple):
+    """A Gaussian prior: mean [K], precision [K, K], and half the logarithm of its determinant."""
+
+    mean: Tensor
+    precision: Tensor
+    log_root: Tensor
+
+    def divergence(self, mean: Tensor, L: Tensor, S: Tensor) -> Tensor:
+        """KL divergence [U] of N(mean, S = (L L^T)^-1) from the prior."""
+        off, trace = mean - self.mean, (S * self.precision).sum((1, 2))
+        square = ((off @ self.precision) * off).sum(1)
+        logs = L.diagonal(dim1=1, dim2=2).log().sum(1)
+        return (trace + square - mean.shape[1]) / 2 + logs - self.log_root
 
 
 def solve(
@@ -310,14 +322,18 @@ def solve(
         tolerance: stop once every decrement is below it.
         sweeps: or after as many.
     """
-    U, K, prior = data.num_users, data.rank, (mean, torch.linalg.inv(cov))
+    U, K, P = data.num_users, data.rank, torch.linalg.inv(cov)
+    prior = _Given(mean, P, torch.logdet(P) / 2)
     found = Posterior(mean.new_empty(U, K), cov.new_empty(U, K, K), *mean.new_empty(2, U), 0)
     for block in data.blocks:
         some = block.users
         if start is None:
-            m, P = mean.expand(len(some), K), prior[1].expand(len(some), K, K)
+            m, P = mean.expand(len(some), K), prior.precision.expand(len(some), K, K)
         else:
             m, P = start.mean[some], start.precision[some]
+        if start is None and block.nodes > FEW_NODES:  # the way there need not be exact
+            near = _solve(replace(block, nodes=FEW_NODES), prior, m, P, ROUGH, sweeps)
+            m, P = near.mean, near.precision
         part = _solve(block, prior, m, P, tolerance, sweeps)
         found.mean[some], found.precision[some] = part.mean, part.precision
         found.bound[some], found.decrement[some] = part.bound, part.decrement
@@ -326,27 +342,33 @@ def solve(
 
 
 def _solve(
-    data: _Block, prior: tuple[Tensor, Tensor], m: Tensor, P: Tensor, tolerance: float, sweeps: int
+    data: _Block, prior: _Given, m: Tensor, P: Tensor, tolerance: float, sweeps: int
 ) -> Posterior:
-    found = Posterior(m.clone(), P.clone(), *m.new_empty(2, len(m)), 0)
+    found = Posterior(torch.empty_like(m), torch.empty_like(P), *m.new_empty(2, len(m)), 0)
     live, size, kept = torch.arange(len(m), device=m.device), m.new_ones(len(m)), ()
     best = least = m.new_full((len(m),), -math.inf)
+
+    def keep() -> None:
+        found.mean[live], found.precision[live] = kept[0], kept[1]
+        found.bound[live], found.decrement[live] = kept[5], kept[6]
+
     L = torch.linalg.cholesky(P)
     for found.sweeps in range(1, sweeps + 1):
         S = torch.cholesky_inverse(L)
         value, slope, added = data.likelihood(m, S)
-        bound = value - _divergence(m, L, S, prior)
+        bound = value - prior.divergence(m, L, S)
         worse = bound < least - 1e-13 * (1 + best.abs())
-        aim, g = prior[1] + added, slope - (m - prior[0]) @ prior[1]
+        aim, g = prior.precision + added, slope - (m - prior.mean) @ prior.precision
         now = (m, P, S, g, aim, bound, _decrement(S, g, aim - P))
-        kept = tuple(_where(worse, *x) for x in zip(kept, now, strict=True)) if kept else now
-        found.mean[live], found.precision[live] = kept[0], kept[1]
-        found.bound[live], found.decrement[live] = kept[5], kept[6]
-        slow = kept[6] > tolerance
-        if not slow.any():
+        if bool(worse.any()):
+            now = tuple(_where(worse, *x) for x in zip(kept, now, strict=True))
+        kept, slow = now, now[6] > tolerance
+        moving = int(slow.sum())
+        if not moving:
             break
         size = torch.where(worse, size / 2, (1.5 * size).clamp(max=1))
-        if int(slow.sum()) < MOST * len(slow):
+        if moving < MOST * len(slow):
+            keep()
             data, kept = data.some(slow), tuple(x[slow] for x in kept)
             live, size, slow = live[slow], size[slow], slow[slow]
         m, P, S, g, aim, best, decrement = kept
@@ -356,6 +378,7 @@ def _solve(
         step = torch.cholesky_solve(g[:, :, None], L)[:, :, 0]
         m = m + move[:, None] * step
         least = best + ENOUGH * move * decrement
+    keep()
     return found
 
 

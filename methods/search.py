@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 FIRST = 0.16  # where the path of l_B begins, as a share of what keeps B at 0
 STEP = 10**0.5  # between neighbouring strengths; the path takes two at a time
 SMALL = 0.2  # directions of a smaller share of the largest one's size count as small alike
+NEAR = 1e-4  # nats that a user's evidence bound may be below its maximum
 SURE = 0.01  # the score test's p at which tastes are taken to be there
 Steps = Sequence[tuple[int, int]]  # of l_mu and l_B
 NEIGHBOURS: Steps = ((0, 1), (0, -1), (-1, -1), (1, 0), (-1, 0), (1, 1))
@@ -75,7 +76,8 @@ class Search:
     both, as long as one of them helps. Last, stretched features, and a mixture of tastes, which has
     to earn its place by two standard errors. Every fit begins where a neighbour ended. With few
     users the least of many losses is low by chance: tastes are kept where their loss is lower than
-    ridge BT's and either the score test finds them or the difference exceeds two standard errors.
+    ridge BT's and either the score test finds them or the difference exceeds two standard errors;
+    where it is not even one after the coarse path, the search ends.
 
     Args:
         data: what the choice is made on.
@@ -104,49 +106,56 @@ class Search:
         first, *others = kinds
         mixtures = [components for components in mixtures if components > 1]
         l_mu, mus, scores = ridge_path(self.data, self._kinds(first), self.tried, self.kept)
-        ridge = Candidate(first, l_mu)
-        self._strengths(ridge, mus, TRIES - len(others) - len(mixtures))
-        if self.best is None or self.best.scores.loss >= scores.loss:
+        ridge, tries = Candidate(first, l_mu), TRIES - len(others) - len(mixtures)
+        path = self._path(ridge, mus, tries)
+        if self.best is None or (p > SURE and self._gain(scores) <= 1):
             return ridge, None
+        self._refine(path, tries)
         for white in others:
             self._other_kind(white)
         self._mixtures(mixtures)
-        gain, error = self.best.scores.gain(scores)
-        if gain <= 2 * error and p > SURE:
+        if self._gain(scores) <= (2 if p > SURE else 0):
             return ridge, None
         best = self.best.candidate
         return best, self._kinds(best.white)[0].raw(self.best.fits[0].theta)
 
+    def _gain(self, other: Scores) -> float:
+        """How much lower the best's loss is, in standard errors of the difference."""
+        assert self.best is not None
+        gain, error = self.best.scores.gain(other)
+        return gain / error if error > 0 else 0.0
+
     def _kinds(self, white: bool) -> list[Geometry]:
         return [replace(geometry, white=white) for geometry in self.geometries]
 
-    def _strengths(self, ridge: Candidate, mus: Sequence[Tensor], tries: int) -> None:
+    def _path(self, ridge: Candidate, mus: Sequence[Tensor], tries: int) -> dict[int, float]:
+        """Losses along falling l_B, by steps from the first, until they rise."""
         geometries, splits = self._kinds(ridge.white), self.data.splits
         tastes = [
             first_tastes(split.fit, geometry, mu, self.rank, split.processes)
             for split, geometry, mu in zip(splits, geometries, mus, strict=True)
         ]
-        most = max(float(rises[0]) for _, rises in tastes)
-        if most <= 0:
-            return
+        most, losses = max(float(rises[0]) for _, rises in tastes), {}
         starts = [(torch.cat([mu, B], 1), None) for mu, (B, _) in zip(mus, tastes, strict=True)]
-        at, losses = 0, {}
-        while len(self.tried) < tries:
+        while most > 0 and len(self.tried) < tries:
             place = -2 * len(losses)
             c = replace(ridge, l_B=FIRST * most * STEP**place, components=1)
             now = self._try(c, starts)
             losses[place] = now.scores.loss
             if self.best is not now:
                 break
-            starts, at = now.starts, place
-        if self.best is None:
-            return
+            starts = now.starts
+        return losses
+
+    def _refine(self, path: dict[int, float], tries: int) -> None:
+        """Fewer directions, and neighbours of the path's best."""
+        at = min(path, key=path.__getitem__)
         # With fewer directions each may be freer; else the side on which the path is lower is first
-        stronger, weaker = (losses.get(at + by, math.inf) for by in (2, -2))
+        stronger, weaker = (path.get(at + by, math.inf) for by in (2, -2))
         fewer = len(self.tried) + 1 < tries and self._cut()
         side = 1 if stronger < weaker and not fewer else -1
         steps = [(mu, B if mu else side * B) for mu, B in NEIGHBOURS]
-        self._climb((0, at), {(0, place) for place in losses}, steps, tries)
+        self._climb((0, at), {(0, place) for place in path}, steps, tries)
 
     def _cut(self) -> bool:
         """Whether half of the directions or fewer do better: those before their sizes fall most."""
@@ -213,7 +222,8 @@ class Search:
             geometry.raw(fit.theta)
             for geometry, fit in zip(self._kinds(c.white), fits, strict=True)
         ]
-        fitted = [MixedFit(*x, {}) for x in zip(directions, priors, states, strict=True)]
+        parts = zip(directions, priors, states, strict=True)
+        fitted = [MixedFit(*part, {}, NEAR) for part in parts]
         now = _Tried(c, self.data.score(fitted), fits)
         record = {
             "whitened": c.white, "l_mu": c.l_mu, "l_B": c.l_B, "rank": fits[0].theta.shape[1] - 1,
@@ -242,10 +252,9 @@ class Search:
             if len(kept) < len(splits):
                 continue
             states = [
-                posterior_states(data, prior, 1e-4)
+                posterior_states(data, prior, NEAR)
                 for data, prior in zip(evidence, kept, strict=True)
             ]
             self._score(replace(best.candidate, components=components), best.fits, kept, states)
-        gain, error = self.best.scores.gain(best.scores) if self.best is not best else (0.0, 0.0)
-        if gain <= 2 * error:
+        if self.best is not best and self._gain(best.scores) <= 2:
             self.best = best

@@ -271,7 +271,7 @@ class Split:
     def __init__(self, task: Task, seed: int, shots: tuple[int, ...]) -> None:
         self.seed, self.shots, self.processes = seed, shots, task.processes
         self.num_users = task.train.num_users
-        self.subsets: dict[int, tuple[Tensor, Users]] = {}
+        self.subsets: dict[tuple[int, ...], tuple[Tensor, Users]] = {}
         responses = shared_prompts(task.train, seed)
         self.new = pseudo_new(task.train, seed, max(shots), responses) if shots else None
         rest = task.train if self.new is None else self.new.rest
@@ -304,17 +304,20 @@ class Split:
         return Scores(seen, new)
 
     def _new(self, fitted: Fitted, new: PseudoNew) -> Tensor:
-        few, held, losses = fitted.view(new.few), fitted.view(new.held), []
-        for shots in self.shots if fitted.personal else self.shots[:1]:
-            rows, users = self._subset(new, shots)
-            state = fitted.adapt(few[rows], users, self.seed)
-            losses.append(new.held.log_losses(fitted.logits(held, state, new.held.user)))
-        return torch.stack(losses).mean(0)
+        few, held = fitted.view(new.few), fitted.view(new.held)
+        rows, users = self._subsets(new, self.shots if fitted.personal else self.shots[:1])
+        states = fitted.adapt(few[rows], users, self.seed).split(new.few.num_users)
+        logits = [fitted.logits(held, state, new.held.user) for state in states]
+        return torch.stack([new.held.log_losses(each) for each in logits]).mean(0)
 
-    def _subset(self, new: PseudoNew, shots: int) -> tuple[Tensor, Users]:
-        if shots not in self.subsets:
-            self.subsets[shots] = subset(new.few, shots, self.seed)
-        return self.subsets[shots]
+    def _subsets(self, new: PseudoNew, sizes: tuple[int, ...]) -> tuple[Tensor, Users]:
+        """Everybody's first shots, as those of a user for each number of shots."""
+        if sizes not in self.subsets:
+            rows, users = zip(*(subset(new.few, shots, self.seed) for shots in sizes), strict=True)
+            counts = torch.cat([some.counts for some in users])
+            picked = torch.cat(rows)
+            self.subsets[sizes] = picked, new.few.pick(picked, counts.tolist())
+        return self.subsets[sizes]
 
 
 def _gather(values: Tensor, processes: int) -> Tensor:
