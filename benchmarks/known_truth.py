@@ -25,7 +25,7 @@ from experiments import sweep
 from methods import METHODS
 from methods.base import Fitted, Task
 from methods.mixed_fit import MixedFit
-from methods.posterior import Prior, moments
+from methods.posterior import Prior, expectations, moments
 from reports import markdown
 from settings import PositiveInt
 
@@ -176,7 +176,8 @@ def coverage(world: World, fits: dict[str, Fitted]) -> Iterator[dict[str, float 
 
     Nothing is said where no tastes were fitted. The truth's own intervals show what is due to the
     posterior's Gaussian form; those of the fit have, besides, mu and B that are estimated and taken
-    as exact.
+    as exact. With *their variance*, intervals are as wide as the curvature says in which mu and B
+    were fitted.
     """
     data, few = world.task.unseen, world.task.few
     x, true = data.features.x.double(), world.truth.directions
@@ -185,16 +186,46 @@ def coverage(world: World, fits: dict[str, Fitted]) -> Iterator[dict[str, float 
         if not (isinstance(fit, MixedFit) and fit.personal):
             continue
         shots, view = fit.view(few), fit.view(data).double()
+        plain = fit is not world.truth and not fit.facts["chosen"]["white"]
+        of_mu, of_B = unknown(fit, world.task) if plain else (None, None)
         for count in COVERED:
             rows = draw_shots(few, (count,), 1, world.task.seed).rows
             some = few.pick(torch.cat(rows), [len(row) for row in rows])
-            mean, cov = moments(fit.adapt(shots[torch.cat(rows)], some), fit.components)
+            state = fit.adapt(shots[torch.cat(rows)], some)
+            mean, cov = (part.double() for part in moments(state, fit.components))
             z, user = view[:, 1:], data.user
-            centre = view[:, 0] + (z * mean.double()[user]).sum(1)
-            sd = torch.einsum("nk,nkl,nl->n", z, cov.double()[user], z).sqrt()
-            off = (reward - centre).abs() / sd
-            inside = {level: 100 * float((off <= w).double().mean()) for level, w in WIDTHS.items()}
-            yield {"model": name, "comparisons": count, **inside}
+            off = (reward - view[:, 0] - (z * mean[user]).sum(1)).abs()
+            variance = {name: torch.einsum("nk,nkl,nl->n", z, cov[user], z)}
+            if of_mu is not None:
+                square = mean.square().sum(1) + cov.diagonal(dim1=1, dim2=2).sum(1)  # E |z|^2
+                variance[f"{name}, with their variance"] = variance[name] + of_mu + (
+                    square[user] * of_B
+                )
+            for model, v in variance.items():
+                inside = {
+                    level: 100 * float((off <= width * v.sqrt()).double().mean())
+                    for level, width in WIDTHS.items()
+                }
+                yield {"model": model, "comparisons": count, **inside}
+
+
+def unknown(fit: MixedFit, task: Task) -> tuple[Tensor, Tensor]:
+    """Variances of x . mu and of x . b for a column b of B, held-out comparisons x [N] each.
+
+    Laplace's: the inverse of the prior's strength plus the likelihood's expected curvature at the
+    fit, in which a user's taste weighs as a standard normal one does. For features not stretched.
+    """
+    train, chosen, scale = task.train, fit.facts["chosen"], fit.facts["scale"]
+    X, x = (data.features.x.double() / scale for data in (train, task.unseen))
+    mean, cov = (part.double() for part in moments(fit.users, fit.components))
+    view, user = fit.view(train).double(), train.user
+    z = view[:, 1:]
+    variance = torch.einsum("nk,nkl,nl->n", z, cov[user], z)
+    curvature = expectations(view[:, 0] + (z * mean[user]).sum(1), variance)[2]
+    H = X.T @ (curvature[:, None] * X)
+    one = torch.eye(len(H)).to(H)
+    parts = [torch.linalg.solve(H + chosen[name] * one, x.T) for name in ("l_mu", "l_B")]
+    return tuple((x.T * part).sum(0) for part in parts)
 
 
 def swept(task: Task, fits: dict[str, Fitted]) -> dict[str, float]:
