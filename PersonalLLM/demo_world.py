@@ -150,25 +150,25 @@ def measure(texts: list[str]) -> pd.DataFrame:
     return pd.DataFrame(counts).pow(0.5)
 
 
-def score(train: list[str], texts: list[str]) -> pd.DataFrame:
+def score(train: pd.DataFrame, texts: pd.DataFrame) -> pd.DataFrame:
     """Scores of texts by the ten scorers [texts, 10], each with mean 0 and SD 1 on the train texts.
 
     Args:
-        train: the texts that fix the scale of each measure and each scorer, so that none dominates.
-        texts: what to score.
+        train: measures of the texts that fix the scale of each measure and each scorer, so that
+            none dominates.
+        texts: measures of what is scored.
     """
     tastes = pd.DataFrame(TASTES).fillna(0.0).reindex(list(MEASURES))
-    scale = measure(train)
-    center, spread = scale.mean(), scale.std(ddof=0)
-    mixed = ((scale - center) / spread) @ tastes
-    return (((measure(texts) - center) / spread) @ tastes - mixed.mean()) / mixed.std(ddof=0)
+    center, spread = train.mean(), train.std(ddof=0)
+    mixed = ((train - center) / spread) @ tastes
+    return (((texts - center) / spread) @ tastes - mixed.mean()) / mixed.std(ddof=0)
 
 
 def add_scores(table: pd.DataFrame, train: pd.DataFrame) -> pd.DataFrame:
     """The table with its columns response_{i}_{m} for every response i and scorer m."""
     names = [f"response_{i + 1}" for i in range(RESPONSES)]
-    scale = train[names].to_numpy().ravel().tolist()
-    parts = [score(scale, table[name].tolist()).add_prefix(name + "_") for name in names]
+    scale = measure(train[names].to_numpy().ravel().tolist())
+    parts = [score(scale, measure(table[name].tolist())).add_prefix(name + "_") for name in names]
     return pd.concat([table.reset_index(drop=True), *parts], axis=1)
 
 

@@ -106,7 +106,7 @@ def test_measures_count_what_a_reader_counts():
 
 def test_a_score_depends_on_the_text_alone():
     table = world.write_prompts(20, np.random.default_rng(0))
-    texts = table.filter(regex=r"^response_\d$").to_numpy().ravel().tolist()
+    texts = world.measure(table.filter(regex=r"^response_\d$").to_numpy().ravel().tolist())
     together = world.score(texts, texts)
     assert np.allclose(world.score(texts, texts[::-1]), together[::-1])
     assert np.allclose(world.score(texts, texts[5:6]), together[5:6])
