@@ -176,8 +176,7 @@ def coverage(world: World, fits: dict[str, Fitted]) -> Iterator[dict[str, float 
 
     Nothing is said where no tastes were fitted. The truth's own intervals show what is due to the
     posterior's Gaussian form; those of the fit have, besides, mu and B that are estimated and taken
-    as exact. With *their variance*, intervals are as wide as the curvature says in which mu and B
-    were fitted.
+    as exact. Last, intervals to which that variance is added, as far as the curvature knows it.
     """
     data, few = world.task.unseen, world.task.few
     x, true = data.features.x.double(), world.truth.directions
@@ -198,9 +197,8 @@ def coverage(world: World, fits: dict[str, Fitted]) -> Iterator[dict[str, float 
             variance = {name: torch.einsum("nk,nkl,nl->n", z, cov[user], z)}
             if of_mu is not None:
                 square = mean.square().sum(1) + cov.diagonal(dim1=1, dim2=2).sum(1)  # E |z|^2
-                variance[f"{name}, with their variance"] = variance[name] + of_mu + (
-                    square[user] * of_B
-                )
+                added = of_mu + square[user] * of_B
+                variance[f"{name}, with the variance of mu and B"] = variance[name] + added
             for model, v in variance.items():
                 inside = {
                     level: 100 * float((off <= width * v.sqrt()).double().mean())
