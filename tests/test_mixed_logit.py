@@ -23,9 +23,19 @@ from methods.linear import TRIES
 from methods.mixed_fit import MixedFit, load
 from methods.mixed_logit import MixedLogit
 from methods.population import Objective, first_tastes, fit_population
-from methods.posterior import Evidence, Prior, moments, posterior_states, predict, solve, unpack
+from methods.posterior import (
+    CELLS,
+    SPARE,
+    Evidence,
+    Prior,
+    moments,
+    posterior_states,
+    predict,
+    solve,
+    unpack,
+)
 from methods.ridge_bt import STRENGTHS, RidgeBT, fit_shared, lowest
-from methods.validation import Validation, hold_out, pseudo_new, shared_prompts
+from methods.validation import Validation, hold_out, pseudo_new, shared_prompts, subset
 
 DOUBLE = torch.float64
 
@@ -149,6 +159,19 @@ def test_users_who_are_slow_to_converge_do_not_hold_up_the_others() -> None:
         rows = (users.user == u).nonzero()[:, 0]
         alone = solve(Evidence(Z[rows], users.pick(rows, [3])), zero, one)
         torch.testing.assert_close(together.mean[u], alone.mean[0], atol=1e-5, rtol=0)
+
+
+def test_a_block_has_whole_users_and_little_to_fill_up() -> None:
+    counts = torch.randint(0, 400, (900,), generator=torch.Generator().manual_seed(0))
+    data = Evidence(torch.zeros(int(counts.sum()), 3), Users(counts))
+    users = torch.cat([block.users for block in data.blocks])
+    assert users.sort().values.tolist() == list(range(900))
+    for block in data.blocks:
+        own = counts[block.users]
+        assert (block.weight > 0).sum(1).tolist() == own.tolist()
+        assert block.weight.numel() - int(own.sum()) <= SPARE
+        assert block.weight.numel() <= CELLS["cpu"] or len(own) == 1
+    assert len(data.blocks) < 2 * int(counts.sum()) / CELLS["cpu"]
 
 
 def test_without_comparisons_a_user_is_nobody() -> None:
@@ -383,6 +406,9 @@ def test_users_who_are_all_alike_give_ridge_bt() -> None:
     ridge, mixed = (method.fit(task(data))[0] for method in (RidgeBT(), MixedLogit(rank=3)))
     a, b = ridge.view(data)[:, 0], own(mixed, data)  # type: ignore[arg-type]
     torch.testing.assert_close(a.sigmoid(), b.sigmoid(), atol=0.02, rtol=0)
+    tried = mixed.describe()["tried"]  # five ridges, and no more of tastes than the coarse path
+    assert {one["rank"] for one in tried} == {0, 3} and len(tried) < TRIES - 2
+    assert not any(one["whitened"] for one in tried)
 
 
 def test_personal_rewards_beat_the_shared_one_for_seen_and_new_users() -> None:
@@ -483,6 +509,20 @@ def test_prompts_that_users_share_are_held_out_of_everybodys_comparisons() -> No
     assert not fitted & responses_of(split.new.held)
     assert not responses_of(split.new.few) & responses_of(split.new.held)
     assert len(split.held) > 50 and len(split.new.held) > 5
+
+
+def test_new_users_are_scored_with_each_number_of_shots_as_if_it_were_the_only_one() -> None:
+    data, _ = world(users=40, weighted=True)
+    split = Validation(task(data, shots=(0, 2, 7))).splits[0]
+    fit, few = given(split.fit), split.new.few
+    losses = []
+    for count in (0, 2, 7):
+        rows, users = subset(few, count, split.seed)
+        state = fit.adapt(fit.view(few)[rows], users)
+        logits = fit.logits(fit.view(split.new.held), state, split.new.held.user)
+        losses.append(split.new.held.log_losses(logits))
+    found = split.score(fit).new[split.new_rows]
+    torch.testing.assert_close(found, torch.stack(losses).mean(0), atol=1e-9, rtol=0)
 
 
 def test_prompts_of_ones_own_or_too_few_are_held_out_by_dialogue() -> None:
