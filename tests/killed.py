@@ -25,7 +25,8 @@ import torch.distributed as dist
 
 import experiments
 import people
-from methods import search
+from methods import mixed_logit, search
+from methods.heterogeneity import score_test
 from methods.mixed_logit import MixedLogit
 
 MOMENTS = 20
@@ -161,7 +162,9 @@ def main() -> None:
     faulthandler.enable()
     torch.set_num_threads(1)  # a forked child cannot use its parent's threads
     experiments.report = lambda folder: ""  # drawn from the results alone, and dear
-    experiments.PERMUTATIONS = experiments.SHUFFLES = 1
+    experiments.PERMUTATIONS = experiments.SHUFFLES = 1  # none of these is kept by itself
+    experiments.score_test = partial(score_test, permutations=1)
+    mixed_logit.score_test = partial(score_test, permutations=99)  # enough to find tastes
     search.TRIES = 7
     for case in CASES.values():  # what is imported late, is imported here
         with tempfile.TemporaryDirectory() as folder:

@@ -61,14 +61,16 @@ def _server() -> str:
     return str(path)
 
 
-def start(script: str, settings: Flags, processes: int = 1) -> subprocess.Popen:
+def start(
+    script: str, settings: Flags, processes: int = 1, stderr: int | None = subprocess.PIPE
+) -> subprocess.Popen:
     """Start a script such as "PRISM/prepare.py", in several processes as torchrun does, without
     the seconds that importing takes; see warm.py."""
     path = ROOT / script
     words = [warm.__file__, _server(), str(processes), path.name, *flags(settings)]
     return subprocess.Popen(
         [sys.executable, "-I", "-S", *words], cwd=path.parent, env=ENV, text=True,
-        **dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
     )  # fmt: skip
 
 

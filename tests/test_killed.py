@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,11 +19,7 @@ from people import repeats, saved
 @pytest.fixture(scope="module")
 def ask() -> Iterator[Callable[..., Any]]:
     """Give a job to a process that kills and resumes trainings; its answer."""
-    path = os.pathsep.join([str(running.ROOT), str(running.ROOT / "tests")])
-    process = subprocess.Popen(
-        [sys.executable, killed.__file__], env={**running.ENV, "PYTHONPATH": path},
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+    process = running.start("tests/killed.py", {}, stderr=None)  # nobody reads it meanwhile
 
     def answer(**job: Any) -> Any:
         process.stdin.write(json.dumps(job) + "\n")
@@ -35,7 +27,7 @@ def ask() -> Iterator[Callable[..., Any]]:
         return json.loads(process.stdout.readline())
 
     yield answer
-    os.killpg(process.pid, signal.SIGKILL)  # and its children, where a test has given up
+    process.kill()  # and its children, where a test has given up
     process.communicate()
 
 

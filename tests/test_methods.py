@@ -22,9 +22,9 @@ from methods.base import Fitted, Task, check
 # Fewer steps where the defaults take long; the same model otherwise.
 QUICK: dict[str, dict[str, Any]] = {
     "lore": {"ranks": (3,), "iterations": 400},
-    "pal": {"prototypes": (5,), "epochs": 20},
-    "vpl": {"betas": (1e-4,), "hidden": 32, "epochs": 40},
-    "mlp": {"ranks": (5,), "epochs": 20},
+    "pal": {"prototypes": (5,), "epochs": 10},
+    "vpl": {"betas": (1e-4,), "hidden": 32, "epochs": 28},
+    "mlp": {"ranks": (5,), "epochs": 10},
 }
 NETWORKS = {"pal", "vpl", "mlp"}  # seconds each
 NAMED = [

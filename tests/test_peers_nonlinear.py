@@ -21,9 +21,9 @@ from methods.vpl_network import Groups
 pytestmark = pytest.mark.slow
 F, ROWS, SEEN, NEW = 8, 300, 40, 16
 METHODS = {
-    "pal": pal.PAL(prototypes=(2, 3), width=32, epochs=25),
-    "vpl": vpl.VPL(betas=(3e-6, 1e-4), hidden=32, latent=8, epochs=25),
-    "mlp": mlp.MLP(ranks=(2, 3), hidden=32, epochs=25),
+    "pal": pal.PAL(prototypes=(2, 3), width=32, epochs=12),
+    "vpl": vpl.VPL(betas=(3e-6, 1e-4), hidden=32, latent=8, epochs=12),
+    "mlp": mlp.MLP(ranks=(2, 3), hidden=32, epochs=12),
 }
 BRIEF = {
     "pal": {"epochs": 2, "prototypes": (2,)},

@@ -91,6 +91,7 @@ def fork(work: Callable[[], int | None]) -> int:
 
 def keep(line: socket.socket) -> None:
     """Start a script's processes, send them signals, and say how they ended."""
+    os.setsid()
     text, files, _, _ = socket.recv_fds(line, 1 << 20, 3)
     asked = json.loads(text)
     for number, file in enumerate(files):
@@ -109,11 +110,11 @@ def keep(line: socket.socket) -> None:
     statuses = []
     while children:
         if select.select([line], [], [], 0.01)[0]:
-            said = line.recv(1)  # nothing, where who asked has ended
+            said = line.recv(1)
+            if not said:  # who asked has ended
+                os.killpg(0, signal.SIGKILL)
             for child in children:
-                os.kill(child, said[0] if said else signal.SIGKILL)
-            if not said:
-                return
+                os.kill(child, said[0])
         ends = {child: status for child, status in map(end, children) if child}
         children -= ends.keys()
         statuses += ends.values()
