@@ -83,6 +83,8 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (pref, rbd):
         monkeypatch.setattr(module, "STEPS", STEPS)
         monkeypatch.setattr(module, "USER_STEPS", STEPS)
+    for name in ("PERMUTATIONS", "SHUFFLES"):
+        monkeypatch.setattr(experiments, name, 2)
     monkeypatch.setattr(mrm, "EPOCHS", 1)
     monkeypatch.setattr(pal, "NEW_USER_EPOCHS", 1)
 
