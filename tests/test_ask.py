@@ -116,6 +116,7 @@ def test_a_person_is_asked_until_more_answers_would_hardly_matter(
     assert "\x1b" not in done.out and ranked[0][:20] in done.out
 
 
+@pytest.mark.slow
 def test_the_answers_are_choices_from_which_the_same_ranking_comes(world, tmp_path, monkeypatch):
     flags = world.files(tmp_path, most=6, tolerance=0)
     assert ask(monkeypatch, "a\nb\n" * 4, flags).status == 0

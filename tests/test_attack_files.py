@@ -482,6 +482,7 @@ def test_whoever_comes_second_is_told_the_firsts_process(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_two_runs_of_a_command_on_one_folder_do_not_mix(dataset, model, tmp_path):
     prism, data = dataset("PRISM"), tmp_path / "data"
     prepare = {"source": prism.source, "out": data}

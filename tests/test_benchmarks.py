@@ -218,6 +218,7 @@ def test_planted_choices_are_of_the_rank_that_is_said():
     assert sizes[mixed.RANK - 1] > 1.5 * sizes[mixed.RANK]
 
 
+@pytest.mark.slow
 def test_the_truth_is_judged_beside_what_was_fitted(monkeypatch, capsys):
     lore = partial(METHODS["lore"], iterations=5, few_shot_iterations=5)
     mixed_logit = partial(METHODS["mixed_logit"], l_mu=1.0, l_B=1.0, rank=2)

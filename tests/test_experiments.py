@@ -110,6 +110,7 @@ def test_results_are_those_of_the_saved_bases(four, tmp_path):
     assert set(found) == {("own model", "", name, None) for name, _ in SETS}
 
 
+@pytest.mark.slow
 def test_own_models_know_their_own_user_alone(four, tmp_path):
     _, folder = fit(four, tmp_path)
     sets, found = four.tasks().draw(0, CPU), records(folder)
@@ -572,6 +573,7 @@ def test_a_run_with_other_settings_is_refused_by_their_names(world, tmp_path):
     assert (folder / "results.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_results_beside_missing_or_other_settings_are_not_believed(world, tmp_path):
     _, folder = fit(world, tmp_path)
     before = (folder / "results.json").read_bytes()

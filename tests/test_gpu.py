@@ -71,6 +71,7 @@ def parts(monkeypatch: pytest.MonkeyPatch, seconds: int = 60) -> None:
     monkeypatch.setattr(gpu, "PARTS", made)
 
 
+@pytest.mark.slow
 def test_what_stops_a_part_loses_the_rest_of_it_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

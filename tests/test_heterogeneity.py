@@ -24,6 +24,7 @@ def test_small_tastes_are_found() -> None:
     assert rejections(0.3, 20, users=60) >= 0.9
 
 
+@pytest.mark.slow
 def test_alike_users_are_seldom_found_to_differ() -> None:
     assert rejections(0.0, 60) <= 0.15
 

@@ -104,6 +104,7 @@ def test_the_verdict_comes_first_and_every_part_is_there(report):
     assert said.count("Liked most") == 1 and "Why? …" in said
 
 
+@pytest.mark.slow
 def test_the_tables_say_what_the_text_says(tmp_path):
     text = page(tmp_path, made.results())
     markdown = (tmp_path / "table.md").read_text()

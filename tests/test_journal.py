@@ -52,7 +52,9 @@ def sought(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return known
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", ["ridge_bt", pytest.param("mixed_logit", marks=pytest.mark.slow)]
+)
 def test_a_fit_goes_on_after_the_last_minimum(task, sought, name):
     method = METHODS[name]
     (whole,) = method.fit(replace(task, state=None))

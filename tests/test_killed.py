@@ -42,7 +42,8 @@ def assert_same(run: Path, whole: Path, moment: str) -> None:
         assert all(torch.equal(found[name], expected[name]) for name in found), (moment, file)
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("case", killed.CASES)
 def test_killed_at_twenty_moments_it_ends_as_if_undisturbed(ask, tmp_path, case, processes):
     answer = ask(case=case, processes=processes, folder=str(tmp_path))

@@ -542,6 +542,7 @@ def test_the_bottom_of_any_valley_of_ridges_is_found_in_five_tries(place: int) -
     assert lowest(loss) == place and len(asked) == 5
 
 
+@pytest.mark.slow
 def test_no_more_directions_are_kept_than_stand_out() -> None:
     data, _ = world(users=60, F=12, rank=1)
     (fit,) = MixedLogit(rank=8, mixtures=(1,)).fit(task(data))

@@ -330,6 +330,7 @@ def test_a_hub_out_of_reach_is_one_clear_line(tmp_path, monkeypatch):
 # --------------------------------------------------- The list form, and the text
 
 
+@pytest.mark.slow
 def test_the_list_form_prints_a_list_and_warns_everywhere(tmp_path, capsys, caplog):
     source = worlds.prism(tmp_path / "raw")
     info = prepare(source, tmp_path / "data", rejected="list")

@@ -44,6 +44,7 @@ def chosen_rows(
     return choose_shots(fit, few or task.few, sizes, criterion, 2, g).rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("criterion", ["d_optimal", "information"])
 def test_users_are_asked_as_if_each_were_alone(criterion):
     task = some_task()
@@ -132,6 +133,7 @@ def log_losses(fit: MixedFit, task: Task, draws: Shots) -> list[float]:
     return [sum(r["log_loss"]) / len(r["log_loss"]) for r in found]
 
 
+@pytest.mark.slow
 def test_chosen_questions_are_worth_more_than_as_many_random_ones_in_a_planted_world():
     world = {"rank": 3, "spread": 0.5, "strength": 2.0, "seed": 2}
     task = planted.task(users=80, shots=60, held_out=60, **world)
@@ -145,6 +147,7 @@ def test_chosen_questions_are_worth_more_than_as_many_random_ones_in_a_planted_w
         assert chosen[0] < at_random[1]
 
 
+@pytest.mark.slow
 def test_a_run_that_asks_keeps_what_is_drawn_at_random_and_adds_a_label(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "report", lambda folder: "")
     world, found = people.planted(users=12, dialogues=8), {}

@@ -384,6 +384,7 @@ def test_the_chosen_fit_is_judged_before_the_last(tmp_path):
     assert text.count("LoRe, chosen, ") == 2 and "K=5" not in text
 
 
+@pytest.mark.slow
 def test_repeats_in_which_rank_one_was_chosen_count_as_no_difference(tmp_path):
     results = chosen(made.results(seeds=2), [2, 1])
     *_, differences, _ = tables(told(results, tmp_path))

@@ -358,6 +358,7 @@ def harness_logits(model: str, max_length: int = 2048) -> np.ndarray:
     return np.array(logits)
 
 
+@pytest.mark.slow
 def test_script_reports_every_reward_from_one_pass(tmp_path, source, llama, basis, basis_file):
     head = torch.arange(64.0).reshape(32, 2).cos()
     np.save(tmp_path / "head.npy", head.numpy())
@@ -422,6 +423,7 @@ def tiny(kind: str, folder: Path) -> str:
     return str(makers[kind](folder / "model"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_length", [2048, 60])
 @pytest.mark.parametrize("kind", ["llama", "pad is eos", "qwen"])
 def test_own_forward_is_the_harness_and_the_reference_row(tmp_path, source, kind, max_length):
@@ -435,6 +437,7 @@ def test_own_forward_is_the_harness_and_the_reference_row(tmp_path, source, kind
     assert own.loc["model"].to_dict() == pytest.approx(reference.loc["reference"].to_dict(), 1e-4)
 
 
+@pytest.mark.slow
 def test_cutting_on_the_left_is_the_same_in_both_modes(tmp_path, source, llama):
     settings = {"source": source, "model": llama, "max_length": 60, "truncation_side": "left"}
     evaluate(tmp_path / "own", **settings)

@@ -46,7 +46,7 @@ SWEEP = {
     "CommunityAlignment": {"shots": [1, 3], "trials": 3, "ranks": 3},
 }  # fmt: skip
 # Plots and pages take longer than all else, and are drawn from a run's results alone.
-DRAWN = [("PRISM", "train_basis"), ("PRISM", "vary_fewshot")]
+DRAWN = [("CommunityAlignment", "train_basis")]
 DRAWN += [(name, "vary_fewshot") for name, script in OWN_PROCESS if script == "vary_fewshot"]
 SEEN_ONLY = WORLDS.keys() - SWEEP.keys()  # datasets in which nobody is new
 
@@ -186,10 +186,8 @@ def test_files_lie_where_the_last_line_says(finished, name, script):
     assert not list(run.folder.glob("*.part")) and not list(run.folder.glob("state-*"))
 
 
-@pytest.mark.parametrize(
-    ("name", "script"),
-    [pytest.param(*run, marks=[] if run[0] == "PRISM" else pytest.mark.slow) for run in DRAWN],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "script"), DRAWN)
 def test_plots_lie_where_the_last_line_says(finished, name, script):
     run = finished(name, script)
     plots = re.search(r"\((.*)\)", run.outcome.out.splitlines()[-1]).group(1).split(", ")
@@ -229,6 +227,7 @@ def test_rank_is_chosen_and_marked(finished, name):
     assert f"- LoRe, chosen: chosen on validation: {best};" in run.outcome.out
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_the_same_command_shows_the_same_run_again(finished, dataset, tmp_path):
     run = finished("PRISM", "train_basis")
     copy = shutil.copytree(run.folder.parents[1], tmp_path / "results")

@@ -130,6 +130,7 @@ def filled(hint: object, value: str) -> str:
     return value
 
 
+@pytest.mark.slow
 def test_every_number_of_every_script_has_a_range():
     tried = set()
     for script in SCRIPTS:

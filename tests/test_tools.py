@@ -350,6 +350,7 @@ def test_what_is_left_out_is_a_whole_row_with_all_its_pairs(tmp_path, kind):
         assert person.left_out[row == i].tolist() == pytest.approx([odds] * 3, abs=0.05)
 
 
+@pytest.mark.slow
 def test_pairs_of_one_row_do_not_foretell_each_other(task, tmp_path, capsys):
     files, _ = task
     rows = [{"prompt": f"{i}?", "chosen": ["a b", "a c"], "rejected": ["d", "e f"]}
