@@ -614,12 +614,14 @@ def test_a_full_disk_keeps_what_is_done(
 # --------------------------------------------------------------- Killed, or in parts
 
 FORKED = """
-import os, signal, sys
+import os, signal, sys, threading
 import torch
+from tqdm import tqdm
 import embeddings, reward_model, test_embeddings
 
 folder, model, points = sys.argv[1], sys.argv[2], int(sys.argv[3])
 torch.set_num_threads(1)  # a forked child cannot use its parent's threads
+tqdm.set_lock(threading.RLock())  # its own is shared by all children: who is killed keeps it
 steps, limit = 0, None
 
 def step(function):

@@ -18,6 +18,7 @@ import select
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ def serve(path: str) -> None:
 def warm_up() -> None:
     """Import what scripts import at first or later."""
     import torch
+    from tqdm import tqdm
     from transformers import AutoTokenizer, LlamaForSequenceClassification  # noqa: F401
 
     sys.path.insert(0, str(ROOT))
@@ -68,6 +70,7 @@ def warm_up() -> None:
     import reports
 
     torch.set_num_threads(1)  # a forked child cannot use its parent's threads
+    tqdm.set_lock(threading.RLock())  # its own is shared by all children: who is killed keeps it
     torch.optim.Adam([torch.zeros(1, requires_grad=True)]).zero_grad()  # imports torch._dynamo
     reports.write_plots = reports.write_report = lambda *given: []
 
