@@ -155,6 +155,8 @@ WORLDS = (
           redrawn),
     World("demo-0.001", "The demo's users, Dirichlet alpha .001, without noise", DEMO,
           (0, 1, 2), UP_TO_50, "comparisons", partial(demo, alpha=0.001)),
+    World("demo-0.01", "The demo's users, Dirichlet alpha .01, without noise", DEMO,
+          (0, 1, 2), UP_TO_50, "comparisons", partial(demo, alpha=0.01)),
     World("demo-0.1", "The demo's users, Dirichlet alpha .1, without noise", DEMO,
           (0, 1, 2), UP_TO_50, "comparisons", partial(demo, alpha=0.1)),
     World("planted", "Planted: Gaussian tastes in 4 dimensions, noisy choices", DEMO,

@@ -35,6 +35,8 @@ SCALE = 30.0  # of the features, as LoRe's settings expect them
 SPREAD = 1.5  # standard deviation of the shared part of the log odds, and of that of tastes
 KINDS = ("nobody differs", "Gaussian tastes", "corners of a simplex")
 ASKED = ("ridge_bt", "lore", "mixed_logit")
+GRID = [(l_mu, l_B) for l_mu in (0.1, 0.3, 1.0, 3.0) for l_B in (0.3, 1.0, 3.0, 10.0)]
+ORACLE = f"mixed logit of rank {RANK}, best of {len(GRID)} strengths on the new users"
 WIDTHS = {"50 %": 0.674, "80 %": 1.282, "90 %": 1.645, "95 %": 1.960}  # of a normal's intervals
 COVERED = (3, 10, 30)  # comparisons after which intervals are checked
 SWEPT, TRIALS = (1, 2, 5, 10, 20), 3  # shots and draws of the sweep that is timed
@@ -81,6 +83,8 @@ def compare(users: int, shots: int, F: int, worlds: int) -> None:
         for seed in range(worlds):
             world = planted(kind, users, shots, F, seed)
             fits = {name: METHODS[name]().fit(world.task)[-1] for name in ASKED}
+            if kind != KINDS[0]:
+                fits[ORACLE] = oracle(world)
             fits["the truth"] = world.truth
             figures.append([judged(fit, world.task) for fit in fits.values()])
             if kind == "Gaussian tastes":
@@ -142,6 +146,17 @@ def distribution(kind: str) -> Prior:
     corners = corners / corners.square().mean().sqrt()
     even = torch.full((len(corners),), 1 / len(corners)).double()
     return Prior(even, corners, 1e-6 * one.repeat(len(corners), 1, 1))
+
+
+def oracle(world: World) -> Fitted:
+    """The mixed logit with the true rank and kind of prior, and with those strengths of ``GRID``
+    by which the new users' held-out comparisons are best foretold: no choice could do better."""
+    task, parts = world.task, (len(world.truth.prior.weight),)
+    fits = [
+        METHODS["mixed_logit"](rank=RANK, l_mu=l_mu, l_B=l_B, mixtures=parts).fit(task)[-1]
+        for l_mu, l_B in GRID
+    ]
+    return max(fits, key=lambda fit: judged(fit, task)[2])
 
 
 def judged(fit: Fitted, task: Task) -> list[float]:

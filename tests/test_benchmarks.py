@@ -221,15 +221,17 @@ def test_planted_choices_are_of_the_rank_that_is_said():
 @pytest.mark.slow
 def test_the_truth_is_judged_beside_what_was_fitted(monkeypatch, capsys):
     lore = partial(METHODS["lore"], iterations=5, few_shot_iterations=5)
-    mixed_logit = partial(METHODS["mixed_logit"], l_mu=1.0, l_B=1.0, rank=2)
+    mixed_logit = partial(METHODS["mixed_logit"], l_mu=1.0, l_B=30.0, rank=2)
     quick = {"ridge_bt": METHODS["ridge_bt"], "lore": lore, "mixed_logit": mixed_logit}
     monkeypatch.setattr(known_truth, "METHODS", quick)
     known_truth.main((40,), shots=10, features=6, worlds=1)
     accuracy, covered, seconds = capsys.readouterr().out.split("\n\n")[1::2]
     rows = table(accuracy)
-    assert list(rows.index)[-1] == "corners of a simplex: the truth" and len(rows) == 12
+    assert list(rows.index)[-1] == "corners of a simplex: the truth" and len(rows) == 14
     assert rows.loc["Gaussian tastes: the truth", "gain, new"] == "100 %"
     assert rows.loc["nobody differs: mixed_logit", "gain, new"] == ""
+    best, gain = f"Gaussian tastes: {known_truth.ORACLE}", rows["gain, new"].str.rstrip(" %")
+    assert float(gain[best]) > float(gain["Gaussian tastes: mixed_logit"])  # too strong a prior
     assert "the truth, 10 comparisons" in table(covered).index
     assert (table(seconds)["seconds"].astype(float) >= 0).all()
 
