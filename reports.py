@@ -48,7 +48,7 @@ from summaries import (
 from verdict import AGAINST, COIN, judged, verdict
 
 INTERVAL = "mean [95 % interval over users]"
-
+BASELINES = ("ridge_bt", "lore")  # methods that those after them and all others are held against
 ABOUT = 10  # chosen shots that are counted in random ones
 
 Table = dict[str, dict[str, str]]  # row -> column -> cell
@@ -101,11 +101,13 @@ def _cell(measure: str, summary: Summary | None, paired: bool = False) -> str:
 
 
 def difference_table(results: Results, measure: str) -> Table:
-    """Every label minus BT, its controls and the reference, paired by user and repeat."""
+    """Every label minus BT, its controls, the reference and ``BASELINES``, paired by user and
+    repeat."""
     table: Table = {}
     for label in results.labels:
         random = (label.split(ASKS)[0],) if ASKS in label else ()
-        for against in (*AGAINST, REFERENCE, *random) if label != REFERENCE else ():
+        every = (*AGAINST, REFERENCE, *_baselines(results, label), *random)
+        for against in every if label != REFERENCE else ():
             row = {
                 column.name: _cell(measure, minus(results, label, against, measure, column), True)
                 for column in columns(results)
@@ -114,6 +116,16 @@ def difference_table(results: Results, measure: str) -> Table:
                 name = "random ones" if against in random else control_name(against)
                 table[f"{label} minus {name}"] = row
     return table
+
+
+def _baselines(results: Results, label: str) -> list[str]:
+    """The labels of ``BASELINES`` that a method's label is held against."""
+    method = results.methods[label]
+    if label in (REFERENCE, BT, OWN):
+        return []
+    places = [*BASELINES, method]
+    before = places[: places.index(method)]
+    return [other for other in judged(results) if results.methods[other] in before]
 
 
 def unusual_table(results: Results) -> Table:

@@ -306,6 +306,22 @@ def test_every_difference_asked_for_is_there(tmp_path):
     assert list(differences) == list(losses) == expected
 
 
+def test_methods_are_held_against_ridge_bt_and_lore_where_those_were_fitted(tmp_path):
+    means = {"train": 0.8, "seen": 0.76, "unseen": 0.75}
+    labels = made.LABELS | {
+        "Ridge BT": ("ridge_bt", False, {}, means),
+        "Mixed logit": ("mixed_logit", True, {}, means),
+    }
+    *_, differences, _ = tables(told(made.results(labels, noise=0.0), tmp_path))
+    mutual = [row for row in differences if row.endswith(("Ridge BT", "LoRe K=5", "Mixed logit"))]
+    assert mutual == [
+        "LoRe K=2 minus Ridge BT", "LoRe K=5 minus Ridge BT",
+        "Mixed logit minus LoRe K=5", "Mixed logit minus Ridge BT",
+    ]  # fmt: skip
+    points = [float(differences[row]["seen"].split()[0]) for row in mutual]
+    assert points == pytest.approx([-2, 2, -2, 0], abs=0.3)
+
+
 def test_no_figure_is_minus_zero(tmp_path):
     results = made.results(noise=0.0)
     change(results, "LoRe K=5", "", 0.69997)
