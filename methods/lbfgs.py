@@ -39,7 +39,8 @@ def minimise(
     Args:
         function: value and gradient at a point.
         x: where to begin.
-        inverse: applies an estimate of the inverse curvature, which the memory corrects.
+        inverse: applies an estimate of the inverse curvature, whose size the last step corrects and
+            whose shape the memory does.
         tolerance: stop where the next step promises less than this share of the value.
         iterations: at most.
     """
@@ -84,6 +85,9 @@ def _two_loops(
         shares.append(float((s * q).sum()) / sy)
         q = q - shares[-1] * y
     q = inverse(q)
+    if memory:
+        s, y, sy = memory[-1]
+        q = q * (sy / float((y * inverse(y)).sum()))
     for (s, y, sy), share in zip(memory, reversed(shares), strict=True):
         q = q + (share - float((y * q).sum()) / sy) * s
     return q

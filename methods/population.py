@@ -6,6 +6,7 @@ a tensor [F, 1 + K] are mu and B.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +63,7 @@ class Objective:
         self.strengths = strengths
         self.dtype = precision(data)
         self.posterior: Posterior | None = None
+        self.inverse: Callable[[Tensor], Tensor] | None = None  # of the curvature at the first call
 
     def column_strengths(self, K: int) -> Tensor:
         """Precision of the prior of each column [1 + K]."""
@@ -75,10 +77,13 @@ class Objective:
         evidence = Evidence(Z, data, self.nodes)
         zero, one = theta.new_zeros(K), torch.eye(K).to(theta)
         q = self.posterior = solve(evidence, zero, one, self.posterior, self.inner)
+        strengths = self.column_strengths(K)
+        if self.inverse is None:
+            bend = total(evidence.curvature(q.mean, q.cov), self.processes) / geometry.count
+            self.inverse = inverse_curvature(geometry, strengths, bend)
         G = evidence.slopes(q.mean, q.cov).to(self.dtype)
         gradient = data.backproject(-G).double()
         flat = total(torch.cat([-q.bound.sum()[None], gradient.flatten()]), self.processes)
-        strengths = self.column_strengths(K)
         value = float(flat[0] + (strengths * theta * theta).sum() / 2)
         return value, geometry.raw(flat[1:].reshape(theta.shape)) + strengths * theta
 
@@ -110,9 +115,11 @@ def fit_population(
     """
     objective = Objective(data, geometry, strengths, processes, INNER * tolerance, nodes)
     objective.posterior = posterior
-    inverse = inverse_curvature(geometry, objective.column_strengths(start.shape[1] - 1))
     what = f"tastes, white {geometry.white}, strengths {strengths}, tolerance {tolerance}"
-    found = kept(what, lambda: minimise(objective, start, inverse, tolerance, iterations))
+    found = kept(
+        what,
+        lambda: minimise(objective, start, lambda G: objective.inverse(G), tolerance, iterations),
+    )
     x = found.x.to(start)
     objective.posterior = None  # so that it follows from mu and B alone, and is not kept
     objective(x)

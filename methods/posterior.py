@@ -269,6 +269,21 @@ class Evidence:
             G[block.rows.flatten()] = own.flatten(0, 1)
         return G[:-1]
 
+    def curvature(self, mean: Tensor, cov: Tensor) -> Tensor:
+        """How much the likelihood bends along x . mu and x . B, all comparisons together [1 + K].
+
+        Args:
+            mean, cov: of users' tastes [U, K], [U, K, K].
+        """
+        found = mean.new_zeros(1 + mean.shape[1])
+        for block in self.blocks:
+            m, S = mean[block.users], cov[block.users]
+            a, v, _ = block.moments(m, S)
+            bend = (block.weight * expectations(a, v, block.nodes)[2]).sum(1)
+            squares = m.square() + S.diagonal(dim1=1, dim2=2)
+            found += torch.cat([bend.sum()[None], bend @ squares])
+        return found
+
 
 def _alike(counts: Tensor, cells: int) -> list[Tensor]:
     """Users [u] in groups with about as many comparisons each, and not too many in all.

@@ -35,14 +35,18 @@ def precision(data: Comparisons) -> torch.dtype:
     return torch.float64 if dense else torch.float32
 
 
-def inverse_curvature(geometry: Geometry, strengths: Tensor) -> Callable[[Tensor], Tensor]:
+def inverse_curvature(
+    geometry: Geometry, strengths: Tensor, bend: Tensor | float = 0.2
+) -> Callable[[Tensor], Tensor]:
     """An estimate of a loss's inverse curvature, diagonal along the leading directions.
 
     Args:
         geometry: of the features.
         strengths: of the prior of each column [C].
+        bend: curvature of a comparison's loss in its log odds, a mean, of each column [C]; as it
+            is of choices that are fairly sure if not given.
     """
-    added = 0.2 * geometry.curvature()[:, None]  # p (1 - p) of choices that are fairly sure
+    added = geometry.curvature()[:, None] * bend
     factors = 1 / (added + strengths[None, :])
     Q = geometry.directions
 

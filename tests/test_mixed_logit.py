@@ -236,6 +236,31 @@ def test_gradients_are_those_of_finite_differences(white: bool) -> None:
         assert float(gradient[place]) == pytest.approx(slope, rel=1e-5, abs=1e-6)
 
 
+def test_curvatures_are_those_of_numerical_integration() -> None:
+    Z, users = shots(2, [3, 1, 4])
+    mean, root = torch.randn(3, 2, dtype=DOUBLE), 0.3 * torch.randn(3, 2, 2, dtype=DOUBLE)
+    cov = root @ root.mT
+    points = np.random.default_rng(0).standard_normal(400_000)
+    bends = np.zeros(3)
+    for z, u, weight in zip(Z.double(), users.user, users.weight, strict=True):
+        sd = float(z[1:] @ cov[u] @ z[1:]) ** 0.5
+        p = expit(float(z[0] + z[1:] @ mean[u]) + sd * points)
+        squares = mean[u] ** 2 + cov[u].diagonal()
+        bends += float(weight) * (p * (1 - p)).mean() * np.array([1, *squares])
+    assert Evidence(Z, users).curvature(mean, cov).numpy() == pytest.approx(bends, rel=5e-3)
+
+
+def test_a_first_curvature_of_the_wrong_size_costs_the_minimiser_little() -> None:
+    size = torch.logspace(0, 3, 50, dtype=DOUBLE)
+
+    def bowl(x: Tensor) -> tuple[float, Tensor]:
+        return float((size * (x - 1) ** 2).sum() / 2), size * (x - 1)
+
+    for factor in (1e-4, 1.0):
+        found = minimise(bowl, torch.zeros(50).double(), lambda g: factor * g / size, 1e-12, 100)
+        assert found.evaluations < 5
+
+
 def test_the_bound_never_falls_while_the_population_is_fitted() -> None:
     data, _ = world()
     geometry = measure(data)
