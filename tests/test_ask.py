@@ -95,6 +95,7 @@ def told(path: Path) -> list[tuple]:
     return [tuple(str(v) for k, v in row.items() if k != "timestamp") for row in rows(path)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["basis", "mixed_logit"])
 def test_a_person_is_asked_until_more_answers_would_hardly_matter(
     world, tmp_path, monkeypatch, kind

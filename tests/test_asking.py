@@ -154,6 +154,7 @@ def test_d_optimal_shrinks_the_laplace_posteriors_volume_most():
     assert next_question(belief, pool, "d_optimal", [0, 5]) == int(volumes.argmax())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("K", [1, 2, 8])
 def test_a_belief_is_the_mixed_logits_posterior(K):
     prior, rows = Prior.standard(K, torch.zeros(1).double()), questions(12, K, seed=5)

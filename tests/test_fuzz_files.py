@@ -54,6 +54,7 @@ def copied(request, dataset, tmp_path_factory) -> Path:
     return shutil.copytree(dataset(request.param).data, data)
 
 
+@pytest.mark.slow
 @EXAMPLES
 @given(change=BYTES, which=st.integers(0, 30), trusted=st.booleans())
 def test_mutated_files_are_read_or_refused(copied, change, which, trusted):

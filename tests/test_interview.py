@@ -189,6 +189,7 @@ def test_answers_move_what_is_known_towards_the_person(tmp_path):
     assert own.outlook.now > own.before + 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_every_criterion_asks_and_asks_the_same_after_a_restart(tmp_path, criterion):
     def start(seed: int) -> Session:

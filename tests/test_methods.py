@@ -56,6 +56,7 @@ def _adapted(fit: Fitted, data: Comparisons, seed: Seed = 0) -> torch.Tensor:
     return fit.adapt(fit.view(data), data, seed)
 
 
+@pytest.mark.slow
 def test_a_fit_says_what_it_is(fit: Fitted, task: Task):
     assert fit.label
     assert fit.users.shape == (task.train.num_users, len(fit.nobody))
@@ -72,6 +73,7 @@ def test_own_state_beats_nobodys_and_anothers(fit: Fitted, task: Task):
         assert accuracy > _accuracy(fit, data, own.roll(1, 0)) + 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMED)
 def test_nobody_need_be_new_where_there_are_validation_comparisons(name: str):
     given = planted.task(users=16, shots=24, held_out=20)
@@ -117,6 +119,7 @@ def test_swapped_labels_mirror_the_accuracy(fit: Fitted, task: Task):
     torch.testing.assert_close(mirrored, -logits, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_method_fits_the_same_twice(fit: Fitted, task: Task, request: pytest.FixtureRequest):
     method = _method(request.node.callspec.params["fit"])
     if isinstance(method, networks.Networked):

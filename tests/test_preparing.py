@@ -37,6 +37,7 @@ def talk(*contents: str) -> list[dict[str, str]]:
 # ------------------------------------------------------------------------- Every dataset
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "more"),
     [*((name, {}) for name in WORLDS), ("CommunityAlignment", {"unseen_prompts": True})],

@@ -134,6 +134,7 @@ def test_prepare_and_embed_end_well(dataset, name):
         assert f"{number:>9,}  {what}" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY)
 def test_train_basis_prints_what_it_saves(finished, name):
     run = finished(name, "train_basis")
@@ -153,6 +154,7 @@ def test_train_basis_prints_what_it_saves(finished, name):
     assert "\nVerdict:" in run.outcome.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SWEPT)
 def test_vary_fewshot_prints_what_it_saves(finished, name):
     run = finished(name, "vary_fewshot")

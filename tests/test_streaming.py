@@ -58,6 +58,7 @@ def test_every_method_has_the_same_rows_streamed_and_in_memory(world, tmp_path):
     assert "own model" in labels and len(labels) == 3 + len(methods.METHODS)
 
 
+@pytest.mark.slow
 def test_shots_are_varied_alike_streamed_and_in_memory(world, tmp_path):
     for stream in (False, True):
         given = people.settings(tmp_path, name=str(stream), stream=stream)

@@ -106,6 +106,7 @@ def stock_rewards(folder: Path, batch: bool, chats: list = CHATS) -> torch.Tenso
 # -------------------------------------------------------------------------- Export
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [False, True])
 @pytest.mark.parametrize("kind", TINY)
 def test_stock_transformers_give_the_basis_rewards(tmp_path, kind, batch):

@@ -97,6 +97,7 @@ def test_blocks_are_skipped_and_taken_whole() -> None:
     assert taken < number * (number + 1) / 2 and int(mask.full_kv_num_blocks.sum()) > 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_are_those_of_one_at_a_time_and_of_the_dense_mask(
     kind: str, tmp_path: Path, uncompiled: None
