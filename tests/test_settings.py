@@ -92,6 +92,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("script", "words"), CASES)
 def test_a_senseless_value_is_refused_by_its_flag(tmp_path, monkeypatch, script, words):
     monkeypatch.chdir(tmp_path)
