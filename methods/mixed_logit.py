@@ -126,6 +126,7 @@ class MixedLogit:
             "spectrum": spectrum.tolist(), "passes": fit.evaluations,
             "decrement": float(fit.posterior.decrement.max()),
         }
+        log.info("mixed logit: bounds are within %.0e nats of their maxima", facts["decrement"])
         fitted = MixedFit(directions, prior, fit.theta.new_zeros(0, 0), facts)
         fitted.users = everyones(fitted.adapt(fitted.view(data), data), task.processes)
         return fitted

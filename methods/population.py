@@ -115,11 +115,13 @@ def fit_population(
     """
     objective = Objective(data, geometry, strengths, processes, INNER * tolerance, nodes)
     objective.posterior = posterior
+
+    def inverse(G: Tensor) -> Tensor:
+        assert objective.inverse is not None  # the minimiser has called the objective before
+        return objective.inverse(G)
+
     what = f"tastes, white {geometry.white}, strengths {strengths}, tolerance {tolerance}"
-    found = kept(
-        what,
-        lambda: minimise(objective, start, lambda G: objective.inverse(G), tolerance, iterations),
-    )
+    found = kept(what, lambda: minimise(objective, start, inverse, tolerance, iterations))
     x = found.x.to(start)
     objective.posterior = None  # so that it follows from mu and B alone, and is not kept
     objective(x)

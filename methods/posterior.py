@@ -270,7 +270,8 @@ class Evidence:
         return G[:-1]
 
     def curvature(self, mean: Tensor, cov: Tensor) -> Tensor:
-        """How much the likelihood bends along x . mu and x . B, all comparisons together [1 + K].
+        """The likelihood's curvature along x . mu and x . B, summed over all comparisons [1 + K]:
+        the expected p (1 - p), for a column of B times the expected square of the user's taste.
 
         Args:
             mean, cov: of users' tastes [U, K], [U, K, K].

@@ -224,6 +224,7 @@ def test_the_truth_is_judged_beside_what_was_fitted(monkeypatch, capsys):
     mixed_logit = partial(METHODS["mixed_logit"], l_mu=1.0, l_B=30.0, rank=2)
     quick = {"ridge_bt": METHODS["ridge_bt"], "lore": lore, "mixed_logit": mixed_logit}
     monkeypatch.setattr(known_truth, "METHODS", quick)
+    monkeypatch.setattr(known_truth, "GRID", [(1.0, 1000.0), (1.0, 1.0)])
     known_truth.main((40,), shots=10, features=6, worlds=1)
     accuracy, covered, seconds = capsys.readouterr().out.split("\n\n")[1::2]
     rows = table(accuracy)
