@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn  # noqa: F401 (scripts take nn from here)
 from tqdm import tqdm
 
-from basis import Basis, save_basis
-from comparisons import (
+from lore.common.files import InputError, require  # noqa: F401 (scripts catch InputError from here)
+from lore.learning.basis import Basis, save_basis
+from lore.learning.comparisons import (
     CACHE_BYTES,
     Comparisons,
     Seed,
@@ -29,8 +30,7 @@ from comparisons import (
     check_features,
     warn_of_short_users,
 )
-from files import InputError, require  # noqa: F401 (scripts catch InputError from here)
-from sampling import (  # noqa: F401 (the published names)
+from lore.learning.simulated_users import (  # noqa: F401 (the published names)
     create_dataset_prism,
     create_dataset_prism_shots,
     create_sparse_tensor,
@@ -41,7 +41,7 @@ from sampling import (  # noqa: F401 (the published names)
     simulate_population,
     simulate_user,
 )
-from training import (
+from lore.learning.training import (
     DIVERGED,
     Checkpoint,
     OptimizerFactory,

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import embeddings
-import preparing
-import raw
-from cli import cli
-from files import InputError, alone
-from preparing import Funnel, Turn
-from settings import Fraction, PositiveInt, SeedNumber
+from lore.common.cli import cli
+from lore.common.files import InputError, alone
+from lore.common.settings import Fraction, PositiveInt, SeedNumber
+from lore.embeddings import store as embeddings
+from lore.preparing import raw
+from lore.preparing import tables as preparing
+from lore.preparing.tables import Funnel, Turn
 
 HERE = Path(__file__).resolve().parent
 WHOSE = {"user_id": "annotator_id", "dialog_id": "conversation_id"}

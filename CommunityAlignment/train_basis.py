@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import experiments
-import splits
-from methods.lore import Lore
+from lore.experiments import runner as experiments
+from lore.experiments import splits
+from lore.methods.lore import Lore
 
 HERE = Path(__file__).resolve().parent
 

@@ -14,15 +14,15 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import choices
-import embeddings
-import preparing
-import raw
-from choices import USUAL, Choice, Columns
-from cli import cli
-from files import InputError, alone, digest
-from preparing import Funnel
-from settings import Fraction, PositiveInt, SeedNumber
+from lore.common.cli import cli
+from lore.common.files import InputError, alone, digest
+from lore.common.settings import Fraction, PositiveInt, SeedNumber
+from lore.embeddings import store as embeddings
+from lore.preparing import own_rows as choices
+from lore.preparing import raw
+from lore.preparing import tables as preparing
+from lore.preparing.own_rows import USUAL, Choice, Columns
+from lore.preparing.tables import Funnel
 
 HERE = Path(__file__).resolve().parent
 SPLITS = ("train", "test")

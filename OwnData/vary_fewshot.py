@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import experiments
-import splits
-from methods.lore import Lore
-from settings import NonNegativeInt, PositiveInt
+from lore.common.settings import NonNegativeInt, PositiveInt
+from lore.experiments import runner as experiments
+from lore.experiments import splits
+from lore.methods.lore import Lore
 
 HERE = Path(__file__).resolve().parent
 

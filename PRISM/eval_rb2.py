@@ -23,24 +23,11 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from basis import Learned
-from cli import ROOT, cli
-from embeddings import Store, embed
-from files import InputError, check_place, digest, require, write_text, write_whole
-from methods.learned import load_learned
-from passes import Tokens
-from PRISM.rewardbench2 import (
-    Head,
-    as_conversations,
-    file_heads,
-    is_official,
-    length_baseline,
-    official_record,
-    read_bench,
-    score_table,
-    worst_failures,
-)
-from reward_model import (
+from lore.common.cli import ROOT, cli
+from lore.common.files import InputError, check_place, digest, require, write_text, write_whole
+from lore.common.settings import NonNegativeInt, PositiveInt
+from lore.embeddings.prefix_trees import Tokens
+from lore.embeddings.reward_model import (
     PAPERS_MODEL,
     Conversation,
     Source,
@@ -53,7 +40,20 @@ from reward_model import (
     render,
     render_text,
 )
-from settings import NonNegativeInt, PositiveInt
+from lore.embeddings.store import Store, embed
+from lore.learning.basis import Learned
+from lore.methods.saved import load_learned
+from PRISM.rewardbench2 import (
+    Head,
+    as_conversations,
+    file_heads,
+    is_official,
+    length_baseline,
+    official_record,
+    read_bench,
+    score_table,
+    worst_failures,
+)
 
 CACHE = Path(__file__).resolve().parent / "data" / "rewardbench2"
 RESULTS = ROOT / "results" / "rewardbench2"

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import embeddings
-import prepared
-from cli import cli
+from lore.common.cli import cli
+from lore.embeddings import store as embeddings
+from lore.preparing import prepared
 
 HERE = Path(__file__).resolve().parent
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import preparing
-import raw
-from cli import cli
-from files import InputError, alone, require
-from preparing import Funnel, Turn
-from settings import Fraction, PositiveInt, SeedNumber
+from lore.common.cli import cli
+from lore.common.files import InputError, alone, require
+from lore.common.settings import Fraction, PositiveInt, SeedNumber
+from lore.preparing import raw
+from lore.preparing import tables as preparing
+from lore.preparing.tables import Funnel, Turn
 
 HERE = Path(__file__).resolve().parent
 WHOSE = {"user_id": "user_id", "dialog_id": "conversation_id"}

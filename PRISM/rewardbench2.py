@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-import raw
-from files import InputError, first_line, require
-from reward_model import Conversation
+from lore.common.files import InputError, first_line, require
+from lore.embeddings.reward_model import Conversation
+from lore.preparing import raw
 
 NUMBERS = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.uint16,
            torch.uint32, torch.int8, torch.int16, torch.int32, torch.int64}  # fmt: skip

@@ -24,12 +24,12 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import smollm2
-from cli import cli
-from embeddings import embed
-from files import file_sha256, read_json, require, write_text, write_whole
-from reward_model import Conversation
-from settings import PositiveInt, SeedNumber
+from lore.common.cli import cli
+from lore.common.files import file_sha256, read_json, require, write_text, write_whole
+from lore.common.settings import PositiveInt, SeedNumber
+from lore.embeddings import smollm2
+from lore.embeddings.reward_model import Conversation
+from lore.embeddings.store import embed
 
 HERE = Path(__file__).resolve().parent
 RESPONSES = 8

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import embeddings
-import preparing
-import raw
-from cli import cli
-from files import InputError, alone
-from preparing import Funnel, Numbering
+from lore.common.cli import cli
+from lore.common.files import InputError, alone
+from lore.embeddings import store as embeddings
+from lore.preparing import raw
+from lore.preparing import tables as preparing
+from lore.preparing.tables import Funnel, Numbering
 
 HERE = Path(__file__).resolve().parent
 SCORERS = (

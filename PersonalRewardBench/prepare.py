@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import choices
-import embeddings
-import preparing
-import raw
-from choices import Columns
-from cli import cli
-from files import InputError, alone, digest
-from preparing import Conversation, Funnel
+from lore.common.cli import cli
+from lore.common.files import InputError, alone, digest
+from lore.embeddings import store as embeddings
+from lore.preparing import own_rows as choices
+from lore.preparing import raw
+from lore.preparing import tables as preparing
+from lore.preparing.own_rows import Columns
+from lore.preparing.tables import Conversation, Funnel
 
 HERE = Path(__file__).resolve().parent
 COLUMNS = ("user_id", "split", "context", "chosen", "rejected")  # many judges' columns are left out

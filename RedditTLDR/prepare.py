@@ -9,13 +9,13 @@ from typing import Any
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import embeddings
-import preparing
-import raw
-from cli import cli
-from files import InputError, alone
-from preparing import Funnel, Turn
-from settings import PositiveInt
+from lore.common.cli import cli
+from lore.common.files import InputError, alone
+from lore.common.settings import PositiveInt
+from lore.embeddings import store as embeddings
+from lore.preparing import raw
+from lore.preparing import tables as preparing
+from lore.preparing.tables import Funnel, Turn
 
 HERE = Path(__file__).resolve().parent
 SPLITS = {"train": "train", "validation": "test"}

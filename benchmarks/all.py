@@ -18,10 +18,10 @@ import pandas as pd
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import core
-from cli import cli
-from files import InputError
-from reports import markdown
-from settings import PositiveInt
+from lore.common.cli import cli
+from lore.common.files import InputError
+from lore.common.settings import PositiveInt
+from lore.experiments.report.tables import markdown
 
 log = logging.getLogger(__name__)
 

@@ -24,17 +24,17 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-import experiments
-from cli import cli
 from comparison_data import WORLDS, World
-from files import require, write_text, write_whole
-from methods import METHODS
-from methods.lore import Lore
-from plots import full_colour
-from records import BT, MEASURES, Results, read_results, shots_name
-from reports import markdown
-from settings import NonNegativeInt
-from summaries import Summary, difference, interval, level
+from lore.common.cli import cli
+from lore.common.files import require, write_text, write_whole
+from lore.common.settings import NonNegativeInt
+from lore.experiments import runner as experiments
+from lore.experiments.report.intervals import Summary, difference, interval, level
+from lore.experiments.report.plots import full_colour
+from lore.experiments.report.tables import markdown
+from lore.experiments.results import BT, MEASURES, Results, read_results, shots_name
+from lore.methods import METHODS
+from lore.methods.lore import Lore
 
 log = logging.getLogger(__name__)
 

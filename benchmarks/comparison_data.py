@@ -15,11 +15,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from safetensors.torch import load_file
 
-import prepared
-import preparing
-import splits
-from comparisons import Comparisons, RowFeatures
-from splits import Sets, Tasks
+from lore.experiments import splits
+from lore.experiments.splits import Sets, Tasks
+from lore.learning.comparisons import Comparisons, RowFeatures
+from lore.preparing import prepared
+from lore.preparing import tables as preparing
 
 PLANTED = 4  # dimensions in which planted tastes differ
 SHARED = 2.0  # standard deviation of the shared part of a planted log odds

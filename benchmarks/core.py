@@ -24,11 +24,11 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-from cli import cli
-from files import require
+from lore.common.cli import cli
+from lore.common.files import require
+from lore.common.settings import PositiveInt, SeedNumber
+from lore.experiments.report.tables import markdown
 from measure import copy_bandwidth
-from reports import markdown
-from settings import PositiveInt, SeedNumber
 
 log = logging.getLogger(__name__)
 

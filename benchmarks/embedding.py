@@ -19,11 +19,11 @@ import transformers
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cli import ROOT, cli
-from passes import Tokens
-from reward_model import Engine, Source, load_engine, load_tokenizer, render
-from settings import NonNegativeInt, PositiveInt, SeedNumber
-from smollm2 import reward_model
+from lore.common.cli import ROOT, cli
+from lore.common.settings import NonNegativeInt, PositiveInt, SeedNumber
+from lore.embeddings.prefix_trees import Tokens
+from lore.embeddings.reward_model import Engine, Source, load_engine, load_tokenizer, render
+from lore.embeddings.smollm2 import reward_model
 
 PRISM = ROOT.parent / "shared" / "data" / "prism_slice" / "conversations.jsonl"
 LLAMA_8B = {

@@ -31,12 +31,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 sys.path.append(str(ROOT / "tests"))  # plain loops and planted users
 import gpu_checks
 import gpu_speed
-from cli import cli
-from devices import pick_device
-from files import first_line, require, write_whole
+from lore.common.cli import cli
+from lore.common.devices import pick_device
+from lore.common.files import first_line, require, write_whole
+from lore.common.settings import PositiveInt
+from lore.experiments.report.tables import markdown
 from measure import OUT
-from reports import markdown
-from settings import PositiveInt
 
 Row = dict[str, Any]
 

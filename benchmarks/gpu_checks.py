@@ -15,16 +15,16 @@ import transformers
 from torch import Tensor
 from tqdm import tqdm
 
-import methods as all_methods
 import planted
-from comparisons import Comparisons
-from devices import backend
 from embedding import Writer
-from experiments import evaluate
+from lore import methods as all_methods
+from lore.common.devices import backend
+from lore.embeddings.prefix_trees import Tokens
+from lore.embeddings.reward_model import Engine
+from lore.experiments.runner import evaluate
+from lore.learning.comparisons import Comparisons
+from lore.learning.training import Checkpoint
 from measure import made_up_users
-from passes import Tokens
-from reward_model import Engine
-from training import Checkpoint
 from utils import LoRe, LoRe_regularized, PersonalizeBatch, train_together
 
 Row = dict[str, Any]

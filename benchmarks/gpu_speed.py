@@ -13,10 +13,10 @@ import planted
 import side
 from embedding import LLAMA_8B, made_up
 from gpu_checks import OF_ROWS, WAYS, Row, embedded, random_engine
+from lore.embeddings.prefix_trees import Tokens
+from lore.embeddings.reward_model import Engine
+from lore.methods.mixed_logit import MixedLogit
 from measure import copy_bandwidth, timed
-from methods.mixed_logit import MixedLogit
-from passes import Tokens
-from reward_model import Engine
 
 SHARE, TIMES = 0.85, 8  # of the token bound, and of one at a time, that are aimed at
 DATASETS = {"a": "Reddit TLDR", "b": "PRISM", "c": "PersonalLLM"}  # cases of embedding.py

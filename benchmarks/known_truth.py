@@ -19,15 +19,15 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from cli import cli
-from comparisons import Comparisons, DenseFeatures, draw_shots
-from experiments import sweep
-from methods import METHODS
-from methods.base import Fitted, Task
-from methods.mixed_fit import MixedFit
-from methods.posterior import Prior, expectations, moments
-from reports import markdown
-from settings import PositiveInt
+from lore.common.cli import cli
+from lore.common.settings import PositiveInt
+from lore.experiments.report.tables import markdown
+from lore.experiments.runner import sweep
+from lore.learning.comparisons import Comparisons, DenseFeatures, draw_shots
+from lore.learning.method import Fitted, Task
+from lore.methods import METHODS
+from lore.methods.fitting.posterior import Prior, expectations, moments
+from lore.methods.mixed_fit import MixedFit
 
 RANK = 3  # of the planted tastes
 HELD_OUT = 60  # comparisons of each user

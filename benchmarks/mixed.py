@@ -15,12 +15,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from cli import cli
-from comparisons import Comparisons, DenseFeatures
-from methods import METHODS
-from methods.base import Task
-from reports import markdown
-from settings import PositiveInt
+from lore.common.cli import cli
+from lore.common.settings import PositiveInt
+from lore.experiments.report.tables import markdown
+from lore.learning.comparisons import Comparisons, DenseFeatures
+from lore.learning.method import Task
+from lore.methods import METHODS
 
 RANK = 3  # of the planted tastes
 MEASURED = 50  # iterations of LoRe that are timed; a thousand take in proportion

@@ -14,16 +14,16 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-import splits
 from comparison_data import redrawn
-from comparisons import Comparisons, DenseFeatures
-from methods.base import Fitted, Method, Task
-from methods.lore import Lore
-from methods.mixed_fit import MixedFit
-from methods.mixed_logit import MixedLogit
-from methods.posterior import Prior
-from methods.pref import PReF
-from splits import Tasks
+from lore.experiments import splits
+from lore.experiments.splits import Tasks
+from lore.learning.comparisons import Comparisons, DenseFeatures
+from lore.learning.method import Fitted, Method, Task
+from lore.methods.fitting.posterior import Prior
+from lore.methods.lore import Lore
+from lore.methods.mixed_fit import MixedFit
+from lore.methods.mixed_logit import MixedLogit
+from lore.methods.pref import PReF
 
 CPU = torch.device("cpu")
 LEAST = 100  # judgments of a worker who is asked

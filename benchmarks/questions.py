@@ -28,18 +28,18 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-from asking import CRITERIA, Belief, Criterion, Pool, next_question
-from cli import cli
-from comparisons import Comparisons, Shots, draw_shots
-from files import read_json, require, write_text, write_whole
-from methods.base import Fitted, Task
-from methods.posterior import Prior
+from lore.common.cli import cli
+from lore.common.files import read_json, require, write_text, write_whole
+from lore.common.settings import NonNegativeInt, PositiveInt
+from lore.elicitation.criteria import CRITERIA, Belief, Criterion, Pool, next_question
+from lore.elicitation.replay import choose_shots
+from lore.experiments.report.intervals import bootstrap, reached
+from lore.experiments.report.tables import markdown
+from lore.experiments.results import MEASURES
+from lore.learning.comparisons import Comparisons, Shots, draw_shots
+from lore.learning.method import Fitted, Task
+from lore.methods.fitting.posterior import Prior
 from question_data import POOL_WORLD, POOLS, WORLDS, World, able
-from records import MEASURES
-from replay import choose_shots
-from reports import markdown
-from settings import NonNegativeInt, PositiveInt
-from summaries import bootstrap, reached
 
 log = logging.getLogger(__name__)
 

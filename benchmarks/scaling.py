@@ -25,11 +25,11 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-from cli import cli
-from comparisons import Comparisons, DenseFeatures
+from lore.common.cli import cli
+from lore.common.settings import PositiveFloat, PositiveInt, SeedNumber
+from lore.experiments.report.tables import markdown
+from lore.learning.comparisons import Comparisons, DenseFeatures
 from measure import OUT, iteration_seconds, made_up_users, own_memory
-from reports import markdown
-from settings import PositiveFloat, PositiveInt, SeedNumber
 from utils import LoRe, train_together
 
 FACTORS = (1, 2, 5, 10)

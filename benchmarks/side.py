@@ -54,7 +54,7 @@ def train(case: dict[str, Any]) -> Tensor:
     import utils
 
     try:
-        from comparisons import Comparisons
+        from lore.learning.comparisons import Comparisons
     except ImportError:
         from utils import Comparisons
     return utils.train_together(models_of(case), Comparisons.from_list(features_of(case)))[-1][1]

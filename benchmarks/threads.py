@@ -18,10 +18,10 @@ import pandas as pd
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from cli import cli
-from files import InputError
-from reports import markdown
-from settings import PositiveInt
+from lore.common.cli import cli
+from lore.common.files import InputError
+from lore.common.settings import PositiveInt
+from lore.experiments.report.tables import markdown
 
 FIGURES = ("accuracy", "log_loss", "brier")
 Records = dict[tuple[str, str], list[dict[str, Any]]]

@@ -76,8 +76,8 @@ def carry_out(name: str, script: str, given: running.Flags) -> running.Outcome:
 def without_plots() -> Iterator[None]:
     """Runs within this process write tables alone: plots and pages take far longer."""
     with (
-        mock.patch("reports.write_plots", lambda *given: []),
-        mock.patch("reports.write_report", lambda *given: None),
+        mock.patch("lore.experiments.report.tables.write_plots", lambda *given: []),
+        mock.patch("lore.experiments.report.tables.write_report", lambda *given: None),
     ):
         yield
 

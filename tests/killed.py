@@ -23,11 +23,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import experiments
 import people
-from methods import mixed_logit, search
-from methods.heterogeneity import score_test
-from methods.mixed_logit import MixedLogit
+from lore.experiments import runner as experiments
+from lore.methods import mixed_logit
+from lore.methods.fitting import search
+from lore.methods.fitting.score_test import score_test
+from lore.methods.mixed_logit import MixedLogit
 
 MOMENTS = 20
 CASES: dict[str, dict[str, Any]] = {

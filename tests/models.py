@@ -10,8 +10,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from files import InputError
-from smollm2 import reward_model
+from lore.common.files import InputError
+from lore.embeddings.smollm2 import reward_model
 
 LLAMA_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"

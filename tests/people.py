@@ -14,10 +14,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-import experiments
-import splits
-from comparisons import Comparisons
-from methods.lore import Lore
+from lore.experiments import runner as experiments
+from lore.experiments import splits
+from lore.learning.comparisons import Comparisons
+from lore.methods.lore import Lore
 
 QUICK = {"iterations": 60, "few_shot_iterations": 60}
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from comparisons import Comparisons, RowFeatures
-from methods.base import Task
+from lore.learning.comparisons import Comparisons, RowFeatures
+from lore.learning.method import Task
 
 F, ROWS = 12, 400
 

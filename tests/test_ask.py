@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-import embeddings
 import models
 import running
-from basis import Basis, save_basis
 from browser import BROWSER, a_tab
-from interview.terminal import printable
-from methods.mixed_fit import MixedFit
-from methods.posterior import Prior
+from lore.elicitation.terminal import printable
+from lore.embeddings import store as embeddings
+from lore.learning.basis import Basis, save_basis
+from lore.methods.fitting.posterior import Prior
+from lore.methods.mixed_fit import MixedFit
 from tools import rank_responses
 
 PAIRS, PROMPTS, DRAFTS = 24, 4, 3

@@ -11,11 +11,11 @@ import pytest
 import torch
 from scipy.stats import multivariate_normal
 
-import asking
-from asking import Belief, Known, Pool, next_question, score
-from comparisons import Users
-from files import InputError
-from methods.posterior import Evidence, Prior, pack, posterior_states
+from lore.common.files import InputError
+from lore.elicitation import criteria as asking
+from lore.elicitation.criteria import Belief, Known, Pool, next_question, score
+from lore.learning.comparisons import Users
+from lore.methods.fitting.posterior import Evidence, Prior, pack, posterior_states
 
 
 class Grid(NamedTuple):

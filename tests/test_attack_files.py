@@ -17,17 +17,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-import embeddings
 import running
-import splits
 import utils
 import worlds
-from comparisons import Comparisons
-from embeddings import open_store
-from files import InputError, alone, digest, file_sha256
-from prepared import read_conversations
-from splits import Tasks
-from training import Checkpoint
+from lore.common.files import InputError, alone, digest, file_sha256
+from lore.embeddings import store as embeddings
+from lore.embeddings.store import open_store
+from lore.experiments import splits
+from lore.experiments.splits import Tasks
+from lore.learning.comparisons import Comparisons
+from lore.learning.training import Checkpoint
+from lore.preparing.prepared import read_conversations
 
 Change = Callable[[Path], Any]
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from basis import Basis, check_model, load_basis, resolve_model, save_basis
-from files import InputError
+from lore.common.files import InputError
+from lore.learning.basis import Basis, check_model, load_basis, resolve_model, save_basis
 
 V = torch.arange(8.0).reshape(4, 2)
 W = torch.tensor([[1.0, 0.0], [0.25, 0.75]])

@@ -22,9 +22,9 @@ import scaling
 import side
 import threads
 import utils
-from files import InputError
-from flags import Flags
-from methods import METHODS
+from lore.common.files import InputError
+from lore.common.flags import Flags
+from lore.methods import METHODS
 
 CORE = [
     "--features=32", "--joint", "12", "4", "--ranks", "1", "2", "--alternating", "9", "5", "4",

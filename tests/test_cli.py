@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-import cli as command
-from cli import cli
-from files import InputError, write_whole
+from lore.common import cli as command
+from lore.common.cli import cli
+from lore.common.files import InputError, write_whole
 
 
 def call(

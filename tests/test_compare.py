@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import made_results as made
-import splits
-from files import InputError
+from lore.common.files import InputError
+from lore.experiments import splits
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))

@@ -14,13 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import comparisons
 import reference
 import utils
-from basis import Basis, load_basis, save_basis
-from comparisons import Comparisons, RowFeatures
-from files import InputError
-from training import Checkpoint, Training, fit_weights
+from lore.common.files import InputError
+from lore.learning import comparisons
+from lore.learning.basis import Basis, load_basis, save_basis
+from lore.learning.comparisons import Comparisons, RowFeatures
+from lore.learning.training import Checkpoint, Training, fit_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -15,10 +15,10 @@ import torch
 
 import models
 import running
-import smollm2
 import worlds
-from embeddings import embed
-from files import InputError
+from lore.common.files import InputError
+from lore.embeddings import smollm2
+from lore.embeddings.store import embed
 from PersonalLLM import demo_world as world
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -244,12 +244,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_the_command_makes_a_checkpoint_beside_the_shared_weights(checkpoint, tmp_path):
-    command = [sys.executable, "smollm2.py", tmp_path / "plain"]
+    command = [sys.executable, "tools/smollm2.py", tmp_path / "plain"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == str(tmp_path / "plain"), done.stderr
     sizes = [(folder / smollm2.BODY).stat().st_size for folder in (checkpoint, tmp_path / "plain")]
     assert sizes[0] == sizes[1] > 500e6
-    again = running.invoke("smollm2.py", {}, str(tmp_path))
+    again = running.invoke("tools/smollm2.py", {}, str(tmp_path))
     assert again.status == 2 and again.err.startswith("error: ")
 
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 import elsewhere
-import experiments
-import methods
 import planted
-from comparisons import draw_shots
-from methods import lbfgs, linear, mrm, networks, pal, population, pref, rbd, ridge_bt
-from methods.base import Task
+from lore import methods
+from lore.experiments import runner as experiments
+from lore.learning.comparisons import draw_shots
+from lore.learning.method import Task
+from lore.methods import mrm, pal, pref, rbd, ridge_bt
+from lore.methods.fitting import lbfgs, linear, networks, population
 
 # Steps enough for every line to run.
 STEPS = 4

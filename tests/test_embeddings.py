@@ -20,14 +20,14 @@ import torch
 from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-import embeddings
 import models
-import passes
-import reward_model
 import running
-from embeddings import embed, open_store
-from files import InputError, digest
-from reward_model import render
+from lore.common.files import InputError, digest
+from lore.embeddings import prefix_trees as passes
+from lore.embeddings import reward_model
+from lore.embeddings import store as embeddings
+from lore.embeddings.reward_model import render
+from lore.embeddings.store import embed, open_store
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = {
@@ -385,7 +385,7 @@ def test_position_codes_that_depend_on_the_batch_get_no_batch(tmp_path: Path) ->
 def test_the_last_line_counts(
     tmp_path: Path, quiet: dict, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, logger="embeddings")
+    caplog.set_level(logging.INFO, logger="lore")
     facts = embed(some_chats(), tmp_path / "out", **quiet).manifest
     expected = f"15 conversations, 14 distinct, 0 cut, {facts['tokens_given']} tokens; "
     expected += f"now {facts['tokens_computed']} tokens computed"
@@ -497,7 +497,8 @@ def test_a_damaged_manifest_is_written_again(finished: Path, quiet: dict) -> Non
 
 HUB = """
 import sys
-import embeddings, test_embeddings
+import test_embeddings
+from lore.embeddings import store as embeddings
 
 store = embeddings.embed(test_embeddings.some_chats(), sys.argv[1], model="some/reward-model")
 assert store.manifest["revision"] == sys.argv[2] and store.manifest["weights_sha256"] is None
@@ -617,7 +618,9 @@ FORKED = """
 import os, signal, sys, threading
 import torch
 from tqdm import tqdm
-import embeddings, reward_model, test_embeddings
+import test_embeddings
+from lore.embeddings import store as embeddings
+from lore.embeddings import reward_model
 
 folder, model, points = sys.argv[1], sys.argv[2], int(sys.argv[3])
 torch.set_num_threads(1)  # a forked child cannot use its parent's threads

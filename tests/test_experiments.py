@@ -19,25 +19,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import comparisons
-import experiments
-import methods.lore
-import panel
 import people
-import preparing
 import reference
-import reports
-import runs
-import training
 import utils
 import worlds
-from basis import load_basis
-from comparisons import Comparisons, draw_shots
-from files import InputError
-from methods.base import Fitted, Task
-from methods.lore import Lore
-from methods.shared import BradleyTerry, Own
-from methods.validation import Validation, hold_out
+from lore.common.files import InputError
+from lore.experiments import metrics as panel
+from lore.experiments import runner as experiments
+from lore.experiments import runs
+from lore.experiments.report import tables as reports
+from lore.learning import comparisons, training
+from lore.learning.basis import load_basis
+from lore.learning.comparisons import Comparisons, draw_shots
+from lore.learning.method import Fitted, Task
+from lore.methods import lore as lore_method
+from lore.methods.baselines import BradleyTerry, Own
+from lore.methods.fitting.validation import Validation, hold_out
+from lore.methods.lore import Lore
+from lore.preparing import tables as preparing
 from people import People, fit, records, repeats, saved, settings
 
 CPU = torch.device("cpu")
@@ -256,7 +255,7 @@ def test_a_basis_is_described(world):
     def described(V: Tensor, W: Tensor) -> dict[str, Any]:
         direction = torch.tensor([1.0, 0.0, 0.0])
         basis = utils.Basis(V, W, direction, settings={"rank": 2}, losses=torch.arange(1000.0))
-        return methods.lore.LoreFit(lore, basis).describe()
+        return lore_method.LoreFit(lore, basis).describe()
 
     flat = described(torch.eye(3)[:, :2], torch.full((4, 2), 0.5))
     assert flat["effective_rank"] == pytest.approx(2) and flat["weight_entropy"] == pytest.approx(1)
@@ -308,13 +307,13 @@ def test_the_choice_never_reads_a_test_comparison(world, tmp_path):
 
 
 def test_the_choice_is_made_on_whole_dialogues_that_were_not_fitted(world, monkeypatch):
-    fit_bases, fitted = methods.lore.fit_bases, []
+    fit_bases, fitted = lore_method.fit_bases, []
 
     def remember(estimator, asked, direction, data, *rest, **settings):
         fitted.append(data)
         return fit_bases(estimator, asked, direction, data, *rest, **settings)
 
-    monkeypatch.setattr(methods.lore, "fit_bases", remember)
+    monkeypatch.setattr(lore_method, "fit_bases", remember)
     task = task_of(world)
     Lore(ranks=(2,), select_rank=True, **people.QUICK).fit(task)
     everything, rest = fitted
@@ -363,13 +362,13 @@ def test_shots_of_new_users_need_new_users(all_seen, tmp_path):
 
 
 def test_settings_are_chosen_on_the_validation_comparisons(all_seen, monkeypatch):
-    fit_bases, fitted = methods.lore.fit_bases, []
+    fit_bases, fitted = lore_method.fit_bases, []
 
     def remember(estimator, asked, direction, data, *rest, **settings):
         fitted.append(data)
         return fit_bases(estimator, asked, direction, data, *rest, **settings)
 
-    monkeypatch.setattr(methods.lore, "fit_bases", remember)
+    monkeypatch.setattr(lore_method, "fit_bases", remember)
     task = task_of(all_seen)
     *fits, chosen = Lore(ranks=(2, 3), select_rank=True, **people.QUICK).fit(task)
     for data in fitted:  # nothing is held out of the training comparisons

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import splits
 import worlds
-from embeddings import VERIFIED
-from files import InputError, file_sha256
-from preparing import Funnel
+from lore.common.files import InputError, file_sha256
+from lore.embeddings.store import VERIFIED
+from lore.experiments import splits
+from lore.preparing.tables import Funnel
 
 EXAMPLES = settings(
     max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True

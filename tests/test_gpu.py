@@ -17,9 +17,9 @@ sys.path.append(str(ROOT / "benchmarks"))
 import gpu
 import gpu_checks
 import gpu_speed
-import passes
-import reward_model
-from files import InputError
+from lore.common.files import InputError
+from lore.embeddings import prefix_trees as passes
+from lore.embeddings import reward_model
 
 
 @pytest.mark.slow

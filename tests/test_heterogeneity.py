@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from comparisons import Comparisons, DenseFeatures
-from methods.heterogeneity import score_test
+from lore.learning.comparisons import Comparisons, DenseFeatures
+from lore.methods.fitting.score_test import score_test
 from test_mixed_logit import world
 
 

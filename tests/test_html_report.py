@@ -15,8 +15,8 @@ from unittest import mock
 import pytest
 
 import made_results as made
-import reports
 from browser import BROWSER, FLAGS
+from lore.experiments.report import tables as reports
 
 HOSTILE = "</script><script>alert(1)</script> & <b>\"bold\" 'x'</b>"
 

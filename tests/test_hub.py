@@ -14,15 +14,15 @@ from typing import NamedTuple
 import pytest
 import torch
 
-import cli
-import embeddings
 import hub as hub_module
 import models
-import prepared
 import running
 import worlds
-from files import InputError
 from hub import Hub
+from lore.common import cli
+from lore.common.files import InputError
+from lore.embeddings import store as embeddings
+from lore.preparing import prepared
 
 pytestmark = pytest.mark.slow
 

@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-from asking import CRITERIA
-from choices import Columns
-from comparisons import Users
-from files import InputError, digest
-from interview.answers import Answers
-from interview.outlook import expected_accuracy, look_ahead, same_prompt_pairs, thinned
-from interview.page import Page
-from interview.pool import Pair, pair_of, read_pool
-from interview.session import Material, Session
-from interview.taste import Taste
-from interview.terminal import Terminal
-from methods.posterior import Evidence, Prior, moments, posterior_states
+from lore.common.files import InputError, digest
+from lore.elicitation.answers import Answers
+from lore.elicitation.criteria import CRITERIA
+from lore.elicitation.outlook import expected_accuracy, look_ahead, same_prompt_pairs, thinned
+from lore.elicitation.page import Page
+from lore.elicitation.pool import Pair, pair_of, read_pool
+from lore.elicitation.session import Material, Session
+from lore.elicitation.taste import Taste
+from lore.elicitation.terminal import Terminal
+from lore.learning.comparisons import Users
+from lore.methods.fitting.posterior import Evidence, Prior, moments, posterior_states
+from lore.preparing.own_rows import Columns
 
 ASKED = [{"role": "user", "content": "Why?"}]
 

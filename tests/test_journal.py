@@ -13,12 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import people
-from files import InputError
-from methods import population, ridge_bt
-from methods.base import Task
-from methods.lbfgs import Minimum
-from methods.mixed_logit import MixedLogit
-from methods.ridge_bt import RidgeBT
+from lore.common.files import InputError
+from lore.learning.method import Task
+from lore.methods import ridge_bt
+from lore.methods.fitting import population
+from lore.methods.fitting.lbfgs import Minimum
+from lore.methods.mixed_logit import MixedLogit
+from lore.methods.ridge_bt import RidgeBT
 
 METHODS = {"ridge_bt": RidgeBT(), "mixed_logit": MixedLogit(rank=2)}
 

@@ -11,13 +11,13 @@ import pandas as pd
 import pytest
 import torch
 
-import experiments
-import methods
 import planted
-from comparisons import Comparisons, Seed, Users
-from files import InputError
-from methods import networks
-from methods.base import Fitted, Task, check
+from lore import methods
+from lore.common.files import InputError
+from lore.experiments import runner as experiments
+from lore.learning.comparisons import Comparisons, Seed, Users
+from lore.learning.method import Fitted, Task, check
+from lore.methods.fitting import networks
 
 # Fewer steps where the defaults take long; the same model otherwise.
 QUICK: dict[str, dict[str, Any]] = {

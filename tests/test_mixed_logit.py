@@ -14,16 +14,14 @@ from scipy.optimize import minimize
 from scipy.special import expit, log_expit, logsumexp
 from torch import Tensor
 
-from comparisons import Comparisons, DenseFeatures, RowFeatures, Users
-from files import InputError
-from methods.base import Task, check
-from methods.geometry import measure
-from methods.lbfgs import minimise
-from methods.linear import TRIES
-from methods.mixed_fit import MixedFit, load
-from methods.mixed_logit import MixedLogit
-from methods.population import Objective, first_tastes, fit_population
-from methods.posterior import (
+from lore.common.files import InputError
+from lore.learning.comparisons import Comparisons, DenseFeatures, RowFeatures, Users
+from lore.learning.method import Task, check
+from lore.methods.fitting.geometry import measure
+from lore.methods.fitting.lbfgs import minimise
+from lore.methods.fitting.linear import TRIES
+from lore.methods.fitting.population import Objective, first_tastes, fit_population
+from lore.methods.fitting.posterior import (
     CELLS,
     SPARE,
     Evidence,
@@ -34,8 +32,10 @@ from methods.posterior import (
     solve,
     unpack,
 )
-from methods.ridge_bt import STRENGTHS, RidgeBT, fit_shared, lowest
-from methods.validation import Validation, hold_out, pseudo_new, shared_prompts, subset
+from lore.methods.fitting.validation import Validation, hold_out, pseudo_new, shared_prompts, subset
+from lore.methods.mixed_fit import MixedFit, load
+from lore.methods.mixed_logit import MixedLogit
+from lore.methods.ridge_bt import STRENGTHS, RidgeBT, fit_shared, lowest
 
 DOUBLE = torch.float64
 

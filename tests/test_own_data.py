@@ -30,7 +30,8 @@ def choices(path: Path, users: int = 30, rows: int = 12) -> Path:
 
 @pytest.mark.slow
 def test_a_file_of_thirty_users_becomes_a_page(model, tmp_path, monkeypatch):
-    monkeypatch.setattr("reports.write_plots", lambda *given: [])  # the page has its own
+    tables = "lore.experiments.report.tables"
+    monkeypatch.setattr(f"{tables}.write_plots", lambda *given: [])  # the page has its own
     source, data = choices(tmp_path / "mine.jsonl"), tmp_path / "data"
     quick = {"data": data, "results": tmp_path, "progress": "false", "iterations": 30}
     quick |= {"mixed_logit.rank": 2, "mixed_logit.l_mu": 1, "mixed_logit.l_B": 0.1}

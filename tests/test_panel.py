@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-import panel
-from comparisons import Users
+from lore.experiments import metrics as panel
+from lore.learning.comparisons import Users
 
 
 def choices(n: int = 30_000, stretch: float = 1.0, users: int = 10) -> tuple[Users, torch.Tensor]:

@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 import reference
-from comparisons import Comparisons, Users
-from methods import linear, mrm, pebs, pref, rbd
-from methods.base import Fitted, Task
-from methods.geometry import measure
-from methods.ridge_bt import fit_shared
+from lore.learning.comparisons import Comparisons, Users
+from lore.learning.method import Fitted, Task
+from lore.methods import mrm, pebs, pref, rbd
+from lore.methods.fitting import linear
+from lore.methods.fitting.geometry import measure
+from lore.methods.ridge_bt import fit_shared
 
 pytestmark = pytest.mark.slow
 FEATURES = 12

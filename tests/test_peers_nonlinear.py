@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import leaky_relu, softplus
 
-from comparisons import Comparisons, DenseFeatures, Pairs, RowFeatures, Users
-from files import InputError
-from methods import mlp, pal, vpl
-from methods.base import Fitted, Task
-from methods.linear import TRIES
-from methods.networks import batches, blocks, row_scale, solve_weights
-from methods.vpl_network import Groups
+from lore.common.files import InputError
+from lore.learning.comparisons import Comparisons, DenseFeatures, Pairs, RowFeatures, Users
+from lore.learning.method import Fitted, Task
+from lore.methods import mlp, pal, vpl
+from lore.methods.fitting.linear import TRIES
+from lore.methods.fitting.networks import batches, blocks, row_scale, solve_weights
+from lore.methods.vpl_network import Groups
 
 pytestmark = pytest.mark.slow
 F, ROWS, SEEN, NEW = 8, 300, 40, 16

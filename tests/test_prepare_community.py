@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 import worlds
-from files import InputError
+from lore.common.files import InputError
 
 
 def prepare(source: Path, out: Path, **settings) -> dict:

@@ -13,11 +13,11 @@ import datasets
 import pandas as pd
 import pytest
 
-import choices
 import running
 import worlds
-from choices import Columns
-from files import InputError
+from lore.common.files import InputError
+from lore.preparing import own_rows as choices
+from lore.preparing.own_rows import Columns
 
 
 def prepare(source: Path | str, out: Path, **settings) -> dict:

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import worlds
-from files import InputError
+from lore.common.files import InputError
 
 
 def prepare(source: Path, out: Path) -> dict:

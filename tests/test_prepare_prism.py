@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 
 import models
-import prepared
-import reward_model
 import worlds
-from files import InputError
+from lore.common.files import InputError
+from lore.embeddings import reward_model
+from lore.preparing import prepared
 
 SLICE = worlds.ROOT.parent / "shared" / "data" / "prism_slice"
 

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 import worlds
-from files import InputError
+from lore.common.files import InputError
 
 FILES = ("train.parquet", "validation.parquet", "test.parquet")
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 import worlds
-from files import InputError
+from lore.common.files import InputError
 
 UKP = worlds.ROOT.parent / "shared" / "data" / "ukpconvarg_as_tldr"
 FILES = {"train": "train.jsonl.gz", "test": "validation.jsonl.gz"}

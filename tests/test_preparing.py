@@ -11,13 +11,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-import prepared
-import preparing
-import raw
 import worlds
 from conftest import WORLDS
-from files import InputError
-from preparing import Funnel, Turn
+from lore.common.files import InputError
+from lore.preparing import prepared, raw
+from lore.preparing import tables as preparing
+from lore.preparing.tables import Funnel, Turn
 
 SETTINGS = {name: settings for name, (_, _, settings) in WORLDS.items()}
 

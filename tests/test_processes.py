@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import running
-from basis import load_basis
+from lore.learning.basis import load_basis
 from people import repeats, saved
 from running import table
 
@@ -64,9 +64,9 @@ import dataclasses, json, sys
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import torch
 import planted
-from devices import processes
-from methods.mixed_logit import MixedLogit
-from methods.ridge_bt import RidgeBT
+from lore.common.devices import processes
+from lore.methods.mixed_logit import MixedLogit
+from lore.methods.ridge_bt import RidgeBT
 
 process, together = processes()
 task = planted.task(users=40, shots=30, features=16)
@@ -155,8 +155,9 @@ DYING = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
-import experiments, splits
-from methods.lore import Lore
+from lore.experiments import runner as experiments
+from lore.experiments import splits
+from lore.methods.lore import Lore
 
 fit = Lore.fit
 

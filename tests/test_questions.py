@@ -16,10 +16,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 import question_data
 import questions
-from asking import CRITERIA
-from files import InputError
-from methods.mixed_logit import MixedLogit
-from methods.ridge_bt import RidgeBT
+from lore.common.files import InputError
+from lore.elicitation.criteria import CRITERIA
+from lore.methods.mixed_logit import MixedLogit
+from lore.methods.ridge_bt import RidgeBT
 from question_data import Planted, World
 
 SHOTS = (0, 2, 10, 20)

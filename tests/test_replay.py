@@ -6,22 +6,22 @@ import pytest
 import torch
 from torch import Tensor
 
-import experiments
 import people
 import planted
-import records
-import verdict
-from asking import CRITERIA, Belief, next_question
-from comparisons import Comparisons, Shots, draw_shots
-from experiments import sweep
-from files import InputError
-from methods.base import Task
-from methods.lore import Lore
-from methods.mixed_fit import MixedFit
-from methods.posterior import Prior
-from methods.pref import PReF
-from methods.rbd import RBD
-from replay import choose_shots
+from lore.common.files import InputError
+from lore.elicitation.criteria import CRITERIA, Belief, next_question
+from lore.elicitation.replay import choose_shots
+from lore.experiments import results as records
+from lore.experiments import runner as experiments
+from lore.experiments.report import verdict
+from lore.experiments.runner import sweep
+from lore.learning.comparisons import Comparisons, Shots, draw_shots
+from lore.learning.method import Task
+from lore.methods.fitting.posterior import Prior
+from lore.methods.lore import Lore
+from lore.methods.mixed_fit import MixedFit
+from lore.methods.pref import PReF
+from lore.methods.rbd import RBD
 
 CHOSEN = [criterion for criterion in CRITERIA if criterion != "random"]
 

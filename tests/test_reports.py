@@ -14,15 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import html_report
 import made_results as made
-import plots
-import records
-import reports
 import running
-import summaries
-import verdict
-from files import InputError
+from lore.common.files import InputError
+from lore.experiments import results as records
+from lore.experiments.report import intervals as summaries
+from lore.experiments.report import page as html_report
+from lore.experiments.report import plots, verdict
+from lore.experiments.report import tables as reports
 
 TOY = ("toy", True, {"strength": 3.0}, {"train": 0.9, "seen": 0.8, "unseen": 0.77})
 
@@ -641,7 +640,7 @@ def test_the_command_makes_everything_anew_and_puts_runs_side_by_side(tmp_path):
     made_before = {path.name for path in runs[0].iterdir()}
     for path in runs[0].glob("*.[!j]*"):
         path.unlink()
-    outcome = running.invoke("reports.py", {}, *map(str, runs))
+    outcome = running.invoke("tools/report.py", {}, *map(str, runs))
     assert outcome.status == 0, outcome.err
     assert {path.name for path in runs[0].iterdir()} == made_before
     assert (runs[0] / "table.md").read_bytes() == before and outcome.out.startswith(text)
@@ -654,16 +653,16 @@ def test_the_command_makes_everything_anew_and_puts_runs_side_by_side(tmp_path):
 
 def test_the_command_shows_only_the_ranks_or_labels_asked_for(tmp_path):
     run = made.write(made.results(), tmp_path)
-    shown = running.invoke("reports.py", {}, str(run), "--ranks", "5").out
+    shown = running.invoke("tools/report.py", {}, str(run), "--ranks", "5").out
     assert "LoRe K=5" in shown and "LoRe K=2" not in shown and "own model" in shown
-    shown = running.invoke("reports.py", {}, str(run), "--only", "LoRe K=2").out
+    shown = running.invoke("tools/report.py", {}, str(run), "--only", "LoRe K=2").out
     assert "LoRe K=2" in shown and "LoRe K=5" not in shown
-    outcome = running.invoke("reports.py", {}, str(run), "--only", "LoRa")
+    outcome = running.invoke("tools/report.py", {}, str(run), "--only", "LoRa")
     assert outcome.status == 2 and "LoRa" in outcome.err and "LoRe K=5" in outcome.err
 
 
 def test_the_command_without_a_run_says_what_is_missing():
-    outcome = running.invoke("reports.py", {})
+    outcome = running.invoke("tools/report.py", {})
     assert outcome.status == 2 and "name at least one run's folder" in outcome.err
 
 

@@ -20,12 +20,12 @@ from safetensors.torch import save_file
 
 import models
 import running
-from basis import Basis, save_basis
-from embeddings import embed, open_store
-from files import InputError
-from methods.learned import load_learned
-from methods.mixed_fit import MixedFit
-from methods.posterior import Prior
+from lore.common.files import InputError
+from lore.embeddings.store import embed, open_store
+from lore.learning.basis import Basis, save_basis
+from lore.methods.fitting.posterior import Prior
+from lore.methods.mixed_fit import MixedFit
+from lore.methods.saved import load_learned
 from PRISM import eval_rb2
 from PRISM import rewardbench2 as rb2
 

@@ -22,9 +22,9 @@ import pytest
 
 import models
 import running
-from basis import load_basis
 from conftest import OWN_PROCESS, WORLDS, Dataset, carry_out, without_plots
-from methods.lore import Lore
+from lore.learning.basis import load_basis
+from lore.methods.lore import Lore
 from people import repeats, saved
 from running import Outcome, table
 
@@ -250,12 +250,12 @@ def test_two_repeats_of_a_command_give_the_same_results(finished, dataset, tmp_p
 
 @pytest.mark.slow
 def test_reports_put_runs_side_by_side(finished, monkeypatch):
-    monkeypatch.setattr("plots.write_plots", lambda *given: [])
-    monkeypatch.setattr("html_report.write_report", lambda *given: None)
+    monkeypatch.setattr("lore.experiments.report.plots.write_plots", lambda *given: [])
+    monkeypatch.setattr("lore.experiments.report.page.write_report", lambda *given: None)
     names = ("PersonalLLM", "PRISM")
     runs = [finished(name, "train_basis").folder for name in names]
     before = [(folder / "table.md").read_bytes() for folder in runs]
-    outcome = running.invoke("reports.py", {}, *map(str, runs))
+    outcome = running.invoke("tools/report.py", {}, *map(str, runs))
     assert outcome.status == 0, outcome.err
     assert [(folder / "table.md").read_bytes() for folder in runs] == before
     together = table("\n" + outcome.out.strip().split("\n\n")[-1])
@@ -335,7 +335,7 @@ def test_every_script_is_found():
     assert {f"{name}/{script}.py" for name in WORLDS for script in ("prepare", "train_basis")} < {
         *SCRIPTS
     }
-    assert {"reports.py", "PRISM/eval_rb2.py", "tools/export.py"} < set(SCRIPTS)
+    assert {"tools/report.py", "PRISM/eval_rb2.py", "tools/export.py"} < set(SCRIPTS)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

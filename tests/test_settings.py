@@ -13,8 +13,8 @@ from unittest import mock
 import pytest
 
 import running
-from files import InputError
-from flags import Flags
+from lore.common.files import InputError
+from lore.common.flags import Flags
 from running import Outcome
 from test_scripts import SCRIPTS, Parsed, parser_of
 
@@ -82,7 +82,7 @@ REFUSED = {
         --seed -1
         """,
     "tools/ukpconvarg.py": "--min-judgments 0 | --seed x",
-    "reports.py": "--ranks -1 | --ranks 2 2",
+    "tools/report.py": "--ranks -1 | --ranks 2 2",
 }
 CASES = [
     (script, words.strip())

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import people
-import preparing
-import sampling
-import splits
 import worlds
-from comparisons import Comparisons, DenseFeatures, RowFeatures
-from files import InputError, file_sha256
+from lore.common.files import InputError, file_sha256
+from lore.experiments import splits
+from lore.learning import simulated_users as sampling
+from lore.learning.comparisons import Comparisons, DenseFeatures, RowFeatures
+from lore.preparing import tables as preparing
 from people import Rows, listed
 
 CPU = torch.device("cpu")

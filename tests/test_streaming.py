@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-import experiments
-import methods
 import people
-from comparisons import draw_shots
-from methods import shared
-from methods.lore import Lore
+from lore import methods
+from lore.experiments import runner as experiments
+from lore.learning.comparisons import draw_shots
+from lore.methods import baselines as shared
+from lore.methods.lore import Lore
 
 QUICK: dict[str, dict[str, Any]] = {
     "ridge_bt": {"strength": 1.0}, "mixed_logit": {"rank": 2, "l_mu": 1.0, "l_B": 0.1},

@@ -15,16 +15,16 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-import embeddings
 import models
-import ranking
 import running
-from basis import Basis, load_basis, save_basis
-from choices import Columns
-from files import InputError
-from methods.learned import load_learned
-from methods.mixed_fit import MixedFit
-from methods.posterior import Prior
+from lore.common.files import InputError
+from lore.elicitation import ranking
+from lore.embeddings import store as embeddings
+from lore.learning.basis import Basis, load_basis, save_basis
+from lore.methods.fitting.posterior import Prior
+from lore.methods.mixed_fit import MixedFit
+from lore.methods.saved import load_learned
+from lore.preparing.own_rows import Columns
 from tools import export, rank_responses
 from utils import PersonalizeBatch
 

@@ -16,10 +16,10 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, crea
 from tqdm import tqdm
 
 import models
-import passes
-import reward_model
-from files import InputError
-from reward_model import Engine, Source, load_engine
+from lore.common.files import InputError
+from lore.embeddings import prefix_trees as passes
+from lore.embeddings import reward_model
+from lore.embeddings.reward_model import Engine, Source, load_engine
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 KINDS = {

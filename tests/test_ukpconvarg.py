@@ -8,7 +8,7 @@ from xml.sax.saxutils import escape
 import pytest
 
 import worlds
-from files import InputError
+from lore.common.files import InputError
 
 ARGUMENTS = {"arg1": "Cats & dogs <agree>.", "arg2": "Two\nlines.", "arg3": "Third.", "arg4": "4!"}
 

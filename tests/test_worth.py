@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from records import Record, Results
-from summaries import reached, worth
+from lore.experiments.report.intervals import reached, worth
+from lore.experiments.results import Record, Results
 
 
 def test_a_level_is_reached_on_a_straight_line_between_two_numbers():

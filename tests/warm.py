@@ -66,8 +66,8 @@ def warm_up() -> None:
     from transformers import AutoTokenizer, LlamaForSequenceClassification  # noqa: F401
 
     sys.path.insert(0, str(ROOT))
-    import experiments  # noqa: F401
-    import reports
+    from lore.experiments import runner as experiments  # noqa: F401
+    from lore.experiments.report import tables as reports
 
     torch.set_num_threads(1)  # a forked child cannot use its parent's threads
     tqdm.set_lock(threading.RLock())  # its own is shared by all children: who is killed keeps it

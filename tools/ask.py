@@ -16,18 +16,18 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from asking import Criterion
-from choices import USUAL, Columns
-from cli import cli
-from files import InputError, require
-from interview.answers import Answers
-from interview.page import ask_on_page
-from interview.pool import read_pool
-from interview.session import Session, gather
-from interview.taste import load_taste
-from interview.terminal import Terminal
-from ranking import as_text, read_drafts
-from settings import NonNegativeFloat, NonNegativeInt, Port, SeedNumber
+from lore.common.cli import cli
+from lore.common.files import InputError, require
+from lore.common.settings import NonNegativeFloat, NonNegativeInt, Port, SeedNumber
+from lore.elicitation.answers import Answers
+from lore.elicitation.criteria import Criterion
+from lore.elicitation.page import ask_on_page
+from lore.elicitation.pool import read_pool
+from lore.elicitation.ranking import as_text, read_drafts
+from lore.elicitation.session import Session, gather
+from lore.elicitation.taste import load_taste
+from lore.elicitation.terminal import Terminal
+from lore.preparing.own_rows import USUAL, Columns
 
 
 def main(

@@ -19,11 +19,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from basis import Learned
-from cli import cli
-from files import InputError, require
-from methods.learned import load_learned
-from reward_model import Source, load_tokenizer, model_of_basis, pretrained, render
+from lore.common.cli import cli
+from lore.common.files import InputError, require
+from lore.embeddings.reward_model import Source, load_tokenizer, model_of_basis, pretrained, render
+from lore.learning.basis import Learned
+from lore.methods.saved import load_learned
 
 EXAMPLE = [
     {"role": "user", "content": "How do I keep basil alive?"},

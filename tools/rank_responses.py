@@ -21,15 +21,10 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from basis import Basis
-from choices import USUAL, Columns
-from cli import cli
-from comparisons import Users
-from files import require, write_text, write_whole
-from methods.learned import load_learned
-from methods.mixed_fit import Saved
-from methods.posterior import moments
-from ranking import (
+from lore.common.cli import cli
+from lore.common.files import require, write_text, write_whole
+from lore.common.settings import PositiveInt, Rate, SeedNumber
+from lore.elicitation.ranking import (
     all_but_one,
     as_text,
     directed_rewards,
@@ -38,8 +33,13 @@ from ranking import (
     read_drafts,
     read_liked,
 )
-from reward_model import Conversation, model_of_basis
-from settings import PositiveInt, Rate, SeedNumber
+from lore.embeddings.reward_model import Conversation, model_of_basis
+from lore.learning.basis import Basis
+from lore.learning.comparisons import Users
+from lore.methods.fitting.posterior import moments
+from lore.methods.mixed_fit import Saved
+from lore.methods.saved import load_learned
+from lore.preparing.own_rows import USUAL, Columns
 from utils import TEMPERATURE
 
 

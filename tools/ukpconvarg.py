@@ -20,10 +20,10 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cli import cli
-from files import InputError, digest, require, write_whole
-from preparing import Funnel, draw
-from settings import PositiveInt, SeedNumber
+from lore.common.cli import cli
+from lore.common.files import InputError, digest, require, write_whole
+from lore.common.settings import PositiveInt, SeedNumber
+from lore.preparing.tables import Funnel, draw
 
 HERE = Path(__file__).resolve().parent
 ANSWERS = {"a1": 0, "a2": 1, "equal": None}

@@ -1,0 +1,100 @@
+"""A typed ``main`` as a command: flags from its arguments, help from its docstring."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lore.common.files import InputError
+from lore.common.flags import Flags
+
+ROOT = Path(__file__).resolve().parents[2]
+KEPT = "what was written whole is kept"
+NO_MEMORY = "not enough memory"
+PATIENCE = 10  # seconds in which the first process says what all have to say, and torchrun ends all
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: what runs is left as it is for Ctrl-C."""
+
+
+def cli(main: Callable[..., Any], short: str | None = None, kept: str = KEPT) -> None:
+    """Run a script's typed ``main`` with settings from flags or ``--config file.yaml``.
+
+    Flags are the arguments of ``main``, see ``flags.Flags``; their help is its docstring. A user's
+    mistake (``InputError``, a missing file, a full disk) ends in one line, status 2; Ctrl-C and
+    SIGTERM in one that says what is kept, status 130 and 143. Of several processes the first says
+    it.
+
+    Args:
+        main: what to run.
+        short: a group of flags, such as lore, that may be given without its name: ``--ranks``
+            for ``--lore.ranks``, unless there is a flag of that name.
+        kept: what a stopped run leaves for the same command to go on from.
+    """
+    _log_to_stderr()
+    try:
+        with _terminated():
+            main(**Flags(main, short).read(sys.argv[1:]))
+    except (InputError, OSError, MemoryError) as error:
+        _end(2, f"error: {str(error) or NO_MEMORY}")
+    except RuntimeError as error:
+        if not re.search("allocate memory|out of memory|Storage size", str(error)):
+            raise
+        _end(2, f"error: {NO_MEMORY}")  # PyTorch's own error has pages of text
+    except KeyboardInterrupt as stop:
+        status = 143 if isinstance(stop, _Terminated) else 130
+        _end(status, f"stopped: {kept}; the same command goes on from there")
+
+
+@contextmanager
+def _terminated() -> Iterator[None]:
+    """Let SIGTERM end the first process as Ctrl-C does; the others it ends as ever, at once."""
+
+    def stop(*_: object) -> None:
+        raise _Terminated
+
+    ours = _process() == 0 and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _end(status: int, line: str) -> None:
+    """End with one line; of another process than the first only if that one stays silent."""
+    if _process():
+        time.sleep(PATIENCE if status == 2 else 0)
+    if not _process() or status == 2:
+        sys.stderr.write(line + "\n")
+    sys.exit(status)
+
+
+def _process() -> int:
+    """The number of this process among those that torchrun started."""
+    return int(os.environ.get("RANK", 0))
+
+
+def _log_to_stderr() -> None:
+    """This project's messages, and the warnings of libraries."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(is_shown)
+
+
+def is_shown(record: logging.LogRecord) -> bool:
+    """Whether a message is a warning or comes from the project, not from an environment in it."""
+    path = Path(record.pathname).resolve()
+    is_ours = path.is_relative_to(ROOT) and "site-packages" not in path.parts
+    return is_ours or record.levelno >= logging.WARNING

@@ -1,0 +1,248 @@
+"""The command line and YAML files as arguments of a typed ``main``.
+
+What a file says is taken as if it stood on the command line before the flags that do. Every
+setting therefore comes in as the value of one flag with one type, and nothing that is given can
+name something to be imported or called.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import re
+import types
+import typing
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, NoReturn
+
+import jsonargparse
+import yaml
+
+from lore.common.files import InputError, require
+from lore.common.settings import OptimizerChoice
+
+ALIASES = {"run": "name"}  # torchrun takes --run for an option of its own
+OWN = ("help", "h", "print_config")
+Given = dict[str, list[str]]  # flag -> the words after it
+
+
+class _Parser(jsonargparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise InputError; parsers within this one raise what they always do."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        raise InputError(message) from ex
+
+
+class Flags:
+    """The flags of a ``main`` (and of the functions that its ``**kwargs`` go to).
+
+    Hyphens and underscores are the same, a list is given as ``--ranks 0 1 5``, names are whole.
+    """
+
+    def __init__(self, main: Callable[..., Any], short: str | None = None) -> None:
+        """Of a typed function with a docstring.
+
+        Args:
+            main: the function.
+            short: a group of flags, such as lore, that may be given without its name: ``--ranks``
+                for ``--lore.ranks``, unless there is a flag of that name.
+        """
+        self.short, self.parser = short, _Parser(allow_abbrev=False)
+        text = "YAML file with any of these settings; flags come before what it says."
+        self.parser.add_argument("--config", action="config", help=text)
+        self.parser.add_function_arguments(main, as_positional=False)
+        self.defaults = self.parser.get_defaults()
+        names = set(self.defaults.keys()) - {"config"}
+        found = (action for action in self.parser._actions if action.dest in names)
+        self.types = {action.dest: getattr(action, "_typehint", None) for action in found}
+        self.groups = {name.rpartition(".")[0] for name in self.types} - {""}
+        for action in self.parser._actions:
+            if action.dest in self.groups:  # jsonargparse would import what such a flag is given
+                action.help = argparse.SUPPRESS
+
+    def read(self, words: Sequence[str]) -> dict[str, Any]:
+        """The arguments that a command line asks for.
+
+        Raises:
+            InputError: a flag that there is not, or a value that a flag does not take.
+        """
+        given = self._gather(words)
+        try:
+            settings = self.parser.parse_args(self._spell(given))
+        except InputError as error:
+            raise InputError(self._say(str(error), given)) from None
+        settings.pop("config", None)
+        for name in self.types:
+            self._check_list(name, settings.get(name), given)
+        return {k: _plain(v) for k, v in self.parser.instantiate(settings).as_dict().items()}
+
+    # ------------------------------------------------------------- What is given
+
+    def _gather(self, words: Sequence[str]) -> Given:
+        """The last words of every flag; those of files first, so that the command line wins."""
+        lines, given, arguments = list(_lines(words)), {}, {}
+        for flag, values in lines:
+            if flag == "config":
+                require(len(values) == 1, "--config takes one file; give it again for another")
+                given |= self._read_file(values[0])
+        for flag, values in lines:
+            name = self._full_name(flag)
+            holder, _, argument = name.rpartition(".")
+            if name in self.types or name in OWN:
+                given[name] = values
+            elif _has(self.types.get(holder), OptimizerChoice):
+                require(len(values) == 1, f"--{flag}: one number is expected")
+                arguments.setdefault(holder, {})[argument] = values[0]
+            elif name != "config":
+                raise InputError(self._unknown(flag))
+        for name, some in arguments.items():
+            said = f"{self.flag(name)} is missing, whose argument {min(some)} is given"
+            require(name in given, said)
+            given[name] = [OptimizerChoice.with_arguments(" ".join(given[name]), some)]
+        return given
+
+    def _full_name(self, flag: str) -> str:
+        """The flag's name, with its group where that was left out."""
+        name = flag.replace("-", "_")
+        name = ALIASES.get(name, name)
+        known = {name.split(".")[0], ".".join(name.split(".")[:2])} & {*self.types, *self.groups}
+        grouped = f"{self.short}.{name.split('.')[0]}"
+        return f"{self.short}.{name}" if not known and grouped in self.types else name
+
+    def _unknown(self, flag: str) -> str:
+        known = [self.flag(name)[2:] for name in self.types]
+        typed = flag.replace("_", "-")
+        longer = [name for name in known if name.startswith(typed)]
+        near = longer or difflib.get_close_matches(typed, known, n=1)
+        return f"there is no flag --{flag}; " + (f"is it --{near[0]}?" if near else "see --help")
+
+    def flag(self, name: str) -> str:
+        """How a setting's flag is typed."""
+        short = name.removeprefix(f"{self.short}.")
+        return "--" + (name if short in self.types else short).replace("_", "-")
+
+    def _read_file(self, file: str) -> Given:
+        try:
+            tree = yaml.safe_load(Path(file).read_text())
+        except OSError as error:
+            raise InputError(f"--config {file}: {error.strerror}") from None
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+            said = " ".join(str(error).split())
+            raise InputError(f"--config {file}: not readable as YAML ({said:.200})") from None
+        require(isinstance(tree, dict | None), f"--config {file}: settings with names are expected")
+        return dict(self._leaves(f"--config {file}", tree or {}))
+
+    def _leaves(self, place: str, tree: Mapping[Any, Any], group: str = "") -> Iterator[tuple]:
+        """The settings of a file, each with the words that a flag would have."""
+        for key, value in tree.items():
+            name = self._full_name(f"{group}{key}")
+            if name in self.types:
+                yield name, [_word(value)]
+            elif name in self.groups:
+                require(isinstance(value, dict), f"{place}: {name} has settings, not a value")
+                yield from self._leaves(place, value, f"{name}.")
+            else:
+                raise InputError(f"{place}: {self._unknown(name)}")
+
+    def _spell(self, given: Given) -> list[str]:
+        """Flags as the parser takes them: one word, a list as JSON, a bare switch as true."""
+        arguments = []
+        for name, values in given.items():
+            default = self.defaults.get(name)
+            if _has(self.types.get(name), bool) and not values:
+                values = ["true"]
+            several = isinstance(default, Collection) and not isinstance(default, str | dict)
+            if values and several and not values[0].startswith("["):
+                values = [json.dumps(values)]  # as texts: they are read as what the type says
+            if name not in OWN:
+                require(all(values) and values != [], f"{self.flag(name)}: a value is missing")
+            require(len(values) < 2, f"{self.flag(name)} {' '.join(values)}: it takes one value")
+            dashes = "-" if name == "h" else "--"
+            arguments.append("=".join([dashes + name, *values]))
+        return arguments
+
+    # ------------------------------------------------------------ What is refused
+
+    def _check_list(self, name: str, values: Any, given: Given) -> None:
+        """Refuse a list with the same thing twice, or an empty one where that means nothing."""
+        if name not in given or not isinstance(values, list | tuple):
+            return
+        flag, default = self.flag(name), self.defaults.get(name)
+        require(bool(values) or not default, f"{flag}: at least one value is needed")
+        hint = typing.get_args(self.types[name])
+        if len(hint) == 1 or hint[-1] is Ellipsis:  # as many as one likes
+            seen = [value for i, value in enumerate(values) if value in values[:i]]
+            require(not seen, f"{flag}: {next(iter(seen), None)} stands there twice")
+
+    def _say(self, message: str, given: Given) -> str:
+        """An error of the parser in one line: the flag, what it was given and what it takes."""
+        missing = re.search(r"arguments are required: ([\w.]+)", message)
+        if missing:
+            return f"{self.flag(missing[1])} is missing; see --help"
+        found = re.search(r'Parser key "([\w.]+)"', message)
+        if not found or found[1] not in self.types:
+            return " ".join(message.split())
+        reasons = re.findall(r"Not of type [^:]*: (.*)", message)
+        reason = reasons[0] if reasons else f"{_expected(self.types[found[1]])} is expected"
+        value = " ".join(" ".join(given.get(found[1], [])).split())
+        return f"{self.flag(found[1])} {value:.60}: {reason}"
+
+
+def _lines(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Every flag, without its hyphens, and the words after it."""
+    flag, values = "", []
+    for word in words:
+        if word.startswith("--") or word == "-h":
+            if flag:
+                yield flag, values
+            flag, *values = word.lstrip("-").split("=", 1)
+        else:
+            require(bool(flag), f"{word}: no flag stands before it")
+            values.append(word)
+    if flag:
+        yield flag, values
+
+
+def _word(value: Any) -> str:
+    """A value of a YAML file as a word of a command line."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _plain(value: Any) -> Any:
+    """Numbers and texts as Python's own, as files and other programs know them."""
+    if dataclasses.is_dataclass(value):
+        some = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **some)
+    if isinstance(value, list | tuple):
+        return type(value)(map(_plain, value))
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    return value
+
+
+def _has(hint: Any, kind: type) -> bool:
+    """Whether a type is another one, or a union with it."""
+    return hint is kind or kind in typing.get_args(hint)
+
+
+def _expected(hint: Any) -> str:
+    """What a flag takes, in words."""
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    if typing.get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, typing.get_args(hint)))}"
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return _expected(next(kind for kind in typing.get_args(hint) if kind is not NoneType))
+    if typing.get_origin(hint) is not None:
+        inner = typing.get_args(hint)[0]
+        if typing.get_origin(inner) is Literal:
+            return _expected(inner)
+        return "a list of lists" if typing.get_origin(inner) else "a list"
+    return names.get(hint, getattr(hint, "__name__", str(hint)))

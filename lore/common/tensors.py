@@ -1,0 +1,98 @@
+"""Tensors in safetensors files: read whole or refused, and of the form that is expected."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lore.common.files import InputError, first_line
+
+# What damaged headers raise: safetensors checks sizes, but not every type and shape.
+DAMAGE = (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError)
+
+
+def read_tensors(path: Path, remedy: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and memory-mapped tensors of a file.
+
+    Args:
+        path: of the file.
+        remedy: what to do where it is missing or damaged, for the message.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} is missing: {remedy}")
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return file.metadata() or {}, tensors
+    except DAMAGE as error:
+        raise InputError(f"{path} is damaged ({first_line(error)}): {remedy}") from error
+
+
+def expect(
+    path: Path,
+    tensors: dict[str, Tensor],
+    remedy: str,
+    name: str,
+    dtype: torch.dtype,
+    *shape: int | None,
+) -> Tensor:
+    """One of a file's tensors, which has this type and shape.
+
+    Args:
+        path, tensors, remedy: the file, what was read of it, and what to do if it is wrong.
+        name, dtype: of the tensor.
+        shape: size of each dimension; None where any will do.
+
+    Raises:
+        InputError: it is not there or of another form.
+    """
+    tensor = tensors.get(name)
+    if tensor is None:
+        raise InputError(f"{path}: lacks {name}; {remedy}")
+    sizes = zip(tensor.shape, shape, strict=False)
+    fits = tensor.dim() == len(shape) and all(want in (None, size) for size, want in sizes)
+    if not fits or tensor.dtype != dtype:
+        wanted = ["any" if size is None else str(size) for size in shape]
+        raise InputError(
+            f"{path}: {name} is {_form(tensor)}, not {_name(dtype)} [{', '.join(wanted)}]; {remedy}"
+        )
+    return tensor
+
+
+def require_finite(path: Path, tensors: dict[str, Tensor], remedy: str) -> None:
+    """Raise InputError if one of a file's tensors holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise InputError(f"{path}: {name} holds NaN or infinity; {remedy}")
+
+
+def checksum(state: Any) -> str:
+    """SHA-256 of tensors, numbers and texts in dicts and lists."""
+    total = hashlib.sha256()
+    if isinstance(state, Tensor):
+        total.update(f"{state.dtype} {list(state.shape)}".encode())
+        total.update(state.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    elif isinstance(state, dict):
+        for key in sorted(state, key=repr):
+            total.update(f"{key!r}: {checksum(state[key])}".encode())
+    elif isinstance(state, list | tuple):
+        total.update(" ".join(map(checksum, state)).encode())
+    else:
+        total.update(repr(state).encode())
+    return total.hexdigest()
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{_name(tensor.dtype)} [{', '.join(map(str, tensor.shape))}]"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,225 @@
+"""One person's choices and candidate responses: read, embedded, weighed and put in order.
+
+Shape letters: K rank, n conversations or comparisons.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+from scipy.special import expit
+from torch import Tensor
+
+from lore.common.files import require
+from lore.embeddings.reward_model import Conversation, Source, load_config
+from lore.embeddings.store import embed
+from lore.learning.basis import Basis
+from lore.preparing.own_rows import (
+    USUAL,
+    Choice,
+    Columns,
+    read_choices,
+    read_history,
+    read_responses,
+)
+from lore.preparing.raw import read_file
+from utils import TEMPERATURE, PersonalizeBatch
+
+# ------------------------------------------------------------------------------ Input
+
+
+class Liked(NamedTuple):
+    """One person's choices, a pair for every chosen and rejected response of a row.
+
+    Attributes:
+        chosen, rejected: conversations that end in the response [n].
+        row: the number of the row that each pair comes from, from 0 [n].
+    """
+
+    chosen: list[Conversation]
+    rejected: list[Conversation]
+    row: Tensor
+
+
+def read_liked(file: Path, columns: Columns) -> Liked:
+    """One person's choices from a file.
+
+    Raises:
+        InputError: no such file, no rows, a row that lacks something, or rows of several users.
+    """
+    found: list[tuple[Conversation, Conversation, int]] = []
+    users = set()
+    for number, row in enumerate(read_choices(read_file(file), columns)):
+        users.add(row.user)
+        found += [(liked, other, number) for liked, other in both_endings(row, columns)]
+    require(bool(found), f"{file} is empty")
+    some = ", ".join(sorted(users)[:3])
+    require(len(users) == 1, f"{file} has the choices of {len(users)} users ({some}); keep one's")
+    chosen, rejected, rows = zip(*found, strict=True)
+    return Liked(list(chosen), list(rejected), torch.tensor(rows))
+
+
+def both_endings(
+    row: Choice, columns: Columns = USUAL
+) -> Iterator[tuple[Conversation, Conversation]]:
+    """The dialogue with every chosen response, beside that with every rejected one.
+
+    Raises:
+        InputError: the dialogue or a response has no text, or the two are equal.
+    """
+    for liked in row.chosen:
+        for other in row.rejected:
+            same = f"{row.place}: {columns.chosen} and {columns.rejected} are equal"
+            require(liked != other, same)
+            yield (
+                ending(row.place, row.history, liked, columns.chosen),
+                ending(row.place, row.history, other, columns.rejected),
+            )
+
+
+def read_drafts(file: Path, columns: Columns) -> list[Conversation]:
+    """The conversations that end in a candidate response.
+
+    Raises:
+        InputError: no such file, no rows, or a row that lacks something.
+    """
+    drafts = []
+    for place, row in read_file(file):
+        require("response" in row, f"{place} has no column response")
+        history = read_history(place, row, columns)
+        for answer in read_responses(place, row, "response"):
+            drafts.append(ending(place, history, answer, "response"))
+    require(bool(drafts), f"{file} is empty")
+    return drafts
+
+
+def ending(place: str, history: Conversation, answer: str, column: str) -> Conversation:
+    """The dialogue with this answer; InputError where one of them has no text."""
+    require(bool(history), f"{place}: the prompt or a message is empty")
+    require(bool(answer), f"{place}: {column} is empty")
+    return [*history, {"role": "assistant", "content": answer}]
+
+
+def directed_rewards(
+    directions: Tensor,
+    source: Source,
+    conversations: Sequence[Conversation],
+    folder: Path | None = None,
+    **embedding: Any,
+) -> Tensor:
+    """The rewards of every conversation in some directions, such as a basis' columns: [n, C].
+
+    Args:
+        directions: among the embeddings [F, C].
+        source: the reward model.
+        conversations: each ends in a response; n of them.
+        folder: where the embeddings are kept for another time; nowhere if None.
+        embedding: more arguments of ``embeddings.embed``.
+
+    Raises:
+        InputError: embeddings of another size than the basis has, or work shared by processes.
+    """
+    width, expected = load_config(source).get_text_config().hidden_size, len(directions)
+    same = width == expected
+    require(same, f"--model {source.model} has {width} features, the basis {expected}")
+    with tempfile.TemporaryDirectory() as passing:
+        store = embed(
+            conversations,
+            folder or passing,
+            model=source.model,
+            tokenizer=source.tokenizer,
+            revision=source.revision,
+            trust_remote_code=source.trust_remote_code,
+            **embedding,
+        )
+        require(store is not None, "run this in one process, without --shard")
+        rows = store.rows(torch.arange(len(conversations)))
+        return rows @ directions.to(rows)
+
+
+# --------------------------------------------------------------------------- The user
+
+
+def fit_user(
+    basis: Basis, Z: Tensor, seed: int, num_iterations: int, learning_rate: float,
+    row: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The user's weights from all n choices, and from all but those of each row (eq. 11).
+
+    Args:
+        basis: whose users' mean weights the new ones are shrunk to, if its own were.
+        Z: rewards of chosen minus rejected [n, K].
+        seed: of the initial values.
+        num_iterations, learning_rate: of Adam.
+        row: number of each choice's row, 0 to R - 1 [n]; each has its own if None.
+
+    Returns:
+        w [K], and weights [R, K], each without the choices of one row; [0, K] of a single row.
+    """
+    K = Z.shape[1]
+    others = [Z[apart] for apart in all_but_one(len(Z), row)]
+    fit = PersonalizeBatch(
+        1 + len(others),
+        K,
+        K,
+        num_iterations,
+        learning_rate,
+        generator=seed,
+        shrinkage=basis.settings.get("shrinkage", 0.0),
+        population=basis.W.mean(0),
+    )
+    w = torch.stack(fit.train([Z, *others], torch.eye(K)))  # all at once: each is its own user
+    return w[0], w[1:]
+
+
+def all_but_one(n: int, row: Tensor | None = None) -> Tensor:
+    """Which of n choices are not of a row, for every row [R, n]; [0, n] of a single row.
+
+    What is learned from such choices says nothing of the row, whose pairs share responses.
+    """
+    row = torch.arange(n) if row is None else row
+    numbers = row.unique()
+    return row != numbers[:, None] if len(numbers) > 1 else torch.ones(0, n, dtype=torch.bool)
+
+
+# ------------------------------------------------------------------------------ Ranking
+
+
+def rank(conversations: list[Conversation], rewards: Tensor) -> pd.DataFrame:
+    """One row per candidate, prompts in their order, the best first within a prompt.
+
+    Returns:
+        line in the file, prompt, place within the prompt, reward (as an exported model gives it),
+        logit (reward / 100), p_over_next (probability that it is preferred to the next one of its
+        prompt, missing for the last) and response.
+    """
+    logits = (rewards / TEMPERATURE).double()
+    columns = {
+        "line": range(1, len(rewards) + 1),
+        "prompt": [history[-1]["content"] for *history, _ in conversations],
+        "reward": rewards.numpy(),
+        "logit": logits.numpy(),
+        "response": [answer["content"] for *_, answer in conversations],
+    }
+    table = pd.DataFrame(columns)
+    table["dialogue"] = pd.factorize(pd.Series([str(h) for *h, _ in conversations]))[0]
+    places = table.groupby("dialogue")["reward"].rank(ascending=False, method="min")
+    table.insert(2, "place", places.astype(int))
+    table = table.sort_values(["dialogue", "place"], kind="stable", ignore_index=True)
+    ahead = table.groupby("dialogue")["logit"].diff(-1)
+    table.insert(5, "p_over_next", expit(ahead))
+    return table.drop(columns="dialogue")
+
+
+def as_text(ranking: pd.DataFrame) -> str:
+    """A ranking as a terminal shows it: logits, with standard deviations where they are known, and
+    P that a response is preferred to the next."""
+    names = {"logit": "reward", "deviation": "sd", "p_over_next": "P"}
+    kept = [name for name in ("prompt", "place", *names, "response") if name in ranking]
+    shown = ranking[kept].rename(columns=names)
+    return shown.to_string(index=False, max_colwidth=60, float_format="%.3f", na_rep="")

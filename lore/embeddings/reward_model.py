@@ -1,0 +1,478 @@
+"""A frozen reward model: its tokens of a conversation, and the embedding that its head scores.
+
+An embedding is the last hidden state, after the final norm, of the last token of the
+chat-templated conversation; the model's own reward is its score head times that. F is its width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lore.common.devices import pick_device
+from lore.common.files import InputError, file_sha256, first_line, require
+from lore.embeddings.prefix_trees import (
+    Pass,
+    Tokens,
+    padded_passes,
+    tree_blocks,
+    tree_mask,
+    tree_passes,
+)
+from lore.learning.basis import check_model, resolve_model
+
+log = logging.getLogger(__name__)
+
+PAPERS_MODEL = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"
+Conversation = list[dict[str, str]]
+# How far embedding @ head may be from the model's own logit, as a share of |embedding| @ |head|.
+LOGIT_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 3e-3}
+# Where tests/test_embeddings.py shows that the tree mask gives the rows of one at a time.
+TREE_MODELS = ("llama", "qwen2", "qwen3", "mistral", "gemma")
+# Rotary embeddings that give a token the same angles whatever else is in its batch.
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+FULL = "full_attention"
+
+
+class Source(NamedTuple):
+    """Where a model and its tokenizer come from: names on the hub or local folders."""
+
+    model: str
+    tokenizer: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+# -------------------------------------------------------------------------- Loading
+
+
+def load_config(source: Source) -> Any:
+    """The model's config."""
+    from transformers import AutoConfig  # slow to import, and who reads a store does without
+
+    return pretrained(AutoConfig, source.model, source)
+
+
+def load_tokenizer(source: Source) -> Any:
+    """The tokenizer; InputError if it has no chat template."""
+    from transformers import AutoTokenizer
+
+    name = source.tokenizer or source.model
+    tokenizer = pretrained(AutoTokenizer, name, source)
+    if not tokenizer.chat_template:
+        raise InputError(f"the tokenizer {name} has no chat template: name one with --tokenizer")
+    return tokenizer
+
+
+def pretrained(loader: Any, name: str, source: Source, **options: Any) -> Any:
+    """Load the source's model or tokenizer with an Auto class of transformers.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    if name == source.model:
+        options["revision"] = source.revision
+    try:
+        return loader.from_pretrained(name, trust_remote_code=source.trust_remote_code, **options)
+    except Exception as error:  # what damaged files raise has no common class
+        raise InputError(f"{name} cannot be loaded: {_why(error)}") from error
+
+
+def _why(error: Exception) -> str:
+    """What went wrong and, if it was on the hub's side, what to do, in one line."""
+    cause = error.__cause__ or error.__context__
+    if str(error).startswith("Can't load") and cause:  # says nothing of a failed download
+        error = cause
+    if isinstance(error, UnpicklingError):  # which advises to unpickle whatever it is
+        return "its weights are damaged, or hold something else than tensors"
+    why = " ".join(str(error).split())[:300]
+    if not isinstance(error, OSError | ValueError | ImportError):  # such as a key, and no more
+        why = f"{type(error).__name__}: {why}"
+    if "gated" in why:
+        return f"{why} Ask for access on its page, then log in with `hf auth login`"
+    if "connection" in why:
+        return f"{why}; run it again, the download goes on where it was"
+    return why
+
+
+def model_facts(source: Source, tokenizer: Any) -> dict[str, str | None]:
+    """What tells a model from others of its name; a local folder is named by its absolute path.
+
+    Returns:
+        model, revision (the commit of a hub model, else None), weights_sha256 (of the files of a
+        local model, else None), tokenizer and template_sha256 (of the chat template).
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    revision = weights = None
+    if Path(source.model).is_dir():
+        kinds = ("*.safetensors", "*.bin", "config.json")
+        files = sorted(file for kind in kinds for file in Path(source.model).glob(kind))
+        weights = sha256(*(file_sha256(file).encode() for file in files))
+    else:
+        config = try_to_load_from_cache(source.model, "config.json", revision=source.revision)
+        revision = Path(str(config)).parent.name
+    return {
+        "model": _from_anywhere(source.model),
+        "revision": revision,
+        "weights_sha256": weights,
+        "tokenizer": _from_anywhere(source.tokenizer or source.model),
+        "template_sha256": sha256(tokenizer.get_chat_template().encode()),
+    }
+
+
+def model_of_basis(
+    settings: Mapping[str, Any],
+    path: str | Path,
+    model: str | None = None,
+    tokenizer: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    any_model: bool = False,
+) -> Source:
+    """The model for a basis: the one asked for, else the one that it was learned with.
+
+    Args:
+        settings: of the basis, which say what it was learned with.
+        path: of its file.
+        model, tokenizer, revision, trust_remote_code: what the user asks for.
+        any_model: take another model than the basis was learned with.
+
+    Raises:
+        InputError: there is no such model, or it is not the one that the basis was learned with
+            and ``any_model`` is false.
+    """
+    named = resolve_model(settings, path, model, tokenizer, revision)
+    source = Source(*named, trust_remote_code)
+    load_config(source)  # a hub model's commit is known once something of it is loaded
+    check_model(settings, model_facts(source, load_tokenizer(source)), any_model)
+    return source
+
+
+def _from_anywhere(name: str) -> str:
+    """A name that means the same in every working directory; a hub name stays as it is."""
+    return os.path.abspath(name) if Path(name).is_dir() else name
+
+
+def device_and_dtype(device: str, dtype: str) -> tuple[str, str]:
+    """The device and dtype that auto stands for: bfloat16 on a GPU, float32 on a CPU.
+
+    Raises:
+        InputError: there is no such device here.
+    """
+    device = str(pick_device(device))
+    if device == "cuda":  # each process of torchrun has a GPU of its own
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    return device, ("float32" if device == "cpu" else "bfloat16") if dtype == "auto" else dtype
+
+
+def sha256(*parts: bytes | memoryview) -> str:
+    """SHA-256 of bytes, one part after the other."""
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(part)
+    return total.hexdigest()
+
+
+# ----------------------------------------------------------------------------- Text
+
+
+def render_text(tokenizer: Any, conversation: Conversation) -> str:
+    """The conversation as the tokenizer's chat template writes it, without generation prompt.
+
+    Raises:
+        InputError: the template refuses the conversation.
+    """
+    whose, start = f"the chat template of {tokenizer.name_or_path}", f"{str(conversation)[:100]}..."
+    try:
+        text = tokenizer.apply_chat_template(
+            conversation, tokenize=False, add_generation_prompt=False
+        )
+    except Exception as error:  # a template is a program of its own, and may raise anything
+        raise InputError(f"{whose} cannot write {start}: {first_line(error)}") from error
+    require(bool(text.strip()), f"{whose} writes nothing for {start}")
+    return text
+
+
+def render(tokenizer: Any, conversation: Conversation) -> list[int]:
+    """Token ids of the chat-templated conversation, with one BOS in front if the model has one."""
+    return next(tokenize(tokenizer, [render_text(tokenizer, conversation)])).tolist()
+
+
+def tokenize(tokenizer: Any, texts: Iterable[str]) -> Iterator[Tokens]:
+    """Token ids of rendered texts, with one BOS in front if the model has one.
+
+    Template and tokenizer may each write a BOS or not; left alone, some models would get two.
+    """
+    bos, texts = tokenizer.bos_token_id, iter(texts)
+    adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    while some := list(islice(texts, 1000)):  # lists of ints take much memory
+        for ids in tokenizer(some, add_special_tokens=False)["input_ids"]:
+            yield _one_bos(np.array(ids, dtype=np.int64), bos, adds_bos)
+
+
+def _one_bos(ids: Tokens, bos: int | None, adds_bos: bool) -> Tokens:
+    written = int((np.append(ids, -1) != bos).argmax())
+    first = [bos] if adds_bos or written else []
+    return np.array([*first, *ids[written:]], dtype=np.int64)
+
+
+def cut_tokens(ids: Tokens, bos: int | None, max_length: int, truncation_side: str) -> Tokens:
+    """At most max_length tokens, cut on the left or right; a BOS stays in front."""
+    if len(ids) <= max_length or truncation_side == "right":
+        return ids[:max_length]
+    first = ids[: int(ids[0] == bos and max_length > 1)]
+    return np.append(first, ids[len(ids) - max_length + len(first) :])
+
+
+# --------------------------------------------------------------------------- Engine
+
+
+@dataclass
+class Engine:
+    """A loaded reward model, and how it is given its conversations.
+
+    Args:
+        model: a sequence-classification model of transformers, on its device.
+        has_head: whether the score head comes from the checkpoint; else it is a random one.
+        method: tree, sorted or single.
+        batch_tokens: most tokens in one forward pass.
+        padding: side on which the sorted method pads.
+        flex: whether trees take FlexAttention, else the dense mask; turned off where it cannot run.
+    """
+
+    model: Any
+    has_head: bool
+    method: str
+    batch_tokens: int
+    padding: str = "right"
+    flex: bool = False
+    tokens_computed: int = 0
+    checked: bool = False
+
+    @property
+    def body(self) -> Any:
+        """The model without its score head."""
+        return self.model.base_model
+
+    @property
+    def head(self) -> Tensor | None:
+        """Score head [outputs, F]; None if the checkpoint has none."""
+        return self.model.score.weight.detach() if self.has_head else None
+
+    def reference(self) -> dict[str, Tensor]:
+        """What the model itself scores with, in float32: head, bias if any, last_linear.
+
+        last_linear [F] is what the published code takes for the score head: column 0 of the last
+        nn.Linear in the model's body, if that is F long.
+        """
+        tensors = {}
+        if self.has_head:
+            tensors = {"head": self.head}
+            if getattr(self.model.score, "bias", None) is not None:
+                tensors["bias"] = self.model.score.bias.detach()
+        linear = [m for m in self.body.modules() if isinstance(m, torch.nn.Linear)]
+        if linear and len(linear[-1].weight) == self.model.config.get_text_config().hidden_size:
+            tensors["last_linear"] = linear[-1].weight.detach()[:, 0]
+        return {name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}
+
+    def embed(self, tokens: list[Tokens], bar: tqdm) -> Tensor:
+        """Embeddings [n, F] of n distinct, sorted conversations, in the model's dtype.
+
+        The bar advances by the tokens given. When GPU memory runs out, the passes are halved.
+
+        Raises:
+            InputError: one conversation alone is too long for the GPU, an embedding is not
+                finite, or the model's logit is not its score head times the embedding.
+        """
+        before = bar.n, self.tokens_computed
+        while True:
+            try:
+                return self._embed(tokens, bar)
+            except torch.cuda.OutOfMemoryError:
+                self._halve_passes(max(map(len, tokens)))
+            # The shard starts over, so that its bytes depend only on the budget that it ended with.
+            bar.update(before[0] - bar.n)
+            self.tokens_computed = before[1]
+            torch.cuda.empty_cache()
+
+    def _halve_passes(self, longest: int) -> None:
+        if self.batch_tokens <= longest:
+            raise InputError(
+                f"{longest} tokens do not fit into the GPU's memory: lower --max-length"
+            ) from None
+        self.batch_tokens //= 2
+        log.warning("GPU memory is full: continuing with --batch-tokens %d", self.batch_tokens)
+
+    @torch.inference_mode()
+    def _embed(self, tokens: list[Tokens], bar: tqdm) -> Tensor:
+        out = None
+        for step in self._passes(tokens):
+            rows = self._forward(step)
+            if not self.checked:
+                self._check(tokens[step.rows[-1]], rows[-1])
+            out = rows.new_empty(len(tokens), rows.shape[1]) if out is None else out
+            out[step.rows] = rows
+            bar.update(sum(len(tokens[row]) for row in step.rows))
+            self.tokens_computed += step.num_tokens
+        if not out.isfinite().all():
+            raise InputError("the model gives embeddings that are not finite: try another --dtype")
+        return out.cpu()
+
+    def _passes(self, tokens: list[Tokens]) -> Iterator[Pass]:
+        if self.method == "tree":
+            return tree_passes(tokens, self.batch_tokens)
+        return padded_passes(tokens, self.batch_tokens * (self.method == "sorted"), self.padding)
+
+    def _forward(self, step: Pass) -> Tensor:
+        """Embeddings [conversations of the pass, F]."""
+        given = {"position_ids": step.positions, "attention_mask": step.mask}
+        given["input_ids"] = step.ids
+        given = {k: v.to(self.model.device) for k, v in given.items() if v is not None}
+        if step.ends is None:
+            hidden = self.body(use_cache=False, **given).last_hidden_state
+        else:
+            hidden = self._tree_hidden(step.ends, given)
+        return hidden[step.last]
+
+    def _tree_hidden(self, ends: Tensor, given: dict[str, Tensor]) -> Tensor:
+        """Last hidden states [1, T, F] of a tree, by FlexAttention or with the dense mask."""
+        if self.flex:
+            try:
+                mask = tree_blocks(ends, self.model.device)
+                with _attending(self.model, "flex_attention"):
+                    return self.body(use_cache=False, attention_mask=mask, **given)[0]
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except Exception as error:  # compilers and kernels fail with classes of their own
+                log.warning("trees take the dense mask, without FlexAttention: %s", _brief(error))
+                self.flex = False
+        mask = tree_mask(ends.to(self.model.device), self.model.dtype)
+        return self.body(use_cache=False, attention_mask=mask, **given)[0]
+
+    def _check(self, ids: Tokens, row: Tensor) -> None:
+        """Stop unless the head times the row is the logit that the model itself gives."""
+        self.checked = True
+        if not self.has_head:
+            return
+        alone = torch.from_numpy(ids)[None].to(self.model.device)
+        logit = self.model(input_ids=alone, use_cache=False).logits[0].float()
+        if self._gives(row, logit):
+            return
+        hidden = self.body(input_ids=alone, use_cache=False).last_hidden_state[0]
+        places = [i for i, state in enumerate(hidden, start=1) if self._gives(state, logit)]
+        if not places:
+            raise InputError("this model's logit is not its score head times the last hidden state")
+        if places[-1] < len(ids):
+            raise InputError(f"this model pools token {places[-1]} of {len(ids)}, not the last")
+        raise InputError(
+            f"the {self.method} method does not give what a conversation alone gives: "
+            "use --method single"
+        )
+
+    def _gives(self, state: Tensor, logit: Tensor) -> bool:
+        """Whether the score head makes this logit [outputs] of a hidden state [F]."""
+        head, state = self.head.float(), state.float()
+        bias = getattr(self.model.score, "bias", None)
+        own = head @ state + (0 if bias is None else bias.float())
+        scale = head.abs() @ state.abs() + 1e-6
+        tolerance = LOGIT_TOLERANCE[str(self.model.dtype).removeprefix("torch.")]
+        return bool(((own - logit).abs() <= tolerance * scale).all())
+
+
+@contextmanager
+def _attending(model: Any, implementation: str) -> Iterator[None]:
+    """Another attention implementation of transformers for a while."""
+    own = model.config._attn_implementation
+    model.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(own)
+
+
+def _brief(error: Exception) -> str:
+    """Class and first line of an error, shortened."""
+    return f"{type(error).__name__}: {first_line(error)}"[:300]
+
+
+def load_engine(
+    source: Source,
+    dtype: str,
+    device: str,
+    attention: str,
+    method: str,
+    batch_tokens: int,
+    padding: str = "right",
+) -> Engine:
+    """Load a reward model; the arguments are those of ``embeddings.embed``, none of them auto.
+
+    Raises:
+        InputError: it cannot be loaded, is no decoder, or ``method`` would be wrong for it.
+    """
+    method, why = choose_method(load_config(source), method, attention)
+    log.info("embedding method: %s (%s)", method, why)
+    model, has_head = _load_model(source, getattr(torch, dtype), attention)
+    # So that no token counts as padding: a model pools the last token before the padding.
+    model.config.get_text_config().pad_token_id = -1
+    flex = attention == "sdpa" and torch.device(device).type == "cuda"
+    return Engine(model.to(device).eval(), has_head, method, batch_tokens, padding, flex)
+
+
+def choose_method(config: Any, method: str, attention: str) -> tuple[str, str]:
+    """The method for a model's config, and why; InputError if the one asked for would be wrong."""
+    kind = config.model_type
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    windows = [layer for layer in getattr(config, "layer_types", None) or [] if layer != FULL]
+    reason = ""
+    if kind not in TREE_MODELS:
+        reason = f"the tree mask has not been checked for {kind} models"
+    elif windows or (kind == "mistral" and config.sliding_window):
+        reason = f"this {kind} model's attention has a sliding window"
+    elif rope not in STATIC_ROPE:
+        reason = f"its {rope} position embedding depends on the batch"
+    elif attention not in ("sdpa", "eager"):
+        reason = f"{attention} attention takes no tree mask"
+    if method == "tree" and reason:
+        raise InputError(f"--method tree: {reason}; use --method auto")
+    if method != "auto":
+        return method, "as asked"
+    if rope not in STATIC_ROPE:
+        return "single", reason
+    return ("sorted", reason) if reason else ("tree", "shared prefixes are computed once")
+
+
+def _load_model(source: Source, dtype: torch.dtype, attention: str) -> tuple[Any, bool]:
+    """The model and whether its checkpoint has a score head."""
+    from transformers import AutoModel, AutoModelForSequenceClassification
+
+    options = {"dtype": dtype, "attn_implementation": attention, "output_loading_info": True}
+    try:
+        loader = AutoModelForSequenceClassification
+        model, info = pretrained(loader, source.model, source, **options)
+    except InputError as error:
+        if "Unrecognized configuration class" not in str(error.__cause__):
+            raise
+        model, info = pretrained(AutoModel, source.model, source, **options)
+    missing = sorted(info["missing_keys"])
+    lost = [name for name in missing if not name.startswith("score.")]
+    if lost or not hasattr(model, "base_model"):
+        lacks = f"its checkpoint lacks {lost[0]}" if lost else "it has no body of its own"
+        raise InputError(f"{source.model} is not a decoder with a score head: {lacks}")
+    has_head = hasattr(model, "score") and not missing
+    if not has_head:
+        log.warning("%s has no score head: there will be no reference (rank 0)", source.model)
+    return model, has_head

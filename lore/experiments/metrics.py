@@ -1,0 +1,90 @@
+"""What is measured of predictions beside accuracy and log loss.
+
+A prediction is a log odds, above 0 where the chosen response is the one that is predicted. Shape
+letters: U users, N comparisons.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lore.learning.comparisons import Users
+
+BINS = 15
+SUREST = 0.25  # share of the comparisons that count as those a method is most sure of
+FOLDS = 2  # of the users, each scaled by the temperature of the other
+STEPS = 50  # of the bisection for a temperature, between 1/1000 and 1000
+
+
+def brier(data: Users, logits: Tensor) -> Tensor:
+    """Mean of (1 - P(the choice))^2 by user [U]; a coin's is a quarter."""
+    return data.mean(torch.sigmoid(-logits.double()).square())
+
+
+def calibration_error(logits: Tensor, weight: Tensor) -> float:
+    """Expected calibration error: by how much confidence and accuracy differ, from 0 to 1.
+
+    Confidence is the probability of the predicted response, from a half on. The comparisons fall
+    into 15 bins of about equal weight by their confidence; the bins' gaps are averaged by weight
+    (Naeini et al. 2015, with bins of equal mass).
+
+    Args:
+        logits: log odds that the chosen response is preferred [N].
+        weight: how much each comparison counts [N].
+    """
+    order = logits.abs().argsort(stable=True)
+    z, weight = logits.double()[order], weight.double()[order]
+    share = (weight.cumsum(0) - weight / 2) / weight.sum()
+    part = (BINS * share).long().clamp(max=BINS - 1)
+    gap = z.abs().sigmoid() - (z.sign() + 1) / 2  # a tie is half right
+    gaps = torch.zeros(BINS).to(z).index_add_(0, part, weight * gap)
+    return float(gaps.abs().sum() / weight.sum())
+
+
+def temperature(logits: Tensor, weight: Tensor) -> float:
+    """The number by which to divide the logits [N] for the least log loss."""
+    z, low, high = logits.double(), -3.0, 3.0  # of the inverse's decimal logarithm
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        rises = float(weight @ (z * torch.sigmoid(-(10**middle) * z))) > 0
+        low, high = (middle, high) if rises else (low, middle)
+    return 10 ** -((low + high) / 2)
+
+
+def tempered(data: Users, logits: Tensor) -> Tensor:
+    """The logits [N] divided by one temperature, which was chosen on the other half of users."""
+    scaled = logits.double().clone()
+    fold = data.user % FOLDS
+    for f in range(FOLDS if data.num_users >= FOLDS else 0):
+        here, there = fold == f, fold != f
+        scaled[here] /= temperature(logits[there], data.weight[there])
+    return scaled
+
+
+def surest(logits: Tensor, weight: Tensor) -> float:
+    """Accuracy on the quarter of the comparisons whose predictions are surest."""
+    order = logits.abs().argsort(descending=True, stable=True)
+    before = weight[order].cumsum(0) - weight[order]
+    kept = order[before < SUREST * weight.sum()]
+    return float((weight[kept] @ (logits[kept] > 0).double()) / weight[kept].sum())
+
+
+def flip_rate(data: Users, logits: Tensor, swapped: Tensor) -> Tensor:
+    """Share of each user's predictions [U] that change when the user's shots are swapped.
+
+    Args:
+        data: whose the predictions are.
+        logits: from the user's own shots [N].
+        swapped: from the same shots with chosen and rejected exchanged [N].
+    """
+    return data.mean((logits > 0) != (swapped > 0))
+
+
+def pooled(data: Users, logits: Tensor) -> dict[str, float]:
+    """Figures of all comparisons together: calibration before and after tempering, the surest."""
+    return {
+        "ece": calibration_error(logits, data.weight),
+        "ece_tempered": calibration_error(tempered(data, logits), data.weight),
+        "sure": surest(logits, data.weight),
+    }

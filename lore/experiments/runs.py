@@ -1,0 +1,193 @@
+"""A run's folder: settings before the work starts, results after every method of every repeat."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lore.common.files import InputError, digest, read_json, write_text
+from lore.experiments.results import read_results
+
+PACKAGES = ("torch", "numpy", "pandas", "transformers", "datasets", "scipy")
+
+
+@dataclass
+class Run:
+    """Settings and results of a run.
+
+    Attributes:
+        folder: of the run.
+        settings: what all its methods share: data, script, seeds, reference.
+        results: what is finished; see ``part`` for its form.
+    """
+
+    folder: Path
+    settings: dict[str, Any]
+    results: dict[str, Any]
+
+    @classmethod
+    def start(
+        cls, results: Path, name: str | None, settings: Mapping[str, Any],
+        methods: Mapping[str, Any],
+    ) -> Run:  # fmt: skip
+        """Go on with what is there, if anything; nothing is written yet.
+
+        Args:
+            results: folder of all results.
+            name: of the run's folder; by default made of the settings, the methods' included.
+            settings: what all methods share.
+            methods: settings of every method there is, asked for or not.
+
+        Raises:
+            InputError: the folder holds a run with other settings, or damaged results.
+        """
+        settings = json.loads(json.dumps(settings, default=str))
+        folder = run_folder(results, name, settings, methods)
+        found, written = (read_json(folder / name) for name in ("results.json", "settings.json"))
+        for old in (found, written):  # either may have been copied from another run, or removed
+            if old is not None:
+                _check_same(folder, old, settings)
+        if found and found.get("seeds"):
+            read_results(folder)  # refuses what no run has written
+        return cls(folder, settings, {"seeds": (found or {}).get("seeds") or []})
+
+    def begin(self) -> None:
+        """Make the folder with its settings, once nothing is left that could be refused."""
+        path = self.folder / "settings.json"
+        if not path.exists():
+            found = {package: importlib.metadata.version(package) for package in PACKAGES}
+            versions = {"python": sys.version.split()[0], **found}
+            text = {"settings": self.settings, "command": sys.argv, "versions": versions}
+            write_text(path, json.dumps(text, indent=2))
+
+    def missing(self, seeds: Sequence[int], methods: Mapping[str, Any]) -> dict[int, list[str]]:
+        """Which methods of which repeats are not finished yet.
+
+        Args:
+            seeds: the repeats asked for.
+            methods: settings of the methods asked for.
+
+        Raises:
+            InputError: a method was fitted with other settings.
+        """
+        missing = {}
+        for seed in seeds:
+            done = self.part(seed)["methods"]
+            for name in [name for name in methods if name in done]:
+                old, new = done[name].get("settings"), plain(methods[name])
+                if type(old) is not type(new):
+                    raise InputError(f"{self.folder}/results.json is damaged; remove it")
+                if old != new:
+                    raise InputError(
+                        f"{self.folder}: {name} was fitted with other settings "
+                        f"({differences(old, new)}); choose another --name"
+                    )
+            missing[seed] = [name for name in methods if name not in done]
+        return {seed: names for seed, names in missing.items() if names}
+
+    def part(self, seed: int) -> dict[str, Any]:
+        """What is finished of a repeat."""
+        return next((p for p in self.results["seeds"] if p["seed"] == seed), {"methods": {}})
+
+    def add(
+        self, seed: int, about: Mapping[str, Any], name: str, method: Mapping[str, Any],
+        order: Sequence[str],
+    ) -> None:  # fmt: skip
+        """Keep a finished method of a repeat: results.json anew, whole or not at all.
+
+        Args:
+            seed: the repeat.
+            about: users and comparisons of the repeat.
+            name, method: the method, its settings, fits and records.
+            order: of the methods in the file.
+
+        Raises:
+            InputError: a figure is NaN or infinite.
+        """
+        seeds = {p["seed"]: p for p in self.results["seeds"]}
+        part = seeds.setdefault(seed, {"seed": seed, **about, "methods": {}})
+        done = {**part["methods"], name: {**method, "settings": plain(method["settings"])}}
+        first = [method for method in order if method in done]
+        rest = [method for method in done if method not in first]
+        part["methods"] = {method: done[method] for method in [*first, *rest]}
+        self.results["seeds"] = list(seeds.values())
+        kept = json.loads((self.folder / "settings.json").read_text())
+        drawn = [fit.get(key) for fit in method["fits"] for key in ("losses", "spectrum", "states")]
+        try:  # elsewhere infinity is a strength: that of what a fit goes without
+            json.dumps([method["records"], drawn], allow_nan=False)
+        except ValueError:
+            raise InputError(
+                f"{name}, seed {seed}: its figures hold NaN or infinity, so that nothing of it is "
+                "kept; fit it with other settings, such as a lower learning rate"
+            ) from None
+        write_text(self.folder / "results.json", json.dumps({**kept, **self.results}))
+
+    def state(self, seed: int, name: str) -> Path:
+        """Where the state of a method's training is kept, with a suffix."""
+        return self.folder / f"state-seed{seed}-{name}"
+
+    def forget(self, seed: int, name: str) -> None:
+        """Remove the states of a method's training, every process's, once it is finished."""
+        for file in self.folder.glob(f"{self.state(seed, name).name}-*"):
+            file.unlink(missing_ok=True)
+
+    def tidy(self, seeds: Sequence[int], methods: Iterable[str]) -> None:
+        """At the end of all work, remove what runs have left that were killed."""
+        for seed in seeds:
+            for name in methods:
+                self.forget(seed, name)
+        for draft in self.folder.glob("*.part"):
+            draft.unlink(missing_ok=True)
+
+
+def run_folder(
+    results: Path, name: str | None, settings: Mapping[str, Any], methods: Mapping[str, Any]
+) -> Path:
+    """Where a run lies; the arguments are those of ``Run.start``."""
+    settings = json.loads(json.dumps(settings, default=str))
+    short = f"{settings['script']}-{digest([settings, plain(methods)])[:8]}"
+    return results / settings["dataset"] / (name or short)
+
+
+def plain(settings: Any) -> Any:
+    """Settings as JSON values; a dataclass as its fields, anything else unknown as its text.
+
+    A function's text has its address, which differs from process to process and is left out.
+    """
+
+    def fallback(value: Any) -> Any:
+        fields = getattr(value, "__dataclass_fields__", None)
+        text = re.sub(r" at 0x[0-9a-f]+", "", str(value))
+        return {k: getattr(value, k) for k in fields} if fields else text
+
+    return json.loads(json.dumps(settings, default=fallback))
+
+
+def _check_same(folder: Path, kept: Any, new: dict[str, Any]) -> None:
+    old, seeds = (kept.get(k) for k in ("settings", "seeds")) if isinstance(kept, dict) else (0, 0)
+    if not isinstance(old, dict) or not isinstance(seeds, list | None):
+        raise InputError(f"{folder}: settings.json or results.json is damaged; remove the folder")
+    some = {key: value for key, value in old.items() if key != "seeds"}
+    if some != {key: value for key, value in new.items() if key != "seeds"}:
+        raise InputError(
+            f"{folder}: holds a run with other settings ({differences(old, new)}); "
+            "choose another --name"
+        )
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> str:
+    """Names of the settings that differ."""
+    names = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict) and a != b:
+            names.append(differences(a, b, f"{prefix}{key}."))
+        elif a != b:
+            names.append(prefix + key)
+    return ", ".join(names)

@@ -1,0 +1,317 @@
+"""From a prepared folder to the comparisons of each repeat: who is seen, what is held out.
+
+The only module that looks into prepared folders after ``prepare.py``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from lore.common.files import InputError, require
+from lore.embeddings.store import Store, open_store
+from lore.learning.comparisons import Comparisons, RowFeatures
+from lore.learning.method import Task
+from lore.learning.simulated_users import generate_population, simulate_choices
+from lore.preparing import prepared
+from lore.preparing import tables as preparing
+
+log = logging.getLogger(__name__)
+
+Unit = Literal["comparisons", "dialogues"]
+SIDES = {"train": (True, "train"), "seen": (True, "test"),
+         "few": (False, "train"), "unseen": (False, "test"),
+         "validation": (True, preparing.VALIDATION)}  # fmt: skip
+
+
+class Sets(NamedTuple):
+    """Training and held-out comparisons of seen users, few-shot and held-out of new ones.
+
+    Sets that a dataset does not have are None: those of new users, and a validation set.
+    """
+
+    train: Comparisons
+    seen: Comparisons
+    few: Comparisons | None
+    unseen: Comparisons | None
+    validation: Comparisons | None = None
+
+
+@dataclass
+class Tasks:
+    """A prepared and embedded dataset, and how the repeats of an experiment are drawn from it.
+
+    Attributes:
+        info: what prepare.json says.
+        store: the embeddings on disk.
+        draw: the four sets of a seed, on a device.
+        unit: what a shot is.
+        about: the script's own settings, recorded with the results.
+        folder: where it was prepared.
+    """
+
+    info: dict[str, Any]
+    store: Store
+    draw: Callable[[int, torch.device], Sets]
+    unit: Unit
+    about: dict[str, Any]
+    folder: Path
+
+    @property
+    def dataset(self) -> str:
+        """The dataset's name."""
+        return str(self.info["dataset"])
+
+    @cached_property
+    def conversations(self) -> list[preparing.Conversation]:
+        """The conversations, row i being embedding i."""
+        return prepared.read_conversations(self.folder)
+
+    def facts(self) -> dict[str, Any]:
+        """What decides the results of a run, as far as the data do."""
+        manifest = self.store.manifest
+        return {
+            "dataset": self.dataset, "warning": self.info.get("warning"), "unit": self.unit,
+            "prepared": {k: v for k, v in self.info.items() if k != "warning"},
+            "embeddings": {k: v for k, v in manifest.items() if not isinstance(v, list | dict)},
+            **self.about,
+        }  # fmt: skip
+
+    def reference(self, which: str) -> Tensor | None:
+        """The reference direction [F]: the model's score head, the published code's, or none.
+
+        One that cannot tell responses apart is warned of.
+        """
+        if which == "last_linear":
+            log.warning("WARNING: the reference is the published code's mistaken one (last_linear)")
+        found = {
+            "head": self.store.head, "last_linear": self.store.last_linear, "none": None
+        }[which]  # fmt: skip
+        if found is not None and found.min() == found.max():
+            what = "zero" if not found.any() else f"{float(found[0]):.4g} in every feature"
+            log.warning("WARNING: the reference (%s) is %s and says nothing", which, what)
+        return found
+
+    def task(
+        self, seed: int, device: torch.device, reference: Tensor | None, stream: bool | None,
+        processes: tuple[int, int],
+    ) -> Task:  # fmt: skip
+        """The task of a seed.
+
+        Args:
+            seed: of the repeat.
+            device: where to compute.
+            reference: the reference direction [F].
+            stream: read features from disk at every pass; None where they take more than half of
+                the free memory.
+            processes: this process's number, and how many share the seen users.
+        """
+        sets = self.draw(seed, device)
+        if stream is None:
+            stream = _too_large(len(sets.train) * self.store.num_features * 4, device)
+        return Task(
+            **sets._asdict(), reference=reference, seed=seed, stream=stream,
+            process=processes[0], processes=processes[1],
+        )  # fmt: skip
+
+
+def _too_large(size: int, device: torch.device) -> bool:
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return size > free / 2
+
+
+# ---------------------------------------------------------------------- Kinds of split
+
+
+def given_split(data: Path, dataset: str | None = None) -> Tasks:
+    """The four sets that prepare.py drew, the same for every seed.
+
+    A shot is a dialogue, or a comparison where no dialogue has more than one.
+    """
+    info, store = load(data, dataset)
+    table = prepared.read_comparisons(data, len(store))
+    alone = not table.duplicated(["user_id", "dialog_id"]).any()
+    unit: Unit = "comparisons" if alone else "dialogues"
+
+    def draw(_: int, device: torch.device) -> Sets:
+        return four_sets(table, store, device, unit)
+
+    return Tasks(info, store, draw, unit, {}, data)
+
+
+def drawn_split(
+    data: Path,
+    seen_fraction: float,
+    pairs_per_user: int,
+    few_shot_pairs: int,
+    unit: Unit = "comparisons",
+    dataset: str | None = None,
+) -> Tasks:
+    """Seen and unseen users drawn anew for every seed, with a sample of their training data.
+
+    Args:
+        data: the prepared folder, whose ``split`` says what is training and what is held out.
+        seen_fraction: share of the users who are seen.
+        pairs_per_user: random training comparisons of each seen user; all where there are fewer.
+        few_shot_pairs: the same of each unseen user.
+        unit: what a shot is.
+        dataset: whose script asks; None for any.
+    """
+    about = {"pairs_per_user": pairs_per_user, "few_shot_pairs": few_shot_pairs,
+             "seen_fraction": seen_fraction}  # fmt: skip
+    info, store = load(data, dataset)
+    table = prepared.read_comparisons(data, len(store))
+
+    def draw(seed: int, device: torch.device) -> Sets:
+        drawn = preparing.split_users(table, seed, seen_fraction)
+        rng = np.random.default_rng(seed)
+        drawn = drawn.sort_values(["user_id", "dialog_id", "chosen", "rejected"], kind="stable")
+        drawn["order"] = rng.random(len(drawn))
+        place = drawn.groupby(["user_id", "split"])["order"].rank(method="first")
+        most = np.where(drawn["seen"], pairs_per_user, few_shot_pairs)
+        return four_sets(drawn[(drawn["split"] == "test") | (place <= most)], store, device, unit)
+
+    return Tasks(info, store, draw, unit, about, data)
+
+
+def simulated_users(
+    data: Path,
+    dirichlet_alpha: float,
+    users: int,
+    unseen_users: int,
+    pairs_per_user: int,
+    few_shot_pairs: int,
+    dataset: str | None = None,
+) -> Tasks:
+    """Users simulated for every seed: their best response of a prompt against their worst.
+
+    Args:
+        data: the prepared folder, with scores.safetensors: scores [P, R, M] by M reward models of
+            R responses, and the responses' rows [P, R] among the embeddings, of both splits.
+        dirichlet_alpha: the users' weights over the reward models are Dirichlet(alpha * 1).
+        users, unseen_users: how many are simulated.
+        pairs_per_user, few_shot_pairs: training prompts of each; all test prompts are held out.
+        dataset: whose script asks; None for any.
+
+    Raises:
+        InputError: another dataset, no score tensors, or fewer training prompts than asked for.
+    """
+    about = {
+        "dirichlet_alpha": dirichlet_alpha, "users": users, "unseen_users": unseen_users,
+        "pairs_per_user": pairs_per_user, "few_shot_pairs": few_shot_pairs,
+    }  # fmt: skip
+    info, store = load(data, dataset)
+    tensors = prepared.read_scores(data, len(store))
+    prompts, most = len(tensors["train.scores"]), max(pairs_per_user, few_shot_pairs)
+    require(
+        most <= prompts,
+        f"{most} training prompts per user are asked for and {prompts} are there; "
+        "lower --pairs-per-user or --few-shot-pairs",
+    )
+
+    def draw(seed: int, device: torch.device) -> Sets:
+        generator = torch.Generator().manual_seed(seed)
+        W = generate_population(dirichlet_alpha, users + unseen_users, generator)
+        groups = ("user", W[:users], pairs_per_user), ("new user", W[users:], few_shot_pairs)
+        sets = []
+        for name, weights, pairs in groups:
+            names = [f"{name} {seed}.{i}" for i in range(len(weights))]
+            for split, count in (("train", pairs), ("test", None)):
+                rows = _simulate(tensors, split, weights, count, generator)
+                features = RowFeatures(store.rows, store.num_features, *rows, device)
+                counts = [len(rows[0]) // len(names)] * len(names)
+                sets.append(Comparisons(features, counts, names=names))
+        return Sets(*sets)
+
+    return Tasks(info, store, draw, "comparisons", about, data)
+
+
+def _simulate(
+    tensors: Mapping[str, Tensor],
+    split: str,
+    W: Tensor,
+    count: int | None,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Rows chosen and rejected by users on ``count`` random prompts of a split each, or on all."""
+    scores, rows = tensors[f"{split}.scores"], tensors[f"{split}.rows"]
+    chosen, rejected = [], []
+    for w in W:
+        some = torch.arange(len(scores))
+        if count is not None:
+            some = torch.randperm(len(scores), generator=generator)[:count]
+        best, worst = simulate_choices(scores[some], w[None])
+        chosen.append(rows[some].gather(1, best.T)[:, 0])
+        rejected.append(rows[some].gather(1, worst.T)[:, 0])
+    return torch.cat(chosen), torch.cat(rejected)
+
+
+# ------------------------------------------------------------------ Reading what was prepared
+
+
+def load(data: Path, dataset: str | None = None) -> tuple[dict[str, Any], Store]:
+    """prepare.json and the embeddings of a folder that ``prepare.py`` wrote.
+
+    Raises:
+        InputError: it is missing, damaged or incomplete, or its embeddings belong to other
+            conversations.
+    """
+    info = prepared.read_info(data, dataset)
+    prepared.check_files(data, info)
+    folder = data / "embeddings"
+    require(folder.exists(), f"{folder}: not there; embed the conversations first")
+    store = open_store(folder)
+    store.check(prepared.read_conversations(data))
+    return info, store
+
+
+def four_sets(table: pd.DataFrame, store: Store, device: torch.device, unit: Unit) -> Sets:
+    """The sets of a table whose ``seen`` and ``split`` say where each comparison belongs.
+
+    Users without comparisons on both sides of the split are left out, and counted in the log.
+
+    Raises:
+        InputError: no seen user is left, or no unseen one though the table has some.
+    """
+    both = preparing.on_both_sides(table)
+    whole, lost = table[both], table["user_id"][~both].nunique()
+    if lost:
+        log.info("left out %d users without both training and test data", lost)
+    parts: dict[str, Comparisons | None] = {}
+    for name, (seen, split) in SIDES.items():
+        part = whole[(whole["seen"] == seen) & (whole["split"] == split)]
+        if not part.empty:
+            parts[name] = _comparisons(part, store, device)
+        elif name == "validation" or not (seen or (~table["seen"]).any()):
+            parts[name] = None  # a set that this dataset does not have
+        else:
+            kind = "seen" if seen else "unseen"
+            raise InputError(f"no {kind} users are left; loosen the filters of prepare.py")
+    if unit == "comparisons" and parts["few"] is not None:
+        parts["few"].dialogs = None
+    return Sets(**parts)
+
+
+def _comparisons(table: pd.DataFrame, store: Store, device: torch.device) -> Comparisons:
+    """Rows with user_id, dialog_id, turn, chosen, rejected, weight as comparisons; users sorted."""
+    table = table.sort_values(["user_id", "dialog_id", "turn", "rejected"], kind="stable")
+    sizes = table.groupby("user_id", sort=True).size()
+    chosen, rejected, weight = (
+        torch.tensor(table[column].to_numpy()) for column in ("chosen", "rejected", "weight")
+    )
+    dialogs = torch.from_numpy(pd.factorize(table["dialog_id"])[0].astype(np.int64))
+    features = RowFeatures(store.rows, store.num_features, chosen, rejected, device)
+    return Comparisons(features, sizes.tolist(), weight, sizes.index.tolist(), dialogs)

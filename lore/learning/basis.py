@@ -1,0 +1,263 @@
+"""A learned basis, its users' weights and their names in one file; and which model they belong to.
+
+Shape letters: U users, F features, K rank.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lore.common.files import InputError, require, write_whole
+from lore.common.tensors import expect, read_tensors, require_finite
+
+log = logging.getLogger(__name__)
+
+TENSORS = {"V", "W", "reference", "W_unseen"}
+
+
+class Learned(Protocol):
+    """What a run's file says of users' rewards, whichever method wrote it.
+
+    Attributes:
+        settings: those of the fit and whatever else the run recorded, such as the model.
+        method: what learned it, in words.
+        use: how a user's reward is made of the columns, in words.
+    """
+
+    settings: dict[str, Any]
+    method: str
+    use: str
+
+    @property
+    def names(self) -> list[str]:
+        """Users who can be asked for."""
+        ...
+
+    def columns(self) -> dict[str, Tensor]:
+        """Directions [F] that users' rewards are made of, by name; logits times 100."""
+        ...
+
+    def direction(self, user: str | None = None, flag: str = "user") -> Tensor:
+        """A user's reward [F], or that of the average user; logits times 100."""
+        ...
+
+
+@dataclass
+class Basis:
+    """A learned basis and its users' weights; what a basis file holds.
+
+    Attributes:
+        V: basis [F, K].
+        W: weights of the seen users [U, K].
+        reference: the reference direction [F], if there is one.
+        users: names of the seen users, in the order of W's rows; empty if they have none.
+        W_unseen, users_unseen: the same of the users fitted with V frozen.
+        settings: rank, alpha and whatever else the run recorded, such as the model.
+        losses: the objective at every step; not saved.
+    """
+
+    V: Tensor
+    W: Tensor
+    reference: Tensor | None = None
+    users: list[str] = field(default_factory=list)
+    W_unseen: Tensor | None = None
+    users_unseen: list[str] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    losses: Tensor = field(default_factory=lambda: torch.empty(0))
+    method = "LoRe (low-rank reward modelling, https://arxiv.org/abs/2504.14439)"
+    use = "A user's reward is `rewards @ w` with the user's weights w >= 0, which add up to one."
+
+    @property
+    def names(self) -> list[str]:
+        """The users whose weights can be asked for by name, seen ones first."""
+        return [*self.users, *self.users_unseen]
+
+    def weights_of(self, user: str, flag: str = "user") -> Tensor:
+        """A user's weights w [K].
+
+        Args:
+            user: name of a seen or unseen user.
+            flag: what the message about an unknown name begins with.
+
+        Raises:
+            InputError: nobody of that name is in the basis.
+        """
+        named = dict(zip(self.users, self.W, strict=True)) if self.users else {}
+        if self.users_unseen:
+            named |= zip(self.users_unseen, self.W_unseen, strict=True)
+        return look_up(named, user, flag)
+
+    def columns(self) -> dict[str, Tensor]:
+        """The columns of V [F], by name."""
+        return {f"basis {k}": column for k, column in enumerate(self.V.T, start=1)}
+
+    def direction(self, user: str | None = None, flag: str = "user") -> Tensor:
+        """A user's reward direction V w [F]; None gives that of the seen users' mean weights."""
+        return self.V @ (self.W.mean(0) if user is None else self.weights_of(user, flag))
+
+
+def look_up(named: Mapping[str, Tensor], user: str, flag: str = "user") -> Tensor:
+    """What is known of a user.
+
+    Raises:
+        InputError: nothing is.
+    """
+    if user not in named:
+        some = f"{len(named)} users, such as {', '.join(list(named)[:3])}"
+        known = f"{some} (--list-users true lists them)" if named else "no names of users"
+        raise InputError(f"{flag} {user} is not in the basis, which has {known}")
+    return named[user]
+
+
+def save_basis(path: str | Path, basis: Basis) -> None:
+    """Write a basis file (safetensors), whole or not at all.
+
+    Raises:
+        InputError: names that do not match the rows of the weights.
+    """
+    for names, W in ((basis.users, basis.W), (basis.users_unseen, basis.W_unseen)):
+        rows = 0 if W is None else len(W)
+        require(len(names) in (0, rows), f"{len(names)} user ids for {rows} rows of weights")
+    tensors = {name: getattr(basis, name) for name in TENSORS}
+    kept = {
+        name: tensor.detach().float().cpu().contiguous().clone()
+        for name, tensor in tensors.items()
+        if tensor is not None
+    }
+    metadata = {
+        "settings": json.dumps(basis.settings, default=str),
+        "users": json.dumps([str(user) for user in basis.users]),
+        "users_unseen": json.dumps([str(user) for user in basis.users_unseen]),
+    }
+    write_whole(Path(path), lambda draft: save_file(kept, draft, metadata=metadata))
+
+
+def load_basis(path: str | Path) -> Basis:
+    """Read a basis file written by ``save_basis``.
+
+    Raises:
+        InputError: the file is missing, damaged or holds something else.
+    """
+    path = Path(path)
+    require(path.is_file(), f"{path}: no such basis file")
+    remedy = "it is no basis file"
+    try:
+        metadata, found = read_tensors(path, remedy)
+    except InputError as error:
+        raise InputError(f"{path}: not a readable safetensors file ({error})") from error
+    require({"V", "W"} <= set(found), f"{path}: not a basis file: it lacks V or W")
+    V = expect(path, found, remedy, "V", torch.float32, None, None)
+    shapes = {"W": (None, V.shape[1]), "reference": (len(V),), "W_unseen": (None, V.shape[1])}
+    tensors = {"V": V} | {
+        name: expect(path, found, remedy, name, torch.float32, *shape)
+        for name, shape in shapes.items()
+        if name in found
+    }
+    require_finite(path, tensors, remedy)
+    require(V.numel() > 0 and len(tensors["W"]) > 0, f"{path}: V or W is empty; {remedy}")
+    for name in {"W", "W_unseen"} & set(tensors):
+        sums = tensors[name].sum(1)
+        simplex = bool((tensors[name] >= 0).all()) and torch.allclose(sums, torch.ones(()), 0, 1e-3)
+        told = f"{path}: {name} holds weights that are below 0 or do not add up to one; {remedy}"
+        require(simplex, told)
+    basis = Basis(**tensors, **_read_notes(path, metadata))
+    for names, W in ((basis.users, basis.W), (basis.users_unseen, basis.W_unseen)):
+        counted = len(names) in (0, 0 if W is None else len(W))
+        require(counted, f"{path}: names {len(names)} users for other rows of weights; {remedy}")
+    once = len(set(basis.names)) == len(basis.names)
+    require(once, f"{path}: names a user twice; {remedy}")
+    return basis
+
+
+def _read_notes(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The names of users and the settings in a basis file."""
+    notes = {}
+    for name, kind in {"users": list, "users_unseen": list, "settings": dict}.items():
+        try:
+            notes[name] = json.loads(metadata.get(name, "{}" if kind is dict else "[]"))
+        except (ValueError, RecursionError):
+            notes[name] = None
+        fits = isinstance(notes[name], kind)
+        fits = fits and (kind is dict or all(isinstance(user, str) for user in notes[name]))
+        require(fits, f"{path}: {name} are not as expected; it is no basis file")
+    return notes
+
+
+# ---------------------------------------------------------------- The basis' model
+
+
+def resolve_model(
+    settings: Mapping[str, Any],
+    path: str | Path,
+    model: str | None = None,
+    tokenizer: str | None = None,
+    revision: str | None = None,
+) -> tuple[str, str | None, str | None]:
+    """Model, tokenizer and revision: those given, else those that the basis was learned with.
+
+    Args:
+        settings: of the basis; the scalars of the embeddings' manifest among them.
+        path: of the basis file; a model's path that is not absolute is relative to its folder.
+        model, tokenizer, revision: what the user asks for.
+
+    Raises:
+        InputError: the basis does not say its model, or the folder that it names is gone.
+    """
+    if model:
+        return model, tokenizer, revision
+    found = _find(settings.get("model"), path, "model")
+    own = settings.get("tokenizer") not in (None, settings["model"])
+    if own and not tokenizer:
+        tokenizer = _find(settings["tokenizer"], path, "tokenizer")
+    return found, tokenizer, revision or settings.get("revision")
+
+
+def _find(name: str | None, path: str | Path, what: str) -> str:
+    """A hub name as it is, a local folder as the path that it has from here."""
+    require(bool(name), f"{path} does not say which model it was learned on: name it by --model")
+    local = Path(path).parent / str(name)  # an absolute path stays what it is
+    if local.is_dir():
+        return str(local)
+    is_path = Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1
+    moved = f"{path} was learned with the {what} in {name}, which is not there: name it by --{what}"
+    require(not is_path, moved)
+    return name
+
+
+def check_model(
+    settings: Mapping[str, Any], facts: Mapping[str, Any], any_model: bool = False
+) -> None:
+    """Refuse a model whose weights or chat template are not those the basis was learned with.
+
+    Args:
+        settings: of the basis.
+        facts: what ``reward_model.model_facts`` says of the model at hand. What either side does
+            not know, such as the hash of a hub model's weights, is not compared.
+        any_model: warn instead.
+
+    Raises:
+        InputError: another model, template or commit.
+    """
+    what = {
+        "weights_sha256": "other weights", "revision": "another commit",
+        "template_sha256": "another chat template",
+    }  # fmt: skip
+    differs = [
+        name for key, name in what.items()
+        if settings.get(key) and facts.get(key) and settings[key] != facts[key]
+    ]  # fmt: skip
+    if not differs:
+        return
+    others = " and ".join(differs)
+    problem = f"{facts['model']} has {others} than the model the basis was learned with"
+    require(any_model, f"{problem}: name that model by --model, or insist with --any-model true")
+    log.warning("WARNING: %s; the rewards may mean nothing", problem)

@@ -1,0 +1,563 @@
+"""Users' comparisons as every method takes them: whose they are, what they weigh, their features.
+
+Shape letters: U users, N comparisons, F features, C columns. A comparison is the difference of
+two embeddings, chosen minus rejected.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag, softplus
+
+from lore.common.files import InputError, require
+
+log = logging.getLogger(__name__)
+
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}  # features read at a time
+PART_BYTES = 128 << 20  # features worked on together on a CPU, which bounds what else is held
+CACHE_BYTES = 8 << 20  # features that a CPU's cache holds while they are worked on again and again
+Seed = int | torch.Generator | None
+
+
+def as_generator(seed: Seed) -> torch.Generator | None:
+    """A generator for a seed; a generator and None (torch's global one) stay what they are."""
+    if seed is None or isinstance(seed, torch.Generator):
+        return seed
+    return torch.Generator().manual_seed(int(seed))
+
+
+# --------------------------------------------------------------------- Features
+
+
+class Features(Protocol):
+    """Feature differences x [N, F] of N comparisons, touched by two products only."""
+
+    num_features: int
+    device: torch.device
+
+    def __len__(self) -> int: ...
+
+    def project(self, V: Tensor) -> Tensor:
+        """X V [N, C] for V [F, C]."""
+
+    def backproject(self, G: Tensor) -> Tensor:
+        """X^T G [F, C] for G [N, C]."""
+
+    def select(self, rows: Tensor) -> Features:
+        """Some of the comparisons, by their numbers [n]."""
+
+    def flipped(self, coin: Tensor) -> Features:
+        """Chosen and rejected swapped where the coin [N] is true."""
+
+
+def _chunks(rows: int, columns: int, device: torch.device) -> Iterator[slice]:
+    size = max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // (4 * columns))
+    return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
+
+
+class DenseFeatures:
+    """Differences held as one tensor [N, F], in memory or memory-mapped, of any float type.
+
+    Args:
+        x: the differences; may lie on another device than the one that computes.
+        device: where the products are formed; None for where x lies.
+    """
+
+    def __init__(self, x: Tensor, device: torch.device | str | None = None) -> None:
+        self.x = x
+        self.device = torch.device(device) if device is not None else x.device
+        self.num_features = x.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def _parts(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        for part in _chunks(len(self), self.num_features, self.device):
+            yield part, self.x[part].to(self.device, dtype)
+
+    def project(self, V: Tensor) -> Tensor:
+        """X V [N, C] for V [F, C]."""
+        out, VT = V.new_empty(len(self), V.shape[1]), V.T.contiguous()
+        for part, x in self._parts(V.dtype):
+            torch.mm(x, VT.T, out=out[part])  # twice as fast as x @ V with rows of a few columns
+        return out
+
+    def backproject(self, G: Tensor) -> Tensor:
+        """X^T G [F, C] for G [N, C]."""
+        total = G.new_zeros(G.shape[1], self.num_features)
+        for part, x in self._parts(G.dtype):
+            total.addmm_(G[part].T, x)  # (G^T X)^T: X^T G of a tall X is several times slower
+        return total.T
+
+    def select(self, rows: Tensor) -> DenseFeatures:
+        """Some of the comparisons, by their numbers [n]."""
+        return DenseFeatures(self.x[rows.to(self.x.device)], self.device)
+
+    def flipped(self, coin: Tensor) -> DenseFeatures:
+        """Chosen and rejected swapped where the coin [N] is true."""
+        sign = 1 - 2 * coin.to(self.x.device, self.x.dtype)
+        return DenseFeatures(self.x * sign[:, None], self.device)
+
+
+class RowFeatures:
+    """Differences of rows of an embedding table that stays on disk (streamed in chunks).
+
+    The products are formed from the table's distinct rows, so the differences are never held:
+    X V = (E V)[chosen] - (E V)[rejected].
+
+    Args:
+        rows: reads rows of the table: index [n] -> embeddings [n, F].
+        num_features: F.
+        chosen, rejected: row numbers [N] in the table.
+        device: where the products are formed.
+    """
+
+    def __init__(
+        self,
+        rows: Callable[[Tensor], Tensor],
+        num_features: int,
+        chosen: Tensor,
+        rejected: Tensor,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.rows, self.num_features = rows, num_features
+        self.device = torch.device(device)
+        both = torch.cat([torch.as_tensor(chosen).long(), torch.as_tensor(rejected).long()])
+        self.index, places = torch.unique(both, return_inverse=True)
+        self.chosen, self.rejected = places.to(self.device).chunk(2)
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def _parts(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        for part in _chunks(len(self.index), self.num_features, self.device):
+            yield part, self.rows(self.index[part]).to(self.device, dtype)
+
+    def pairs(self, of: Callable[[Tensor], Tensor] | None = None) -> Pairs:
+        """The two embeddings of every comparison, or what a function makes of rows e [n, F].
+
+        The function is called on the distinct rows, a chunk at a time, in float32.
+        """
+        parts = [e if of is None else of(e) for _, e in self._parts(torch.float32)]
+        return Pairs(torch.cat(parts), self.chosen, self.rejected)
+
+    def project(self, V: Tensor) -> Tensor:
+        """X V [N, C] for V [F, C]."""
+        rewards, VT = V.new_empty(len(self.index), V.shape[1]), V.T.contiguous()
+        for part, e in self._parts(V.dtype):
+            torch.mm(e, VT.T, out=rewards[part])
+        return Pairs(rewards, self.chosen, self.rejected).difference()
+
+    def backproject(self, G: Tensor) -> Tensor:
+        """X^T G [F, C] for G [N, C]."""
+        per_row = G.new_zeros(len(self.index), G.shape[1])
+        per_row.index_add_(0, self.chosen, G).index_add_(0, self.rejected, G, alpha=-1)
+        total = G.new_zeros(G.shape[1], self.num_features)
+        for part, e in self._parts(G.dtype):
+            total.addmm_(per_row[part].T, e)
+        return total.T
+
+    def select(self, rows: Tensor) -> RowFeatures:
+        """Some of the comparisons, by their numbers [n]."""
+        picked = (side[rows.to(self.device)].cpu() for side in (self.chosen, self.rejected))
+        return RowFeatures(
+            self.rows, self.num_features, *(self.index[side] for side in picked), self.device
+        )
+
+    def flipped(self, coin: Tensor) -> RowFeatures:
+        """Chosen and rejected swapped where the coin [N] is true."""
+        coin = coin.to(self.device)
+        chosen = torch.where(coin, self.rejected, self.chosen).cpu()
+        rejected = torch.where(coin, self.chosen, self.rejected).cpu()
+        ends = self.index[chosen], self.index[rejected]
+        return RowFeatures(self.rows, self.num_features, *ends, self.device)
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> DenseFeatures:
+        """The same differences, held in memory: [N, F]."""
+        x = torch.empty(len(self), self.num_features, dtype=dtype, device=self.device)
+        for part in _chunks(len(self), self.num_features, self.device):
+            chosen, rejected = (self.index[i[part].cpu()] for i in (self.chosen, self.rejected))
+            x[part] = (self.rows(chosen) - self.rows(rejected)).to(self.device, dtype)
+        return DenseFeatures(x)
+
+
+@dataclass
+class Pairs:
+    """Something of the distinct rows, and which two of them each comparison is about.
+
+    Attributes:
+        values: of the distinct rows [R, ...].
+        chosen, rejected: numbers of rows [N].
+    """
+
+    values: Tensor
+    chosen: Tensor
+    rejected: Tensor
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    @property
+    def width(self) -> int:
+        """Numbers of a row."""
+        return self.values.shape[-1]
+
+    def __getitem__(self, some: Tensor) -> Pairs:
+        return Pairs(self.values, self.chosen[some], self.rejected[some])
+
+    def difference(self) -> Tensor:
+        """Chosen minus rejected [N, ...]."""
+        return self.values[self.chosen] - self.values[self.rejected]
+
+
+# ------------------------------------------------------------------------ Users
+
+
+class Users:
+    """Whose comparisons are whose, and what each weighs; users lie one after the other.
+
+    Args:
+        counts: number of comparisons of each user [U]; may be 0.
+        weight: how much each comparison counts [N], all positive; one each if None.
+        device: where; by default where the weights lie.
+
+    Attributes:
+        user: whose each comparison is [N], ascending.
+    """
+
+    def __init__(
+        self,
+        counts: Sequence[int] | Tensor,
+        weight: Tensor | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if weight is None:
+            weight = torch.ones(int(torch.as_tensor(counts).sum()), dtype=torch.float64)
+        self.device = torch.device(device) if device is not None else weight.device
+        self.counts = torch.as_tensor(counts, dtype=torch.long, device=self.device)
+        self.num_users = len(self.counts)
+        self.user = torch.repeat_interleave(self.counts)
+        self.weight = weight.to(self.device, torch.float64)
+        require(self.weight.shape == self.user.shape, "give one weight per comparison")
+        require(bool((self.weight > 0).all()), "weights of comparisons must be positive")
+        self._starts = self.counts.cumsum(0) - self.counts
+        self._rows = torch.arange(len(self.user), device=self.device)
+        self._patterns: dict[int, Tensor] = {}
+        self._orders: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+    def sum(self, values: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Sums over each user's comparisons of values [N, C], times scale [N]: [U, C]."""
+        return embedding_bag(
+            self._rows, values.contiguous(), self._starts, mode="sum", per_sample_weights=scale
+        )
+
+    def sums(self, x: Tensor, scale: Tensor) -> Tensor:
+        """Each user's sum of rows x [N, F] times each model's scale [N, M]: [U, M, F]."""
+        rows, model, starts = self._bags(scale.shape[1])
+        weights = scale[rows, model]
+        both = embedding_bag(rows, x, starts, mode="sum", per_sample_weights=weights)
+        return both.view(self.num_users, scale.shape[1], -1)
+
+    def _bags(self, models: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows and models of what is summed, and where each user's sum for each model starts.
+
+        A user's models follow each other, while the cache still holds that user's rows.
+        """
+        if models not in self._orders:
+            order = self.user.repeat(models).argsort(stable=True)
+            within = self.counts[:, None] * torch.arange(models, device=self.device)
+            starts = models * self._starts[:, None] + within
+            self._orders[models] = order % len(self), order // len(self), starts.flatten()
+        return self._orders[models]
+
+    def dots(self, x: Tensor, directions: Tensor) -> Tensor:
+        """Products of rows x [N, F] with their users' directions [U, M, F]: [N, M]."""
+        models = directions.shape[1]
+        if x.device.type != "cpu":
+            return torch.stack([(x * d[self.user]).sum(1) for d in directions.unbind(1)], 1)
+        pattern = self._pattern(models).to(x.dtype)
+        flat = directions.flatten(0, 1)
+        return torch.sparse.sampled_addmm(pattern, x, flat.T, beta=0).values().view(-1, models)
+
+    def _pattern(self, models: int) -> Tensor:
+        """Which directions each row meets: zeros [N, U M] where it does, sparse."""
+        if models not in self._patterns:
+            n, meets = len(self), self.user[:, None] * models + torch.arange(models)
+            with warnings.catch_warnings():  # torch announces that its CSR format may change
+                warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
+                self._patterns[models] = torch.sparse_csr_tensor(
+                    models * torch.arange(n + 1), meets.flatten(), torch.zeros(meets.numel()),
+                    (n, self.num_users * models), check_invariants=True,
+                )  # fmt: skip
+        return self._patterns[models]
+
+    def user_weight(self) -> Tensor:
+        """Sum of the weights of each user's comparisons [U], in float64."""
+        return self.sum(self.weight[:, None])[:, 0]
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Weighted mean of values [N] over each user's comparisons: [U], in float64."""
+        return self.sum((self.weight * values.double())[:, None])[:, 0] / self.user_weight()
+
+    def accuracies(self, logits: Tensor) -> Tensor:
+        """Share of each user's comparisons with a positive logit [N] (eq. 15), weighted: [U]."""
+        return self.mean(logits > 0)
+
+    def log_losses(self, logits: Tensor) -> Tensor:
+        """Mean of -log P(the choice), P being the sigmoid of the logit [N], by user: [U]."""
+        return self.mean(softplus(-logits.double()))
+
+    def runs(self, most: int, besides: int = 0) -> Iterator[tuple[slice, slice]]:
+        """Runs of users with at most so many comparisons, if they have fewer alone: users, rows.
+
+        Args:
+            most: comparisons of a run.
+            besides: rows that each user takes besides the comparisons.
+        """
+        ends = [0, *self.counts.cumsum(0).tolist()]
+        for users in _runs(self.counts.tolist(), most, besides):
+            yield users, slice(ends[users.start], ends[users.stop])
+
+    def pick(self, rows: Tensor, counts: Sequence[int]) -> Users:
+        """Some of the comparisons, by number [n], as those of other users; features stay behind."""
+        return Users(counts, self.weight[rows.to(self.device)])
+
+
+class Comparisons(Users):
+    """The comparisons of U users with their features.
+
+    Args:
+        features: the feature differences.
+        counts: number of comparisons of each user [U]; every user has at least one.
+        weight: how much each comparison counts [N]; one each if None.
+        names: of the users [U]; may be left out.
+        dialogs: number of each comparison's dialogue [N]; None where every one stands alone.
+    """
+
+    def __init__(
+        self,
+        features: Features,
+        counts: Sequence[int] | Tensor,
+        weight: Tensor | None = None,
+        names: Iterable[str] = (),
+        dialogs: Tensor | None = None,
+    ) -> None:
+        super().__init__(counts, weight, features.device)
+        self.features, self.names, self.dialogs = features, list(names), dialogs
+        require(self.num_users > 0, "no users: give at least one user with comparisons")
+        for u, count in enumerate(self.counts.tolist()):
+            require(count > 0, f"user {u} has no comparisons: leave the user out")
+        require(len(self) == len(features), "counts do not add up to the comparisons")
+
+    @classmethod
+    def from_list(
+        cls,
+        X: Sequence[Tensor],
+        weights: Sequence[Tensor] | None = None,
+        device: torch.device | str | None = None,
+    ) -> Comparisons:
+        """Pack a list of U tensors [m_u, F]; views of one tensor, in order, are not copied.
+
+        Raises:
+            InputError: a user without comparisons, another width, NaN or infinity (with the user
+                and row), or weights that do not match.
+        """
+        check_features(X)
+        if weights is not None:
+            for u, (x, w) in enumerate(zip(X, weights, strict=True)):
+                require(w.shape == (len(x),), f"user {u}: {len(x)} comparisons, {len(w)} weights")
+        weight = None if weights is None else torch.cat([w.double() for w in weights])
+        x = _pack(X)
+        x = x if device is None else x.to(device)
+        return cls(DenseFeatures(x), [len(x) for x in X], weight)
+
+    @property
+    def num_features(self) -> int:
+        """F."""
+        return self.features.num_features
+
+    def project(self, V: Tensor) -> Tensor:
+        """X V [N, C] for V [F, C]."""
+        return self.features.project(V)
+
+    def backproject(self, G: Tensor) -> Tensor:
+        """X^T G [F, C] for G [N, C]."""
+        return self.features.backproject(G)
+
+    def select(self, keep: Tensor) -> Comparisons:
+        """Those where ``keep`` [N] is true; users left without any are left out."""
+        keep = keep.to(self.device)
+        counts = torch.bincount(self.user[keep], minlength=self.num_users)
+        names = [name for name, n in zip(self.names, counts.tolist(), strict=False) if n]
+        dialogs = None if self.dialogs is None else self.dialogs[keep.to(self.dialogs.device)]
+        features = self.features.select(keep.nonzero()[:, 0])
+        return Comparisons(features, counts[counts > 0], self.weight[keep], names, dialogs)
+
+    def flipped(self, coin: Tensor) -> Comparisons:
+        """Chosen and rejected swapped where the coin [N] is true."""
+        features = self.features.flipped(coin)
+        return Comparisons(features, self.counts, self.weight, self.names, self.dialogs)
+
+    def in_memory(self) -> Comparisons:
+        """The same with the differences [N, F] held in memory."""
+        if not isinstance(self.features, RowFeatures):
+            return self
+        features = self.features.dense()
+        return Comparisons(features, self.counts, self.weight, self.names, self.dialogs)
+
+    def parts(
+        self, user_rows: int = 0, size: int | None = None
+    ) -> Iterator[tuple[slice, slice, Comparisons]]:
+        """Runs of users that are worked on together: users, rows, comparisons.
+
+        Everything is one part on another device, and where features are streamed.
+
+        Args:
+            user_rows: rows of F numbers that are kept for each user besides the comparisons.
+            size: bytes of both together, at most; PART_BYTES if None.
+        """
+        if self.device.type != "cpu" or not isinstance(self.features, DenseFeatures):
+            yield slice(0, self.num_users), slice(0, len(self)), self
+            return
+        rows = (size or PART_BYTES) // (4 * self.num_features)
+        for users, some in self.runs(rows, user_rows):
+            features = DenseFeatures(self.features.x[some])
+            yield users, some, Comparisons(features, self.counts[users], self.weight[some])
+
+    def share(self, process: int, processes: int) -> Comparisons:
+        """One process's users: a run of them, at least one, with about its share of comparisons.
+
+        Raises:
+            InputError: there are fewer users than processes.
+        """
+        if processes == 1:
+            return self
+        if processes > self.num_users:
+            raise InputError(f"{processes} processes for {self.num_users} users: start fewer")
+        middle = self.counts.cumsum(0) - self.counts / 2
+        owner, last = (middle * processes / self.counts.sum()).long().tolist(), -1
+        for u, wanted in enumerate(owner):  # in order, and enough users left for all who follow
+            last = owner[u] = min(max(wanted, processes - len(owner) + u), last + 1)
+        mine = torch.tensor(owner, device=self.device) == process
+        return self.select(mine[self.user])
+
+    def units(self) -> list[list[Tensor]]:
+        """Each user's shots: the numbers of the comparisons of each dialogue, or of each one."""
+        rows = torch.arange(len(self)).split(self.counts.tolist())
+        if self.dialogs is None:
+            return [list(row.split(1)) for row in rows]
+        dialogs = self.dialogs.cpu()
+        return [[row[dialogs[row] == d] for d in dialogs[row].unique()] for row in rows]
+
+
+def _runs(counts: Sequence[int], most: int, besides: int) -> Iterator[slice]:
+    """Runs of users with at most so many rows, if they have fewer alone.
+
+    Args:
+        counts: comparisons of each user.
+        most: rows of a run.
+        besides: rows that each user takes besides the comparisons.
+    """
+    first = filled = 0
+    for user, count in enumerate(counts):
+        if filled and filled + count + besides > most:
+            yield slice(first, user)
+            first, filled = user, 0
+        filled += count + besides
+    yield slice(first, len(counts))
+
+
+def _pack(X: Sequence[Tensor]) -> Tensor:
+    """The tensors below each other [N, F]: without a copy where they already lie so."""
+    first, end = X[0], X[0].data_ptr()
+    for x in X:
+        if x.data_ptr() != end or not x.is_contiguous() or x.dtype != first.dtype:
+            return torch.cat(list(X))
+        end += x.numel() * x.element_size()
+    if first.untyped_storage().nbytes() < end - first.untyped_storage().data_ptr():
+        return torch.cat(list(X))  # neighbours by chance, not parts of one tensor
+    return first.detach().as_strided((sum(map(len, X)), first.shape[1]), (first.shape[1], 1))
+
+
+def check_features(X: Sequence[Tensor], width: int | None = None) -> None:
+    """Refuse features of users that are not U finite tensors [m_u, F] on one device."""
+    require(len(X) > 0, "no users: give a list with one tensor [comparisons, features] per user")
+    for u, x in enumerate(X):
+        require(isinstance(x, Tensor), f"user {u}: a torch tensor is expected, not {type(x)}")
+        require(x.ndim == 2, f"user {u}: features must be [comparisons, features], not {x.ndim}-D")
+        require(len(x) > 0, f"user {u} has no comparisons: leave the user out")
+        expected = width or X[0].shape[1]
+        require(
+            x.shape[1] == expected, f"user {u}: {x.shape[1]} features where {expected} are expected"
+        )
+        require(x.device == X[0].device, f"user {u}: features on {x.device}, not {X[0].device}")
+        bad = ~torch.isfinite(x).all(1)
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            raise InputError(f"user {u}, row {row}: NaN or infinity among the features")
+
+
+# ------------------------------------------------------------------------ Shots
+
+
+@dataclass
+class Shots:
+    """Random shots of new users.
+
+    Attributes:
+        rows: numbers of the comparisons that each fit is made on, for every trial, number of
+            shots and user, users innermost.
+        sizes: the S numbers of shots; 0 is no shot at all.
+        trials: draws per number of shots.
+        enough: how many users have as many shots [S].
+    """
+
+    rows: list[Tensor]
+    sizes: list[int]
+    trials: int
+    enough: list[int]
+
+
+def draw_shots(
+    few: Comparisons, sizes: Sequence[int], trials: int, generator: Seed = None
+) -> Shots:
+    """Draw every new user's shots, for every trial and number of shots; all where too few.
+
+    A shot is a comparison, or a whole dialogue where the comparisons have dialogues.
+
+    Args:
+        few: the new users' comparisons.
+        sizes: numbers of shots.
+        trials: draws per number of shots.
+        generator: of the draws.
+    """
+    require(trials >= 1 and all(size >= 0 for size in sizes), "at least one trial is needed")
+    generator, units = as_generator(generator), few.units()
+    warn_of_short_users(min(map(len, units)), sizes)
+    none = torch.empty(0, dtype=torch.long)
+    rows = []
+    for size in [*sizes] * trials:
+        for unit in units:
+            order = torch.randperm(len(unit), generator=generator)[:size].tolist()
+            rows.append(torch.cat([none, *(unit[i] for i in order)]))
+    enough = [sum(len(unit) >= size for unit in units) for size in sizes]
+    return Shots(rows, list(sizes), trials, enough)
+
+
+def warn_of_short_users(fewest: int, shots: Iterable[int]) -> None:
+    """Say once that a user has fewer shots than are asked for."""
+    if fewest < max(shots):
+        log.warning(
+            "%d shots asked for, but a user has only %d: all of that user's are used",
+            max(shots), fewest,
+        )  # fmt: skip

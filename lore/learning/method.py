@@ -1,0 +1,193 @@
+"""What a method is: settings that can be fitted, and what a fit knows of users.
+
+Whatever a method knows of a user is one row of a tensor, the user's *state*. Controls, sweeps over
+shots, choices, reports and plots only move such rows: another user's row, nobody's row, the row
+that shuffled labels give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from lore.common.files import require
+from lore.learning.comparisons import Comparisons, Pairs, Seed, Users
+from lore.methods.fitting.posterior import Prior
+
+View = Tensor | Pairs
+
+
+@dataclass
+class Task:
+    """One repeat of an experiment: what methods learn from, and what they are judged on.
+
+    Attributes:
+        train: training comparisons of the seen users.
+        few: training comparisons of the new users, their shots; None where nobody is new.
+        seen: held-out comparisons of the seen users; no method may look at them.
+        unseen: the same of the new users.
+        validation: comparisons of the seen users that are neither, for choices; None where the
+            dataset has no such split, and part of the training comparisons is held out instead.
+        reference: the reward model's own direction [F], if there is one.
+        seed: of everything random.
+        stream: features are read from disk at every pass instead of being held.
+        process, processes: which share of the seen users is this process's.
+        state: path where the state of a training is kept, with a suffix; None for nowhere.
+        checkpoint_every: steps between two kept states.
+        progress: show bars.
+        shots: numbers of shots that new users will have, for choices made on pseudo-new users.
+    """
+
+    train: Comparisons
+    few: Comparisons | None
+    seen: Comparisons
+    unseen: Comparisons | None
+    validation: Comparisons | None = None
+    reference: Tensor | None = None
+    seed: int = 0
+    stream: bool = False
+    process: int = 0
+    processes: int = 1
+    state: Path | None = None
+    checkpoint_every: int = 0
+    progress: bool = False
+    shots: tuple[int, ...] = ()
+
+    @cached_property
+    def mine(self) -> Comparisons:
+        """This process's share of the training comparisons, held in memory unless streamed."""
+        share = self.train.share(self.process, self.processes)
+        return share if self.stream else share.in_memory()
+
+
+class Fitted:
+    """A fitted method: what is shared by all users, and every seen user's state.
+
+    Attributes:
+        label: name in tables, such as "LoRe K=5".
+        settings: what was fitted, such as the rank; plain JSON values.
+        users: seen users' states [U, S]; S is 0 where nothing is personal.
+        nobody: state [S] of one of whom nothing is known, such as mean weights or zero.
+        file: name of the file that ``save`` writes, without seed and suffix; "" for none.
+        controlled: whether it is judged with nobody's, another's and shuffled states too.
+        max_trials: most trials of a sweep over shots; None for all.
+        asks: how new users' shots are chosen in a sweep, see asking.py.
+    """
+
+    label: str
+    settings: dict[str, Any]
+    users: Tensor
+    nobody: Tensor
+    file: str = ""
+    controlled: bool = True
+    max_trials: int | None = None
+    asks: str = "random"
+
+    @property
+    def personal(self) -> bool:
+        """Whether users have a state at all."""
+        return self.users.shape[1] > 0
+
+    def view(self, data: Comparisons) -> View:
+        """All that is needed of comparisons, read once: a tensor [N, ...] or pairs of rows."""
+        raise NotImplementedError
+
+    def adapt(self, view: View, users: Users, seed: Seed) -> Tensor:
+        """States [U', S] of users from their comparisons; ``nobody`` where there are none.
+
+        Args:
+            view: of the comparisons, or of some of them.
+            users: whose they are.
+            seed: of initial values, or a generator of them.
+        """
+        return self.nobody.expand(users.num_users, -1)
+
+    def logits(self, view: View, state: Tensor, user: Tensor) -> Tensor:
+        """Log odds [N] that the chosen response is preferred; above 0 is right.
+
+        Args:
+            view: of the comparisons.
+            state: of the users [U', S].
+            user: whose each comparison is [N], a row of the state.
+        """
+        raise NotImplementedError
+
+    def population(self) -> Prior | None:
+        """How users' tastes b [K] vary, where log odds are a + z . b; None where they are not.
+
+        With it, the next question to a user can be chosen (see asking.py).
+        """
+        return None
+
+    def questions(self, view: View) -> Tensor:
+        """a and z of comparisons [N, 1 + K], in float64; only where there is a ``population``."""
+        raise NotImplementedError
+
+    def point(self, state: Tensor) -> Tensor:
+        """The tastes [U, K] that states [U, S] stand for; only where there is a ``population``."""
+        return state
+
+    def tastes(self) -> Tensor | None:
+        """Directions of reward [F, C] along which users differ, where the method has such."""
+        return None
+
+    def portrait(self) -> Tensor | None:
+        """What a picture of the seen users shows of each [U, few numbers]; None for none."""
+        return None
+
+    def describe(self) -> dict[str, Any]:
+        """What the fit looks like, as JSON values: ``losses`` for the training curve, ``note`` a
+        line for the report, ``spectrum`` for a plot; and whatever else is worth keeping."""
+        return {}
+
+    def save(self, path: Path, new: Tensor, facts: Mapping[str, Any]) -> None:
+        """Keep what tools need in one file.
+
+        Args:
+            path: of the file.
+            new: states of the new users [U', S].
+            facts: dataset, model, seed and more, and the users' names, seen and new: ``users`` and
+                ``users_unseen``.
+        """
+
+
+class Method(Protocol):
+    """A method with its settings: a dataclass, whose fields are its flags.
+
+    A class may say more, for ``check``: ``bounded``, names of the fields that are ranks which users
+    or features limit; ``alone``, that one process fits it; and a method ``check``, which takes the
+    task and raises InputError where other settings do not go with the data.
+    """
+
+    def fit(self, task: Task) -> list[Fitted]:
+        """Learn from the task's training comparisons alone."""
+
+
+def check(name: str, method: Method, task: Task) -> None:
+    """Refuse, before anything is fitted, a method that cannot be fitted to this task.
+
+    Args:
+        name: of the method, which is that of its group of flags.
+        method: with its settings.
+        task: what it would be fitted to.
+
+    Raises:
+        InputError: a rank beyond what users and features support, several processes where one is
+            needed, or whatever else the method refuses.
+    """
+    one = task.processes == 1 or not getattr(method, "alone", False)
+    require(one, f"--methods {name}: one process fits this method, start it without torchrun")
+    users, features = task.train.num_users, task.train.num_features
+    most = min(users, features)
+    for field in getattr(method, "bounded", ()):
+        ranks = getattr(method, field)
+        for rank in [ranks] if isinstance(ranks, int) else ranks:
+            support = f"{users} seen users and {features} features support ranks up to {most}"
+            require(rank <= most, f"--{name}.{field} {rank}: {support}")
+    if hasattr(method, "check"):
+        method.check(task)

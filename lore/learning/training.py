@@ -1,0 +1,448 @@
+"""Training: models side by side on the same comparisons, and states to go on from after a kill.
+
+The models' columns form one tensor, so that one pass over the features serves them all, and each
+follows the trajectory that it follows alone. Shape letters: U users, N comparisons, F features,
+C columns of all models, M models.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from lore.common.files import InputError, require, write_whole
+from lore.common.tensors import checksum
+from lore.learning.comparisons import Comparisons, DenseFeatures, Users
+from lore.learning.products import projected_products, user_products
+
+log = logging.getLogger(__name__)
+
+DIVERGED = (
+    "numbers became NaN or infinite; lower the learning rate (--learning-rate) or --alpha, or "
+    "choose another --optimizer"
+)
+OptimizerFactory = Callable[[Iterable[Tensor]], Optimizer]
+Loss = Callable[[Tensor, Tensor], Tensor]  # products [N, M], coefficients [N] -> losses [M]
+# Their update of an entry depends on that entry alone, so that models trained side by side in one
+# tensor, or split over processes, follow the trajectories they follow alone.
+ELEMENTWISE = (
+    torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop,
+    torch.optim.Adagrad, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax,
+)  # fmt: skip
+
+
+def make_optimizer(
+    optimizer: type[Optimizer] | OptimizerFactory | None,
+    parameters: Iterable[Tensor],
+    learning_rate: float,
+) -> Optimizer:
+    """The optimiser of some tensors: the paper's Adam unless another one is asked for.
+
+    Args:
+        optimizer: a class, made with lr=learning_rate, or a function of the tensors that brings
+            its own settings, such as ``functools.partial(torch.optim.SGD, lr=1.0)``.
+        parameters: what to optimise.
+        learning_rate: of Adam, or of the class given.
+    """
+    if isinstance(optimizer, type) or optimizer is None:
+        return (optimizer or torch.optim.Adam)(parameters, lr=learning_rate)
+    return optimizer(parameters)
+
+
+def is_elementwise(optimizer: OptimizerFactory | None) -> bool:
+    """Whether the optimiser updates each entry by that entry alone."""
+    return isinstance(make_optimizer(optimizer, [torch.zeros(1)], 0.1), ELEMENTWISE)
+
+
+def sum_over_processes(value: Tensor) -> Tensor:
+    """The sum of every process's tensor."""
+    value = value.contiguous().clone()
+    dist.all_reduce(value)
+    return value
+
+
+def simplex(logits: Tensor, ranks: Sequence[int]) -> Tensor:
+    """Weights [U, C] on the simplex: the softmax of each model's logits [U, C]."""
+    return torch.cat([part.softmax(1) for part in logits.split(list(ranks), 1)], 1)
+
+
+def pull(W: Tensor, target: Tensor, strength: Tensor, ranks: Sequence[int]) -> Tensor:
+    """Shrinkage: sum over users of strength times KL(target || w) in each model: [M].
+
+    Args:
+        W: weights [U, C].
+        target: weights of the population [C], the same for all.
+        strength: of each user's pull, for every column [U, C].
+        ranks: columns of each model [M].
+    """
+    divergence = strength * target * (target.clamp_min(1e-30).log() - W.clamp_min(1e-30).log())
+    return torch.stack([part.sum() for part in divergence.split(list(ranks), 1)])
+
+
+class Model(Protocol):
+    """What is trained: initial values, settings, and the part of the objective that V has alone."""
+
+    W0: Tensor  # [U, K]
+    V0: Tensor  # [F, K]
+    rank: int
+    alpha: float
+    shrinkage: float
+    num_classes: int
+    num_features: int
+    num_iterations: int
+    learning_rate: float
+    optimizer: OptimizerFactory | None
+    alternating: bool
+    distributed: bool
+    progress: bool
+    losses: Tensor
+
+    def per_comparison(self, data: Comparisons) -> Tensor:
+        """What one comparison of a user weighs in the objective [U]."""
+
+    def penalty(self, V: Tensor, step: int) -> Tensor:
+        """The pull of the basis V [F, K] to the reference."""
+
+    def finish(self, W: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and basis to return, from the last ones."""
+
+
+class Training:
+    """Several models' weights and bases side by side while they are trained.
+
+    Args:
+        models: of one kind, with the same iterations, learning rate and optimiser.
+        data: the comparisons of all users, or this process's share.
+        loss: of the products x^T V w, see ``utils.preference_loss``.
+    """
+
+    def __init__(self, models: Sequence[Model], data: Comparisons, loss: Loss) -> None:
+        self.models, self.data, self.loss, lead = models, data, loss, models[0]
+        require(
+            data.num_features == lead.num_features,
+            f"features are {data.num_features} wide, the model expects {lead.num_features}",
+        )
+        self.mine = self._share(lead, data)
+        self.ranks = [model.rank for model in models]
+        self.V = torch.cat([model.V0 for model in models], 1).to(data.device)
+        logits = torch.cat([model.W0 for model in models], 1)[self.mine]
+        self.logits = logits.to(data.device, copy=True)
+        per_comparison = lead.per_comparison(data)
+        self.c = (data.weight * per_comparison[data.user]).to(self.V)
+        self.strength = None
+        if any(model.shrinkage for model in models):
+            each = torch.cat([torch.full((m.rank,), float(m.shrinkage)) for m in models])
+            self.strength = per_comparison.to(self.V)[:, None] * each.to(self.V)
+        self.parts = list(data.parts(2 * len(models)))
+        groups = [[self.logits], [self.V]] if lead.alternating else [[self.logits, self.V]]
+        self.optimizers = [make_optimizer(lead.optimizer, g, lead.learning_rate) for g in groups]
+        self.losses = self.V.new_zeros(lead.num_iterations, len(models))
+
+    @staticmethod
+    def _share(lead: Model, data: Comparisons) -> slice:
+        """This process's rows of W."""
+        counts, process = [data.num_users], 0
+        if lead.distributed:
+            process = dist.get_rank()
+            here = torch.zeros(dist.get_world_size(), device=data.device)
+            here[process] = data.num_users
+            counts = sum_over_processes(here).long().tolist()
+        require(
+            sum(counts) == lead.num_classes,
+            f"{sum(counts)} users given, the model expects {lead.num_classes}",
+        )
+        return slice(sum(counts[:process]), sum(counts[: process + 1]))
+
+    def fit(self, checkpoint: Checkpoint | None) -> list[tuple[Tensor, Tensor]]:
+        """Train to the end: (W, V) of every model, and each model's ``losses``."""
+        lead = self.models[0]
+        start = checkpoint.restore(self) if checkpoint else 0
+        label = f"rank {', '.join(map(str, self.ranks))}"
+        bar = tqdm(range(start, lead.num_iterations), label, initial=start,
+                   total=lead.num_iterations, disable=not lead.progress)  # fmt: skip
+        step_once = self._alternating_step if lead.alternating else self._joint_step
+        for step in bar:
+            self.losses[step] = step_once(step)
+            if lead.progress and step % 50 == 0:
+                bar.set_postfix(loss=" ".join(f"{x:.4f}" for x in self.losses[step].tolist()))
+            if checkpoint:
+                checkpoint.tick(self, step + 1)
+        self.check_finite(lead.num_iterations)
+        return self._results()
+
+    def check_finite(self, step: int) -> None:
+        """Raise InputError if weights or bases are not numbers after a step."""
+        finite = bool(self.V.isfinite().all() & self.logits.isfinite().all())
+        require(finite, f"by step {step} of training, {DIVERGED}")
+
+    def _joint_step(self, step: int) -> Tensor:
+        return _step(self.optimizers[0], lambda: self._set_gradients(step, True, True))
+
+    def _alternating_step(self, step: int) -> Tensor:
+        """One step on the weights, then one on the basis at the new weights."""
+        Z = None if self._by_direction() else self.data.project(self.V)  # serves both steps
+        _step(self.optimizers[0], lambda: self._set_gradients(step, True, False, Z))
+        known = [Z]
+
+        def closure() -> Tensor:
+            return self._set_gradients(step, False, True, known.pop() if known else None)
+
+        return _step(self.optimizers[1], closure)
+
+    def _by_direction(self) -> bool:
+        return self.data.device.type == "cpu" and isinstance(self.data.features, DenseFeatures)
+
+    def _set_gradients(
+        self, step: int, of_weights: bool, of_basis: bool, Z: Tensor | None = None
+    ) -> Tensor:
+        """Put gradients into the logits and the basis; returns every model's objective [M].
+
+        Args:
+            step: number of the step.
+            of_weights, of_basis: which gradients are wanted.
+            Z: the comparisons projected on V, where that is known.
+        """
+        W = simplex(self.logits, self.ranks)
+        columns = self.V.detach().T.contiguous()  # products are faster with each column in a row
+        V = columns.T.requires_grad_(of_basis)
+        losses, dW = W.new_zeros(len(self.models)), torch.zeros_like(W)
+        dV = torch.zeros_like(V)
+        for users, rows, part in self.parts:
+            w = W[users].detach().requires_grad_(of_weights)
+            some = self.loss(user_products(part, V, w, self.ranks, Z), self.c[rows])
+            wanted = [x for x in (w, V) if x.requires_grad]
+            gradients = iter(torch.autograd.grad(some.sum(), wanted))
+            losses += some.detach()
+            if of_weights:
+                dW[users] = next(gradients)
+            if of_basis:
+                dV += next(gradients)
+        if of_weights:
+            losses = losses + self._set_weights_gradient(dW)
+        return self._set_basis_gradient(losses, dV, step) if of_basis else losses
+
+    def _set_weights_gradient(self, dW: Tensor) -> Tensor:
+        """Through the softmax, with the pull to the population; returns the pull's losses [M]."""
+        logits = self.logits.detach().requires_grad_()
+        W = simplex(logits, self.ranks)
+        pulls = W.new_zeros(len(self.models))
+        if self.strength is not None:
+            sums = torch.cat([W.detach().sum(0), W.new_tensor([len(W)])])
+            sums = sum_over_processes(sums) if self.models[0].distributed else sums
+            pulls = pull(W, sums[:-1] / sums[-1], self.strength, self.ranks)
+        (self.logits.grad,) = torch.autograd.grad((W * dW).sum() + pulls.sum(), logits)
+        return pulls.detach()
+
+    def _set_basis_gradient(self, losses: Tensor, dV: Tensor, step: int) -> Tensor:
+        """Sum over processes, with the pull to the reference; returns all losses [M]."""
+        if self.models[0].distributed:
+            dV, losses = sum_over_processes(dV), sum_over_processes(losses)
+        if any(model.alpha for model in self.models):
+            V = self.V.detach().requires_grad_()
+            pairs = zip(self.models, V.split(self.ranks, 1), strict=True)
+            penalties = torch.stack([model.penalty(part, step) for model, part in pairs])
+            dV = dV + torch.autograd.grad(penalties.sum(), V)[0]
+            losses = losses + penalties.detach()
+        self.V.grad = dV.contiguous()
+        return losses
+
+    def _results(self) -> list[tuple[Tensor, Tensor]]:
+        W = simplex(self.logits, self.ranks)
+        if self.models[0].distributed:
+            everyone = W.new_zeros(self.models[0].num_classes, W.shape[1])
+            everyone[self.mine] = W
+            W = sum_over_processes(everyone)
+        parts = zip(self.models, W.split(self.ranks, 1), self.V.split(self.ranks, 1), strict=True)
+        results = []
+        for i, (model, w, v) in enumerate(parts):
+            model.losses = self.losses[:, i].cpu().clone()
+            results.append(model.finish(w.contiguous(), v.contiguous()))
+        return results
+
+
+def _step(optimizer: Optimizer, gradients: Callable[[], Tensor]) -> Tensor:
+    """One step; returns the objectives [M] at the point it started from."""
+    first: list[Tensor] = []
+
+    def total() -> Tensor:
+        with torch.enable_grad():
+            losses = gradients()
+        first.append(losses)
+        return losses.sum()
+
+    optimizer.step(total)
+    return first[0]
+
+
+def fit_weights(
+    Z: Tensor,
+    users: Users,
+    logits: Tensor,
+    loss: Loss,
+    *,
+    num_iterations: int = 500,
+    learning_rate: float = 0.1,
+    optimizer: OptimizerFactory | None = None,
+    shrinkage: float = 0.0,
+    population: Tensor | None = None,
+    progress: bool = False,
+    losses: list[float] | None = None,
+) -> Tensor:
+    """Weights of users for a fixed basis (eq. 11), all users at once, on projected comparisons.
+
+    Each user's weights minimise the mean of that user's losses; users do not touch each other.
+
+    Args:
+        Z: projected comparisons X V [N, K].
+        users: whose they are.
+        logits: initial logits [U, K]; not changed.
+        loss: of the products z^T w.
+        num_iterations: steps of the optimiser.
+        learning_rate: of Adam.
+        optimizer: another optimiser, see ``make_optimizer``.
+        shrinkage: pull towards ``population``, in comparisons; 0 for none.
+        population: weights [K] of the population; required with shrinkage.
+        progress: show a bar.
+        losses: a list to which the sum over users is appended at every step.
+
+    Returns:
+        W [U, K] on the simplex.
+    """
+    require(not shrinkage or population is not None, "shrinkage needs the population's weights")
+    logits, ranks = logits.detach().to(Z, copy=True), [Z.shape[1]]
+    per_comparison = 1 / users.user_weight()
+    c = (users.weight * per_comparison[users.user]).to(Z)
+    strength = shrinkage * per_comparison.to(Z)[:, None]
+
+    def gradient() -> Tensor:
+        free = logits.detach().requires_grad_()
+        W = free.softmax(1)
+        total = loss(projected_products(users, Z, W)[:, None], c)
+        if shrinkage:
+            total = total + pull(W, population.to(Z), strength, ranks)
+        (logits.grad,) = torch.autograd.grad(total.sum(), free)
+        return total.detach()
+
+    steps = make_optimizer(optimizer, [logits], learning_rate)
+    for _ in tqdm(range(num_iterations), "users' weights", disable=not progress, leave=False):
+        total = _step(steps, gradient)
+        if losses is not None:
+            losses.append(float(total))
+    require(bool(logits.isfinite().all()), f"in the fit of users' weights {DIVERGED}")
+    return logits.softmax(1)
+
+
+# ------------------------------------------------------------------ Checkpoints
+
+
+@dataclass
+class Checkpoint:
+    """The state of a training kept on disk, so that a killed one goes on where it was.
+
+    Each process keeps the last two states: where several train together, they go on from the last
+    step that all of them have. A state can be taken up on another device, or streamed.
+
+    Args:
+        path: the file; ``path.<process>.<step>.pt`` are written.
+        every: steps between two states.
+    """
+
+    path: Path
+    every: int = 200
+
+    def tick(self, training: Training, step: int) -> None:
+        """Keep the state after a step, if it is time.
+
+        Raises:
+            InputError: it cannot be written, or holds NaN or infinity.
+        """
+        if step % self.every:
+            return
+        training.check_finite(step)
+        state = {
+            "identity": _identity(training), "step": step, "losses": training.losses[:step].clone(),
+            "logits": training.logits, "V": training.V,
+            "optimizers": [o.state_dict() for o in training.optimizers],
+        }  # fmt: skip
+        state["sha256"] = checksum(state)
+        write_whole(self._file(step), lambda draft: torch.save(state, draft))
+        for old in self._steps()[:-2]:
+            self._file(old).unlink(missing_ok=True)
+
+    def restore(self, training: Training) -> int:
+        """Bring the training to the last kept state; returns the step to go on from.
+
+        Raises:
+            InputError: the state is damaged, or of other models, settings or data.
+        """
+        step = max(self._steps(), default=0)
+        if training.models[0].distributed:
+            last = torch.tensor(step, device=training.V.device)
+            dist.all_reduce(last, op=dist.ReduceOp.MIN)
+            step = int(last)
+        if step == 0:
+            return 0
+        file = self._file(step)
+        state = _read_state(file, step, training)
+        training.logits.copy_(state["logits"])
+        training.V.copy_(state["V"])
+        for optimizer, kept in zip(training.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
+        training.losses[:step] = state["losses"]
+        log.info("going on from step %d of %s", step, file)
+        return step
+
+    def remove(self) -> None:
+        """Delete the kept states of this process."""
+        for step in self._steps():
+            self._file(step).unlink(missing_ok=True)
+
+    def _file(self, step: int) -> Path:
+        return self.path.with_name(f"{self._stem()}{step}.pt")
+
+    def _stem(self) -> str:
+        process = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        return f"{self.path.name}.{process}."
+
+    def _steps(self) -> list[int]:
+        """Steps of the kept states; a file of another name is none of them."""
+        files = self.path.parent.glob(f"{self._stem()}*.pt")
+        return sorted(int(n) for n in (file.name.split(".")[-2] for file in files) if n.isdecimal())
+
+
+def _read_state(file: Path, step: int, training: Training) -> dict[str, Any]:
+    """The state after a step, as ``Checkpoint.tick`` wrote it; nothing is unpickled."""
+    remedy = "remove it to go on from an earlier state, or from the start"
+    try:
+        state = torch.load(file, weights_only=True, map_location="cpu")  # Adam counts there
+        known = state.pop("sha256")
+        whole = known == checksum(state) and state["step"] == step
+    except Exception as error:  # torch names no common class for what a damaged file raises
+        raise InputError(f"{file}: damaged; {remedy}") from error
+    require(whole, f"{file}: is not as it was written; {remedy}")
+    same = state["identity"] == _identity(training)
+    require(same, f"{file}: belongs to a training with other settings or data; {remedy}")
+    return state
+
+
+def _identity(training: Training) -> dict[str, Any]:
+    """What must agree for a kept state to be of this training, wherever it computes."""
+    data, lead = training.data, training.models[0]
+    return {
+        "kind": type(lead).__name__,
+        "models": [(m.rank, m.alpha, m.shrinkage) for m in training.models],
+        "iterations": lead.num_iterations,
+        "optimizer": str(make_optimizer(lead.optimizer, [torch.zeros(1)], lead.learning_rate)),
+        "users": (training.mine.start, training.mine.stop, lead.num_classes),
+        "comparisons": (len(data), data.num_features, f"{float(data.weight.sum()):.9g}"),
+        "start": float(sum(m.V0.double().sum() + m.W0.double().sum() for m in training.models)),
+    }

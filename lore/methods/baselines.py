@@ -1,0 +1,153 @@
+"""What is always fitted beside a method: the reference, Bradley-Terry, each user's own model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lore.learning.basis import Basis
+from lore.learning.comparisons import (
+    PART_BYTES,
+    Comparisons,
+    DenseFeatures,
+    Pairs,
+    RowFeatures,
+    Seed,
+    Users,
+)
+from lore.learning.method import Fitted, Task
+from lore.methods.lore import Lore, LoreFit
+from utils import TEMPERATURE, own_directions
+
+USERS_AT_A_TIME = 256
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The reward model itself: its score head, with nothing learned."""
+
+    def fit(self, task: Task) -> list[Fitted]:
+        """The reference direction, where there is one."""
+        if task.reference is None:
+            return []
+        V = task.reference.float()[:, None].to(task.train.device)
+        W = torch.ones(task.train.num_users, 1, device=task.train.device)
+        fit = LoreFit(Lore(), Basis(V, W, task.reference, settings={"rank": 0}), "reference")
+        fit.file = "basis-K00"
+        return [fit]
+
+
+@dataclass(frozen=True)
+class BradleyTerry:
+    """One shared learned direction: LoRe of rank 1, fitted with LoRe's settings."""
+
+    lore: Lore
+
+    def check(self, task: Task) -> None:
+        """Refuse a pull to nothing."""
+        self.lore.check_reference(task)
+
+    def fit(self, task: Task) -> list[Fitted]:
+        """One direction for each alpha."""
+        return self.lore.fit_shared(task)
+
+
+@dataclass(frozen=True)
+class Own:
+    """A model of each user alone, with nothing shared, fitted as LoRe fits new users."""
+
+    lore: Lore
+
+    def fit(self, task: Task) -> list[Fitted]:
+        """Every seen user's own direction."""
+        return [] if task.process else [OwnFit(self.lore, task)]  # the first process judges alone
+
+
+@dataclass
+class OnDisk:
+    """In the place of ``Pairs``: comparisons whose embeddings are read when they are needed."""
+
+    features: RowFeatures
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, some: Tensor) -> OnDisk:
+        return OnDisk(self.features.select(some))
+
+    @property
+    def width(self) -> int:
+        """F."""
+        return self.features.num_features
+
+    def read(self, some: Tensor) -> Pairs:
+        """The embeddings of some comparisons [n]."""
+        return self.features.select(some).pairs()
+
+
+class OwnFit(Fitted):
+    """A user's state is the user's own reward direction [F]; nobody's is zero.
+
+    Where features are streamed, some users' are read at a time, and the same is computed.
+    """
+
+    label = "own model"
+    controlled = False
+    max_trials = 1  # of a sweep: a fit has F numbers a user
+
+    def __init__(self, lore: Lore, task: Task) -> None:
+        self.lore, self.progress, self.settings = lore, task.progress, {}
+        self.stream, data = task.stream, task.train
+        self.at_once = max(1, PART_BYTES // (4 * data.num_features))  # comparisons
+        data = data if self.stream else data.in_memory()
+        mine = [self._directions(part) for part in self._parts(data)]
+        self.users = torch.cat(mine)
+        self.nobody = torch.zeros(data.num_features, device=self.users.device)
+
+    def _parts(self, data: Comparisons) -> Iterator[Comparisons]:
+        """Runs of users, in memory."""
+        if not isinstance(data.features, RowFeatures):
+            yield data
+            return
+        for _, rows in data.runs(self.at_once):
+            keep = torch.zeros(len(data), dtype=torch.bool)
+            keep[rows] = True
+            yield data.select(keep).in_memory()
+
+    def _directions(self, data: Comparisons) -> Tensor:
+        fitted = self.lore.few_shot_iterations, self.lore.learning_rate, self.lore.optimizer
+        return own_directions(data, *fitted, progress=self.progress)
+
+    def view(self, data: Comparisons) -> Pairs | OnDisk:
+        """The embeddings of the two responses."""
+        return OnDisk(data.features) if self.stream else data.features.pairs()
+
+    def adapt(self, view: Pairs | OnDisk, users: Users, seed: Seed) -> Tensor:
+        """Each user's own direction [U', F]; zero for those without comparisons."""
+        there = users.counts > 0
+        states = self.nobody.repeat(users.num_users, 1)
+        if there.any():
+            some, found = Users(users.counts[there], users.weight), []
+            for who, rows in some.runs(self.at_once):
+                place = torch.arange(len(some), device=users.device)[rows]
+                x = (view[place] if isinstance(view, Pairs) else view.read(place)).difference()
+                part = DenseFeatures(x), some.counts[who], some.weight[rows]
+                found.append(self._directions(Comparisons(*part)))
+            states[there] = torch.cat(found)
+        return states
+
+    def logits(self, view: Pairs | OnDisk, state: Tensor, user: Tensor) -> Tensor:
+        """x^T v / 100 [N], a block of users at a time, from the distinct rows."""
+        logits = torch.empty(len(view), device=state.device)
+        at_once = len(view) if isinstance(view, Pairs) else self.at_once
+        for first in range(0, len(state), USERS_AT_A_TIME):
+            block = state[first : first + USERS_AT_A_TIME].T
+            theirs = ((user >= first) & (user < first + USERS_AT_A_TIME)).nonzero()[:, 0]
+            for rows in theirs.split(at_once):
+                pair = view[rows] if isinstance(view, Pairs) else view.read(rows)
+                rewards, column = pair.values @ block, user[rows] - first  # [R, users]
+                logits[rows] = rewards[pair.chosen, column] - rewards[pair.rejected, column]
+        return logits / TEMPERATURE

@@ -1,0 +1,145 @@
+"""The features' scale and leading directions, found by products with the features alone.
+
+Shape letters: N comparisons, F features, D leading directions, C columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lore.learning.comparisons import Comparisons
+
+DIRECTIONS = 64
+ROUNDS = 4  # of the subspace iteration; the spectra of language models fall fast
+PROBES = 16
+FLOOR = 0.01  # of the greatest eigenvalue: directions well below it are stretched alike
+
+
+def total(x: Tensor, processes: int) -> Tensor:
+    """Sum of x over the processes, which all get it."""
+    if processes > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def place(rows: int, processes: int) -> tuple[int, int]:
+    """How many rows the processes before this one have, and how many all have."""
+    if processes == 1:
+        return 0, rows
+    counts = torch.zeros(processes, dtype=torch.long)
+    counts[dist.get_rank()] = rows
+    counts = total(counts, processes)
+    return int(counts[: dist.get_rank()].sum()), int(counts.sum())
+
+
+def everyones(rows: Tensor, processes: int) -> Tensor:
+    """The rows [n, ...] of all processes, in order; every process gets them all."""
+    if processes == 1:
+        return rows
+    first, count = place(len(rows), processes)
+    whole = rows.new_zeros(count, *rows.shape[1:])
+    whole[first : first + len(rows)] = rows
+    return total(whole, processes)
+
+
+@dataclass
+class Geometry:
+    """Second moments of the feature differences, x / scale: leading directions and the rest.
+
+    Attributes:
+        scale: root mean square norm of the differences.
+        values: leading eigenvalues of the mean of x x^T / scale^2 [D], falling; their sum is at
+            most 1.
+        directions: eigenvectors [F, D].
+        rest: mean of the other eigenvalues.
+        count: comparisons N, of all processes.
+        white: whether features are stretched by 1 / sqrt(e + FLOOR e_max) along the direction with
+            eigenvalue e, and scaled back to a root mean square norm of 1.
+    """
+
+    scale: float
+    values: Tensor
+    directions: Tensor
+    rest: float
+    count: int
+    white: bool = False
+
+    def _spectrum(self) -> Tensor:
+        """Eigenvalues [D + 1], the last one of the rest."""
+        return torch.cat([self.values, self.values.new_tensor([self.rest])])
+
+    def stretch(self) -> Tensor:
+        """Factors along the leading directions and of the rest [D + 1], scale included."""
+        e = self._spectrum()
+        if not self.white:
+            return torch.full_like(e, 1 / self.scale)
+        factor = (e + FLOOR * e[0]).rsqrt()
+        many = torch.ones_like(e)
+        many[-1] = len(self.directions) - len(self.values)
+        return factor / ((many * e * factor.square()).sum().sqrt() * self.scale)
+
+    def apply(self, factors: Tensor, V: Tensor) -> Tensor:
+        """The matrix with these eigenvalues [D + 1], the last one of the rest, times V [F, C]."""
+        Q = self.directions
+        return factors[-1] * V + Q @ ((factors[:-1] - factors[-1])[:, None] * (Q.T @ V))
+
+    def raw(self, V: Tensor) -> Tensor:
+        """Directions V [F, C] among scaled and stretched features, as ones among raw features."""
+        if not self.white:
+            return V / self.scale
+        return self.apply(self.stretch(), V)
+
+    def stretched(self, V: Tensor) -> Tensor:
+        """Directions V [F, C] among raw features, as ones among scaled and stretched features."""
+        if not self.white:
+            return V * self.scale
+        return self.apply(1 / self.stretch(), V)
+
+    def curvature(self) -> Tensor:
+        """Eigenvalues [D + 1] of sum x x^T in the stretched features."""
+        return self.count * self._spectrum() * (self.stretch() * self.scale).square()
+
+
+def measure(data: Comparisons, processes: int = 1, directions: int = DIRECTIONS) -> Geometry:
+    """Scale and leading directions of the differences, in about ten passes over the features.
+
+    Randomised subspace iteration, then Rayleigh and Ritz (Halko, Martinsson and Tropp 2011); what
+    the leading directions leave of the trace is estimated with random signs (Hutch++, Meyer et
+    al. 2021), so that the scale is known to about one per cent. The random numbers are always the
+    same. No F x F matrix is formed: 2 N F D operations a pass.
+
+    Args:
+        data: this process's comparisons.
+        processes: over which sums are taken.
+        directions: D, at most; F if there are fewer features.
+    """
+    generator = torch.Generator().manual_seed(0)
+    F, like = data.num_features, torch.zeros(0, device=data.device)
+    D = min(directions, F)
+    Q = torch.randn(F, min(F, D + 8), generator=generator).to(like)
+    count = int(total(torch.tensor(float(len(data))), processes))
+
+    def moment(V: Tensor) -> Tensor:
+        return total(data.backproject(data.project(V)), processes) / count
+
+    Q = torch.linalg.qr(Q)[0]
+    for _ in range(ROUNDS):
+        MQ = moment(Q)
+        if Q.shape[1] == F:
+            break
+        Q = torch.linalg.qr(MQ)[0]
+    else:
+        MQ = moment(Q)
+    values, vectors = torch.linalg.eigh((Q.T @ MQ).double())
+    values = values.flip(0)[:D].clamp(min=0)
+    Q = (Q.double() @ vectors.flip(1))[:, :D]
+    signs = torch.randint(2, (F, PROBES), generator=generator).to(Q) * 2 - 1
+    signs = signs - Q @ (Q.T @ signs)
+    left = 0.0 if D == F else float((signs * moment(signs.to(like)).double()).sum() / PROBES)
+    square = float(values.sum()) + left
+    rest = left / max(F - D, 1) / square
+    return Geometry(square**0.5, values / square, Q, rest, count)

@@ -1,0 +1,291 @@
+"""What methods with linear rewards share: products with V, convex user problems, L-BFGS.
+
+Features are touched by ``project`` and ``backproject`` alone, in their own precision; all else is
+float64. Shape letters as in comparisons.py, with K the width of a user's state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from lore.common.files import require
+from lore.learning.comparisons import Comparisons, Users
+from lore.learning.method import Fitted, Task
+from lore.methods.fitting.geometry import Geometry
+from lore.methods.fitting.lbfgs import minimise
+from lore.methods.fitting.posterior import Prior
+from lore.methods.fitting.validation import Validation
+from lore.methods.ridge_bt import inverse_curvature, precision
+
+TRIES = 12  # configurations that every method may try
+HALVINGS = tuple(2.0**k for k in range(4, 4 - TRIES, -1))  # ridges to try, 16 to 1/128
+ROUGH, FINE = 1e-5, 1e-7  # tolerances while choosing and at the end, shares of the objective
+NEWTON_TOLERANCE = 1e-10  # Newton stops when no user's decrement is above this, in nats
+
+
+class LinearFitted(Fitted):
+    """Log odds x' V s: a shared basis V [F, K], and a user's state s [K].
+
+    Args:
+        label, settings, users, nobody: see ``Fitted``.
+        basis: V.
+        facts: what ``describe`` tells.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        settings: dict[str, Any],
+        basis: Tensor,
+        users: Tensor,
+        nobody: Tensor,
+        facts: dict[str, Any],
+    ) -> None:
+        self.label, self.settings, self.basis = label, settings, basis
+        self.users, self.nobody, self.facts = users, nobody, facts
+
+    def view(self, data: Comparisons) -> Tensor:
+        """X V [N, K] in float64."""
+        return project(data, self.basis)
+
+    def logits(self, view: Tensor, state: Tensor, user: Tensor) -> Tensor:
+        """Log odds [N]; see ``Fitted.logits``."""
+        return (view * state[user]).sum(1)
+
+    def population(self) -> Prior | None:
+        """A Gaussian like the seen users' states."""
+        return Prior.of_users(self.users) if len(self.users) > 1 else None
+
+    def questions(self, view: Tensor) -> Tensor:
+        """0 and X V [N, 1 + K]."""
+        return torch.nn.functional.pad(view, (1, 0))
+
+    def describe(self) -> dict[str, Any]:
+        """The facts given, with the singular values of the users' directions V s_u, centred."""
+        return {**self.facts, "spectrum": spectrum(self.basis, self.users)}
+
+
+def spectrum(V: Tensor, W: Tensor) -> list[float]:
+    """Singular values of the directions V w_u [F, U] less their mean, root mean square."""
+    triangle = torch.linalg.qr(V.double()).R
+    return torch.linalg.svdvals((W - W.mean(0)) @ triangle.T / math.sqrt(len(W))).tolist()
+
+
+# ---------------------------------------------------------------------- Products
+
+
+def project(data: Comparisons, V: Tensor) -> Tensor:
+    """X V [N, K] in float64, the product formed in the features' precision."""
+    return data.project(V.to(precision(data))).double()
+
+
+def backproject(data: Comparisons, G: Tensor) -> Tensor:
+    """X^T G [F, K] in float64, the product formed in the features' precision."""
+    return data.backproject(G.to(precision(data))).double()
+
+
+def slopes(users: Users, logits: Tensor) -> Tensor:
+    """Derivative of each comparison's weighted loss c softplus(-logit) by its logit [N]."""
+    return -users.weight * torch.sigmoid(-logits)
+
+
+def pair_loss(data: Comparisons, V: Tensor, W: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sum of c softplus(-x_i' V w_u) over all comparisons, and what it is made of.
+
+    Args:
+        data: the comparisons of U users, of weights c.
+        V: basis [F, K].
+        W: weights [U, K].
+
+    Returns:
+        The sum, its gradients by V [F, K] and W [U, K], and Z = X V [N, K].
+    """
+    Z, mine = project(data, V), W[data.user]
+    logits = (Z * mine).sum(1)
+    slope = slopes(data, logits)
+    loss = data.weight @ softplus(-logits)
+    return loss, backproject(data, slope[:, None] * mine), data.sum(Z, slope), Z
+
+
+def rows_of_users(data: Comparisons) -> Iterator[tuple[Comparisons, Tensor]]:
+    """Each user's comparisons alone, with their features X_u^T [F, m_u]."""
+    for u in range(data.num_users):
+        own = data.select(data.user == u)
+        yield own, backproject(own, torch.eye(len(own), device=data.device))
+
+
+def ridge_directions(data: Comparisons) -> Tensor:
+    """Every user's own direction [U, F]: least squares to log odds of 1, with a ridge.
+
+    The ridge is the mean squared length of the user's features, so that a user of few comparisons
+    gets a direction near their mean.
+    """
+    found = []
+    for own, rows in rows_of_users(data):
+        gram = rows.T @ rows
+        ridge = gram.diagonal().mean().clamp(min=1e-12) / own.weight
+        found.append(rows @ torch.linalg.solve(gram + torch.diag(ridge), gram.new_ones(len(own))))
+    return torch.stack(found)
+
+
+# ----------------------------------------------------------------------- Solvers
+
+
+def fit_together(
+    objective: Callable[..., tuple[Tensor, Sequence[Tensor]]],
+    start: Sequence[Tensor],
+    inverses: Sequence[Callable[[Tensor], Tensor]],
+    tolerance: float = FINE,
+    iterations: int = 1000,
+) -> tuple[list[Tensor], list[float]]:
+    """Minimise a smooth objective of several tensors by L-BFGS.
+
+    Args:
+        objective: of the tensors; returns its value and its gradient by each of them.
+        start: the tensors' first values.
+        inverses: for each tensor, an estimate of its inverse curvature, applied to a gradient.
+        tolerance: stop where the next step promises less than this share of the objective.
+        iterations: at most.
+
+    Returns:
+        The tensors, in float64, and the objective after every step.
+    """
+    sizes = [tensor.numel() for tensor in start]
+
+    def unpack(flat: Tensor) -> list[Tensor]:
+        parts = flat.split(sizes)
+        return [part.view(tensor.shape) for part, tensor in zip(parts, start, strict=True)]
+
+    def pack(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+    def value(flat: Tensor) -> tuple[float, Tensor]:
+        loss, gradients = objective(*unpack(flat))
+        return float(loss), pack(gradients)
+
+    def inverse(flat: Tensor) -> Tensor:
+        return pack([apply(g) for apply, g in zip(inverses, unpack(flat), strict=True)])
+
+    flat = pack([tensor.double() for tensor in start])
+    found = minimise(value, flat, inverse, tolerance, iterations)
+    return unpack(found.x), found.values
+
+
+def basis_inverses(
+    data: Comparisons,
+    geometry: Geometry,
+    V: Tensor,
+    W: Tensor,
+    strengths: tuple[float, float],
+    extra: float = 0.0,
+) -> list[Callable[[Tensor], Tensor]]:
+    """Estimates of the inverse curvature of ``pair_loss`` with ridges, by V and by W.
+
+    Args:
+        data: the comparisons.
+        geometry: of their features, not stretched.
+        V: basis among scaled features [F, K], near which the curvature is estimated.
+        W: weights [U, K] there.
+        strengths: of the ridges on V and on W.
+        extra: squared weights to which another term's curvature by V amounts.
+    """
+    squares = W.square().mean(0) + extra + 1e-12
+    by_V = inverse_curvature(geometry, strengths[0] / squares + 1e-3)
+    lengths = project(data, V / geometry.scale).square().mean(0)
+    curvature = 0.2 * len(data) / len(W) * lengths + strengths[1] + 1e-12
+    return [lambda G: by_V(G) / squares, lambda G: G / curvature]
+
+
+def solve_users(Z: Tensor, users: Users, precision: Tensor, centre: Tensor) -> Tensor:
+    """Every user's minimum of sum_i c_i softplus(-z_i' w) + (w - centre)' P (w - centre) / 2.
+
+    Damped Newton for all users side by side: a user's step is halved until the objective falls by
+    Armijo's rule. A user without comparisons gets the centre itself.
+
+    Args:
+        Z: [N, K] in float64.
+        users: whose rows these are.
+        precision: P [K, K], positive definite.
+        centre: [K].
+
+    Returns:
+        [U, K], each within NEWTON_TOLERANCE of its minimum, by the decrement.
+    """
+
+    def value(w: Tensor) -> Tensor:
+        losses = softplus(-(Z * w[users.user]).sum(1))
+        ridge = ((w - centre) @ precision * (w - centre)).sum(1) / 2
+        return users.sum(losses[:, None], users.weight)[:, 0] + ridge
+
+    K = Z.shape[1]
+    w = centre.expand(users.num_users, K).clone()
+    pairs = (Z[:, :, None] * Z[:, None, :]).reshape(-1, K * K)
+    now = value(w)
+    for _ in range(100):
+        logits = (Z * w[users.user]).sum(1)
+        gradient = users.sum(Z, slopes(users, logits)) + (w - centre) @ precision
+        curvature = users.weight * torch.sigmoid(logits) * torch.sigmoid(-logits)
+        hessian = users.sum(pairs, curvature).view(-1, K, K) + precision
+        step = torch.linalg.solve(hessian, gradient)
+        decrement = (gradient * step).sum(1) / 2
+        if not (decrement > NEWTON_TOLERANCE).any():
+            break
+        size = torch.ones_like(now)
+        for _ in range(30):
+            tried = value(w - size[:, None] * step)
+            high = tried > now - 0.5 * size * decrement + 1e-12
+            if not high.any():
+                break
+            size = torch.where(high, size / 2, size)
+        w = w - torch.where(high, 0, size)[:, None] * step
+        now = value(w)
+    return w
+
+
+# ------------------------------------------------------------------ Choosing, telling
+
+
+def choose(
+    task: Task,
+    candidates: Sequence[Any],
+    fit: Callable[[Comparisons, Any, Any], tuple[Fitted, Any]],
+) -> tuple[Any, list[dict[str, Any]]]:
+    """The candidate of least log loss on held-out dialogues and pseudo-new users.
+
+    Args:
+        task: whose training comparisons it is chosen on.
+        candidates: in such an order that one fit is a good start for the next.
+        fit: of comparisons, a candidate and what the fit before returned beside its fit (None at
+            first).
+
+    Returns:
+        The best candidate, and the settings of every candidate tried with its log losses.
+    """
+    if len(candidates) == 1:
+        return candidates[0], []
+    validation = Validation(task)
+    require(validation.possible, "no user has two dialogues: give one strength, not several")
+    tried: list[dict[str, Any]] = []
+    warm = [None] * len(validation.splits)
+    for candidate in candidates:
+        found = [
+            fit(split.fit, candidate, start)
+            for split, start in zip(validation.splits, warm, strict=True)
+        ]
+        warm = [start for _, start in found]
+        scores = validation.score([fitted for fitted, _ in found])
+        tried.append({**found[0][0].settings, **scores.means()})
+    best = min(range(len(tried)), key=lambda i: tried[i]["loss"])
+    return candidates[best], tried
+
+
+def thinned(losses: Sequence[float], most: int = 400) -> dict[str, Any]:
+    """``losses`` and ``loss_step`` for ``Fitted.describe``, at most so many."""
+    step = max(1, math.ceil(len(losses) / most))
+    return {"losses": list(losses[::step]), "loss_step": step}

@@ -1,0 +1,258 @@
+"""LoRe: a shared basis and simplex weights of every user, over ranks, pulls and shrinkages."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lore.common.files import require
+from lore.common.settings import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    OptimizerChoice,
+    PositiveInt,
+    Rate,
+)
+from lore.learning.basis import Basis, save_basis
+from lore.learning.comparisons import Comparisons, Seed, Users
+from lore.learning.method import Fitted, Task
+from lore.learning.training import Checkpoint
+from lore.methods.fitting.posterior import Prior
+from lore.methods.fitting.validation import HeldOut, hold_out, shared_prompts
+from utils import (
+    TEMPERATURE,
+    LoRe,
+    LoRe_regularized,
+    fit_bases,
+    grid,
+    personalize,
+)
+
+log = logging.getLogger(__name__)
+
+ESTIMATORS = {"lore": LoRe, "lore_regularized": LoRe_regularized}
+POINTS = 400  # of the training curve that is kept
+
+
+@dataclass(frozen=True)
+class Lore:
+    """LoRe, and in the same way its rank 1, Bradley-Terry, which is always fitted.
+
+    Args:
+        ranks: Ranks K; the reference (rank 0) and Bradley-Terry (rank 1) are always there.
+        alpha: Strengths of the pull of the basis to the reference.
+        shrinkage: Strengths of the pull of each user's weights to the users' mean, counted in
+            comparisons; 0 is plain LoRe.
+        estimator: "lore" is the paper's joint objective (equation 10), "lore_regularized" the
+            published scripts' alternating one.
+        iterations: Steps of the joint fit; by default the estimator's (1,000 or 20,000).
+        learning_rate: Of the joint fit's Adam.
+        few_shot_iterations: Steps of the new users' fit.
+        few_shot_learning_rate: Of the new users' Adam; by default the estimator's (0.1 or 0.5).
+        optimizer: Another optimiser for both fits, such as torch.optim.AdamW with
+            --lore.optimizer.lr 0.05; it then brings its own learning rate. Only a subclass of
+            torch.optim.Optimizer in torch.optim or in a module that the script imports, with
+            numbers as arguments; nothing is imported for it.
+        select_rank: Choose rank, alpha and shrinkage on the dataset's validation comparisons,
+            or else on a fifth of the seen users' training comparisons, held out for that; test
+            comparisons never choose anything.
+    """
+
+    ranks: tuple[NonNegativeInt, ...] = (5,)
+    alpha: tuple[NonNegativeFloat, ...] = (0.0,)
+    shrinkage: tuple[NonNegativeFloat, ...] = (0.0,)
+    estimator: Literal["lore", "lore_regularized"] = "lore"
+    iterations: PositiveInt | None = None
+    learning_rate: Rate = 0.5
+    few_shot_iterations: PositiveInt = 500
+    few_shot_learning_rate: Rate | None = None
+    optimizer: OptimizerChoice | None = None
+    select_rank: bool = False
+    bounded = ("ranks",)  # ranks that users or features limit
+
+    def check_reference(self, task: Task) -> None:
+        """Refuse a pull to a reference where there is none."""
+        require(
+            task.reference is not None or not any(self.alpha),
+            "--alpha pulls to a reference, and there is none: the model has no score head (or "
+            "--reference none); give --alpha 0",
+        )
+
+    def check(self, task: Task) -> None:
+        """Refuse a pull to nothing, and a choice where nothing can be held out for it."""
+        self.check_reference(task)
+        if self.select_rank:
+            self._hold_out(task)
+
+    def fit_shared(self, task: Task) -> list[LoreFit]:
+        """Bradley-Terry: rank 1, one shared direction, for every alpha."""
+        return self._fit(task, grid([1], self.alpha), task.mine, task.train.num_users, "shared")
+
+    def fit(self, task: Task) -> list[Fitted]:
+        """A fit for every alpha, rank and shrinkage; last the chosen one, where one is chosen."""
+        ranks = [rank for rank in self.ranks if rank > 1]
+        asked = grid(ranks, self.alpha, self.shrinkage)
+        fits = self._fit(task, asked, task.mine, task.train.num_users, "ranks")
+        if self.select_rank:
+            asked = grid([1, *ranks], self.alpha, self.shrinkage)
+            fits.append(self._chosen(task, asked, fits))
+        return fits
+
+    def _fit(
+        self, task: Task, asked: list[dict[str, Any]], data: Comparisons, users: int, state: str
+    ) -> list[LoreFit]:
+        checkpoint = None
+        if state and task.state is not None and task.checkpoint_every:
+            path = task.state.with_name(f"{task.state.name}-{state}")
+            checkpoint = Checkpoint(path, task.checkpoint_every)
+        steps = {} if self.iterations is None else {"num_iterations": self.iterations}
+        bases = fit_bases(
+            ESTIMATORS[self.estimator], asked, task.reference, data, users, checkpoint,
+            generator=task.seed, distributed=task.processes > 1, progress=task.progress,
+            learning_rate=self.learning_rate, optimizer=self.optimizer, **steps,
+        )  # fmt: skip
+        return [LoreFit(self, basis) for basis in bases]
+
+    def _hold_out(self, task: Task) -> HeldOut:
+        """What a choice is made on; InputError where there is nothing."""
+        shared = shared_prompts(task.train, task.seed)
+        split = hold_out(task.train, task.seed, shared, task.validation)
+        require(
+            split.held is not None,
+            "--select-rank: no user has two dialogues to hold one out for choosing",
+        )
+        return split
+
+    def _chosen(self, task: Task, asked: list[dict[str, Any]], fits: list[LoreFit]) -> LoreFit:
+        """The fit whose settings have the best accuracy on validation."""
+        split = self._hold_out(task)
+        mine = split.fit.share(task.process, task.processes)
+        mine = mine if task.stream else mine.in_memory()
+        tried, scores = self._fit(task, asked, mine, split.fit.num_users, ""), {}
+        for fit in tried:
+            logits = fit.logits(fit.view(split.held), fit.users[split.whose], split.held.user)
+            scores[fit.label] = float(split.held.accuracies(logits).mean())
+        best = max(scores, key=scores.get)
+        log.info("validation: %s", ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+        again = {fit.label: fit for fit in fits}
+        if best not in again:  # rank 1, which is not fitted here otherwise
+            again |= {fit.label: fit for fit in self.fit_shared(task)}
+        chosen = LoreFit(self, again[best].basis, "LoRe, chosen")
+        chosen.tried = scores
+        return chosen
+
+    def few_shot(self) -> dict[str, Any]:
+        """Settings of the new users' fit."""
+        rate = self.few_shot_learning_rate
+        if rate is None:
+            rate = 0.1 if self.estimator == "lore" else 0.5
+        return {
+            "num_iterations": self.few_shot_iterations, "learning_rate": rate,
+            "optimizer": self.optimizer,
+        }  # fmt: skip
+
+
+class LoreFit(Fitted):
+    """A basis V; a user's state is the weights w [K] on the simplex, nothing where K is 1."""
+
+    def __init__(self, method: Lore, basis: Basis, label: str | None = None) -> None:
+        self.method, self.basis, self.tried = method, basis, {}
+        about = basis.settings
+        self.settings = {k: about[k] for k in ("rank", "alpha", "shrinkage") if k in about}
+        self.label = label or self._label(about)
+        self.file = self._file(about) if label is None else ""
+        self.users = basis.W if basis.V.shape[1] > 1 else basis.W[:, :0]
+        self.nobody = self.users.mean(0)
+
+    def _label(self, about: Mapping[str, Any]) -> str:
+        label = "BT" if about["rank"] == 1 else f"LoRe K={about['rank']}"
+        return label + "".join(f" {key}={value:g}" for key, value in self._several(about))
+
+    def _file(self, about: Mapping[str, Any]) -> str:
+        name = f"basis-K{about['rank']:02d}"
+        return name + "".join(f"-{key}{value:g}" for key, value in self._several(about))
+
+    def _several(self, about: Mapping[str, Any]) -> list[tuple[str, float]]:
+        """Alpha and shrinkage where there are several."""
+        keys = ("alpha", "shrinkage") if about["rank"] > 1 else ("alpha",)
+        return [(key, about[key]) for key in keys if len(getattr(self.method, key)) > 1]
+
+    def view(self, data: Comparisons) -> Tensor:
+        """The comparisons projected, X V [N, K]."""
+        return data.project(self.basis.V)
+
+    def adapt(self, view: Tensor, users: Users, seed: Seed) -> Tensor:
+        """Weights [U', K] that minimise each user's loss (eq. 11), or the mean weights."""
+        if not self.personal:
+            return view.new_zeros(users.num_users, 0)
+        there = users.counts > 0
+        some = users if there.all() else Users(users.counts[there], users.weight)
+        states = self.nobody.to(view).repeat(users.num_users, 1)
+        if there.any():
+            states[there] = personalize(self.basis, some, view, seed, **self.method.few_shot())
+        return states
+
+    def logits(self, view: Tensor, state: Tensor, user: Tensor) -> Tensor:
+        """x^T V w / 100 [N]."""
+        if not self.personal:
+            return view[:, 0] / TEMPERATURE
+        return (view * state.to(view)[user]).sum(1) / TEMPERATURE
+
+    def population(self) -> Prior | None:
+        """A Gaussian like the seen users' weights; LoRe itself has no prior."""
+        return Prior.of_users(self.users) if self.personal and len(self.users) > 1 else None
+
+    def questions(self, view: Tensor) -> Tensor:
+        """0 and X V / 100 [N, 1 + K]."""
+        return torch.nn.functional.pad(view.double() / TEMPERATURE, (1, 0))
+
+    def tastes(self) -> Tensor | None:
+        """The columns of V [F, K]."""
+        return self.basis.V if self.personal else None
+
+    def portrait(self) -> Tensor | None:
+        """The seen users' weights [U, K]."""
+        return self.users if self.personal else None
+
+    def describe(self) -> dict[str, Any]:
+        """Columns kept, effective rank, cosines to the reference, spread of the weights, losses.
+
+        The effective rank is exp of the entropy of the squared singular values of V.
+        """
+        V, W, losses = self.basis.V.float(), self.basis.W.float(), self.basis.losses
+        singular = torch.linalg.svdvals(V).cpu()
+        share, columns = singular.square() / singular.square().sum(), V.shape[1]
+        effective = float(torch.special.entr(share).sum().exp())
+        entropy = float(torch.special.entr(W).sum(1).mean() / math.log(max(columns, 2)))
+        note = f"{columns} column{'s' * (columns > 1)} of V kept, effective rank {effective:.2f}"
+        if self.basis.reference is not None:
+            direction = self.basis.reference.to(V)[:, None]
+            cosines = torch.nn.functional.cosine_similarity(V, direction, dim=0)
+            note += f", cosines to the reference {cosines.min():.2f} to {cosines.max():.2f}"
+        if columns > 1:
+            note += f"; a user's weights have {entropy:.0%} of the largest possible entropy"
+        if self.tried:
+            note = f"chosen on validation: {self._label(self.settings)}; {note}"
+        step = max(1, len(losses) // POINTS)
+        return {
+            "columns": columns, "effective_rank": effective, "weight_entropy": entropy,
+            "spectrum": singular.tolist(), "losses": losses[::step].tolist(), "loss_step": step,
+            "note": note, "tried": self.tried, "parameters": V.numel() + self.users.numel(),
+        }  # fmt: skip
+
+    def save(self, path: Path, new: Tensor, facts: Mapping[str, Any]) -> None:
+        """A basis file, see ``basis.save_basis``."""
+        basis = replace(self.basis)
+        if not self.personal:
+            new = torch.ones(len(new), 1)
+        basis.W_unseen, about = new, dict(facts)
+        basis.users, basis.users_unseen = about.pop("users"), about.pop("users_unseen")
+        basis.settings = {**basis.settings, "estimator": self.method.estimator, **about}
+        save_basis(path, basis)

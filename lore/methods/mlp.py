@@ -1,0 +1,130 @@
+"""LoRe on a shallow network: reward basis R = A2 g(A1 e) (eq. 9), weights on the simplex.
+
+Bose et al., "LoRe: Personalizing LLMs via Low-Rank Reward Modeling" (arXiv 2504.14439), equation 9.
+The paper names this form and reports nothing of it.
+
+Shape letters: U users, N comparisons, F features, K rank, H hidden units.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lore.common.settings import NonNegativeInt, PositiveInt
+from lore.learning.comparisons import Comparisons, Pairs, Users
+from lore.learning.method import Task
+from lore.methods.fitting.networks import (
+    Held,
+    Mixing,
+    Networked,
+    choose,
+    distinct,
+    linear,
+    pair_weights,
+    rows_of,
+    solve_weights,
+)
+
+RIDGES = (0.0, 0.3, 1.0, 3.0)  # pull of new users' logits towards the seen users' mean
+ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "identity": nn.Identity}
+
+
+@dataclass(frozen=True)
+class MLP(Networked):
+    """LoRe with a shallow network on the embedding.
+
+    Nobody has published constants for it. ``faithful`` therefore takes LoRe's: rows as they are,
+    rewards divided by 100, full batch, 1000 Adam steps (weights at LoRe's rate of 0.5, layers at
+    Adam's usual 1e-3, since 0.5 suits a linear basis only); new users from random weights, 500
+    steps at 0.1. ``converged`` scales rows, trains on batches until the held-out log loss falls no
+    more, and solves new users' weights, from the seen users' mean, to 1e-4.
+
+    Args:
+        ranks: ranks K to try; ``faithful`` takes the first.
+        hidden: hidden units H.
+        activation: g.
+        epochs: passes over the data, at most; 0 for 1000 if faithful, else 60.
+    """
+
+    ranks: tuple[PositiveInt, ...] = (5, 2, 10)
+    hidden: PositiveInt = 128
+    activation: Literal["gelu", "relu", "identity"] = "gelu"
+    epochs: NonNegativeInt = 0
+
+    def learn(self, task: Task) -> FittedMLP:
+        """Learn both layers and the weights from the task's training comparisons."""
+        train = partial(self._train, seed=task.seed)
+        if self.faithful:
+            return train(task.train, None, self.ranks[0], self.epochs or 1000)
+        return choose(task, ("rank", self.ranks), ("ridge", RIDGES), self.epochs or 60, train)
+
+    def _train(
+        self, data: Comparisons, held: Held, K: int, epochs: int, seed: int
+    ) -> FittedMLP:
+        generator = torch.Generator().manual_seed(seed)
+        fit = FittedMLP(self, data, K, generator)
+        layers = {"params": fit.layers.parameters(), "lr": 1e-3 if self.faithful else 3e-3}
+        layers["weight_decay"] = 0.0 if self.faithful else 0.01
+        weights = {"params": [fit.free], "lr": 0.5 if self.faithful else 0.05, "weight_decay": 0.0}
+        optimizer = torch.optim.AdamW([layers, weights])
+        size = len(data) if self.faithful else 64
+        fit.train(data, pair_weights(data, True), optimizer, size, generator, held, epochs)
+        fit.finish(fit.layers)
+        return fit
+
+
+class FittedMLP(Mixing):
+    """A fitted basis A2 g(A1 e). A user's state is the weights [K] of the rewards; nobody's is the
+    mean of the seen users' weights.
+
+    Args:
+        method: its settings.
+        data: training comparisons.
+        K: rank.
+        generator: of initial values: torch's own for layers, N(0, 1) for the logits of weights.
+
+    Attributes:
+        layers: the network [*, F] -> [*, K].
+    """
+
+    def __init__(
+        self, method: MLP, data: Comparisons, K: int, generator: torch.Generator
+    ) -> None:
+        super().__init__("MLP", method, data)
+        self.temperature = 100.0 if self.faithful else 1.0
+        first = linear(data.num_features, method.hidden, generator, bias=False)
+        second = linear(method.hidden, K, generator, bias=False)
+        self.layers = nn.Sequential(first, ACTIVATIONS[method.activation](), second)
+        self.layers.to(data.device)
+        W = torch.randn(data.num_users, K, generator=generator)
+        self.free = W.to(data.device).requires_grad_()
+
+    def rewards(self, e: Tensor) -> Tensor:
+        """The K rewards of rows e [n, F]: [n, K]."""
+        return self.layers(e / self.scale) / self.temperature
+
+    @torch.no_grad()
+    def view(self, data: Comparisons) -> Tensor:
+        """Differences of the K rewards [N, K]."""
+        return rows_of(data).pairs(self.rewards).difference()
+
+    def batch_logits(self, pairs: Pairs, user: Tensor) -> Tensor:
+        """Logits [n] of training comparisons, from scaled rows, at the present parameters."""
+        rows, (chosen, rejected) = distinct(pairs.chosen, pairs.rejected)
+        values = self.layers(pairs.values[rows]) / self.temperature
+        return self.logits(Pairs(values, chosen, rejected).difference(), self.free.softmax(1), user)
+
+    def logits(self, view: Tensor, state: Tensor, user: Tensor) -> Tensor:
+        """The user's mixture of the differences of rewards [N]."""
+        return (view * state[user]).sum(1)
+
+    def published(self, view: Tensor, users: Users, generator: torch.Generator) -> Tensor:
+        """LoRe's fit: from N(0, 1), 500 steps of Adam."""
+        start = torch.randn(users.num_users, len(self.nobody), generator=generator)
+        losses = partial(self.losses, view)
+        return solve_weights(losses, users, start.to(users.device), steps=500, tolerance=-1.0)

@@ -1,0 +1,308 @@
+"""MRM (SIGIR 2026) on fixed embeddings: two rewards, and a meta-learned start of their mixture."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from lore.common.settings import PositiveFloat, PositiveInt, Rate
+from lore.learning.comparisons import Comparisons, Seed, Users
+from lore.learning.method import Fitted, Task, View
+from lore.methods.fitting.geometry import measure
+from lore.methods.fitting.linear import (
+    FINE,
+    HALVINGS,
+    ROUGH,
+    LinearFitted,
+    backproject,
+    choose,
+    fit_together,
+    project,
+    ridge_directions,
+    slopes,
+    thinned,
+)
+from lore.methods.ridge_bt import fit_shared, inverse_curvature
+
+K = 2
+SCALE = 0.01  # of embeddings
+QUERY = 0.9  # share of a user's dialogues that an episode is judged on
+TAIL, SHARPNESS, USERS = 0.5, 0.5, 2  # rho, gamma and users of a step
+EPOCHS, WARM_UP, CLIP = 200, 0.05, 1.0
+EPSILON = 1e-8  # of Adam
+INNER_RATE = 1.0  # converged; rewards further apart do what a larger rate does
+MIX = torch.tensor([[1.0, 1.0], [1.0, -1.0]])  # a mean and a contrast make two rewards
+
+
+def tail_loss(losses: Tensor, tail: float = TAIL, sharpness: float = SHARPNESS) -> Tensor:
+    """Sum of sigmoid((L - tau) / sharpness) L: users with losses above tau count more.
+
+    Tau is the losses' quantile 1 - tail. Weights and tau are differentiated through, as published.
+
+    Args:
+        losses: of the users [U].
+        tail: share of users in the tail.
+        sharpness: how softly they are told apart; at 0 only losses above tau count.
+    """
+    tau = torch.quantile(losses, 1 - tail)
+    if sharpness <= 0:
+        return ((losses > tau).to(losses) * losses).sum()
+    return (torch.sigmoid((losses - tau) / sharpness) * losses).sum()
+
+
+def tail_loss_of_pairs(losses: Tensor, sharpness: float = SHARPNESS) -> Tensor:
+    """Mean of ``tail_loss`` over all pairs of users, whose tau is the mean of the two losses.
+
+    What the published steps, on two users at a time, descend on average; smooth, which the
+    quantile of many losses is not.
+
+    Args:
+        losses: of the users [U], two or more.
+        sharpness: as in ``tail_loss``.
+    """
+    above = torch.sigmoid((losses[:, None] - losses[None, :]) / (2 * sharpness))
+    others = above.sum(1) - 0.5  # less the user's own
+    return 2 / (len(losses) * (len(losses) - 1)) * (others * losses).sum()
+
+
+def mean_losses(Z: Tensor, users: Users, s: Tensor) -> Tensor:
+    """Each user's mean loss [U] with mixture softmax(s_u), for logits s [U, 2]."""
+    logits = (Z * s.softmax(1)[users.user]).sum(1)
+    lost = users.sum((users.weight * softplus(-logits))[:, None])[:, 0]
+    return lost / users.user_weight().clamp(min=1e-300)
+
+
+def inner_gradient(Z: Tensor, users: Users, s: Tensor) -> Tensor:
+    """Gradient of each user's mean loss by the user's logits s [U, 2]; 0 without comparisons."""
+    p = s.softmax(1)
+    by_p = users.sum(Z * slopes(users, (Z * p[users.user]).sum(1))[:, None])
+    by_p = by_p / users.user_weight().clamp(min=1e-300)[:, None]
+    return p * (by_p - (p * by_p).sum(1, keepdim=True))
+
+
+def adam_steps(Z: Tensor, users: Users, s: Tensor, rate: float, steps: int) -> Tensor:
+    """Logits s [U, 2] after steps of Adam on every user's mean loss, each user alone."""
+    first, second = torch.zeros_like(s), torch.zeros_like(s)
+    for t in range(1, steps + 1):
+        g = inner_gradient(Z, users, s)
+        first, second = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g * g
+        size = (second / (1 - 0.999**t)).sqrt() + EPSILON
+        s = s - rate * (first / (1 - 0.9**t)) / size
+    return s
+
+
+def gradient_steps(Z: Tensor, users: Users, s: Tensor, rate: float, steps: int) -> Tensor:
+    """Logits s [U, 2] after steps of plain gradient descent on every user's mean loss."""
+    for _ in range(steps):
+        s = s - rate * inner_gradient(Z, users, s)
+    return s
+
+
+class MRMFitted(LinearFitted):
+    """A fit of MRM: state [2], the weights of the two rewards.
+
+    Attributes:
+        start: logits of the weights that everyone begins with [2].
+        inner: rate and number of the steps from there, of Adam or plain.
+        adam: which.
+    """
+
+    start: Tensor
+    inner: tuple[float, int]
+    adam: bool
+
+    def adapt(self, view: View, users: Users, seed: Seed) -> Tensor:
+        """Weights [U', 2] after the inner steps from the common start."""
+        assert isinstance(view, Tensor)
+        s = self.start.expand(users.num_users, K)
+        steps = adam_steps if self.adam else gradient_steps
+        return steps(view, users, s, *self.inner).softmax(1)
+
+
+@dataclass(frozen=True)
+class MRM:
+    """Rewards .01 x' A softmax(s_u); s_u is a few inner steps away from a shared, learned s.
+
+    No weights of users are kept: seen users are adapted as new ones are. Nobody's state is the
+    start, softmax(s).
+
+    ``faithful`` follows the published training: 200 epochs of Adam on two users at a time, nine
+    tenths of a user's dialogues as query, one inner Adam step. Such a step is the rate times the
+    gradient's sign, so a weight moves by at most half the rate, and nothing of the outer gradient
+    passes through it. The published choice of the best epoch on test users is left out: the last
+    one is kept.
+
+    ``converged``: the same episodes, one a user and fixed, and the tail loss's mean over all pairs
+    of users; inner steps of plain gradient descent, differentiated through; and a ridge, among
+    features of mean square length 1, on mean and half difference of A's columns. L-BFGS finds the
+    minimum; the ridge is chosen on validation.
+
+    Args:
+        setting: published constants and budget (faithful), or fitted to tolerance (converged).
+        rate: of the outer Adam; published 1e-3 (PRISM) and 5e-3 (TL;DR). Faithful only.
+        inner_rate: of the inner Adam; published 1e-3 (PRISM) and 5e-3 (TL;DR). Faithful only.
+        inner_steps: of plain gradient descent. Converged only.
+        ridges: of the converged setting, from the strongest on; chosen on validation if several.
+    """
+
+    setting: Literal["faithful", "converged"] = "converged"
+    rate: Rate = 1e-3
+    inner_rate: Rate = 1e-3
+    inner_steps: PositiveInt = 5
+    ridges: tuple[PositiveFloat, ...] = HALVINGS
+    alone = True  # fitted by one process
+
+    def fit(self, task: Task) -> list[Fitted]:
+        """Choose the ridge, then fit all training comparisons; or as published."""
+        data = task.mine
+        if self.setting == "faithful":
+            return [self._faithful(data, task.seed)]
+        best, tried = choose(task, self.ridges, lambda *given: self._converged(*given, ROUGH))
+        fitted, _ = self._converged(data, best, None, FINE)
+        fitted.facts["tried"] = tried
+        return [fitted]
+
+    def _fitted(
+        self, data: Comparisons, A: Tensor, s: Tensor, inner: tuple[float, int], losses: list[float]
+    ) -> MRMFitted:
+        faithful = self.setting == "faithful"
+        settings = {"setting": self.setting, "inner_rate": inner[0], "inner_steps": inner[1]}
+        note = f"MRM: {inner[1]} inner step(s) at {inner[0]:g}; {len(losses)} outer steps."
+        facts = {"parameters": A.numel() + K, "tried": [], "note": note, **thinned(losses)}
+        label, start = "MRM" + (" faithful" if faithful else ""), s.detach()
+        nobody = start.softmax(0)
+        fitted = MRMFitted(label, settings, SCALE * A, nobody.expand(1, K), nobody, facts)
+        fitted.start, fitted.inner, fitted.adam = start, inner, faithful
+        fitted.users = fitted.adapt(fitted.view(data), data, 0)
+        return fitted
+
+    def _converged(
+        self,
+        data: Comparisons,
+        ridge: float,
+        warm: list[Tensor] | None,
+        tolerance: float,
+    ) -> tuple[MRMFitted, list[Tensor]]:
+        geometry = measure(data)
+        episode = _episode(_dialogues(data))
+        sides = [(rows, data.pick(rows, counts)) for rows, counts in episode]
+
+        def objective(B: Tensor, s: Tensor) -> tuple[Tensor, list[Tensor]]:
+            given = project(data, B / geometry.scale).requires_grad_(), s.requires_grad_()
+            Z = given[0] @ MIX.to(B)
+            (query, users), (support, known) = sides
+            there = s.expand(data.num_users, K)
+            there = gradient_steps(Z[support], known, there, INNER_RATE, self.inner_steps)
+            loss = tail_loss_of_pairs(mean_losses(Z[query], users, there)) * len(data) / 2
+            by_Z, by_s = torch.autograd.grad(loss, given)  # the loss is as large as a sum over all
+            by_B = backproject(data, by_Z) / geometry.scale + ridge * B
+            return loss.detach() + ridge / 2 * B.square().sum(), [by_B, by_s]
+
+        if warm is None:
+            shared = fit_shared(data, geometry, 2 * ridge, tolerance=ROUGH).x.double()
+            own = ridge_directions(data) * geometry.scale
+            _, size, right = torch.linalg.svd(own - own.mean(0), full_matrices=False)
+            away = right[:1].T * size[0] / math.sqrt(data.num_users)
+            warm = [torch.cat([shared, away], 1), shared.new_zeros(K)]
+        share = warm[1].new_tensor([0.5, 0.05])  # of the curvature by the two columns
+        curve = inverse_curvature(geometry, ridge / share)
+        inverses = [lambda G: curve(G) / share, lambda g: 10 * g / len(data)]
+        (B, s), losses = fit_together(objective, warm, inverses, tolerance)
+        A = B @ MIX.to(B) / (geometry.scale * SCALE)
+        losses = [loss / len(data) for loss in losses]
+        fitted = self._fitted(data, A, s, (INNER_RATE, self.inner_steps), losses)
+        fitted.settings["ridge"] = ridge
+        return fitted, [B.detach(), s.detach()]
+
+    def _faithful(self, data: Comparisons, seed: int) -> MRMFitted:
+        generator, dialogues = torch.Generator().manual_seed(seed), _dialogues(data)
+        bound = data.num_features**-0.5
+        A = bound * (2 * torch.rand(data.num_features, K, generator=generator) - 1)
+        A, s = A.double().to(data.device), torch.randn(K, generator=generator).double()
+        given = [A, s.to(data.device)]
+        adam, losses, step = torch.optim.Adam(given, lr=self.rate), [], 0
+        planned = max(1, data.num_users * EPOCHS // USERS)
+        for _ in range(EPOCHS):
+            for some in torch.randperm(data.num_users, generator=generator).split(USERS):
+                few = some.sort().values
+                batch = data.select(torch.isin(data.user, few.to(data.device)))
+                episode = _episode([dialogues[u] for u in few.tolist()], generator)
+                loss, gradients = _outer_gradients(batch, *given, self.inner_rate, episode)
+                size = math.sqrt(sum(float(g.square().sum()) for g in gradients))
+                for parameter, gradient in zip(given, gradients, strict=True):
+                    parameter.grad = gradient * min(1.0, CLIP / (size + 1e-6))
+                adam.param_groups[0]["lr"] = self.rate * _schedule(step, planned)
+                adam.step()
+                losses.append(loss)
+                step += 1
+        return self._fitted(data, *given, (self.inner_rate, 1), losses)
+
+
+Episode = tuple[tuple[Tensor, list[int]], tuple[Tensor, list[int]]]
+
+
+def _dialogues(data: Comparisons) -> list[Tensor]:
+    """For every user, which of the user's dialogues each comparison is of [m_u], from 0 on."""
+    found = []
+    for units in data.units():
+        rows = torch.cat(units)
+        place = torch.repeat_interleave(torch.tensor([len(unit) for unit in units]))
+        found.append(place[rows.argsort()])
+    return found
+
+
+def _episode(dialogues: list[Tensor], generator: torch.Generator | None = None) -> Episode:
+    """Rows and counts by user of the query, nine tenths of the dialogues, and of the support.
+
+    Dialogues are shuffled where there is a generator, else taken as they come. A single one is on
+    both sides.
+    """
+    sides: tuple[list[Tensor], list[Tensor]] = ([], [])
+    first = 0
+    for of in dialogues:
+        count = int(of.max()) + 1
+        order = torch.arange(count)
+        if generator is not None:
+            order = torch.randperm(count, generator=generator)
+        query = order[of] < max(1, int(QUERY * count))
+        for side, mine in zip(sides, (query, ~query if count > 1 else query), strict=True):
+            side.append(first + mine.nonzero()[:, 0])
+        first += len(of)
+    query, support = ((torch.cat(side), [len(rows) for rows in side]) for side in sides)
+    return query, support
+
+
+def _outer_gradients(
+    batch: Comparisons, A: Tensor, s: Tensor, inner_rate: float, episode: Episode
+) -> tuple[float, list[Tensor]]:
+    """Tail loss of an episode after one inner Adam step, and its gradients by A and s.
+
+    The inner step passes s through and nothing else: it is the rate times the sign of a gradient.
+    """
+    Z = SCALE * project(batch, A)
+    (query, counts), (support, few) = episode
+    users = batch.pick(query, counts)
+    start = s.expand(batch.num_users, K)
+    there = adam_steps(Z[support], batch.pick(support, few), start, inner_rate, 1)
+    lost = mean_losses(Z[query], users, there).requires_grad_()
+    loss = tail_loss(lost)
+    (share,) = torch.autograd.grad(loss, lost)
+    p = there.softmax(1)
+    slope = slopes(users, (Z[query] * p[users.user]).sum(1)) / users.user_weight()[users.user]
+    by_Z = torch.zeros_like(Z)
+    by_Z[query] = (share[users.user] * slope)[:, None] * p[users.user]
+    by_s = (share[:, None] * inner_gradient(Z[query], users, there)).sum(0)
+    return float(loss.detach()), [SCALE * backproject(batch, by_Z), by_s]
+
+
+def _schedule(step: int, planned: int) -> float:
+    """Share of the rate: linear for a twentieth of the steps, then half a cosine down to 0."""
+    warm = WARM_UP * planned
+    if step < warm:
+        return step / max(1.0, warm)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1.0, planned - warm))))

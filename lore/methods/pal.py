@@ -1,0 +1,187 @@
+"""PAL-A: a user's ideal point is a mixture of prototypes; the nearer response is preferred.
+
+Chen, Chen, Rege, Vinayak, "PAL: Pluralistic Alignment Framework for Learning from Heterogeneous
+Preferences" (ICLR 2025): one network f for responses and prototypes alike.
+
+Shape letters: U users, N comparisons, F features, K prototypes, D width of f, R distinct rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from lore.common.files import require
+from lore.common.settings import NonNegativeInt, PositiveInt
+from lore.learning.comparisons import Comparisons, Pairs, Users
+from lore.learning.method import Task
+from lore.methods.fitting.networks import (
+    Held,
+    Mixing,
+    Networked,
+    blocks,
+    choose,
+    distinct,
+    linear,
+    pair_weights,
+    rows_of,
+)
+from lore.methods.fitting.validation import hold_out, shared_prompts
+
+RIDGES = (0.0, 0.3, 1.0, 3.0)  # pull of new users' logits towards the seen users' mean
+NEW_USER_RATE, NEW_USER_EPOCHS = 5e-3, 20  # published
+
+
+@dataclass(frozen=True)
+class PAL(Networked):
+    """PAL-A.
+
+    ``faithful`` keeps the published constants: rows as they are, f of width 512, batches of 4,
+    Adam (f: 1e-4, weight decay .01; prototypes and weights: 5e-3), 20 passes, the best by held-out
+    log loss kept; new users from random weights with 20 passes at 5e-3. The published code picks
+    new users' best pass on their test comparisons; here the last one counts. ``converged`` scales
+    rows, trains at ten times the rates until the held-out log loss falls no more, and solves new
+    users' weights, from the seen users' mean, to 1e-4.
+
+    Args:
+        prototypes: numbers of prototypes K to try; ``faithful`` takes the first.
+        width: outputs D of every layer of f; 0 for 512 if faithful, else 128.
+        layers: linear layers of f, with GELU between them.
+        squared: compare squared distances.
+        epochs: passes over the data, at most; 0 for 20 if faithful, else 60.
+    """
+
+    prototypes: tuple[PositiveInt, ...] = (2, 5, 10)
+    width: NonNegativeInt = 0
+    layers: PositiveInt = 2
+    squared: bool = False
+    epochs: NonNegativeInt = 0
+
+    def learn(self, task: Task) -> FittedPAL:
+        """Learn f, prototypes and weights from the task's training comparisons."""
+        train = partial(self._train, seed=task.seed)
+        if self.faithful:
+            shared = shared_prompts(task.train, task.seed)
+            held = hold_out(task.train, task.seed, shared, task.validation)
+            require(held.held is not None, "no user has two dialogues: nothing can be held out")
+            return train(held.fit, held, self.prototypes[0], self.epochs or 20)
+        models = "prototypes", self.prototypes
+        return choose(task, models, ("ridge", RIDGES), self.epochs or 60, train)
+
+    def _train(
+        self, data: Comparisons, held: Held, K: int, epochs: int, seed: int
+    ) -> FittedPAL:
+        generator = torch.Generator().manual_seed(seed)
+        fit = FittedPAL(self, data, K, generator)
+        faster = 1 if self.faithful else 10
+        optimizer = torch.optim.Adam(
+            [
+                {"params": fit.f.parameters(), "lr": 1e-4 * faster, "weight_decay": 0.01},
+                {"params": [fit.prototypes, fit.free], "lr": 5e-3 * faster},
+            ]
+        )
+        weight = pair_weights(data, not self.faithful)
+        size, patience = (4, {"patience": epochs}) if self.faithful else (64, {})
+        fit.train(data, weight, optimizer, size, generator, held, epochs, **patience)
+        fit.prototypes = fit.prototypes.detach()
+        fit.finish(fit.f, fit.prototypes)
+        return fit
+
+
+class FittedPAL(Mixing):
+    """A fitted PAL. A user's state is the weights [K] of the prototypes in that user's ideal point;
+    nobody's is the mean of the seen users' weights.
+
+    Args:
+        method: its settings.
+        data: training comparisons.
+        K: number of prototypes.
+        generator: of initial values: torch's own for f, unit vectors for prototypes, N(0, 1) for
+            the logits of weights.
+
+    Attributes:
+        f: the network [*, F] -> [*, D].
+        prototypes: [K, F].
+    """
+
+    hinge = True
+
+    def __init__(
+        self, method: PAL, data: Comparisons, K: int, generator: torch.Generator
+    ) -> None:
+        super().__init__("PAL", method, data)
+        self.squared = method.squared
+        width, F = method.width or (512 if self.faithful else 128), data.num_features
+        layers: list[nn.Module] = []
+        for number in range(method.layers):
+            layers += [linear(width if number else F, width, generator), nn.GELU()]
+        self.f = nn.Sequential(*layers[:-1]).to(data.device)
+        P = torch.randn(K, F, generator=generator)
+        W = torch.randn(data.num_users, K, generator=generator)
+        self.prototypes = (P / P.norm(dim=1, keepdim=True)).to(data.device).requires_grad_()
+        self.free = W.to(data.device).requires_grad_()
+
+    @torch.no_grad()
+    def view(self, data: Comparisons) -> Pairs:
+        """f of the distinct rows [R, D]."""
+        return rows_of(data).pairs(lambda e: self.f(e / self.scale))
+
+    def batch_logits(self, pairs: Pairs, user: Tensor) -> Tensor:
+        """Logits [n] of training comparisons, from scaled rows, at the present parameters."""
+        rows, (chosen, rejected) = distinct(pairs.chosen, pairs.rejected)
+        who, (own,) = distinct(user)
+        view = Pairs(self.f(pairs.values[rows]), chosen, rejected)
+        return self.logits(view, self.free[who].softmax(1), own)
+
+    def logits(self, view: Pairs, state: Tensor, user: Tensor) -> Tensor:
+        """How much farther the rejected response lies from the user's ideal point f(w P): [N]."""
+        ideal = self.f(state @ self.prototypes)
+        parts = []
+        for some in torch.arange(len(view), device=user.device).split(1 << 16):
+            part, point = view[some], ideal[user[some]]
+            far, near = (
+                (view.values[side] - point).norm(dim=1) for side in (part.rejected, part.chosen)
+            )
+            parts.append(far.square() - near.square() if self.squared else far - near)
+        return torch.cat(parts)
+
+    def published(self, view: Pairs, users: Users, generator: torch.Generator) -> Tensor:
+        """Weights [U', K] by the published fit: from N(0, 1), a step at each comparison, 20 times.
+
+        A published batch holds 4 comparisons, mostly of different users, and Adam is blind to the
+        size of gradients: so every user is given steps of its own, all users at a time.
+        """
+        start = torch.randn(users.num_users, len(self.nobody), generator=generator)
+        found = start.to(users.device)
+        for who, rows in blocks(users):
+            order = _orders(users.counts[who], generator) + rows.start
+            free = found[who].clone().requires_grad_()
+            optimizer = torch.optim.Adam([free], lr=NEW_USER_RATE)
+            for step in range(order.shape[1]):
+                active = (step < NEW_USER_EPOCHS * users.counts[who]).nonzero()[:, 0]
+                own = torch.arange(len(active), device=users.device)
+                with torch.enable_grad():
+                    pairs = view[order[active, step]]
+                    logits = self.logits(pairs, free[active].softmax(1), own)
+                    optimizer.zero_grad()
+                    (1 - logits).clamp(min=0).sum().backward()
+                optimizer.step()
+                found[who][active] = free.detach()[active]
+        return found.softmax(1)
+
+
+def _orders(counts: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Every user's comparisons in random order, pass after pass [U, steps]: numbers of rows."""
+    most = int(counts.max())
+    place = torch.arange(most, device=counts.device).expand(len(counts), -1)
+    real, first = place < counts[:, None], (counts.cumsum(0) - counts)[:, None]
+    orders = torch.zeros(len(counts), (NEW_USER_EPOCHS + 1) * most, dtype=torch.long)
+    orders = orders.to(counts.device)
+    for number in range(NEW_USER_EPOCHS):
+        keys = torch.rand(len(counts), most, generator=generator).to(counts.device)
+        shuffled = first + keys.masked_fill(~real, 2).argsort(1)
+        orders.scatter_(1, place + number * counts[:, None], shuffled)
+    return orders[:, : NEW_USER_EPOCHS * most]

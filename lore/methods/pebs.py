@@ -1,0 +1,199 @@
+"""PEBS (arXiv 2606.27578) for comparisons: one shared reward, and each user's own slope."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lore.common.settings import PositiveFloat
+from lore.learning.comparisons import Comparisons, Seed, Users
+from lore.learning.method import Fitted, Task, View
+from lore.methods.fitting.geometry import measure
+from lore.methods.fitting.linear import (
+    FINE,
+    ROUGH,
+    LinearFitted,
+    choose,
+    project,
+    slopes,
+    solve_users,
+    thinned,
+)
+from lore.methods.fitting.validation import hold_out
+from lore.methods.ridge_bt import STRENGTHS, fit_shared
+
+FOLDS = 5  # of each user's dialogues, for rewards that have not seen what they are judged on
+LEAST = 0.01  # of the prior's mean: no slope is below, so that none reverses a preference
+
+
+@dataclass
+class Prior:
+    """What users' slopes are like: their mean and variance, and where they are measured from.
+
+    Attributes:
+        common: the one slope that suits all comparisons best.
+        mean: of the users' slopes.
+        variance: tau^2, between users.
+    """
+
+    common: float
+    mean: float
+    variance: float
+
+
+def own_slopes(t: Tensor, users: Users, common: float) -> tuple[Tensor, Tensor]:
+    """Each user's own slope, by one step of Fisher scoring from the common one, and its variance.
+
+    The step is finite where a user's comparisons all agree with the reward, whose best slope is
+    infinite.
+
+    Args:
+        t: shared reward differences [N].
+        users: whose they are.
+        common: slope to step from.
+
+    Returns:
+        Slopes [U] and sampling variances [U], infinite for users without comparisons.
+    """
+    logits = common * t
+    score = -users.sum((slopes(users, logits) * t)[:, None])[:, 0]
+    information = users.weight * torch.sigmoid(logits) * torch.sigmoid(-logits) * t.square()
+    variance = 1 / users.sum(information[:, None])[:, 0]
+    return torch.where(variance.isfinite(), common + variance * score, common), variance
+
+
+def empirical_prior(t: Tensor, users: Users) -> Prior:
+    """The slopes' mean and variance between users, by moments.
+
+    Var_u being the sampling variance of a user's own slope a_u, the sum of (a_u - a)^2 / Var_u
+    around the common slope a is U - 1 on average if all slopes are the same, and what it has beyond
+    that tells tau^2 (DerSimonian and Laird 1986). The mean weighs slopes by 1 / (Var_u + tau^2).
+
+    Args:
+        t: shared reward differences [N], of a reward not fitted to these comparisons.
+        users: whose they are.
+    """
+    everyone = Users([len(t)], users.weight)
+    weak = t.new_full((1, 1), 1e-9 * float(t.square().sum()) + 1e-30)
+    common = float(solve_users(t[:, None], everyone, weak, t.new_zeros(1)))
+    own, variance = own_slopes(t, users, common)
+    information = 1 / variance
+    spread = (information * (own - common).square()).sum() - (information > 0).sum() + 1
+    total = information.sum()
+    between = float((spread / (total - information.square().sum() / total)).clamp(min=0))
+    weight = 1 / (variance + between)
+    return Prior(common, float((weight * own).sum() / weight.sum()), between)
+
+
+def shrunk_slopes(t: Tensor, users: Users, prior: Prior) -> Tensor:
+    """Slopes [U, 1]: mean + w_u (own slope - mean), where w_u = tau^2 / (tau^2 + Var_u)."""
+    own, variance = own_slopes(t, users, prior.common)
+    weight = prior.variance / (prior.variance + variance)
+    slope = prior.mean + weight * (own - prior.mean)
+    return slope.clamp(min=LEAST * max(prior.mean, LEAST))[:, None]
+
+
+class PEBSFitted(LinearFitted):
+    """A fit of PEBS: state [1], the slope."""
+
+    prior: Prior
+
+    def adapt(self, view: View, users: Users, seed: Seed) -> Tensor:
+        """Shrunk slopes [U', 1]; the prior's mean where there are no comparisons."""
+        assert isinstance(view, Tensor)
+        return shrunk_slopes(view[:, 0], users, self.prior)
+
+    def describe(self) -> dict[str, Any]:
+        """The facts given; one direction has no spectrum."""
+        return self.facts
+
+
+@dataclass(frozen=True)
+class PEBS:
+    """Log odds a_u x' v: a ridge Bradley-Terry reward v and slopes a_u > 0 of the users' own.
+
+    A positive slope changes no preference, hence no accuracy: only how sure the probabilities are.
+    Own slopes are shrunk to the population's mean in closed form, by w_u = tau^2 / (tau^2 + Var_u).
+    The published calibrators are of ratings, with an offset, which a comparison does not have.
+    Nobody's state is the prior's mean.
+
+    ``faithful`` fits the reward to most dialogues and the slopes to the others, as published. Its
+    ridge is chosen on validation as well, since the published reward models come ready.
+    ``converged`` fits the reward to all dialogues; slopes are measured with rewards fitted to four
+    fifths of every user's dialogues, so that every comparison tells something of both.
+
+    Args:
+        setting: slopes from one held-out part (faithful) or from every part in turn (converged).
+        strengths: of the reward's ridge, among features of mean square length 1, from the
+            strongest on; chosen on validation if several.
+    """
+
+    setting: Literal["faithful", "converged"] = "converged"
+    strengths: tuple[PositiveFloat, ...] = STRENGTHS
+    alone = True  # fitted by one process
+
+    def fit(self, task: Task) -> list[Fitted]:
+        """Choose the ridge, then fit the reward and every user's slope."""
+        data = task.mine
+        fit = self._faithful if self.setting == "faithful" else self._converged
+        best, tried = choose(task, self.strengths, lambda *given: (fit(*given[:2], ROUGH), None))
+        fitted = fit(data, best, FINE)
+        fitted.facts["tried"] = tried
+        return [fitted]
+
+    def _converged(self, data: Comparisons, strength: float, tolerance: float) -> PEBSFitted:
+        v, losses = _reward(data, strength, tolerance)
+        fold = _folds(data)
+        parts = [_reward(data.select(fold != k), strength, ROUGH)[0] for k in range(FOLDS)]
+        unseen = project(data, torch.cat(parts, 1)).gather(1, fold[:, None])[:, 0]
+        prior = empirical_prior(unseen, data)
+        return self._fitted(v, shrunk_slopes(unseen, data, prior), prior, strength, losses)
+
+    def _faithful(self, data: Comparisons, strength: float, tolerance: float) -> PEBSFitted:
+        split = hold_out(data, 0)
+        v, losses = _reward(split.fit, strength, tolerance)
+        if split.held is None:
+            prior, users = Prior(1.0, 1.0, 0.0), v.new_ones(data.num_users, 1)
+        else:
+            t = project(split.held, v)[:, 0]
+            prior = empirical_prior(t, split.held)
+            users = v.new_full((data.num_users, 1), prior.mean)
+            users[split.whose.to(v.device)] = shrunk_slopes(t, split.held, prior)
+        return self._fitted(v, users, prior, strength, losses)
+
+    def _fitted(
+        self, v: Tensor, users: Tensor, prior: Prior, strength: float, losses: list[float]
+    ) -> PEBSFitted:
+        spread = prior.variance**0.5
+        facts = {
+            "parameters": len(v) + len(users) + 2,
+            "tried": [],
+            "slopes": users[:, 0].tolist(),
+            "note": f"PEBS: ridge {strength:g}; slopes {prior.mean:.2f}, standard deviation "
+            f"{spread:.2f} between users.",
+        }
+        label = "PEBS" + (" faithful" if self.setting == "faithful" else "")
+        settings = {"setting": self.setting, "strength": strength}
+        nobody = v.new_tensor([max(prior.mean, LEAST * LEAST)])
+        fitted = PEBSFitted(label, settings, v, users, nobody, facts | thinned(losses))
+        fitted.prior = prior
+        return fitted
+
+
+def _reward(data: Comparisons, strength: float, tolerance: float) -> tuple[Tensor, list[float]]:
+    """The ridge Bradley-Terry direction [F, 1] and its losses, means over comparisons."""
+    geometry = measure(data)
+    found = fit_shared(data, geometry, strength, tolerance=tolerance)
+    return geometry.raw(found.x).double(), [value / len(data) for value in found.values]
+
+
+def _folds(data: Comparisons) -> Tensor:
+    """Which fold each comparison is in [N]: a user's dialogues in turn."""
+    fold = torch.zeros(len(data), dtype=torch.long)
+    for units in data.units():
+        for place, rows in enumerate(units):
+            fold[rows] = place % FOLDS
+    return fold.to(data.device)

@@ -1,0 +1,181 @@
+"""PReF (Shenfeld et al., COLM 2025) on fixed embeddings: LoRe's reward with signed weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lore.common.settings import PositiveFloat, PositiveInt
+from lore.learning.comparisons import Comparisons, Seed, Users, as_generator
+from lore.learning.method import Fitted, Task, View
+from lore.methods.fitting.geometry import measure
+from lore.methods.fitting.linear import (
+    FINE,
+    HALVINGS,
+    ROUGH,
+    LinearFitted,
+    backproject,
+    basis_inverses,
+    choose,
+    fit_together,
+    pair_loss,
+    project,
+    ridge_directions,
+    slopes,
+    solve_users,
+    thinned,
+)
+
+NORM_PENALTY = 0.02  # per comparison, on the length of x' A
+COLLAPSED = 1e-2  # mean length of x' A below which nothing is left
+STEPS, BATCH, RATE = 500, 64, 1e-3  # published SGD over comparisons
+USER_STEPS, USER_RATE = 1000, 0.01  # published SGD for a new user
+
+
+def svd_start(data: Comparisons, rank: int) -> tuple[Tensor, Tensor]:
+    """A [F, K] and W [U, K] from the leading singular vectors of the users' own directions.
+
+    The published start factorises a matrix of comparisons by users, which needs users who judged
+    the same comparisons. Here users' directions [U, F] are factorised; as there, not centred.
+    """
+    left, values, right = torch.linalg.svd(ridge_directions(data), full_matrices=False)
+    root = values[:rank].sqrt()
+    return right[:rank].T * root, left[:, :rank] * root
+
+
+def objective(
+    data: Comparisons, A: Tensor, W: Tensor, ridge: float = 0.0, penalty: float = NORM_PENALTY
+) -> tuple[Tensor, list[Tensor]]:
+    """Sum of c (softplus(-x' A w_u) + penalty |x' A|) + ridge / 2 |W|^2, and its gradients.
+
+    Args:
+        data: comparisons of U users, of weights c.
+        A: features' loadings [F, K].
+        W: users' weights [U, K].
+        ridge: of the weights.
+        penalty: of the lengths, not squared.
+    """
+    loss, by_A, by_W, Z = pair_loss(data, A, W)
+    lengths = Z.square().sum(1).add(1e-12).sqrt()
+    loss = loss + penalty * (data.weight @ lengths) + ridge / 2 * W.square().sum()
+    if penalty:
+        by_A = by_A + backproject(data, (penalty * data.weight / lengths)[:, None] * Z)
+    return loss, [by_A, by_W + ridge * W]
+
+
+class PReFFitted(LinearFitted):
+    """A fit of PReF: state u, the signed weights."""
+
+    ridge: float | None  # of a new user's weights about the mean; None for published SGD
+
+    def adapt(self, view: View, users: Users, seed: Seed) -> Tensor:
+        """Weights [U', K]: the exact minimum of loss and ridge, or SGD from a random start."""
+        assert isinstance(view, Tensor)
+        if self.ridge is not None:
+            precision = self.ridge * torch.eye(view.shape[1]).to(view)
+            return solve_users(view, users, precision, self.nobody)
+        start = torch.randn(users.num_users, view.shape[1], generator=as_generator(seed))
+        w, mass = start.to(view), users.user_weight().clamp(min=1e-300)[:, None]
+        for _ in range(USER_STEPS):
+            logits = (view * w[users.user]).sum(1)
+            w = w - USER_RATE * users.sum(view, slopes(users, logits)) / mass
+        return torch.where(users.counts[:, None] > 0, w, self.nobody)
+
+
+@dataclass(frozen=True)
+class PReF:
+    """Rewards x' A w_u with signed weights w_u, and a penalty on the length of x' A.
+
+    Nobody's state is the mean of the seen users' weights: zero, which the published random start
+    amounts to, would call every comparison a tie.
+
+    ``faithful`` follows the published training, 500 SGD steps of 64 comparisons, and 1,000 steps
+    from a random draw for a new user. Left out: the language model's own training, the fit of A to
+    the start (A is the start here, and its 50 steps of 1e-6 hardly moved it), and the threshold
+    chosen on test data. No shots give the mean, not a random draw.
+
+    ``converged``: the published objective has no minimum, since A may shrink while W grows until
+    the penalty is gone. A ridge on W and, among features of mean square length 1, on A makes it
+    one; its strength is chosen on validation, and L-BFGS finds it. New users are solved exactly,
+    with the same ridge, but about the seen users' mean.
+
+    Args:
+        rank: columns of A.
+        setting: published constants and budget (faithful), or fitted to tolerance (converged).
+        ridges: of loadings and weights, from the strongest on; chosen on validation if several.
+    """
+
+    rank: PositiveInt = 5
+    setting: Literal["faithful", "converged"] = "converged"
+    ridges: tuple[PositiveFloat, ...] = HALVINGS
+    alone = True  # fitted by one process
+    bounded = ("rank",)  # ranks that users or features limit
+
+    def fit(self, task: Task) -> list[Fitted]:
+        """Choose the ridge, then fit all training comparisons; or the published training."""
+        data = task.mine
+        if self.setting == "faithful":
+            return [self._faithful(data, task.seed)]
+        ridge, tried = choose(task, self.ridges, lambda *given: self._converged(*given, ROUGH))
+        fitted, _ = self._converged(data, ridge, None, FINE)
+        fitted.facts["tried"] = tried
+        return [fitted]
+
+    def _fitted(
+        self, A: Tensor, W: Tensor, ridge: float | None, losses: list[float], note: str
+    ) -> PReFFitted:
+        facts: dict[str, Any] = {"parameters": A.numel() + W.numel(), "note": note, "tried": []}
+        settings = {"rank": self.rank, "setting": self.setting}
+        settings |= {} if ridge is None else {"ridge": ridge}
+        label = f"PReF K={self.rank}" + (" faithful" if ridge is None else "")
+        fitted = PReFFitted(label, settings, A, W, W.mean(0), facts | thinned(losses))
+        fitted.ridge = ridge
+        return fitted
+
+    def _converged(
+        self, data: Comparisons, ridge: float, warm: tuple[Tensor, Tensor] | None, tolerance: float
+    ) -> tuple[PReFFitted, tuple[Tensor, Tensor] | None]:
+        geometry = measure(data)
+        A, W = warm or svd_start(data, self.rank)
+        if warm is None:  # both of the same size, as the ridge would have them
+            A = A * geometry.scale
+            balance = (W.norm() / A.norm()).sqrt()
+            A, W = A * balance, W / balance
+        lengths = project(data, A / geometry.scale).norm(dim=1)
+        extra = 5 * NORM_PENALTY / float(lengths.mean())
+        inverses = basis_inverses(data, geometry, A, W, (ridge, ridge), extra)
+
+        def scaled(A: Tensor, W: Tensor) -> tuple[Tensor, list[Tensor]]:
+            loss, (by_A, by_W) = objective(data, A / geometry.scale, W, ridge)
+            loss = loss + ridge / 2 * A.square().sum()
+            return loss, [by_A / geometry.scale + ridge * A, by_W]
+
+        (A, W), losses = fit_together(scaled, [A, W], inverses, tolerance)
+        # A ridge that shrinks all to nothing, a saddle for weaker ones, is no start for them
+        collapsed = float(project(data, A / geometry.scale).norm(dim=1).mean()) < COLLAPSED
+        warm = None if collapsed else (A, W)
+        A, losses = A / geometry.scale, [loss / len(data) for loss in losses]
+        note = f"PReF K={self.rank}: ridge {ridge:g}, {len(losses)} steps of L-BFGS."
+        return self._fitted(A, W, ridge, losses, note), warm
+
+    def _faithful(self, data: Comparisons, seed: int) -> PReFFitted:
+        A, W = svd_start(data, self.rank)
+        generator, losses = torch.Generator().manual_seed(seed), []
+        order = torch.empty(0, dtype=torch.long)
+        for _ in range(STEPS):
+            if len(order) < BATCH:
+                order = torch.cat([order, torch.randperm(len(data), generator=generator)])
+            rows, order = order[:BATCH].sort().values, order[BATCH:]
+            keep = torch.zeros(len(data), dtype=torch.bool)
+            keep[rows] = True
+            batch, here = data.select(keep), data.user[rows.to(data.device)].unique()
+            loss, (by_A, by_W) = objective(batch, A, W[here])
+            mass = batch.weight.sum()
+            A = A - RATE * by_A / mass
+            W = W.index_add(0, here, by_W / mass, alpha=-RATE)
+            losses.append(float(loss / mass))
+        note = f"PReF K={self.rank}, published: {STEPS} steps of SGD on {BATCH} comparisons."
+        return self._fitted(A, W, None, losses, note)

@@ -1,0 +1,237 @@
+"""RBD (LoRe-BasisInterp): signed weights, a population's and each user's deviation from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from lore.common.files import require
+from lore.common.settings import PositiveFloat, PositiveInt
+from lore.learning.comparisons import Comparisons, Seed, Users, as_generator
+from lore.learning.method import Fitted, Task, View
+from lore.methods.fitting.geometry import Geometry, measure
+from lore.methods.fitting.linear import (
+    FINE,
+    ROUGH,
+    LinearFitted,
+    basis_inverses,
+    choose,
+    fit_together,
+    pair_loss,
+    project,
+    ridge_directions,
+    slopes,
+    solve_users,
+    thinned,
+)
+from lore.methods.fitting.validation import HeldOut, hold_out
+from lore.methods.ridge_bt import fit_shared
+
+RATE, STEPS, PATIENCE, LEAST = 1e-4, 3000, 100, 1e-5  # published training, as tuned
+POPULATION, DEVIATION = 0.01, 10.0  # published strengths, of means
+USER_RATE, USER_STEPS, USER_PATIENCE = 1e-2, 1000, 50  # published adaptation
+START = 1e-3  # size of the first deviations
+
+Parameters = tuple[Tensor, Tensor, Tensor]  # V [F, K], mean weights [K], deviations [U, K]
+
+
+def objective(
+    data: Comparisons, given: Parameters, population: float, deviation: float, scale: float = 1.0
+) -> tuple[Tensor, list[Tensor]]:
+    """The loss and ridges on directions, and the gradients.
+
+    Sum of c softplus(-x' V w_u / scale) + population / 2 |V w|^2 + deviation / 2 sum_u |V d_u|^2,
+    where w_u = w + d_u.
+
+    Args:
+        data: comparisons of U users, of weights c.
+        given: V, the mean weights w and the deviations d.
+        population, deviation: strengths.
+        scale: of the features.
+    """
+    V, mean, away = given
+    loss, by_V, by_W, _ = pair_loss(data, V / scale, mean + away)
+    gram = V.T @ V
+    ridge_mean, ridge_away = population * gram @ mean, deviation * away @ gram
+    loss = loss + (mean @ ridge_mean + (away * ridge_away).sum()) / 2
+    inner = population * torch.outer(mean, mean) + deviation * away.T @ away
+    return loss, [by_V / scale + V @ inner, by_W.sum(0) + ridge_mean, by_W + ridge_away]
+
+
+def svd_start(
+    data: Comparisons, geometry: Geometry, rank: int, strengths: tuple[float, float]
+) -> Parameters:
+    """The ridge Bradley-Terry direction, the leading ones of the users' own beside it, and the best
+    deviations that these allow.
+
+    Args:
+        data: comparisons of U users.
+        geometry: of their features.
+        rank: K.
+        strengths: of the ridges on the population's direction and on users'.
+
+    Returns:
+        V [F, K] among scaled features, orthonormal; mean weights; deviations.
+    """
+    shared = fit_shared(data, geometry, strengths[0], tolerance=ROUGH).x.double()
+    own = ridge_directions(data) * geometry.scale
+    first = shared / shared.norm().clamp(min=1e-12)
+    beside = own - own @ first @ first.T
+    V = torch.cat([first, torch.linalg.svd(beside, full_matrices=False)[2][: rank - 1].T], 1)
+    mean, ridge = V.T @ shared[:, 0], strengths[1] * torch.eye(rank).to(V)
+    return V, mean, solve_users(project(data, V / geometry.scale), data, ridge, mean) - mean
+
+
+class RBDFitted(LinearFitted):
+    """A fit of RBD: state w_u, the sum of the mean weights and the user's deviation."""
+
+    precision: Tensor  # of a user's deviation [K, K], for the exact solution
+    published: float | None = None  # deviation strength of the published adaptation, of means
+
+    def adapt(self, view: View, users: Users, seed: Seed) -> Tensor:
+        """Weights [U', K]: the exact minimum of loss and ridge, or the published Adam."""
+        assert isinstance(view, Tensor)
+        if self.published is None:
+            return solve_users(view, users, self.precision, self.nobody)
+        return self._published(view, users, seed)
+
+    def _published(self, view: Tensor, users: Users, seed: Seed) -> Tensor:
+        start = torch.randn(users.num_users, view.shape[1], generator=as_generator(seed))
+        away, total = START * start.to(view), users.weight.sum().clamp(min=1e-300)
+        ridge = 2 * self.published * self.basis.T @ self.basis / users.num_users
+        adam, best, waited = torch.optim.Adam([away], lr=USER_RATE), float("inf"), 0
+        for _ in range(USER_STEPS):
+            logits = (view * (self.nobody + away)[users.user]).sum(1)
+            slope = slopes(users, logits) / total
+            lost = float(users.weight @ softplus(-logits) / total)
+            lost += float((away @ ridge * away).sum()) / 2
+            best, waited = (lost, 0) if lost < best - LEAST else (best, waited + 1)
+            if waited >= USER_PATIENCE:
+                break
+            away.grad = users.sum(view, slope) + away @ ridge
+            adam.step()
+        return torch.where(users.counts[:, None] > 0, self.nobody + away, self.nobody)
+
+
+@dataclass(frozen=True)
+class RBD:
+    """Rewards x' V (w + d_u) with signed weights; ridges act on the directions V w and V d_u.
+
+    Nobody's state is the population's w.
+
+    ``faithful`` follows the published training as tuned: Adam at 1e-4 from random values, strengths
+    .01 and 10 on the means over comparisons and over users, stopped once the log loss of held-out
+    dialogues has not fallen for 100 steps, the best step kept; new users by Adam at 1e-2, all
+    together. The stop on test data that the public code has for PRISM is left out, and so are the
+    rotated axes, which change no reward. No shots give w itself.
+
+    ``converged`` minimises the same objective by L-BFGS; both strengths are chosen on validation.
+    They are precisions of Gaussian priors on directions among features of mean square length 1, so
+    a new user's ridge fades with comparisons, as a seen user's does; new users are solved exactly.
+
+    Args:
+        rank: columns of V.
+        setting: published constants and budget (faithful), or fitted to tolerance (converged).
+        strengths: of the population's and of users' directions; chosen on validation if
+            several.
+    """
+
+    rank: PositiveInt = 8
+    setting: Literal["faithful", "converged"] = "converged"
+    strengths: tuple[tuple[PositiveFloat, PositiveFloat], ...] = tuple(
+        (shared, ratio * shared) for shared in (10.0, 1.0, 0.1, 0.01) for ratio in (100, 10, 1)
+    )
+    alone = True  # fitted by one process
+    bounded = ("rank",)  # ranks that users or features limit
+
+    def fit(self, task: Task) -> list[Fitted]:
+        """Choose the strengths, then fit all training comparisons; or the published training."""
+        data = task.mine
+        if self.setting == "faithful":
+            split = hold_out(data, task.seed, validation=task.validation)
+            return [self._faithful(data, split, task.seed)]
+        best, tried = choose(
+            task, self.strengths, lambda *given: (self._converged(*given[:2], ROUGH), None)
+        )
+        fitted = self._converged(data, best, FINE)
+        fitted.facts["tried"] = tried
+        return [fitted]
+
+    def _converged(
+        self,
+        data: Comparisons,
+        strengths: tuple[float, float],
+        tolerance: float,
+    ) -> RBDFitted:
+        geometry, (population, deviation) = measure(data), strengths
+        start = svd_start(data, geometry, self.rank, strengths)
+        V, mean, away = start
+        by_V, by_W = basis_inverses(data, geometry, V, mean + away, strengths)
+
+        def by_mean(gradient: Tensor) -> Tensor:  # everyone's curvature, not one user's
+            return by_W(gradient) / data.num_users
+
+        def scaled(V: Tensor, mean: Tensor, away: Tensor) -> tuple[Tensor, list[Tensor]]:
+            return objective(data, (V, mean, away), *strengths, geometry.scale)
+
+        found, losses = fit_together(scaled, start, [by_V, by_mean, by_W], tolerance)
+        settings = {"population": population, "deviation": deviation}
+        note = (
+            f"RBD K={self.rank}: strengths {population:g} (population) and {deviation:g} (users), "
+            f"{len(losses)} steps of L-BFGS."
+        )
+        V, mean, away = found
+        parameters = V / geometry.scale, mean, away
+        fitted = self._fitted(parameters, settings, [loss / len(data) for loss in losses], note)
+        floor = 1e-9 * V.square().sum() * torch.eye(self.rank).to(V)
+        fitted.precision = deviation * (V.T @ V + floor)
+        return fitted
+
+    def _fitted(
+        self, found: Parameters, settings: dict[str, Any], losses: list[float], note: str
+    ) -> RBDFitted:
+        V, mean, away = found
+        label = f"RBD K={self.rank}" + (" faithful" if self.setting == "faithful" else "")
+        settings = {"rank": self.rank, "setting": self.setting, **settings}
+        numbers = V.numel() + mean.numel() + away.numel()
+        facts = {"parameters": numbers, "note": note, "tried": [], **thinned(losses)}
+        return RBDFitted(label, settings, V, mean + away, mean, facts)
+
+    def _faithful(self, data: Comparisons, split: HeldOut, seed: int) -> RBDFitted:
+        K, U = self.rank, data.num_users
+        require(split.held is not None, "no user has two dialogues: RBD cannot stop on validation")
+        assert split.held is not None
+        generator = torch.Generator().manual_seed(seed)
+        V, mean, away = (
+            torch.randn(*size, generator=generator).double().to(data.device)
+            for size in ((data.num_features, K), (K,), (U, K))
+        )
+        V, mean, away = V / V.norm(dim=0), mean / K**0.5, START * away
+        Z = project(split.fit, V)
+        V = V / (Z * (mean + away)[split.fit.user]).sum(1).std().clamp(min=1e-12)
+        given, best, kept, waited, losses = [V, mean, away], float("inf"), (V, mean, away), 0, []
+        total = split.fit.weight.sum()
+        ridges = float(2 * POPULATION * total), float(2 * DEVIATION * total / U)
+        adam = torch.optim.Adam(given, lr=RATE)
+        held_user = split.whose.to(data.device)[split.held.user]
+        for _ in range(STEPS):
+            V, mean, away = given
+            logits = (project(split.held, V) * (mean + away)[held_user]).sum(1)
+            lost = float(split.held.weight @ softplus(-logits) / split.held.weight.sum())
+            losses.append(lost)
+            if lost < best - LEAST:
+                best, kept, waited = lost, (V.clone(), mean.clone(), away.clone()), 0
+            elif (waited := waited + 1) >= PATIENCE:
+                break
+            _, gradients = objective(split.fit, (V, mean, away), *ridges)
+            for parameter, gradient in zip(given, gradients, strict=True):
+                parameter.grad = gradient / total
+            adam.step()
+        note = f"RBD K={K}, published: held-out log loss {best:.4f} at best, {len(losses)} steps."
+        fitted = self._fitted(kept, {}, losses, note)
+        fitted.published = DEVIATION
+        return fitted

@@ -1,0 +1,24 @@
+"""The file of a run that tells users' rewards, whichever method wrote it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from lore.learning.basis import Basis, load_basis
+from lore.methods import mixed_fit
+
+
+def load_learned(path: str | Path) -> Basis | mixed_fit.Saved:
+    """Read a basis file or a mixed logit's.
+
+    Raises:
+        InputError: the file is missing, damaged or holds something else.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            mixed = (file.metadata() or {}).get("format") == mixed_fit.FORMAT
+    except (OSError, SafetensorError):
+        mixed = False  # the reader of basis files says what is wrong
+    return mixed_fit.load(Path(path)) if mixed else load_basis(path)

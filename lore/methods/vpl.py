@@ -1,0 +1,229 @@
+"""VPL: an encoder reads a user's comparisons into a latent vector, on which the reward depends.
+
+Poddar, Wan, Ivison, Gupta, Jaques, "Personalizing Reinforcement Learning from Human Feedback with
+Variational Preference Learning" (NeurIPS 2024), on fixed embeddings and in single precision.
+
+Shape letters: U users, N comparisons, F features, H hidden units, L latent, R distinct rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lore.common.settings import Latent, NonNegativeFloat, NonNegativeInt
+from lore.learning.comparisons import Comparisons, Pairs, Seed, Users
+from lore.learning.method import Task
+from lore.methods.fitting.networks import (
+    Held,
+    Network,
+    Networked,
+    add_losses,
+    batches,
+    blocks,
+    choose,
+    descend,
+    frozen,
+    held_loss,
+    pair_weights,
+    rows_of,
+    scaled_pairs,
+    where_known,
+)
+from lore.methods.fitting.validation import HeldOut, hold_out
+from lore.methods.vpl_network import Groups, Net, divergence, on_sphere
+
+ACTIVE = 0.005  # variance over users from which a unit of the latent is active
+CYCLE = 10_000  # steps of the published cyclical weight of the KL term
+
+
+@dataclass(frozen=True)
+class VPL(Networked):
+    """VPL, repaired.
+
+    ``faithful`` keeps the published constants: rows as they are, H = L = 512, contexts of 8,
+    batches of 32, AdamW (1e-4, weight decay .001, cosine with 3 % warm-up), 2 passes, the KL term
+    times the first of ``betas`` on a rising cycle; the latent lies on a sphere in training and not
+    afterwards. ``converged`` scales rows, draws contexts of 0 to the largest number of shots
+    (without one the latent is 0), lets up to 16 comparisons share a context, trains until the
+    held-out log loss falls no more, and tries the sphere afterwards too.
+
+    Args:
+        betas: weights of the KL term to try; ``faithful`` takes the first.
+        hidden: hidden units H; 0 for 512 if faithful, else 64.
+        latent: units L of the latent; -1 for 512 if faithful, else 32; 0 for none, which leaves
+            Bradley-Terry on a network.
+        epochs: passes over the data, at most; 0 for 2 if faithful, else 60.
+    """
+
+    betas: tuple[NonNegativeFloat, ...] = (3e-6, 3e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+    hidden: NonNegativeInt = 0
+    latent: Latent = -1
+    epochs: NonNegativeInt = 0
+
+    def learn(self, task: Task) -> FittedVPL:
+        """Learn encoder and decoder from the task's training comparisons."""
+        longest = max(1, *task.shots) if task.shots else 50
+        train = partial(self._train, seed=task.seed, longest=longest)
+        if self.faithful:
+            return train(task.train, None, self.betas[0], self.epochs or 2)
+        personal = self.latent != 0  # without a latent there is nothing to choose
+        models = "beta", self.betas[: None if personal else 1]
+        spheres = (0.0, 1.0) if personal else (0.0,)
+        return choose(task, models, ("sphere", spheres), self.epochs or 60, train)
+
+    def _train(
+        self, data: Comparisons, held: Held, beta: float, epochs: int, seed: int, longest: int
+    ) -> FittedVPL:
+        faithful = self.faithful
+        generator = torch.Generator().manual_seed(seed)
+        fit = FittedVPL(self, data, generator)
+        groups = Groups(data, 1 if faithful else 16, (1, 8) if faithful else (0, longest))
+        rate, decay = (1e-4, 1e-3) if faithful else (3e-3, 1e-2)
+        optimizer = torch.optim.AdamW(fit.net.parameters(), lr=rate, weight_decay=decay)
+        total, step = epochs * math.ceil(len(data) / 32), itertools.count()
+        schedule = None  # making one sets the rate of the first step
+        if faithful:
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: _cosine(t, total))
+        pairs, weight = scaled_pairs(data, fit.scale), pair_weights(data, not faithful)
+
+        def epoch() -> Iterator[Tensor]:
+            if not fit.net.latent:
+                for some in batches(len(data), 32 if faithful else 64, generator):
+                    some = some.to(data.device)
+                    yield add_losses(fit.net.plain(pairs[some]), weight[some])
+                return
+            for targets, group, contexts, counts in groups.epoch(32 if faithful else 8, generator):
+                logits, kl = fit.net(pairs, targets, group, contexts, counts, generator)
+                slope = _cycle(next(step)) if faithful else 1.0
+                yield add_losses(logits, weight[targets]) + beta * slope * kl
+
+        def held_now() -> float:
+            return held_loss(fit, held, fit.adapt(fit.view(data), data, seed))
+
+        fit.course = descend(optimizer, epoch, epochs, held and held_now, schedule)
+        fit.finish(data, seed)
+        return fit
+
+
+def _cosine(step: int, total: int) -> float:
+    """Learning rate over its largest: 3 % warm-up, then a cosine to 0."""
+    warm = max(1, round(0.03 * total))
+    if step < warm:
+        return step / warm
+    return (1 + math.cos(math.pi * min(1, (step - warm) / max(1, total - warm)))) / 2
+
+
+def _cycle(step: int) -> float:
+    """Weight of the KL term over beta: from .1 up to 1 along a cosine, again and again."""
+    return 0.1 + 0.9 * (1 - math.cos(math.pi * (step % CYCLE) / CYCLE)) / 2
+
+
+class FittedVPL(Network):
+    """A fitted VPL. A user's state is the mean [L] of the latent given that user's comparisons;
+    nobody's is 0.
+
+    Args:
+        method: its settings.
+        data: training comparisons.
+        generator: of initial values.
+
+    Attributes:
+        net: encoder and decoder.
+        variant: 1 to put states on the sphere of the training, 0 not to.
+    """
+
+    def __init__(self, method: VPL, data: Comparisons, generator: torch.Generator) -> None:
+        super().__init__("VPL", method, data)
+        hidden = method.hidden or (512 if self.faithful else 64)
+        latent = method.latent if method.latent >= 0 else (512 if self.faithful else 32)
+        self.net = Net(data.num_features, hidden, latent, generator).to(data.device)
+        self.nobody = torch.zeros(latent, device=data.device)
+
+    def finish(self, data: Comparisons, seed: int) -> None:
+        """Nothing is trained any more: read the seen users' contexts, and look for a collapse."""
+        frozen(self.net)
+        self.parameters = sum(p.numel() for p in self.net.parameters())
+        view = self.view(data)
+        self.users = self.adapt(view, data, seed)
+        self.latents = {}
+        if self.net.latent:
+            parts = [self._encode(view, data, part)[1] for part in blocks(data)]
+            kl = divergence(self.users, torch.cat(parts)).mean()
+            active = (self.users.var(0) > ACTIVE).sum() if len(self.users) > 1 else 0
+            self.latents = {"active_units": int(active), "units": self.net.latent, "kl": float(kl)}
+            self.latents |= self._collapse(hold_out(data, seed), seed)
+
+    def _collapse(self, parts: HeldOut, seed: int) -> dict[str, float]:
+        """Accuracy on some training comparisons with contexts of others: a user's own, the same
+        with chosen and rejected swapped, another user's, none. A collapsed latent makes no
+        difference."""
+        if parts.held is None:
+            return {}
+        context, held = self.view(parts.fit), self.view(parts.held)
+        own = self.adapt(context, parts.fit, seed)
+        swapped = Pairs(context.values, context.rejected, context.chosen)
+        states = {
+            "own": own,
+            "swapped": self.adapt(swapped, parts.fit, seed),
+            "another": own.roll(1, 0),
+            "none": torch.zeros_like(own),
+        }
+        whose = parts.whose.to(own.device)
+        return {
+            f"accuracy_{name}_context": float(
+                parts.held.accuracies(self.logits(held, z[whose], parts.held.user)).mean()
+            )
+            for name, z in states.items()
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """As every network, and what the latent carries."""
+        return super().describe() | self.latents
+
+    def note(self) -> str:
+        """A line for the report."""
+        if "accuracy_own_context" not in self.latents:
+            return super().note()
+        own, swapped = (self.latents[f"accuracy_{name}_context"] for name in ("own", "swapped"))
+        return (
+            f"{super().note()}; {self.latents['active_units']} of {self.net.latent} latent units "
+            f"active, training accuracy {own:.1%} with a user's context, {swapped:.1%} with it "
+            "swapped"
+        )
+
+    @torch.no_grad()
+    def view(self, data: Comparisons) -> Pairs:
+        """First-layer products of the distinct rows [R, 3 H]."""
+        return rows_of(data).pairs(lambda e: self.net.first(e / self.scale))
+
+    def _encode(
+        self, view: Pairs, users: Users, part: tuple[slice, slice]
+    ) -> tuple[Tensor, Tensor]:
+        who, rows = part
+        some = Pairs(view.values, view.chosen[rows], view.rejected[rows])
+        return self.net.encode(some, users.counts[who])
+
+    @torch.no_grad()
+    def adapt(self, view: Pairs, users: Users, seed: Seed) -> Tensor:
+        """Means [U', L] of the latents, by one pass through the encoder."""
+        if not self.net.latent or len(users) == 0:
+            return self.nobody.repeat(users.num_users, 1)
+        means = torch.cat([self._encode(view, users, part)[0] for part in blocks(users)])
+        return where_known(means, users, self.nobody)
+
+    @torch.no_grad()
+    def logits(self, view: Pairs, state: Tensor, user: Tensor) -> Tensor:
+        """Difference of the decoder's rewards [N]."""
+        if not self.net.latent:
+            return self.net.decode(view, None, None)
+        z = on_sphere(state) if self.variant else state
+        parts = torch.arange(len(view), device=user.device).split(1 << 16)
+        return torch.cat([self.net.decode(view[some], z, user[some]) for some in parts])

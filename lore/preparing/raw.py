@@ -1,0 +1,234 @@
+"""Raw tables as they come, from files or the hub: their rows, and what a cell may hold."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import logging
+import os
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lore.common.files import InputError, first_line, require
+
+log = logging.getLogger(__name__)
+
+Rows = Iterator[tuple[str, dict[str, Any]]]
+
+EMPTY = "EMPTY STRING"  # what some published tables write in a cell without text
+FILES = ("{}.jsonl", "{}.jsonl.gz", "{}.parquet", "{}-*.parquet", "data/{}-*.parquet")
+LARGEST = float(np.finfo(np.float32).max)  # numbers are kept as float32
+DAMAGE = (OSError, EOFError, UnicodeDecodeError, zlib.error, csv.Error, pa.ArrowException)
+
+
+# --------------------------------------------------------------------------------- Rows
+
+
+def read_rows(source: str, table: str, columns: Iterable[str], **hub: Any) -> Rows:
+    """Rows of a raw table, each with its place for messages, such as "train.jsonl row 12".
+
+    Args:
+        source: a folder with table.jsonl, .jsonl.gz or .parquet, or the name of a hub dataset.
+        table: name of the table.
+        columns: what every row must have.
+        hub: for a hub dataset, further arguments of ``datasets.load_dataset``, such as the
+            configuration; or files, a pattern of those to read, and revision.
+
+    Raises:
+        InputError: nothing to read there, a damaged file, or a row without these columns.
+    """
+    require(bool(source), "--source is empty; name a folder or a hub dataset")
+    require(not os.path.isfile(source), f"--source {source} is a file; name its folder")
+    if os.path.isdir(source):
+        rows = (row for file in table_files(Path(source), table) for row in read_file(file))
+    else:
+        rows = read_hub(source, table, hub)
+    yield from check_columns(rows, columns)
+
+
+def check_columns(rows: Rows, columns: Iterable[str]) -> Rows:
+    """The rows; InputError at one that lacks a column."""
+    for place, row in rows:
+        missing = [name for name in columns if name not in row]
+        if missing:
+            raise InputError(f"{place} has no column {', '.join(missing)}")
+        yield place, row
+
+
+def table_files(folder: Path, table: str) -> list[Path]:
+    """The files of a raw table, which are those of the first format that is there."""
+    names = [pattern.format(table) for pattern in FILES]
+    found = next(filter(None, (sorted(folder.glob(name)) for name in names)), None)
+    if found is None:
+        raise InputError(f"--source {folder} has none of {', '.join(names)}")
+    return found
+
+
+def read_file(file: Path) -> Rows:
+    """Rows of a .jsonl, .jsonl.gz, .csv or .parquet file, each with its place.
+
+    Raises:
+        InputError: another kind of file, or a damaged one.
+    """
+    read = next((read for ending, read in READERS.items() if file.name.endswith(ending)), None)
+    if read is None:
+        raise InputError(f"{file}: a file's name must end in {', '.join(READERS)}")
+    log.info("reading %s", file)
+    try:
+        for number, row in enumerate(read(file), start=1):
+            yield f"{file} row {number}", row
+    except DAMAGE as error:
+        raise InputError(f"{file} cannot be read: {first_line(error)}") from error
+
+
+def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
+    for batch in pq.ParquetFile(file).iter_batches():
+        yield from batch.to_pylist()
+
+
+def _json_rows(file: Path) -> Iterator[dict[str, Any]]:
+    opened = gzip.open if file.suffix == ".gz" else open
+    with opened(file, "rt", encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            row = read_json_text(line, f"{file} row {number}")
+            if not isinstance(row, dict):
+                raise InputError(f"{file} row {number} is not a JSON object")
+            yield row
+
+
+def _csv_rows(file: Path) -> Iterator[dict[str, Any]]:
+    csv.field_size_limit(2**31 - 1)  # dialogues are longer than the 128 KB that are usual
+    with file.open(encoding="utf-8-sig", newline="") as lines:  # spreadsheets write a BOM
+        for number, row in enumerate(csv.DictReader(lines, strict=True), start=1):
+            if None in row or None in row.values():
+                raise InputError(f"{file} row {number} has more or fewer cells than the first line")
+            yield row
+
+
+READERS = {
+    ".jsonl": _json_rows,
+    ".jsonl.gz": _json_rows,
+    ".csv": _csv_rows,
+    ".parquet": _parquet_rows,
+}
+
+
+def read_json_text(line: str, place: str) -> Any:
+    """What a JSON text says; InputError at the place where it says nothing."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a ValueError
+        raise InputError(f"{place} is not valid JSON: {first_line(error)}") from error
+
+
+def read_hub(source: str, table: str, hub: Mapping[str, Any]) -> Rows:
+    """Rows of a hub dataset, which is downloaded once and then read from a cache."""
+    advice = f"give a folder with {table}.jsonl or {table}.parquet"
+    if "files" in hub:
+        yield from _hub_files(source, advice, **hub)
+        return
+    rows = _load_hub(source, advice, hub)
+    for number, row in enumerate(rows, start=1):
+        yield f"{source} {table} row {number}", row
+
+
+def _hub_files(source: str, advice: str, files: str, revision: str) -> Rows:
+    """Rows of certain files, which ``datasets`` would not find in its cache without the hub."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(
+            source, repo_type="dataset", revision=revision, allow_patterns=files
+        )
+    except Exception as error:  # its own errors have no common class
+        raise InputError(_no_source(source, error, advice)) from error
+    found = sorted(Path(folder).glob(files))
+    require(bool(found), f"--source {source} has no {files} at revision {revision}; {advice}")
+    for file in found:
+        yield from read_file(file)
+
+
+def read_all(source: str) -> Rows:
+    """Rows of a file, of all the files of a folder, or of all splits of a hub dataset.
+
+    Rows of a hub dataset with several splits get a column split, unless they have one.
+    """
+    require(bool(source), "--source is empty; name a file, a folder or a hub dataset")
+    path = Path(source)
+    if path.is_file():
+        yield from read_file(path)
+    elif path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.name.endswith(tuple(READERS)))
+        require(bool(files), f"--source {source} has no file that ends in {', '.join(READERS)}")
+        for file in files:
+            yield from read_file(file)
+    else:
+        require(not source.endswith(tuple(READERS)), f"--source {source}: there is no such file")
+        splits = _load_hub(source, f"give a file that ends in {', '.join(READERS)}", {})
+        for split, rows in splits.items():
+            more = {"split": split} if len(splits) > 1 else {}
+            for number, row in enumerate(rows, start=1):
+                yield f"{source} {split} row {number}", {**more, **row}
+
+
+def _load_hub(source: str, advice: str, hub: Mapping[str, Any]) -> Any:
+    import datasets  # takes seconds, and local files do without
+
+    try:
+        return datasets.load_dataset(source, **hub)
+    except Exception as error:  # its own errors have no common class
+        raise InputError(_no_source(source, error, advice)) from error
+
+
+def _no_source(source: str, error: Exception, advice: str) -> str:
+    why = f"is no folder here and does not load from the hub ({first_line(error)})"
+    if "gated" in str(error):
+        advice = "ask for access on its page, then log in with `hf auth login`"
+    if "connection" in str(error):
+        advice = "run it again, the download goes on where it was"
+    return f"--source {source} {why}; {advice}"
+
+
+# -------------------------------------------------------------------------------- Cells
+
+
+def text(value: Any, place: str, what: str) -> str:
+    """A cell's text, "" where it is empty in one of the usual ways.
+
+    Raises:
+        InputError: the cell holds something else than text, or text that is no valid Unicode.
+    """
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise InputError(f"{place}: {what} must be text, not a {type(value).__name__}")
+    if re.search("[\ud800-\udfff]", value):
+        raise InputError(f"{place}: {what} holds half a surrogate pair; clean the text")
+    return "" if value.strip() in ("", EMPTY) else value
+
+
+def name(value: Any, place: str, what: str) -> str:
+    """A cell that names a user or dialogue: text or a whole number, and not empty."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # a column of numbers with gaps is read as floats
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    found = text(value, place, what)
+    require(bool(found), f"{place} has an empty {what}")
+    return found
+
+
+def number(value: Any, place: str, what: str) -> float:
+    """A cell's number, which is finite and not too large for float32."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not abs(value) <= LARGEST:
+        raise InputError(f"{place}: {what} must be a number, not {value!r:.40}")
+    return float(value)

@@ -1,0 +1,355 @@
+"""From raw rows to two tables: distinct conversations, and users' comparisons between them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors.numpy import save_file
+
+from lore.common.files import digest, file_sha256, require, write_text, write_whole
+
+Conversation = list[dict[str, str]]
+COLUMNS = {
+    "user_id": str,
+    "split": str,
+    "seen": bool,
+    "dialog_id": str,
+    "turn": "int64",
+    "chosen": "int64",
+    "rejected": "int64",
+    "weight": "float64",
+}
+MESSAGES = pa.schema(
+    [("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])))]
+)
+TABLES = (
+    {"conversations.parquet", "comparisons.parquet"},
+    {"conversations.parquet", "scores.safetensors"},
+)  # that a prepared folder holds beside prepare.json
+
+VALIDATION = "val"  # a third split, of datasets that have one for choices
+
+
+# -------------------------------------------------------------------------- Comparisons
+
+
+class Turn(NamedTuple):
+    """One turn of a dialogue: what the user said, the response chosen and those rejected."""
+
+    prompt: str
+    chosen: str
+    rejected: list[str]
+
+
+class Funnel:
+    """What of a raw table is kept and what is left out, counted in the order of the work."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, int] = {}
+        self._left_out: Counter[str] = Counter()
+
+    def count(self, what: str, number: int = 1) -> None:
+        """Add to the number of something."""
+        self._kept[what] = self._kept.get(what, 0) + int(number)
+
+    def left_out(self, reasons: Iterable[str]) -> None:
+        """Count, by its reason, each thing that is left out."""
+        self._left_out.update(reasons)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """All numbers; what is left out comes last, by reason, whatever the order of the rows."""
+        left_out = {f"left out: {why}": n for why, n in sorted(self._left_out.items())}
+        return {**self._kept, **left_out}
+
+    def lines(self) -> str:
+        """The counts as lines to print."""
+        return "\n".join(f"{n:>9,}  {what}" for what, n in self.counts.items())
+
+    def require_some(self, comparisons: pd.DataFrame) -> None:
+        """Raise InputError with the counts so far if there are no comparisons."""
+        path = "; ".join(f"{n} {what}" for what, n in self.counts.items())
+        require(not comparisons.empty, f"no comparisons are left: {path}")
+
+
+def compare(turns: Sequence[Turn], end: str = "") -> tuple[list[dict[str, Any]], list[str]]:
+    """One comparison per rejected response, after the history of chosen responses.
+
+    Args:
+        turns: of one dialogue, in order.
+        end: why they end before the dialogue does, if that is so.
+
+    Returns:
+        Comparisons with turn, chosen and rejected (both whole conversations) and weight, and the
+        reason for each thing that is left out. The dialogue is cut at an empty prompt or choice.
+    """
+    found: list[dict[str, Any]] = []
+    left_out: list[str] = []
+    history: Conversation = []
+    for number, (prompt, chosen, rejected) in enumerate(turns):
+        if not prompt or not chosen:
+            end = f"dialogues cut at an empty {'chosen response' if prompt else 'prompt'}"
+            break
+        history = [*history, {"role": "user", "content": prompt}]
+        pairs, skipped = against(history, chosen, rejected)
+        found += [{"turn": number, **pair, "weight": 1.0} for pair in pairs]
+        left_out += skipped
+        history = [*history, {"role": "assistant", "content": chosen}]
+    return found, left_out + [end] * bool(end)
+
+
+def against(
+    history: Conversation, chosen: str, rejected: Sequence[str]
+) -> tuple[list[dict[str, Conversation]], list[str]]:
+    """The chosen response against each rejected one, and why some are left out."""
+    pairs, left_out = [], []
+    won = [*history, {"role": "assistant", "content": chosen}]
+    for response in rejected:
+        if response in ("", chosen):
+            why = "equal to the chosen one" if response else "empty"
+            left_out.append(f"rejected responses {why}")
+        else:
+            lost = [*history, {"role": "assistant", "content": response}]
+            pairs.append({"chosen": won, "rejected": lost})
+    return pairs, left_out
+
+
+def tabulate(comparisons: Iterable[dict[str, Any]], funnel: Funnel) -> pd.DataFrame:
+    """Comparisons as a table, one a row, and how many there are; InputError if there are none."""
+    table = pd.DataFrame(comparisons)
+    funnel.count("comparisons", len(table))
+    funnel.require_some(table)
+    dialogues = table.groupby(["user_id", "dialog_id"]).ngroups
+    funnel.count("dialogues with comparisons", dialogues)
+    funnel.count("users with comparisons", table.user_id.nunique())
+    return table
+
+
+def keep(comparisons: pd.DataFrame, rows: pd.Series, funnel: Funnel, what: str) -> pd.DataFrame:
+    """The comparisons of these rows (true or false each); their users are counted as ``what``.
+
+    Raises:
+        InputError: nothing is left.
+    """
+    kept = comparisons[rows]
+    funnel.count(what, kept.user_id.nunique())
+    funnel.require_some(kept)
+    return kept
+
+
+# ------------------------------------------------------------------------------- Splits
+
+
+def draw(names: Iterable[str], count: int, seed: int) -> set[str]:
+    """A random choice of ``count`` names; their order does not matter, nor does Python's hash."""
+
+    def place(name: str) -> bytes:
+        return hashlib.sha256(f"{seed} {name}".encode()).digest()
+
+    return set(sorted(set(names), key=place)[:count])
+
+
+def split_dialogues(
+    comparisons: pd.DataFrame, seed: int, funnel: Funnel, units: pd.Series | None = None
+) -> pd.DataFrame:
+    """Add ``split``, train or test; users without comparisons on both sides are left out.
+
+    Args:
+        comparisons: with user_id and dialog_id.
+        seed: of the draw.
+        funnel: gets the number of users who are kept.
+        units: what each comparison belongs to, such as its first prompt: half of these are train,
+            so that none is on both sides. By default half of each user's dialogues are.
+    """
+    groups = [units]
+    if units is None:
+        units = comparisons.user_id + "\n" + comparisons.dialog_id
+        groups = [group for _, group in units.groupby(comparisons.user_id)]
+    train = set().union(*(draw(group, (group.nunique() + 1) // 2, seed) for group in groups))
+    split = comparisons.assign(split=np.where(units.isin(train), "train", "test"))
+    return keep_both_sides(split, funnel, "users with dialogues for training and for test")
+
+
+def keep_both_sides(comparisons: pd.DataFrame, funnel: Funnel, what: str) -> pd.DataFrame:
+    """The comparisons of the users who have some in train and some in test."""
+    return keep(comparisons, on_both_sides(comparisons), funnel, what)
+
+
+def on_both_sides(comparisons: pd.DataFrame) -> pd.Series:
+    """Whether the user of each comparison has some in train and some in test."""
+    split = comparisons.split
+    train, test = (set(comparisons.user_id[split == side]) for side in ("train", "test"))
+    return comparisons.user_id.isin(train & test)
+
+
+def split_users(comparisons: pd.DataFrame, seed: int, seen_fraction: float) -> pd.DataFrame:
+    """Add ``seen``: true for the comparisons of a drawn share of the users.
+
+    Raises:
+        InputError: a share that leaves nobody seen or nobody unseen.
+    """
+    users = comparisons.user_id.nunique()
+    require(0 <= seen_fraction <= 1, f"--seen-fraction {seen_fraction} must be between 0 and 1")
+    count = round(seen_fraction * users)
+    require(
+        0 < count < users,
+        f"--seen-fraction {seen_fraction} of {users} users makes {count} of them seen; "
+        "there must be seen and unseen ones",
+    )
+    drawn = draw(comparisons.user_id, count, seed)
+    return comparisons.assign(seen=comparisons.user_id.isin(drawn))
+
+
+def first_prompts(conversations: pd.Series) -> pd.Series:
+    """What the user says first in each conversation."""
+    return conversations.map(
+        lambda messages: next((m["content"] for m in messages if m["role"] == "user"), "")
+    )
+
+
+# ---------------------------------------------------------------------- Numbers for texts
+
+
+class Numbering:
+    """Distinct conversations, numbered in the order of their first use."""
+
+    def __init__(self) -> None:
+        self.conversations: list[Conversation] = []
+        self._numbers: dict[str, int] = {}
+
+    def __call__(self, messages: Conversation) -> int:
+        """The number of a conversation: the next one if it is new."""
+        number = self._numbers.setdefault(digest(messages), len(self.conversations))
+        if number == len(self.conversations):
+            self.conversations.append(messages)
+        return number
+
+
+def number_conversations(
+    comparisons: pd.DataFrame, funnel: Funnel
+) -> tuple[list[Conversation], pd.DataFrame]:
+    """The distinct conversations, and the comparisons with their row numbers, in a fixed order.
+
+    Args:
+        comparisons: user_id, split, seen, dialog_id, turn, weight, and as conversations chosen
+            and rejected; the order of the rows does not matter.
+        funnel: gets the sizes of the result.
+    """
+    pair = {f"{side}_digest": comparisons[side].map(digest) for side in ("chosen", "rejected")}
+    order = ["user_id", "dialog_id", "turn", *pair, "split", "weight"]
+    table = comparisons.assign(**pair).sort_values(order, ignore_index=True)
+    _count_sets(table, funnel)
+    numbering = Numbering()
+    rows = [(numbering(a), numbering(b)) for a, b in zip(table.chosen, table.rejected, strict=True)]
+    table[["chosen", "rejected"]] = np.array(rows)
+    funnel.count("distinct conversations", len(numbering.conversations))
+    return numbering.conversations, table[list(COLUMNS)].astype(COLUMNS)
+
+
+def _count_sets(comparisons: pd.DataFrame, funnel: Funnel) -> None:
+    if comparisons.seen.nunique() == 2:
+        for kind, rows in (("seen", comparisons.seen), ("unseen", ~comparisons.seen)):
+            funnel.count(f"{kind} users", comparisons[rows].user_id.nunique())
+    prompts = first_prompts(comparisons.chosen)
+    train, test, val = (comparisons.split == side for side in ("train", "test", VALIDATION))
+    for side, rows in (("training", train), ("validation", val), ("test", test)):
+        if side == "validation" and not rows.any():
+            continue
+        dialogues = comparisons.loc[rows, ["user_id", "dialog_id"]].drop_duplicates()
+        funnel.count(f"{side} comparisons", rows.sum())
+        funnel.count(f"{side} dialogues", len(dialogues))
+        funnel.count(f"first prompts of {side} dialogues", prompts[rows].nunique())
+    shared = set(prompts[train]) & set(prompts[test])
+    funnel.count("first prompts on both sides", len(shared))
+    funnel.count("test comparisons after such a prompt", prompts[test].isin(shared).sum())
+
+
+def overlap(conversations: Sequence[Conversation], comparisons: pd.DataFrame) -> dict[str, Any]:
+    """How many held-out comparisons training has something of, and a sentence that says so.
+
+    Args:
+        conversations: the distinct conversations.
+        comparisons: split, and chosen and rejected as row numbers of the conversations.
+
+    Returns:
+        held_out, all of them; prompt: the dialogue before the response is in training; response:
+        so is at least one of its two responses, after the same dialogue; both_responses; pair:
+        they are compared with each other there; sentence.
+    """
+    before = [digest(conversation[:-1]) for conversation in conversations]
+    train, test = (comparisons.split == side for side in ("train", "test"))
+    pairs = [tuple(sorted(pair)) for pair in comparisons[["chosen", "rejected"]].to_numpy()]
+    prompts, pairs = comparisons.chosen.map(before.__getitem__), pd.Series(pairs, test.index)
+    known = set(comparisons.chosen[train]) | set(comparisons.rejected[train])
+    chosen, rejected = (comparisons[side][test].isin(known) for side in ("chosen", "rejected"))
+    shared = {
+        "held_out": test,
+        "prompt": prompts[test].isin(set(prompts[train])),
+        "response": chosen | rejected,
+        "both_responses": chosen & rejected,
+        "pair": pairs[test].isin(set(pairs[train])),
+    }
+    found = {what: int(rows.sum()) for what, rows in shared.items()}
+    sentence = (
+        "Of {held_out:,} held-out comparisons, {prompt:,} have a prompt that training has too, "
+        "{response:,} a response ({both_responses:,} both) and {pair:,} the very pair."
+    )
+    return {**found, "sentence": sentence.format(**found)}
+
+
+# -------------------------------------------------------------------- The prepared folder
+
+
+def write_prepared(
+    folder: Path,
+    conversations: Sequence[Conversation],
+    table: pd.DataFrame | dict[str, np.ndarray],
+    info: Mapping[str, Any],
+) -> None:
+    """Write a prepared dataset's tables and, last, prepare.json.
+
+    Args:
+        folder: where to; made if missing.
+        conversations: the distinct conversations, row i being embedding i.
+        table: one row a comparison: user_id, split (train, test or val), seen, dialog_id, turn,
+            chosen, rejected, weight; or the scores, where users are simulated at training time:
+            train.scores and test.scores [prompts, responses, scorers], train.rows and test.rows the
+            conversations.
+        info: what prepare.json says: dataset, settings, counts and perhaps a warning, which every
+            later output shows. Hashes of the tables are added, and the overlap of comparisons.
+    """
+    has_script = (folder / "prepare.py").exists()
+    require(not has_script, f"--out {folder} holds scripts; name a folder for the data alone")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "prepare.json").unlink(missing_ok=True)  # a half-written folder is not prepared
+    talks = folder / "conversations.parquet"
+    write_whole(talks, lambda draft: _write_conversations(draft, conversations))
+    hashes = {"conversations_sha256": digest(list(conversations))}
+    if isinstance(table, pd.DataFrame):
+        path, content = folder / "comparisons.parquet", table.to_csv(index=False)
+        write_whole(path, lambda draft: table.to_parquet(draft, index=False))
+        info = {**info, "overlap": overlap(conversations, table)}
+    else:
+        path = folder / "scores.safetensors"
+        content = [[name, table[name].tolist()] for name in sorted(table)]
+        write_whole(path, lambda draft: save_file(table, draft))
+    hashes["data_sha256"] = digest([hashes["conversations_sha256"], content])
+    files = {file.name: file_sha256(file) for file in (talks, path)}
+    write_text(folder / "prepare.json", json.dumps({**info, **hashes, "files": files}, indent=2))
+
+
+def _write_conversations(path: Path, conversations: Sequence[Conversation]) -> None:
+    """In parts, since a single Arrow column of text ends at 2 GB."""
+    with pq.ParquetWriter(path, MESSAGES) as writer:
+        for start in range(0, len(conversations), 10_000):
+            part = list(conversations[start : start + 10_000])
+            writer.write_table(pa.table({"messages": part}, schema=MESSAGES))

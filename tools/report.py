@@ -1,0 +1,70 @@
+"""Tables, plots and the page of runs made anew from their results.json, without training.
+
+    python tools/report.py results/PRISM/train_basis-1a2b3c4d ...
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from lore.common.cli import cli
+from lore.common.files import require
+from lore.common.settings import NonNegativeInt
+from lore.experiments.report.intervals import columns
+from lore.experiments.report.tables import Table, markdown, measure_table, report
+from lore.experiments.results import REFERENCE, Results, read_results
+
+
+def _side_by_side(runs: dict[str, Results]) -> str:
+    """The accuracy of several runs in one table, a column for each set or number of shots."""
+    together: Table = {}
+    for name, results in runs.items():
+        shown = {column.name for column in columns(results)}
+        for row, cells in measure_table(results, "accuracy").items():
+            for column, cell in cells.items():
+                if column in shown:
+                    together.setdefault(row, {})[f"{name} {column}"] = cell.split(" [")[0]
+    return markdown(together)
+
+
+def _shown(results: Results, only: Sequence[str], ranks: Sequence[int]) -> list[str]:
+    """The labels asked for; of ranks above 1 those listed."""
+    found = [label for label in results.labels if not only or label in only]
+    if ranks:
+        rank = {la: results.fits(la)[0]["settings"].get("rank") or 0 for la in found}
+        found = [label for label in found if rank[label] in (0, 1, *ranks)]
+    return found
+
+
+def main(
+    runs: tuple[Path, ...] = (), only: tuple[str, ...] = (), ranks: tuple[NonNegativeInt, ...] = ()
+) -> None:
+    """Make the tables and plots of runs anew from their results.json, without training.
+
+    Args:
+        runs: Folders of runs; several are also put side by side in one table.
+        only: Print only these labels, such as "LoRe K=5"; the files in the folders have all.
+        ranks: Of the fits with a rank above 1, print only these; the files have all.
+    """
+    require(bool(runs), "name at least one run's folder: python tools/report.py results/PRISM/...")
+    names = [run.name for run in runs]
+    read = {run.name if names.count(run.name) == 1 else str(run): read_results(run) for run in runs}
+    known = {label for results in read.values() for label in results.labels}
+    unknown = [label for label in only if label not in known]
+    require(not unknown, f"--only {' '.join(unknown)}: these runs have {', '.join(sorted(known))}")
+    texts = []
+    for run, results in zip(runs, read.values(), strict=True):
+        labels = [REFERENCE, *_shown(results, only, ranks)] if only or ranks else []
+        texts.append(report(run, labels))
+    if len(runs) > 1:
+        texts.append(_side_by_side(read))
+    sys.stdout.write("\n\n".join(texts) + "\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] and not sys.argv[1].startswith("-"):
+        sys.argv.insert(1, "--runs")
+    cli(main)
