@@ -304,7 +304,7 @@ def test_a_prompt_or_messages_must_be_there(tmp_path):
 def test_a_source_that_is_not_there_is_named(tmp_path):
     for source, message in {
         tmp_path / "none.jsonl": "none.jsonl: there is no such file",
-        tmp_path: "has no file that ends in .jsonl, .jsonl.gz, .csv, .parquet",
+        tmp_path: "has no file that ends in .jsonl, .ndjson, .json, .csv, .tsv, .parquet",
         "": "--source is empty; name a file, a folder or a hub dataset",
     }.items():
         with pytest.raises(InputError, match=message):

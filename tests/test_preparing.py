@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import worlds
@@ -123,7 +125,7 @@ def write_bytes(path: Path, content: bytes) -> Path:
         (b'{"a": ' + b"9" * 6000 + b"}", "row 2 is not valid JSON: Exceeds the limit"),
         (b"[" * 100_000, "row 2 is not valid JSON: maximum recursion depth"),
         (b"[1]", "row 2 is not a JSON object"),
-        (b"\xff\xfe", "cannot be read: 'utf-8' codec"),
+        (b"\xff\xfe", r"cannot be read( after row 1)?: 'utf-8' codec"),
     ],
 )
 @pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz"])
@@ -143,7 +145,7 @@ def test_a_damaged_file_is_named(tmp_path):
     for file in (cut, plain, parquet):
         with pytest.raises(InputError, match=f"{file} cannot be read"):
             list(raw.read_file(file))
-    with pytest.raises(InputError, match="a file's name must end in .jsonl, .jsonl.gz, .csv"):
+    with pytest.raises(InputError, match="a file's name must end in .jsonl, .ndjson, .json, .csv"):
         list(raw.read_file(tmp_path / "t.txt"))
 
 
@@ -153,9 +155,75 @@ def test_a_spreadsheet_is_read(tmp_path):
     rows = [row for _, row in raw.read_file(file)]
     assert rows[0] == {"user": "a", "prompt": "two\nlines, and a comma"}
     assert rows[1] == {"user": "b", "prompt": "x" * 200_000}
-    for line in ("a", "a,b,c"):
-        write_bytes(tmp_path / "t.csv", f"user,prompt\n{line}\n".encode())
-        with pytest.raises(InputError, match="t.csv row 1 has more or fewer cells"):
+    write_bytes(tmp_path / "t.csv", b"user,prompt\na,b,c\n")
+    with pytest.raises(InputError, match="row 1 has 3 cells, the first line 2; .* by commas"):
+        list(raw.read_file(file))
+
+
+ROWS = [{"user": "José", "prompt": 'say "a, b"; or\tc'}, {"user": "ann", "prompt": "two\nlines"}]
+LINES = "\n\n".join(json.dumps(row) for row in ROWS) + "\n \n"  # with blank ones
+
+
+def as_table(separator: str) -> str:
+    """The rows as a table, the prompts quoted."""
+    cells = [[row["user"], '"' + row["prompt"].replace('"', '""') + '"'] for row in ROWS]
+    return "\n".join(separator.join(row) for row in [["user", "prompt"], *cells]) + "\n\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("t.json", json.dumps(ROWS, indent=1)),
+        ("t.json", LINES),
+        ("t.ndjson", LINES),
+        ("t.jsonl", LINES),
+        ("t.csv", as_table(",")),
+        ("t.csv", as_table(";")),
+        ("t.csv", as_table("\t")),
+        ("t.tsv", as_table("\t")),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_the_same_rows_are_read_from_files_of_any_kind(tmp_path, name, content, packed, encoding):
+    data = content.encode(encoding)
+    file = write_bytes(tmp_path / (name + ".gz" * packed), gzip.compress(data) if packed else data)
+    assert [row for _, row in raw.read_file(file)] == ROWS
+
+
+def test_a_separator_that_is_found_is_told(tmp_path, caplog):
+    file = write_bytes(tmp_path / "t.csv", as_table(";").encode())
+    with caplog.at_level("INFO"):
+        list(raw.read_file(file))
+    assert f"{file}: cells are separated by semicolons" in caplog.messages
+
+
+def test_cells_that_are_missing_at_the_end_are_empty(tmp_path):
+    file = write_bytes(tmp_path / "t.csv", b"a,b,c\n1,2\n\n3\n")
+    assert [row for _, row in raw.read_file(file)] == [
+        {"a": "1", "b": "2", "c": ""},
+        {"a": "3", "b": "", "c": ""},
+    ]
+
+
+def test_a_first_line_set_with_blanks_names_tabbed_columns(tmp_path):
+    file = write_bytes(tmp_path / "t.tsv", b"# #id    label    a1\n5\tx\tsome  text\n")
+    assert [row for _, row in raw.read_file(file)] == [
+        {"# #id": "5", "label": "x", "a1": "some  text"}
+    ]
+
+
+def test_a_name_that_stands_twice_is_refused(tmp_path):
+    table = pa.table([[1], [2], [3]], names=["a", "b", "a"])
+    pq.write_table(table, tmp_path / "t.parquet")
+    for file, what in {
+        tmp_path / "t.parquet": "columns a",
+        write_bytes(tmp_path / "t.csv", b"a,b,a\n1,2,3\n"): "columns a",
+        write_bytes(tmp_path / "t.jsonl", b'{"a": 1, "a": 2}'): "keys a",
+        write_bytes(tmp_path / "u.jsonl", b'{"a": [{"b": 1, "b": 1}]}'): "keys b",
+        write_bytes(tmp_path / "t.json", b'[{"a": 1, "a": 2}]'): "keys a",
+    }.items():
+        with pytest.raises(InputError, match=f"{file}.* has two {what}; leave one of each"):
             list(raw.read_file(file))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import json
@@ -9,9 +10,11 @@ import logging
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import pyarrow as pa
@@ -22,11 +25,17 @@ from lore.common.files import InputError, first_line, require
 log = logging.getLogger(__name__)
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
+Numbered = Iterator[tuple[int, dict[str, Any]]]
 
 EMPTY = "EMPTY STRING"  # what some published tables write in a cell without text
 FILES = ("{}.jsonl", "{}.jsonl.gz", "{}.parquet", "{}-*.parquet", "data/{}-*.parquet")
 LARGEST = float(np.finfo(np.float32).max)  # numbers are kept as float32
-DAMAGE = (OSError, EOFError, UnicodeDecodeError, zlib.error, csv.Error, pa.ArrowException)
+DAMAGE = (OSError, EOFError, UnicodeError, zlib.error, csv.Error, pa.ArrowException)
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+
+
+class Cell(str):
+    """A cell of a .csv or .tsv, where lists and messages can only stand as text."""
 
 
 # --------------------------------------------------------------------------------- Rows
@@ -73,58 +82,124 @@ def table_files(folder: Path, table: str) -> list[Path]:
 
 
 def read_file(file: Path) -> Rows:
-    """Rows of a .jsonl, .jsonl.gz, .csv or .parquet file, each with its place.
+    """Rows of a file, each with its place; what its name must end in is in READERS.
+
+    Text is UTF-8, or UTF-16 with its byte order mark. Blank lines are passed over.
 
     Raises:
-        InputError: another kind of file, or a damaged one.
+        InputError: another kind of file, a damaged one, or a name that stands twice in a row.
     """
-    read = next((read for ending, read in READERS.items() if file.name.endswith(ending)), None)
+    name = file.name.removesuffix(".gz")
+    read = next((read for ending, read in READERS.items() if name.endswith(ending)), None)
     if read is None:
         raise InputError(f"{file}: a file's name must end in {', '.join(READERS)}")
     log.info("reading %s", file)
+    place = str(file)
     try:
-        for number, row in enumerate(read(file), start=1):
-            yield f"{file} row {number}", row
+        for number, row in read(file):
+            place = f"{file} row {number}"
+            yield place, row
     except DAMAGE as error:
-        raise InputError(f"{file} cannot be read: {first_line(error)}") from error
+        where = "" if place == str(file) else f" after row {number}"
+        raise InputError(f"{file} cannot be read{where}: {first_line(error)}") from error
 
 
-def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
-    for batch in pq.ParquetFile(file).iter_batches():
-        yield from batch.to_pylist()
+def _parquet_rows(file: Path) -> Numbered:
+    with pq.ParquetFile(file) as table:
+        _refuse_twins(table.schema_arrow.names, str(file), "columns")
+        batches = (batch.to_pylist() for batch in table.iter_batches())
+        yield from enumerate(chain.from_iterable(batches), start=1)
 
 
-def _json_rows(file: Path) -> Iterator[dict[str, Any]]:
-    opened = gzip.open if file.suffix == ".gz" else open
-    with opened(file, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            row = read_json_text(line, f"{file} row {number}")
+def _json_rows(file: Path) -> Numbered:
+    """Rows of a file with an object a line, or with one list of objects."""
+    with _open(file) as lines:
+        if ".jsonl" not in file.name and lines.read(4096).lstrip().startswith("["):
+            lines.seek(0)
+            found = read_json_text(lines.read(), str(file))
+            numbered = enumerate(found, start=1)
+        else:
+            lines.seek(0)
+            filled = ((i, line) for i, line in enumerate(lines, start=1) if line.strip())
+            numbered = ((i, read_json_text(line, f"{file} row {i}")) for i, line in filled)
+        for number, row in numbered:
             if not isinstance(row, dict):
                 raise InputError(f"{file} row {number} is not a JSON object")
-            yield row
+            yield number, row
 
 
-def _csv_rows(file: Path) -> Iterator[dict[str, Any]]:
+def _csv_rows(file: Path) -> Numbered:
     csv.field_size_limit(2**31 - 1)  # dialogues are longer than the 128 KB that are usual
-    with file.open(encoding="utf-8-sig", newline="") as lines:  # spreadsheets write a BOM
-        for number, row in enumerate(csv.DictReader(lines, strict=True), start=1):
-            if None in row or None in row.values():
-                raise InputError(f"{file} row {number} has more or fewer cells than the first line")
-            yield row
+    with _open(file, newline="") as lines:
+        head = next((line for line in lines if line.strip()), "")
+        separator = _separator(file, head)
+        lines.seek(0)
+        if separator == "\t" and "\t" not in head:  # a first line set with blanks to be read
+            names, rows = re.split(r"\s{2,}", head.strip()), csv.reader(lines, "excel-tab")
+            next((row for row in rows if row), None)
+        else:
+            rows = csv.reader(lines, delimiter=separator, strict=True)
+            names = next((row for row in rows if row), [])
+        _refuse_twins(filter(None, names), str(file), "columns")
+        for number, cells in enumerate(filter(None, rows), start=1):
+            if len(cells) > len(names):
+                raise InputError(
+                    f"{file} row {number} has {len(cells)} cells, the first line {len(names)}; "
+                    f"cells were taken to be separated by {SEPARATORS[separator]}"
+                )
+            missing = [""] * (len(names) - len(cells))  # empty ones at the end may be left out
+            yield number, dict(zip(names, map(Cell, [*cells, *missing]), strict=True))
+
+
+def _separator(file: Path, head: str) -> str:
+    """What separates the cells of a table, by its first line; said where it is not the usual."""
+    usual = "\t" if ".tsv" in file.name else ","
+    try:
+        found = csv.Sniffer().sniff(head, "".join(SEPARATORS)).delimiter
+    except csv.Error:  # a single column
+        return usual
+    if found != usual:
+        log.info("%s: cells are separated by %s", file, SEPARATORS[found])
+    return found
+
+
+def _open(file: Path, newline: str | None = None) -> TextIO:
+    """A text file, compressed or not, in the encoding that its first bytes say."""
+    opened = gzip.open if file.suffix == ".gz" else open
+    with opened(file, "rb") as binary:
+        is_wide = binary.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    encoding = "utf-16" if is_wide else "utf-8-sig"  # spreadsheets write a byte order mark
+    return opened(file, "rt", encoding=encoding, newline=newline)
+
+
+def _refuse_twins(names: Iterable[str], place: str, what: str) -> None:
+    twins = [name for name, count in Counter(names).items() if count > 1]
+    require(not twins, f"{place} has two {what} {', '.join(twins[:3])}; leave one of each")
 
 
 READERS = {
     ".jsonl": _json_rows,
-    ".jsonl.gz": _json_rows,
+    ".ndjson": _json_rows,
+    ".json": _json_rows,
     ".csv": _csv_rows,
+    ".tsv": _csv_rows,
     ".parquet": _parquet_rows,
 }
+ENDINGS = (*READERS, *(f"{ending}.gz" for ending in READERS if ending != ".parquet"))
 
 
-def read_json_text(line: str, place: str) -> Any:
-    """What a JSON text says; InputError at the place where it says nothing."""
+def read_json_text(text: str, place: str) -> Any:
+    """What a JSON text says; InputError at the place where it says nothing or a name twice."""
+
+    def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) < len(pairs):
+            _refuse_twins([key for key, _ in pairs], place, "keys")
+        return found
+
     try:
-        return json.loads(line)
+        return json.loads(text, object_pairs_hook=no_twins)
+    except InputError:
+        raise
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a ValueError
         raise InputError(f"{place} is not valid JSON: {first_line(error)}") from error
 
@@ -166,12 +241,12 @@ def read_all(source: str) -> Rows:
     if path.is_file():
         yield from read_file(path)
     elif path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.name.endswith(tuple(READERS)))
+        files = sorted(file for file in path.iterdir() if file.name.endswith(ENDINGS))
         require(bool(files), f"--source {source} has no file that ends in {', '.join(READERS)}")
         for file in files:
             yield from read_file(file)
     else:
-        require(not source.endswith(tuple(READERS)), f"--source {source}: there is no such file")
+        require(not source.endswith(ENDINGS), f"--source {source}: there is no such file")
         splits = _load_hub(source, f"give a file that ends in {', '.join(READERS)}", {})
         for split, rows in splits.items():
             more = {"split": split} if len(splits) > 1 else {}
