@@ -134,7 +134,7 @@ class Sum(Fitted):
     label, settings, controlled = "sum", {}, True
 
     def __init__(self, task: Task) -> None:
-        self.nobody, self.shown = torch.arange(8.0), []
+        self.population_state, self.shown = torch.arange(8.0), []
         self.users = self.adapt(self.view(task.train), task.train, 0)
 
     def view(self, data: Comparisons) -> Tensor:
@@ -143,7 +143,7 @@ class Sum(Fitted):
     def adapt(self, view: Tensor, users: comparisons.Users, seed: comparisons.Seed) -> Tensor:
         self.shown.append((view, users))
         state = torch.stack([view[users.user == u].sum(0) for u in range(users.num_users)])
-        return torch.where(users.counts[:, None] > 0, state, self.nobody)
+        return torch.where(users.counts[:, None] > 0, state, self.population_state)
 
     def logits(self, view: Tensor, state: Tensor, user: Tensor) -> Tensor:
         return (view * state[user]).sum(1) / 1e4
@@ -221,7 +221,7 @@ def test_anothers_state_is_the_mean_over_several_others(world):
         data = getattr(task, part)
         expected = means(data, toy.view(data), [state[order] for order in orders])
         same(found["another's", part], expected)
-        nobody = toy.nobody.expand_as(state)
+        nobody = toy.population_state.expand_as(state)
         same(found["nobody's", part], means(data, toy.view(data), [nobody]))
 
 
@@ -457,7 +457,7 @@ def test_no_shots_give_nobodys_figures(world):
     draws = draw_shots(task.few, (0, 2), 2, 0)
     (fit,) = Lore(ranks=(2,), **people.QUICK).fit(task)
     by = {(r["control"], r["set"], r["shots"]): r for r in experiments.sweep(fit, task, draws)}
-    own, nobody = by["", "unseen", 0], fit.nobody.expand(6, -1)
+    own, nobody = by["", "unseen", 0], fit.population_state.expand(6, -1)
     logits = fit.logits(fit.view(task.unseen), nobody, task.unseen.user)
     same(own, (task.unseen.accuracies(logits), task.unseen.log_losses(logits)))
     for key in ("accuracy", "log_loss"):

@@ -59,7 +59,7 @@ def _adapted(fit: Fitted, data: Comparisons, seed: Seed = 0) -> torch.Tensor:
 @pytest.mark.slow
 def test_a_fit_says_what_it_is(fit: Fitted, task: Task):
     assert fit.label
-    assert fit.users.shape == (task.train.num_users, len(fit.nobody))
+    assert fit.users.shape == (task.train.num_users, len(fit.population_state))
     about = fit.describe()
     assert about["note"] and about["parameters"] > 0
 
@@ -69,7 +69,7 @@ def test_own_state_beats_nobodys_and_anothers(fit: Fitted, task: Task):
         pytest.skip("nothing personal that accuracy could show")
     for data, own in ((task.seen, fit.users), (task.unseen, _adapted(fit, task.few))):
         accuracy = _accuracy(fit, data, own)
-        assert accuracy > _accuracy(fit, data, fit.nobody.expand_as(own)) + 0.02
+        assert accuracy > _accuracy(fit, data, fit.population_state.expand_as(own)) + 0.02
         assert accuracy > _accuracy(fit, data, own.roll(1, 0)) + 0.02
 
 
@@ -93,10 +93,10 @@ def test_no_shots_give_nobodys_state(fit: Fitted, task: Task):
     keep = (task.few.user != 0) & (task.few.user != 3)
     some = Users(counts, task.few.weight[keep])
     state = fit.adapt(fit.view(task.few)[keep.nonzero()[:, 0]], some, 0)
-    torch.testing.assert_close(state[[0, 3]], fit.nobody.expand(2, -1).to(state))
+    torch.testing.assert_close(state[[0, 3]], fit.population_state.expand(2, -1).to(state))
     assert state.isfinite().all()
     if fit.personal:
-        assert not torch.allclose(state[1], fit.nobody.to(state), atol=1e-3)
+        assert not torch.allclose(state[1], fit.population_state.to(state), atol=1e-3)
 
 
 def test_the_order_of_users_and_comparisons_and_the_seed_do_not_matter(fit: Fitted, task: Task):
@@ -190,16 +190,16 @@ class ToyFit(Fitted):
 
     def __init__(self, method: Toy, task: Task) -> None:
         self.label, self.settings, self.pull = "toy", {"pull": method.pull}, method.pull
-        self.nobody = torch.zeros(task.train.num_features)
+        self.population_state = torch.zeros(task.train.num_features)
         data = task.mine
-        self.nobody = data.features.x.mean(0)
+        self.population_state = data.features.x.mean(0)
         self.users = self.adapt(data.features.x, data, 0)
 
     def view(self, data: Comparisons) -> torch.Tensor:
         return data.in_memory().features.x
 
     def adapt(self, view: torch.Tensor, users: Users, seed: Seed) -> torch.Tensor:
-        total = users.sum(view) + self.pull * self.nobody
+        total = users.sum(view) + self.pull * self.population_state
         return total / (users.counts[:, None] + self.pull)
 
     def logits(self, view: torch.Tensor, state: torch.Tensor, user: torch.Tensor) -> torch.Tensor:

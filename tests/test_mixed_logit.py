@@ -401,7 +401,8 @@ def test_a_file_gives_back_rewards_by_name(tmp_path: Path) -> None:
     fit.save(tmp_path / "m.safetensors", new, {"users": data.names, "users_unseen": ["new"]})
     saved = load(tmp_path / "m.safetensors")
     x = data.features.x[:30]
-    for name, state in ((data.names[3], fit.users[3]), ("new", new[0]), (None, fit.nobody)):
+    people = (data.names[3], fit.users[3]), ("new", new[0]), (None, fit.population_state)
+    for name, state in people:
         mean, factor = saved.user_reward(name)
         Z = fit.view(data)[:30]
         m, S = moments(state[None], 1)

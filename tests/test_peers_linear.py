@@ -174,7 +174,7 @@ def test_own_state_beats_nobodys_and_anothers(fits: dict[str, Fitted], world: Ta
     for data, state in ((world.seen, fit.users), (world.unseen, adapted(fit, world.few))):
         own = judged(fit, data, state)[1]
         assert own < judged(fit, data, state.roll(1, 0))[1] - 0.01
-        assert own < judged(fit, data, fit.nobody.expand_as(state))[1] - 0.005
+        assert own < judged(fit, data, fit.population_state.expand_as(state))[1] - 0.005
 
 
 @pytest.mark.parametrize("which", ALL)
@@ -183,15 +183,16 @@ def test_no_shots_give_nobodys_state(fits: dict[str, Fitted], which: str, world:
     view = fit.view(world.few)
     rows = torch.arange(3)
     state = fit.adapt(view[rows], world.few.pick(rows, [0, 3, 0]), 0)
-    assert torch.equal(state[0], fit.nobody) and torch.equal(state[2], fit.nobody)
-    assert not torch.equal(state[1], fit.nobody)
+    assert torch.equal(state[0], fit.population_state)
+    assert torch.equal(state[2], fit.population_state)
+    assert not torch.equal(state[1], fit.population_state)
 
 
 @pytest.mark.parametrize("method", [*CONVERGED, *FAITHFUL], ids=name)
 def test_nobodys_state_knows_what_users_share(method):
     task = planted(tastes(apart=0.5), 60, 30)
     fit = method.fit(task)[0]
-    accuracy, _ = judged(fit, task.unseen, fit.nobody.expand(task.unseen.num_users, -1))
+    accuracy, _ = judged(fit, task.unseen, fit.population_state.expand(task.unseen.num_users, -1))
     assert accuracy > 0.55
 
 
@@ -300,7 +301,7 @@ def test_prefs_start_spans_the_planted_tastes():
 
 def test_rbd_whose_users_may_not_deviate_is_ridge_bt(world: Task):
     fit = RBD(rank=3, strengths=((1.0, 1e9),)).fit(world)[0]
-    direction, expected = fit.basis @ fit.nobody, bt(world)[:, 0]
+    direction, expected = fit.basis @ fit.population_state, bt(world)[:, 0]
     assert torch.allclose(direction, expected, atol=2e-3 * float(expected.norm()))
     own = fit.users @ fit.basis.T
     assert float((own - direction).norm()) < 1e-4 * float(expected.norm())
@@ -347,7 +348,7 @@ def test_published_mrm_knows_no_user_from_another(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(mrm, "EPOCHS", 3)
     task = planted(tastes(30, apart=3))
     fit = MRM(setting="faithful").fit(task)[0]
-    assert float((fit.users - fit.nobody).abs().max()) <= 0.0005 + 1e-12
+    assert float((fit.users - fit.population_state).abs().max()) <= 0.0005 + 1e-12
     own = fit.logits(fit.view(task.seen), fit.users, task.seen.user)
     other = fit.logits(fit.view(task.seen), fit.users.roll(1, 0), task.seen.user)
     same = (own > 0) == (other > 0)
@@ -432,7 +433,7 @@ def test_pebs_keeps_accuracy_and_lowers_log_loss_where_users_differ_in_decisiven
             own = fit.logits(fit.view(data), state, data.user)
             assert torch.equal(data.accuracies(own), data.accuracies(shared))
             assert (state > 0).all()
-        nobody = fit.nobody.expand(task.seen.num_users, 1)
+        nobody = fit.population_state.expand(task.seen.num_users, 1)
         assert judged(fit, task.seen, fit.users)[1] < judged(fit, task.seen, nobody)[1] - 0.005
 
 
@@ -479,4 +480,4 @@ def test_the_prior_finds_the_planted_variance_of_slopes_and_none_where_there_is_
 def test_with_slopes_all_alike_pebs_leaves_the_shared_reward_as_it_is():
     task = planted(decisive(2)[:1].expand(60, -1))
     fit = PEBS(strengths=(0.3,)).fit(task)[0]
-    assert float(fit.users.std()) < 0.15 * float(fit.nobody)
+    assert float(fit.users.std()) < 0.15 * float(fit.population_state)

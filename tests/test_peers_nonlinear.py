@@ -123,7 +123,7 @@ def test_own_state_beats_nobodys_and_anothers(name: str) -> None:
     task, fit = planted(name), fitted(name)
     for data, own in ((task.seen, fit.users), (task.unseen, adapted(fit, task))):
         mine = accuracy(fit, data, own)
-        assert mine > accuracy(fit, data, fit.nobody.expand_as(own)) + 0.1
+        assert mine > accuracy(fit, data, fit.population_state.expand_as(own)) + 0.1
         assert mine > accuracy(fit, data, own.roll(1, 0)) + 0.2
 
 
@@ -155,10 +155,10 @@ def test_users_without_shots_get_nobodys_state(name: str) -> None:
     task, fit = planted(name), fitted(name)
     view = fit.view(task.few)
     none = fit.adapt(view[torch.arange(0)], Users([0, 0, 0]), 0)
-    assert torch.equal(none, fit.nobody.expand(3, -1))
+    assert torch.equal(none, fit.population_state.expand(3, -1))
     rows = torch.arange(20)  # the first user's
     some = fit.adapt(view[rows], Users([0, 20, 0]), 0)
-    assert torch.equal(some[[0, 2]], fit.nobody.expand(2, -1))
+    assert torch.equal(some[[0, 2]], fit.population_state.expand(2, -1))
     torch.testing.assert_close(some[1], adapted(fit, task)[0], rtol=1e-3, atol=1e-3)
 
 

@@ -111,8 +111,8 @@ def test_a_pair_that_was_asked_is_not_asked_again_while_others_are_left():
 def test_methods_with_a_vector_for_each_user_can_choose_too(method, criterion):
     task = planted.task(users=8, shots=12, held_out=20, rank=2)
     fit = next(f for f in method.fit(task) if f.population() is not None)
-    logits = fit.logits(fit.view(task.unseen), fit.nobody.expand(8, -1), task.unseen.user)
-    Q, b = fit.questions(fit.view(task.unseen)), fit.point(fit.nobody[None])[0].double()
+    logits = fit.logits(fit.view(task.unseen), fit.population_state.expand(8, -1), task.unseen.user)
+    Q, b = fit.questions(fit.view(task.unseen)), fit.point(fit.population_state[None])[0].double()
     torch.testing.assert_close(Q[:, 0] + Q[:, 1:] @ b, logits.double(), rtol=1e-4, atol=1e-5)
     rows = chosen_rows(task, fit, criterion, [3])
     assert all(len(row.unique()) == 3 for row in rows)

@@ -362,9 +362,9 @@ def evaluate(fit: Fitted, task: Task, own: Tensor) -> Iterator[dict[str, Any]]:
     swaps = [[swap(len(states[name]), g) for name in held_out] for _ in range(PERMUTATIONS)]
     for name, *orders in zip(held_out, *swaps, strict=True):
         state, view, data = states[name], views[name], sets[name]
-        nobody = fit.nobody.expand(1, len(state), -1)
+        population = fit.population_state.expand(1, len(state), -1)
         others = torch.stack([state[order] for order in orders])
-        yield _record(fit, "nobody's", name, _measure(fit, view, data, nobody))
+        yield _record(fit, "nobody's", name, _measure(fit, view, data, population))
         yield _record(fit, "another's", name, _measure(fit, view, data, others))
     if task.few is None:
         return
@@ -429,7 +429,7 @@ def sweep(fit: Fitted, task: Task, draws: Shots) -> Iterator[dict[str, Any]]:
             yield _record(fit, "", "few_shot", judged, size, draws.enough[s])
     states = {"": W}
     if fit.personal and fit.controlled:
-        states["nobody's"] = fit.nobody.expand(1, len(draws.sizes), U, -1)
+        states["nobody's"] = fit.population_state.expand(1, len(draws.sizes), U, -1)
         states["another's"] = W[:, :, swap(U, g)]
         flipped = task.few.flipped(torch.randint(2, (len(task.few),), generator=g).bool())
         shuffled = fit.view(flipped)

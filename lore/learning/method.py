@@ -11,13 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
 from lore.common.files import require
 from lore.learning.comparisons import Comparisons, Pairs, Seed, Users
-from lore.methods.fitting.posterior import Prior
+
+if TYPE_CHECKING:
+    from lore.methods.fitting.posterior import Prior
 
 View = Tensor | Pairs
 
@@ -72,7 +74,7 @@ class Fitted:
         label: name in tables, such as "LoRe K=5".
         settings: what was fitted, such as the rank; plain JSON values.
         users: seen users' states [U, S]; S is 0 where nothing is personal.
-        nobody: state [S] of one of whom nothing is known, such as mean weights or zero.
+        population_state: state [S] of one of whom nothing is known, such as mean weights or zero.
         file: name of the file that ``save`` writes, without seed and suffix; "" for none.
         controlled: whether it is judged with nobody's, another's and shuffled states too.
         max_trials: most trials of a sweep over shots; None for all.
@@ -82,7 +84,7 @@ class Fitted:
     label: str
     settings: dict[str, Any]
     users: Tensor
-    nobody: Tensor
+    population_state: Tensor
     file: str = ""
     controlled: bool = True
     max_trials: int | None = None
@@ -98,14 +100,14 @@ class Fitted:
         raise NotImplementedError
 
     def adapt(self, view: View, users: Users, seed: Seed) -> Tensor:
-        """States [U', S] of users from their comparisons; ``nobody`` where there are none.
+        """States [U', S] of users from their comparisons; ``population_state`` without any.
 
         Args:
             view: of the comparisons, or of some of them.
             users: whose they are.
             seed: of initial values, or a generator of them.
         """
-        return self.nobody.expand(users.num_users, -1)
+        return self.population_state.expand(users.num_users, -1)
 
     def logits(self, view: View, state: Tensor, user: Tensor) -> Tensor:
         """Log odds [N] that the chosen response is preferred; above 0 is right.

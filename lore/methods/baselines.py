@@ -105,7 +105,7 @@ class OwnFit(Fitted):
         data = data if self.stream else data.in_memory()
         mine = [self._directions(part) for part in self._parts(data)]
         self.users = torch.cat(mine)
-        self.nobody = torch.zeros(data.num_features, device=self.users.device)
+        self.population_state = torch.zeros(data.num_features, device=self.users.device)
 
     def _parts(self, data: Comparisons) -> Iterator[Comparisons]:
         """Runs of users, in memory."""
@@ -128,7 +128,7 @@ class OwnFit(Fitted):
     def adapt(self, view: Pairs | OnDisk, users: Users, seed: Seed) -> Tensor:
         """Each user's own direction [U', F]; zero for those without comparisons."""
         there = users.counts > 0
-        states = self.nobody.repeat(users.num_users, 1)
+        states = self.population_state.repeat(users.num_users, 1)
         if there.any():
             some, found = Users(users.counts[there], users.weight), []
             for who, rows in some.runs(self.at_once):

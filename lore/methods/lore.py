@@ -169,7 +169,7 @@ class LoreFit(Fitted):
         self.label = label or self._label(about)
         self.file = self._file(about) if label is None else ""
         self.users = basis.W if basis.V.shape[1] > 1 else basis.W[:, :0]
-        self.nobody = self.users.mean(0)
+        self.population_state = self.users.mean(0)
 
     def _label(self, about: Mapping[str, Any]) -> str:
         label = "BT" if about["rank"] == 1 else f"LoRe K={about['rank']}"
@@ -194,7 +194,7 @@ class LoreFit(Fitted):
             return view.new_zeros(users.num_users, 0)
         there = users.counts > 0
         some = users if there.all() else Users(users.counts[there], users.weight)
-        states = self.nobody.to(view).repeat(users.num_users, 1)
+        states = self.population_state.to(view).repeat(users.num_users, 1)
         if there.any():
             states[there] = personalize(self.basis, some, view, seed, **self.method.few_shot())
         return states

@@ -47,7 +47,7 @@ class MixedFit(Fitted):
         self.label, self.settings, self.file = "Mixed logit", {}, "mixed_logit"
         self.directions, self.prior, self.facts = directions, prior, facts
         self.users, self.tolerance = users, tolerance
-        self.nobody = users.new_zeros(0) if prior is None else prior.state
+        self.population_state = users.new_zeros(0) if prior is None else prior.state
 
     @property
     def components(self) -> int:
@@ -166,7 +166,7 @@ class Saved:
         Raises:
             InputError: the file knows no such user.
         """
-        known = self.fit.nobody if name is None else look_up(self.states, name, flag)
+        known = self.fit.population_state if name is None else look_up(self.states, name, flag)
         return self.fit.reward(known)
 
 

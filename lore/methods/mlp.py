@@ -125,6 +125,6 @@ class FittedMLP(Mixing):
 
     def published(self, view: Tensor, users: Users, generator: torch.Generator) -> Tensor:
         """LoRe's fit: from N(0, 1), 500 steps of Adam."""
-        start = torch.randn(users.num_users, len(self.nobody), generator=generator)
+        start = torch.randn(users.num_users, len(self.population_state), generator=generator)
         losses = partial(self.losses, view)
         return solve_weights(losses, users, start.to(users.device), steps=500, tolerance=-1.0)

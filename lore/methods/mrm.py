@@ -175,8 +175,8 @@ class MRM:
         note = f"MRM: {inner[1]} inner step(s) at {inner[0]:g}; {len(losses)} outer steps."
         facts = {"parameters": A.numel() + K, "tried": [], "note": note, **thinned(losses)}
         label, start = "MRM" + (" faithful" if faithful else ""), s.detach()
-        nobody = start.softmax(0)
-        fitted = MRMFitted(label, settings, SCALE * A, nobody.expand(1, K), nobody, facts)
+        mean = start.softmax(0)
+        fitted = MRMFitted(label, settings, SCALE * A, mean.expand(1, K), mean, facts)
         fitted.start, fitted.inner, fitted.adam = start, inner, faithful
         fitted.users = fitted.adapt(fitted.view(data), data, 0)
         return fitted

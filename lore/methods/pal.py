@@ -154,7 +154,7 @@ class FittedPAL(Mixing):
         A published batch holds 4 comparisons, mostly of different users, and Adam is blind to the
         size of gradients: so every user is given steps of its own, all users at a time.
         """
-        start = torch.randn(users.num_users, len(self.nobody), generator=generator)
+        start = torch.randn(users.num_users, len(self.population_state), generator=generator)
         found = start.to(users.device)
         for who, rows in blocks(users):
             order = _orders(users.counts[who], generator) + rows.start

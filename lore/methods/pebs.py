@@ -177,8 +177,8 @@ class PEBS:
         }
         label = "PEBS" + (" faithful" if self.setting == "faithful" else "")
         settings = {"setting": self.setting, "strength": strength}
-        nobody = v.new_tensor([max(prior.mean, LEAST * LEAST)])
-        fitted = PEBSFitted(label, settings, v, users, nobody, facts | thinned(losses))
+        population_state = v.new_tensor([max(prior.mean, LEAST * LEAST)])
+        fitted = PEBSFitted(label, settings, v, users, population_state, facts | thinned(losses))
         fitted.prior = prior
         return fitted
 

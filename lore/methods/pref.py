@@ -76,13 +76,13 @@ class PReFFitted(LinearFitted):
         assert isinstance(view, Tensor)
         if self.ridge is not None:
             precision = self.ridge * torch.eye(view.shape[1]).to(view)
-            return solve_users(view, users, precision, self.nobody)
+            return solve_users(view, users, precision, self.population_state)
         start = torch.randn(users.num_users, view.shape[1], generator=as_generator(seed))
         w, mass = start.to(view), users.user_weight().clamp(min=1e-300)[:, None]
         for _ in range(USER_STEPS):
             logits = (view * w[users.user]).sum(1)
             w = w - USER_RATE * users.sum(view, slopes(users, logits)) / mass
-        return torch.where(users.counts[:, None] > 0, w, self.nobody)
+        return torch.where(users.counts[:, None] > 0, w, self.population_state)
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ class RBDFitted(LinearFitted):
         """Weights [U', K]: the exact minimum of loss and ridge, or the published Adam."""
         assert isinstance(view, Tensor)
         if self.published is None:
-            return solve_users(view, users, self.precision, self.nobody)
+            return solve_users(view, users, self.precision, self.population_state)
         return self._published(view, users, seed)
 
     def _published(self, view: Tensor, users: Users, seed: Seed) -> Tensor:
@@ -105,7 +105,7 @@ class RBDFitted(LinearFitted):
         ridge = 2 * self.published * self.basis.T @ self.basis / users.num_users
         adam, best, waited = torch.optim.Adam([away], lr=USER_RATE), float("inf"), 0
         for _ in range(USER_STEPS):
-            logits = (view * (self.nobody + away)[users.user]).sum(1)
+            logits = (view * (self.population_state + away)[users.user]).sum(1)
             slope = slopes(users, logits) / total
             lost = float(users.weight @ softplus(-logits) / total)
             lost += float((away @ ridge * away).sum()) / 2
@@ -114,7 +114,8 @@ class RBDFitted(LinearFitted):
                 break
             away.grad = users.sum(view, slope) + away @ ridge
             adam.step()
-        return torch.where(users.counts[:, None] > 0, self.nobody + away, self.nobody)
+        known = users.counts[:, None] > 0
+        return torch.where(known, self.population_state + away, self.population_state)
 
 
 @dataclass(frozen=True)

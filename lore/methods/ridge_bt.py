@@ -111,7 +111,8 @@ class SharedFit(Fitted):
     def __init__(self, direction: Tensor, num_users: int, facts: dict[str, Any]) -> None:
         self.label, self.settings, self.file = "Ridge BT", {}, "ridge_bt"
         self.direction, self.facts = direction, facts
-        self.users, self.nobody = direction.new_zeros(num_users, 0), direction.new_zeros(0)
+        self.users = direction.new_zeros(num_users, 0)
+        self.population_state = direction.new_zeros(0)
 
     def view(self, data: Comparisons) -> Tensor:
         """Reward differences [N, 1]."""

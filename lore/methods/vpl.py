@@ -145,7 +145,7 @@ class FittedVPL(Network):
         hidden = method.hidden or (512 if self.faithful else 64)
         latent = method.latent if method.latent >= 0 else (512 if self.faithful else 32)
         self.net = Net(data.num_features, hidden, latent, generator).to(data.device)
-        self.nobody = torch.zeros(latent, device=data.device)
+        self.population_state = torch.zeros(latent, device=data.device)
 
     def finish(self, data: Comparisons, seed: int) -> None:
         """Nothing is trained any more: read the seen users' contexts, and look for a collapse."""
@@ -215,9 +215,9 @@ class FittedVPL(Network):
     def adapt(self, view: Pairs, users: Users, seed: Seed) -> Tensor:
         """Means [U', L] of the latents, by one pass through the encoder."""
         if not self.net.latent or len(users) == 0:
-            return self.nobody.repeat(users.num_users, 1)
+            return self.population_state.repeat(users.num_users, 1)
         means = torch.cat([self._encode(view, users, part)[0] for part in blocks(users)])
-        return where_known(means, users, self.nobody)
+        return where_known(means, users, self.population_state)
 
     @torch.no_grad()
     def logits(self, view: Pairs, state: Tensor, user: Tensor) -> Tensor:

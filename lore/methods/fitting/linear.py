@@ -33,7 +33,7 @@ class LinearFitted(Fitted):
     """Log odds x' V s: a shared basis V [F, K], and a user's state s [K].
 
     Args:
-        label, settings, users, nobody: see ``Fitted``.
+        label, settings, users, population_state: see ``Fitted``.
         basis: V.
         facts: what ``describe`` tells.
     """
@@ -44,11 +44,11 @@ class LinearFitted(Fitted):
         settings: dict[str, Any],
         basis: Tensor,
         users: Tensor,
-        nobody: Tensor,
+        population_state: Tensor,
         facts: dict[str, Any],
     ) -> None:
         self.label, self.settings, self.basis = label, settings, basis
-        self.users, self.nobody, self.facts = users, nobody, facts
+        self.users, self.population_state, self.facts = users, population_state, facts
 
     def view(self, data: Comparisons) -> Tensor:
         """X V [N, K] in float64."""

@@ -309,19 +309,19 @@ class Mixing(Network):
         frozen(network)
         self.free = self.free.detach()
         self.users = self.free.softmax(1)
-        self.nobody = self.users.mean(0)
+        self.population_state = self.users.mean(0)
         self.parameters = sum(p.numel() for p in [*network.parameters(), *own, self.free])
 
     def adapt(self, view: View, users: Users, seed: Seed) -> Tensor:
         """Weights [U', K] that fit users' comparisons, all else fixed (eq. 11)."""
         if len(users) == 0:
-            return self.nobody.repeat(users.num_users, 1)
+            return self.population_state.repeat(users.num_users, 1)
         if self.faithful:
             found = self.published(view, users, as_generator(seed))
         else:
-            start = self.nobody.log().repeat(users.num_users, 1)
+            start = self.population_state.log().repeat(users.num_users, 1)
             found = solve_weights(partial(self.losses, view), users, start, self.variant)
-        return where_known(found, users, self.nobody)
+        return where_known(found, users, self.population_state)
 
     def losses(self, view: View, rows: slice, weights: Tensor, user: Tensor) -> Tensor:
         """Losses [n] of some comparisons, given weights [U', K] and whose they are [n]."""
@@ -519,6 +519,6 @@ def _least(
     return kept if tolerance >= 0 else logits.detach()
 
 
-def where_known(states: Tensor, users: Users, nobody: Tensor) -> Tensor:
+def where_known(states: Tensor, users: Users, population_state: Tensor) -> Tensor:
     """States [U, S] of users with comparisons; nobody's state [S] of the others."""
-    return torch.where(users.counts[:, None] > 0, states, nobody)
+    return torch.where(users.counts[:, None] > 0, states, population_state)
