@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from lore.common.files import InputError
-from lore.learning.basis import Basis, check_model, load_basis, resolve_model, save_basis
+from lore.embeddings.reward_model import check_model, resolve_model
+from lore.learning.basis import Basis, load_basis, save_basis
 
 V = torch.arange(8.0).reshape(4, 2)
 W = torch.tensor([[1.0, 0.0], [0.25, 0.75]])

@@ -32,7 +32,6 @@ from lore.embeddings.prefix_trees import (
     tree_mask,
     tree_passes,
 )
-from lore.learning.basis import check_model, resolve_model
 
 log = logging.getLogger(__name__)
 
@@ -160,6 +159,74 @@ def model_of_basis(
     load_config(source)  # a hub model's commit is known once something of it is loaded
     check_model(settings, model_facts(source, load_tokenizer(source)), any_model)
     return source
+
+
+def resolve_model(
+    settings: Mapping[str, Any],
+    path: str | Path,
+    model: str | None = None,
+    tokenizer: str | None = None,
+    revision: str | None = None,
+) -> tuple[str, str | None, str | None]:
+    """Model, tokenizer and revision: those given, else those that the basis was learned with.
+
+    Args:
+        settings: of the basis; the scalars of the embeddings' manifest among them.
+        path: of the basis file; a model's path that is not absolute is relative to its folder.
+        model, tokenizer, revision: what the user asks for.
+
+    Raises:
+        InputError: the basis does not say its model, or the folder that it names is gone.
+    """
+    if model:
+        return model, tokenizer, revision
+    found = _find(settings.get("model"), path, "model")
+    own = settings.get("tokenizer") not in (None, settings["model"])
+    if own and not tokenizer:
+        tokenizer = _find(settings["tokenizer"], path, "tokenizer")
+    return found, tokenizer, revision or settings.get("revision")
+
+
+def _find(name: str | None, path: str | Path, what: str) -> str:
+    """A hub name as it is, a local folder as the path that it has from here."""
+    require(bool(name), f"{path} does not say which model it was learned on: name it by --model")
+    local = Path(path).parent / str(name)  # an absolute path stays what it is
+    if local.is_dir():
+        return str(local)
+    is_path = Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1
+    moved = f"{path} was learned with the {what} in {name}, which is not there: name it by --{what}"
+    require(not is_path, moved)
+    return name
+
+
+def check_model(
+    settings: Mapping[str, Any], facts: Mapping[str, Any], any_model: bool = False
+) -> None:
+    """Refuse a model whose weights or chat template are not those the basis was learned with.
+
+    Args:
+        settings: of the basis.
+        facts: what ``model_facts`` says of the model at hand. What either side does
+            not know, such as the hash of a hub model's weights, is not compared.
+        any_model: warn instead.
+
+    Raises:
+        InputError: another model, template or commit.
+    """
+    what = {
+        "weights_sha256": "other weights", "revision": "another commit",
+        "template_sha256": "another chat template",
+    }  # fmt: skip
+    differs = [
+        name for key, name in what.items()
+        if settings.get(key) and facts.get(key) and settings[key] != facts[key]
+    ]  # fmt: skip
+    if not differs:
+        return
+    others = " and ".join(differs)
+    problem = f"{facts['model']} has {others} than the model the basis was learned with"
+    require(any_model, f"{problem}: name that model by --model, or insist with --any-model true")
+    log.warning("WARNING: %s; the rewards may mean nothing", problem)
 
 
 def _from_anywhere(name: str) -> str:

@@ -32,7 +32,9 @@ from lore.methods.fitting.networks import (
 from lore.methods.fitting.validation import hold_out, shared_prompts
 
 RIDGES = (0.0, 0.3, 1.0, 3.0)  # pull of new users' logits towards the seen users' mean
-NEW_USER_RATE, NEW_USER_EPOCHS = 5e-3, 20  # published
+NEW_USER_RATE, NEW_USER_EPOCHS = 5e-3, 20  # published, as are:
+WIDTH, BATCH, EPOCHS = 512, 4, 20
+RATE, DECAY, WEIGHT_RATE = 1e-4, 0.01, 5e-3  # of f; of prototypes and users' weights
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class PAL(Networked):
             shared = shared_prompts(task.train, task.seed)
             held = hold_out(task.train, task.seed, shared, task.validation)
             require(held.held is not None, "no user has two dialogues: nothing can be held out")
-            return train(held.fit, held, self.prototypes[0], self.epochs or 20)
+            return train(held.fit, held, self.prototypes[0], self.epochs or EPOCHS)
         models = "prototypes", self.prototypes
         return choose(task, models, ("ridge", RIDGES), self.epochs or 60, train)
 
@@ -79,12 +81,12 @@ class PAL(Networked):
         faster = 1 if self.faithful else 10
         optimizer = torch.optim.Adam(
             [
-                {"params": fit.f.parameters(), "lr": 1e-4 * faster, "weight_decay": 0.01},
-                {"params": [fit.prototypes, fit.free], "lr": 5e-3 * faster},
+                {"params": fit.f.parameters(), "lr": RATE * faster, "weight_decay": DECAY},
+                {"params": [fit.prototypes, fit.free], "lr": WEIGHT_RATE * faster},
             ]
         )
         weight = pair_weights(data, not self.faithful)
-        size, patience = (4, {"patience": epochs}) if self.faithful else (64, {})
+        size, patience = (BATCH, {"patience": epochs}) if self.faithful else (64, {})
         fit.train(data, weight, optimizer, size, generator, held, epochs, **patience)
         fit.prototypes = fit.prototypes.detach()
         fit.finish(fit.f, fit.prototypes)
@@ -114,7 +116,7 @@ class FittedPAL(Mixing):
     ) -> None:
         super().__init__("PAL", method, data)
         self.squared = method.squared
-        width, F = method.width or (512 if self.faithful else 128), data.num_features
+        width, F = method.width or (WIDTH if self.faithful else 128), data.num_features
         layers: list[nn.Module] = []
         for number in range(method.layers):
             layers += [linear(width if number else F, width, generator), nn.GELU()]

@@ -42,6 +42,8 @@ from lore.methods.vpl_network import Groups, Net, divergence, on_sphere
 
 ACTIVE = 0.005  # variance over users from which a unit of the latent is active
 CYCLE = 10_000  # steps of the published cyclical weight of the KL term
+UNITS, CONTEXT, BATCH, EPOCHS = 512, 8, 32, 2  # published, as are:
+RATE, DECAY, WARM_UP = 1e-4, 1e-3, 0.03
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class VPL(Networked):
         longest = max(1, *task.shots) if task.shots else 50
         train = partial(self._train, seed=task.seed, longest=longest)
         if self.faithful:
-            return train(task.train, None, self.betas[0], self.epochs or 2)
+            return train(task.train, None, self.betas[0], self.epochs or EPOCHS)
         personal = self.latent != 0  # without a latent there is nothing to choose
         models = "beta", self.betas[: None if personal else 1]
         spheres = (0.0, 1.0) if personal else (0.0,)
@@ -85,10 +87,10 @@ class VPL(Networked):
         faithful = self.faithful
         generator = torch.Generator().manual_seed(seed)
         fit = FittedVPL(self, data, generator)
-        groups = Groups(data, 1 if faithful else 16, (1, 8) if faithful else (0, longest))
-        rate, decay = (1e-4, 1e-3) if faithful else (3e-3, 1e-2)
+        groups = Groups(data, 1 if faithful else 16, (1, CONTEXT) if faithful else (0, longest))
+        rate, decay = (RATE, DECAY) if faithful else (3e-3, 1e-2)
         optimizer = torch.optim.AdamW(fit.net.parameters(), lr=rate, weight_decay=decay)
-        total, step = epochs * math.ceil(len(data) / 32), itertools.count()
+        total, step = epochs * math.ceil(len(data) / BATCH), itertools.count()
         schedule = None  # making one sets the rate of the first step
         if faithful:
             schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: _cosine(t, total))
@@ -96,11 +98,12 @@ class VPL(Networked):
 
         def epoch() -> Iterator[Tensor]:
             if not fit.net.latent:
-                for some in batches(len(data), 32 if faithful else 64, generator):
+                for some in batches(len(data), BATCH if faithful else 64, generator):
                     some = some.to(data.device)
                     yield add_losses(fit.net.plain(pairs[some]), weight[some])
                 return
-            for targets, group, contexts, counts in groups.epoch(32 if faithful else 8, generator):
+            size = BATCH if faithful else 8
+            for targets, group, contexts, counts in groups.epoch(size, generator):
                 logits, kl = fit.net(pairs, targets, group, contexts, counts, generator)
                 slope = _cycle(next(step)) if faithful else 1.0
                 yield add_losses(logits, weight[targets]) + beta * slope * kl
@@ -115,7 +118,7 @@ class VPL(Networked):
 
 def _cosine(step: int, total: int) -> float:
     """Learning rate over its largest: 3 % warm-up, then a cosine to 0."""
-    warm = max(1, round(0.03 * total))
+    warm = max(1, round(WARM_UP * total))
     if step < warm:
         return step / warm
     return (1 + math.cos(math.pi * min(1, (step - warm) / max(1, total - warm)))) / 2
@@ -142,8 +145,8 @@ class FittedVPL(Network):
 
     def __init__(self, method: VPL, data: Comparisons, generator: torch.Generator) -> None:
         super().__init__("VPL", method, data)
-        hidden = method.hidden or (512 if self.faithful else 64)
-        latent = method.latent if method.latent >= 0 else (512 if self.faithful else 32)
+        hidden = method.hidden or (UNITS if self.faithful else 64)
+        latent = method.latent if method.latent >= 0 else (UNITS if self.faithful else 32)
         self.net = Net(data.num_features, hidden, latent, generator).to(data.device)
         self.population_state = torch.zeros(latent, device=data.device)
 

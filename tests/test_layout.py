@@ -1,0 +1,145 @@
+"""The house: what may import what, how long a module may be, what stands at the top.
+
+    common <- preparing, embeddings, learning <- utils <- methods <- elicitation <- experiments
+           <- dataset folders, tools, benchmarks
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import utils
+
+ROOT = Path(__file__).resolve().parents[1]
+FLOORS = [
+    ["lore", "lore.common"],
+    ["lore.preparing", "lore.embeddings", "lore.learning"],
+    ["utils"],
+    ["lore.methods"],
+    ["lore.elicitation"],
+    ["lore.experiments"],
+    ["tools", "benchmarks", "datasets"],
+]
+FLOOR = {wing: number for number, wings in enumerate(FLOORS) for wing in wings}
+DATASETS = {
+    "CommunityAlignment", "OwnData", "PRISM", "PersonalLLM", "PersonalRewardBench", "RedditTLDR",
+}  # fmt: skip
+TOP = DATASETS | {
+    "utils.py", "requirements.txt", "requirements-dev.txt", "README.md", "LICENSE",
+    "CONTRIBUTING.md", "CITATION.cff", "Makefile", "pyproject.toml", ".gitignore", ".ci",
+    "lore", "tools", "benchmarks", "docs", "tests",
+}  # fmt: skip
+LONGEST, CORE = 700, 920  # lines of a module, and of utils.py, which has all published names
+PUBLISHED = [
+    "LoRe", "LoRe_regularized", "PersonalizeBatch", "run", "run_regularized",
+    "run_few_shot_vary_shots", "solve", "solve_regularized", "solve_regularized_simplex",
+    "solve_multi_reward", "learn_multiple", "learn_multiple_few_shot",
+    "learn_multiple_few_shot_weighted", "learn_single_reward", "learn_single_reward_regularized",
+    "evaluate_model", "eval_multiple", "sample_shots", "simulate_user", "simulate_population",
+    "generate_population", "generate_popupulation", "create_sparse_tensor",
+    "create_dataset_prism", "create_dataset_prism_shots", "torch", "np", "nn", "F",
+]  # fmt: skip
+
+
+def _modules() -> dict[str, Path]:
+    """Every module of the product by the name that it is imported by."""
+    found = [ROOT / "utils.py", *ROOT.glob("lore/**/*.py")]
+    for folder in (*DATASETS, "tools", "benchmarks"):
+        found += ROOT.glob(f"{folder}/*.py")
+    names = (path.relative_to(ROOT).with_suffix("").parts for path in found)
+    return {
+        ".".join(parts).removesuffix(".__init__"): path
+        for parts, path in zip(names, found, strict=True)
+    }
+
+
+MODULES = _modules()
+
+
+def wing_of(module: str) -> str:
+    """The wing that a module stands in."""
+    parts = module.split(".")
+    wing = ".".join(parts[:2]) if parts[0] == "lore" else parts[0]
+    return "datasets" if wing in DATASETS else wing
+
+
+def statements(tree: ast.AST) -> Iterator[ast.AST]:
+    """Imports anywhere in a module, but for those that only a type checker reads."""
+    for node in ast.iter_child_nodes(tree):
+        hint = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        elif not hint:
+            yield from statements(node)
+
+
+def imported(module: str) -> set[str]:
+    """The product's modules that a module imports, anywhere in it."""
+    names: set[str] = set()
+    for node in statements(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif node.level == 0 and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    folder = module.rpartition(".")[0]  # scripts import what stands beside them
+    beside = {f"{folder}.{name}" for name in names} if not module.startswith("lore") else set()
+    names = {name for name in names | beside if name in MODULES}
+    packages = {name.rsplit(".", depth)[0] for name in names for depth in (1, 2)}  # run as well
+    around = {package for package in packages if f"{module}.".startswith(f"{package}.")}
+    return {name for name in names | packages - around if name in MODULES and name != module}
+
+
+def test_every_import_runs_down_the_wings() -> None:
+    up = [
+        f"{module} imports {other}"
+        for module in MODULES
+        for other in imported(module)
+        if wing_of(module) != wing_of(other) and FLOOR[wing_of(other)] >= FLOOR[wing_of(module)]
+    ]
+    assert not up
+
+
+def test_no_script_imports_another_datasets() -> None:
+    folders = {m: m.split(".")[0] for m in MODULES if wing_of(m) == "datasets"}
+    for module, folder in folders.items():
+        assert {folders.get(other, folder) for other in imported(module)} <= {folder}, module
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    left = {module: imported(module) for module in MODULES}
+    while free := [module for module, others in left.items() if not others & left.keys()]:
+        for module in free:
+            del left[module]
+    assert not left, f"a circle among {sorted(left)}"
+
+
+def test_every_wing_is_known() -> None:
+    assert {wing_of(module) for module in MODULES} == FLOOR.keys()
+
+
+def test_no_module_is_long() -> None:
+    lines = {m: len(path.read_text().splitlines()) for m, path in MODULES.items()}
+    assert lines.pop("utils") <= CORE
+    assert {m: n for m, n in lines.items() if n > LONGEST} == {}
+
+
+def test_the_top_level_is_what_a_stranger_expects() -> None:
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout: what belongs to the project is not known")
+    assert {name.split("/")[0] for name in listed.stdout.splitlines()} <= TOP
+
+
+def test_a_star_import_of_utils_gives_the_published_names() -> None:
+    names: dict[str, object] = {}
+    exec("from utils import *", names)
+    assert [name for name in PUBLISHED if name not in names] == []
+    assert names["torch"] is utils.torch and names["np"] is utils.np
+    assert names["nn"] is utils.nn and names["F"] is utils.F
