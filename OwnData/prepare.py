@@ -71,8 +71,8 @@ def main(
     }
     info = {"dataset": "OwnData", "settings": settings, "counts": funnel.counts}
     with alone(out, embedding.get("shard")):
-        preparing.write_prepared(out, conversations, table, info)
-        print(funnel.lines())
+        told = preparing.write_prepared(out, conversations, table, info)
+        print(funnel.lines(), told, sep="\n")
         if embed:
             embeddings.embed(conversations, out / "embeddings", **embedding)
     print(f"prepared {len(table):,} comparisons of {len(conversations):,} conversations in {out}")

@@ -63,8 +63,8 @@ def main(
     info = {"dataset": "PRISM", "settings": settings, "counts": funnel.counts}
     warning = {"warning": LIST_WARNING} if rejected == "list" else {}
     with alone(out):
-        preparing.write_prepared(out, conversations, table, {**info, **warning})
-        print(funnel.lines())
+        told = preparing.write_prepared(out, conversations, table, {**info, **warning})
+        print(funnel.lines(), told, sep="\n")
         if warning:
             print(f"WARNING: {LIST_WARNING}")
     print(f"prepared {len(table):,} comparisons of {len(conversations):,} conversations in {out}")

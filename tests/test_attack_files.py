@@ -131,6 +131,7 @@ CASES: dict[str, dict[str, Change]] = {
         **BAD_JSON, "a path as name": facts(dataset="../../x"), "no files": facts(files={}),
         "other files": facts(files={"../x": "0"}), "settings": facts(settings=[1]),
         "counts": facts(counts=None), "warning": facts(warning=5), "overlap": facts(overlap="x"),
+        "kinds": facts(kinds={"sentence": 5}), "retest": facts(retest=[1]),
         "hash": facts(data_sha256=5), "dataset": facts(dataset=None),
     },
     TALKS: {

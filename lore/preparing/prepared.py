@@ -17,14 +17,15 @@ from torch import Tensor
 
 from lore.common.files import InputError, file_sha256, first_line, read_json, require
 from lore.common.tensors import expect, read_tensors, require_finite
-from lore.preparing.tables import COLUMNS, MESSAGES, TABLES, VALIDATION, Conversation
+from lore.preparing.tables import COLUMNS, MESSAGES, TABLES, TOLD, VALIDATION, Conversation
 
 log = logging.getLogger(__name__)
 
 AGAIN = "run prepare.py again"
 SPLITS = ("train", "test")
 INFO = {"dataset": str, "settings": dict, "counts": dict, "overlap": dict | None,
-        "warning": str | None, "conversations_sha256": str, "data_sha256": str,
+        "warning": str | None, "split": dict | None, "kinds": dict | None, "retest": dict | None,
+        "conversations_sha256": str, "data_sha256": str,
         "files": dict}  # fmt: skip
 
 
@@ -51,8 +52,9 @@ def read_info(folder: Path, dataset: str | None = None) -> dict[str, Any]:
     found = info["dataset"]
     own = dataset in (None, found)
     require(own, f"{folder} holds {found}, not {dataset}: use the scripts in the folder {found}")
-    told = isinstance((info.get("overlap") or {}).get("sentence", ""), str)
-    require(told, f"{path} is not as expected: overlap; {AGAIN}")
+    for key in ("overlap", *TOLD):
+        told = isinstance((info.get(key) or {}).get("sentence", ""), str)
+        require(told, f"{path} is not as expected: {key}; {AGAIN}")
     require(set(info["files"]) in TABLES, f"{path} is not as expected: files; {AGAIN}")
     if info.get("warning"):
         log.warning("WARNING: %s", info["warning"])

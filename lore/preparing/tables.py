@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from safetensors.numpy import save_file
 
 from lore.common.files import digest, file_sha256, require, write_text, write_whole
+from lore.preparing.facts import count_kinds
 
 Conversation = list[dict[str, str]]
 COLUMNS = {
@@ -36,6 +37,7 @@ TABLES = (
     {"conversations.parquet", "scores.safetensors"},
 )  # that a prepared folder holds beside prepare.json
 
+TOLD = ("split", "kinds", "retest")  # what of prepare.json is also printed
 VALIDATION = "val"  # a third split, of datasets that have one for choices
 
 
@@ -314,8 +316,8 @@ def write_prepared(
     conversations: Sequence[Conversation],
     table: pd.DataFrame | dict[str, np.ndarray],
     info: Mapping[str, Any],
-) -> None:
-    """Write a prepared dataset's tables and, last, prepare.json.
+) -> str:
+    """Write a prepared dataset's tables and, last, prepare.json; what to print of its contents.
 
     Args:
         folder: where to; made if missing.
@@ -325,7 +327,11 @@ def write_prepared(
             train.scores and test.scores [prompts, responses, scorers], train.rows and test.rows the
             conversations.
         info: what prepare.json says: dataset, settings, counts and perhaps a warning, which every
-            later output shows. Hashes of the tables are added, and the overlap of comparisons.
+            later output shows. Hashes of the tables are added, and what training has of the
+            held-out comparisons: their overlap and kinds.
+
+    Returns:
+        The sentences of prepare.json that belong on the screen, each on a line of its own.
     """
     has_script = (folder / "prepare.py").exists()
     require(not has_script, f"--out {folder} holds scripts; name a folder for the data alone")
@@ -337,7 +343,7 @@ def write_prepared(
     if isinstance(table, pd.DataFrame):
         path, content = folder / "comparisons.parquet", table.to_csv(index=False)
         write_whole(path, lambda draft: table.to_parquet(draft, index=False))
-        info = {**info, "overlap": overlap(conversations, table)}
+        info = {**info, "overlap": overlap(conversations, table), "kinds": count_kinds(table)}
     else:
         path = folder / "scores.safetensors"
         content = [[name, table[name].tolist()] for name in sorted(table)]
@@ -345,6 +351,7 @@ def write_prepared(
     hashes["data_sha256"] = digest([hashes["conversations_sha256"], content])
     files = {file.name: file_sha256(file) for file in (talks, path)}
     write_text(folder / "prepare.json", json.dumps({**info, **hashes, "files": files}, indent=2))
+    return "\n".join(info[what]["sentence"] for what in TOLD if info.get(what))
 
 
 def _write_conversations(path: Path, conversations: Sequence[Conversation]) -> None:

@@ -1,0 +1,70 @@
+"""lore/common/kinds.py and lore/preparing/facts.py: what training knows of held-out comparisons."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lore.common.kinds import KINDS, KNOWN, MET, NEW, Judged, kinds
+from lore.preparing import facts
+
+
+def judged(*rows: tuple[int, int, int]) -> Judged:
+    """Comparisons of (user, response, response)."""
+    return Judged(*np.array(rows, dtype=int).reshape(-1, 3).T)
+
+
+def ratings() -> pd.DataFrame:
+    """Four users' choices among seven responses; c and d are unseen.
+
+    a trains on 0-1 and 1-2, b on 3-4, c's shot is 0-5, d's shot is 3-4; 6 is in no training.
+    """
+    rows = [
+        *(("a", "train", 0, 1), ("a", "train", 1, 2), ("b", "train", 3, 4)),
+        *(("c", "train", 0, 5), ("d", "train", 3, 4)),
+        ("a", "test", 0, 2),  # known
+        ("a", "test", 2, 3),  # met: 3 is b's
+        ("a", "test", 0, 5),  # new: 5 is in an unseen user's shots alone
+        ("b", "test", 4, 3),  # known
+        ("c", "test", 5, 0),  # known
+        ("c", "test", 5, 1),  # met: 5 is c's own, 1 is a's
+        ("d", "test", 5, 3),  # new: 5 is another unseen user's
+        ("d", "test", 6, 3),  # new
+    ]
+    table = pd.DataFrame(rows, columns=["user_id", "split", "chosen", "rejected"])
+    return table.assign(seen=table.user_id.isin(["a", "b"]))
+
+
+def test_a_comparison_is_known_met_or_new_by_what_its_user_and_others_judged():
+    training = judged((0, 0, 1), (0, 1, 2), (1, 3, 4))
+    held_out = judged((0, 2, 0), (0, 2, 3), (1, 3, 4), (1, 0, 2), (0, 0, 9))
+    assert kinds(held_out, training, training).tolist() == [KNOWN, MET, KNOWN, MET, NEW]
+    shots = judged((5, 0, 7))
+    new_user = judged((5, 7, 0), (5, 7, 4), (6, 7, 0), (5, 7, 8))
+    assert kinds(new_user, shots, training).tolist() == [KNOWN, MET, NEW, NEW]
+    none = judged()
+    assert kinds(new_user, none, training).tolist() == [NEW] * 4
+    assert kinds(none, shots, training).shape == (0,)
+
+
+def test_counts_are_those_made_by_hand():
+    found = facts.count_kinds(ratings())
+    assert [found["seen"][name] for name in KINDS] == [2, 1, 1]
+    assert [found["unseen"][name] for name in KINDS] == [1, 1, 2]
+    assert found["seen"]["by_user"] == {"known": 0.6667, "met": 0.1667, "new": 0.1667}
+    assert found["unseen"]["by_user"] == {"known": 0.25, "met": 0.25, "new": 0.5}
+    assert "50.0% of seen users' and 25.0% of unseen users' are known" in found["sentence"]
+    assert "25.0% of seen users' and 50.0% of unseen users' are new" in found["sentence"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_labels_and_the_order_of_rows_change_no_kind(seed):
+    table, rng = ratings(), np.random.default_rng(seed)
+    swapped = rng.random(len(table)) < 0.5
+    other = table.assign(
+        chosen=np.where(swapped, table.rejected, table.chosen),
+        rejected=np.where(swapped, table.chosen, table.rejected),
+    )
+    other = other.sample(frac=1, random_state=seed)
+    assert facts.count_kinds(other) == facts.count_kinds(table)
