@@ -44,9 +44,10 @@ def main(
     are held out; without dialogues half of the distinct comparisons are, whoever made them.
 
     Args:
-        source: a file (.jsonl, .jsonl.gz, .csv or .parquet), a folder of such, or a hub dataset.
+        source: a file (.jsonl, .json, .csv, .tsv or .parquet; compressed too), a folder of such, or
+            a hub dataset.
         out: folder of the prepared data.
-        columns: what the columns are called, such as --user worker_id.
+        columns: what the columns are called, such as --user worker_id, and how they are read.
         min_comparisons: fewest comparisons of a user.
         seen_fraction: share of the users whose data train the basis.
         seed: of the draw of seen users, and of what is for training.
@@ -88,8 +89,8 @@ def read(source: str, columns: Columns, funnel: Funnel) -> list[dict[str, Any]]:
         check_alike(first, row, columns)
         if row.split and row.split not in SPLITS:
             funnel.left_out([f"rows whose {columns.split} is {row.split}"])
-        elif not row.history:
-            funnel.left_out(["rows with an empty prompt or message"])
+        elif row.left_out:
+            funnel.left_out([row.left_out])
         else:
             found, left_out = pairs(row)
             same = {"user_id": row.user, "dialog_id": row.dialog, "split": row.split}
@@ -103,7 +104,8 @@ def check_alike(first: Choice, row: Choice, columns: Columns) -> None:
     """Every row names a user, and all rows or none a dialogue and a split."""
     if not row.user:
         raise InputError(
-            f"{row.place} has no {columns.user}; name the user, or the column by --user"
+            f"{row.place} has no {columns.user}; name the user, or the column by --user; "
+            "--user-name me names one user for all rows"
         )
     for what in ("dialog", "split"):
         if bool(getattr(row, what)) != bool(getattr(first, what)):
@@ -117,13 +119,14 @@ def check_alike(first: Choice, row: Choice, columns: Columns) -> None:
 def pairs(row: Choice) -> tuple[list[dict[str, Any]], list[str]]:
     """Every chosen response against every rejected one, and why some are left out."""
     found, left_out = [], []
-    for chosen in row.chosen:
-        if not chosen:
-            left_out.append("chosen responses empty")
-            continue
-        some, skipped = preparing.against(row.history, chosen, row.rejected)
-        found += some
-        left_out += skipped
+    left_out += ["chosen responses empty" for won in row.chosen if not won[-1]["content"]]
+    for won in (won for won in row.chosen if won[-1]["content"]):
+        for lost in row.rejected:
+            if lost == won or not lost[-1]["content"]:
+                why = "equal to the chosen one" if lost == won else "empty"
+                left_out.append(f"rejected responses {why}")
+            else:
+                found.append({"chosen": won, "rejected": lost})
     return found, left_out
 
 

@@ -11,16 +11,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.common.cli import cli
 from lore.common.files import InputError, alone, digest
 from lore.embeddings import store as embeddings
-from lore.preparing import own_rows as choices
-from lore.preparing import raw
+from lore.preparing import messages, raw
 from lore.preparing import tables as preparing
-from lore.preparing.own_rows import Columns
 from lore.preparing.tables import Conversation, Funnel
 
 HERE = Path(__file__).resolve().parent
 COLUMNS = ("user_id", "split", "context", "chosen", "rejected")  # many judges' columns are left out
 SPLITS = ("train", preparing.VALIDATION, "test")
-ROLES = {"model": "assistant"}  # what PRISM calls the assistant
 
 
 def main(
@@ -80,9 +77,8 @@ def read(source: str, funnel: Funnel) -> list[dict[str, Any]]:
 
 def read_context(place: str, row: Mapping[str, Any]) -> Conversation:
     """The messages before the two responses; empty where one has no text."""
-    only = {"context": row["context"]}
-    history = choices.read_history(place, only, Columns(messages="context"))
-    return [{**message, "role": ROLES.get(message["role"], message["role"])} for message in history]
+    history = messages.conversation(row["context"], place, "context")
+    return history if all(message["content"] for message in history) else []
 
 
 def dialogue(place: str, row: Mapping[str, Any], history: Conversation) -> str:

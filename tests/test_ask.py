@@ -198,7 +198,7 @@ def test_a_basis_and_answers_that_do_not_do_are_one_line(world, tmp_path, monkey
     refused("not a readable safetensors file", basis=world.flags["pool"])
     refused("no two different responses", pool=lines(tmp_path / "same.jsonl", [
         {"prompt": "?", "responses": ["a", "a"]}]))  # fmt: skip
-    refused("row 1: chosen or rejected is empty", pool=lines(tmp_path / "empty.jsonl", [
+    refused("row 1: a response is empty", pool=lines(tmp_path / "empty.jsonl", [
         {"prompt": "?", "chosen": "a", "rejected": ""}]))  # fmt: skip
     refused("row 1 has no column chosen", pool=lines(tmp_path / "none.jsonl", [{"prompt": "?"}]))
     refused("row 1 has no column response", candidates=world.flags["pool"])

@@ -138,7 +138,7 @@ def test_users_without_training_or_test_comparisons_are_left_out(source, tmp_pat
     [
         ({"user_id": None}, "row 1 has an empty user_id"),
         ({"split": 0.5}, "row 1: split must be text, not a float"),
-        ({"context": "hello"}, "row 1: context is not valid JSON"),
+        ({"context": "hello"}, "row 1: context must be a list of role and content"),
         ({"context": [{"role": "user"}]}, "row 1: a message must have role and content"),
         ({"chosen": {"role": "model"}}, "row 1: chosen is a message without content"),
         ({"rejected": ["a", "b"]}, "row 1: rejected must be text, not a list"),

@@ -12,7 +12,8 @@ from typing import Any, Literal
 from lore.common.files import require, write_whole
 from lore.elicitation.pool import Pair, pair_of
 from lore.elicitation.ranking import both_endings
-from lore.preparing.own_rows import Conversation, read_choices
+from lore.preparing.messages import Conversation
+from lore.preparing.own_rows import read_choices
 from lore.preparing.raw import read_file
 
 Side = Literal["a", "b"]
@@ -83,7 +84,7 @@ class Answers:
         """
         chosen, rejected = shown if side == "a" else shown[::-1]
         row = {"user": self.user} | _history(pair.history)
-        row |= {"chosen": _cell(chosen), "rejected": _cell(rejected), "question": self.asked + 1}
+        row |= {"chosen": chosen, "rejected": rejected, "question": self.asked + 1}
         row |= {"first": "chosen" if side == "a" else "rejected"}
         row |= {"timestamp": datetime.now(UTC).isoformat(timespec="seconds")}
         rows = [*self.rows, row]
@@ -124,11 +125,6 @@ def _history(history: Conversation) -> dict[str, Any]:
     return {"messages": history}
 
 
-def _cell(text: str) -> str | list[str]:
-    """A response as a row has it; one that looks like a list in a .csv would be read as a list."""
-    return [text] if text.startswith('["') else text
-
-
 def _read(path: Path) -> list[dict[str, Any]]:
     return [row for _, row in read_file(path)] if path.exists() else []
 
@@ -137,7 +133,7 @@ def _ends(
     path: Path, number: int, row: dict[str, Any]
 ) -> tuple[list[tuple[Conversation, Conversation]], str]:
     """A row's comparisons, and whose they are."""
-    choice = next(read_choices(iter([(f"{path} row {number}", row)])))
+    choice = read_choices([(f"{path} row {number}", row)])[0]
     return list(both_endings(choice)), choice.user
 
 

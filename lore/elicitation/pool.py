@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations, product
@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from lore.common.files import digest, require
-from lore.elicitation.ranking import ending
+from lore.elicitation.ranking import with_text
+from lore.preparing.messages import Conversation
 from lore.preparing.own_rows import (
+    NO_PROMPT,
     USUAL,
     Columns,
-    Conversation,
     read_choices,
-    read_history,
-    read_responses,
+    read_endings,
+    resolve,
 )
 from lore.preparing.raw import read_file
 
@@ -43,7 +44,9 @@ class Pair:
     def conversations(self) -> tuple[Conversation, Conversation]:
         """The dialogue with either response."""
         first, second = self.texts
-        return ending("", self.history, first, ""), ending("", self.history, second, "")
+        answers = ({"role": "assistant", "content": text} for text in (first, second))
+        one, other = ([*self.history, answer] for answer in answers)
+        return one, other
 
 
 def pair_of(history: Conversation, one: str, other: str) -> Pair:
@@ -54,30 +57,38 @@ def pair_of(history: Conversation, one: str, other: str) -> Pair:
 def read_pool(file: Path, columns: Columns = USUAL) -> list[Pair]:
     """The distinct pairs in a file.
 
-    A row has prompt or messages, and responses (a list: all pairs of them), or chosen and rejected
-    as in a file of choices; which of them was chosen is not kept.
+    A row has prompt or messages, and responses (a list: all pairs of them), or is one of a file of
+    choices; what was chosen is not kept.
 
     Raises:
         InputError: no such file, a row that lacks something, or no pair of two different texts.
     """
+    rows = list(read_file(file))
     pairs: dict[str, Pair] = {}
-    for place, row in read_file(file):
-        for pair in _pairs(place, row, columns):
+    for place, one, other in _ended(rows, columns):
+        texts = [with_text(each, place, "a response")[-1]["content"] for each in (one, other)]
+        alike = f"{place}: both responses must be one message each, after the same dialogue"
+        require(one[:-1] == other[:-1], alike)
+        if one != other:
+            pair = pair_of(one[:-1], *texts)
             pairs.setdefault(pair.key, pair)
     require(bool(pairs), f"{file} has no two different responses to compare")
     return list(pairs.values())
 
 
-def _pairs(place: str, row: Mapping[str, Any], columns: Columns) -> Iterator[Pair]:
-    if "responses" in row:
-        history, column = read_history(place, row, columns), "responses"
-        texts = combinations(read_responses(place, row, column), 2)
-    else:
-        choice = next(read_choices(iter([(place, row)]), columns))
-        history, column = choice.history, f"{columns.chosen} or {columns.rejected}"
-        texts = product(choice.chosen, choice.rejected)
-    for one, other in texts:
-        for text in (one, other):
-            ending(place, history, text, column)  # refuses what has no text
-        if one != other:
-            yield pair_of(history, one, other)
+def _ended(
+    rows: list[tuple[str, dict[str, Any]]], columns: Columns
+) -> Iterator[tuple[str, Conversation, Conversation]]:
+    """The place of every pair, and both conversations."""
+    lists = [(place, row) for place, row in rows if "responses" in row]
+    for place, row in lists:
+        found = read_endings(place, row, resolve(row, columns), ["responses"])
+        require(found is not None, f"{place}: the prompt or a message is empty")
+        for one, other in combinations(found[0] if found else [], 2):
+            yield place, one, other
+    others = (placed for placed in rows if "responses" not in placed[1])
+    for choice in read_choices(others, columns, judged=False):
+        empty = f"{choice.place}: the prompt or a message is empty"
+        require(choice.left_out != NO_PROMPT, empty)
+        for one, other in product(choice.chosen, choice.rejected):
+            yield choice.place, one, other

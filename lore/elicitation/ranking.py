@@ -5,8 +5,10 @@ Shape letters: K rank, n conversations or comparisons.
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,20 +17,24 @@ import torch
 from scipy.special import expit
 from torch import Tensor
 
-from lore.common.files import require
+from lore.common.files import InputError, require
 from lore.embeddings.reward_model import Conversation, Source, load_config
 from lore.embeddings.store import embed
 from lore.learning.basis import Basis
 from lore.preparing.own_rows import (
+    NO_PROMPT,
+    TIES,
     USUAL,
     Choice,
     Columns,
     read_choices,
-    read_history,
-    read_responses,
+    read_endings,
+    resolve,
 )
 from lore.preparing.raw import read_file
 from utils import TEMPERATURE, PersonalizeBatch
+
+log = logging.getLogger(__name__)
 
 # ------------------------------------------------------------------------------ Input
 
@@ -53,11 +59,14 @@ def read_liked(file: Path, columns: Columns) -> Liked:
         InputError: no such file, no rows, a row that lacks something, or rows of several users.
     """
     found: list[tuple[Conversation, Conversation, int]] = []
-    users = set()
-    for number, row in enumerate(read_choices(read_file(file), columns)):
-        users.add(row.user)
+    choices = read_choices(read_file(file), columns)
+    counted = [row for row in choices if row.left_out != TIES]
+    if len(counted) < len(choices):
+        log.info("%s: %d ties left out", file, len(choices) - len(counted))
+    for number, row in enumerate(counted):
         found += [(liked, other, number) for liked, other in both_endings(row, columns)]
     require(bool(found), f"{file} is empty")
+    users = {row.user for row in counted}
     some = ", ".join(sorted(users)[:3])
     require(len(users) == 1, f"{file} has the choices of {len(users)} users ({some}); keep one's")
     chosen, rejected, rows = zip(*found, strict=True)
@@ -67,19 +76,19 @@ def read_liked(file: Path, columns: Columns) -> Liked:
 def both_endings(
     row: Choice, columns: Columns = USUAL
 ) -> Iterator[tuple[Conversation, Conversation]]:
-    """The dialogue with every chosen response, beside that with every rejected one.
+    """Every conversation that was chosen beside every one that was rejected.
 
     Raises:
         InputError: the dialogue or a response has no text, or the two are equal.
     """
-    for liked in row.chosen:
-        for other in row.rejected:
-            same = f"{row.place}: {columns.chosen} and {columns.rejected} are equal"
-            require(liked != other, same)
-            yield (
-                ending(row.place, row.history, liked, columns.chosen),
-                ending(row.place, row.history, other, columns.rejected),
-            )
+    require(row.left_out != NO_PROMPT, f"{row.place}: the prompt or a message is empty")
+    for liked, other in product(row.chosen, row.rejected):
+        same = f"{row.place}: {columns.chosen} and {columns.rejected} are equal"
+        require(liked != other, same)
+        yield (
+            with_text(liked, row.place, columns.chosen),
+            with_text(other, row.place, columns.rejected),
+        )
 
 
 def read_drafts(file: Path, columns: Columns) -> list[Conversation]:
@@ -90,19 +99,20 @@ def read_drafts(file: Path, columns: Columns) -> list[Conversation]:
     """
     drafts = []
     for place, row in read_file(file):
-        require("response" in row, f"{place} has no column response")
-        history = read_history(place, row, columns)
-        for answer in read_responses(place, row, "response"):
-            drafts.append(ending(place, history, answer, "response"))
+        column = columns.response
+        require(column in row, f"{place} has no column {column}")
+        found = read_endings(place, row, resolve(row, columns), [column])
+        if found is None:
+            raise InputError(f"{place}: the prompt or a message is empty")
+        drafts += [with_text(draft, place, column) for draft in found[0]]
     require(bool(drafts), f"{file} is empty")
     return drafts
 
 
-def ending(place: str, history: Conversation, answer: str, column: str) -> Conversation:
-    """The dialogue with this answer; InputError where one of them has no text."""
-    require(bool(history), f"{place}: the prompt or a message is empty")
-    require(bool(answer), f"{place}: {column} is empty")
-    return [*history, {"role": "assistant", "content": answer}]
+def with_text(conversation: Conversation, place: str, column: str) -> Conversation:
+    """The conversation; InputError where its response has no text."""
+    require(bool(conversation[-1]["content"]), f"{place}: {column} is empty")
+    return conversation
 
 
 def directed_rewards(

@@ -21,7 +21,7 @@ from lore.elicitation.pool import Pair
 from lore.elicitation.ranking import directed_rewards, rank
 from lore.elicitation.taste import Taste
 from lore.embeddings.reward_model import model_of_basis
-from lore.preparing.own_rows import Conversation
+from lore.preparing.messages import Conversation
 from utils import TEMPERATURE
 
 SPEAKERS = {"user": "You", "assistant": "Answer", "system": "Instructions"}

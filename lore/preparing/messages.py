@@ -1,0 +1,129 @@
+"""Dialogues in a cell: a text, a message, a list of messages, or a list of any of these."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import warnings
+from itertools import takewhile
+from typing import Any
+
+from lore.common.files import InputError, require
+from lore.preparing import raw
+
+Conversation = list[dict[str, str]]
+
+ROLES = {
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatbot"), "assistant"),
+    "system": "system",
+}
+KEYS = (("role", "from"), ("content", "value"))  # of a message: who speaks, and what is said
+BROKEN = re.compile(r"\s*[\[{]+\s*['\"](role|from|content|value)['\"]\s*:")
+
+
+def structure(cell: Any, place: str, what: str) -> Any:
+    """What a cell holds: in a .csv or .tsv, messages or a list of texts may stand there as text.
+
+    Such a text is JSON, or what Python prints of it. Nothing in it is run. In other files a text is
+    a text, whatever it looks like.
+
+    Raises:
+        InputError: a text that begins as messages do, and is neither JSON nor Python.
+    """
+    if not isinstance(cell, raw.Cell) or not re.fullmatch(r"\s*([\[{]).*[\]}]\s*", cell, re.DOTALL):
+        return cell
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            with warnings.catch_warnings(action="ignore"):  # an escape that Python does not know
+                found = parse(cell.strip())
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        return found if is_structure(found) else cell
+    if BROKEN.match(cell):
+        raise InputError(f"{place}: {what} begins as messages do, but is neither JSON nor Python")
+    return cell
+
+
+def is_structure(found: Any) -> bool:
+    """Whether this is a message, or a list of messages, of such lists or of texts."""
+    if not isinstance(found, list):
+        return is_message(found)
+    return is_texts(found) or bool(found) and all(map(is_structure, found))
+
+
+def is_message(found: Any) -> bool:
+    """Whether this has a role and a content, by whichever name."""
+    return isinstance(found, dict) and all(any(k in found for k in keys) for keys in KEYS)
+
+
+def is_texts(found: Any) -> bool:
+    """Whether this is a list of texts, some of which may be missing."""
+    texts = isinstance(found, list) and all(isinstance(text, str | None) for text in found)
+    return texts and any(text is not None for text in found)
+
+
+def conversation(cell: Any, place: str, what: str) -> Conversation:
+    """A list of messages as role and content; "" for a content without text.
+
+    Raises:
+        InputError: something else, or a role that is not known.
+    """
+    cell = structure(cell, place, what)
+    if not isinstance(cell, list):
+        raise InputError(f"{place}: {what} must be a list of role and content")
+    return [_message(message, place) for message in cell]
+
+
+def _message(message: Any, place: str) -> dict[str, str]:
+    if not is_message(message):
+        raise InputError(f"{place}: a message must have role and content, unlike {message!r:.60}")
+    role, content = (next(message[k] for k in keys if k in message) for keys in KEYS)
+    known = ROLES.get(raw.name(role, place, "role").strip().lower())
+    if known is None:
+        raise InputError(f"{place}: the role {role!r:.40} is not known; {', '.join(ROLES)} are")
+    return {"role": known, "content": raw.text(content, place, "content")}
+
+
+def answers(cell: Any, place: str, what: str) -> list[Conversation]:
+    """Every response of a cell as messages: a text is one message of the assistant.
+
+    Args:
+        cell: what ``structure`` found: a text, a message, a list of messages or a list of these.
+        place, what: for messages of errors.
+    """
+    if isinstance(cell, list) and not is_message(next(iter(cell), None)):
+        require(bool(cell), f"{place}: {what} is an empty list; give a response or remove the row")
+        return [_answer(each, place, f"each {what}") for each in cell]
+    return [_answer(cell, place, what)]
+
+
+def _answer(cell: Any, place: str, what: str) -> Conversation:
+    if isinstance(cell, dict) and is_message(cell):
+        cell = [cell]
+    if isinstance(cell, list) and cell and is_message(cell[0]):
+        found = conversation(cell, place, what)
+        ends = found[-1]["role"] == "assistant"
+        require(ends, f"{place}: {what} must end with a message of the assistant")
+        return found
+    return [{"role": "assistant", "content": raw.text(cell, place, what)}]
+
+
+def turns(prompts: list[str], replies: list[str], place: str, what: str) -> Conversation:
+    """A dialogue whose two sides stand in lists, as in LMSYS's tables."""
+    same = len(prompts) == len(replies)
+    require(same, f"{place}: {what} has {len(replies)} turns, the prompt {len(prompts)}")
+    both = zip(prompts, replies, strict=True)
+    sides = ("user", "assistant")
+    return [
+        {"role": role, "content": raw.text(said, place, f"each {what}")}
+        for turn in both
+        for role, said in zip(sides, turn, strict=True)
+    ]
+
+
+def shared_beginning(some: list[Conversation]) -> Conversation:
+    """The messages that all of these begin with."""
+    alike = takewhile(lambda same: all(m == same[0] for m in same), zip(*some, strict=False))
+    return [same[0] for same in alike]
