@@ -159,15 +159,16 @@ def read_choices(
 
 # Names that tables have, in small letters and digits alone.
 USERS = (
+    "user",
     *("username", "userid", "workerid", "worker", "turkerid", "annotator", "annotatorid", "rater"),
     *("raterid", "participant", "participantid", "labeler", "labelerid", "judge", "judgeid"),
 )
-PROMPTS = ("question", "questiontext", "query", "instruction", "post")
-DIALOGUES = ("conversations", "conversation")
+PROMPTS = ("prompt", "userprompt", "question", "questiontext", "query", "instruction", "post")
+DIALOGUES = ("messages", "conversations", "conversation")
 VERDICTS = ("winner", "preferred", "preference", "label")
 WINNERS = (
     *(*VERDICTS, "choice", "chosenresponse", "preferredresponse", "betteranswer"),
-    *("betterresponse", "better", "vote"),
+    *("betterresponse", "better", "vote", "chosen"),
 )
 RATINGS = ("rating", "score", "stars")
 STEMS = (

@@ -1,0 +1,417 @@
+"""own_rows.py and messages.py: the layouts that people's files have, and likely mistakes."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import worlds
+from lore.common.files import InputError
+from lore.elicitation.pool import read_pool
+from lore.elicitation.ranking import read_liked
+from lore.preparing.messages import structure
+from lore.preparing.own_rows import Choice, Columns, read_choices
+from lore.preparing.raw import Cell, read_file
+from lore.preparing.tables import Funnel
+
+CASES = Path(__file__).resolve().parents[2] / "shared" / "cases"
+
+
+def placed(rows: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    return [(f"t.jsonl row {i}", row) for i, row in enumerate(rows, start=1)]
+
+
+def read(rows: list[dict[str, Any]], **columns: Any) -> list[Choice]:
+    return read_choices(placed(rows), Columns(**columns))
+
+
+def said(choice: Choice) -> tuple[str, str]:
+    """The last words of both sides."""
+    return choice.chosen[0][-1]["content"], choice.rejected[0][-1]["content"]
+
+
+def cells(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows as a .csv has them, structure being JSON."""
+    text = {str: str}
+    return [{k: Cell(text.get(type(v), json.dumps)(v)) for k, v in row.items()} for row in rows]
+
+
+def message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+# ------------------------------------------------------------------- Two and a winner
+
+TWO = {"user": "ann", "prompt": "Why?", "response_a": "one", "response_b": "two"}
+
+
+def votes(*winners: Any, **columns: Any) -> list[str]:
+    """What won by each of these verdicts; "tie" for those left out."""
+    found = read([{**TWO, "preferred": winner} for winner in winners], **columns)
+    return ["tie" if choice.left_out == "ties" else said(choice)[0] for choice in found]
+
+
+@pytest.mark.parametrize(
+    ("values", "winners"),
+    [
+        (["a", "b", "tie"], ["one", "two", "tie"]),
+        (["A", "B ", "Both"], ["one", "two", "tie"]),
+        ([1, 2], ["one", "two"]),
+        (["2.0", "1.0", ""], ["two", "one", "tie"]),
+        ([0, 1, None], ["one", "two", "tie"]),
+        ([-1, 0, 1], ["one", "tie", "two"]),
+        (["left", "right", "neither"], ["one", "two", "tie"]),
+        (["model_a", "model_b", "tie (bothbad)"], ["one", "two", "tie"]),
+        (["Answer A", "Answer B", "equal"], ["one", "two", "tie"]),
+        (["response_a", "response_b"], ["one", "two"]),
+        (["Response 1", "response-2", "no preference"], ["one", "two", "tie"]),
+        (["A is better", "B wins"], ["one", "two"]),
+    ],
+)
+def test_verdicts_are_read_as_people_write_them(values, winners):
+    assert votes(*values) == winners
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (["A", "C", "C"], r"t.jsonl: preferred has values that are not understood: 'c' \(2\)"),
+        ([0, 1, 2], r"not understood: '0' \(1\), '1' \(1\), '2' \(1\); --first-wins and --second"),
+        ([1, 1], r"not understood: '1' \(2\)"),
+        ([True, False], r"not understood: 'true' \(1\), 'false' \(1\)"),
+        ([0.5, 1], "not understood: '0.5'"),
+    ],
+)
+def test_verdicts_that_are_not_understood_are_listed(values, message):
+    with pytest.raises(InputError, match=message):
+        votes(*values)
+
+
+def test_flags_say_what_verdicts_mean():
+    given = {"first_wins": ("1",), "second_wins": ("0",)}
+    assert votes(0, 1, "tie", **given) == ["two", "one", "tie"]
+    assert votes("yes", "no", first_wins=("YES",), second_wins=("no",)) == ["one", "two"]
+
+
+def test_ties_count_half_each_way():
+    found = read([{**TWO, "preferred": "tie", "weight": 3}], ties="half")
+    assert [(said(choice), choice.weight) for choice in found] == [
+        (("one", "two"), 1.5),
+        (("two", "one"), 1.5),
+    ]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("user_id", "question", "output_1", "output_2", "winner"),
+        ("WorkerId", "Input.prompt", "Input.text_a", "Input.text_b", "Answer.choice"),
+        ("annotator_id", "prompt", "answer1", "answer2", "label"),
+        ("worker", "prompt", "completion_a", "completion_b", "preference"),
+        ("user", "prompt", "Response A", "Response B", "chosen_response"),
+        ("user", "prompt", "response_1", "response_2", "chosen"),
+        ("turkerid", "prompt", "left_response", "right_response", "preferred"),
+    ],
+)
+def test_common_names_of_columns_are_found_and_told(caplog, names):
+    keys = ("user", "prompt", "response_a", "response_b")
+    rows = [{name: TWO[key] for name, key in zip(names, keys, strict=False)} for _ in range(2)]
+    winners = [{names[4]: names[2]}, {names[4]: names[3]}]
+    with caplog.at_level("INFO"):
+        found = read([row | winner for row, winner in zip(rows, winners, strict=True)])
+    assert [said(choice) for choice in found] == [("one", "two"), ("two", "one")]
+    assert {choice.user for choice in found} == {"ann"}
+    assert found[0].chosen[0][0] == message("user", "Why?")
+    assert f"first {names[2]}, second {names[3]}, winner {names[4]}" in caplog.text
+
+
+def test_three_columns_may_say_who_won():
+    sides = ("winner_model_a", "winner_model_b", "winner_tie")
+    rows = [TWO | {name: int(i == j) for j, name in enumerate(sides)} for i in range(3)]
+    found = read(rows)
+    assert [said(choice)[0] for choice in found[:2]] == ["one", "two"]
+    assert [choice.left_out for choice in found] == ["", "", "ties"]
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "message"),
+    [
+        (TWO, {}, "two responses, response_a and response_b, but --winner must say which"),
+        ({**TWO, "label": 1, "choice": 2}, {}, "the better one: label, choice"),
+        ({**TWO, "winner": 1}, {"first": "response_a"}, "--first and --second go together"),
+        ({"text": "x", "winner": 1}, {"winner": "winner"}, "--first and --second must say which"),
+        (
+            {**TWO, "text_1": "a", "text_2": "b", "winner": 1},
+            {"winner": "winner"},
+            "response_a and response_b; text_1 and text_2",
+        ),
+        (
+            {**TWO, "preferred": "A"},
+            {"chosen": "response_a", "rejected": "response_b"},
+            "no flag uses the column preferred; .* --winner preferred, else --winner none",
+        ),
+        ({**TWO, "preferred": "A"}, {"winner": "best"}, "row 1 has no column best, only user, "),
+    ],
+)
+def test_a_layout_that_is_not_told_is_refused(row, columns, message):
+    with pytest.raises(InputError, match=message):
+        read([row] * 3, **columns)
+
+
+def test_names_of_responses_are_no_responses():
+    rows = [{**TWO, "best": "AB"[i % 2]} for i in range(8)]
+    with pytest.raises(InputError, match="best holds nothing but A, B, which are no responses"):
+        read(rows, chosen="best", rejected="response_b")
+    assert len(read(rows[:5], chosen="best", rejected="response_b")) == 5
+
+
+def test_none_says_that_a_column_tells_no_winner():
+    row = {"user": "u", "prompt": "p", "chosen": "a", "rejected": "b", "label": "safe"}
+    with pytest.raises(InputError, match="no flag uses the column label"):
+        read([row])
+    assert said(read([row], winner="none")[0]) == ("a", "b")
+
+
+# ------------------------------------------------------------------- Lists of messages
+
+ASKED, GOOD, BAD = message("user", "Why?"), message("assistant", "so"), message("assistant", "no")
+SHAREGPT = [{"from": "human", "value": "Why?"}], {"from": "gpt", "value": "so"}
+
+
+@pytest.mark.parametrize("as_csv", [False, True])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]},
+        {"prompt": "Why?", "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]},
+        {"prompt": "Why?", "chosen": [GOOD], "rejected": [BAD]},
+        {"prompt": [ASKED], "chosen": [GOOD], "rejected": [BAD]},
+        {"prompt": [ASKED], "chosen": "so", "rejected": "no"},
+        {"messages": [ASKED], "chosen": [GOOD], "rejected": [BAD]},
+        {"messages": [ASKED], "chosen": GOOD, "rejected": BAD},
+        {"messages": [ASKED, GOOD], "prompt": "Why?", "chosen": [ASKED, GOOD],
+         "rejected": [ASKED, BAD]},
+        {"conversations": SHAREGPT[0], "chosen": SHAREGPT[1], "rejected": "no"},
+        {"prompt": ["Why?"], "chosen": ["so"], "rejected": ["no"]},
+        {"messages": [ASKED], "chosen": [[GOOD]], "rejected": [[BAD]]},
+    ],
+)  # fmt: skip
+def test_messages_are_read_wherever_text_is(row, as_csv):
+    rows = [{"user": "ann", **row}]
+    [choice] = read(cells(rows) if as_csv else rows)
+    assert (choice.chosen, choice.rejected) == ([[ASKED, GOOD]], [[ASKED, BAD]])
+
+
+def test_what_both_begin_with_is_the_prompt_of_longer_dialogues():
+    system = message("system", "be brief")
+    both = [system, ASKED, GOOD, message("user", "And?")]
+    [choice] = read([{"chosen": [*both, GOOD], "rejected": [*both, BAD]}])
+    assert choice.chosen == [[*both, GOOD]] and choice.rejected == [[*both, BAD]]
+
+
+def test_lists_of_texts_are_the_turns_of_both_sides():
+    row = {"prompt": ["p", "q"], "chosen": ["a", "b"], "rejected": ["c", "d"]}
+    for rows in ([row], cells([row]), [{k: Cell(repr(v)) for k, v in row.items()}]):
+        [choice] = read(rows)
+        [talk] = choice.rejected
+        assert [each["content"] for each in talk] == ["p", "c", "q", "d"]
+        assert [each["role"] for each in talk] == ["user", "assistant"] * 2
+    with pytest.raises(InputError, match="row 1: rejected has 1 turns, the prompt 2"):
+        read([{**row, "rejected": ["c"]}])
+
+
+def test_a_text_of_another_file_than_a_table_stays_a_text():
+    row = {"prompt": '["p"]', "chosen": '["a", "b"]', "rejected": json.dumps([GOOD])}
+    [choice] = read([row])
+    assert said(choice) == ('["a", "b"]', json.dumps([GOOD]))
+    assert choice.chosen[0][0]["content"] == '["p"]'
+    [choice] = read([{"prompt": Cell("p"), "chosen": Cell('["a", "b"]'), "rejected": Cell("[1]")}])
+    assert [talk[-1]["content"] for talk in choice.chosen] == ["a", "b"]
+    assert choice.rejected[0][-1]["content"] == "[1]"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [message("wizard", "?")]}, "row 1: the role 'wizard' is not known; user, "),
+        ({"messages": [{"from": 5, "value": "?"}]}, "row 1: the role 5 is not known"),
+        ({"messages": [ASKED, GOOD]}, "messages ends with the assistant, so that nothing is"),
+        ({"prompt": [ASKED, GOOD]}, "prompt ends with the assistant"),
+        ({"chosen": [ASKED]}, "chosen must end with a message of the assistant"),
+        ({"chosen": [ASKED, GOOD]}, "some of chosen and rejected begin with the assistant"),
+        (
+            {"chosen": [message("user", "Else?"), GOOD], "rejected": [ASKED, BAD]},
+            "do not begin with the same message of the user",
+        ),
+        (
+            {"prompt": "Else?", "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]},
+            "chosen and rejected do not begin with what prompt says",
+        ),
+        ({"chosen": [GOOD, "x"]}, "a message must have role and content, unlike 'x'"),
+        ({"chosen": Cell('[{"role": "assistant", "content": "so"')}, ""),
+        ({"chosen": Cell("[{'role': 'user' 'x': open('f')}]")}, "is neither JSON nor Python"),
+        ({"chosen": Cell("[{'role': 'assistant', 'content': f()}]")}, "is neither JSON nor Python"),
+        ({}, "row 1 has neither prompt nor messages; name the column by --prompt, or one text"),
+    ],
+)
+def test_messages_that_cannot_be_are_refused_by_row(row, message):
+    if "prompt" not in row and "messages" not in row and row and "rejected" not in row:
+        row = {"prompt": "Why?", **row}
+    row = {"chosen": "so", "rejected": "no", **row}
+    if not message:  # no list: it does not end
+        assert read([row])[0].chosen[0][-1]["content"] == row["chosen"]
+        return
+    with pytest.raises(InputError, match=message):
+        read([row])
+
+
+@pytest.mark.parametrize(
+    "cell",
+    ["[" * 10**5 + "]" * 10**5, "{" * 10**4 + "}", "[__import__('os').system('touch ran')]",
+     "[open('ran', 'w')]", "{'role': 1}", "[1, 2]", "[]", "{}", "['\\d']", "[\x00]", "[9**9**9]",
+     "[lambda: 0]", '[{"a": "b"}]', "[None]"],
+)  # fmt: skip
+def test_a_cell_that_looks_like_code_stays_a_text(tmp_path, monkeypatch, cell):
+    monkeypatch.chdir(tmp_path)
+    assert structure(Cell(cell), "row 1", "chosen") in (cell, ["\\d"])
+    assert not (tmp_path / "ran").exists()
+
+
+# ------------------------------------------------------------------- Ratings and users
+
+
+def rated(*ratings: float, user: str = "ann", prompt: str = "Why?") -> list[dict[str, Any]]:
+    return [
+        {"user": user, "prompt": prompt, "response": f"answer {i}", "score": rating}
+        for i, rating in enumerate(ratings)
+    ]
+
+
+def test_ratings_of_one_prompt_make_pairs_of_their_user(caplog):
+    rows = [*rated(1, 3, 2), *rated(5, 1, user="bob"), *rated(1, 2, prompt="Else?")]
+    with caplog.at_level("INFO"):
+        found = read(rows, rating="score")
+    pairs = sorted((c.user, c.chosen[0][0]["content"], *said(c)) for c in found)
+    assert pairs == [
+        ("ann", "Else?", "answer 1", "answer 0"),
+        ("ann", "Why?", "answer 1", "answer 0"),
+        ("ann", "Why?", "answer 1", "answer 2"),
+        ("ann", "Why?", "answer 2", "answer 0"),
+        ("bob", "Why?", "answer 0", "answer 1"),
+    ]
+    assert "7 ratings make 5 comparisons, 1 of which follow from two others" in caplog.text
+    assert len(read(rows)) == 5  # found by its name
+
+
+def test_a_margin_and_a_number_bound_the_pairs():
+    assert len(read(rated(1, 2, 3, 4), rating="score", margin=2)) == 3
+    assert not read(rated(2, 2), rating="score")
+    some = read(rated(*range(20)), rating="score", pairs_per_user=7)
+    assert len(some) == 7
+    others = read(rated(*range(20))[::-1], rating="score", pairs_per_user=7)
+    assert sorted(map(said, some)) == sorted(map(said, others))
+
+
+def test_spellings_of_a_user_are_joined_and_told(caplog):
+    names = ["Jos\u00e9", "Jose\u0301", " Jos\u00e9 ", "ann"]
+    rows = [{"user": n, "prompt": "p", "chosen": "a", "rejected": "b"} for n in names]
+    with caplog.at_level("INFO"):
+        assert [choice.user for choice in read(rows)] == ["Jos\u00e9"] * 3 + ["ann"]
+    assert "2 spellings of users' names were joined" in caplog.text
+
+
+def test_one_name_and_one_prompt_serve_all_rows():
+    row = {"chosen": "a", "rejected": "b"}
+    [choice] = read([row], user_name="me", prompt_text="Which?")
+    assert choice.user == "me" and choice.chosen[0][0] == message("user", "Which?")
+
+
+# ------------------------------------------------------------------- The tools read alike
+
+
+def table(path: Path, rows: list[dict[str, Any]]) -> Path:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter=";")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_choices_and_pools_are_read_from_the_same_layouts(tmp_path):
+    rows = [{**TWO, "preferred": value} for value in ("A", "B", "tie")]
+    file = table(tmp_path / "votes.csv", rows)
+    liked = read_liked(file, Columns())
+    assert [talk[-1]["content"] for talk in liked.chosen] == ["one", "two"]
+    assert liked.row.tolist() == [0, 1]
+    [pair] = read_pool(file)
+    assert pair.texts == ("one", "two")
+    [pair] = read_pool(table(tmp_path / "pool.csv", [TWO]))  # no winner is needed
+    assert pair.texts == ("one", "two")
+
+
+# ------------------------------------------------------------------- Files that people have
+
+COUNTS = {
+    "C01-response-a-b-preferred.csv": ({}, 13),
+    "C03-lmsys-lists-in-cells.csv": ({"user_name": "me"}, 9),
+    "C03b-lmsys-winner-loser-cells.csv": ({}, 21),
+    "C06-json-list-better-answer.json": ({}, 10),
+    "C07-trl-implicit-prompt.jsonl": ({}, 36),
+    "C09-message-lists-as-text.csv": ({}, 36),
+    "C10-sharegpt-conversations.json": ({"user_name": "me"}, 6),
+    "C11-crowd-pairs.tsv": ({"prompt_text": "Which argument is better?"}, 18),
+    "C13-bom.jsonl": ({}, 36),
+    "C14-blank-last-line.jsonl": ({}, 36),
+    "C15-semicolons.csv": ({}, 36),
+    "C16-list.json": ({}, 36),
+    "C18-roles-human-gpt.jsonl": ({}, 36),
+}
+REFUSED = [
+    ("C01-response-a-b-preferred.csv",
+     {"user": "annotator_id", "chosen": "preferred", "rejected": "response_b"},
+     "preferred holds nothing but A, B, tie, which are no responses"),
+    ("C01-response-a-b-preferred.csv", {"chosen": "response_a", "rejected": "response_b"},
+     "no flag uses the column preferred"),
+    ("C03-lmsys-lists-in-cells.csv", {}, "row 1 has no user; .* --user-name me names one"),
+    ("C04-json-list-annotator-columns.json", {}, "response1 and response2, but --winner must say"),
+    ("C10-sharegpt-conversations.json", {}, "row 1 has no user; .* --user-name me names one"),
+    ("C12-mturk-batch.csv", {}, "row 1 has no column chosen, only HITId, .*; --chosen says"),
+    ("C12-mturk-batch.csv",
+     {"first": "Input.poem1", "second": "Input.poem2", "winner": "Answer.taskAnswers"},
+     "Answer.taskAnswers has values that are not understood"),
+]  # fmt: skip
+
+
+def prepared(name: str, columns: dict[str, Any]) -> list[dict[str, Any]]:
+    if not (CASES / name).exists():
+        pytest.skip(f"there is no {name}")
+    script = worlds.script("OwnData/prepare.py")
+    return script.read(str(CASES / name), Columns(**columns), Funnel())
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_a_file_that_people_have_goes_in(name):
+    columns, count = COUNTS[name]
+    found = prepared(name, columns)
+    assert len(found) == count
+    roles = {tuple(m["role"] for m in talk[-2:]) for row in found for talk in (row["chosen"],)}
+    assert roles == {("user", "assistant")}
+    assert not any(row["chosen"][-1]["content"].startswith(("[{", '["')) for row in found)
+
+
+@pytest.mark.parametrize(("name", "columns", "message"), REFUSED)
+def test_a_file_that_does_not_say_enough_is_one_line(name, columns, message):
+    with pytest.raises(InputError, match=message) as error:
+        prepared(name, columns)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 700
+
+
+def test_a_batch_of_a_crowd_site_has_rows_of_missing_cells():
+    if not (CASES / "C12-mturk-batch.csv").exists():
+        pytest.skip("there is no C12-mturk-batch.csv")
+    rows = [row for _, row in read_file(CASES / "C12-mturk-batch.csv")]
+    assert len(rows) == 24 and all(row["Reject"] == "" for row in rows)
