@@ -8,6 +8,7 @@ begins with ``from utils import *`` also gets torch, np, nn and F from here.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,12 +18,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn  # noqa: F401 (scripts take nn from here)
-from tqdm import tqdm
 
 from lore.common.files import InputError, require  # noqa: F401 (scripts catch InputError from here)
 from lore.learning.basis import Basis, save_basis
 from lore.learning.comparisons import (
-    CACHE_BYTES,
     Comparisons,
     Seed,
     Users,
@@ -42,15 +41,16 @@ from lore.learning.simulated_users import (  # noqa: F401 (the published names)
     simulate_user,
 )
 from lore.learning.training import (
-    DIVERGED,
     Checkpoint,
     OptimizerFactory,
     Training,
     fit_weights,
     is_elementwise,
-    make_optimizer,
+    own_directions,
     sum_over_processes,
 )
+
+log = logging.getLogger(__name__)
 
 TEMPERATURE = 100.0  # the published code's scale of the logits; the paper has none
 MIN_WEIGHT = 1e-2  # a column that no user gives more weight is dropped (LoRe_regularized)
@@ -99,6 +99,7 @@ class LoRe:
     """
 
     alternating = False
+    drops_columns = False
 
     def __init__(
         self,
@@ -171,6 +172,7 @@ class LoRe_regularized(LoRe):
     """
 
     alternating = True
+    drops_columns = True
 
     def __init__(
         self,
@@ -221,14 +223,15 @@ class LoRe_regularized(LoRe):
 
 
 def check_rank(rank: int, num_features: int, num_users: int) -> None:
-    """Refuse a rank that is negative or larger than users or features can tell apart."""
+    """Warn of a rank that is larger than users or features can tell apart, as the paper allows."""
     require(rank >= 0, f"rank {rank}: ranks start at 0 (the reference)")
     limit = min(num_features, num_users)
-    require(
-        rank <= limit,
-        f"rank {rank} is more than {num_users} users and {num_features} features can support: "
-        f"choose at most {limit}",
-    )
+    if rank > limit:
+        log.warning(
+            "rank %d is more than %d users and %d features can support: columns beyond %d are "
+            "not determined by the data",
+            rank, num_users, num_features, limit,
+        )  # fmt: skip
 
 
 def check_reference(V_sft: Tensor | None, num_features: int) -> Tensor | None:
@@ -388,12 +391,11 @@ def make_model(
     """The untrained model of some settings of the grid, its initial values drawn; None at rank 0.
 
     Raises:
-        InputError: rank 0 without a reference, or a rank beyond users or features.
+        InputError: rank 0 without a reference, or a negative rank.
     """
     rank = about["rank"]
-    check_rank(rank, num_features, num_users)
-    require(rank > 0 or reference is not None, "rank 0 is the reference model: there is none")
-    if not rank:
+    if rank == 0:
+        require(reference is not None, "rank 0 is the reference model: there is none")
         return None
     return estimator(
         reference, about["alpha"], num_users, num_features, rank,
@@ -402,18 +404,18 @@ def make_model(
 
 
 def train_bases(
-    asked: Sequence[dict[str, Any]],
+    points: Sequence[dict[str, Any]],
     models: Sequence[LoRe | None],
     reference: Tensor | None,
     data: Comparisons,
     num_users: int,
     checkpoint: Checkpoint | None = None,
 ) -> list[Basis]:
-    """Train models together; a basis for each of the settings asked for."""
+    """Train models together; a basis for each point of the grid."""
     some = [model for model in models if model is not None]
     trained = iter(train_together(some, data, checkpoint) if some else [])
     bases = []
-    for about, model in zip(asked, models, strict=True):
+    for about, model in zip(points, models, strict=True):
         if model is None:
             V, W = reference.float()[:, None].to(data.device), torch.ones(num_users, 1)
             basis = Basis(V, W.to(data.device), reference, settings=dict(about))
@@ -426,7 +428,7 @@ def train_bases(
 
 def fit_bases(
     estimator: type[LoRe],
-    asked: Sequence[dict[str, Any]],
+    points: Sequence[dict[str, Any]],
     reference: Tensor | None,
     data: Comparisons,
     num_users: int,
@@ -437,7 +439,7 @@ def fit_bases(
 
     Args:
         estimator: ``LoRe`` or ``LoRe_regularized``.
-        asked: see ``grid``.
+        points: see ``grid``.
         reference: [F] or [F, 1]; None if there is none.
         data: comparisons of the users, or this process's share.
         num_users: users in all.
@@ -445,14 +447,14 @@ def fit_bases(
         settings: of the estimator: num_iterations, learning_rate, generator, optimizer, ...
 
     Raises:
-        InputError: rank 0 without a reference, or a rank beyond users or features.
+        InputError: rank 0 without a reference, or a negative rank.
     """
     direction = check_reference(reference, data.num_features)
     models = [
         make_model(about, estimator, direction, num_users, data.num_features, **settings)
-        for about in asked
+        for about in points
     ]
-    return train_bases(asked, models, direction, data, num_users, checkpoint)
+    return train_bases(points, models, direction, data, num_users, checkpoint)
 
 
 def personalize(
@@ -550,7 +552,7 @@ def run(
     joint = {"num_iterations": num_iterations, "learning_rate": learning_rate}
     few = {"num_iterations": few_shot_iterations, "learning_rate": few_shot_learning_rate}
     bases, starts = _bases_and_draws(
-        lambda rank, g: draw_logits(N_unseen, rank, g) if rank > 1 else None,
+        lambda columns, g: draw_logits(N_unseen, columns, g) if columns else None,
         K_list, alpha_list, V_final, sets[0], generator, estimator=estimator,
         optimizer=optimizer, progress=progress, **joint,
     )  # fmt: skip
@@ -591,24 +593,33 @@ def _bases_and_draws(
     reference: Tensor | None,
     data: Comparisons,
     generator: Seed,
+    estimator: type[LoRe],
     **settings: Any,
 ) -> tuple[list[Basis], list[Any]]:
-    """Bases of every (alpha, rank), and what is drawn for each after its own initial values."""
+    """Bases of every (alpha, rank), and what is drawn for each after its own initial values.
+
+    ``draw`` takes the columns for which new users need logits (0 for none). Where columns may be
+    dropped, their number is known after training: then one model is trained after the other.
+    """
     generator, direction = as_generator(generator), check_reference(reference, data.num_features)
     for name, values in (("K_list", ranks), ("alpha_list", alphas)):
         require(
             isinstance(values, Sequence | np.ndarray) and len(values) > 0,
             f"{name} is a list of numbers, not {values!r}",
         )
-    asked, models, draws = grid(ranks, alphas), [], []
-    for about in asked:
-        model = make_model(
-            about, reference=direction, num_users=data.num_users, num_features=data.num_features,
-            generator=generator, **settings,
+    points, users = grid(ranks, alphas), data.num_users
+    bases, models, draws = [], [], []
+    for point in points:
+        models.append(
+            make_model(point, estimator, direction, users, data.num_features,
+                       generator=generator, **settings)
         )  # fmt: skip
-        models.append(model)
-        draws.append(draw(about["rank"], generator))
-    return train_bases(asked, models, direction, data, data.num_users), draws
+        columns = point["rank"]
+        if estimator.drops_columns:
+            bases += train_bases([point], models[-1:], direction, data, users)
+            columns = bases[-1].V.shape[1]
+        draws.append(draw(columns if point["rank"] > 1 else 0, generator))
+    return bases or train_bases(points, models, direction, data, users), draws
 
 
 def _evaluate(basis: Basis, *sets: Comparisons) -> list[np.ndarray]:
@@ -701,7 +712,7 @@ def run_few_shot_vary_shots(
 
 
 def _draw_shots(
-    few: Comparisons, sizes: Sequence[int], trials: int, rank: int, generator: Seed
+    few: Comparisons, sizes: Sequence[int], trials: int, columns: int, generator: Seed
 ) -> tuple[list[Tensor], Tensor | None]:
     """Numbers of the comparisons of every size, trial and user, and the users' initial logits."""
     own = torch.arange(len(few)).split(few.counts.tolist())
@@ -709,8 +720,8 @@ def _draw_shots(
     for size in sizes:
         for _ in range(trials):
             rows += [row[torch.randperm(len(row), generator=generator)[:size]] for row in own]
-            if rank > 1:
-                logits.append(draw_logits(len(own), rank, generator))
+            if columns:
+                logits.append(draw_logits(len(own), columns, generator))
     return rows, torch.cat(logits) if logits else None
 
 
@@ -729,40 +740,21 @@ def solve_regularized(
 ) -> tuple[Tensor, Tensor]:
     """Fit ``LoRe`` on U tensors [m_u, F]: weights W [U, K] and basis V [F, K]."""
     require(len(train_features) > 0, "no users: give one tensor of comparisons per user")
-    model = estimator(
-        V_sft, alpha, len(train_features), train_features[0].shape[-1], num_basis_vectors,
-        num_iterations, learning_rate, **settings,
-    )  # fmt: skip
+    sizes = len(train_features), train_features[0].shape[-1], num_basis_vectors
+    model = estimator(V_sft, alpha, *sizes, num_iterations, learning_rate, **settings)
     return model.train(train_features)
 
 
-def solve_regularized_simplex(
-    V_sft: Tensor | None,
-    alpha: float,
-    train_features: Sequence[Tensor],
-    num_basis_vectors: int,
-    num_iterations: int = 1000,
-    learning_rate: float = 0.01,
-    **settings: Any,
+def solve_regularized_simplex(*args: Any, **settings: Any) -> tuple[Tensor, Tensor]:
+    """``solve_regularized`` with ``LoRe_regularized``: W [U, K'] and V [F, K']."""
+    return solve_regularized(*args, **{"estimator": LoRe_regularized, **settings})
+
+
+def solve(
+    train_features: Sequence[Tensor], num_basis_vectors: int, *args: Any, **settings: Any
 ) -> tuple[Tensor, Tensor]:
-    """Fit ``LoRe_regularized`` on U tensors [m_u, F]: W [U, K'] and V [F, K']."""
-    return solve_regularized(
-        V_sft, alpha, train_features, num_basis_vectors, num_iterations, learning_rate,
-        LoRe_regularized, **settings,
-    )  # fmt: skip
-
-
-def learn_multiple_few_shot(
-    train_features: Sequence[Tensor],
-    V: Tensor,
-    num_iterations: int = 1000,
-    learning_rate: float = 0.01,
-    **settings: Any,
-) -> list[Tensor]:
-    """Few-shot weights [K] of each new user, for U tensors [m_u, F] and a frozen V [F, K]."""
-    F, K = V.shape
-    model = PersonalizeBatch(len(train_features), F, K, num_iterations, learning_rate, **settings)
-    return model.train(train_features, V)
+    """``solve_regularized`` without a pull: W [U, K] and V [F, K] of U tensors [m_u, F]."""
+    return solve_regularized(None, 0.0, train_features, num_basis_vectors, *args, **settings)
 
 
 def learn_single_reward(
@@ -772,9 +764,7 @@ def learn_single_reward(
     **settings: Any,
 ) -> Tensor:
     """One reward direction V [F, 1] shared by all users: Bradley-Terry, the rank-1 ``LoRe``."""
-    return solve_regularized(
-        None, 0.0, train_features, 1, num_iterations, learning_rate, **settings
-    )[1]
+    return solve(train_features, 1, num_iterations, learning_rate, **settings)[1]
 
 
 def learn_single_reward_regularized(
@@ -786,22 +776,21 @@ def learn_single_reward_regularized(
     **settings: Any,
 ) -> Tensor:
     """One shared direction V [F, 1], pulled to the reference: the rank-1 ``LoRe_regularized``."""
-    return solve_regularized_simplex(
-        V_sft, alpha, train_features, 1, num_iterations, learning_rate, **settings
-    )[1]
+    given = V_sft, alpha, train_features, 1, num_iterations, learning_rate
+    return solve_regularized_simplex(*given, **settings)[1]
 
 
-def solve(
+def learn_multiple_few_shot(
     train_features: Sequence[Tensor],
-    num_basis_vectors: int,
+    V: Tensor,
     num_iterations: int = 1000,
     learning_rate: float = 0.01,
     **settings: Any,
-) -> tuple[Tensor, Tensor]:
-    """A joint fit without a pull: W [U, K] and V [F, K] of U tensors [m_u, F]."""
-    return solve_regularized(
-        None, 0.0, train_features, num_basis_vectors, num_iterations, learning_rate, **settings
-    )
+) -> list[Tensor]:
+    """Few-shot weights [K] of each new user, for U tensors [m_u, F] and a frozen V [F, K]."""
+    sizes = len(train_features), *V.shape
+    model = PersonalizeBatch(*sizes, num_iterations, learning_rate, **settings)
+    return model.train(train_features, V)
 
 
 def learn_multiple(
@@ -828,43 +817,13 @@ def learn_multiple(
         U directions [F, 1].
     """
     data = Comparisons.from_list(train_features, weights)
-    own = own_directions(data, num_iterations, learning_rate, optimizer, progress)
+    own = own_directions(
+        data, preference_loss, num_iterations, learning_rate, optimizer, progress
+    )
     return list(own[:, :, None])
 
 
 solve_multi_reward = learn_multiple  # a published name
-
-
-def own_directions(
-    data: Comparisons,
-    num_iterations: int = 1000,
-    learning_rate: float = 0.5,
-    optimizer: OptimizerFactory | None = None,
-    progress: bool = False,
-) -> Tensor:
-    """``learn_multiple`` of comparisons held in memory: [U, F]."""
-    directions = []
-    parts = list(data.parts(2, CACHE_BYTES))
-    for _, _, part in tqdm(parts, "own models", disable=not progress, leave=False):
-        x = part.features.x.float()
-        V = x.new_zeros(part.num_users, x.shape[1])
-        c = (part.weight / part.user_weight()[part.user]).to(x)
-        steps = make_optimizer(optimizer, [V], learning_rate)
-        for _ in range(num_iterations):
-            steps.step(partial(_own_gradient, part, x, c, V))
-        require(bool(V.isfinite().all()), f"in the fit of users' own models {DIVERGED}")
-        directions.append(V)
-    return torch.cat(directions)
-
-
-def _own_gradient(users: Users, x: Tensor, c: Tensor, V: Tensor) -> Tensor:
-    """Loss of users' own directions V [B, F] on their x [n, F] with coefficients c [n]."""
-    products = users.dots(x, V[:, None]).requires_grad_()
-    with torch.enable_grad():
-        loss = preference_loss(products, c).sum()
-        (slope,) = torch.autograd.grad(loss, products)
-    V.grad = users.sums(x, slope)[:, 0]
-    return loss.detach()
 
 
 def learn_multiple_few_shot_weighted(

@@ -72,6 +72,76 @@ def test_the_sweep_returns_means_and_spreads_in_turn_from_the_draws_of_a_plain_l
     assert unseen_std == pytest.approx([std[1] for _, std in expected], abs=1e-6)
 
 
+# The public PRISM/train_basis.py on made-up embeddings: as it stands, but for iterations
+PRISM = """
+from utils import *
+
+torch.manual_seed(7)
+settings = {"num_iterations": 60, "few_shot_iterations": 15, "progress": False}
+sets = train_features, test_features_sparse, train_features_unseen, test_features_sparse_unseen
+sizes = N, N_unseen, "cpu"
+train, seen, few, unseen, *spreads = run_regularized(
+    K_list, alpha_list, V_final, *sets, *sizes, **settings
+)
+few_mean, few_std, unseen_mean, unseen_std = run_few_shot_vary_shots(
+    2, alpha_list, K_list[1:], [1, 3], sets[0], *sets[2:], V_final, *sizes,
+    estimator=LoRe_regularized, **settings
+)
+W, V = solve_regularized_simplex(V_final, 0.1, train_features, 5, 60, 0.5)
+w = learn_multiple_few_shot(train_features_unseen, V, 15, 0.5)
+accuracies = eval_multiple(w, V, test_features_sparse_unseen)
+"""
+
+
+def _regularized_in_turn(names: dict, ranks: list[int], alpha: float) -> list[np.ndarray]:
+    """The plain loop of ``run_regularized``: columns are dropped, then new users' logits drawn."""
+    train, seen, few, unseen = names["sets"]
+    results = []
+    for K in ranks:
+        logits, V = torch.rand(len(train), K), torch.randn(F, K)
+        given = names["V_final"][:, 0], alpha
+        logits, V, _ = reference.alternating(train, logits, V, 60, 0.5, *given)
+        W = logits.softmax(1)
+        kept = W.amax(0) >= 1e-2
+        W, V = W[:, kept], V[:, kept]
+        start = torch.randn(len(few), V.shape[1]) if K > 1 else torch.ones(len(few), 1)
+        w = reference.few_shot(few, V, start, 15, 0.5)
+        pairs = (train, W), (seen, W), (few, w), (unseen, w)
+        results.append([[reference.accuracy(x, V, u) for x, u in zip(*pair, strict=True)]
+                        for pair in pairs])  # fmt: skip
+        names.setdefault("columns", []).append(V.shape[1])
+    return [np.mean([row[part] for row in results], 1) for part in range(4)]
+
+
+def test_the_public_prism_script_runs_to_its_end_where_columns_are_dropped(X):
+    X = [x + 60 * X[0][0] / X[0][0].norm() for x in X]  # much alike: columns stay unused
+    names = {
+        "train_features": X, "test_features_sparse": [x[5:] for x in X], "N": USERS,
+        "train_features_unseen": [x[:5] for x in X], "N_unseen": USERS,
+        "test_features_sparse_unseen": [x[4:] for x in X], "V_final": X[0][0][:, None],
+        "K_list": [1, 5, 3], "alpha_list": [0.1],
+    }  # fmt: skip
+    exec(PRISM, names)
+    torch.manual_seed(7)
+    expected = _regularized_in_turn(names, [1, 5, 3], 0.1)
+    assert names["columns"][1] < 5  # or this test shows nothing
+    for name, mean in zip(("train", "seen", "few", "unseen"), expected, strict=True):
+        assert names[name] == pytest.approx(mean), name
+    assert names["few_mean"].shape == names["unseen_std"].shape == (2, 2)
+    assert len(names["accuracies"]) == USERS
+
+
+def test_a_rank_above_the_number_of_users_warns_and_is_fitted(X, caplog):
+    sets = X[:2], X[:2], X[:3], X[:3]
+    quick = {"num_iterations": 5, "few_shot_iterations": 5, "progress": False, "generator": 0}
+    for run in (utils.run, utils.run_regularized):
+        caplog.clear()
+        result = run([4], [0.1], X[0][0], *sets, 2, 3, **quick)
+        assert result.unseen.shape == (1,)
+        assert "rank 4 is more than 2 users and 12 features can support" in caplog.text
+    assert utils.solve(X[:2], 3, 5)[1].shape == (F, 3)
+
+
 def test_the_sweep_has_a_row_for_every_alpha_and_rank(X):
     quick = {"num_iterations": 5, "few_shot_iterations": 5, "progress": False, "generator": 0}
     direction = torch.ones(F)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from lore.common.files import InputError, require, write_whole
 from lore.common.tensors import checksum
-from lore.learning.comparisons import Comparisons, DenseFeatures, Users
+from lore.learning.comparisons import CACHE_BYTES, Comparisons, DenseFeatures, Users
 from lore.learning.products import projected_products, user_products
 
 log = logging.getLogger(__name__)
@@ -339,6 +340,46 @@ def fit_weights(
             losses.append(float(total))
     require(bool(logits.isfinite().all()), f"in the fit of users' weights {DIVERGED}")
     return logits.softmax(1)
+
+
+def own_directions(
+    data: Comparisons,
+    loss: Loss,
+    num_iterations: int = 1000,
+    learning_rate: float = 0.5,
+    optimizer: OptimizerFactory | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Every user's own reward direction [U, F], from zero, with nothing shared.
+
+    Args:
+        data: comparisons held in memory.
+        loss: of the products x^T v, see ``utils.preference_loss``.
+        num_iterations, learning_rate, optimizer: see ``make_optimizer``.
+        progress: show a bar.
+    """
+    directions = []
+    parts = list(data.parts(2, CACHE_BYTES))
+    for _, _, part in tqdm(parts, "own models", disable=not progress, leave=False):
+        x = part.features.x.float()
+        V = x.new_zeros(part.num_users, x.shape[1])
+        c = (part.weight / part.user_weight()[part.user]).to(x)
+        steps = make_optimizer(optimizer, [V], learning_rate)
+        for _ in range(num_iterations):
+            steps.step(partial(_own_gradient, part, x, c, V, loss))
+        require(bool(V.isfinite().all()), f"in the fit of users' own models {DIVERGED}")
+        directions.append(V)
+    return torch.cat(directions)
+
+
+def _own_gradient(users: Users, x: Tensor, c: Tensor, V: Tensor, loss: Loss) -> Tensor:
+    """Loss of users' own directions V [B, F] on their x [n, F] with coefficients c [n]."""
+    products = users.dots(x, V[:, None]).requires_grad_()
+    with torch.enable_grad():
+        total = loss(products, c).sum()
+        (slope,) = torch.autograd.grad(total, products)
+    V.grad = users.sums(x, slope)[:, 0]
+    return total.detach()
 
 
 # ------------------------------------------------------------------ Checkpoints

@@ -19,8 +19,9 @@ from lore.learning.comparisons import (
     Users,
 )
 from lore.learning.method import Fitted, Task
+from lore.learning.training import own_directions
 from lore.methods.lore import Lore, LoreFit
-from utils import TEMPERATURE, own_directions
+from utils import TEMPERATURE, preference_loss
 
 USERS_AT_A_TIME = 256
 
@@ -119,7 +120,7 @@ class OwnFit(Fitted):
 
     def _directions(self, data: Comparisons) -> Tensor:
         fitted = self.lore.few_shot_iterations, self.lore.learning_rate, self.lore.optimizer
-        return own_directions(data, *fitted, progress=self.progress)
+        return own_directions(data, preference_loss, *fitted, self.progress)
 
     def view(self, data: Comparisons) -> Pairs | OnDisk:
         """The embeddings of the two responses."""
