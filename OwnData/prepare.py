@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.common.cli import cli
 from lore.common.files import InputError, alone, digest
 from lore.common.settings import Fraction, PositiveInt, SeedNumber
 from lore.embeddings import store as embeddings
+from lore.preparing import hold_out, raw
 from lore.preparing import own_rows as choices
-from lore.preparing import raw
 from lore.preparing import tables as preparing
+from lore.preparing.hold_out import Split
 from lore.preparing.own_rows import USUAL, Choice, Columns
 from lore.preparing.tables import Funnel
 
@@ -34,14 +31,17 @@ def main(
     columns: Columns = USUAL,
     min_comparisons: PositiveInt = 2,
     seen_fraction: Fraction = 0.5,
+    split: Split | None = None,
     seed: SeedNumber = 0,
     embed: bool = True,
     **embedding: Any,
 ) -> None:
     """Make comparisons from rows that say what a user chose, and embed their texts.
 
-    Rows with a split keep it. Otherwise half of each user's dialogues are for training and half
-    are held out; without dialogues half of the distinct comparisons are, whoever made them.
+    Rows with a split keep it, unless --split says how they are divided: responses (held-out
+    comparisons are between responses that training lacks), prompts, dialogs (of each user) or pairs
+    (their responses may stand in training, compared with others). By default it is the hardest that
+    leaves enough: dialogs where there are some, else prompts, else responses, else pairs.
 
     Args:
         source: a file (.jsonl, .json, .csv, .tsv or .parquet; compressed too), a folder of such, or
@@ -50,17 +50,23 @@ def main(
         columns: what the columns are called, such as --user worker_id, and how they are read.
         min_comparisons: fewest comparisons of a user.
         seen_fraction: share of the users whose data train the basis.
+        split: what is divided into training and held out: given (the source's column, named by
+            --columns.split), dialogs, prompts, responses or pairs; see above.
         seed: of the draw of seen users, and of what is for training.
         embed: false writes the tables only.
     """
     if embed:
         embeddings.check_model(embedding)
     funnel = Funnel()
-    table = preparing.tabulate(read(source, columns, funnel), funnel)
+    table = preparing.tabulate(read(source, columns, funnel, split), funnel)
     enough = table.user_id.map(table.user_id.value_counts()) >= min_comparisons
     what = f"users with at least {min_comparisons} comparisons"
     table = preparing.keep(table, enough, funnel, what)
-    table = number_turns(split_rows(table, seed, funnel))
+    table, held_out = hold_out.hold_out(table, split, seed, funnel)
+    if not table.dialog_id.iloc[0]:  # what hangs together is a dialogue of its own
+        pairs = hold_out.pair_names(table)
+        table = table.assign(dialog_id=hold_out.connected(pairs, table.row))
+    table = number_turns(table)
     table = preparing.split_users(table, seed, seen_fraction)
     conversations, table = preparing.number_conversations(table, funnel)
     settings = {
@@ -68,9 +74,10 @@ def main(
         "columns": asdict(columns),
         "min_comparisons": min_comparisons,
         "seen_fraction": seen_fraction,
+        "split": split,
         "seed": seed,
     }
-    info = {"dataset": "OwnData", "settings": settings, "counts": funnel.counts}
+    info = {"dataset": "OwnData", "settings": settings, "counts": funnel.counts, "split": held_out}
     with alone(out, embedding.get("shard")):
         told = preparing.write_prepared(out, conversations, table, info)
         print(funnel.lines(), told, sep="\n")
@@ -79,15 +86,18 @@ def main(
     print(f"prepared {len(table):,} comparisons of {len(conversations):,} conversations in {out}")
 
 
-def read(source: str, columns: Columns, funnel: Funnel) -> list[dict[str, Any]]:
+def read(
+    source: str, columns: Columns, funnel: Funnel, split: Split | None = None
+) -> list[dict[str, Any]]:
     """The comparisons of all rows; those of a row share its weight."""
+    is_given = split in (None, "given")
     comparisons: list[dict[str, Any]] = []
     first = None
     for number, row in enumerate(choices.read_choices(raw.read_all(source), columns)):
         funnel.count("rows")
         first = first or row
         check_alike(first, row, columns)
-        if row.split and row.split not in SPLITS:
+        if is_given and row.split and row.split not in SPLITS:
             funnel.left_out([f"rows whose {columns.split} is {row.split}"])
         elif row.left_out:
             funnel.left_out([row.left_out])
@@ -128,38 +138,6 @@ def pairs(row: Choice) -> tuple[list[dict[str, Any]], list[str]]:
             else:
                 found.append({"chosen": won, "rejected": lost})
     return found, left_out
-
-
-def split_rows(table: pd.DataFrame, seed: int, funnel: Funnel) -> pd.DataFrame:
-    """Add ``split`` where the rows have none, and dialogues of one comparison where none."""
-    has_dialogues = bool(table.dialog_id.iloc[0])
-    units = None
-    if not has_dialogues:
-        both = [[digest(row[side]) for side in ("chosen", "rejected")] for row in rows_of(table)]
-        pair = pd.Series([digest(sorted(two)) for two in both], table.index)
-        units = connected(table.row, pair)
-        table = table.assign(dialog_id=units)
-    if table.split.iloc[0]:
-        what = "users with comparisons for training and for test"
-        return preparing.keep_both_sides(table, funnel, what)
-    return preparing.split_dialogues(table, seed, funnel, units)
-
-
-def rows_of(table: pd.DataFrame) -> Iterable[dict[str, Any]]:
-    """The rows of a table as dicts."""
-    return table.to_dict("records")
-
-
-def connected(rows: pd.Series, pairs: pd.Series) -> pd.Series:
-    """A name for each comparison, the same for those of one row and those of one pair.
-
-    What one row compares shares a response, so that its pairs must not be on both sides either.
-    """
-    row, pair = pd.factorize(rows)[0], pd.factorize(pairs)[0]
-    size = row.max() + 1 + pair.max() + 1
-    edges = coo_array((np.ones(len(row)), (row, row.max() + 1 + pair)), (size, size))
-    group = connected_components(edges, directed=False)[1][row]
-    return pairs.groupby(group).transform("min")
 
 
 def number_turns(table: pd.DataFrame) -> pd.DataFrame:

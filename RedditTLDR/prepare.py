@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.common.cli import cli
 from lore.common.files import InputError, alone
-from lore.common.settings import PositiveInt
+from lore.common.settings import PositiveInt, SeedNumber
 from lore.embeddings import store as embeddings
-from lore.preparing import raw
+from lore.preparing import hold_out, raw
 from lore.preparing import tables as preparing
 from lore.preparing.tables import Funnel, Turn
 
@@ -27,6 +27,8 @@ def main(
     source: str = "openai/summarize_from_feedback",
     out: Path = HERE / "data",
     min_annotations: PositiveInt = 50,
+    split: Literal["given", "responses"] = "given",
+    seed: SeedNumber = 0,
     embed: bool = True,
     **embedding: Any,
 ) -> None:
@@ -36,6 +38,9 @@ def main(
         source: hub dataset, or a folder with train and validation as .jsonl, .jsonl.gz or .parquet.
         out: folder of the prepared data.
         min_annotations: fewest annotations of a worker, both splits together.
+        split: given holds out the published validation split; responses divides all summaries, so
+            that held-out comparisons are between two that training lacks.
+        seed: of the draw of responses.
         embed: false writes the tables only.
     """
     if embed:
@@ -43,9 +48,12 @@ def main(
     funnel = Funnel()
     table = preparing.tabulate(read(source, funnel), funnel)
     table = keep_workers(table, min_annotations, funnel)
+    what = f"workers with at least {min_annotations} annotations, some in both splits"
+    table, held_out = hold_out.hold_out(table, split, seed, funnel, what)
     conversations, table = preparing.number_conversations(table, funnel)
-    settings = {"source": source, "min_annotations": min_annotations}
+    settings = {"source": source, "min_annotations": min_annotations, "split": split, "seed": seed}
     info = {"dataset": "RedditTLDR", "settings": settings, "counts": funnel.counts}
+    info["split"] = held_out
     with alone(out, embedding.get("shard")):
         told = preparing.write_prepared(out, conversations, table, info)
         print(funnel.lines(), told, sep="\n")
@@ -95,11 +103,10 @@ def read_summaries(place: str, summaries: Any) -> list[str]:
 
 
 def keep_workers(table: pd.DataFrame, min_annotations: int, funnel: Funnel) -> pd.DataFrame:
-    """The comparisons of the workers with enough of them, and some in both splits."""
+    """The comparisons of the workers with enough of them."""
     enough = table.user_id.map(table.user_id.value_counts()) >= min_annotations
     what = f"workers with at least {min_annotations} annotations"
-    table = preparing.keep(table, enough, funnel, what)
-    return preparing.keep_both_sides(table, funnel, f"{what}, some in both splits")
+    return preparing.keep(table, enough, funnel, what)
 
 
 if __name__ == "__main__":

@@ -220,7 +220,7 @@ def test_users_of_one_side_or_with_few_comparisons_are_left_out(tmp_path):
     counts = prepare(own(tmp_path, rows), tmp_path / "data")["counts"]
     assert counts["users with comparisons"] == 8
     assert counts["users with at least 2 comparisons"] == 7
-    assert counts["users with dialogues for training and for test"] == 6  # one pair, one side
+    assert counts["users with comparisons for training and for test"] == 6  # one pair, one side
 
 
 def test_what_has_no_text_is_counted(tmp_path):

@@ -126,10 +126,16 @@ def against(
 
 
 def tabulate(comparisons: Iterable[dict[str, Any]], funnel: Funnel) -> pd.DataFrame:
-    """Comparisons as a table, one a row, and how many there are; InputError if there are none."""
+    """Comparisons as a table, one a row, with names of both conversations; they are counted.
+
+    Raises:
+        InputError: there are none.
+    """
     table = pd.DataFrame(comparisons)
     funnel.count("comparisons", len(table))
     funnel.require_some(table)
+    names = {f"{side}_name": table[side].map(digest) for side in ("chosen", "rejected")}
+    table = table.assign(**names)
     dialogues = table.groupby(["user_id", "dialog_id"]).ngroups
     funnel.count("dialogues with comparisons", dialogues)
     funnel.count("users with comparisons", table.user_id.nunique())
@@ -242,19 +248,19 @@ def number_conversations(
     """The distinct conversations, and the comparisons with their row numbers, in a fixed order.
 
     Args:
-        comparisons: user_id, split, seen, dialog_id, turn, weight, and as conversations chosen
-            and rejected; the order of the rows does not matter.
+        comparisons: user_id, split, seen, dialog_id, turn, weight, chosen and rejected as
+            conversations, and their names; the order of the rows does not matter.
         funnel: gets the sizes of the result.
     """
-    pair = {f"{side}_digest": comparisons[side].map(digest) for side in ("chosen", "rejected")}
-    order = ["user_id", "dialog_id", "turn", *pair, "split", "weight"]
-    table = comparisons.assign(**pair).sort_values(order, ignore_index=True)
+    order = ["user_id", "dialog_id", "turn", "chosen_name", "rejected_name", "split", "weight"]
+    table = comparisons.sort_values(order, ignore_index=True)
     _count_sets(table, funnel)
-    numbering = Numbering()
-    rows = [(numbering(a), numbering(b)) for a, b in zip(table.chosen, table.rejected, strict=True)]
-    table[["chosen", "rejected"]] = np.array(rows)
-    funnel.count("distinct conversations", len(numbering.conversations))
-    return numbering.conversations, table[list(COLUMNS)].astype(COLUMNS)
+    names = table[["chosen_name", "rejected_name"]].to_numpy().ravel()
+    numbers, distinct = pd.factorize(names)
+    texts = dict(zip(names, table[["chosen", "rejected"]].to_numpy().ravel(), strict=True))
+    table[["chosen", "rejected"]] = numbers.reshape(-1, 2)
+    funnel.count("distinct conversations", len(distinct))
+    return [texts[name] for name in distinct], table[list(COLUMNS)].astype(COLUMNS)
 
 
 def _count_sets(comparisons: pd.DataFrame, funnel: Funnel) -> None:

@@ -1,0 +1,126 @@
+"""Which comparisons are held out: those of other dialogues, prompts, responses or pairs."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from lore.common.files import digest, require
+from lore.preparing.tables import Funnel, draw, first_prompts, keep_both_sides, on_both_sides
+
+Split = Literal["given", "dialogs", "prompts", "responses", "pairs"]
+HARDEST: tuple[Split, ...] = ("given", "dialogs", "prompts", "responses", "pairs")
+ENOUGH = 100  # comparisons for training, and as many held out, that a default split leaves
+UNITS = 20  # prompts or responses that a default split divides
+USERS = 0.8  # share of the users whom a default split leaves comparisons on both sides
+HELD_OUT = 0.4  # of the responses: of 100 comparisons about 16 are between two of these, 48 cross
+SAYS = {
+    "given": "The source's own split says what is held out.",
+    "dialogs": "Half of each user's dialogues are held out.",
+    "prompts": "Half of the prompts are held out, with all that was compared after them.",
+    "responses": "40 % of the responses are held out, so that held-out comparisons are between "
+    "responses that training lacks; {crossing:,} comparisons of one with another of training are "
+    "left out.",
+    "pairs": "Half of the distinct comparisons are held out; their responses may stand in "
+    "training, compared with others.",
+}
+BOTH = "users with comparisons for training and for test"
+
+
+def hold_out(
+    table: pd.DataFrame, by: Split | None, seed: int, funnel: Funnel, what: str = BOTH
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Add ``split``, train or test; users without comparisons on both sides are left out.
+
+    No response, pair, prompt or dialogue that is divided is on both sides, nor is a pair that a
+    user judged twice. Names, texts and the seed decide, not the order of the rows.
+
+    Args:
+        table: user_id, dialog_id ("" where there are none), split ("" where the source has none),
+            row of the source, chosen as a conversation, and the names of both.
+        by: what is divided; None for the hardest of ``HARDEST`` that leaves enough.
+        seed: of the draw.
+        funnel: gets what is left out, and the number of users who are kept.
+        what: these users are.
+
+    Returns:
+        The comparisons that are kept; and by, crossing (the number of comparisons left out because
+        their responses are on either side), and a sentence.
+
+    Raises:
+        InputError: no split or no dialogues though ``by`` asks for them, or nothing is left.
+    """
+    chosen = by or next(way for way in HARDEST if _leaves_enough(table, way, seed))
+    require(_is_there(table, chosen), f"--split {chosen}: the rows have none; choose another")
+    split = _sides(table, chosen, seed)
+    crossing = int((split == "").sum())
+    funnel.left_out(["comparisons of a held-out response with one of training"] * crossing)
+    kept = keep_both_sides(table.assign(split=split)[split != ""], funnel, what)
+    sentence = SAYS[chosen].format(crossing=crossing)
+    if by is None:
+        sentence += f" This is --split {chosen}, the hardest that leaves enough."
+    return kept, {"by": chosen, "crossing": crossing, "sentence": sentence}
+
+
+def _is_there(table: pd.DataFrame, by: Split) -> bool:
+    column = {"given": "split", "dialogs": "dialog_id"}.get(by)
+    return column is None or bool(table[column].iloc[0])
+
+
+def _leaves_enough(table: pd.DataFrame, by: Split, seed: int) -> bool:
+    """Whether a default may be this split; pairs always may."""
+    if by not in ("prompts", "responses"):
+        return _is_there(table, by)
+    sides = [table.chosen_name, table.rejected_name]
+    units = first_prompts(table.chosen) if by == "prompts" else pd.concat(sides)
+    if units.nunique() < UNITS:
+        return False
+    split = table.assign(split=_sides(table, by, seed))
+    users = split.user_id[on_both_sides(split)].nunique()
+    sizes = [(split.split == side).sum() for side in ("train", "test")]
+    return bool(min(sizes) >= ENOUGH and users >= USERS * table.user_id.nunique())
+
+
+def _sides(table: pd.DataFrame, by: Split, seed: int) -> pd.Series:
+    """The side of each comparison, "" where it has a response on either."""
+    if by == "given":
+        return table.split
+    if by == "responses":
+        names = set(table.chosen_name) | set(table.rejected_name)
+        train = draw(names, round((1 - HELD_OUT) * len(names)), seed)
+        one, other = table.chosen_name.isin(train), table.rejected_name.isin(train)
+        return pd.Series(np.select([one & other, ~one & ~other], ["train", "test"], ""), one.index)
+    if by == "prompts":
+        groups = [first_prompts(table.chosen)]
+    elif by == "pairs":
+        groups = [connected(pair_names(table), table.row)]
+    else:
+        dialogues = table.user_id + "\n" + table.dialog_id
+        units = connected(dialogues, table.user_id + "\n" + pair_names(table))
+        groups = [group for _, group in units.groupby(table.user_id)]
+    units = pd.concat(groups).reindex(table.index)
+    train = set().union(*(draw(group, (group.nunique() + 1) // 2, seed) for group in groups))
+    return units.isin(train).map({True: "train", False: "test"})
+
+
+def pair_names(table: pd.DataFrame) -> pd.Series:
+    """A name for the two conversations of each comparison, the same in either order."""
+    both = zip(table.chosen_name, table.rejected_name, strict=True)
+    return pd.Series([digest(sorted(two)) for two in both], table.index)
+
+
+def connected(names: pd.Series, others: pd.Series) -> pd.Series:
+    """The first name of the comparisons that hang together with each through either series.
+
+    What one row of the source compares shares a response, and a pair that a user judged again tells
+    how it was judged before, so that such comparisons must be on one side.
+    """
+    one, other = pd.factorize(names)[0], pd.factorize(others)[0]
+    size = one.max() + 1 + other.max() + 1
+    edges = coo_array((np.ones(len(one)), (one, one.max() + 1 + other)), (size, size))
+    group = connected_components(edges, directed=False)[1][one]
+    return names.groupby(group).transform("min")
