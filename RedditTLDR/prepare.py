@@ -83,6 +83,9 @@ def read_turns(place: str, row: dict[str, Any]) -> tuple[list[Turn], str]:
     """The one turn of a row; or none, and why."""
     post = raw.text(row["info"].get("post"), place, "info.post")
     texts, choice = read_summaries(place, row["summaries"]), row["choice"]
+    extra = row.get("extra")
+    if choice is None and isinstance(extra, dict) and extra.get("tie") is True:
+        return [], "ties"
     if isinstance(choice, bool) or choice not in (0, 1):  # 1.0 where some rows have no choice
         raise InputError(f"{place}: choice must be 0 or 1, not {choice!r:.40}")
     if not post:

@@ -68,3 +68,39 @@ def test_labels_and_the_order_of_rows_change_no_kind(seed):
     )
     other = other.sample(frac=1, random_state=seed)
     assert facts.count_kinds(other) == facts.count_kinds(table)
+
+
+# ------------------------------------------------------------------------- Judged again
+
+
+def twice(rows: list[tuple[str, int, int]]) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=["user_id", "chosen", "rejected"]).assign(split="train")
+
+
+def test_how_often_users_choose_as_before_is_that_made_by_hand():
+    table = twice([
+        *(("a", 0, 1), ("a", 0, 1), ("b", 0, 1), ("c", 1, 0)),  # a as before; b agrees, c does not
+        *(("a", 2, 3), ("a", 3, 2)),  # a otherwise; nobody else
+        *(("b", 2, 4), ("b", 2, 4), ("b", 4, 2), ("c", 4, 2)),  # 1 of 3; c agrees with 1 of 3
+        ("c", 5, 6),
+    ])  # fmt: skip
+    found = facts.retest(table)
+    assert (found["judged_again"], found["both_sides"]) == (3, 0)
+    assert found["same"] == round((1 + 0 + 1 / 3) / 3, 4)
+    assert found["others"] == round((1 / 2 + 1 / 3) / 2, 4)
+    assert found["interval"] == facts.wilson((1 + 1 / 3) / 3, 3)
+    assert "judged 3 pairs again and chose as before in 44.4%" in found["sentence"]
+    split = table.assign(split=["train", "test", *["train"] * 9])
+    assert facts.retest(split)["both_sides"] == 1
+
+
+def test_without_repeats_nothing_is_told_of_them():
+    found = facts.retest(twice([("a", 0, 1), ("b", 1, 0)]))
+    assert found == {"judged_again": 0, "both_sides": 0, "sentence": "No user judged a pair twice."}
+
+
+def test_the_interval_is_wilsons():
+    """Newcombe (1998), Statistics in Medicine 17, table I: 81 of 263, 15 of 148, 0 of 20."""
+    for hits, count, ends in ((81, 263, (0.2553, 0.3662)), (15, 148, (0.0624, 0.1605)),
+                              (0, 20, (0.0, 0.1611))):  # fmt: skip
+        assert facts.wilson(hits / count, count) == pytest.approx(ends, abs=1e-4)

@@ -107,6 +107,20 @@ def test_the_files_are_what_the_prepare_script_reads(tmp_path):
     assert info["overlap"]["pair"] == 0
 
 
+def test_ties_and_what_was_judged_again_can_be_kept_and_are_counted(tmp_path):
+    """AX is undecided once and CZ, who decided once, too; AX and BY judged arg3 and arg4 again."""
+    source, out = corpus(tmp_path / "xml"), tmp_path / "out"
+    sides = convert(source, out, min_judgments=2, ties=True)
+    rows = [row for side in sides.values() for row in side]
+    undecided = [row for row in rows if row["extra"].get("tie")]
+    assert [(row["info"]["id"], row["worker"]) for row in undecided] == [("arg3_arg2", "w000")]
+    assert len(rows) == 10 and undecided[0]["choice"] is None
+    info = worlds.prepare("RedditTLDR", out, tmp_path / "data", min_annotations=2, embed=False)
+    assert info["counts"]["left out: ties"] == 1 and info["counts"]["comparisons"] == 9
+    assert info["retest"]["judged_again"] == 2 and info["retest"]["both_sides"] == 0
+    assert info["retest"]["same"] == 0 == info["retest"]["others"] - 0.5  # each the first shown
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

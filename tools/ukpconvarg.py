@@ -51,20 +51,24 @@ def main(
     source: Path,
     out: Path = HERE.parent / "RedditTLDR" / "data-ukp" / "raw",
     min_judgments: PositiveInt = 50,
+    ties: bool = False,
     seed: SeedNumber = 0,
 ) -> None:
-    """Write the decided judgments of the workers with many, half of the pairs on either side.
+    """Write the judgments of the workers with many, half of the pairs on either side.
+
+    What a worker judged again, in either order, is written again: on the same side.
 
     Args:
         source: folder with one XML file per topic and position (UKPConvArg1-full-XML).
         out: folder of train.jsonl.gz and validation.jsonl.gz.
         min_judgments: fewest decided judgments of a worker.
+        ties: also write undecided judgments, which RedditTLDR/prepare.py counts and leaves out.
         seed: of the draw of the pairs for training. A pair is on one side whoever judged it.
     """
     files = sorted(source.glob("*.xml"))
     require(bool(files), f"--source {source} has no .xml files; name UKPConvArg1-full-XML")
     judgments, funnel = [judgment for file in files for judgment in read(file)], Funnel()
-    kept = keep(judgments, min_judgments, funnel)
+    kept = keep(judgments, min_judgments, funnel, ties)
     units = {judgment.unit for judgment in kept}
     train = draw(units, (len(units) + 1) // 2, seed)
     workers = sorted({judgment.worker for judgment in kept})
@@ -109,11 +113,14 @@ def content(element: ElementTree.Element, path: str, place: str) -> str:
     return found
 
 
-def keep(judgments: Sequence[Judgment], min_judgments: int, funnel: Funnel) -> list[Judgment]:
-    """The decided judgments of the workers with enough of them."""
+def keep(
+    judgments: Sequence[Judgment], min_judgments: int, funnel: Funnel, ties: bool
+) -> list[Judgment]:
+    """The judgments, decided or with ties all, of the workers with enough decided ones."""
     decided = [judgment for judgment in judgments if judgment.choice is not None]
     sizes = Counter(judgment.worker for judgment in decided)
-    kept = [each for each in decided if sizes[each.worker] >= min_judgments]
+    some = judgments if ties else decided
+    kept = [judgment for judgment in some if sizes[judgment.worker] >= min_judgments]
     funnel.count("topics and positions", len({judgment.topic for judgment in judgments}))
     funnel.count("judgments", len(judgments))
     funnel.count("workers", len({judgment.worker for judgment in judgments}))
@@ -139,7 +146,7 @@ def row(judgment: Judgment, names: dict[str, str], split: str) -> dict[str, obje
         "worker": names[judgment.worker],
         "batch": judgment.topic,
         "split": SPLITS[split],
-        "extra": {"confidence": None},
+        "extra": {"confidence": None, **({"tie": True} if judgment.choice is None else {})},
     }
 
 

@@ -52,3 +52,53 @@ def _sentence(found: dict[str, Any]) -> str:
         ]
         parts.append(f"{' and '.join(shares)} are {meaning}")
     return f"Of the held-out comparisons, {'; '.join(parts)}."
+
+
+def retest(table: pd.DataFrame) -> dict[str, Any]:
+    """How often users who judged a pair again chose as before, and others as they did.
+
+    Args:
+        table: user_id, split, and chosen and rejected as numbers of conversations; a pair may stand
+            in either order.
+
+    Returns:
+        judged_again: pairs of a user with two judgments or more; both_sides: those that training
+        and the held-out comparisons share; where there are any, same: the mean over them of the
+        share of their pairs of judgments that agree, with its interval (Wilson's, 95 %); others:
+        the mean share of other users' judgments of the same pairs that agree with the user's, of
+        those that others judged too; sentence.
+    """
+    low, high = table[["chosen", "rejected"]].min(axis=1), table[["chosen", "rejected"]].max(axis=1)
+    judged = table.assign(low=low, high=high, is_low=table.chosen == low)
+    pair, whose = ["low", "high"], ["user_id", "low", "high"]
+    units = judged.groupby(whose).agg(
+        n=("is_low", "size"), low_wins=("is_low", "sum"), sides=("split", "nunique")
+    )
+    everybody = units.groupby(pair)[["n", "low_wins"]].transform("sum")
+    again = units.n > 1
+    n, wins = units.n[again], units.low_wins[again]
+    found: dict[str, Any] = {
+        "judged_again": len(n), "both_sides": int((units.sides[again] > 1).sum())
+    }  # fmt: skip
+    if not len(n):
+        return {**found, "sentence": "No user judged a pair twice."}
+    same = float(((wins * (wins - 1) + (n - wins) * (n - wins - 1)) / (n * (n - 1))).mean())
+    rest, rest_wins = everybody.n[again] - n, everybody.low_wins[again] - wins
+    agree = ((wins * rest_wins + (n - wins) * (rest - rest_wins)) / (n * rest))[rest > 0]
+    found |= {"same": round(same, 4), "interval": wilson(same, len(n))}
+    found["others"] = round(float(agree.mean()), 4) if len(agree) else None
+    low_end, high_end = found["interval"]
+    sentence = (
+        f"Users judged {len(n):,} pairs again and chose as before in {same:.1%} (95 % interval "
+        f"{low_end:.1%} to {high_end:.1%}); "
+    )
+    told = f"others agree with them on these in {found['others']:.1%}" if len(agree) else ""
+    return {**found, "sentence": f"{sentence}{told or 'nobody else judged these'}."}
+
+
+def wilson(share: float, count: int) -> list[float]:
+    """Wilson's 95 % interval of a share of ``count``."""
+    z = 1.959964
+    middle, width = share + z * z / (2 * count), share * (1 - share) / count
+    half = z * (width + z * z / (4 * count * count)) ** 0.5
+    return [round((middle + sign * half) / (1 + z * z / count), 4) for sign in (-1, 1)]

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from safetensors.numpy import save_file
 
 from lore.common.files import digest, file_sha256, require, write_text, write_whole
-from lore.preparing.facts import count_kinds
+from lore.preparing.facts import count_kinds, retest
 
 Conversation = list[dict[str, str]]
 COLUMNS = {
@@ -334,7 +334,7 @@ def write_prepared(
             conversations.
         info: what prepare.json says: dataset, settings, counts and perhaps a warning, which every
             later output shows. Hashes of the tables are added, and what training has of the
-            held-out comparisons: their overlap and kinds.
+            held-out comparisons (overlap and kinds), and what users judged twice (retest).
 
     Returns:
         The sentences of prepare.json that belong on the screen, each on a line of its own.
@@ -350,6 +350,7 @@ def write_prepared(
         path, content = folder / "comparisons.parquet", table.to_csv(index=False)
         write_whole(path, lambda draft: table.to_parquet(draft, index=False))
         info = {**info, "overlap": overlap(conversations, table), "kinds": count_kinds(table)}
+        info["retest"] = retest(table)
     else:
         path = folder / "scores.safetensors"
         content = [[name, table[name].tolist()] for name in sorted(table)]
