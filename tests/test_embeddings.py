@@ -451,9 +451,9 @@ def test_reading_maps_the_shards_and_takes_any_rows(finished: Path) -> None:
 
 
 def test_the_store_knows_its_conversations(finished: Path) -> None:
-    open_store(finished).check(some_chats())
+    open_store(finished).check(digest(some_chats()))
     with pytest.raises(InputError, match="other conversations"):
-        open_store(finished).check(some_chats()[::-1])
+        open_store(finished).check(digest(some_chats()[::-1]))
 
 
 def test_a_finished_run_loads_no_model(

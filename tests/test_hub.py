@@ -241,7 +241,7 @@ def test_default_sources_give_what_local_files_give(hubbed, tmp_path, name, sett
     made = prepared.read_info(hubbed.folder / "out" / name)
     assert made["data_sha256"] == info["data_sha256"]
     embedded = store(hubbed, name)
-    embedded.check(prepared.read_conversations(tmp_path))
+    embedded.check(prepared.read_info(tmp_path)["conversations_sha256"])
     assert embedded.manifest["model"] == MODEL
     assert embedded.manifest["revision"] == hub_module.commit(hubbed.folder / "model")
 

@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 
 import people
 import worlds
-from lore.common.files import InputError, file_sha256
+from lore.common.files import InputError, digest, file_sha256
 from lore.experiments import splits
 from lore.learning import simulated_users as sampling
 from lore.learning.comparisons import Comparisons, DenseFeatures, RowFeatures
+from lore.preparing import prepared
 from lore.preparing import tables as preparing
 from people import Rows, listed
 
@@ -288,7 +289,9 @@ def test_embeddings_of_other_conversations_are_refused(copy):
         rows[0]["messages"][0]["content"] += "?"
 
     worlds.edit(copy / "conversations.parquet", other)
-    trust(copy, "conversations.parquet")
+    info = trust(copy, "conversations.parquet")  # as if prepare.py had run on other texts
+    info["conversations_sha256"] = digest(prepared.read_conversations(copy))
+    (copy / "prepare.json").write_text(json.dumps(info))
     refused(copy, copy / "embeddings", "other conversations")
 
 
@@ -303,11 +306,12 @@ def test_an_unreadable_shard_is_named(copy, damage):
     refused(copy, shard)
 
 
-def trust(data: Path, name: str) -> None:
-    """Take a table as it is for the one that prepare.py wrote."""
+def trust(data: Path, name: str) -> dict:
+    """Take a table as it is for the one that prepare.py wrote; prepare.json as it then is."""
     info = json.loads((data / "prepare.json").read_text())
     info["files"][name] = file_sha256(data / name)
     (data / "prepare.json").write_text(json.dumps(info))
+    return info
 
 
 @pytest.mark.parametrize(

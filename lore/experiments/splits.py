@@ -274,7 +274,8 @@ def load(data: Path, dataset: str | None = None) -> tuple[dict[str, Any], Store]
     folder = data / "embeddings"
     require(folder.exists(), f"{folder}: not there; embed the conversations first")
     store = open_store(folder)
-    store.check(prepared.read_conversations(data))
+    prepared.check_conversations(data)
+    store.check(info["conversations_sha256"])
     return info, store
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +76,15 @@ def read_conversations(folder: Path) -> list[Conversation]:
     Raises:
         InputError: the table is missing, damaged or of another form.
     """
+    check_conversations(folder)
+    return _read_table(folder / "conversations.parquet")["messages"].to_pylist()
+
+
+def check_conversations(folder: Path) -> None:
+    """Raise InputError if the conversations are missing, damaged or of another form; reads none."""
     path = folder / "conversations.parquet"
-    table = _read_table(path)
-    require(table.schema.equals(MESSAGES), f"{path}: has other columns than messages; {AGAIN}")
-    return table["messages"].to_pylist()
+    schema = _read_table(path, pq.read_schema)
+    require(schema.equals(MESSAGES), f"{path}: has other columns than messages; {AGAIN}")
 
 
 def read_comparisons(folder: Path, num_rows: int) -> pd.DataFrame:
@@ -132,10 +137,10 @@ def read_scores(folder: Path, num_rows: int) -> dict[str, Tensor]:
     return found
 
 
-def _read_table(path: Path) -> pa.Table:
+def _read_table(path: Path, read: Callable[[Path], Any] = pq.read_table) -> Any:
     require(path.is_file(), f"{path}: not there; {AGAIN}")
     try:
-        return pq.read_table(path)
+        return read(path)
     except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path} cannot be read ({first_line(error)}); {AGAIN}") from error
 
