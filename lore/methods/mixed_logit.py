@@ -1,166 +1,587 @@
-"""A low-rank mixed logit: everyone shares a reward and departs from it as far as choices warrant.
+"""The mixed logit: everyone shares a reward and departs from it as far as the choices warrant.
 
-The log odds of user u's choice are x . (mu + B z_u) with z_u ~ N(0, I): a binary logit with random
-coefficients of low rank. mu and B maximise a variational bound on the evidence, users' tastes have
-posteriors, and whatever is free is chosen on validation, ridge BT being always a candidate.
+A binary logit with random coefficients: the log odds of user u's choice are y . (mu + d_u), where y
+are the features, whitened partly, and d_u ~ N(0, S) in their D leading directions. mu is that of
+ridge Bradley-Terry, S is estimated by EM (Yu, Tresp and Schwaighofer 2005), d_u is the posterior's
+mode and predictions plug it in. Four strengths say how far users may depart, chosen on validation:
 
-Shape letters: U users, N comparisons, F features, K rank, C components of the prior.
+- floor f: features are y = (C + f e_max I)^(-1/2) x; none is plain features.
+- l_mu: precision of the prior of mu.
+- tau2: variance of the deviations, before the users say more; 0 is ridge BT.
+- pi: how many users' worth of prior holds S to tau2 I; infinity is an isotropic S.
+
+Shape letters: U users, N comparisons, F features, D directions.
 """
 
 from __future__ import annotations
 
+import json
 import logging
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from lore.common.files import require
-from lore.common.settings import PositiveFloat, PositiveInt
-from lore.learning.comparisons import Comparisons
-from lore.learning.method import Fitted, Task
-from lore.methods.fitting.geometry import Geometry, everyones, measure
-from lore.methods.fitting.journal import Journal
-from lore.methods.fitting.mixture import fit_mixture
-from lore.methods.fitting.population import first_tastes, fit_population
-from lore.methods.fitting.posterior import Prior
-from lore.methods.fitting.score_test import score_test
-from lore.methods.fitting.search import Candidate, Search
-from lore.methods.fitting.validation import Validation
-from lore.methods.mixed_fit import MixedFit
-from lore.methods.ridge_bt import fit_shared
+from lore.common.files import require, write_whole
+from lore.common.settings import NonNegativeFloat, PositiveFloat, PositiveInt
+from lore.common.tensors import expect, read_tensors, require_finite
+from lore.learning.basis import look_up
+from lore.learning.comparisons import Comparisons, Users
+from lore.learning.method import Fitted, Task, View
+from lore.methods.fitting.geometry import Geometry, everyones, measure, total
+from lore.methods.fitting.posterior import (
+    TOLERANCE,
+    Prior,
+    log_evidence,
+    mean_moment,
+    posteriors,
+)
+from lore.methods.fitting.validation import Scores, Split, Validation
+from lore.methods.ridge_bt import FINE, ROUGH, fit_shared, precision, ridge_path
+from utils import TEMPERATURE
 
 log = logging.getLogger(__name__)
+
+FLOORS = (0.01, 0.1, 0.001, None)  # the first is where the search begins
+STEP = 10**0.5  # between neighbouring strengths
+FIRST_TAU2, FIRST_PI = 3.0, 10.0
+# A deviation of 100 standard log odds is a choice without noise, and more says no more.
+RANGES = {"l_mu": (1e-3, 1e3), "tau2": (1e-3, 1e4), "pi": (1.0, 300.0)}
+ROUNDS, FEW_ROUNDS = 8, 3  # of EM: at the end, and from a neighbour's S while choosing
+WHILE_FITTING = 1e-4  # tolerance of the log odds in EM
+SCALES = (0.8, 0.9, 1.1, 1.25)  # of all log odds, beside 1
+# Standard errors by which validation has to be better: a personal part than none, EM than an
+# isotropic S, another scale of the log odds than 1.
+PERSONAL, RICHER, SCALED = 2.0, 1.0, 2.0
+SHOWN = 8  # directions in reports
+FORMAT = "mixed-logit 2"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """The strengths of a fit, see the module's first lines."""
+
+    floor: float | None
+    l_mu: float
+    tau2: float = 0.0
+    pi: float = math.inf
 
 
 @dataclass(frozen=True)
 class MixedLogit:
-    """The mixed logit with its settings; those that are None are chosen on validation.
+    """The mixed logit with its settings; strengths that are None are chosen on validation.
 
     Args:
-        rank: K, the most directions of taste; fewer are tried, where fewer stand out.
-        l_mu: strength of the prior of mu, given with that of B's columns or not at all; features
-            are divided by the root mean square norm of the training differences.
-        l_B: strength of the prior of B's columns.
-        whitened: whether features are partly whitened; chosen if None and the strengths are.
-        mixtures: numbers of components of the tastes' distribution to choose from.
+        directions: D, leading directions of the features in which users may differ.
+        floor: of the whitening, as a share of the greatest eigenvalue; 0 is plain features.
+        l_mu: precision of the shared reward's prior; all four strengths are given, or none.
+        tau2: variance of the users' deviations; 0 is ridge BT.
+        pi: how many users' worth of prior holds their covariance to tau2; 1e9 is isotropic.
     """
 
-    rank: PositiveInt = 8
+    directions: PositiveInt = 100
+    floor: NonNegativeFloat | None = None
     l_mu: PositiveFloat | None = None
-    l_B: PositiveFloat | None = None
-    whitened: bool | None = None
-    mixtures: tuple[PositiveInt, ...] = (1, 4)
+    tau2: NonNegativeFloat | None = None
+    pi: PositiveFloat | None = None
 
     def check(self, task: Task) -> None:
-        """Refuse one strength without the other."""
-        both = (self.l_mu is None) == (self.l_B is None)
-        require(both, "--mixed_logit.l_mu and --mixed_logit.l_B: give both, or neither")
+        """Refuse some of the strengths without the others."""
+        given = [x is not None for x in (self.floor, self.l_mu, self.tau2, self.pi)]
+        require(all(given) or not any(given),
+                "--mixed_logit.floor, .l_mu, .tau2 and .pi: give all four, or none")  # fmt: skip
 
     def fit(self, task: Task) -> list[Fitted]:
-        """Choose what is free, then fit all training comparisons."""
+        """Choose the strengths, then fit all training comparisons."""
         tried: list[dict[str, Any]] = []
-        journal = Journal(task, self)
-        given = self.l_mu is not None
-        chosen, start = (self._given(), None) if given else self._choose(task, tried, journal)
-        data = task.mine
-        geometry = replace(measure(data, task.processes), white=chosen.white)
-        return [self._final(task, data, geometry, chosen, tried, start, journal)]
+        chosen, scale = self._given(), 1.0
+        if chosen is None:
+            chosen, scale = self._choose(task, tried)
+        data, processes = task.mine, task.processes
+        geometry = replace(measure(data, processes, self.directions), floor=chosen.floor)
+        shared = fit_shared(data, geometry, chosen.l_mu, processes=processes, tolerance=FINE)
+        facts = {
+            "chosen": vars(chosen) | {"scale": scale}, "tried": tried, "scale": geometry.scale,
+            "losses": [value / geometry.count for value in shared.values],
+            "parameters": data.num_features,
+        }  # fmt: skip
+        fit = MixedFit(geometry.raw(shared.x)[:, 0], leading(geometry), None, facts, scale)
+        if chosen.tau2:
+            view = fit.view(data)
+            fit.prior, evidence, push = estimate(view, data, chosen, processes=processes)
+            modes = posteriors(view, data, fit.prior, start=push).mode
+            fit.users = everyones(modes, processes).float()
+            facts |= {
+                "evidence": evidence, "spectrum": fit.spectrum().tolist(),
+                "parameters": data.num_features + task.train.num_users * fit.users.shape[1],
+            }  # fmt: skip
+        else:
+            fit.users = fit.mu.new_zeros(task.train.num_users, 0)
+        fit.population_start()
+        facts["note"] = _note(chosen, scale, bool(tried))
+        log.info("mixed logit: %s", facts["note"])
+        return [fit]
 
-    def _given(self) -> Candidate:
-        assert self.l_mu is not None and self.l_B is not None
-        return Candidate(bool(self.whitened), self.l_mu, self.l_B, self.mixtures[0])
+    def _given(self) -> Candidate | None:
+        if self.l_mu is None:
+            return None
+        assert self.tau2 is not None and self.pi is not None
+        return Candidate(self.floor or None, self.l_mu, self.tau2, self.pi)
 
-    def _choose(
-        self, task: Task, tried: list[dict[str, Any]], journal: Journal
-    ) -> tuple[Candidate, Tensor | None]:
+    def _choose(self, task: Task, tried: list[dict[str, Any]]) -> tuple[Candidate, float]:
         data = Validation(task)
         if not data.possible:
-            log.warning("no user has two dialogues: strengths of 1, as nothing can be held out")
-            return Candidate(bool(self.whitened), 1.0, 1.0, 1), None
-        kinds = (False, True) if self.whitened is None else (self.whitened,)
-        found = score_test(task.mine, processes=task.processes)
-        log.info(found.sentence)
-        return Search(data, self.rank, tried, journal).run(kinds, self.mixtures, found.p)
-
-    def _final(
-        self,
-        task: Task,
-        data: Comparisons,
-        geometry: Geometry,
-        chosen: Candidate,
-        tried: list[dict[str, Any]],
-        start: Tensor | None,
-        journal: Journal,
-    ) -> MixedFit:
-        K = min(self.rank, data.num_features) if start is None else start.shape[1] - 1
-        facts = {
-            "chosen": vars(chosen) | {"rank": K if chosen.components else 0}, "tried": tried,
-            "scale": geometry.scale, "note": _note(chosen, K, bool(tried)),
-            "parameters": data.num_features,
-        }
-        log.info("mixed logit: %s", facts["note"])
-        if chosen.components == 0:
-            shared = fit_shared(data, geometry, chosen.l_mu, processes=task.processes, kept=journal)
-            facts["losses"] = [value / geometry.count for value in shared.values]
-            none = shared.x.new_zeros(task.train.num_users, 0)
-            return MixedFit(geometry.raw(shared.x), None, none, facts)
-        if start is None:
-            mu = fit_shared(data, geometry, chosen.l_mu, processes=task.processes, kept=journal).x
-            start = torch.cat([mu, first_tastes(data, geometry, mu, K, task.processes)[0]], 1)
-        else:
-            start = geometry.stretched(start)
-        strengths = chosen.l_mu, chosen.l_B
-        fit = fit_population(
-            data, geometry, strengths, start, processes=task.processes, kept=journal
-        )
-        directions, turn, spectrum = principal(geometry.raw(fit.theta))
-        prior = Prior.standard(K, fit.theta)
-        if chosen.components > 1:
-            prior = fit_mixture(fit.posterior, chosen.components, task.processes) or prior
-            prior = turned(prior, turn)
-        facts |= {
-            "losses": [value / geometry.count for value in fit.values],
-            "parameters": directions.numel() + task.train.num_users * K,
-            "spectrum": spectrum.tolist(), "passes": fit.evaluations,
-            "decrement": float(fit.posterior.decrement.max()),
-        }
-        log.info("mixed logit: bounds are within %.0e nats of their maxima", facts["decrement"])
-        fitted = MixedFit(directions, prior, fit.theta.new_zeros(0, 0), facts)
-        fitted.users = everyones(fitted.adapt(fitted.view(data), data), task.processes)
-        return fitted
+            log.warning("no user has two dialogues: the strengths are not chosen, as nothing can "
+                        "be held out")  # fmt: skip
+            return Candidate(None, 1.0, 1.0), 1.0
+        return Search(data, self.directions, tried).run()
 
 
-def principal(directions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same distribution of rewards with orthogonal tastes, the widest first.
+def leading(geometry: Geometry) -> Tensor:
+    """The leading directions, stretched as the features are, among raw features [F, D]."""
+    return geometry.directions * geometry.stretch()[:-1]
+
+
+def estimate(
+    view: Tensor,
+    users: Users,
+    strengths: Candidate,
+    start: Prior | None = None,
+    push: Tensor | None = None,
+    rounds: int = ROUNDS,
+    processes: int = 1,
+) -> tuple[Prior, list[float], Tensor | None]:
+    """The users' distribution of tastes N(0, S), by EM with Laplace's posteriors.
+
+    S maximises the probability of the users' choices times an inverse Wishart prior:
+    S = (sum_u E[d_u d_u^T] + pi tau2 I) / (U + pi), every expectation given the last S.
 
     Args:
-        directions: mu and B [F, 1 + K].
+        view: shared reward difference and features along the directions [N, 1 + D].
+        users: whose they are; this process's.
+        strengths: tau2 and pi.
+        start: where S begins; tau2 I if None.
+        push: where users' posteriors begin, see ``Posterior``.
+        rounds: of EM.
+        processes: over which users are spread.
 
     Returns:
-        mu and the new B [F, 1 + K], the rotation [K, K] from old tastes to new, and the squared
-        norms of the columns.
+        The prior; each round's log probability of all choices, by Laplace's method; and where the
+        users' posteriors may begin.
     """
-    left, sizes, right = torch.linalg.svd(directions[:, 1:], full_matrices=False)
-    place = left.abs().argmax(0)
-    signs = left[place, torch.arange(len(place), device=place.device)].sign()
-    B = left * (sizes * signs)
-    return torch.cat([directions[:, :1], B], 1), signs[:, None] * right, sizes.square()
+    D = view.shape[1] - 1
+    isotropic = strengths.tau2 * torch.eye(D, dtype=torch.float64, device=view.device)
+    prior, evidence = Prior(isotropic.new_zeros(D), isotropic), []
+    if math.isinf(strengths.pi):
+        return prior, evidence, push
+    prior = prior if start is None else start
+    count = total(torch.tensor(float(users.num_users), dtype=torch.float64), processes)
+    for _ in range(rounds):
+        found = posteriors(view, users, prior, WHILE_FITTING, push)
+        push = found.push
+        moments = total(mean_moment(view, users, prior, found), processes)
+        likely = log_evidence(view, users, prior, found).sum()
+        evidence.append(float(total(likely, processes)))
+        S = (moments + strengths.pi * isotropic) / (count.to(moments) + strengths.pi)
+        prior = Prior(prior.mean, (S + S.T) / 2)
+    return prior, evidence, push
 
 
-def turned(prior: Prior, turn: Tensor) -> Prior:
-    """The prior of rotated tastes ``turn z``."""
-    return Prior(prior.weight, prior.mean @ turn.T, turn @ prior.cov @ turn.T)
+# --------------------------------------------------------------------------- The choice
 
 
-def _note(chosen: Candidate, rank: int, free: bool) -> str:
-    kind = "partly whitened" if chosen.white else "plain"
+@dataclass
+class Known:
+    """What one split's fits share: its features' geometry, and all that was found on the way.
+
+    Attributes:
+        split: the split.
+        geometry: of the features that are fitted, plain.
+        projected: the features along the directions, by set of comparisons.
+        shared: the shared reward among raw features [F], by floor and l_mu.
+        personal: the prior and the posteriors' ``push``, by strengths.
+    """
+
+    split: Split
+    geometry: Geometry
+    projected: dict[int, Tensor] = field(default_factory=dict)
+    shared: dict[tuple[float | None, float], Tensor] = field(default_factory=dict)
+    personal: dict[Candidate, tuple[Prior, Tensor]] = field(default_factory=dict)
+
+    def fit(self, candidate: Candidate, scale: float) -> MixedFit:
+        """The candidate fitted to the split's comparisons, roughly."""
+        geometry = replace(self.geometry, floor=candidate.floor)
+        factors = geometry.stretch()[:-1]
+        mu = self._shared(geometry, candidate)
+        fit = MixedFit(mu, leading(geometry), None, {}, scale, self._projections(factors))
+        data = self.split.fit
+        if not candidate.tau2:
+            fit.users = mu.new_zeros(data.num_users, 0)
+            return fit
+        view, processes = fit.view(data), self.split.processes
+        start, push = self._near(candidate)
+        rounds = ROUNDS if start is None else FEW_ROUNDS
+        fit.prior, _, push = estimate(view, data, candidate, start, push, rounds, processes)
+        found = posteriors(view, data, fit.prior, WHILE_FITTING, push)
+        self.personal[candidate] = fit.prior, found.push
+        fit.users, fit.tolerance = found.mode, WHILE_FITTING
+        fit.population_start()
+        return fit
+
+    def _shared(self, geometry: Geometry, candidate: Candidate) -> Tensor:
+        key = candidate.floor, candidate.l_mu
+        if key not in self.shared:
+            near = min(self.shared, default=None,
+                       key=lambda k: (k[0] != key[0], abs(math.log(k[1] / key[1]))))  # fmt: skip
+            start = None if near is None else geometry.stretched(self.shared[near][:, None])
+            data, processes = self.split.fit, self.split.processes
+            found = fit_shared(data, geometry, candidate.l_mu, start, processes, ROUGH)
+            self.shared[key] = geometry.raw(found.x)[:, 0]
+        return self.shared[key]
+
+    def _near(self, candidate: Candidate) -> tuple[Prior | None, Tensor | None]:
+        """S and posteriors of the fit with the nearest strengths; S of one by EM for EM alone."""
+
+        def apart(other: Candidate) -> float:
+            pi = min(candidate.pi, 1e3) / min(other.pi, 1e3)
+            far = abs(math.log(other.tau2 / candidate.tau2)) + abs(math.log(pi))
+            return far + 10 * (other.floor != candidate.floor)
+
+        near = min(self.personal, key=apart, default=None)
+        if near is None:
+            return None, None
+        prior, push = self.personal[near]
+        alike = near.floor == candidate.floor and max(near.pi, candidate.pi) < math.inf
+        return (prior if alike else None), push
+
+    def _projections(self, factors: Tensor) -> Callable[[Comparisons], Tensor]:
+        """Reads features along the stretched directions from memory, the first time from data."""
+
+        def read(data: Comparisons) -> Tensor:
+            if id(data) not in self.projected:
+                Q = self.geometry.directions.to(precision(data))
+                self.projected[id(data)] = data.project(Q)
+            return self.projected[id(data)] * factors.to(self.projected[id(data)])
+
+        return read
+
+
+class Search:
+    """The choice of the strengths: each walks by half decades to where validation is best.
+
+    Ridge BT comes first, then an isotropic S on all floors, then EM. Differences are paired by
+    user; by how much a richer model has to be better is said above.
+
+    Args:
+        data: what the choice is made on.
+        directions: D.
+        tried: gets a record of every candidate and its log losses.
+    """
+
+    def __init__(self, data: Validation, directions: int, tried: list[dict[str, Any]]) -> None:
+        self.data, self.tried = data, tried
+        self.known = [
+            Known(split, measure(split.fit, split.processes, directions)) for split in data.splits
+        ]
+        self.scores: dict[Candidate, Scores] = {}
+
+    def run(self) -> tuple[Candidate, float]:
+        """The chosen strengths, and the scale of the log odds."""
+        geometries = [known.geometry for known in self.known]
+        l_mu, shared, scores = ridge_path(self.data, geometries, self.tried)
+        ridge = best = Candidate(None, l_mu)
+        self.scores[ridge] = scores
+        for known, geometry, mu in zip(self.known, geometries, shared, strict=True):
+            known.shared[None, l_mu] = geometry.raw(mu)[:, 0]
+        isotropic = self._isotropic(l_mu)
+        if self.loss(isotropic) < self.loss(ridge):
+            rich = self._walk(replace(isotropic, pi=FIRST_PI), ("pi", "tau2"))
+            best = rich if self._earns(rich, isotropic, RICHER) else isotropic
+            best = best if self._earns(best, ridge, PERSONAL) else ridge
+        return best, self._scale(best)
+
+    def loss(self, candidate: Candidate) -> float:
+        """Log loss on validation."""
+        return self._score(candidate).loss
+
+    def _score(self, candidate: Candidate) -> Scores:
+        if candidate not in self.scores:
+            self.scores[candidate] = self._fitted(candidate, 1.0)
+            record = {**vars(candidate), **self.scores[candidate].means()}
+            self.tried.append({k: None if v == math.inf else v for k, v in record.items()})
+        return self.scores[candidate]
+
+    def _fitted(self, candidate: Candidate, scale: float) -> Scores:
+        return self.data.score([known.fit(candidate, scale) for known in self.known])
+
+    def _isotropic(self, l_mu: float) -> Candidate:
+        """The best floor, tau2 and l_mu of an isotropic S."""
+        best = self._walk(Candidate(FLOORS[0], l_mu, FIRST_TAU2), ("tau2",))
+        best = self._walk(self._floor(best), ("tau2", "l_mu"))
+        other = self._floor(best)
+        return best if other == best else self._walk(other, ("tau2", "l_mu"))
+
+    def _floor(self, best: Candidate) -> Candidate:
+        return min((replace(best, floor=floor) for floor in FLOORS), key=self.loss)
+
+    def _walk(self, best: Candidate, names: Sequence[str]) -> Candidate:
+        """From a candidate to one whose neighbours in each strength are no better."""
+        moved = True
+        while moved:
+            moved = False
+            for name in names:
+                for factor in (STEP, 1 / STEP):
+                    while (other := _stepped(best, name, factor)) is not None:
+                        if self.loss(other) >= self.loss(best):
+                            break
+                        best, moved = other, True
+            moved = moved and len(names) > 1
+        return best
+
+    def _earns(self, richer: Candidate, simpler: Candidate, errors: float) -> bool:
+        gain, error = self._score(richer).gain(self._score(simpler))
+        return gain > errors * error
+
+    def _scale(self, best: Candidate) -> float:
+        """A factor of all log odds, 1 unless another is better by two standard errors."""
+        plain = self._score(best)
+        scored = {scale: self._fitted(best, scale) for scale in SCALES}
+        scale = min(scored, key=lambda s: scored[s].loss)
+        gain, error = scored[scale].gain(plain)
+        return scale if gain > SCALED * error else 1.0
+
+
+def _stepped(candidate: Candidate, name: str, factor: float) -> Candidate | None:
+    """The candidate with one strength times a factor; None beyond the range."""
+    low, high = RANGES[name]
+    value = float(f"{getattr(candidate, name) * factor:.6g}")
+    return replace(candidate, **{name: value}) if low <= value <= high else None
+
+
+def _note(chosen: Candidate, scale: float, free: bool) -> str:
+    kind = "plain features" if chosen.floor is None else f"features whitened, floor {chosen.floor}"
     how = ", chosen on validation" if free else ""
-    if chosen.components == 0:
-        return f"no tastes (ridge BT), l_mu {chosen.l_mu:.3g}, {kind} features{how}"
-    mixture = f", a mixture of {chosen.components}" if chosen.components > 1 else ""
-    return (
-        f"rank {rank}{mixture}, l_mu {chosen.l_mu:.3g}, l_B {chosen.l_B:.3g}, "
-        f"{kind} features{how}"
-    )
+    scaled = "" if scale == 1 else f", log odds times {scale}"
+    if not chosen.tau2:
+        return f"no personal part (ridge BT), l_mu {chosen.l_mu:.3g}, {kind}{scaled}{how}"
+    prior = "isotropic" if math.isinf(chosen.pi) else f"by EM, pi {chosen.pi:.3g}"
+    return f"S {prior}, tau2 {chosen.tau2:.3g}, l_mu {chosen.l_mu:.3g}, {kind}{scaled}{how}"
+
+
+# ------------------------------------------------------------------------------- The fit
+
+
+class MixedFit(Fitted):
+    """A fitted mixed logit; a user's weights are the deviation d [D], the posterior's mode.
+
+    Args:
+        mu: the shared reward among raw features [F].
+        directions: along which users differ, among raw features [F, D].
+        prior: of the deviations, N(0, S); None where nothing is personal.
+        facts: what ``describe`` says.
+        scale: of all log odds.
+        read: gives comparisons' features along the directions [N, D]; by a product if None.
+    """
+
+    def __init__(
+        self, mu: Tensor, directions: Tensor, prior: Prior | None, facts: dict[str, Any],
+        scale: float = 1.0, read: Callable[[Comparisons], Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        self.label, self.settings, self.file = "Mixed logit", {}, "mixed_logit"
+        self.mu, self.directions, self.prior = mu, directions, prior
+        self.facts, self.scale, self.read = facts, scale, read
+        self.tolerance = TOLERANCE
+        self.users = mu.new_zeros(0, 0 if prior is None else directions.shape[1])
+        self.population_start()
+
+    def population_start(self) -> None:
+        """Set the population average: no deviation."""
+        self.nobody = self.users.new_zeros(self.users.shape[1])
+
+    def view(self, data: Comparisons) -> Tensor:
+        """Shared reward difference, then the features along the directions [N, 1 + D]."""
+        dtype = precision(data)
+        if self.read is not None:
+            shared = data.project(self.mu[:, None].to(dtype))
+            return torch.cat([shared, self.read(data).to(dtype)], 1)
+        return data.project(torch.cat([self.mu[:, None], self.directions], 1).to(dtype))
+
+    def adapt(self, view: View, users: Users, seed: int = 0) -> Tensor:
+        """Deviations [U', D] given the users' comparisons; nothing is random."""
+        assert isinstance(view, Tensor)
+        if self.prior is None:
+            return view.new_zeros(users.num_users, 0)
+        return posteriors(view, users, self.prior, self.tolerance).mode
+
+    def logits(self, view: View, state: Tensor, user: Tensor) -> Tensor:
+        """Log odds [N] that the chosen response is preferred, the deviation plugged in."""
+        assert isinstance(view, Tensor)
+        if not state.shape[1]:
+            return self.scale * view[:, 0]
+        return self.scale * (view[:, 0] + (view[:, 1:] * state.to(view)[user]).sum(1))
+
+    def population(self) -> Prior | None:
+        """The prior of the deviations."""
+        return self.prior
+
+    def questions(self, view: View) -> Tensor:
+        """The view [N, 1 + D] itself."""
+        assert isinstance(view, Tensor)
+        return view.double()
+
+    def reward(self, state: Tensor) -> Tensor:
+        """The direction [F] of a user's reward, in log odds, from the user's deviation [D]."""
+        personal = self.directions @ state.to(self.directions) if len(state) else 0
+        return self.scale * (self.mu + personal)
+
+    def _principal(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Orthogonal directions of reward [F, D] with their standard deviations [D], the widest
+        first, and their weights in a deviation [D, D]."""
+        assert self.prior is not None
+        B = self.directions @ self.prior.factor.to(self.directions)
+        left, sizes, right = torch.linalg.svd(B, full_matrices=False)
+        whole = torch.linalg.solve_triangular(
+            self.prior.factor.to(right).T, right, upper=True, left=False
+        )
+        return left * sizes, sizes, whole.T
+
+    def spectrum(self) -> Tensor:
+        """Variances of the reward along its principal directions [D], falling."""
+        return self._principal()[1].square()
+
+    def tastes(self) -> Tensor | None:
+        """The widest principal directions of users' rewards [F, 8]."""
+        return None if self.prior is None else self._principal()[0][:, :SHOWN]
+
+    def portrait(self) -> Tensor | None:
+        """The seen users' standardised places along these [U, 8]."""
+        if self.prior is None:
+            return None
+        return (self.users.double() @ self._principal()[2].double())[:, :SHOWN]
+
+    def describe(self) -> dict[str, Any]:
+        """The choice and what else was tried, the training curves, and the tastes' variances."""
+        return self.facts
+
+    def save(self, path: Path, new: Tensor, facts: Mapping[str, Any]) -> None:
+        """Keep mu, directions, prior and every user's deviation by name in a safetensors file."""
+        tensors = {"mu": self.mu, "directions": self.directions, "users": self.users}
+        tensors["users_unseen"] = new
+        if self.prior is not None:
+            tensors["covariance"] = self.prior.cov
+        about = {"format": FORMAT, "facts": json.dumps(dict(facts)), "scale": repr(self.scale)}
+        about["fit"] = json.dumps(self.facts)
+        tensors = {key: value.cpu().contiguous() for key, value in tensors.items()}
+        write_whole(path, lambda draft: save_file(tensors, draft, about))
+
+
+# ------------------------------------------------------------------------------ Its file
+
+
+class Saved:
+    """A mixed logit read from its file.
+
+    Attributes:
+        fit: as it was fitted.
+        new: deviations of the new users [U', D].
+        facts: dataset, model, seed and more.
+        settings: of the fit, and the facts but for users' names.
+    """
+
+    method = "a mixed logit"
+    use = "A user's reward is `rewards[0] + rewards[1:] @ d` with the user's deviation d."
+
+    def __init__(self, fit: MixedFit, new: Tensor, facts: dict[str, Any]) -> None:
+        self.fit, self.new, self.facts = fit, new, facts
+        names = [*facts.get("users", ()), *facts.get("users_unseen", ())]
+        parts = [fit.users] * ("users" in facts) + [new] * ("users_unseen" in facts)
+        states = torch.cat([*parts, fit.users[:0]])
+        self.states = dict(zip(names, states, strict=True))
+        about = {key: facts[key] for key in facts if key not in ("users", "users_unseen")}
+        self.settings = {"estimator": "mixed logit", **fit.facts.get("chosen", {}), **about}
+
+    @property
+    def names(self) -> list[str]:
+        """The users whose rewards can be asked for, seen ones first."""
+        return list(self.states)
+
+    def columns(self) -> dict[str, Tensor]:
+        """mu and the directions [F], by name, on the scale of a basis file."""
+        all_of_them = torch.cat([self.fit.mu[:, None], self.fit.directions], 1)
+        first, *rest = (TEMPERATURE * self.fit.scale * all_of_them).float().T
+        return {"shared reward": first} | {f"taste {k}": x for k, x in enumerate(rest, start=1)}
+
+    def direction(self, user: str | None = None, flag: str = "user") -> Tensor:
+        """Direction [F] of a user's reward, or of the population's, as in a basis file."""
+        return (TEMPERATURE * self.user_reward(user, flag)).float()
+
+    def user_reward(self, name: str | None = None, flag: str = "user") -> Tensor:
+        """Direction [F] of a user's reward, in log odds; of the population average if None.
+
+        Raises:
+            InputError: the file knows no such user.
+        """
+        known = self.fit.nobody if name is None else look_up(self.states, name, flag)
+        return self.fit.reward(known)
+
+
+def load(path: Path) -> Saved:
+    """Read what ``MixedFit.save`` wrote.
+
+    Raises:
+        InputError: no such file, or a damaged one, or of another kind.
+    """
+    remedy = "it is no mixed logit's file"
+    text, found = read_tensors(Path(path), remedy)
+    require(text.get("format") == FORMAT, f"{path}: not a mixed logit's file")
+    require_finite(path, found, remedy)
+
+    def tensor(name: str, *shape: int | None) -> Tensor:
+        kind = torch.float32 if name not in found else found[name].dtype
+        return expect(path, found, remedy, name, kind, *shape)
+
+    mu, prior, size = tensor("mu", None), None, 0
+    directions = tensor("directions", len(mu), None)
+    if "covariance" in found:
+        size = directions.shape[1]
+        prior = Prior(mu.new_zeros(size).double(), _covariance(path, tensor, size))
+    users, new = (tensor(name, None, size) for name in ("users", "users_unseen"))
+    fit, facts = (_read_note(path, text, name) for name in ("fit", "facts"))
+    for name, states in (("users", users), ("users_unseen", new)):
+        fits = name not in facts or _are_names(facts[name], len(states))
+        require(fits, f"{path}: its {name} are not as expected; {remedy}")
+    try:
+        scale = float(text.get("scale", ""))
+    except ValueError:
+        scale = math.nan
+    require(0 < scale < math.inf, f"{path}: its scale is not a positive number; {remedy}")
+    mixed = MixedFit(mu, directions, prior, fit, scale)
+    mixed.users = users
+    mixed.population_start()
+    return Saved(mixed, new, facts)
+
+
+def _covariance(path: Path, tensor: Callable[..., Tensor], size: int) -> Tensor:
+    S = tensor("covariance", size, size).double()
+    fine = torch.allclose(S, S.T, rtol=1e-6) and float(torch.linalg.eigvalsh(S).min()) > 0
+    require(fine, f"{path}: its covariance is not symmetric and positive definite")
+    return S
+
+
+def _read_note(path: Path, text: Mapping[str, str], name: str) -> dict[str, Any]:
+    try:
+        note = json.loads(text.get(name, ""))
+    except (ValueError, RecursionError):
+        note = None
+    require(isinstance(note, dict), f"{path}: its {name} are not readable; remove the file")
+    return note
+
+
+def _are_names(names: Any, count: int) -> bool:
+    is_list = isinstance(names, list) and len(names) == count
+    return is_list and all(isinstance(name, str) for name in names)

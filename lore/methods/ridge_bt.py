@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from lore.common.settings import PositiveFloat
 from lore.learning.comparisons import Comparisons, DenseFeatures
 from lore.learning.method import Fitted, Task, View
 from lore.methods.fitting.geometry import Geometry, measure, total
-from lore.methods.fitting.journal import Journal, Kept, anew
 from lore.methods.fitting.lbfgs import Minimum, minimise
 from lore.methods.fitting.validation import Scores, Validation
 
@@ -64,7 +63,6 @@ def fit_shared(
     processes: int = 1,
     tolerance: float = FINE,
     iterations: int = 200,
-    kept: Kept = anew,
 ) -> Minimum:
     """The shared reward [F, 1] (among stretched features) with the greatest posterior density.
 
@@ -77,7 +75,6 @@ def fit_shared(
         start: where to begin; zero if None.
         processes: over which users are spread.
         tolerance, iterations: of the minimisation.
-        kept: keeps the minimum, see journal.py.
     """
     dtype = precision(data)
 
@@ -94,9 +91,7 @@ def fit_shared(
         start = geometry.directions.new_zeros(data.num_features, 1)
     strengths = geometry.values.new_tensor([strength])
     inverse = inverse_curvature(geometry, strengths)
-    what = f"shared reward, white {geometry.white}, l_mu {strength:.9g}, tolerance {tolerance}"
-    found = kept(what, lambda: minimise(loss, start, inverse, tolerance, iterations))
-    return replace(found, x=found.x.to(start))
+    return minimise(loss, start, inverse, tolerance, iterations)
 
 
 class SharedFit(Fitted):
@@ -136,7 +131,6 @@ def ridge_path(
     data: Validation,
     geometries: Sequence[Geometry],
     tried: list[dict[str, Any]],
-    kept: Kept = anew,
 ) -> tuple[float, list[Tensor], Scores]:
     """The best of the ridges on validation, in five tries.
 
@@ -147,7 +141,6 @@ def ridge_path(
         data: what the choice is made on.
         geometries: of each split's features.
         tried: gets a record of every strength and its log losses.
-        kept: keeps minima, see journal.py.
 
     Returns:
         The strength, each split's shared reward among stretched features [F, 1], and the scores.
@@ -158,7 +151,7 @@ def ridge_path(
         if place not in found:
             near = min(found, key=lambda other: abs(other - place), default=None)
             starts = [None] * len(data.splits) if near is None else found[near][0]
-            found[place] = _try_ridge(data, geometries, STRENGTHS[place], starts, tried, kept)
+            found[place] = _try_ridge(data, geometries, STRENGTHS[place], starts, tried)
         return found[place][1].loss
 
     best = lowest(loss)
@@ -184,10 +177,9 @@ def _try_ridge(
     strength: float,
     starts: Sequence[Tensor | None],
     tried: list[dict[str, Any]],
-    kept: Kept,
 ) -> tuple[list[Tensor], Scores]:
     found = [
-        fit_shared(split.fit, geometry, strength, mu, split.processes, ROUGH, kept=kept).x
+        fit_shared(split.fit, geometry, strength, mu, split.processes, ROUGH).x
         for split, geometry, mu in zip(data.splits, geometries, starts, strict=True)
     ]
     fits = [
@@ -195,7 +187,7 @@ def _try_ridge(
         for split, geometry, mu in zip(data.splits, geometries, found, strict=True)
     ]
     scores = data.score(fits)
-    record = {"whitened": geometries[0].white, "l_mu": strength, "rank": 0}
+    record = {"floor": geometries[0].floor, "l_mu": strength, "tau2": 0.0}
     tried.append(record | scores.means())
     return found, scores
 
@@ -215,12 +207,12 @@ class RidgeBT:
     def fit(self, task: Task) -> list[Fitted]:
         """Choose the strength, then fit all training comparisons."""
         tried: list[dict[str, Any]] = []
-        strength, journal = self.strength, Journal(task, self)
+        strength = self.strength
         if strength is None:
-            strength = self._choose(task, tried, journal)
+            strength = self._choose(task, tried)
         data = task.mine
         geometry = measure(data, task.processes)
-        found = fit_shared(data, geometry, strength, processes=task.processes, kept=journal)
+        found = fit_shared(data, geometry, strength, processes=task.processes)
         facts = {
             "chosen": {"l_mu": strength}, "tried": tried, "scale": geometry.scale,
             "losses": [value / geometry.count for value in found.values],
@@ -230,10 +222,10 @@ class RidgeBT:
         log.info("ridge BT: %s", facts["note"])
         return [SharedFit(geometry.raw(found.x)[:, 0], task.train.num_users, facts)]
 
-    def _choose(self, task: Task, tried: list[dict[str, Any]], journal: Journal) -> float:
+    def _choose(self, task: Task, tried: list[dict[str, Any]]) -> float:
         data = Validation(task)
         if not data.possible:
             log.warning("no user has two dialogues: a ridge of 1, as nothing can be held out")
             return 1.0
         geometries = [measure(split.fit, task.processes) for split in data.splits]
-        return ridge_path(data, geometries, tried, journal)[0]
+        return ridge_path(data, geometries, tried)[0]

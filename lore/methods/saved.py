@@ -7,10 +7,10 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from lore.learning.basis import Basis, load_basis
-from lore.methods import mixed_fit
+from lore.methods import mixed_logit
 
 
-def load_learned(path: str | Path) -> Basis | mixed_fit.Saved:
+def load_learned(path: str | Path) -> Basis | mixed_logit.Saved:
     """Read a basis file or a mixed logit's.
 
     Raises:
@@ -18,7 +18,7 @@ def load_learned(path: str | Path) -> Basis | mixed_fit.Saved:
     """
     try:
         with safe_open(path, "pt") as file:
-            mixed = (file.metadata() or {}).get("format") == mixed_fit.FORMAT
+            mixed = (file.metadata() or {}).get("format") == mixed_logit.FORMAT
     except (OSError, SafetensorError):
         mixed = False  # the reader of basis files says what is wrong
-    return mixed_fit.load(Path(path)) if mixed else load_basis(path)
+    return mixed_logit.load(Path(path)) if mixed else load_basis(path)

@@ -16,7 +16,6 @@ from lore.learning.comparisons import Comparisons
 DIRECTIONS = 64
 ROUNDS = 4  # of the subspace iteration; the spectra of language models fall fast
 PROBES = 16
-FLOOR = 0.01  # of the greatest eigenvalue: directions well below it are stretched alike
 
 
 def total(x: Tensor, processes: int) -> Tensor:
@@ -57,8 +56,8 @@ class Geometry:
         directions: eigenvectors [F, D].
         rest: mean of the other eigenvalues.
         count: comparisons N, of all processes.
-        white: whether features are stretched by 1 / sqrt(e + FLOOR e_max) along the direction with
-            eigenvalue e, and scaled back to a root mean square norm of 1.
+        floor: features are stretched by 1 / sqrt(e + floor e_max) along the direction with
+            eigenvalue e, and scaled back to a root mean square norm of 1; not if None.
     """
 
     scale: float
@@ -66,7 +65,7 @@ class Geometry:
     directions: Tensor
     rest: float
     count: int
-    white: bool = False
+    floor: float | None = None
 
     def _spectrum(self) -> Tensor:
         """Eigenvalues [D + 1], the last one of the rest."""
@@ -75,9 +74,9 @@ class Geometry:
     def stretch(self) -> Tensor:
         """Factors along the leading directions and of the rest [D + 1], scale included."""
         e = self._spectrum()
-        if not self.white:
+        if self.floor is None:
             return torch.full_like(e, 1 / self.scale)
-        factor = (e + FLOOR * e[0]).rsqrt()
+        factor = (e + self.floor * e[0]).rsqrt()
         many = torch.ones_like(e)
         many[-1] = len(self.directions) - len(self.values)
         return factor / ((many * e * factor.square()).sum().sqrt() * self.scale)
@@ -89,13 +88,13 @@ class Geometry:
 
     def raw(self, V: Tensor) -> Tensor:
         """Directions V [F, C] among scaled and stretched features, as ones among raw features."""
-        if not self.white:
+        if self.floor is None:
             return V / self.scale
         return self.apply(self.stretch(), V)
 
     def stretched(self, V: Tensor) -> Tensor:
         """Directions V [F, C] among raw features, as ones among scaled and stretched features."""
-        if not self.white:
+        if self.floor is None:
             return V * self.scale
         return self.apply(1 / self.stretch(), V)
 

@@ -77,7 +77,7 @@ def score_test(
         geometry: of the features, if it is known.
         processes: over which users are spread; all get the same answer.
     """
-    geometry = replace(geometry or measure(data, processes, DIRECTIONS), white=False)
+    geometry = replace(geometry or measure(data, processes, DIRECTIONS), floor=None)
     mu = fit_shared(data, geometry, strength, processes=processes, tolerance=ROUGH).x
     Q = geometry.directions[:, :DIRECTIONS]
     Z = data.project(geometry.raw(torch.cat([mu, Q], 1)).to(precision(data))).double()

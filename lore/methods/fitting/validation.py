@@ -19,10 +19,11 @@ from lore.learning.method import Fitted, Task
 from lore.methods.fitting.geometry import place, total
 
 HELD = 0.2  # of a seen user's dialogues
-NEW = 0.15  # of the seen users
+NEW = 0.2  # of the seen users
 GROUPS = 100  # of comparisons that share no response; a fifth of fewer says too little
 OFTEN = 2  # users of a prompt, in the mean, from which on prompts count as shared
 ENOUGH = 2000  # comparisons: with fewer, several splits are made
+ENOUGH_NEW = 20  # pseudo-new users, over all splits
 MOST_SPLITS = 4
 
 
@@ -342,7 +343,10 @@ class Validation:
 
     def __init__(self, task: Task) -> None:
         shots = shots_of(task.few, task.shots)
-        count = min(MOST_SPLITS, max(1, round(ENOUGH / len(task.train))))
+        count = round(ENOUGH / len(task.train))
+        if shots:
+            count = max(count, round(ENOUGH_NEW / (NEW * task.train.num_users)))
+        count = min(MOST_SPLITS, max(1, count))
         if task.validation is not None and task.few is None:
             count = 1  # others would be the same
         self.splits = [Split(task, task.seed + 10007 * i, shots) for i in range(count)]
