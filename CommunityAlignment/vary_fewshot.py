@@ -32,7 +32,7 @@ def main(
         data: folder that prepare.py wrote.
         shots: numbers of dialogues of an unseen annotator; 0 is none.
         trials: random draws of the dialogues, for each number.
-        ask: how shots are chosen: random, pref, d_optimal, information, ranking; random is always
+        ask: how shots are chosen: random, d_optimal, information; random is always
             there.
         lore: settings of LoRe; Bradley-Terry is fitted with the same.
     """

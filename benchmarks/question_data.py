@@ -14,6 +14,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
 from comparison_data import redrawn
 from lore.experiments import splits
 from lore.experiments.splits import Tasks
@@ -21,8 +22,7 @@ from lore.learning.comparisons import Comparisons, DenseFeatures
 from lore.learning.method import Fitted, Method, Task
 from lore.methods.fitting.posterior import Prior
 from lore.methods.lore import Lore
-from lore.methods.mixed_fit import MixedFit
-from lore.methods.mixed_logit import MixedLogit
+from lore.methods.mixed_logit import MixedFit, MixedLogit
 from lore.methods.pref import PReF
 
 CPU = torch.device("cpu")
@@ -88,9 +88,8 @@ class Planted(NamedTuple):
             sets += [_choices(rewards, size, names, g) for size in sizes]
         train, seen, few, unseen = sets
         task = Task(train=train, few=few, seen=seen, unseen=unseen, seed=seed)
-        directions = basis @ torch.cat([mu[:, None], self.spread * torch.eye(self.rank)], 1)
-        prior = Prior.standard(self.rank, directions)
-        truth = MixedFit(directions, prior, directions.new_zeros(0, 0), {})
+        prior = Prior(torch.zeros(self.rank).double(), torch.eye(self.rank).double())
+        truth = MixedFit(basis @ mu, self.spread * basis, prior, {})
         truth.label = "the truth"
         return task, truth
 
@@ -136,14 +135,13 @@ WORLDS = (
           (0, 5, 10, 13, 20, 32, 50), _workers, CHOSEN),
     World("prism", "PRISM, a slice of it; a question is a dialogue", "prism", tuple(range(10)),
           (0, 1, 2), partial(_prepared, redrawn),
-          {"Mixed logit": MixedLogit(), "Mixed logit, given": MixedLogit(**STRENGTHS),
-           "PReF": PReF()}),
+          {"Mixed logit, given": MixedLogit(**STRENGTHS), "PReF": PReF()}),
     World("demo", "The demo's users, Dirichlet alpha .001, without noise", "demo", (0, 1, 2),
           TO_20, partial(_prepared, _demo), {**CHOSEN, "LoRe": Lore(ranks=(5,))}),
     World("planted-5", "Planted: Gaussian tastes of rank 5, standard deviation 1.5", "", (0, 1, 2),
-          TO_20, Planted(5, 1.5).draw, {"Mixed logit": MixedLogit(rank=5)}),
+          TO_20, Planted(5, 1.5).draw, {"Mixed logit": MixedLogit()}),
     World("planted-10", "Planted: Gaussian tastes of rank 10, standard deviation 1", "", (0, 1, 2),
-          TO_20, Planted(10, 1.0).draw, {"Mixed logit": MixedLogit(rank=10)}),
+          TO_20, Planted(10, 1.0).draw, {"Mixed logit": MixedLogit()}),
 )  # fmt: skip
 POOL_WORLD = Planted(5, 1.5)  # in which the size of the pool varies
 POOLS = (25, 50, 100, 200, 400, 800)  # of a user in a planted world of rank 5

@@ -44,7 +44,7 @@ from question_data import POOL_WORLD, POOLS, WORLDS, World, able
 log = logging.getLogger(__name__)
 
 NAMES = tuple(world.name for world in WORLDS)
-COLOURS = dict(zip(CRITERIA, ("0.5", "#ff7f0e", "#2ca02c", "#1f77b4", "#9467bd"), strict=True))
+COLOURS = dict(zip(CRITERIA, ("0.5", "#2ca02c", "#1f77b4"), strict=True))
 TRIALS = 3  # draws at random
 TEN, MOST = 10, (20, 50)  # chosen questions; random ones whose level is to be reached
 RESAMPLES = 1000
@@ -142,7 +142,7 @@ def judged(
     if criterion == "random":
         shots = draw_shots(few, sizes, TRIALS, g)
     else:
-        shots = choose_shots(fit, few, sizes, criterion, 1, g)
+        shots = choose_shots(fit, few, sizes, criterion, g)
     return measured(fit, few, unseen, shots)
 
 
@@ -333,7 +333,9 @@ def speed(rank: int, rounds: int) -> list[dict[str, Any]]:
     rows = []
     for count in COUNTS:
         pool = Pool(torch.randn(count, 1 + rank, generator=torch.Generator().manual_seed(0)))
-        belief = Belief.start(Prior.standard(rank, torch.zeros(1).double()))
+        belief = Belief.after(
+            Prior(torch.zeros(rank).double(), torch.eye(rank).double()), pool.rows.new_zeros(0, 1 + rank)
+        )
         for i in range(5):
             belief = belief.update(pool.rows[0, :, i])
         for rule in CRITERIA:

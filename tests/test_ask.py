@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from lore.methods.mixed_fit import MixedFit
 
 import models
 import running
@@ -21,7 +22,6 @@ from lore.elicitation.terminal import printable
 from lore.embeddings import store as embeddings
 from lore.learning.basis import Basis, save_basis
 from lore.methods.fitting.posterior import Prior
-from lore.methods.mixed_fit import MixedFit
 from tools import rank_responses
 
 PAIRS, PROMPTS, DRAFTS = 24, 4, 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lore.methods.mixed_fit import MixedFit
 from torch import Tensor
 
 import people
@@ -19,7 +20,6 @@ from lore.learning.comparisons import Comparisons, Shots, draw_shots
 from lore.learning.method import Task
 from lore.methods.fitting.posterior import Prior
 from lore.methods.lore import Lore
-from lore.methods.mixed_fit import MixedFit
 from lore.methods.pref import PReF
 from lore.methods.rbd import RBD
 

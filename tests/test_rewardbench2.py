@@ -16,6 +16,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lore.methods.mixed_fit import MixedFit
 from safetensors.torch import save_file
 
 import models
@@ -24,7 +25,6 @@ from lore.common.files import InputError
 from lore.embeddings.store import embed, open_store
 from lore.learning.basis import Basis, save_basis
 from lore.methods.fitting.posterior import Prior
-from lore.methods.mixed_fit import MixedFit
 from lore.methods.saved import load_learned
 from PRISM import eval_rb2
 from PRISM import rewardbench2 as rb2

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from lore.methods.mixed_fit import MixedFit
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import models
@@ -22,7 +23,6 @@ from lore.elicitation import ranking
 from lore.embeddings import store as embeddings
 from lore.learning.basis import Basis, load_basis, save_basis
 from lore.methods.fitting.posterior import Prior
-from lore.methods.mixed_fit import MixedFit
 from lore.methods.saved import load_learned
 from lore.preparing.own_rows import Columns
 from tools import export, rank_responses

@@ -65,8 +65,7 @@ def main(
         user: whose answers they are; by default the user of the answers file, else "me".
         columns: what the columns of pool and candidates are called, such as --prompt question.
         criterion: which question comes next: the one whose answer says most about the person
-            ("information", or "d_optimal", its simpler relative), or about the order of the
-            candidates ("ranking"); "pref" is PReF's published rule; "random" any.
+            ("information", or "d_optimal", its simpler relative); "random" any.
         tolerance: stop when 20 more questions would raise the expected accuracy by less than
             this many points; 0 goes on to the end of the pool.
         most: stop after this many answers; 0 for no such limit.

@@ -36,8 +36,8 @@ from lore.elicitation.ranking import (
 from lore.embeddings.reward_model import Conversation, model_of_basis
 from lore.learning.basis import Basis
 from lore.learning.comparisons import Users
-from lore.methods.fitting.posterior import moments
-from lore.methods.mixed_fit import Saved
+from lore.methods.fitting.posterior import covariances, posteriors
+from lore.methods.mixed_logit import Saved
 from lore.methods.saved import load_learned
 from lore.preparing.own_rows import USUAL, Columns
 from utils import TEMPERATURE
@@ -63,8 +63,8 @@ def main(
 
     Rewards are printed as logits: the probability that one response is preferred to another is
     sigmoid(reward - other reward). A mixed logit also knows how sure it is: its rewards have
-    standard deviations, and its probabilities are nearer to a half for them. What is known of the
-    user is judged by leaving out each row of choices in turn and predicting it from the others.
+    standard deviations. What is known of the user is judged by leaving out each row of choices in
+    turn and predicting it from the others.
 
     Args:
         basis: basis file of a run, or mixed_logit file.
@@ -91,7 +91,10 @@ def main(
     drafts = read_drafts(candidates, columns)
     named = (model, tokenizer, revision, trust_remote_code)
     source = model_of_basis(learned.settings, basis, *named, any_model)
-    directions = torch.stack(list(learned.columns().values()), 1)
+    if isinstance(learned, Basis):
+        directions = torch.stack(list(learned.columns().values()), 1)
+    else:
+        directions = (TEMPERATURE * learned.fit.all_directions()).float()
     rewards = directed_rewards(directions, source, [*chosen, *rejected, *drafts], **embedding)
     liked, disliked, offered = rewards.split([len(chosen), len(rejected), len(drafts)])
     Z = liked - disliked
@@ -141,8 +144,7 @@ def with_weights(
 
 
 def with_tastes(saved: Saved, Z: Tensor, row: Tensor | None = None) -> Person:
-    """A user with tastes of a mixed logit: their posterior, given differences Z [n, 1 + K], of
-    some rows [n]."""
+    """A user of a mixed logit, by their choices' differences Z [n, 1 + D], of some rows [n]."""
     n, fit = len(Z), saved.fit
     row = torch.arange(n) if row is None else row
     apart = all_but_one(n, row)
@@ -151,26 +153,23 @@ def with_tastes(saved: Saved, Z: Tensor, row: Tensor | None = None) -> Person:
     view = Z.double() / TEMPERATURE
     states = fit.adapt(view[rows], users)  # all at once: the user, and who lacks a row
 
-    def odds(Z: Tensor) -> Tensor:
-        view = Z.double() / TEMPERATURE
-        return fit.logits(view, states[:1], torch.zeros(len(view), dtype=torch.long)).double()
-
-    predicted = slice(n if len(apart) else 0)
-    left_out = fit.logits(view[predicted], states[1:], row[predicted]).double()
-    if fit.prior is None:  # ridge BT: nothing personal
-        return Person({}, left_out, odds, odds)
-    mean, cov = (x[0] for x in moments(states[:1], fit.components))
-
     def rewards(Z: Tensor) -> Tensor:
         view = Z.double() / TEMPERATURE
-        return view[:, 0] + view[:, 1:] @ mean
+        return fit.logits(view, states[:1], torch.zeros(len(view), dtype=torch.long))
+
+    predicted = slice(n if len(apart) else 0)
+    left_out = fit.logits(view[predicted], states[1:], row[predicted])
+    if fit.prior is None:  # ridge BT: nothing personal
+        return Person({}, left_out, rewards, rewards)
+    one = Users([n])
+    cov = covariances(view, one, fit.prior, posteriors(view, one, fit.prior))[0]
 
     def deviations(Z: Tensor) -> Tensor:
-        z = Z[:, 1:].double() / TEMPERATURE
+        z = fit.scale * Z[:, 1:].double() / TEMPERATURE
         return ((z @ cov) * z).sum(1).clamp(min=0).sqrt()
 
-    known = {"tastes": mean.tolist(), "standard deviations": cov.diagonal().sqrt().tolist()}
-    return Person(known, left_out, rewards, odds, deviations)
+    known = {"deviation": states[0].tolist(), "standard deviations": cov.diagonal().sqrt().tolist()}
+    return Person(known, left_out, rewards, rewards, deviations)
 
 
 def ranked(drafts: list[Conversation], Z: Tensor, person: Person) -> pd.DataFrame:

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
 from lore.common.files import digest, write_text
 from lore.elicitation.answers import Answers, Side
-from lore.elicitation.criteria import MOST_TARGETS, Belief, Criterion, Pool, next_question
+from lore.elicitation.criteria import Criterion, Pool, next_question
 from lore.elicitation.outlook import look_ahead, same_prompt_pairs, thinned
 from lore.elicitation.pool import Pair
 from lore.elicitation.ranking import directed_rewards, rank
@@ -131,7 +130,7 @@ class Session:
         taste: how people differ.
         material: what may be asked, and what is to be put in order.
         answers: those that were given before; new ones are kept there at once.
-        criterion: by which the next question is chosen, see ``asking.score``.
+        criterion: by which the next question is chosen, see ``criteria.score``.
         tolerance: stop once as many questions as are looked ahead to would raise the expected
             accuracy by less.
         most: stop after as many answers; 0 for no such limit.
@@ -139,7 +138,7 @@ class Session:
             questions is asked, and LoRe's initial weights.
 
     Attributes:
-        state: what is known of the person [S].
+        belief: what is known of the person.
         outlook: how sure that is, and how sure it may become.
         insist: ask on where the outlook says stop.
     """
@@ -153,8 +152,9 @@ class Session:
         self.criterion, self.tolerance, self.most, self.seed = criterion, tolerance, most, seed
         self.pool, self.insist = Pool(material.pool), False
         self.targets = material.targets(torch.Generator().manual_seed(seed))
-        nothing = taste.moments(taste.state(material.pool[:0]))
-        self.before = look_ahead(nothing, self.targets, material.pool[:0], tolerance).now
+        nothing = taste.belief(material.pool[:0])
+        moments = nothing.mean, nothing.covariance
+        self.before = look_ahead(moments, self.targets, material.pool[:0], tolerance).now
         self._learn()
 
     def _learn(self) -> None:
@@ -164,8 +164,9 @@ class Session:
         self.settled = [i for i, key in enumerate(keys) if key in settled]
         self.left = torch.tensor([i for i, key in enumerate(keys) if key not in settled]).long()
         self.Z = self.material.differences(self.answers.pairs)
-        self.state = self.taste.state(self.Z)
-        pool, moments = self.material.pool[self.left], self.taste.moments(self.state)
+        self.belief = self.taste.belief(self.Z)
+        moments = self.belief.mean, self.belief.covariance
+        pool = self.material.pool[self.left]
         self.outlook = look_ahead(moments, self.targets, pool, self.tolerance)
         self._next: Question | None = None
 
@@ -199,10 +200,8 @@ class Session:
 
     def _choose(self) -> int:
         """The number of the next pair; the same one again after a restart."""
-        belief = Belief(self.taste.prior, self.Z, self.state)
-        some = self.targets[:: 1 + len(self.targets) // MOST_TARGETS]
         seed = int(digest([self.seed, self.answers.asked])[:12], 16)
-        return next_question(belief, self.pool, self.criterion, self.settled, seed, some)
+        return next_question(self.belief, self.pool, self.criterion, self.settled, seed)
 
     def answer(self, side: Side) -> None:
         """Keep that response a or b is the better one."""
@@ -238,32 +237,23 @@ class Session:
         ]
 
     def ranking(self, weights: Tensor) -> pd.DataFrame:
-        """The candidates in order, see ``ranking.rank``.
-
-        Under LoRe p_over_next is that of the weights, as tools/rank_responses.py says it; under a
-        mixed logit it is the posterior's.
-        """
-        logits = self.material.offered @ torch.cat([weights.new_ones(1), weights]).double()
-        table = rank(self.material.drafts, (TEMPERATURE * logits).float())
-        if self.taste.basis is None and len(table) > 1:
-            rows = torch.tensor(table["line"].to_numpy() - 1)
-            ahead = self.material.offered[rows[:-1]] - self.material.offered[rows[1:]]
-            chances = self.taste.chances(self.state, ahead).numpy()
-            table["p_over_next"] = table["p_over_next"].where(
-                table["p_over_next"].isna(), np.append(chances, np.nan)
-            )
-        return table
+        """The candidates in order, see ``ranking.rank``."""
+        logits = self.taste.logits(weights.double(), self.material.offered)
+        return rank(self.material.drafts, (TEMPERATURE * logits).float())
 
     def profile(self) -> dict[str, Any]:
         """The person's weights, posterior and, where there are candidates, the ranking."""
-        weights = self.taste.weights(self.Z, self.state, self.seed)
+        weights = self.taste.weights(self.Z, self.belief, self.seed)
         profile = {
             "user": self.answers.user,
             "method": self.taste.method,
             "answers": len(self.answers),
             "skipped": len(self.answers.skips),
             "weights": weights.tolist(),
-            "posterior": self.taste.described(self.state),
+            "posterior": {
+                "mean": self.belief.mean.tolist(),
+                "covariance": self.belief.covariance.tolist(),
+            },
             "expected_accuracy": self.outlook.now,
             "expected_accuracy_without_answers": self.before,
             "questions_still_useful": self.outlook.useful,

@@ -1,6 +1,6 @@
 """What a basis file says of people in general, and what answers say of one person.
 
-Shape letters: F features, K directions of taste, n comparisons, S numbers of a state.
+Shape letters: F features, K directions of taste, n comparisons.
 """
 
 from __future__ import annotations
@@ -14,18 +14,11 @@ import torch
 from torch import Tensor
 
 from lore.common.files import InputError, require
+from lore.elicitation.criteria import Belief
 from lore.elicitation.ranking import fit_user
 from lore.learning.basis import Basis
-from lore.learning.comparisons import Users
-from lore.methods.fitting.posterior import (
-    Evidence,
-    Prior,
-    moments,
-    posterior_states,
-    predict,
-    unpack,
-)
-from lore.methods.mixed_fit import Saved
+from lore.methods.fitting.posterior import Prior
+from lore.methods.mixed_logit import Saved
 from lore.methods.saved import load_learned
 from utils import TEMPERATURE
 
@@ -42,6 +35,7 @@ class Taste:
         prior: of b.
         settings: of the file, such as the model that it belongs to.
         basis: LoRe's, whose users' weights the point estimate may be shrunk to; else None.
+        scale: of all log odds.
     """
 
     method: str
@@ -49,54 +43,34 @@ class Taste:
     prior: Prior
     settings: Mapping[str, Any]
     basis: Basis | None = None
+    scale: float = 1.0
 
-    @property
-    def components(self) -> int:
-        """C, of the prior."""
-        return len(self.prior.weight)
-
-    def state(self, Z: Tensor) -> Tensor:
-        """What is known of a person who chose the first of each pair: the posterior [S].
+    def belief(self, Z: Tensor) -> Belief:
+        """What is known of a person who chose the first of each pair.
 
         Args:
             Z: differences in the directions, chosen minus rejected [n, 1 + K]; n may be 0.
         """
-        return posterior_states(Evidence(Z, Users([len(Z)])), self.prior)[0]
+        return Belief.after(self.prior, Z)
 
-    def moments(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean [K] and covariance [K, K] of a state."""
-        mean, cov = moments(state[None], self.components)
-        return mean[0], cov[0]
+    def logits(self, weights: Tensor, Z: Tensor) -> Tensor:
+        """Log odds [n] that the first of each pair is preferred, given weights [K]."""
+        return self.scale * (Z[:, 0] + Z[:, 1:] @ weights.to(Z))
 
-    def chances(self, state: Tensor, Z: Tensor) -> Tensor:
-        """Probability [n] that the first of each pair is preferred.
-
-        Args:
-            state: the posterior [S].
-            Z: differences in the directions, first minus second [n, 1 + K].
-        """
-        whose = torch.zeros(len(Z), dtype=torch.long)
-        return torch.sigmoid(predict(Z, state[None], whose, self.components))
-
-    def weights(self, Z: Tensor, state: Tensor, seed: int = 0) -> Tensor:
-        """The person's weights [K]: LoRe's estimate (eq. 11), or the mean of the posterior.
+    def weights(self, Z: Tensor, belief: Belief, seed: int = 0) -> Tensor:
+        """The person's weights [K]: LoRe's estimate (eq. 11), or the posterior's mode.
 
         Args:
-            Z: as in ``state``.
-            state: the posterior [S].
+            Z: as in ``belief``.
+            belief: what that gave.
             seed: of the initial values of LoRe's estimate.
         """
         if self.basis is None:
-            return self.moments(state)[0]
+            return belief.mean
         if not len(Z):
             return self.basis.W.mean(0)
         rewards = (TEMPERATURE * Z[:, 1:]).to(self.basis.W)
         return fit_user(self.basis, rewards, seed, 500, 0.1)[0]
-
-    def described(self, state: Tensor) -> dict[str, Any]:
-        """The components of a posterior as JSON values."""
-        weight, mean, cov = (x[0].tolist() for x in unpack(state[None], self.components))
-        return {"weight": weight, "mean": mean, "covariance": cov}
 
 
 def load_taste(path: Path) -> Taste:
@@ -113,7 +87,8 @@ def _of_mixed_logit(path: Path, saved: Saved) -> Taste:
     prior = saved.fit.prior
     if prior is None:
         raise InputError(f"{path}: this mixed logit found no differences between users to ask for")
-    return Taste("mixed logit", saved.fit.directions.double(), prior, saved.facts)
+    directions = saved.fit.all_directions().double()
+    return Taste("mixed logit", directions, prior, saved.facts, scale=saved.fit.scale)
 
 
 def _of_lore(path: Path, basis: Basis) -> Taste:
@@ -123,6 +98,6 @@ def _of_lore(path: Path, basis: Basis) -> Taste:
     require(users > 1, f"{path} has one user: how people differ cannot be told from it")
     W = basis.W.double()
     cov = torch.cov(W.T) + LEAST_VARIANCE * torch.eye(K, dtype=W.dtype)
-    prior = Prior(W.new_ones(1), W.mean(0)[None], cov[None])
+    prior = Prior(W.mean(0), cov)
     directions = torch.cat([basis.V.new_zeros(len(basis.V), 1), basis.V], 1) / TEMPERATURE
     return Taste("LoRe", directions.double(), prior, basis.settings, basis)

@@ -139,8 +139,8 @@ def vary_fewshot(
         tasks, settings: what is fitted, and to what.
         shots: numbers of shots; 0 is none.
         trials: random draws per number of shots.
-        ask: how shots are chosen, of ``asking.CRITERIA``; at random is always there. Other criteria
-            are for the methods that know how tastes vary, and have a label each.
+        ask: how shots are chosen, of ``criteria.CRITERIA``; at random is always there. Others are
+            for the methods that know how tastes vary, and have a label each.
     """
     require(processes()[1] == 1, "vary_fewshot.py runs in one process: start it without torchrun")
     for name in ask:
@@ -151,7 +151,7 @@ def vary_fewshot(
     def judge(fit: Fitted, task: Task) -> list[dict[str, Any]]:
         if fit.asks != "random":
             g = torch.Generator().manual_seed(task.seed)
-            draws = choose_shots(fit, task.few, shots, fit.asks, trials, g)
+            draws = choose_shots(fit, task.few, shots, fit.asks, g)
             return list(sweep(fit, task, draws))
         if task.seed not in drawn:
             drawn[task.seed] = draw_shots(task.few, shots, trials, task.seed)

@@ -130,10 +130,6 @@ class Fitted:
         """a and z of comparisons [N, 1 + K], in float64; only where there is a ``population``."""
         raise NotImplementedError
 
-    def point(self, state: Tensor) -> Tensor:
-        """The tastes [U, K] that states [U, S] stand for; only where there is a ``population``."""
-        return state
-
     def tastes(self) -> Tensor | None:
         """Directions of reward [F, C] along which users differ, where the method has such."""
         return None

@@ -122,7 +122,7 @@ class MixedLogit:
             }  # fmt: skip
         else:
             fit.users = fit.mu.new_zeros(task.train.num_users, 0)
-        fit.population_start()
+        fit.reset_population()
         facts["note"] = _note(chosen, scale, bool(tried))
         log.info("mixed logit: %s", facts["note"])
         return [fit]
@@ -230,7 +230,7 @@ class Known:
         found = posteriors(view, data, fit.prior, WHILE_FITTING, push)
         self.personal[candidate] = fit.prior, found.push
         fit.users, fit.tolerance = found.mode, WHILE_FITTING
-        fit.population_start()
+        fit.reset_population()
         return fit
 
     def _shared(self, geometry: Geometry, candidate: Candidate) -> Tensor:
@@ -397,11 +397,11 @@ class MixedFit(Fitted):
         self.facts, self.scale, self.read = facts, scale, read
         self.tolerance = TOLERANCE
         self.users = mu.new_zeros(0, 0 if prior is None else directions.shape[1])
-        self.population_start()
+        self.reset_population()
 
-    def population_start(self) -> None:
+    def reset_population(self) -> None:
         """Set the population average: no deviation."""
-        self.nobody = self.users.new_zeros(self.users.shape[1])
+        self.population_state = self.users.new_zeros(self.users.shape[1])
 
     def view(self, data: Comparisons) -> Tensor:
         """Shared reward difference, then the features along the directions [N, 1 + D]."""
@@ -409,7 +409,11 @@ class MixedFit(Fitted):
         if self.read is not None:
             shared = data.project(self.mu[:, None].to(dtype))
             return torch.cat([shared, self.read(data).to(dtype)], 1)
-        return data.project(torch.cat([self.mu[:, None], self.directions], 1).to(dtype))
+        return data.project(self.all_directions().to(dtype))
+
+    def all_directions(self) -> Tensor:
+        """mu and the directions [F, 1 + D]."""
+        return torch.cat([self.mu[:, None], self.directions], 1)
 
     def adapt(self, view: View, users: Users, seed: int = 0) -> Tensor:
         """Deviations [U', D] given the users' comparisons; nothing is random."""
@@ -494,7 +498,7 @@ class Saved:
     """
 
     method = "a mixed logit"
-    use = "A user's reward is `rewards[0] + rewards[1:] @ d` with the user's deviation d."
+    use = "Users' rewards are the shared reward plus their own parts along the tastes and others."
 
     def __init__(self, fit: MixedFit, new: Tensor, facts: dict[str, Any]) -> None:
         self.fit, self.new, self.facts = fit, new, facts
@@ -511,10 +515,12 @@ class Saved:
         return list(self.states)
 
     def columns(self) -> dict[str, Tensor]:
-        """mu and the directions [F], by name, on the scale of a basis file."""
-        all_of_them = torch.cat([self.fit.mu[:, None], self.fit.directions], 1)
-        first, *rest = (TEMPERATURE * self.fit.scale * all_of_them).float().T
-        return {"shared reward": first} | {f"taste {k}": x for k, x in enumerate(rest, start=1)}
+        """The shared reward and the widest tastes [F], by name, on the scale of a basis file."""
+        tastes = self.fit.tastes()
+        found = {"shared reward": self.fit.mu}
+        if tastes is not None:
+            found |= {f"taste {k}": x for k, x in enumerate(tastes.T, start=1)}
+        return {key: (TEMPERATURE * self.fit.scale * x).float() for key, x in found.items()}
 
     def direction(self, user: str | None = None, flag: str = "user") -> Tensor:
         """Direction [F] of a user's reward, or of the population's, as in a basis file."""
@@ -526,7 +532,7 @@ class Saved:
         Raises:
             InputError: the file knows no such user.
         """
-        known = self.fit.nobody if name is None else look_up(self.states, name, flag)
+        known = self.fit.population_state if name is None else look_up(self.states, name, flag)
         return self.fit.reward(known)
 
 
@@ -562,7 +568,7 @@ def load(path: Path) -> Saved:
     require(0 < scale < math.inf, f"{path}: its scale is not a positive number; {remedy}")
     mixed = MixedFit(mu, directions, prior, fit, scale)
     mixed.users = users
-    mixed.population_start()
+    mixed.reset_population()
     return Saved(mixed, new, facts)
 
 

@@ -48,8 +48,7 @@ def minimise(
     values, evaluations = [value], 1
     memory: deque[tuple[Tensor, Tensor, float]] = deque(maxlen=MEMORY)
     for _ in range(iterations):
-        step = -_two_loops(g, memory, inverse)
-        slope = float((g * step).sum())
+        step, slope = _descent(g, memory, inverse)
         if -slope <= 2 * tolerance * (1 + abs(value)):
             break
         size, found = 1.0, False
@@ -69,6 +68,20 @@ def minimise(
         x, value, g = x + s, new, g_new
         values.append(value)
     return Minimum(x, values, evaluations)
+
+
+def _descent(
+    g: Tensor, memory: deque[tuple[Tensor, Tensor, float]], inverse: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, float]:
+    """A step that goes down, and its slope: by rounding the memory's, or a given curvature's own,
+    may go up, which is no sign of a minimum. Then the memory is dropped, and then both."""
+    for step in (lambda: _two_loops(g, memory, inverse), lambda: inverse(g), lambda: g):
+        found = -step()
+        slope = float((g * found).sum())
+        if slope < 0:
+            break
+        memory.clear()
+    return found, slope
 
 
 def _vertex(value: float, slope: float, new: float, size: float) -> float:
