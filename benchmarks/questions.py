@@ -333,9 +333,8 @@ def speed(rank: int, rounds: int) -> list[dict[str, Any]]:
     rows = []
     for count in COUNTS:
         pool = Pool(torch.randn(count, 1 + rank, generator=torch.Generator().manual_seed(0)))
-        belief = Belief.after(
-            Prior(torch.zeros(rank).double(), torch.eye(rank).double()), pool.rows.new_zeros(0, 1 + rank)
-        )
+        prior = Prior(torch.zeros(rank).double(), torch.eye(rank).double())
+        belief = Belief.after(prior, torch.zeros(0, 1 + rank))
         for i in range(5):
             belief = belief.update(pool.rows[0, :, i])
         for rule in CRITERIA:

@@ -64,12 +64,13 @@ FORMAT = "mixed-logit 2"
 
 @dataclass(frozen=True)
 class Candidate:
-    """The strengths of a fit, see the module's first lines."""
+    """The strengths of a fit, see the module's first lines; EM begins with ``start`` times I."""
 
     floor: float | None
     l_mu: float
     tau2: float = 0.0
     pi: float = math.inf
+    start: float | None = None
 
 
 @dataclass(frozen=True)
@@ -164,8 +165,8 @@ def estimate(
     Args:
         view: shared reward difference and features along the directions [N, 1 + D].
         users: whose they are; this process's.
-        strengths: tau2 and pi.
-        start: where S begins; tau2 I if None.
+        strengths: tau2, pi and what EM begins with, which is tau2 I if not said.
+        start: where S begins instead.
         push: where users' posteriors begin, see ``Posterior``.
         rounds: of EM.
         processes: over which users are spread.
@@ -179,7 +180,8 @@ def estimate(
     prior, evidence = Prior(isotropic.new_zeros(D), isotropic), []
     if math.isinf(strengths.pi):
         return prior, evidence, push
-    prior = prior if start is None else start
+    first = isotropic * ((strengths.start or strengths.tau2) / strengths.tau2)
+    prior = Prior(prior.mean, first) if start is None else start
     count = total(torch.tensor(float(users.num_users), dtype=torch.float64), processes)
     for _ in range(rounds):
         found = posteriors(view, users, prior, WHILE_FITTING, push)
@@ -300,7 +302,8 @@ class Search:
             known.shared[None, l_mu] = geometry.raw(mu)[:, 0]
         isotropic = self._isotropic(l_mu)
         if self.loss(isotropic) < self.loss(ridge):
-            rich = self._walk(replace(isotropic, pi=FIRST_PI), ("pi", "tau2"))
+            rich = replace(isotropic, pi=FIRST_PI, start=isotropic.tau2)
+            rich = self._walk(rich, ("pi", "tau2"))
             best = rich if self._earns(rich, isotropic, RICHER) else isotropic
             best = best if self._earns(best, ridge, PERSONAL) else ridge
         return best, self._scale(best)
