@@ -28,7 +28,8 @@ from lore.methods.pref import PReF
 CPU = torch.device("cpu")
 LEAST = 100  # judgments of a worker who is asked
 ALL = 1_000_000  # comparisons of a new user, more than anybody has
-STRENGTHS = {"l_mu": 1.0, "l_B": 0.3}  # of the mixed logit that has tastes whatever is chosen
+# Of the mixed logit that has a personal part whatever is chosen
+STRENGTHS = {"floor": 0.1, "l_mu": 1.0, "tau2": 3.0, "pi": 30.0}
 FEATURES, SEEN, TRAINING = 20, 200, 60  # of planted worlds: features, seen users, their comparisons
 
 

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from lore.methods.mixed_fit import MixedFit
 
 import models
 import running
@@ -22,6 +21,7 @@ from lore.elicitation.terminal import printable
 from lore.embeddings import store as embeddings
 from lore.learning.basis import Basis, save_basis
 from lore.methods.fitting.posterior import Prior
+from lore.methods.mixed_logit import MixedFit
 from tools import rank_responses
 
 PAIRS, PROMPTS, DRAFTS = 24, 4, 3
@@ -68,11 +68,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     W = torch.from_numpy(rng.dirichlet([0.4] * 3, 40)).float()
     settings = {"rank": 3, "model": str(model)}
     save_basis(folder / "basis.safetensors", Basis(V, W, settings=settings))
-    directions = torch.cat([V.mean(1, keepdim=True) / 4, V[:, :2]], 1).double() / 100
-    prior = Prior.standard(2, directions)
-    users = prior.state.expand(5, -1)
-    fit = MixedFit(directions, prior, users, {})
-    fit.save(folder / "mixed_logit.safetensors", users[:0], {"model": str(model)})
+    prior = Prior(torch.zeros(2).double(), torch.eye(2).double())
+    fit = MixedFit(V.mean(1).double() / 400, V[:, :2].double() / 100, prior, {})
+    fit.save(folder / "mixed_logit.safetensors", fit.users, {"model": str(model)})
     flags = {
         "basis": folder / "basis.safetensors", "pool": lines(folder / "pool.jsonl", pool),
         "candidates": lines(folder / "drafts.jsonl", drafts), "progress": "false",
@@ -110,8 +108,8 @@ def test_a_person_is_asked_until_more_answers_would_hardly_matter(
     assert profile["questions_still_useful"] == 0
     assert profile["expected_accuracy"] > profile["expected_accuracy_without_answers"]
     K = len(profile["weights"])
-    assert np.shape(profile["posterior"]["mean"]) == (1, K) and (3 if kind == "basis" else 2) == K
-    assert np.linalg.eigvalsh(profile["posterior"]["covariance"][0]).min() > 0
+    assert np.shape(profile["posterior"]["mean"]) == (K,) and (3 if kind == "basis" else 2) == K
+    assert np.linalg.eigvalsh(profile["posterior"]["covariance"]).min() > 0
     ranked = [row["response"] for row in profile["ranking"]]
     assert sorted(ranked) == sorted(r["response"] for r in rows(world.flags["candidates"]))
     assert "\x1b" not in done.out and ranked[0][:20] in done.out
@@ -207,7 +205,7 @@ def test_a_basis_and_answers_that_do_not_do_are_one_line(world, tmp_path, monkey
     one = Basis(torch.randn(32, 1), torch.ones(3, 1), settings={"model": str(world.model)})
     save_basis(tmp_path / "one.safetensors", one)
     refused("rank 1, where all users are alike", basis=tmp_path / "one.safetensors")
-    flat = MixedFit(torch.randn(32, 1), None, torch.empty(3, 0), {})
+    flat = MixedFit(torch.randn(32), torch.randn(32, 2), None, {})
     flat.save(tmp_path / "flat.safetensors", torch.empty(0, 0), {"model": str(world.model)})
     refused("found no differences between users", basis=tmp_path / "flat.safetensors")
     assert not (tmp_path / "ann.jsonl").exists() and not list(tmp_path.glob("*.profile.json"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,6 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 import core
-import known_truth
 import mixed
 import running
 import scaling
@@ -24,7 +22,6 @@ import threads
 import utils
 from lore.common.files import InputError
 from lore.common.flags import Flags
-from lore.methods import METHODS
 
 CORE = [
     "--features=32", "--joint", "12", "4", "--ranks", "1", "2", "--alternating", "9", "5", "4",
@@ -216,40 +213,6 @@ def test_planted_choices_are_of_the_rank_that_is_said():
     directions = x.mean(1)  # of each user: what was chosen points along the user's reward
     sizes = torch.linalg.svdvals(directions - directions.mean(0))
     assert sizes[mixed.RANK - 1] > 1.5 * sizes[mixed.RANK]
-
-
-@pytest.mark.slow
-def test_the_truth_is_judged_beside_what_was_fitted(monkeypatch, capsys):
-    lore = partial(METHODS["lore"], iterations=5, few_shot_iterations=5)
-    mixed_logit = partial(METHODS["mixed_logit"], l_mu=1.0, l_B=30.0, rank=2)
-    quick = {"ridge_bt": METHODS["ridge_bt"], "lore": lore, "mixed_logit": mixed_logit}
-    monkeypatch.setattr(known_truth, "METHODS", quick)
-    monkeypatch.setattr(known_truth, "GRID", [(1.0, 1000.0), (1.0, 1.0)])
-    known_truth.main((40,), shots=10, features=6, worlds=1)
-    accuracy, covered, seconds = capsys.readouterr().out.split("\n\n")[1::2]
-    rows = table(accuracy)
-    assert list(rows.index)[-1] == "corners of a simplex: the truth" and len(rows) == 14
-    assert rows.loc["Gaussian tastes: the truth", "gain, new"] == "100 %"
-    assert rows.loc["nobody differs: mixed_logit", "gain, new"] == ""
-    best, gain = f"Gaussian tastes: {known_truth.ORACLE}", rows["gain, new"].str.rstrip(" %")
-    assert float(gain[best]) > float(gain["Gaussian tastes: mixed_logit"])  # too strong a prior
-    assert "the truth, 10 comparisons" in table(covered).index
-    assert (table(seconds)["seconds"].astype(float) >= 0).all()
-
-
-@pytest.mark.parametrize("kind", known_truth.KINDS[1:])
-def test_true_intervals_cover_what_they_say(kind):
-    world = known_truth.planted(kind, 200, 30, 6, 0)
-    x = world.task.train.features.x.double()
-    odds = x @ world.truth.directions  # of the shared part, and of tastes
-    for part in (odds[:, :1], odds[:, 1:]):
-        size = float(part.square().sum(1).mean().sqrt())
-        assert size == pytest.approx(known_truth.SPREAD, rel=0.05)
-    assert float(world.tastes.square().mean()) == pytest.approx(1, rel=0.15)
-    if kind == "Gaussian tastes":
-        for row in list(known_truth.coverage(world, {"mixed_logit": world.truth}))[:3]:
-            shares = [row[level] for level in known_truth.WIDTHS]
-            assert shares == pytest.approx([50, 80, 90, 95], abs=5)
 
 
 def test_differences_between_threads_are_the_largest_of_any_user():

@@ -15,7 +15,7 @@ from lore.experiments import runner as experiments
 from lore.learning.comparisons import draw_shots
 from lore.learning.method import Task
 from lore.methods import mrm, pal, pref, rbd, ridge_bt
-from lore.methods.fitting import lbfgs, linear, networks, population
+from lore.methods.fitting import lbfgs, linear, networks
 
 # Steps enough for every line to run.
 STEPS = 4
@@ -77,7 +77,7 @@ def test_the_device_refuses_what_a_gpu_refuses():
 @pytest.fixture
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few steps also where no setting says how many: each operation elsewhere takes long."""
-    for module in (linear, population, ridge_bt):
+    for module in (linear, ridge_bt):
         monkeypatch.setattr(module, "minimise", lambda *a: lbfgs.minimise(*a[:-1], STEPS))
     least = networks._least
     monkeypatch.setattr(networks, "_least", lambda f, at, n, *a: least(f, at, min(n, STEPS), *a))

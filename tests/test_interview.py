@@ -20,7 +20,7 @@ from lore.elicitation.session import Material, Session
 from lore.elicitation.taste import Taste
 from lore.elicitation.terminal import Terminal
 from lore.learning.comparisons import Users
-from lore.methods.fitting.posterior import Evidence, Prior, moments, posterior_states
+from lore.methods.fitting.posterior import Prior, posteriors
 from lore.preparing.own_rows import Columns
 
 ASKED = [{"role": "user", "content": "Why?"}]
@@ -41,7 +41,8 @@ def session(path: Path, pairs: int = 30, K: int = 3, **changes) -> Session:
     material = Material(pool, torch.empty(0, 1 + K), [], torch.empty(0, 1 + K), known)
     material.pool = material.differences([pair.conversations for pair in pool])
     directions = torch.zeros(5, 1 + K).double()
-    taste = Taste("mixed logit", directions, Prior.standard(K, directions), {})
+    prior = Prior(torch.zeros(K).double(), torch.eye(K).double())
+    taste = Taste("mixed logit", directions, prior, {})
     return Session(taste, material, Answers(path), **changes)
 
 
@@ -122,14 +123,14 @@ def test_expected_accuracy_is_what_simulated_people_give():
 def test_looking_ahead_foretells_the_accuracy_of_people_who_are_asked():
     rng, people, K = torch.Generator().manual_seed(0), 1500, 3
     targets, pool = (2 * torch.randn(n, 1 + K, generator=rng).double() for n in (200, 12))
-    prior = Prior.standard(K, pool)
-    outlook = look_ahead((prior.mean[0], prior.cov[0]), targets, pool, 0.005)
+    prior = Prior(torch.zeros(K).double(), torch.eye(K).double())
+    outlook = look_ahead((prior.mean, prior.cov), targets, pool, 0.005)
     tastes = torch.cat([torch.ones(people, 1), torch.randn(people, K, generator=rng)], 1).double()
     chances = torch.sigmoid(tastes @ pool.T)
     signs = torch.where(torch.rand(people, 12, generator=rng) < chances, 1.0, -1.0).double()
     answers = (signs[:, :, None] * pool).flatten(0, 1)
-    states = posterior_states(Evidence(answers, Users([12] * people)), prior, tolerance=1e-6)
-    guesses = targets[:, 0] + moments(states, 1)[0] @ targets[:, 1:].T > 0
+    modes = posteriors(answers, Users([12] * people), prior, tolerance=1e-6).mode
+    guesses = targets[:, 0] + modes @ targets[:, 1:].T > 0
     truth = torch.sigmoid(tastes @ targets.T)
     accuracy = torch.where(guesses, truth, 1 - truth).mean()
     assert outlook.accuracy[12] > outlook.now + 0.1
@@ -184,7 +185,7 @@ def test_answers_move_what_is_known_towards_the_person(tmp_path):
         z = own.material.differences([question.pair.conversations])[0]
         first = bool(z[0] + z[1:] @ b > 0)
         own.answer("a" if first == (question.shown == question.pair.texts) else "b")
-    mean = own.taste.moments(own.state)[0]
+    mean = own.belief.mean
     assert torch.cosine_similarity(mean, b, dim=0) > 0.9
     assert own.outlook.now > own.before + 0.1
 

@@ -154,7 +154,7 @@ def test_the_greatest_rank_that_the_data_support_is_taken():
     task = planted.task(users=12, shots=12, held_out=10)
     for name, field in set(RANKS) - FREE:
         check(name, methods.METHODS[name](**{field: (12,) if field == "ranks" else 12}), task)
-    assert {name for name, _ in RANKS} == {"lore", "mixed_logit", "pref", "rbd", "mlp"}
+    assert {name for name, _ in RANKS} == {"lore", "pref", "rbd", "mlp"}
 
 
 @pytest.mark.parametrize("name", methods.METHODS)

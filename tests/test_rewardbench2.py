@@ -16,7 +16,6 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lore.methods.mixed_fit import MixedFit
 from safetensors.torch import save_file
 
 import models
@@ -25,6 +24,7 @@ from lore.common.files import InputError
 from lore.embeddings.store import embed, open_store
 from lore.learning.basis import Basis, save_basis
 from lore.methods.fitting.posterior import Prior
+from lore.methods.mixed_logit import MixedFit
 from lore.methods.saved import load_learned
 from PRISM import eval_rb2
 from PRISM import rewardbench2 as rb2
@@ -490,10 +490,10 @@ def test_a_basis_that_names_only_its_new_users_gives_them_their_own_weights(basi
 
 def test_a_mixed_logit_gives_the_population_and_its_users(tmp_path):
     directions = torch.randn(32, 3, generator=torch.Generator().manual_seed(0)).double()
-    state = Prior.standard(2, directions).state
-    state[1:3] = torch.tensor([0.5, -1.0])
-    fit = MixedFit(directions, Prior.standard(2, directions), state[None], {})
-    fit.save(tmp_path / "mixed_logit.safetensors", state[:0].reshape(0, 7), {"users": ["ann"]})
+    prior = Prior(torch.zeros(2).double(), torch.eye(2).double())
+    fit = MixedFit(directions[:, 0], directions[:, 1:], prior, {})
+    fit.users = torch.tensor([[0.5, -1.0]]).double()
+    fit.save(tmp_path / "mixed_logit.safetensors", fit.users[:0], {"users": ["ann"]})
     heads = eval_rb2.basis_heads(load_learned(tmp_path / "mixed_logit.safetensors"), ["ann"])
     assert list(heads) == ["shared reward", "taste 1", "taste 2", "average user", "user ann"]
     for name, mixing in (("average user", [1.0, 0.0, 0.0]), ("user ann", [1.0, 0.5, -1.0])):

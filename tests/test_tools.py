@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from lore.methods.mixed_fit import MixedFit
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import models
@@ -23,6 +22,7 @@ from lore.elicitation import ranking
 from lore.embeddings import store as embeddings
 from lore.learning.basis import Basis, load_basis, save_basis
 from lore.methods.fitting.posterior import Prior
+from lore.methods.mixed_logit import MixedFit
 from lore.methods.saved import load_learned
 from lore.preparing.own_rows import Columns
 from tools import export, rank_responses
@@ -72,12 +72,10 @@ def make_mixed(folder: Path, model: Path | None, features: int = 32, spread: flo
     """A mixed logit's file with the same people: tastes along two directions, half known."""
     rng = torch.Generator().manual_seed(2)
     directions = torch.randn(features, 3, generator=rng).double() / 100
-    prior = Prior.standard(2, directions)
-    prior.cov = spread**2 * prior.cov
-    states = prior.state.repeat(3, 1)
-    states[:, 1:3] = torch.randn(3, 2, generator=rng).double()
-    states[:, 3:] /= 2
-    fit = MixedFit(directions, prior, states[:2], {"chosen": {"rank": 2}})
+    prior = Prior(torch.zeros(2).double(), spread**2 * torch.eye(2).double())
+    states = torch.randn(3, 2, generator=rng).double()
+    fit = MixedFit(directions[:, 0], directions[:, 1:], prior, {"chosen": {"rank": 2}})
+    fit.users = states[:2]
     facts = {"users": ["ann", "17"], "users_unseen": ["new"]}
     facts |= {"model": str(model)} if model else {}
     fit.save(folder / "mixed_logit.safetensors", states[2:], facts)
@@ -242,9 +240,11 @@ def test_a_mixed_logit_is_exported_as_a_basis_is(tmp_path, asked):
     path = make_mixed(tmp_path, model)
     export.main(path, tmp_path / "out", **asked)
     fit, new = load_learned(path).fit, load_learned(path).new
-    z = {"new": new[0, 1:3], None: torch.zeros(2)}[asked.get("user")].double()
-    mixing = torch.cat([torch.ones(1), z])[:, None] if asked else torch.eye(3)
-    expected = 100 * embed(model, tmp_path / "rows").double() @ fit.directions @ mixing.double()
+    state = {"new": new[0], None: torch.zeros(2)}[asked.get("user")].double()
+    columns = fit.reward(state)[:, None]
+    if not asked:
+        columns = torch.cat([fit.mu[:, None], fit.tastes()], 1)
+    expected = 100 * embed(model, tmp_path / "rows").double() @ columns
     rewards = stock_rewards(tmp_path / "out", True)
     assert torch.allclose(rewards, expected.float(), rtol=1e-4, atol=1e-4)
     card = (tmp_path / "out" / "README.md").read_text()
@@ -384,7 +384,7 @@ def test_a_single_choice_cannot_be_left_out(tmp_path):
         assert "needs two rows" in rank_responses.agreement(person.left_out)
 
 
-def test_a_mixed_logit_ranks_with_standard_deviations_and_predictive_probabilities(
+def test_a_mixed_logit_ranks_with_standard_deviations(
     task, tmp_path, capsys
 ):
     files, _ = task
@@ -396,7 +396,7 @@ def test_a_mixed_logit_ranks_with_standard_deviations_and_predictive_probabiliti
     assert "tastes: " in printed and "leave-one-out: " in printed and " sd " in printed
     for best, second in itertools.pairwise(found["ranking"]):
         plain = 1 / (1 + math.exp(second["logit"] - best["logit"]))
-        assert 0.5 <= best["p_over_next"] <= plain + 1e-5  # doubt only brings it nearer to a half
+        assert best["p_over_next"] == pytest.approx(plain, abs=1e-5)  # the mode is plugged in
     assert all(row["deviation"] > 0 for row in found["ranking"])
 
 

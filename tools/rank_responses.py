@@ -168,7 +168,9 @@ def with_tastes(saved: Saved, Z: Tensor, row: Tensor | None = None) -> Person:
         z = fit.scale * Z[:, 1:].double() / TEMPERATURE
         return ((z @ cov) * z).sum(1).clamp(min=0).sqrt()
 
-    known = {"deviation": states[0].tolist(), "standard deviations": cov.diagonal().sqrt().tolist()}
+    places = fit.places()
+    sd = torch.einsum("dk,de,ek->k", places, cov, places).clamp(min=0).sqrt()
+    known = {"tastes": (states[0] @ places).tolist(), "standard deviations": sd.tolist()}
     return Person(known, left_out, rewards, rewards, deviations)
 
 

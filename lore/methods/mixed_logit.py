@@ -465,11 +465,13 @@ class MixedFit(Fitted):
         """The widest principal directions of users' rewards [F, 8]."""
         return None if self.prior is None else self._principal()[0][:, :SHOWN]
 
+    def places(self) -> Tensor:
+        """What turns deviations [U, D] into standardised places along the tastes [D, 8]."""
+        return self._principal()[2].double()[:, :SHOWN]
+
     def portrait(self) -> Tensor | None:
         """The seen users' standardised places along these [U, 8]."""
-        if self.prior is None:
-            return None
-        return (self.users.double() @ self._principal()[2].double())[:, :SHOWN]
+        return None if self.prior is None else self.users.double() @ self.places()
 
     def describe(self) -> dict[str, Any]:
         """The choice and what else was tried, the training curves, and the tastes' variances."""
