@@ -9,7 +9,7 @@ begins with ``from utils import *`` also gets torch, np, nn and F from here.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ from lore.learning.comparisons import (
     check_features,
     warn_of_short_users,
 )
+from lore.learning.grid import check_reference, grid, make_model, train_bases
 from lore.learning.simulated_users import (  # noqa: F401 (the published names)
     create_dataset_prism,
     create_dataset_prism_shots,
@@ -41,13 +42,11 @@ from lore.learning.simulated_users import (  # noqa: F401 (the published names)
     simulate_user,
 )
 from lore.learning.training import (
-    Checkpoint,
     OptimizerFactory,
-    Training,
     fit_weights,
-    is_elementwise,
     own_directions,
     sum_over_processes,
+    train_together,
 )
 
 log = logging.getLogger(__name__)
@@ -100,6 +99,7 @@ class LoRe:
 
     alternating = False
     drops_columns = False
+    loss = staticmethod(preference_loss)
 
     def __init__(
         self,
@@ -234,45 +234,6 @@ def check_rank(rank: int, num_features: int, num_users: int) -> None:
         )  # fmt: skip
 
 
-def check_reference(V_sft: Tensor | None, num_features: int) -> Tensor | None:
-    """The reference as [F], from [F] or [F, 1]; InputError for another shape, NaN or infinity."""
-    if V_sft is None:
-        return None
-    shapes = {(num_features,), (num_features, 1)}
-    require(
-        tuple(V_sft.shape) in shapes,
-        f"the reference has shape {tuple(V_sft.shape)}; ({num_features},) or ({num_features}, 1) "
-        "is expected",
-    )
-    require(bool(torch.isfinite(V_sft).all()), "the reference holds NaN or infinity")
-    return V_sft.detach().reshape(-1)
-
-
-def train_together(
-    models: Sequence[LoRe], data: Comparisons, checkpoint: Checkpoint | None = None
-) -> list[tuple[Tensor, Tensor]]:
-    """Fit models of one kind on the same comparisons, sharing each pass over the features.
-
-    Each model follows the trajectory that it follows alone. An optimiser whose update mixes
-    entries (LBFGS) trains them one after the other.
-
-    Args:
-        models: with the same iterations, learning rate, optimiser and kind.
-        data: the comparisons of all users, or this process's share.
-        checkpoint: where to keep the state, to go on after a kill.
-
-    Returns:
-        (W, V) of every model.
-    """
-    if is_elementwise(models[0].optimizer) or len(models) == 1:
-        return Training(models, data, preference_loss).fit(checkpoint)
-    require(
-        not models[0].distributed,
-        "this optimiser needs all users in one process: use Adam, AdamW or SGD",
-    )
-    return [Training([model], data, preference_loss).fit(None)[0] for model in models]
-
-
 # ---------------------------------------------------------------- New users
 
 
@@ -366,95 +327,6 @@ def _same_device(features: Tensor, *others: Tensor) -> None:
 
 
 # --------------------------------------------------------------------- Pipeline
-
-
-def grid(
-    ranks: Sequence[int], alphas: Sequence[float], shrinkages: Sequence[float] = (0.0,)
-) -> list[dict[str, Any]]:
-    """Settings of every (alpha, rank, shrinkage), alphas outermost; ranks to 1 shrink nothing."""
-    return [
-        {"rank": int(rank), "alpha": float(alpha), "shrinkage": float(shrinkage)}
-        for alpha in alphas
-        for rank in ranks
-        for shrinkage in (shrinkages if rank > 1 else (0.0,))
-    ]
-
-
-def make_model(
-    about: Mapping[str, Any],
-    estimator: type[LoRe],
-    reference: Tensor | None,
-    num_users: int,
-    num_features: int,
-    **settings: Any,
-) -> LoRe | None:
-    """The untrained model of some settings of the grid, its initial values drawn; None at rank 0.
-
-    Raises:
-        InputError: rank 0 without a reference, or a negative rank.
-    """
-    rank = about["rank"]
-    if rank == 0:
-        require(reference is not None, "rank 0 is the reference model: there is none")
-        return None
-    return estimator(
-        reference, about["alpha"], num_users, num_features, rank,
-        shrinkage=about["shrinkage"], **settings,
-    )  # fmt: skip
-
-
-def train_bases(
-    points: Sequence[dict[str, Any]],
-    models: Sequence[LoRe | None],
-    reference: Tensor | None,
-    data: Comparisons,
-    num_users: int,
-    checkpoint: Checkpoint | None = None,
-) -> list[Basis]:
-    """Train models together; a basis for each point of the grid."""
-    some = [model for model in models if model is not None]
-    trained = iter(train_together(some, data, checkpoint) if some else [])
-    bases = []
-    for about, model in zip(points, models, strict=True):
-        if model is None:
-            V, W = reference.float()[:, None].to(data.device), torch.ones(num_users, 1)
-            basis = Basis(V, W.to(data.device), reference, settings=dict(about))
-        else:
-            W, V = next(trained)
-            basis = Basis(V, W, reference, settings=dict(about), losses=model.losses)
-        bases.append(basis)
-    return bases
-
-
-def fit_bases(
-    estimator: type[LoRe],
-    points: Sequence[dict[str, Any]],
-    reference: Tensor | None,
-    data: Comparisons,
-    num_users: int,
-    checkpoint: Checkpoint | None = None,
-    **settings: Any,
-) -> list[Basis]:
-    """A basis for all settings of the grid; rank 0 is the reference itself.
-
-    Args:
-        estimator: ``LoRe`` or ``LoRe_regularized``.
-        points: see ``grid``.
-        reference: [F] or [F, 1]; None if there is none.
-        data: comparisons of the users, or this process's share.
-        num_users: users in all.
-        checkpoint: where to keep the state of the training.
-        settings: of the estimator: num_iterations, learning_rate, generator, optimizer, ...
-
-    Raises:
-        InputError: rank 0 without a reference, or a negative rank.
-    """
-    direction = check_reference(reference, data.num_features)
-    models = [
-        make_model(about, estimator, direction, num_users, data.num_features, **settings)
-        for about in points
-    ]
-    return train_bases(points, models, direction, data, num_users, checkpoint)
 
 
 def personalize(

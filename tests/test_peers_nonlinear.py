@@ -16,7 +16,7 @@ from lore.learning.method import Fitted, Task
 from lore.methods import mlp, pal, vpl
 from lore.methods.fitting.linear import TRIES
 from lore.methods.fitting.networks import batches, blocks, row_scale, solve_weights
-from lore.methods.vpl_network import Groups
+from lore.methods.vpl import Groups
 
 pytestmark = pytest.mark.slow
 F, ROWS, SEEN, NEW = 8, 300, 40, 16

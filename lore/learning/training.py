@@ -107,6 +107,10 @@ class Model(Protocol):
     progress: bool
     losses: Tensor
 
+    @staticmethod
+    def loss(products: Tensor, coefficient: Tensor) -> Tensor:
+        """Losses [M] of products [N, M] with coefficients [N]."""
+
     def per_comparison(self, data: Comparisons) -> Tensor:
         """What one comparison of a user weighs in the objective [U]."""
 
@@ -268,6 +272,31 @@ class Training:
             model.losses = self.losses[:, i].cpu().clone()
             results.append(model.finish(w.contiguous(), v.contiguous()))
         return results
+
+
+def train_together(
+    models: Sequence[Model], data: Comparisons, checkpoint: Checkpoint | None = None
+) -> list[tuple[Tensor, Tensor]]:
+    """Fit models of one kind on the same comparisons, sharing each pass over the features.
+
+    Each model follows the trajectory that it follows alone. An optimiser whose update mixes
+    entries (LBFGS) trains them one after the other.
+
+    Args:
+        models: with the same iterations, learning rate, optimiser and kind.
+        data: the comparisons of all users, or this process's share.
+        checkpoint: where to keep the state, to go on after a kill.
+
+    Returns:
+        (W, V) of every model.
+    """
+    if is_elementwise(models[0].optimizer) or len(models) == 1:
+        return Training(models, data, models[0].loss).fit(checkpoint)
+    require(
+        not models[0].distributed,
+        "this optimiser needs all users in one process: use Adam, AdamW or SGD",
+    )
+    return [Training([model], data, model.loss).fit(None)[0] for model in models]
 
 
 def _step(optimizer: Optimizer, gradients: Callable[[], Tensor]) -> Tensor:

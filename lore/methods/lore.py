@@ -22,6 +22,7 @@ from lore.common.settings import (
 )
 from lore.learning.basis import Basis, save_basis
 from lore.learning.comparisons import Comparisons, Seed, Users
+from lore.learning.grid import fit_bases, grid
 from lore.learning.method import Fitted, Task
 from lore.learning.training import Checkpoint
 from lore.methods.fitting.posterior import Prior
@@ -30,8 +31,6 @@ from utils import (
     TEMPERATURE,
     LoRe,
     LoRe_regularized,
-    fit_bases,
-    grid,
     personalize,
 )
 
