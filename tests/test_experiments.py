@@ -318,12 +318,12 @@ def test_the_choice_is_made_on_whole_dialogues_that_were_not_fitted(world, monke
     Lore(ranks=(2,), select_rank=True, **people.QUICK).fit(task)
     everything, rest = fitted
     assert torch.equal(everything.features.x, task.mine.features.x)
-    split = hold_out(task.train, 0)
+    split = hold_out(task.train, 0, task.kinds)
     assert torch.equal(rest.features.x, split.fit.in_memory().features.x)
     assert not set(split.fit.dialogs.tolist()) & set(split.held.dialogs.tolist())
     assert split.held.counts.tolist() == [6] * 6  # 2 of 8 dialogues of 3 comparisons
     assert split.fit.names == task.train.names
-    other = hold_out(task.train, 1)
+    other = hold_out(task.train, 1, task.kinds)
     assert set(split.held.dialogs.tolist()) != set(other.held.dialogs.tolist())
 
 

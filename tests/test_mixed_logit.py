@@ -28,7 +28,7 @@ from lore.methods.fitting.posterior import (
     mean_moment,
     posteriors,
 )
-from lore.methods.fitting.validation import Validation, hold_out, pseudo_new, shared_prompts, subset
+from lore.methods.fitting.validation import Validation, hold_out, pseudo_new, subset
 from lore.methods.mixed_logit import Candidate, MixedFit, MixedLogit, estimate, load
 from lore.methods.ridge_bt import STRENGTHS, RidgeBT, fit_shared, lowest
 
@@ -422,7 +422,7 @@ def test_dialogues_are_held_out_whole_and_pseudo_new_users_too() -> None:
     new = pseudo_new(data, 0, 2)
     assert new is not None
     assert not set(new.rest.names) & set(new.few.names)
-    assert new.few.names == new.held.names and len(new.few.names) == 4
+    assert new.few.names == new.held.names and len(new.few.names) == 4  # a fifth of 20
     assert (new.few.counts == 6).all() and (new.held.counts == 6).all()
 
 
@@ -486,12 +486,6 @@ def test_new_users_are_scored_with_each_number_of_shots_as_if_it_were_the_only_o
         losses.append(split.new.held.log_losses(logits))
     found = split.score(fit).new[split.new_rows]
     torch.testing.assert_close(found, torch.stack(losses).mean(0), atol=1e-9, rtol=0)
-
-
-def test_prompts_of_ones_own_or_too_few_are_held_out_by_dialogue() -> None:
-    assert shared_prompts(prompts_of_all(users=1, prompts=30, pairs=30), 0) is None
-    assert shared_prompts(prompts_of_all(users=20, prompts=30, pairs=30), 0) is None
-    assert shared_prompts(world(users=3)[0], 0) is None
 
 
 @pytest.mark.parametrize("place", range(len(STRENGTHS)))

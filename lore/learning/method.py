@@ -43,6 +43,8 @@ class Task:
         checkpoint_every: steps between two kept states.
         progress: show bars.
         shots: numbers of shots that new users will have, for choices made on pseudo-new users.
+        kinds: shares of known, met and new comparisons in the test, see kinds.py; None where
+            nobody counted them. Choices hold out comparisons of the same kinds.
     """
 
     train: Comparisons
@@ -59,6 +61,7 @@ class Task:
     checkpoint_every: int = 0
     progress: bool = False
     shots: tuple[int, ...] = ()
+    kinds: dict[str, dict[str, float]] | None = None
 
     @cached_property
     def mine(self) -> Comparisons:

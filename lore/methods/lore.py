@@ -26,7 +26,7 @@ from lore.learning.grid import fit_bases, grid
 from lore.learning.method import Fitted, Task
 from lore.learning.training import Checkpoint
 from lore.methods.fitting.posterior import Prior
-from lore.methods.fitting.validation import HeldOut, hold_out, shared_prompts
+from lore.methods.fitting.validation import HeldOut, hold_out
 from utils import (
     TEMPERATURE,
     LoRe,
@@ -121,8 +121,7 @@ class Lore:
 
     def _hold_out(self, task: Task) -> HeldOut:
         """What a choice is made on; InputError where there is nothing."""
-        shared = shared_prompts(task.train, task.seed)
-        split = hold_out(task.train, task.seed, shared, task.validation)
+        split = hold_out(task.train, task.seed, task.kinds, task.validation)
         require(
             split.held is not None,
             "--select-rank: no user has two dialogues to hold one out for choosing",

@@ -29,7 +29,7 @@ from lore.methods.fitting.networks import (
     pair_weights,
     rows_of,
 )
-from lore.methods.fitting.validation import hold_out, shared_prompts
+from lore.methods.fitting.validation import hold_out
 
 RIDGES = (0.0, 0.3, 1.0, 3.0)  # pull of new users' logits towards the seen users' mean
 NEW_USER_RATE, NEW_USER_EPOCHS = 5e-3, 20  # published, as are:
@@ -66,8 +66,7 @@ class PAL(Networked):
         """Learn f, prototypes and weights from the task's training comparisons."""
         train = partial(self._train, seed=task.seed)
         if self.faithful:
-            shared = shared_prompts(task.train, task.seed)
-            held = hold_out(task.train, task.seed, shared, task.validation)
+            held = hold_out(task.train, task.seed, task.kinds, task.validation)
             require(held.held is not None, "no user has two dialogues: nothing can be held out")
             return train(held.fit, held, self.prototypes[0], self.epochs or EPOCHS)
         models = "prototypes", self.prototypes

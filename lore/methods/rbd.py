@@ -153,7 +153,7 @@ class RBD:
         """Choose the strengths, then fit all training comparisons; or the published training."""
         data = task.mine
         if self.setting == "faithful":
-            split = hold_out(data, task.seed, validation=task.validation)
+            split = hold_out(data, task.seed, task.kinds, task.validation)
             return [self._faithful(data, split, task.seed)]
         best, tried = choose(
             task, self.strengths, lambda *given: (self._converged(*given[:2], ROUGH), None)

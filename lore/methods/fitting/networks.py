@@ -24,7 +24,6 @@ from lore.methods.fitting.validation import (
     PseudoNew,
     hold_out,
     pseudo_new,
-    shared_prompts,
     shots_of,
     subset,
 )
@@ -361,10 +360,9 @@ def choose(
     """
     (kind, values), (name, variants_of) = models, variants
     tried, shots = [], shots_of(task.few, task.shots)
-    responses = shared_prompts(task.train, task.seed)
-    new = pseudo_new(task.train, task.seed, max(shots), responses) if shots else None
+    new = pseudo_new(task.train, task.seed, max(shots), task.kinds) if shots else None
     rest = task.train if new is None else new.rest
-    held = hold_out(rest, task.seed, responses, task.validation)
+    held = hold_out(rest, task.seed, task.kinds, task.validation)
     require(held.held is not None, "no user has two dialogues: there is nothing to choose by")
     for model in values:
         fitted = train(held.fit, held, model, epochs)

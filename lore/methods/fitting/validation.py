@@ -1,27 +1,39 @@
 """Splits of the training comparisons for choices: the same for every method, never a test pair.
 
-What is held out depends on users' names and the seed, not on their order nor on who else is there.
+What is held out is related to what is fitted as the test to the training set, see ``sides``.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lore.common.files import digest
+from lore.common.kinds import KINDS, Judged
 from lore.learning.comparisons import Comparisons, RowFeatures, Users
+from lore.learning.kinds import Shares, judged, shares
 from lore.learning.method import Fitted, Task
 from lore.methods.fitting.geometry import place, total
 
-HELD = 0.2  # of a seen user's dialogues
+log = logging.getLogger(__name__)
+Kinds = dict[str, Shares]  # of ``seen`` and ``unseen`` users
+
+HELD = 0.2  # of a seen user's dialogues, or of groups of responses
+RESPONSES = 0.4  # of the responses: comparisons of two of them are a sixth of all
 NEW = 0.2  # of the seen users
+SHOTS = (2, 9, 40)  # of pseudo-new users, where nobody says how many new users will have
 GROUPS = 100  # of comparisons that share no response; a fifth of fewer says too little
-OFTEN = 2  # users of a prompt, in the mean, from which on prompts count as shared
+CLOSE = 0.15  # shares of a kind that differ by less are alike
+SOME = 0.1  # a smaller share of a kind is none
+LEAST = 50  # held-out comparisons; with fewer, whole dialogues are held out
+FIT, HELD_OUT, NEITHER = range(3)
 ENOUGH = 2000  # comparisons: with fewer, several splits are made
 ENOUGH_NEW = 20  # pseudo-new users, over all splits
 MOST_SPLITS = 4
@@ -73,84 +85,150 @@ def _pick(data: Comparisons, rows: list[Tensor]) -> Comparisons:
     return data.select(keep)
 
 
-def shared_prompts(train: Comparisons, seed: int) -> Tensor | None:
-    """Responses whose comparisons are held out of all users' at once [R]; None where none need be.
+def _uniform(numbers: NDArray[np.integer], seed: NDArray[np.uint64] | int) -> NDArray[np.float64]:
+    """A number in [0, 1) for each number, the same wherever it stands (splitmix64)."""
+    with np.errstate(over="ignore"):
+        x = numbers.astype(np.uint64) + np.uint64(1) + np.uint64(0x9E3779B97F4A7C15) * (
+            np.asarray(seed).astype(np.uint64) + np.uint64(1)
+        )
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+        x ^= x >> np.uint64(31)
+    return (x >> np.uint64(11)) / 2.0**53
 
-    Where users answer the same prompts, what is held out of one user's comparisons would be learned
-    from the others', and every prior would look too strong. So whole groups of comparisons that
-    have a response in common, a fifth of the groups, are held out of everybody's.
 
-    Args:
-        train: comparisons of the seen users, by rows of the embeddings; others cannot be told
-            apart.
-        seed: of the draw.
+def _groups(data: Judged) -> tuple[NDArray[np.integer], bool]:
+    """What is held out whole, by a number for each of the responses ``one`` and ``other`` [2, N].
+
+    Groups of responses that are compared with each other, such as those of a prompt, where there
+    are enough and none is large; else every response by itself. And whether they are groups.
     """
-    if not isinstance(train.features, RowFeatures):
-        return None
     from scipy.sparse import coo_array  # slow to import, and plain LoRe chooses nothing here
     from scipy.sparse.csgraph import connected_components
 
-    x = train.features
-    chosen, rejected = x.chosen.cpu().numpy(), x.rejected.cpu().numpy()
-    size, link = len(x.index), np.ones(len(chosen))
-    graph = coo_array((link, (chosen, rejected)), shape=(size, size))
+    rows, place = np.unique(np.stack([data.one, data.other]), return_inverse=True)
+    place = place.reshape(2, -1)
+    graph = coo_array((np.ones(place.shape[1]), tuple(place)), shape=(len(rows), len(rows)))
     _, group = connected_components(graph, directed=False)
-    mine = group[chosen]
-    pairs = np.unique(np.stack([mine, train.user.cpu().numpy()]), axis=1).shape[1]
-    counts = np.bincount(mine, minlength=group.max() + 1)
-    if len(counts) < GROUPS or pairs < OFTEN * len(counts) or counts.max() > HELD / 2 * len(chosen):
-        return None
+    counts = np.bincount(group[place[0]])
+    if len(counts) < GROUPS or counts.max() > HELD / 2 * place.shape[1]:
+        return rows[place], False
     first = np.full(len(counts), -1)
-    first[group[::-1]] = x.index.cpu().numpy()[::-1]  # a name that no other user changes
-    order = sorted(range(len(counts)), key=lambda g: digest([int(first[g]), seed]))
-    held = np.isin(group, order[: round(HELD * len(order))])
-    return x.index[torch.from_numpy(held)]
+    first[group[::-1]] = rows[::-1]  # a name that no other user changes
+    return first[group][place], True
 
 
-def _of(data: Comparisons, responses: Tensor) -> Tensor:
-    """Which comparisons are about some of the responses [N]."""
-    assert isinstance(data.features, RowFeatures)
-    x = data.features
-    return torch.isin(x.index[x.chosen.cpu()], responses)
+def _by_unit(train: Comparisons, seed: int) -> NDArray[np.bool_]:
+    """A fifth of each user's dialogues, at least one of those who have two [N]."""
+    held = np.zeros(len(train), dtype=bool)
+    for name, units in zip(_names(train), train.units(), strict=True):
+        order = torch.randperm(len(units), generator=_draw(name, seed)).tolist()
+        for i in order[: max(1, round(HELD * len(units))) if len(units) > 1 else 0]:
+            held[units[i].numpy()] = True
+    return held
+
+
+def sides(train: Comparisons, seed: int, kinds: Kinds | None) -> dict[str, NDArray[np.int8]]:
+    """Which comparisons are fitted, held out or neither [N], for users as ``seen``, ``unseen``.
+
+    What is held out must be related to what is fitted as the test to the training set. Dialogues
+    (or comparisons) of each user are held out at random where that gives about the test's shares
+    of known, met and new comparisons. Else, for new ones, some responses are held out of
+    everybody's comparisons, and for met ones some of each user's own: fitted are comparisons of
+    two other responses, judged are those of two held-out ones, and the rest is neither.
+
+    Args:
+        train: comparisons of the seen users, by rows of the embeddings; others cannot be told
+            apart, and whole dialogues are held out.
+        seed: of the draws.
+        kinds: shares of the test's kinds, see ``Task``; all new if None, the most careful.
+    """
+    by_unit = _by_unit(train, seed)
+    plain = {who: by_unit.astype(np.int8) for who in ("seen", "unseen")}
+    if not isinstance(train.features, RowFeatures) or not by_unit.any():
+        return plain
+    data = judged(train)
+    fit, held = (Judged(*(x[rows] for x in data)) for rows in (~by_unit, by_unit))
+    have, wanted = shares(held, fit, fit), kinds or {"seen": {"new": 1.0}}
+    wanted = {who: wanted.get(who, wanted["seen"]) for who in plain}
+    if not any(_harder(asked, have) for asked in wanted.values()):
+        return plain
+    group, grouped = _groups(data)
+    share = HELD if grouped else RESPONSES
+    away = (_uniform(group, seed) < share).sum(0)
+    names = np.array([int(digest([name, seed])[:12], 16) for name in _names(train)])
+    own = (_uniform(group, names[data.user] + seed) < RESPONSES).sum(0)
+    mixed = {who: _mixed(asked, away, own, by_unit) for who, asked in wanted.items()}
+    enough = min(LEAST, max(train.num_users, len(train) * HELD / 4))
+    if any((side == HELD_OUT).sum() < enough or not (side == FIT).any() for side in mixed.values()):
+        log.warning("too few comparisons to hold out whole responses: dialogues are held out")
+        return plain
+    return mixed
+
+
+def _harder(asked: Shares, have: Shares) -> bool:
+    """Whether the test has more new or met comparisons than what dialogues held out would be."""
+    new = asked.get("new", 0) > have["new"] + CLOSE
+    return new or asked.get("met", 0) > have["met"] + have["new"] + 2 * CLOSE
+
+
+def _mixed(
+    asked: Shares, away: NDArray[np.integer], own: NDArray[np.integer], by_unit: NDArray[np.bool_]
+) -> NDArray[np.int8]:
+    """Comparisons of each kind held out [N], about in the shares asked for.
+
+    Args:
+        asked: shares of the kinds.
+        away: how many of the two responses are held out of everybody's comparisons [N].
+        own: how many are held out of the user's own [N].
+        by_unit: comparisons that are held out otherwise [N].
+    """
+    asked = {kind: asked.get(kind, 0) * (asked.get(kind, 0) >= SOME) for kind in KINDS}
+    apart = own if asked["met"] else np.zeros_like(own)
+    pools = {
+        "new": away == 2, "met": (away == 0) & (apart == 2),
+        "known": (away == 0) & (apart == 0) & by_unit,
+    }  # fmt: skip
+    fit = (away == 0) & (apart == 0) & ~(by_unit & (asked["known"] > 0))
+    side = np.where(fit, FIT, NEITHER).astype(np.int8)
+    pools = {kind: pool for kind, pool in pools.items() if asked[kind]}
+    most = min(pool.sum() / asked[kind] for kind, pool in pools.items())
+    place = np.arange(len(away))
+    for kind, pool in pools.items():
+        rate = asked[kind] * most / max(1, pool.sum())
+        side[pool & (_uniform(place, 7) < rate)] = HELD_OUT
+    return side
+
+
+def _split(train: Comparisons, fit: Tensor, held: Tensor) -> HeldOut:
+    """Two parts of the comparisons, by masks [N]; users of the second without the first drop."""
+    counts = torch.bincount(train.user.cpu()[fit], minlength=train.num_users)
+    held = held & (counts > 0)[train.user.cpu()]
+    row = (counts > 0).cumsum(0) - 1
+    users = torch.unique(train.user.cpu()[held])
+    part = train if bool(fit.all()) else train.select(fit)
+    return HeldOut(part, train.select(held) if bool(held.any()) else None, row[users])
 
 
 def hold_out(
     train: Comparisons,
     seed: int,
-    responses: Tensor | None = None,
+    kinds: Kinds | None = None,
     validation: Comparisons | None = None,
 ) -> HeldOut:
-    """Hold out a fifth of each user's dialogues, at least one of those who have two.
-
-    A dialogue is on one side only, and no pair of a user is on both.
+    """Hold out some of the seen users' comparisons, as ``sides`` says.
 
     Args:
         train: comparisons of the seen users.
         seed: of the draws.
-        responses: whose comparisons are held out instead, from ``shared_prompts``.
+        kinds: shares of the test's kinds, see ``Task``.
         validation: comparisons of seen users outside ``train`` that take their place, so that all
             of ``train`` is left.
     """
     if validation is not None:
         return _given(train, validation)
-    if responses is not None:
-        keep = ~_of(train, responses)
-        left = torch.bincount(train.user.cpu()[keep], minlength=train.num_users)
-        keep |= (left == 0)[train.user.cpu()]
-        held = torch.bincount(train.user.cpu()[~keep], minlength=train.num_users)
-        some = train.select(~keep) if bool((~keep).any()) else None
-        return HeldOut(train.select(keep), some, held.nonzero()[:, 0])
-    fit, held, whose = [], [], []
-    for u, (name, units) in enumerate(zip(_names(train), train.units(), strict=True)):
-        order = torch.randperm(len(units), generator=_draw(name, seed)).tolist()
-        count = max(1, round(HELD * len(units))) if len(units) > 1 else 0
-        held += [units[i] for i in order[:count]]
-        fit += [units[i] for i in order[count:]]
-        whose += [u] if count else []
-    rest = _pick(train, fit) if held else train
-    return HeldOut(
-        rest, _pick(train, held) if held else None, torch.tensor(whose, dtype=torch.long)
-    )
+    side = torch.from_numpy(sides(train, seed, kinds)["seen"])
+    return _split(train, side == FIT, side == HELD_OUT)
 
 
 def _given(train: Comparisons, validation: Comparisons) -> HeldOut:
@@ -163,45 +241,48 @@ def _given(train: Comparisons, validation: Comparisons) -> HeldOut:
 
 
 def pseudo_new(
-    train: Comparisons, seed: int, shots: int, responses: Tensor | None = None
+    train: Comparisons, seed: int, shots: int, kinds: Kinds | None = None
 ) -> PseudoNew | None:
-    """Set apart 15 % of the users; None where no user but one has two dialogues.
+    """Set apart a fifth of the users; None where no user but one has two dialogues.
 
     Args:
         train: comparisons of the seen users.
         seed: of the draws.
-        shots: dialogues (or comparisons) that each may adapt from, at most; a user's others, at
-            least a fifth of them, are held out.
-        responses: whose comparisons are held out instead, from ``shared_prompts``.
+        shots: dialogues (or comparisons) that each may adapt from, at most; where dialogues are
+            held out at random, a user's others, at least a fifth of them, are held out.
+        kinds: shares of the test's kinds, see ``Task``.
     """
     names, units = _names(train), train.units()
-    away = torch.zeros(len(train), dtype=torch.bool)
-    if responses is not None:
-        away = _of(train, responses)
+    side = torch.from_numpy(sides(train, seed, kinds)["unseen"])
+    by_unit = torch.from_numpy(_by_unit(train, seed))
+    at_random = bool(((side == HELD_OUT) == by_unit).all())
     able = [u for u in range(train.num_users) if len(units[u]) > 1]
-    if responses is not None:  # who has comparisons on either side
-        able = [u for u in able if 0 < int(away[torch.cat(units[u])].sum()) < len(units[u])]
+    if not at_random:  # who has comparisons on either side
+        able = [u for u in able if _both(side[torch.cat(units[u])])]
     able.sort(key=lambda u: digest([names[u], seed, "new"]))
-    chosen = set(able[: min(max(1, round(NEW * train.num_users)), len(able), train.num_users - 1)])
+    chosen = able[: min(max(1, round(NEW * train.num_users)), len(able), train.num_users - 1)]
     if not chosen:
         return None
-    few, held, rest = [], [], []
-    for u in range(train.num_users):
-        if u not in chosen:
-            rest += units[u]
-            continue
+    few, held = [], []
+    for u in chosen:
         order = torch.randperm(len(units[u]), generator=_draw(names[u], seed)).tolist()
-        if responses is not None:
-            out = [i for i in order if bool(away[units[u][i]].any())]
-            order = [i for i in order if i not in out]
-            few += [units[u][i] for i in order[: max(shots, 1)]]
-            held += [units[u][i] for i in out]
+        if at_random:
+            count = min(max(shots, 1), len(order) - max(1, round(HELD * len(order))))
+            few += [units[u][i] for i in order[:count]]
+            held += [units[u][i] for i in order[count:]]
             continue
-        count = min(max(shots, 1), len(order) - max(1, round(HELD * len(order))))
-        few += [units[u][i] for i in order[:count]]
-        held += [units[u][i] for i in order[count:]]
-    apart = torch.tensor([u in chosen for u in range(train.num_users)])
-    return PseudoNew(*(_pick(train, rows) for rows in (rest, few, held)), apart)
+        rows = [units[u][i] for i in order]
+        fit = [row[side[row] == FIT] for row in rows]
+        few += [row for row in fit if len(row)][: max(shots, 1)]
+        held += [row[side[row] == HELD_OUT] for row in rows]
+    apart = torch.zeros(train.num_users, dtype=torch.bool)
+    apart[chosen] = True
+    rest = train.select(~apart.to(train.device)[train.user])
+    return PseudoNew(rest, _pick(train, few), _pick(train, held), apart)
+
+
+def _both(side: Tensor) -> bool:
+    return bool((side == FIT).any()) and bool((side == HELD_OUT).any())
 
 
 def subset(few: Comparisons, shots: int, seed: int) -> tuple[Tensor, Users]:
@@ -215,18 +296,21 @@ def subset(few: Comparisons, shots: int, seed: int) -> tuple[Tensor, Users]:
 
 
 def shots_of(few: Comparisons | None, shots: tuple[int, ...]) -> tuple[int, ...]:
-    """Numbers of shots that choices are made for: those given, else what new users mostly have;
-    none where nobody is new."""
+    """Numbers of shots that choices are made for: those given, else ``SHOTS`` up to what new users
+    mostly have; none where nobody is new."""
     if few is None:
         return ()
     if shots:
         return tuple(sorted(set(shots)))
-    return (int(torch.tensor([len(unit) for unit in few.units()]).median()),)
+    most = int(torch.tensor([len(unit) for unit in few.units()]).median())
+    return tuple(sorted({min(size, most) for size in SHOTS}))
 
 
 @dataclass
 class Scores:
     """A candidate's log losses on validation, by user: means over splits.
+
+    Seen and pseudo-new users weigh the same: every user counts once.
 
     Attributes:
         seen: of users it knew, on their held-out dialogues [U]; NaN where nothing was held out.
@@ -236,15 +320,20 @@ class Scores:
     seen: Tensor
     new: Tensor
 
+    @property
+    def by_user(self) -> Tensor:
+        """Of each user who was judged, as one known, as a new one or as both [U]; else NaN."""
+        return torch.stack([self.seen, self.new]).nanmean(0)
+
     def means(self) -> dict[str, float]:
         """Means over users: ``seen``, ``new``, and of all together, ``loss``."""
-        means = {key: float(value.nanmean()) for key, value in vars(self).items()}
-        means |= {"loss": float(torch.cat([self.seen, self.new]).nanmean())}
+        values = {"seen": self.seen, "new": self.new, "loss": self.by_user}
+        means = {key: float(value.nanmean()) for key, value in values.items()}
         return {key: value for key, value in means.items() if not math.isnan(value)}
 
     @property
     def loss(self) -> float:
-        """What choices go by: the few pseudo-new users weigh no more than other users do."""
+        """What choices go by: the mean over users."""
         return self.means()["loss"]
 
     def gain(self, other: Scores) -> tuple[float, float]:
@@ -252,7 +341,7 @@ class Scores:
 
         Differences are paired by user.
         """
-        gains = torch.cat([other.seen - self.seen, other.new - self.new])
+        gains = other.by_user - self.by_user
         gains = gains[~gains.isnan()]
         error = float(gains.std()) / len(gains) ** 0.5 if len(gains) > 1 else math.inf
         return float(gains.mean()), error
@@ -273,18 +362,26 @@ class Split:
         self.seed, self.shots, self.processes = seed, shots, task.processes
         self.num_users = task.train.num_users
         self.subsets: dict[tuple[int, ...], tuple[Tensor, Users]] = {}
-        responses = shared_prompts(task.train, seed)
-        self.new = pseudo_new(task.train, seed, max(shots), responses) if shots else None
-        rest = task.train if self.new is None else self.new.rest
-        rows = torch.arange(self.num_users)
-        self.new_rows = rows[:0]
+        train = task.train
+        self.new = pseudo_new(train, seed, max(shots), task.kinds) if shots else None
+        known = torch.ones(self.num_users, dtype=torch.bool)
+        self.new_rows = torch.arange(0)
         if self.new is not None:
-            self.new_rows, rows = rows[self.new.chosen], rows[~self.new.chosen]
-        share = rest.share(task.process, task.processes)
-        mine = hold_out(share, seed, responses, task.validation)
-        first = place(share.num_users, task.processes)[0]
+            known, self.new_rows = ~self.new.chosen, self.new.chosen.nonzero()[:, 0]
+        side = torch.from_numpy(sides(train, seed, task.kinds)["seen"])
+        side = torch.full_like(side, FIT) if task.validation is not None else side
+        fit = (side == FIT) & known[train.user.cpu()]
+        rows = torch.unique(train.user.cpu()[fit])  # of the users that candidates know
+        whole = train.select(fit).share(task.process, task.processes)
+        first = place(whole.num_users, task.processes)[0]
+        rows = rows[first : first + whole.num_users]
+        if task.validation is not None:
+            mine = _given(whole, task.validation)
+        else:
+            there = torch.isin(train.user.cpu(), rows)
+            mine = _split(train, fit & there, (side == HELD_OUT) & there)
         self.fit, self.held, self.whose = mine.fit, mine.held, mine.whose
-        self.seen_rows = rows[first + self.whose]
+        self.seen_rows = rows[self.whose]
         if not task.stream:
             self.fit = self.fit.in_memory()
             self.held = None if self.held is None else self.held.in_memory()

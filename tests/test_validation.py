@@ -1,0 +1,118 @@
+"""lore/methods/fitting/validation.py: what is held out for choices is related as the test is."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lore.common.kinds import KINDS
+from lore.learning import kinds
+from lore.learning.comparisons import Comparisons, RowFeatures
+from lore.learning.method import Task
+from lore.methods.fitting import validation
+from lore.methods.fitting.validation import Scores, Validation
+from lore.methods.ridge_bt import RidgeBT
+
+ALL_NEW = {"seen": {"known": 0.0, "met": 0.0, "new": 1.0}}
+ALL_KNOWN = {"seen": {"known": 1.0, "met": 0.0, "new": 0.0}}
+
+
+def comparisons(table: Tensor, ends: Tensor, users: int) -> Comparisons:
+    features = RowFeatures(lambda i: table[i], table.shape[1], ends[:, 0], ends[:, 1])
+    counts = [len(ends) // users] * users
+    return Comparisons(features, counts, names=[f"u{u}" for u in range(users)])
+
+
+def ratings(seed: int = 0, users: int = 60, texts: int = 100, pairs: int = 40) -> Task:
+    """Ratings of texts, each of a quality that its features hardly show, compared in pairs.
+
+    The test is of other texts. What is remembered of a text's quality is worth nothing there.
+    """
+    g = torch.Generator().manual_seed(seed)
+    table = torch.randn(2 * texts, 300, generator=g)
+    quality = 0.3 * table[:, 0] + 1.5 * torch.randn(2 * texts, generator=g)
+
+    def side(first: int) -> Comparisons:
+        ends = torch.cat([
+            torch.stack([first + torch.randperm(texts, generator=g)[:2] for _ in range(pairs)])
+            for _ in range(users)
+        ])
+        swap = quality[ends[:, 0]] - quality[ends[:, 1]] < torch.randn(len(ends), generator=g)
+        ends = torch.where(swap[:, None], ends.flip(1), ends)
+        return comparisons(table, ends, users)
+
+    train, few, seen, unseen = (side(first) for first in (0, 0, texts, texts))
+    few.names = unseen.names = [f"new {u}" for u in range(users)]
+    return Task(train, few, seen, unseen, kinds=kinds.test_shares(train, few, seen, unseen))
+
+
+def loss_of(task: Task, kind: dict | None) -> float:
+    task = Task(task.train, task.few, task.seen, task.unseen, kinds=kind)
+    fit = RidgeBT().fit(task)[0]
+    logits = fit.logits(fit.view(task.seen), fit.users, task.seen.user)
+    return float(task.seen.log_losses(logits).mean())
+
+
+def test_on_ratings_the_right_hold_out_finds_a_choice_that_holds_for_new_texts():
+    task = ratings()
+    assert task.kinds == {who: {"known": 0, "met": 0, "new": 1} for who in ("seen", "unseen")}
+    right, wrong = loss_of(task, task.kinds), loss_of(task, ALL_KNOWN)
+    assert right < math.log(2) + 0.02 and wrong > right + 0.1
+
+
+@pytest.mark.parametrize("asked", [ALL_NEW, ALL_KNOWN, {"seen": {"known": 0.5, "new": 0.5}}])
+def test_what_is_held_out_has_the_kinds_of_the_test(asked):
+    task = ratings(texts=40, pairs=60)
+    task.kinds = asked
+    for split in Validation(Task(**vars(task) | {"stream": True})).splits:
+        fit = kinds.judged(split.fit, names := {n: i for i, n in enumerate(task.train.names)})
+        found = kinds.shares(kinds.judged(split.held, names), fit, fit)
+        for kind in KINDS:
+            assert found[kind] == pytest.approx(asked["seen"].get(kind, 0.0), abs=0.2)
+        new = split.new
+        assert not set(new.few.names) & set(split.fit.names)
+        if asked is ALL_NEW:
+            fitted = set(split.fit.features.index.tolist())
+            assert not fitted & set(new.held.features.index.tolist())
+            assert not set(new.few.features.index.tolist()) & set(
+                new.held.features.index.tolist()
+            )
+
+
+def test_met_comparisons_are_held_out_by_each_users_own_responses():
+    task = ratings(texts=12, pairs=60)
+    task.kinds = {"seen": {"known": 0.0, "met": 1.0, "new": 0.0}}
+    split = Validation(Task(**vars(task) | {"stream": True})).splits[0]
+    names = {name: row for row, name in enumerate(task.train.names)}
+    fit, held = kinds.judged(split.fit, names), kinds.judged(split.held, names)
+    assert kinds.shares(held, fit, fit)["met"] > 0.9
+
+
+def test_a_user_counts_once_seen_or_set_apart():
+    nan = math.nan
+    one = Scores(torch.tensor([1.0, 2.0, nan, nan]), torch.tensor([nan, 4.0, 7.0, nan]))
+    assert one.loss == pytest.approx((1 + 3 + 7) / 3)
+    zero = Scores(torch.zeros(4), torch.zeros(4))
+    assert zero.gain(one)[0] == pytest.approx(11 / 3)
+
+
+def test_without_new_users_nobody_is_set_apart():
+    task = ratings(users=10)
+    task.few = task.unseen = None
+    assert all(split.new is None for split in Validation(task).splits)
+
+
+def test_too_few_comparisons_hold_out_dialogues(caplog):
+    task = ratings(users=4, texts=3, pairs=6)
+    held = validation.hold_out(task.train, 0, ALL_NEW).held
+    assert len(held) == 4 and "too few comparisons" in caplog.text
+
+
+def test_differences_alone_are_held_out_by_comparison():
+    data = ratings(users=5).train.in_memory()
+    side = validation.sides(data, 0, ALL_NEW)["seen"]
+    assert np.bincount(side).tolist() == [160, 40]
