@@ -92,6 +92,7 @@ def test_how_often_users_choose_as_before_is_that_made_by_hand():
     assert "judged 3 pairs again and chose as before in 44.4%" in found["sentence"]
     split = table.assign(split=["train", "test", *["train"] * 9])
     assert facts.retest(split)["both_sides"] == 1
+    assert "; 1 of them stand on both sides" in facts.retest(split)["sentence"]
 
 
 def test_without_repeats_nothing_is_told_of_them():

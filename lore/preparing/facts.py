@@ -93,7 +93,10 @@ def retest(table: pd.DataFrame) -> dict[str, Any]:
         f"{low_end:.1%} to {high_end:.1%}); "
     )
     told = f"others agree with them on these in {found['others']:.1%}" if len(agree) else ""
-    return {**found, "sentence": f"{sentence}{told or 'nobody else judged these'}."}
+    sentence += told or "nobody else judged these"
+    if found["both_sides"]:
+        sentence += f"; {found['both_sides']:,} of them stand on both sides of the split"
+    return {**found, "sentence": f"{sentence}."}
 
 
 def wilson(share: float, count: int) -> list[float]:
