@@ -17,6 +17,7 @@ from lore.embeddings import store as embeddings
 from lore.preparing import hold_out, raw
 from lore.preparing import own_rows as choices
 from lore.preparing import tables as preparing
+from lore.preparing.facts import retest
 from lore.preparing.hold_out import Split
 from lore.preparing.own_rows import USUAL, Choice, Columns
 from lore.preparing.tables import Funnel
@@ -68,6 +69,7 @@ def main(
         table = table.assign(dialog_id=hold_out.connected(pairs, table.row))
     table = number_turns(table)
     table = preparing.split_users(table, seed, seen_fraction)
+    judged_again = retest(table[~half_ties(table)], "chosen_name", "rejected_name")
     conversations, table = preparing.number_conversations(table, funnel)
     settings = {
         "source": source,
@@ -78,6 +80,7 @@ def main(
         "seed": seed,
     }
     info = {"dataset": "OwnData", "settings": settings, "counts": funnel.counts, "split": held_out}
+    info["retest"] = judged_again
     with alone(out, embedding.get("shard")):
         told = preparing.write_prepared(out, conversations, table, info)
         print(funnel.lines(), told, sep="\n")
@@ -104,7 +107,12 @@ def read(
         else:
             found, left_out = pairs(row)
             same = {"user_id": row.user, "dialog_id": row.dialog, "split": row.split}
-            same |= {"row": number, "time": row.time, "weight": row.weight / max(len(found), 1)}
+            same |= {
+                "row": number,
+                "place": row.place,
+                "time": row.time,
+                "weight": row.weight / max(len(found), 1),
+            }
             comparisons += [{**same, **pair} for pair in found]
             funnel.left_out(left_out)
     return comparisons
@@ -138,6 +146,12 @@ def pairs(row: Choice) -> tuple[list[dict[str, Any]], list[str]]:
             else:
                 found.append({"chosen": won, "rejected": lost})
     return found, left_out
+
+
+def half_ties(table: pd.DataFrame) -> pd.Series:
+    """Whether a comparison is half of a tie that counts both ways; that is no second judgment."""
+    both = table.groupby([table.place, hold_out.pair_names(table)])
+    return both.row.transform("nunique") > 1
 
 
 def number_turns(table: pd.DataFrame) -> pd.DataFrame:

@@ -121,6 +121,18 @@ def test_a_pair_that_a_user_judged_twice_is_on_one_side(tmp_path, by):
     assert (judged.size() == 2).sum() > 20 and (judged.split.nunique() == 1).all()
 
 
+def test_a_tie_that_counts_both_ways_is_not_judged_again(tmp_path):
+    columns = worlds.script("OwnData/prepare.py").Columns(ties="half")
+    rows = [
+        {"user": row["user"], "prompt": row["prompt"], "response_a": row["chosen"],
+         "response_b": row["rejected"], "winner": "tie" if i % 4 == 0 else "a"}
+        for i, row in enumerate(ratings())
+    ]  # fmt: skip
+    info, table = prepare(tmp_path, [*rows, rows[1], rows[2]], columns=columns, split="pairs")
+    assert (table.weight == 0.5).sum() == 2 * len(rows) / 4
+    assert info["retest"]["judged_again"] == 2 and info["retest"]["same"] == 1
+
+
 def test_summaries_can_be_divided_and_are_not_by_default(tmp_path):
     source = worlds.tldr(tmp_path / "raw", workers=6, annotations=60)
     settings = {"min_annotations": 20, "embed": False}

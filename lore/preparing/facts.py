@@ -54,12 +54,15 @@ def _sentence(found: dict[str, Any]) -> str:
     return f"Of the held-out comparisons, {'; '.join(parts)}."
 
 
-def retest(table: pd.DataFrame) -> dict[str, Any]:
+def retest(
+    table: pd.DataFrame, chosen: str = "chosen", rejected: str = "rejected"
+) -> dict[str, Any]:
     """How often users who judged a pair again chose as before, and others as they did.
 
     Args:
-        table: user_id, split, and chosen and rejected as numbers of conversations; a pair may stand
-            in either order.
+        table: user_id, split, and numbers or names of the conversations; a pair may stand in either
+            order.
+        chosen, rejected: the columns of these.
 
     Returns:
         judged_again: pairs of a user with two judgments or more; both_sides: those that training
@@ -68,8 +71,12 @@ def retest(table: pd.DataFrame) -> dict[str, Any]:
         the mean share of other users' judgments of the same pairs that agree with the user's, of
         those that others judged too; sentence.
     """
-    low, high = table[["chosen", "rejected"]].min(axis=1), table[["chosen", "rejected"]].max(axis=1)
-    judged = table.assign(low=low, high=high, is_low=table.chosen == low)
+    is_low = table[chosen] < table[rejected]
+    low, high = (
+        table[chosen].where(is_low, table[rejected]),
+        table[rejected].where(is_low, table[chosen]),
+    )
+    judged = table.assign(low=low, high=high, is_low=is_low)
     pair, whose = ["low", "high"], ["user_id", "low", "high"]
     units = judged.groupby(whose).agg(
         n=("is_low", "size"), low_wins=("is_low", "sum"), sides=("split", "nunique")

@@ -350,7 +350,7 @@ def write_prepared(
         path, content = folder / "comparisons.parquet", table.to_csv(index=False)
         write_whole(path, lambda draft: table.to_parquet(draft, index=False))
         info = {**info, "overlap": overlap(conversations, table), "kinds": count_kinds(table)}
-        info["retest"] = retest(table)
+        info = {"retest": retest(table), **info}
     else:
         path = folder / "scores.safetensors"
         content = [[name, table[name].tolist()] for name in sorted(table)]
