@@ -25,7 +25,6 @@ import torch.distributed as dist
 
 import people
 from lore.experiments import runner as experiments
-from lore.methods.fitting.score_test import score_test
 from lore.methods.mixed_logit import MixedLogit
 
 MOMENTS = 20
@@ -162,7 +161,6 @@ def main() -> None:
     torch.set_num_threads(1)  # a forked child cannot use its parent's threads
     experiments.report = lambda folder: ""  # drawn from the results alone, and dear
     experiments.PERMUTATIONS = experiments.SHUFFLES = 1  # none of these is kept by itself
-    experiments.score_test = partial(score_test, permutations=1)
     for case in CASES.values():  # what is imported late, is imported here
         with tempfile.TemporaryDirectory() as folder:
             people.fit(PEOPLE, Path(folder), **QUICK, **case)

@@ -66,7 +66,7 @@ def test_on_ratings_the_right_hold_out_finds_a_choice_that_holds_for_new_texts()
 
 @pytest.mark.parametrize("asked", [ALL_NEW, ALL_KNOWN, {"seen": {"known": 0.5, "new": 0.5}}])
 def test_what_is_held_out_has_the_kinds_of_the_test(asked):
-    task = ratings(texts=40, pairs=60)
+    task = ratings(texts=40, pairs=200)
     task.kinds = asked
     for split in Validation(Task(**vars(task) | {"stream": True})).splits:
         fit = kinds.judged(split.fit, names := {n: i for i, n in enumerate(task.train.names)})

@@ -262,7 +262,7 @@ def _carry_out(
 
 def _about(tasks: Tasks, task: Task) -> dict[str, Any]:
     """Whose comparisons a repeat has, how many, and what a reader must know of them."""
-    personal = score_test(task.mine if task.processes == 1 else task.train)
+    personal = score_test(task.train)
     overlap = tasks.info.get("overlap", {}).get("sentence")
     sets = {"train": task.train, "seen": task.seen, "few": task.few, "unseen": task.unseen}
     sets |= {"validation": task.validation} if task.validation is not None else {}

@@ -310,8 +310,11 @@ class Users:
         return self.sum((self.weight * values.double())[:, None])[:, 0] / self.user_weight()
 
     def accuracies(self, logits: Tensor) -> Tensor:
-        """Share of each user's comparisons with a positive logit [N] (eq. 15), weighted: [U]."""
-        return self.mean(logits > 0)
+        """Share of each user's comparisons with a positive logit [N] (eq. 15), weighted: [U].
+
+        A logit of exactly 0, as of two responses with the same embedding, counts one half.
+        """
+        return self.mean((logits > 0) + 0.5 * (logits == 0))
 
     def log_losses(self, logits: Tensor) -> Tensor:
         """Mean of -log P(the choice), P being the sigmoid of the logit [N], by user: [U]."""

@@ -6,21 +6,18 @@ Shape letters: U users, N comparisons, M units, D leading directions of the feat
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
 
-from lore.learning.comparisons import Comparisons
+from lore.learning.comparisons import Comparisons, RowFeatures
 from lore.methods.fitting.geometry import Geometry, everyones, measure, total
 from lore.methods.ridge_bt import ROUGH, fit_shared, precision
 
 DIRECTIONS = 32
-PERMUTATIONS = 499
 LEVEL = 0.05
-ROUNDING = 1e-5  # of the statistic: so close is the same
 
 
 @dataclass
@@ -28,9 +25,9 @@ class ScoreTest:
     """What the test found.
 
     Attributes:
-        statistic: sum over users of |sum of residuals times features|^2, less its mean over
-            permutations, in their standard deviations.
-        p: share of permutations with as great a statistic.
+        statistic: sum over users of the products of residuals times features over pairs of
+            comparisons, in standard errors from the users' own spread.
+        p: of as great a statistic where users are alike.
         variance: of tastes along each direction of the features (divided by their scale), by
             moments; below 0 where residuals agree less than by chance.
         needed: comparisons after which a user's own choices weigh as much as everyone's; infinity
@@ -56,24 +53,20 @@ class ScoreTest:
 def score_test(
     data: Comparisons,
     strength: float = 1.0,
-    group: Tensor | None = None,
-    permutations: int = PERMUTATIONS,
-    seed: int = 0,
     geometry: Geometry | None = None,
     processes: int = 1,
 ) -> ScoreTest:
-    """Test whether users' rewards differ, by permuting whose the comparisons are.
+    """Test whether users' rewards differ.
 
     The statistic is the score for a variance component of users (Verbeke and Molenberghs 2003) at
-    ridge BT. The comparisons of one dialogue stay together, as they may share a response.
+    ridge BT, without a user's pairs of comparisons that share a response or a dialogue: what the
+    features do not show of a response, and the noise of one rating, make those agree. It is held
+    against the users' own spread.
 
     Args:
-        data: the training comparisons, or this process's share.
+        data: the training comparisons, or this process's share; by rows of the embeddings, or else
+            no two are taken to share a response.
         strength: of ridge BT's prior.
-        group: number of each comparison's prompt [N], if users share prompts: labels are then
-            permuted among the comparisons of a prompt.
-        permutations: how many.
-        seed: of the permutations.
         geometry: of the features, if it is known.
         processes: over which users are spread; all get the same answer.
     """
@@ -82,61 +75,53 @@ def score_test(
     Q = geometry.directions[:, :DIRECTIONS]
     Z = data.project(geometry.raw(torch.cat([mu, Q], 1)).to(precision(data))).double()
     p, Z = torch.sigmoid(Z[:, 0]), Z[:, 1:]
-    Y, counts, group = _units(data, (data.weight * (1 - p))[:, None] * Z, group)
-    Y, counts, group = (everyones(value, processes) for value in (Y.float(), counts, group))
-    starts = counts.cumsum(0) - counts
-
-    def statistic(order: Tensor) -> float:
-        # In float32, in which PyTorch sums bags of few columns 30 times as fast as in float64
-        return float(embedding_bag(order, Y, starts, mode="sum").double().square().sum())
-
-    generator = torch.Generator().manual_seed(seed)
-    found = statistic(torch.arange(len(Y), device=Y.device))
-    drawn = [statistic(order.to(Y.device)) for order in _orders(group, permutations, generator)]
-    chance = torch.tensor(drawn, dtype=torch.float64)
+    own = _apart(data, (data.weight * (1 - p))[:, None] * Z)
+    pairs = float((data.counts.square() - data.counts).sum())
+    kept = float(_apart(data, torch.ones_like(p)[:, None]).sum()) / max(1.0, pairs)
     slope = data.weight * p * (1 - p)
-    information = float(total(_information(data, Z, slope), processes))
-    variance = (found - float(chance.mean())) / max(information, 1e-300)
+    information = float(total(kept * _information(data, Z, slope), processes))
+    own = everyones(own, processes)
+    error = float(own.square().sum().sqrt())
+    found = float(own.sum())
+    statistic = found / error if error > 0 else 0.0
+    variance = found / max(information, 1e-300)
     # What a comparison tells along each direction
     each = total(slope @ Z.square(), processes) / geometry.count
     typical = float(each.square().sum() / each.sum())
-    return ScoreTest(
-        (found - float(chance.mean())) / float(chance.std().clamp(min=1e-300)),
-        (1 + int((chance >= found * (1 - ROUNDING)).sum())) / (1 + permutations),
-        variance,
-        1 / (variance * typical) if variance > 0 else float("inf"),
-    )
+    needed = 1 / (variance * typical) if variance > 0 else math.inf
+    return ScoreTest(statistic, math.erfc(statistic / 2**0.5) / 2, variance, needed)
 
 
-def _units(
-    data: Comparisons, Y: Tensor, group: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over each user's dialogues [M, D], how many each user has [U], and their prompts [M]."""
-    if group is None:
-        group = torch.zeros(len(Y), dtype=torch.long)
-    group = group.to(data.device)
-    if data.dialogs is None:
-        return Y, data.counts, group
-    dialogs = data.dialogs.to(data.device)
-    keys = data.user * (int(dialogs.max()) + 1) + dialogs  # ascending by user
-    units, place = torch.unique(keys, return_inverse=True)
-    sums = Y.new_zeros(len(units), Y.shape[1]).index_add_(0, place, Y)
-    owner = torch.empty_like(units).scatter_(0, place, data.user)
-    prompts = torch.empty_like(units).scatter_(0, place, group)
-    return sums, torch.bincount(owner, minlength=data.num_users), prompts
+def _apart(data: Comparisons, Y: Tensor) -> Tensor:
+    """Sum of the products of Y [N, D] over each user's pairs of comparisons with nothing in common
+    [U], each pair twice."""
 
+    def alike(*keys: Tensor) -> Tensor:
+        """The same over pairs of equal keys [N], a comparison with itself included."""
+        found, place = torch.unique(torch.stack([data.user, *keys]), dim=1, return_inverse=True)
+        sums = Y.new_zeros(found.shape[1], Y.shape[1]).index_add_(0, place, Y)
+        each = sums.square().sum(1)
+        return each.new_zeros(data.num_users).index_add_(0, found[0], each)
 
-def _orders(group: Tensor, permutations: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Random orders [M] that exchange units of the same group alone."""
-    place = torch.argsort(group.cpu(), stable=True)
-    for _ in range(permutations):
-        shuffled = torch.randperm(len(group), generator=generator)
-        if place[0] != 0 or bool((group != group[0]).any()):
-            shuffled = shuffled[torch.argsort(group.cpu()[shuffled], stable=True)]
-            order = torch.empty_like(place)
-            order[place] = shuffled
-            shuffled = order
-        yield shuffled
+    def response(*keys: Tensor) -> Tensor:
+        """The same over pairs that share a response."""
+        x = data.features
+        assert isinstance(x, RowFeatures)
+        ends = torch.stack([x.chosen, x.rejected]).sort(0).values
+        user, twice = data.user.repeat(2), [key.repeat(2) for key in keys]
+        found, place = torch.unique(
+            torch.stack([user, ends.flatten(), *twice]), dim=1, return_inverse=True
+        )
+        sums = Y.new_zeros(found.shape[1], Y.shape[1]).index_add_(0, place, Y.repeat(2, 1))
+        each = sums.square().sum(1)
+        both = each.new_zeros(data.num_users).index_add_(0, found[0], each)
+        return both - alike(*ends, *keys)  # those that share two were counted twice
+
+    rows = isinstance(data.features, RowFeatures)
+    alone = torch.arange(len(Y), device=data.device)
+    dialog = alone if data.dialogs is None else data.dialogs.to(data.device)
+    shared = alike(dialog) + (response() - response(dialog) if rows else 0)
+    return alike() - shared
 
 
 def _information(data: Comparisons, Z: Tensor, slope: Tensor) -> Tensor:
