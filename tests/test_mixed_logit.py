@@ -170,7 +170,7 @@ def test_the_ridge_is_that_of_scikit_learn(F: int, strength: float) -> None:
     x = x * (2 * (torch.rand(len(x), generator=g) < p).double() - 1)[:, None]
     data = Comparisons(DenseFeatures(x), [len(x)])
     geometry = measure(data)
-    found = fit_shared(data, geometry, strength, tolerance=1e-13, iterations=3000)
+    found = fit_shared(data, geometry, strength)
     y = (x / geometry.scale).numpy()
     both, labels = np.concatenate([y, -y]), np.repeat([1, 0], len(y))
     model = LogisticRegression(C=1 / (2 * strength), fit_intercept=False, tol=1e-12, max_iter=20000)

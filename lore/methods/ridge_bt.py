@@ -62,7 +62,7 @@ def fit_shared(
     start: Tensor | None = None,
     processes: int = 1,
     tolerance: float = FINE,
-    iterations: int = 200,
+    iterations: int = 1000,
 ) -> Minimum:
     """The shared reward [F, 1] (among stretched features) with the greatest posterior density.
 

@@ -135,10 +135,10 @@ def measure(data: Comparisons, processes: int = 1, directions: int = DIRECTIONS)
         MQ = moment(Q)
     values, vectors = torch.linalg.eigh((Q.T @ MQ).double())
     values = values.flip(0)[:D].clamp(min=0)
-    Q = (Q.double() @ vectors.flip(1))[:, :D]
+    Q = torch.linalg.qr((Q.double() @ vectors.flip(1))[:, :D])[0]  # orthonormal in double too
     signs = torch.randint(2, (F, PROBES), generator=generator).to(Q) * 2 - 1
     signs = signs - Q @ (Q.T @ signs)
     left = 0.0 if D == F else float((signs * moment(signs.to(like)).double()).sum() / PROBES)
     square = float(values.sum()) + left
-    rest = left / max(F - D, 1) / square
+    rest = left / (F - D) / square if D < F else float(values[-1]) / square
     return Geometry(square**0.5, values / square, Q, rest, count)
