@@ -8,8 +8,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.common.settings import NonNegativeInt, PositiveInt
-from lore.experiments import runner as experiments
-from lore.experiments import splits
+from lore.elicitation.criteria import Criterion
+from lore.experiments import Settings, Sweep, command, given_split, open_run
 from lore.methods.lore import Lore
 
 HERE = Path(__file__).resolve().parent
@@ -22,7 +22,7 @@ def main(
     data: Path = HERE / "data",
     shots: tuple[NonNegativeInt, ...] = (1, 2, 5, 10),
     trials: PositiveInt = 20,
-    ask: tuple[experiments.Criterion, ...] = ("random",),
+    ask: tuple[Criterion, ...] = ("random",),
     lore: Lore = LORE,
     **settings: Any,
 ) -> None:
@@ -32,14 +32,18 @@ def main(
         data: folder that prepare.py wrote.
         shots: numbers of dialogues of an unseen annotator; 0 is none.
         trials: random draws of the dialogues, for each number.
-        ask: how shots are chosen: random, d_optimal, information; random is always
-            there.
+        ask: how shots are chosen: random, d_optimal, information; random is always there.
         lore: settings of LoRe; Bradley-Terry is fitted with the same.
     """
-    chosen = experiments.Settings(lore=lore, **settings)
-    tasks = splits.given_split(data, HERE.name)
-    print(experiments.vary_fewshot(tasks, chosen, shots, trials, ask))
+    chosen = Settings(lore=lore, **settings)
+    dataset = given_split(data, HERE.name)  # who is seen, and what is held out
+    sweep = Sweep(shots, trials, ask)
+    with open_run("vary_fewshot", dataset, chosen, sweep) as run:  # goes on where a killed one was
+        for task, name, method in run.unfinished():  # every seed, every method
+            fits = sweep.asking(method.fit(task))  # from task.train alone
+            run.save(task, name, fits, sweep.judge(fits, task))  # at every number of shots
+    print(run.report())
 
 
 if __name__ == "__main__":
-    experiments.command(main)
+    command(main)

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lore.experiments import runner as experiments
-from lore.experiments import splits
+from lore.experiments import Settings, command, given_split, judge, open_run
 from lore.methods.lore import Lore
 
 HERE = Path(__file__).resolve().parent
@@ -29,10 +28,14 @@ def main(
         data: folder that prepare.py and generate-prism-embeddings.py wrote.
         lore: settings of LoRe; Bradley-Terry is fitted with the same.
     """
-    chosen = experiments.Settings(lore=lore, **settings)
-    tasks = splits.given_split(data, HERE.name)
-    print(experiments.train_basis(tasks, chosen))
+    chosen = Settings(lore=lore, **settings)
+    dataset = given_split(data, HERE.name)  # who is seen, and what is held out
+    with open_run("train_basis", dataset, chosen) as run:  # goes on where a killed one was
+        for task, name, method in run.unfinished():  # every seed, every method
+            fits = method.fit(task)  # from task.train alone; for LoRe by utils.LoRe
+            run.save(task, name, fits, judge(fits, task))  # accuracy, log loss, controls
+    print(run.report())
 
 
 if __name__ == "__main__":
-    experiments.command(main)
+    command(main)

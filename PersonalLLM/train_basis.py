@@ -8,8 +8,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.common.settings import Concentration, PositiveInt
-from lore.experiments import runner as experiments
-from lore.experiments import splits
+from lore.experiments import Settings, command, judge, open_run, simulated_users
 from lore.methods.lore import Lore
 
 HERE = Path(__file__).resolve().parent
@@ -40,12 +39,16 @@ def main(
         few_shot_pairs: training prompts of each unseen user.
         lore: settings of LoRe; Bradley-Terry is fitted with the same.
     """
-    chosen = experiments.Settings(lore=lore, **settings)
-    tasks = splits.simulated_users(
+    chosen = Settings(lore=lore, **settings)
+    dataset = simulated_users(
         data, dirichlet_alpha, users, unseen_users, pairs_per_user, few_shot_pairs, HERE.name
     )
-    print(experiments.train_basis(tasks, chosen))
+    with open_run("train_basis", dataset, chosen) as run:  # goes on where a killed one was
+        for task, name, method in run.unfinished():  # every seed, every method
+            fits = method.fit(task)  # from task.train alone; for LoRe by utils.LoRe
+            run.save(task, name, fits, judge(fits, task))  # accuracy, log loss, controls
+    print(run.report())
 
 
 if __name__ == "__main__":
-    experiments.command(main)
+    command(main)

@@ -8,8 +8,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.common.settings import Concentration, NonNegativeInt, PositiveInt
-from lore.experiments import runner as experiments
-from lore.experiments import splits
+from lore.elicitation.criteria import Criterion
+from lore.experiments import Settings, Sweep, command, open_run, simulated_users
 from lore.methods.lore import Lore
 
 HERE = Path(__file__).resolve().parent
@@ -27,7 +27,7 @@ def main(
     shots: tuple[NonNegativeInt, ...] = (1, 3, 5, 7, 9, 15, 30, 45),
     trials: PositiveInt = 5,
     pool: PositiveInt | None = None,
-    ask: tuple[experiments.Criterion, ...] = ("random",),
+    ask: tuple[Criterion, ...] = ("random",),
     lore: Lore = LORE,
     **settings: Any,
 ) -> None:
@@ -44,17 +44,21 @@ def main(
         trials: random draws of the comparisons, for each number.
         pool: comparisons of each new user that shots are drawn from; by default as many as the
             largest number of shots.
-        ask: how shots are chosen: random, d_optimal, information; random is always
-            there.
+        ask: how shots are chosen: random, d_optimal, information; random is always there.
         lore: settings of LoRe; Bradley-Terry is fitted with the same.
     """
-    chosen = experiments.Settings(lore=lore, **settings)
+    chosen = Settings(lore=lore, **settings)
     most = pool or max(1, *shots)
-    tasks = splits.simulated_users(
+    dataset = simulated_users(
         data, dirichlet_alpha, users, unseen_users, pairs_per_user, most, HERE.name
     )
-    print(experiments.vary_fewshot(tasks, chosen, shots, trials, ask))
+    sweep = Sweep(shots, trials, ask)
+    with open_run("vary_fewshot", dataset, chosen, sweep) as run:  # goes on where a killed one was
+        for task, name, method in run.unfinished():  # every seed, every method
+            fits = sweep.asking(method.fit(task))  # from task.train alone
+            run.save(task, name, fits, sweep.judge(fits, task))  # at every number of shots
+    print(run.report())
 
 
 if __name__ == "__main__":
-    experiments.command(main)
+    command(main)

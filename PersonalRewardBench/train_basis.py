@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lore.experiments import runner as experiments
-from lore.experiments import splits
+from lore.experiments import Settings, command, given_split, judge, open_run
+from lore.experiments.runner import MethodName
 from lore.methods.lore import Lore
 
 HERE = Path(__file__).resolve().parent
@@ -22,7 +22,7 @@ LORE = Lore(ranks=(0, 1, 2, 5, 10), select_rank=True)
 
 def main(
     data: Path = HERE / "data",
-    methods: tuple[experiments.MethodName, ...] = ("ridge_bt", "lore", "mixed_logit"),
+    methods: tuple[MethodName, ...] = ("ridge_bt", "lore", "mixed_logit"),
     lore: Lore = LORE,
     **settings: Any,
 ) -> None:
@@ -33,10 +33,14 @@ def main(
         methods: methods to fit, by name; --help lists each one's settings.
         lore: settings of LoRe; Bradley-Terry is fitted with the same.
     """
-    chosen = experiments.Settings(methods=methods, lore=lore, **settings)
-    tasks = splits.given_split(data, HERE.name)
-    print(experiments.train_basis(tasks, chosen))
+    chosen = Settings(methods=methods, lore=lore, **settings)
+    dataset = given_split(data, HERE.name)  # who is seen, and what is held out
+    with open_run("train_basis", dataset, chosen) as run:  # goes on where a killed one was
+        for task, name, method in run.unfinished():  # every seed, every method
+            fits = method.fit(task)  # from task.train alone; for LoRe by utils.LoRe
+            run.save(task, name, fits, judge(fits, task))  # accuracy, log loss, controls
+    print(run.report())
 
 
 if __name__ == "__main__":
-    experiments.command(main)
+    command(main)

@@ -8,8 +8,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.common.settings import Fraction, PositiveInt
-from lore.experiments import runner as experiments
-from lore.experiments import splits
+from lore.experiments import Settings, command, drawn_split, judge, open_run
 from lore.methods.lore import Lore
 
 HERE = Path(__file__).resolve().parent
@@ -35,12 +34,16 @@ def main(
         seen_fraction: share of the workers who are seen; drawn anew for every seed.
         lore: settings of LoRe; Bradley-Terry is fitted with the same.
     """
-    chosen = experiments.Settings(lore=lore, **settings)
-    tasks = splits.drawn_split(
+    chosen = Settings(lore=lore, **settings)
+    dataset = drawn_split(
         data, seen_fraction, pairs_per_user, few_shot_pairs, dataset=HERE.name
     )
-    print(experiments.train_basis(tasks, chosen))
+    with open_run("train_basis", dataset, chosen) as run:  # goes on where a killed one was
+        for task, name, method in run.unfinished():  # every seed, every method
+            fits = method.fit(task)  # from task.train alone; for LoRe by utils.LoRe
+            run.save(task, name, fits, judge(fits, task))  # accuracy, log loss, controls
+    print(run.report())
 
 
 if __name__ == "__main__":
-    experiments.command(main)
+    command(main)

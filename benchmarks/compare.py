@@ -28,7 +28,7 @@ from comparison_data import WORLDS, World
 from lore.common.cli import cli
 from lore.common.files import require, write_text, write_whole
 from lore.common.settings import NonNegativeInt
-from lore.experiments import runner as experiments
+from lore.experiments import Settings, Sweep, judge, open_run
 from lore.experiments.report.intervals import Summary, difference, interval, level
 from lore.experiments.report.plots import full_colour
 from lore.experiments.report.tables import markdown
@@ -115,11 +115,16 @@ def fit(
     for suffix, some, given in (("", methods, {}), ("-faithful", faithful, published)):
         if not some:
             continue
-        settings = experiments.Settings(
+        settings = Settings(
             methods=tuple(some), lore=lore, seeds=world.seeds[:repeats], results=results,
             name=f"compare-{world.name}{suffix}", checkpoint_every=0, progress=False, **given,
         )  # fmt: skip
-        experiments.both(tasks, settings, world.shots, TRIALS)
+        sweep = Sweep(tuple(world.shots), TRIALS)
+        with open_run("train_basis", tasks, settings, sweep) as run:
+            for task, name, method in run.unfinished():
+                fits = method.fit(task)
+                run.save(task, name, fits, [*judge(fits, task), *sweep.judge(fits, task)])
+        run.report()
 
 
 def finished(world: World, results: Path) -> list[Results]:

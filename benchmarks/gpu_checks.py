@@ -21,7 +21,7 @@ from lore import methods as all_methods
 from lore.common.devices import backend
 from lore.embeddings.prefix_trees import Tokens
 from lore.embeddings.reward_model import Engine
-from lore.experiments.runner import evaluate
+from lore.experiments.judging import evaluate
 from lore.learning.comparisons import Comparisons
 from lore.learning.training import Checkpoint
 from measure import made_up_users

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 import people
+from lore.experiments import judging
 from lore.experiments import runner as experiments
 from lore.methods.mixed_logit import MixedLogit
 
@@ -160,7 +161,7 @@ def main() -> None:
     faulthandler.enable()
     torch.set_num_threads(1)  # a forked child cannot use its parent's threads
     experiments.report = lambda folder: ""  # drawn from the results alone, and dear
-    experiments.PERMUTATIONS = experiments.SHUFFLES = 1  # none of these is kept by itself
+    judging.PERMUTATIONS = judging.SHUFFLES = 1  # none of these is kept by itself
     for case in CASES.values():  # what is imported late, is imported here
         with tempfile.TemporaryDirectory() as folder:
             people.fit(PEOPLE, Path(folder), **QUICK, **case)

@@ -6,6 +6,7 @@ Every third comparison or so weighs half or double, and every dialogue has three
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lore.experiments import runner as experiments
-from lore.experiments import splits
+from lore.experiments import Settings, Sweep, judge, open_run, splits
 from lore.learning.comparisons import Comparisons
 from lore.methods.lore import Lore
 
@@ -89,18 +89,40 @@ def planted(users: int = 12, dialogues: int = 16, F: int = 8) -> People:
 LORE = set(Lore.__dataclass_fields__)
 
 
-def settings(results: Path, **changes: Any) -> experiments.Settings:
+def settings(results: Path, **changes: Any) -> Settings:
     """Settings of a quick run of rank 2; changes of LoRe's go to LoRe."""
     lore = {"ranks": (2,), **QUICK, **{k: v for k, v in changes.items() if k in LORE}}
     rest = {k: v for k, v in changes.items() if k not in LORE}
     given = {"results": results, "name": "here", "progress": False, "device": "cpu", **rest}
-    return experiments.Settings(lore=Lore(**lore), **given)
+    return Settings(lore=Lore(**lore), **given)
+
+
+def train_basis(dataset: splits.Tasks, chosen: Settings) -> str:
+    """What the scripts of that name do."""
+    with open_run("train_basis", dataset, chosen) as run:
+        for task, name, method in run.unfinished():
+            fits = method.fit(task)
+            run.save(task, name, fits, judge(fits, task))
+    return run.report()
+
+
+def vary_fewshot(
+    dataset: splits.Tasks, chosen: Settings, shots: Sequence[int], trials: int,
+    ask: Sequence[str] = ("random",),
+) -> str:  # fmt: skip
+    """What the scripts of that name do."""
+    sweep = Sweep(tuple(shots), trials, tuple(ask))
+    with open_run("vary_fewshot", dataset, chosen, sweep) as run:
+        for task, name, method in run.unfinished():
+            fits = sweep.asking(method.fit(task))
+            run.save(task, name, fits, sweep.judge(fits, task))
+    return run.report()
 
 
 def fit(people: People, results: Path, **changes: Any) -> tuple[str, Path]:
     """A run of train_basis on the split that is given; what it prints, and its folder."""
     chosen = settings(results, **changes)
-    text = experiments.train_basis(people.tasks(), chosen)
+    text = train_basis(people.tasks(), chosen)
     return text, results / people.info["dataset"] / chosen.name
 
 

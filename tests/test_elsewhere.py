@@ -11,6 +11,7 @@ import torch
 import elsewhere
 import planted
 from lore import methods
+from lore.experiments import judging
 from lore.experiments import runner as experiments
 from lore.learning.comparisons import draw_shots
 from lore.learning.method import Task
@@ -52,7 +53,7 @@ def judged(name: str, settings: dict[str, Any], device: torch.device) -> list[di
     for fit in methods.METHODS[name](**settings).fit(given):
         own = fit.adapt(fit.view(given.few), given.few, 0)
         assert fit.users.device == device == own.device
-        records += [*experiments.evaluate(fit, given, own), *experiments.sweep(fit, given, shots)]
+        records += [*judging.evaluate(fit, given, own), *judging.sweep(fit, given, shots)]
         fit.describe()
     return records
 

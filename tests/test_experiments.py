@@ -24,9 +24,9 @@ import reference
 import utils
 import worlds
 from lore.common.files import InputError
+from lore.experiments import judging, runs
 from lore.experiments import metrics as panel
 from lore.experiments import runner as experiments
-from lore.experiments import runs
 from lore.experiments.report import tables as reports
 from lore.learning import comparisons, training
 from lore.learning.basis import load_basis
@@ -168,9 +168,9 @@ def test_shuffled_labels_are_coins_for_every_comparison_and_fitted_anew(world):
     toy = Sum(task)
     own, x = toy.adapt(toy.view(task.few), task.few, 0), toy.view(task.few)
     toy.shown.clear()
-    found = {(r["control"], r["set"]): r for r in experiments.evaluate(toy, task, own)}
+    found = {(r["control"], r["set"]): r for r in judging.evaluate(toy, task, own)}
     (swapped, _), *toy.shown = toy.shown  # all of them first, for the flip rate
-    assert torch.equal(swapped, -x) and len(toy.shown) == experiments.SHUFFLES
+    assert torch.equal(swapped, -x) and len(toy.shown) == judging.SHUFFLES
     coins = []
     for view, users in toy.shown:
         swapped = (view == -x).all(1)
@@ -202,7 +202,7 @@ def test_responses_that_a_direction_likes_are_those_of_a_plain_loop(run, world):
 
 @given(st.integers(2, 40), st.integers(0, 1000))
 def test_a_swap_gives_every_user_another_ones_place(users, seed):
-    other = experiments.swap(users, torch.Generator().manual_seed(seed))
+    other = judging.swap(users, torch.Generator().manual_seed(seed))
     assert sorted(other.tolist()) == list(range(users))
     assert not (other == torch.arange(users)).any()
 
@@ -211,12 +211,12 @@ def test_anothers_state_is_the_mean_over_several_others(world):
     task = task_of(world)
     toy = Sum(task)
     own = toy.adapt(toy.view(task.few), task.few, 0)
-    swaps, draw = [], experiments.swap
+    swaps, draw = [], judging.swap
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiments, "swap", lambda *given: swaps.append(draw(*given)) or swaps[-1])
-        found = {(r["control"], r["set"]): r for r in experiments.evaluate(toy, task, own)}
-    assert len(swaps) == 2 * experiments.PERMUTATIONS
-    assert len({tuple(order.tolist()) for order in swaps}) > experiments.PERMUTATIONS
+        found = {(r["control"], r["set"]): r for r in judging.evaluate(toy, task, own)}
+    assert len(swaps) == 2 * judging.PERMUTATIONS
+    assert len({tuple(order.tolist()) for order in swaps}) > judging.PERMUTATIONS
     for part, state, orders in (("seen", toy.users, swaps[::2]), ("unseen", own, swaps[1::2])):
         data = getattr(task, part)
         expected = means(data, toy.view(data), [state[order] for order in orders])
@@ -358,7 +358,7 @@ def test_nobody_unseen_means_no_records_of_new_users(all_seen, tmp_path):
 
 def test_shots_of_new_users_need_new_users(all_seen, tmp_path):
     with pytest.raises(InputError, match="no user of planted is unseen.*run train_basis.py"):
-        experiments.vary_fewshot(all_seen.tasks(), settings(tmp_path), (1, 2), 2)
+        people.vary_fewshot(all_seen.tasks(), settings(tmp_path), (1, 2), 2)
 
 
 def test_settings_are_chosen_on_the_validation_comparisons(all_seen, monkeypatch):
@@ -411,7 +411,7 @@ def test_validation_comparisons_go_to_the_process_that_has_their_users(all_seen)
 @pytest.fixture(params=[1, 1 << 24], ids=["a trial a batch", "all in one batch"])
 def batches(request, monkeypatch) -> None:
     """How much of a sweep is fitted at once."""
-    monkeypatch.setattr(experiments, "BATCH", request.param)
+    monkeypatch.setattr(judging, "BATCH", request.param)
 
 
 @pytest.mark.usefixtures("batches")
@@ -421,7 +421,7 @@ def test_a_sweep_is_one_fit_after_the_other(four):
     four_of_three = dataclasses.replace(task, train=people.planted(8).tasks().draw(0, CPU).train)
     fit = lore.fit(four_of_three)[0]
     draws = draw_shots(task.few, sizes, trials, generator=4)
-    found = {(r["control"], r["set"], r["shots"]): r for r in experiments.sweep(fit, task, draws)}
+    found = {(r["control"], r["set"], r["shots"]): r for r in judging.sweep(fit, task, draws)}
     V, x = fit.basis.V, task.few.in_memory().features.x
     some = [row for row in draws.rows if len(row)]
     g = torch.Generator().manual_seed(task.seed)
@@ -456,7 +456,7 @@ def test_no_shots_give_nobodys_figures(world):
     task = task_of(world)
     draws = draw_shots(task.few, (0, 2), 2, 0)
     (fit,) = Lore(ranks=(2,), **people.QUICK).fit(task)
-    by = {(r["control"], r["set"], r["shots"]): r for r in experiments.sweep(fit, task, draws)}
+    by = {(r["control"], r["set"], r["shots"]): r for r in judging.sweep(fit, task, draws)}
     own, nobody = by["", "unseen", 0], fit.population_state.expand(6, -1)
     logits = fit.logits(fit.view(task.unseen), nobody, task.unseen.user)
     same(own, (task.unseen.accuracies(logits), task.unseen.log_losses(logits)))
@@ -464,7 +464,7 @@ def test_no_shots_give_nobodys_figures(world):
         assert own[key] == by["nobody's", "unseen", 0][key] == by["another's", "unseen", 0][key]
     assert by["", "unseen", 2]["log_loss"] != own["log_loss"]
     (alone,) = Own(Lore(**people.QUICK)).fit(task)
-    shots = {r["shots"] for r in experiments.sweep(alone, task, draws)}
+    shots = {r["shots"] for r in judging.sweep(alone, task, draws)}
     assert shots == {2}  # nothing is known of a user without comparisons
 
 
@@ -473,10 +473,10 @@ def test_flips_are_predictions_that_follow_the_swapped_shots(world):
     toy, x = Sum(task), Sum(task).view(task.unseen)
     own = toy.adapt(toy.view(task.few), task.few, 0)
     draws = draw_shots(task.few, (0, 2), 2, 0)
-    by_set = {(r["control"], r["set"]): r for r in experiments.evaluate(toy, task, own)}
+    by_set = {(r["control"], r["set"]): r for r in judging.evaluate(toy, task, own)}
     assert by_set["", "unseen"]["flips"] == [1.0] * 6  # the sum of shots listens to nothing else
     assert [name for (c, name), r in by_set.items() if "flips" in r] == ["unseen"]
-    swept = {r["shots"]: r for r in experiments.sweep(toy, task, draws)
+    swept = {r["shots"]: r for r in judging.sweep(toy, task, draws)
              if (r["control"], r["set"]) == ("", "unseen")}  # fmt: skip
     assert swept[0]["flips"] == [0.0] * 6 and swept[2]["flips"] == [1.0] * 6
     z = (x * own[task.unseen.user]).sum(1) / 1e4
@@ -493,7 +493,7 @@ def test_a_sweep_shuffles_labels_and_then_draws_the_same_shots(world):
     toy = Sum(task)
     draws = draw_shots(task.few, (1, 3), 2, 0)
     toy.shown.clear()
-    found = {(r["control"], r["set"], r["shots"]): r for r in experiments.sweep(toy, task, draws)}
+    found = {(r["control"], r["set"], r["shots"]): r for r in judging.sweep(toy, task, draws)}
     (view, users), (shuffled, again), (turned, first) = toy.shown
     assert torch.equal(turned, -view[: len(turned)]) and first.num_users == users.num_users // 2
     swapped = (shuffled == -view).all(1)
@@ -509,7 +509,7 @@ def test_a_sweep_shuffles_labels_and_then_draws_the_same_shots(world):
 def sweep(people: People, results: Path, unit: str = "dialogues", **changes: Any) -> Path:
     """A run of vary_fewshot: 0, 1, 3 and 8 shots, twice each; its folder."""
     chosen = settings(results, name="shots", **changes)
-    experiments.vary_fewshot(people.tasks(unit), chosen, [0, 1, 3, 8], 2)
+    people.vary_fewshot(people.tasks(unit), chosen, [0, 1, 3, 8], 2)
     return results / "planted" / "shots"
 
 
@@ -566,7 +566,7 @@ def test_a_run_with_other_settings_is_refused_by_their_names(world, tmp_path):
     with pytest.raises(InputError, match=r"\(reference\)"):
         fit(world, tmp_path, reference="none")
     with pytest.raises(InputError, match=r"\(script, shots, trials\)"):
-        experiments.vary_fewshot(world.tasks(), settings(tmp_path), [1], 1)
+        people.vary_fewshot(world.tasks(), settings(tmp_path), [1], 1)
     assert (folder / "results.json").read_bytes() == before
     fit(world, tmp_path, checkpoint_every=7, stream=True)  # which change no result
     assert (folder / "results.json").read_bytes() == before
@@ -640,7 +640,7 @@ def test_without_a_name_other_settings_have_another_folder(world, tmp_path):
     for changes in ({}, {"seeds": (1,)}, {"alpha": (1.0,)}, {"reference": "none"}):
         chosen = settings(tmp_path, **steps, **changes)
         chosen.name = None
-        experiments.train_basis(world.tasks(), chosen)
+        people.train_basis(world.tasks(), chosen)
     found = {len(saved(folder)["seeds"]) for folder in (tmp_path / "planted").iterdir()}
     assert len(list((tmp_path / "planted").iterdir())) == 3 and found == {1, 2}
 

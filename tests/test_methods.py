@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
+import people
 import planted
 from lore import methods
 from lore.common.files import InputError
@@ -146,7 +147,7 @@ def test_a_rank_that_the_data_cannot_support_is_refused_by_its_flag(name, field,
         method = methods.METHODS[name](**{field: (2, rank) if field == "ranks" else rank})
         asked = {"methods": (name,), name: method, "results": tmp_path, "progress": False}
         with pytest.raises(InputError, match=rf"^--{name}\.{field} {rank}: 12 seen users and 12 f"):
-            experiments.train_basis(Made(), experiments.Settings(**asked))
+            people.train_basis(Made(), experiments.Settings(**asked))
         assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
@@ -229,23 +230,24 @@ class Made:
     def reference(self, which: str) -> torch.Tensor:
         return planted.task().reference
 
-    def task(self, seed: int, *_: Any) -> Task:
-        return planted.task(users=12, shots=12, held_out=10, seed=seed)
+    def task(self, seed: int, *_: Any, **options: Any) -> Task:
+        task = planted.task(users=12, shots=12, held_out=10, seed=seed)
+        return dataclasses.replace(task, **options)
 
 
 @pytest.fixture
 def settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """Settings with the toy method registered: the one line that a new method takes."""
+    """Settings with the toy method registered, in METHODS and as a field of Settings."""
     monkeypatch.setitem(methods.METHODS, "toy", Toy)
-    fields = [(n, m, dataclasses.field(default=m())) for n, m in methods.METHODS.items()]
-    made = dataclasses.make_dataclass("Settings", fields, bases=(experiments.Common,))
+    fields = [("toy", Toy, dataclasses.field(default_factory=Toy))]
+    made = dataclasses.make_dataclass("Settings", fields, bases=(experiments.Settings,))
     lore = methods.METHODS["lore"](ranks=(2,), iterations=20, few_shot_iterations=20)
     return made(methods=("lore", "toy"), lore=lore, results=tmp_path, name="run", progress=False)
 
 
 @pytest.mark.slow
 def test_a_new_method_appears_everywhere(settings: Any, tmp_path: Path):
-    text = experiments.train_basis(Made(), settings)
+    text = people.train_basis(Made(), settings)
     folder = tmp_path / "Made" / "run"
     frame = pd.read_csv(folder / "results.csv")
     assert {"", "nobody's", "another's", "shuffled"} <= set(
@@ -261,7 +263,7 @@ def test_a_new_method_appears_everywhere(settings: Any, tmp_path: Path):
 
 @pytest.mark.usefixtures("no_plots")
 def test_a_new_method_appears_in_sweeps(settings: Any, tmp_path: Path):
-    text = experiments.vary_fewshot(Made(), settings, shots=[0, 2, 8], trials=2)
+    text = people.vary_fewshot(Made(), settings, shots=[0, 2, 8], trials=2)
     frame = pd.read_csv(tmp_path / "Made" / "run" / "results.csv")
     own = frame[(frame.label == "toy") & frame.control.isna() & (frame.set == "unseen")]
     assert own.shots.tolist() == [0, 2, 8]
@@ -271,11 +273,11 @@ def test_a_new_method_appears_in_sweeps(settings: Any, tmp_path: Path):
 @pytest.mark.usefixtures("no_plots")
 def test_an_added_method_is_all_that_is_fitted(settings: Any, monkeypatch: pytest.MonkeyPatch):
     first = dataclasses.replace(settings, methods=("lore",))
-    experiments.train_basis(Made(), first)
+    people.train_basis(Made(), first)
 
     def refuse(self: Any, task: Task) -> None:
         raise AssertionError("fitted again")
 
     monkeypatch.setattr(methods.METHODS["lore"], "fit", refuse)
     monkeypatch.setattr(methods.METHODS["lore"], "fit_shared", refuse)
-    assert "| toy " in experiments.train_basis(Made(), settings)
+    assert "| toy " in people.train_basis(Made(), settings)

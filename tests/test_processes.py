@@ -153,8 +153,9 @@ def test_a_killed_training_goes_on_where_it_was(dataset, tmp_path, caplog):
 
 DYING = """
 import os, signal, sys
-sys.path.insert(0, {root!r})
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 from pathlib import Path
+import people
 from lore.experiments import runner as experiments
 from lore.experiments import splits
 from lore.methods.lore import Lore
@@ -170,7 +171,7 @@ Lore.fit = die_later
 lore = Lore(ranks=(2,), iterations=40, few_shot_iterations=40)
 where = dict(progress=False, name="here", results=Path(sys.argv[4]))
 settings = experiments.Settings(lore=lore, seeds=(0, 1), **where)
-experiments.train_basis(splits.given_split(Path(sys.argv[2])), settings)
+people.train_basis(splits.given_split(Path(sys.argv[2])), settings)
 """
 
 

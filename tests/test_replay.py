@@ -13,8 +13,8 @@ from lore.elicitation.criteria import CRITERIA, Belief, next_question
 from lore.elicitation.replay import choose_shots
 from lore.experiments import results as records
 from lore.experiments import runner as experiments
+from lore.experiments.judging import sweep
 from lore.experiments.report import verdict
-from lore.experiments.runner import sweep
 from lore.learning.comparisons import Comparisons, Shots, draw_shots
 from lore.learning.method import Task
 from lore.methods.fitting.posterior import Prior
@@ -153,7 +153,7 @@ def test_a_run_that_asks_keeps_what_is_drawn_at_random_and_adds_a_label(tmp_path
     world, found = people.planted(users=12, dialogues=8), {}
     for name, ask in (("plain", ("random",)), ("asks", ("random", "information", "d_optimal"))):
         chosen = people.settings(tmp_path, name=name, select_rank=False)
-        experiments.vary_fewshot(world.tasks(), chosen, (0, 1, 2), 2, ask)
+        people.vary_fewshot(world.tasks(), chosen, (0, 1, 2), 2, ask)
         found[name] = people.records(tmp_path / "planted" / name)
     assert all(found["asks"][key] == record for key, record in found["plain"].items())
     added = {key for key in found["asks"] if key not in found["plain"]}
@@ -170,5 +170,5 @@ def test_a_run_that_asks_keeps_what_is_drawn_at_random_and_adds_a_label(tmp_path
 def test_an_unknown_criterion_is_refused_before_anything_is_made(tmp_path):
     chosen = people.settings(tmp_path)
     with pytest.raises(InputError, match="--ask surprise: there are random, d_optimal"):
-        experiments.vary_fewshot(people.planted(users=4).tasks(), chosen, (1,), 1, ("surprise",))
+        people.vary_fewshot(people.planted(users=4).tasks(), chosen, (1,), 1, ("surprise",))
     assert not any(tmp_path.iterdir())

@@ -61,7 +61,7 @@ SCRIPTS = sorted(
     str(path.relative_to(running.ROOT))
     for pattern in ("*.py", "*/*.py")
     for path in running.ROOT.glob(pattern)
-    if re.search(r"(?ms)^if __name__ .*^    (cli|experiments\.command)\(main\b", path.read_text())
+    if re.search(r"(?ms)^if __name__ .*^    (cli|command)\(main\b", path.read_text())
 )
 
 

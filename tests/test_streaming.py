@@ -62,7 +62,7 @@ def test_every_method_has_the_same_rows_streamed_and_in_memory(world, tmp_path):
 def test_shots_are_varied_alike_streamed_and_in_memory(world, tmp_path):
     for stream in (False, True):
         given = people.settings(tmp_path, name=str(stream), stream=stream)
-        experiments.vary_fewshot(world.tasks(), given, [0, 1, 2], 2)
+        people.vary_fewshot(world.tasks(), given, [0, 1, 2], 2)
     folders = [tmp_path / "planted" / str(stream) for stream in (False, True)]
     assert_same(*folders)
     own = [row[3] for row in people.records(folders[1]) if row[0] == "own model"]

@@ -105,7 +105,7 @@ class Tasks:
 
     def task(
         self, seed: int, device: torch.device, reference: Tensor | None, stream: bool | None,
-        processes: tuple[int, int],
+        processes: tuple[int, int], **options: Any,
     ) -> Task:  # fmt: skip
         """The task of a seed.
 
@@ -116,6 +116,7 @@ class Tasks:
             stream: read features from disk at every pass; None where they take more than half of
                 the free memory.
             processes: this process's number, and how many share the seen users.
+            options: further attributes of the task.
         """
         sets = self.draw(seed, device)
         if stream is None:
@@ -123,7 +124,7 @@ class Tasks:
         return Task(
             **sets._asdict(), reference=reference, seed=seed, stream=stream,
             process=processes[0], processes=processes[1],
-            kinds=test_shares(sets.train, sets.few, sets.seen, sets.unseen),
+            kinds=test_shares(sets.train, sets.few, sets.seen, sets.unseen), **options,
         )  # fmt: skip
 
 

@@ -79,6 +79,8 @@ class Fitted:
         users: seen users' states [U, S]; S is 0 where nothing is personal.
         population_state: state [S] of one of whom nothing is known, such as mean weights or zero.
         file: name of the file that ``save`` writes, without seed and suffix; "" for none.
+        written: the whole name, once it is written.
+        new_users: new users' rows [U', S], once they have adapted.
         controlled: whether it is judged with nobody's, another's and shuffled states too.
         max_trials: most trials of a sweep over shots; None for all.
         asks: how new users' shots are chosen in a sweep, see asking.py.
@@ -89,6 +91,8 @@ class Fitted:
     users: Tensor
     population_state: Tensor
     file: str = ""
+    written: str = ""
+    new_users: Tensor | None = None
     controlled: bool = True
     max_trials: int | None = None
     asks: str = "random"

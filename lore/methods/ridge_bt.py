@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from lore.common.files import write_whole
 from lore.common.settings import PositiveFloat
+from lore.learning.basis import Basis, save_basis
 from lore.learning.comparisons import Comparisons, DenseFeatures
 from lore.learning.method import Fitted, Task, View
 from lore.methods.fitting.geometry import Geometry, measure, total
 from lore.methods.fitting.lbfgs import Minimum, minimise
 from lore.methods.fitting.validation import Scores, Validation
+from utils import TEMPERATURE
 
 log = logging.getLogger(__name__)
 
@@ -122,9 +121,13 @@ class SharedFit(Fitted):
         return self.facts
 
     def save(self, path: Path, new: Tensor, facts: Mapping[str, Any]) -> None:
-        """Keep the direction and the facts in one safetensors file."""
-        text = {"facts": json.dumps(dict(facts)), "method": "ridge_bt"}
-        write_whole(path, lambda draft: save_file({"mu": self.direction}, draft, text))
+        """A basis file of rank 1, see ``basis.save_basis``, whose logits are x . V / 100."""
+        about = dict(facts)
+        users, unseen = about.pop("users"), about.pop("users_unseen")
+        ones = [torch.ones(count, 1) for count in (len(self.users), len(new))]
+        V = TEMPERATURE * self.direction.float()[:, None]
+        settings = {"rank": 1, "estimator": "ridge BT", **about}
+        save_basis(path, Basis(V, ones[0], None, users, ones[1], unseen, settings))
 
 
 def ridge_path(

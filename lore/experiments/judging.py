@@ -1,0 +1,269 @@
+"""Judging a fit: every user's accuracy and log loss on held-out comparisons, beside controls.
+
+Whatever the method, a control is another row in the place of a user's own weights.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lore.common.files import require
+from lore.common.settings import NonNegativeInt, PositiveInt
+from lore.elicitation.criteria import CRITERIA, Criterion
+from lore.elicitation.replay import choose_shots
+from lore.experiments import metrics
+from lore.experiments.results import ASKS
+from lore.learning.comparisons import Shots, Users, draw_shots
+from lore.learning.method import Fitted, Task, View
+
+PERMUTATIONS = 10  # over which other users' weights are averaged
+SHUFFLES = 3  # over which weights from shuffled labels are averaged
+BATCH = 1 << 24  # numbers of a view that few-shot fits take at once
+
+
+def judge(fits: Sequence[Fitted], task: Task) -> list[dict[str, Any]]:
+    """Records of fits and their controls, new users having all their shots.
+
+    The first process judges alone.
+    """
+    if task.process:
+        return []
+    records: list[dict[str, Any]] = []
+    for fit in fits:
+        new = fit.users[:0]
+        if task.few is not None:
+            new = fit.adapt(fit.view(task.few), task.few, task.seed)
+        fit.new_users = new
+        records += evaluate(fit, task, new)
+    return records
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """New users' numbers of shots.
+
+    Args:
+        shots: numbers of shots of an unseen user; 0 is none.
+        trials: random draws of the shots, for each number.
+        ask: how shots are chosen: random, d_optimal, information; random is always there, others
+            are for the methods that know how tastes vary.
+    """
+
+    shots: tuple[NonNegativeInt, ...] = (1, 2, 3)
+    trials: PositiveInt = 20
+    ask: tuple[Criterion, ...] = ("random",)
+    drawn: dict[int, Shots] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def check(self) -> None:
+        """Refuse a criterion that is not there."""
+        for name in self.ask:
+            require(name in CRITERIA, f"--ask {name}: there are {', '.join(CRITERIA)}")
+
+    @property
+    def criteria(self) -> tuple[str, ...]:
+        """Those beside random."""
+        return tuple(name for name in dict.fromkeys(self.ask) if name != "random")
+
+    def about(self) -> dict[str, Any]:
+        """What a run's settings say of it."""
+        ask = {"ask": list(self.criteria)} if self.criteria else {}
+        return {"shots": list(self.shots), "trials": self.trials, **ask}
+
+    def asking(self, fits: Sequence[Fitted]) -> list[Fitted]:
+        """The fits, and copies whose new users' shots are picked by each criterion; those are not
+        saved and have no controls."""
+        able = [fit for fit in fits if self.criteria and fit.population() is not None]
+        return [*fits, *(_asking(fit, name) for fit in able for name in self.criteria)]
+
+    def judge(self, fits: Sequence[Fitted], task: Task) -> list[dict[str, Any]]:
+        """Records of fits and their controls on new users, at every number of shots."""
+        assert task.few is not None
+        if task.seed not in self.drawn:
+            self.drawn[task.seed] = draw_shots(task.few, self.shots, self.trials, task.seed)
+        records: list[dict[str, Any]] = []
+        for fit in fits:
+            draws = self.drawn[task.seed]
+            if fit.asks != "random":
+                g = torch.Generator().manual_seed(task.seed)
+                draws = choose_shots(fit, task.few, self.shots, fit.asks, g)
+            records += sweep(fit, task, draws)
+        return records
+
+
+def _asking(fit: Fitted, criterion: str) -> Fitted:
+    asking = copy.copy(fit)
+    asking.asks, asking.label = criterion, f"{fit.label}{ASKS}{criterion}"
+    asking.settings = {**fit.settings, "asks": criterion}
+    asking.file, asking.controlled = "", False
+    return asking
+
+
+def evaluate(fit: Fitted, task: Task, own: Tensor) -> Iterator[dict[str, Any]]:
+    """Records of a fit and its controls on all sets there are, new users having all their shots.
+
+    Args:
+        fit: the fit.
+        task: the comparisons.
+        own: the new users' own states [U', S].
+    """
+    states = {"train": fit.users, "seen": fit.users, "few_shot": own, "unseen": own}
+    sets = {"train": task.train, "seen": task.seen, "few_shot": task.few, "unseen": task.unseen}
+    sets = {name: data for name, data in sets.items() if data is not None}
+    views = {name: fit.view(data) for name, data in sets.items()}
+    for name, data in sets.items():
+        state, whole = states[name][None], name in ("seen", "unseen")
+        measured = _measure(fit, views[name], data, state, whole)
+        if name == "unseen" and fit.personal and fit.controlled:
+            swapped = fit.adapt(_swapped(fit, task), task.few, task.seed)
+            measured["flips"] = _flips(fit, views[name], data, state, swapped[None])
+        yield _record(fit, "", name, measured)
+    if not (fit.personal and fit.controlled):
+        return
+    g = torch.Generator().manual_seed(task.seed)
+    held_out = [name for name in ("seen", "unseen") if name in sets]
+    swaps = [[swap(len(states[name]), g) for name in held_out] for _ in range(PERMUTATIONS)]
+    for name, *orders in zip(held_out, *swaps, strict=True):
+        state, view, data = states[name], views[name], sets[name]
+        population = fit.population_state.expand(1, len(state), -1)
+        others = torch.stack([state[order] for order in orders])
+        yield _record(fit, "nobody's", name, _measure(fit, view, data, population))
+        yield _record(fit, "another's", name, _measure(fit, view, data, others))
+    if task.few is None:
+        return
+    shuffled = []
+    for _ in range(SHUFFLES):
+        flipped = task.few.flipped(torch.randint(2, (len(task.few),), generator=g).bool())
+        shuffled.append(fit.adapt(fit.view(flipped), task.few, g))
+    measured = _measure(fit, views["unseen"], task.unseen, torch.stack(shuffled))
+    yield _record(fit, "shuffled", "unseen", measured)
+
+
+def _swapped(fit: Fitted, task: Task) -> View:
+    """The new users' shots with chosen and rejected exchanged."""
+    return fit.view(task.few.flipped(torch.ones(len(task.few), dtype=torch.bool)))
+
+
+def swap(users: int, generator: torch.Generator) -> Tensor:
+    """A random permutation that gives every user another one's place (where there are two)."""
+    order = torch.randperm(users, generator=generator)
+    other = torch.empty_like(order)
+    other[order] = order.roll(1)
+    return other
+
+
+def _measure(
+    fit: Fitted, view: View, data: Users, states: Tensor, whole: bool = False
+) -> dict[str, Tensor]:
+    """Figures of every user with each of the states [T, U, S]: [T, U].
+
+    Args:
+        whole: with figures of all comparisons together too [T].
+    """
+    logits = [fit.logits(view, state, data.user) for state in states]
+    found = {
+        "accuracy": torch.stack([data.accuracies(z) for z in logits]),
+        "log_loss": torch.stack([data.log_losses(z) for z in logits]),
+        "brier": torch.stack([metrics.brier(data, z) for z in logits]),
+    }
+    if whole:
+        parts = [metrics.pooled(data, z) for z in logits]
+        found |= {key: torch.tensor([part[key] for part in parts]) for key in parts[0]}
+    return found
+
+
+def _flips(fit: Fitted, view: View, data: Users, states: Tensor, swapped: Tensor) -> Tensor:
+    """Flip rates [T, U] between states [T, U, S] and those from the same shots swapped."""
+    return torch.stack([
+        metrics.flip_rate(data, *(fit.logits(view, state, data.user) for state in pair))
+        for pair in zip(states, swapped, strict=True)
+    ])  # fmt: skip
+
+
+def sweep(fit: Fitted, task: Task, draws: Shots) -> Iterator[dict[str, Any]]:
+    """Records of a fit and its controls on new users at every number of shots."""
+    g, U = torch.Generator().manual_seed(task.seed), task.few.num_users
+    trials = min(draws.trials, fit.max_trials or draws.trials)
+    few, unseen = fit.view(task.few), fit.view(task.unseen)
+    W, fitted = _sweep_states(fit, few, task.few, draws, trials, g, True)  # [trials, S, U, ...]
+    for s, size in enumerate(draws.sizes):
+        if size and fitted is not None:
+            judged = {key: x[:, s] for key, x in fitted.items()}
+            yield _record(fit, "", "few_shot", judged, size, draws.enough[s])
+    states = {"": W}
+    if fit.personal and fit.controlled:
+        states["nobody's"] = fit.population_state.expand(1, len(draws.sizes), U, -1)
+        states["another's"] = W[:, :, swap(U, g)]
+        flipped = task.few.flipped(torch.randint(2, (len(task.few),), generator=g).bool())
+        shuffled = fit.view(flipped)
+        states["shuffled"] = _sweep_states(fit, shuffled, task.few, draws, trials, g, False)[0]
+    swapped = None
+    if fit.personal and fit.controlled:  # the first draw of shots alone, as the sweep has a price
+        again, view = torch.Generator().manual_seed(task.seed), _swapped(fit, task)
+        swapped = _sweep_states(fit, view, task.few, draws, 1, again, False)[0]
+    for control, some in states.items():
+        known = None
+        for s, size in enumerate(draws.sizes):
+            if not size and fit.personal and not fit.controlled and fit.asks == "random":
+                continue  # each user's own model says nothing yet
+            if known is None or (fit.personal and control != "nobody's"):
+                known = _measure(fit, unseen, task.unseen, some[:, s], not control)
+            if not control and swapped is not None:
+                known["flips"] = _flips(fit, unseen, task.unseen, some[:1, s], swapped[:, s])
+            yield _record(fit, control, "unseen", known, size, draws.enough[s])
+
+
+def _sweep_states(
+    fit: Fitted, view: View, few: Users, draws: Shots, trials: int, g: torch.Generator, judge: bool
+) -> tuple[Tensor, dict[str, Tensor] | None]:
+    """States [trials, S, U, state] from the shots; accuracy and log loss on the shots themselves.
+
+    Every trial, number of shots and user is a user of its own; as many are fitted in one batch as
+    memory holds.
+    """
+    S, U = len(draws.sizes), few.num_users
+    width = view.numel() // max(1, len(view)) if isinstance(view, Tensor) else view.width
+    at_once = max(1, BATCH // (len(few) * S * max(width, 1))) * U * S
+    states, accuracies, losses = [], [], []
+    rows = draws.rows[: trials * S * U]
+    for start in range(0, len(rows), at_once):
+        some = rows[start : start + at_once]
+        picked = torch.cat(some).to(few.device)
+        users = few.pick(picked, [len(row) for row in some])
+        states.append(fit.adapt(view[picked], users, g))
+        if judge:
+            logits = fit.logits(view[picked], states[-1], users.user)
+            accuracies.append(users.accuracies(logits))
+            losses.append(users.log_losses(logits))
+    shape = (trials, S, U)
+    fitted = {"accuracy": accuracies, "log_loss": losses} if judge else {}
+    judged = {key: torch.cat(values).view(shape) for key, values in fitted.items()}
+    return torch.cat(states).view(*shape, -1), judged or None
+
+
+def _record(
+    fit: Fitted,
+    control: str,
+    name: str,
+    measured: dict[str, Tensor],
+    shots: int | None = None,
+    enough: int | None = None,
+) -> dict[str, Any]:
+    """One line of the results: means over trials of every user's figures [T, U], or of [T]."""
+    trials = None if shots is None else _rounded(measured["accuracy"].mean(1))
+    figures = {key: _rounded(values.mean(0)) for key, values in measured.items()}
+    return {
+        "label": fit.label, "control": control, "set": name, "shots": shots, **figures,
+        "trials": trials, "enough": enough,
+    }  # fmt: skip
+
+
+def _rounded(values: Tensor) -> Any:
+    """Numbers, one or a list, to the fifth digit."""
+    rounded = (values.double() * 1e5).round() / 1e5
+    return rounded.tolist()
