@@ -210,7 +210,7 @@ def further(world: World, row: Row) -> dict[str, str]:
         "log loss, seen": cell(row, "log_loss", "seen"),
         f"log loss, {shots_name(most)}": cell(row, "log_loss", "unseen", most),
     }
-    for control in ("nobody's", "another's"):
+    for control in ("population", "another"):
         other = level(row.results, row.label, control, "accuracy", ("unseen",), most)
         cells[f"{control} state"] = "" if other is None else MEASURES["accuracy"].text(other.mean)
         paired = difference(

@@ -60,7 +60,7 @@ LABELS: dict[str, tuple[str, bool, dict[str, Any], dict[str, float]]] = {
     "LoRe K=2": ("lore", True, {"rank": 2}, {"train": 0.83, "seen": 0.74, "unseen": 0.73}),
     "LoRe K=5": ("lore", True, {"rank": 5}, {"train": 0.88, "seen": 0.78, "unseen": 0.75}),
 }
-CONTROLS = {"nobody's": 0.03, "another's": 0.12, "shuffled": 0.15}
+CONTROLS = {"population": 0.03, "another": 0.12, "shuffled": 0.15}
 SHOTS = (0, 1, 5, 50)
 
 

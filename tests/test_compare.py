@@ -60,7 +60,7 @@ def test_tables_say_what_the_runs_hold(finished):
     assert lore["seen"].split("[")[1].startswith(("7.", "8."))  # no zero in the interval
     assert lore["repeats"] == "2"
     assert (bt["parameters"], bt["tried"], bt["processor s"]) == ("1,234", "6", "1.5")
-    assert float(lore["another's state"].split()[1].strip("(+")) == pytest.approx(12, abs=1)
+    assert float(lore["another user's weights"].split()[1].strip("(+")) == pytest.approx(12, abs=1)
     assert (finished / "comparison.svg").stat().st_size < 300_000
 
 

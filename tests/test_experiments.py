@@ -101,9 +101,9 @@ def test_results_are_those_of_the_saved_bases(four, tmp_path):
             data, W = getattr(sets, part), weights[part]
             mean = basis.W.mean(0).expand(2, 2)
             nobodys = people.plain(four.store, data, basis.V, mean)
-            same(found.pop((label, "nobody's", part, None)), nobodys)
+            same(found.pop((label, "population", part, None)), nobodys)
             anothers = people.plain(four.store, data, basis.V, W[[1, 0]])
-            same(found.pop((label, "another's", part, None)), anothers)
+            same(found.pop((label, "another", part, None)), anothers)
     assert torch.equal(load_basis(folder / "basis-K00.safetensors").V[:, 0], four.store.head)
     assert found.pop(("LoRe K=2", "shuffled", "unseen", None))
     assert set(found) == {("own model", "", name, None) for name, _ in SETS}
@@ -213,16 +213,16 @@ def test_anothers_state_is_the_mean_over_several_others(world):
     own = toy.adapt(toy.view(task.few), task.few, 0)
     swaps, draw = [], judging.swap
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiments, "swap", lambda *given: swaps.append(draw(*given)) or swaps[-1])
+        patch.setattr(judging, "swap", lambda *given: swaps.append(draw(*given)) or swaps[-1])
         found = {(r["control"], r["set"]): r for r in judging.evaluate(toy, task, own)}
     assert len(swaps) == 2 * judging.PERMUTATIONS
     assert len({tuple(order.tolist()) for order in swaps}) > judging.PERMUTATIONS
     for part, state, orders in (("seen", toy.users, swaps[::2]), ("unseen", own, swaps[1::2])):
         data = getattr(task, part)
         expected = means(data, toy.view(data), [state[order] for order in orders])
-        same(found["another's", part], expected)
+        same(found["another", part], expected)
         nobody = toy.population_state.expand_as(state)
-        same(found["nobody's", part], means(data, toy.view(data), [nobody]))
+        same(found["population", part], means(data, toy.view(data), [nobody]))
 
 
 def test_controls_lose_what_is_personal(run):
@@ -232,7 +232,7 @@ def test_controls_lose_what_is_personal(run):
     loss = {key[:3]: np.mean(r["log_loss"]) for key, r in records(folder).items()}
     for part in ("seen", "unseen"):
         assert mean["LoRe K=2", "", part] > 0.85 and mean["own model", "", part] > 0.7
-        for other in (("BT", ""), ("LoRe K=2", "nobody's"), ("LoRe K=2", "another's")):
+        for other in (("BT", ""), ("LoRe K=2", "population"), ("LoRe K=2", "another")):
             assert mean["LoRe K=2", "", part] - mean[(*other, part)] > 0.2
             assert loss["LoRe K=2", "", part] < loss[(*other, part)]
     assert mean["LoRe K=2", "", "unseen"] - mean["LoRe K=2", "shuffled", "unseen"] > 0.2
@@ -240,11 +240,11 @@ def test_controls_lose_what_is_personal(run):
 
 def test_what_is_not_personal_has_no_controls(run):
     controls = {key[:2] for key in records(run[1]) if key[1]}
-    assert controls == {("LoRe K=2", c) for c in ("nobody's", "another's", "shuffled")}
+    assert controls == {("LoRe K=2", c) for c in ("population", "another", "shuffled")}
     for part in saved(run[1])["seeds"]:
         fits = [f for method in part["methods"].values() for f in method["fits"]]
         assert {f["label"]: f["personal"] for f in fits} == {
-            "reference": False, "BT": False, "own model": True, "LoRe K=2": True
+            "reference": False, "BT": False, "own model": True, "Ridge BT": False, "LoRe K=2": True
         }  # fmt: skip
 
 
@@ -271,7 +271,7 @@ def test_a_basis_is_described(world):
 def test_one_seen_user_has_nobody_to_differ_from(four, tmp_path):
     alone = four._replace(table=four.table[four.table.user_id.isin(["p00", "p02"])])
     _, folder = fit(alone, tmp_path, ranks=(0, 1))
-    assert {key[0] for key in records(folder)} == {"reference", "BT", "own model"}
+    assert {key[0] for key in records(folder)} == {"reference", "BT", "own model", "Ridge BT"}
     with pytest.raises(InputError, match="--lore.ranks 2: .* ranks up to 1"):
         fit(alone, tmp_path, ranks=(2,), name="other")
     assert not list(tmp_path.rglob("other/results.json"))  # nothing was fitted
@@ -342,7 +342,7 @@ def test_nobody_unseen_means_no_records_of_new_users(all_seen, tmp_path):
     _, folder = fit(all_seen, tmp_path)
     sets, found = all_seen.tasks().draw(0, CPU), records(folder)
     assert {(name, control) for label, control, name, _ in found if label == "LoRe K=2"} == {
-        ("train", ""), ("seen", ""), ("seen", "nobody's"), ("seen", "another's")
+        ("train", ""), ("seen", ""), ("seen", "population"), ("seen", "another")
     }  # fmt: skip
     assert {name for _, _, name, _ in found} == {"train", "seen"}
     basis = load_basis(folder / "basis-K02.safetensors")
@@ -437,9 +437,9 @@ def test_a_sweep_is_one_fit_after_the_other(four):
         assert np.allclose(record["trials"], [accuracy.mean() for accuracy, _ in each], atol=2e-5)
         assert record["enough"] == 2
         swapped = [people.plain(four.store, task.unseen, V, w[[1, 0]]) for w in own]
-        same(found["another's", "unseen", size], np.mean(swapped, 0))
+        same(found["another", "unseen", size], np.mean(swapped, 0))
         nobodys = people.plain(four.store, task.unseen, V, fit.users.mean(0).expand(2, 3))
-        same(found["nobody's", "unseen", size], nobodys)
+        same(found["population", "unseen", size], nobodys)
     assert ("", "few_shot", 0) not in found
     for s, size in enumerate(sizes[1:], 1):
         right = []
@@ -461,7 +461,7 @@ def test_no_shots_give_nobodys_figures(world):
     logits = fit.logits(fit.view(task.unseen), nobody, task.unseen.user)
     same(own, (task.unseen.accuracies(logits), task.unseen.log_losses(logits)))
     for key in ("accuracy", "log_loss"):
-        assert own[key] == by["nobody's", "unseen", 0][key] == by["another's", "unseen", 0][key]
+        assert own[key] == by["population", "unseen", 0][key] == by["another", "unseen", 0][key]
     assert by["", "unseen", 2]["log_loss"] != own["log_loss"]
     (alone,) = Own(Lore(**people.QUICK)).fit(task)
     shots = {r["shots"] for r in judging.sweep(alone, task, draws)}
@@ -485,7 +485,7 @@ def test_flips_are_predictions_that_follow_the_swapped_shots(world):
     assert np.allclose(by_set["", "unseen"]["brier"], brier, atol=2e-5)
     for key, value in panel.pooled(task.unseen, z).items():
         assert by_set["", "unseen"][key] == pytest.approx(value, abs=1e-4)
-    assert "ece" not in by_set["nobody's", "unseen"] and "ece" not in by_set["", "train"]
+    assert "ece" not in by_set["population", "unseen"] and "ece" not in by_set["", "train"]
 
 
 def test_a_sweep_shuffles_labels_and_then_draws_the_same_shots(world):
@@ -506,10 +506,10 @@ def test_a_sweep_shuffles_labels_and_then_draws_the_same_shots(world):
         same(found["shuffled", "unseen", size], expected)
 
 
-def sweep(people: People, results: Path, unit: str = "dialogues", **changes: Any) -> Path:
+def sweep(those: People, results: Path, unit: str = "dialogues", **changes: Any) -> Path:
     """A run of vary_fewshot: 0, 1, 3 and 8 shots, twice each; its folder."""
     chosen = settings(results, name="shots", **changes)
-    people.vary_fewshot(people.tasks(unit), chosen, [0, 1, 3, 8], 2)
+    people.vary_fewshot(those.tasks(unit), chosen, [0, 1, 3, 8], 2)
     return results / "planted" / "shots"
 
 
@@ -518,12 +518,12 @@ def test_more_shots_tell_tastes_apart(world, tmp_path):
     unseen = {key: r for key, r in records(folder).items() if key[2] == "unseen"}
     mean = {(la, control, n): np.mean(r["accuracy"]) for (la, control, _, n), r in unseen.items()}
     assert {n for *_, n in unseen} == {0, 1, 3, 8} and ("own model", "", 0) not in mean
-    lore, others = "LoRe K=2", ("nobody's", "another's", "shuffled")
+    lore, others = "LoRe K=2", ("population", "another", "shuffled")
     assert mean[lore, "", 8] > 0.85 and mean[lore, "", 8] >= mean[lore, "", 1]
     assert mean["own model", "", 8] > mean["own model", "", 1]
     for key in (*((lore, control) for control in others), ("BT", ""), ("reference", "")):
         assert mean[lore, "", 8] - mean[(*key, 8)] > 0.15
-    for key in ((lore, "nobody's"), ("BT", ""), ("reference", "")):
+    for key in ((lore, "population"), ("BT", ""), ("reference", "")):
         assert len({mean[(*key, n)] for n in (0, 1, 3, 8)}) == 1
     for (label, _, _, _), r in unseen.items():
         assert len(r["trials"]) in ((1,) if label == "own model" else (1, 2))

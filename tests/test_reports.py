@@ -87,7 +87,7 @@ def change(results: dict[str, Any], label: str, control: str, accuracy: float) -
 def test_every_label_and_control_has_its_figures_in_the_order_written(tmp_path):
     results = made.results()
     accuracy, log_loss, *_ = tables(told(results, tmp_path))
-    controls = [": nobody's state", ": another's state", ": shuffled labels"]
+    controls = [": population average", ": another user's weights", ": shuffled labels"]
     expected = ["reference", "BT", "own model"]
     expected += [f"LoRe K={k}{c}" for k in (2, 5) for c in ("", *controls)]
     assert list(accuracy) == list(log_loss) == expected
@@ -299,7 +299,7 @@ def test_a_users_figures_are_matched_by_name_and_repeat_not_by_place(tmp_path):
 
 def test_every_difference_asked_for_is_there(tmp_path):
     *_, differences, losses = tables(told(made.results(), tmp_path))
-    against = ("BT", "nobody's state", "another's state", "reference")
+    against = ("BT", "population average", "another user's weights", "reference")
     expected = ["BT minus reference", "own model minus BT", "own model minus reference"]
     expected += [f"LoRe K={k} minus {other}" for k in (2, 5) for other in against]
     assert list(differences) == list(losses) == expected
@@ -344,10 +344,10 @@ def test_personal_states_earn_where_all_three_are_beaten(tmp_path):
     ]  # fmt: skip
     for line in lines[1:]:
         assert "personal states earn: +" in line
-        assert all(f"against {a}" in line for a in ("BT", "nobody's state", "another's state"))
+        assert all(f"against {a}" in line for a in ("BT", "population average", "another user's weights"))
 
 
-@pytest.mark.parametrize("control", ["nobody's", "another's"])
+@pytest.mark.parametrize("control", ["population", "another"])
 def test_one_control_that_is_not_beaten_leaves_it_open(tmp_path, control):
     results = made.results(noise=0.1)
     change(results, "LoRe K=5", "", 0.75)
@@ -403,11 +403,11 @@ def test_the_chosen_fit_is_judged_before_the_last(tmp_path):
 def test_repeats_in_which_rank_one_was_chosen_count_as_no_difference(tmp_path):
     results = chosen(made.results(seeds=2), [2, 1])
     *_, differences, _ = tables(told(results, tmp_path))
-    cell = differences["LoRe, chosen minus nobody's state"]["seen"]
+    cell = differences["LoRe, chosen minus population average"]["seen"]
     alone = chosen(made.results(seeds=2), [2, 2])
     del alone["seeds"][1]
     *_, differences, _ = tables(told(alone, tmp_path / "alone"))
-    whole = differences["LoRe, chosen minus nobody's state"]["seen"]
+    whole = differences["LoRe, chosen minus population average"]["seen"]
     assert float(cell.split(" [")[0]) == pytest.approx(float(whole.split(" [")[0]) / 2, abs=0.1)
 
 
@@ -489,9 +489,9 @@ def test_a_method_nobody_has_heard_of_appears_everywhere(tmp_path, sweep, monkey
     results = made.results({**made.LABELS, "Toy model": TOY}, sweep=sweep)
     text = told(results, tmp_path)
     for table in tables(text)[:2]:
-        assert {"Toy model", "Toy model: nobody's state"} <= set(table)
+        assert {"Toy model", "Toy model: population average"} <= set(table)
     for table in tables(text)[2:]:
-        assert "Toy model minus BT" in table and "Toy model minus another's state" in table
+        assert "Toy model minus BT" in table and "Toy model minus another user's weights" in table
     assert "Toy model, unseen users" in text[text.index("Verdict") :]
     assert "Toy model" in text.splitlines()[0]
     assert "Toy model" in drawn(results, tmp_path)
@@ -504,10 +504,10 @@ def test_a_method_nobody_has_heard_of_appears_everywhere(tmp_path, sweep, monkey
 
 def test_the_axis_is_the_one_setting_that_varies(tmp_path):
     assert records_setting(made.results(), tmp_path) == "rank"
-    assert {"2", "5", "LoRe", "LoRe: nobody's state", "BT"} <= drawn(made.results(), tmp_path)
+    assert {"2", "5", "LoRe", "LoRe: population average", "BT"} <= drawn(made.results(), tmp_path)
     two = {**made.LABELS, "LoRe K=5 again": ("lore", True, {"rank": 5}, TOY[3])}
     assert records_setting(made.results(two), tmp_path) is None
-    assert {"LoRe K=5 again", "nobody's state"} <= drawn(made.results(two), tmp_path)
+    assert {"LoRe K=5 again", "population average"} <= drawn(made.results(two), tmp_path)
     one = {label: made.LABELS[label] for label in ("reference", "BT", "LoRe K=5")}
     assert records_setting(made.results(one), tmp_path) is None
 

@@ -113,7 +113,7 @@ def row_name(line: dict[str, str]) -> str:
     return f"{line['label']}: {CONTROLS[line['control']]}" if line["control"] else line["label"]
 
 
-CONTROLS = {"nobody's": "nobody's state", "another's": "another's state",
+CONTROLS = {"population": "population average", "another": "another user's weights",
             "shuffled": "shuffled labels"}  # fmt: skip
 
 
@@ -209,12 +209,12 @@ def test_basis_files_name_their_users(finished, name):
             named.append(fit["file"])
             basis = load_basis(run.folder / fit["file"])
             assert basis.settings["seed"] == part["seed"] and basis.settings["dataset"] == name
-            assert basis.settings["rank"] == fit["settings"]["rank"]
+            assert basis.settings["rank"] == fit["settings"].get("rank", 1)
             assert basis.users == part["users"]["seen"]
             assert basis.users_unseen == part["users"]["unseen"]
             assert basis.V.shape[0] == 32 and len(basis.W) == len(basis.users)
             assert len(basis.W_unseen) == len(basis.users_unseen)
-    assert sorted(named) == sorted(file.name for file in run.folder.glob("basis-*"))
+    assert sorted(named) == sorted(file.name for file in run.folder.glob("*.safetensors"))
 
 
 @pytest.mark.slow

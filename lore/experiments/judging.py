@@ -132,8 +132,8 @@ def evaluate(fit: Fitted, task: Task, own: Tensor) -> Iterator[dict[str, Any]]:
         state, view, data = states[name], views[name], sets[name]
         population = fit.population_state.expand(1, len(state), -1)
         others = torch.stack([state[order] for order in orders])
-        yield _record(fit, "nobody's", name, _measure(fit, view, data, population))
-        yield _record(fit, "another's", name, _measure(fit, view, data, others))
+        yield _record(fit, "population", name, _measure(fit, view, data, population))
+        yield _record(fit, "another", name, _measure(fit, view, data, others))
     if task.few is None:
         return
     shuffled = []
@@ -197,8 +197,8 @@ def sweep(fit: Fitted, task: Task, draws: Shots) -> Iterator[dict[str, Any]]:
             yield _record(fit, "", "few_shot", judged, size, draws.enough[s])
     states = {"": W}
     if fit.personal and fit.controlled:
-        states["nobody's"] = fit.population_state.expand(1, len(draws.sizes), U, -1)
-        states["another's"] = W[:, :, swap(U, g)]
+        states["population"] = fit.population_state.expand(1, len(draws.sizes), U, -1)
+        states["another"] = W[:, :, swap(U, g)]
         flipped = task.few.flipped(torch.randint(2, (len(task.few),), generator=g).bool())
         shuffled = fit.view(flipped)
         states["shuffled"] = _sweep_states(fit, shuffled, task.few, draws, trials, g, False)[0]
@@ -211,7 +211,7 @@ def sweep(fit: Fitted, task: Task, draws: Shots) -> Iterator[dict[str, Any]]:
         for s, size in enumerate(draws.sizes):
             if not size and fit.personal and not fit.controlled and fit.asks == "random":
                 continue  # each user's own model says nothing yet
-            if known is None or (fit.personal and control != "nobody's"):
+            if known is None or (fit.personal and control != "population"):
                 known = _measure(fit, unseen, task.unseen, some[:, s], not control)
             if not control and swapped is not None:
                 known["flips"] = _flips(fit, unseen, task.unseen, some[:1, s], swapped[:, s])

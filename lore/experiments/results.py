@@ -21,8 +21,8 @@ from lore.common.files import InputError, read_json
 SETS = {"train": "seen", "seen": "seen", "few_shot": "unseen", "unseen": "unseen"}  # whose they are
 REFERENCE, BT, OWN = "reference", "BT", "own model"  # labels of what is fitted in every run
 CONTROLS = {
-    "nobody's": "nobody's state",
-    "another's": "another's state",
+    "population": "population average",
+    "another": "another user's weights",
     "shuffled": "shuffled labels",
 }
 ASKS = ", asks "  # between a label and the criterion by which new users' shots were chosen

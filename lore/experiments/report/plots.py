@@ -51,8 +51,8 @@ PALETTE = (
     "#d62728",
 )
 MARKERS = "osD^vPX*"
-BROKEN = {"": "-", "nobody's": "--", "another's": ":", "shuffled": "-."}
-HOLLOW = {"nobody's": "o", "another's": "v", "shuffled": "x"}
+BROKEN = {"": "-", "population": "--", "another": ":", "shuffled": "-."}
+HOLLOW = {"population": "o", "another": "v", "shuffled": "x"}
 LEVELS = {"accuracy": ("chance", 0.5), "log_loss": ("coin", float(np.log(2)))}
 GAP = 0.055  # between two texts at the edge, as a share of the height
 MOST_LABELS = 12  # with lines of their own in the plots of training and spectra

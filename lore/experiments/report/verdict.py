@@ -1,4 +1,4 @@
-"""The verdict: do users' own states beat one shared reward, nobody's state and another's?"""
+"""The verdict: do users' own states beat one shared reward, population average and another's?"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from lore.experiments.report.intervals import Column, Summary, columns, interval, level, minus
 from lore.experiments.results import ASKS, BT, CHOSEN, MEASURES, REFERENCE, Results, control_name
 
-AGAINST = (BT, "nobody's", "another's")
+AGAINST = (BT, "population", "another")
 COIN = float(np.log(2))
 
 EARN, COST, OPEN = "earn", "cost", "cannot be told apart"
@@ -47,7 +47,7 @@ class Verdict(NamedTuple):
 
 
 def verdicts(results: Results) -> list[Verdict]:
-    """Of every method with personal states: do they beat BT, nobody's state and another's?
+    """Of every method with personal states: do they beat BT, population average and another's?
 
     A method is judged by its chosen label, else by its last one, on the held-out comparisons; in
     a sweep at the largest number of shots.

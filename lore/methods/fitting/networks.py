@@ -518,5 +518,5 @@ def _least(
 
 
 def where_known(states: Tensor, users: Users, population_state: Tensor) -> Tensor:
-    """States [U, S] of users with comparisons; nobody's state [S] of the others."""
+    """States [U, S] of users with comparisons; population average [S] of the others."""
     return torch.where(users.counts[:, None] > 0, states, population_state)
