@@ -97,7 +97,7 @@ def test_the_verdict_comes_first_and_every_part_is_there(report):
     parts = re.findall("<h2>(.*)</h2>", text)
     assert parts[:4] == ["Verdict", "Accuracy and log loss", "Tables", "What was learned"]
     assert parts[4:] == ["What LoRe K=5 likes", "Users"]
-    assert text.count('class="card earn"') == 4 and "score test: p = 0.2" in text
+    assert text.count('class="card better"') == 4 and "score test: p = 0.2" in text
     found = Reader(text)
     assert found.count("table") == 6 and found.count("svg") == 4 + 2 + 2
     said = " ".join(found.texts)

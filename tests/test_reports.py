@@ -246,10 +246,11 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
     assert 0.92 <= held / 400 <= 0.975
 
 
-def test_a_single_user_has_no_interval(tmp_path):
-    accuracy, *_ = tables(told(made.results(users=1), tmp_path))
+@pytest.mark.parametrize("users", [1, 4])
+def test_so_few_users_have_no_interval(tmp_path, users):
+    accuracy, *_ = tables(told(made.results(users=users), tmp_path))
     assert "[" not in accuracy["BT"]["seen"]
-    assert "cannot be told apart" in verdict_of(made.results(users=1), tmp_path)
+    assert "no difference detected" in verdict_of(made.results(users=users), tmp_path)
 
 
 def test_the_average_of_two_sets_varies_less_than_either():
@@ -337,14 +338,15 @@ def verdict_of(results: dict[str, Any], folder: Path) -> str:
     return text[text.index("Verdict") : text.index("\n\nResults, table")]
 
 
-def test_personal_states_earn_where_all_three_are_beaten(tmp_path):
+def test_personal_weights_are_better_where_all_three_are_beaten(tmp_path):
     lines = verdict_of(made.results(), tmp_path).splitlines()
     assert [line.split(":")[0] for line in lines[1:]] == [
         "- LoRe K=5, seen users", "- LoRe K=5, unseen users"
     ]  # fmt: skip
     for line in lines[1:]:
-        assert "personal states earn: +" in line
-        assert all(f"against {a}" in line for a in ("BT", "population average", "another user's weights"))
+        assert "personal weights: better: +" in line
+        others = ("BT", "population average", "another user's weights")
+        assert all(f"against {other}" in line for other in others)
 
 
 @pytest.mark.parametrize("control", ["population", "another"])
@@ -353,29 +355,29 @@ def test_one_control_that_is_not_beaten_leaves_it_open(tmp_path, control):
     change(results, "LoRe K=5", "", 0.75)
     change(results, "LoRe K=5", control, 0.745)
     text = verdict_of(results, tmp_path)
-    assert text.count("personal and shared cannot be told apart: +") == 2
-    assert "earn" not in text and "nothing" not in text
+    assert text.count("personal weights: no difference detected: +") == 2
+    assert "better" not in text
 
 
-def test_personal_states_cost_where_they_are_below_bt(tmp_path):
+def test_personal_weights_are_worse_where_they_are_below_bt(tmp_path):
     results = made.results()
     change(results, "LoRe K=5", "", 0.65)
-    assert verdict_of(results, tmp_path).count("personal states cost: -") == 2
+    assert verdict_of(results, tmp_path).count("personal weights: worse: -") == 2
 
 
 def test_below_bt_within_the_interval_is_open(tmp_path):
     results = made.results(noise=0.2)
     change(results, "LoRe K=5", "", 0.70)
     change(results, "BT", "", 0.71)
-    assert verdict_of(results, tmp_path).count("cannot be told apart: -") == 2
+    assert verdict_of(results, tmp_path).count("no difference detected: -") == 2
 
 
 def test_a_log_loss_above_the_coins_is_said(tmp_path):
     results = made.results()
-    assert "a coin's" not in verdict_of(results, tmp_path)
+    assert "chance" not in verdict_of(results, tmp_path)
     for r in results["seeds"][0]["methods"]["lore"]["records"]:
         r["log_loss"] = [2.0 + i / 100 for i in range(40)]
-    assert verdict_of(results, tmp_path).count("worse than a coin's 0.693") == 2
+    assert verdict_of(results, tmp_path).count("worse than chance (ln 2 = 0.693)") == 2
 
 
 def chosen(results: dict[str, Any], ranks: list[int]) -> dict[str, Any]:
@@ -391,7 +393,7 @@ def chosen(results: dict[str, Any], ranks: list[int]) -> dict[str, Any]:
 
 def test_where_rank_one_was_chosen_nothing_is_personal(tmp_path):
     text = verdict_of(chosen(made.results(), [1]), tmp_path)
-    assert text == "Verdict: LoRe, chosen: rank 1 was chosen: nothing is personal."
+    assert text == "Verdict: LoRe, chosen: rank 1 was chosen: no personal weights to judge."
 
 
 def test_the_chosen_fit_is_judged_before_the_last(tmp_path):

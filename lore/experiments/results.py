@@ -19,7 +19,8 @@ import numpy as np
 from lore.common.files import InputError, read_json
 
 SETS = {"train": "seen", "seen": "seen", "few_shot": "unseen", "unseen": "unseen"}  # whose they are
-REFERENCE, BT, OWN = "reference", "BT", "own model"  # labels of what is fitted in every run
+# Labels of what is fitted in every run
+REFERENCE, BT, OWN, RIDGE = "reference", "BT", "own model", "Ridge BT"
 CONTROLS = {
     "population": "population average",
     "another": "another user's weights",
@@ -184,7 +185,7 @@ def title(results: Results) -> str:
 def families(results: Results) -> list[str]:
     """What to call the methods asked for; those of every run only where there are no others."""
     named = [family(results, method) for method in dict.fromkeys(results.methods.values())]
-    return [name for name in named if name not in (REFERENCE, BT, OWN)] or named
+    return [name for name in named if name not in (REFERENCE, BT, OWN, RIDGE)] or named
 
 
 def family(results: Results, method: str) -> str:

@@ -269,6 +269,7 @@ def _about(dataset: Tasks, task: Task) -> dict[str, Any]:
     sets |= {"validation": task.validation} if task.validation is not None else {}
     return {
         "users": {"seen": task.train.names, "unseen": _new_names(task)},
+        "kinds": task.kinds,
         "comparisons": {name: 0 if data is None else len(data) for name, data in sets.items()},
         "facts": {"personal": personal.sentence, **({"overlap": overlap} if overlap else {})},
     }

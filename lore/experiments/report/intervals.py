@@ -16,6 +16,8 @@ from lore.experiments.results import ALWAYS, ASKS, BT, MEASURES, Record, Results
 RESAMPLES = 2000
 MOST_RESAMPLED = 10_000  # users; of more, the normal interval is the bootstrap's to its own noise
 
+LEAST_USERS = 5  # of an interval
+
 
 class Summary(NamedTuple):
     """A mean over users with its 95 % interval, and the mean of every repeat."""
@@ -44,9 +46,9 @@ def bootstrap(sums: np.ndarray, weights: np.ndarray | None = None) -> tuple[floa
         weights: of the same shape; None for ones.
 
     Returns:
-        Its ends; NaN for a single user, of whom no interval can be had.
+        Its ends; NaN for fewer than five users, who say too little of others.
     """
-    if len(sums) < 2:
+    if len(sums) < LEAST_USERS:
         return math.nan, math.nan
     sums = np.asarray(sums, float).reshape(len(sums), -1)
     weights = np.ones_like(sums) if weights is None else weights.reshape(sums.shape)

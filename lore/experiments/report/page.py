@@ -15,7 +15,15 @@ from markupsafe import Markup
 from lore.common.files import write_text
 from lore.experiments.report.intervals import Summary, columns, interval
 from lore.experiments.report.plots import Panel, caption, figure, learned_panels, measure_panels
-from lore.experiments.report.verdict import COST, EARN, OPEN, Verdict, judged, outcome_of, verdicts
+from lore.experiments.report.verdict import (
+    BETTER,
+    OPEN,
+    WORSE,
+    Verdict,
+    judged,
+    outcome_of,
+    verdicts,
+)
 from lore.experiments.results import MEASURES, OWN, Results, control_name, row_name, title
 
 if TYPE_CHECKING:
@@ -24,7 +32,7 @@ if TYPE_CHECKING:
 TEMPLATES = Path(__file__).resolve().parent
 MOST_USERS = 2000  # lines of the table of users
 LENGTHS = {"prompt": 200, "response": 400}  # letters of a text that are shown
-CLASSES = {EARN: "earn", COST: "cost", OPEN: "open"}
+CLASSES = {BETTER: "better", WORSE: "worse", OPEN: "open"}
 Table = Mapping[str, Mapping[str, str]]
 
 
