@@ -9,8 +9,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.common.settings import NonNegativeInt, PositiveInt
 from lore.elicitation.criteria import Criterion
-from lore.experiments import Settings, Sweep, command, given_split, open_run
-from lore.experiments.runner import MethodName
+from lore.experiments.judging import Sweep
+from lore.experiments.runner import MethodName, Settings, command, open_run
+from lore.experiments.splits import given_split
 from lore.methods.lore import Lore
 
 HERE = Path(__file__).resolve().parent

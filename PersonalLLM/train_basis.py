@@ -8,7 +8,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.common.settings import Concentration, PositiveInt
-from lore.experiments import Settings, command, judge, open_run, simulated_users
+from lore.experiments.judging import judge
+from lore.experiments.runner import Settings, command, open_run
+from lore.experiments.splits import simulated_users
 from lore.methods.lore import Lore
 
 HERE = Path(__file__).resolve().parent

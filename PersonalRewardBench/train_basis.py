@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lore.experiments import Settings, command, given_split, judge, open_run
-from lore.experiments.runner import MethodName
+from lore.experiments.judging import judge
+from lore.experiments.runner import MethodName, Settings, command, open_run
+from lore.experiments.splits import given_split
 from lore.methods.lore import Lore
 
 HERE = Path(__file__).resolve().parent

@@ -8,7 +8,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.common.settings import Fraction, PositiveInt
-from lore.experiments import Settings, command, drawn_split, judge, open_run
+from lore.experiments.judging import judge
+from lore.experiments.runner import Settings, command, open_run
+from lore.experiments.splits import drawn_split
 from lore.methods.lore import Lore
 
 HERE = Path(__file__).resolve().parent

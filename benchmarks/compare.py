@@ -28,11 +28,12 @@ from comparison_data import WORLDS, World
 from lore.common.cli import cli
 from lore.common.files import require, write_text, write_whole
 from lore.common.settings import NonNegativeInt
-from lore.experiments import Settings, Sweep, judge, open_run
+from lore.experiments.judging import Sweep, judge
 from lore.experiments.report.intervals import Summary, difference, interval, level
 from lore.experiments.report.plots import full_colour
 from lore.experiments.report.tables import markdown
 from lore.experiments.results import BT, MEASURES, Results, read_results, shots_name
+from lore.experiments.runner import Settings, open_run
 from lore.methods import METHODS
 from lore.methods.lore import Lore
 
@@ -188,7 +189,7 @@ def section(world: World, runs: Sequence[Results]) -> list[str]:
         "Accuracy in percent (minus BT, paired by user, with 95 % interval over users):",
         markdown({row.label: accuracies(world, row) for row in table}),
         f"Log loss (minus BT's); unseen users' accuracy at {shots_name(world.shots[-1])} with "
-        "another state (their own minus that); cost of one fit, its choice included:",
+        "another user's weights (their own minus that); cost of one fit, its choice included:",
         markdown({row.label: further(world, row) for row in table}),
     ]  # fmt: skip
 

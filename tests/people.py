@@ -15,7 +15,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lore.experiments import Settings, Sweep, judge, open_run, splits
+from lore.experiments import splits
+from lore.experiments.judging import Sweep, judge
+from lore.experiments.runner import Settings, open_run
 from lore.learning.comparisons import Comparisons
 from lore.methods.lore import Lore
 

@@ -98,7 +98,7 @@ def difference_table(results: Results, measure: str) -> Table:
     table: Table = {}
     for label in results.labels:
         random = (label.split(ASKS)[0],) if ASKS in label else ()
-        every = (*AGAINST, BT, REFERENCE, *_baselines(results, label), *random)
+        every = (BT, *AGAINST[1:], REFERENCE, *_baselines(results, label), *random)
         for against in every if label != REFERENCE else ():
             row = {
                 column.name: _cell(measure, minus(results, label, against, measure, column), True)

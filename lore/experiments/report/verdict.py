@@ -128,14 +128,12 @@ def _judge(results: Results, label: str, column: Column) -> list[Verdict]:
 
 
 def judge(points: dict[str, Summary], losses: dict[str, Summary]) -> str:
-    """The worst outcome of differences in accuracy and log loss; better only where in one of both
-    everything is beaten and in the other nothing is worse."""
-    accuracy = [outcome_of(s) for s in points.values()]
-    loss = [outcome_of(s, -1) for s in losses.values()]
-    if WORSE in (*accuracy, *loss):
+    """The worst outcome of all differences in accuracy and log loss."""
+    found = {outcome_of(s) for s in points.values()}
+    found |= {outcome_of(s, -1) for s in losses.values()}
+    if WORSE in found:
         return WORSE
-    beaten = [bool(some) and set(some) == {BETTER} for some in (accuracy, loss)]
-    return BETTER if any(beaten) and len(points) == len(AGAINST) else OPEN
+    return BETTER if found == {BETTER} and len(points) == len(AGAINST) else OPEN
 
 
 def outcome_of(difference: Summary, sign: int = 1) -> str:
