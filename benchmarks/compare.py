@@ -32,7 +32,14 @@ from lore.experiments.judging import Sweep, judge
 from lore.experiments.report.intervals import Summary, difference, interval, level
 from lore.experiments.report.plots import full_colour
 from lore.experiments.report.tables import markdown
-from lore.experiments.results import BT, MEASURES, Results, read_results, shots_name
+from lore.experiments.results import (
+    BT,
+    MEASURES,
+    Results,
+    control_name,
+    read_results,
+    shots_name,
+)
 from lore.experiments.runner import Settings, open_run
 from lore.methods import METHODS
 from lore.methods.lore import Lore
@@ -213,12 +220,12 @@ def further(world: World, row: Row) -> dict[str, str]:
     }
     for control in ("population", "another"):
         other = level(row.results, row.label, control, "accuracy", ("unseen",), most)
-        cells[f"{control} state"] = "" if other is None else MEASURES["accuracy"].text(other.mean)
+        cells[control_name(control)] = "" if other is None else MEASURES["accuracy"].text(other.mean)
         paired = difference(
             row.results, row.label, (row.label, control), "accuracy", ("unseen",), most
         )
         if paired is not None and other is not None:
-            cells[f"{control} state"] += f" ({change('accuracy', paired)})"
+            cells[control_name(control)] += f" ({change('accuracy', paired)})"
     return cells | cost(row)
 
 

@@ -32,6 +32,7 @@ from lore.experiments.results import (
     MEASURES,
     OWN,
     REFERENCE,
+    RIDGE,
     Results,
     control_name,
     read_results,
@@ -117,7 +118,8 @@ def _baselines(results: Results, label: str) -> list[str]:
         return []
     places = [*BASELINES, method]
     before = places[: places.index(method)]
-    return [other for other in judged(results) if results.methods[other] in before]
+    there = [label for label in (RIDGE, *judged(results)) if label in results.methods]
+    return [other for other in there if results.methods[other] in before]
 
 
 def unusual_table(results: Results) -> Table:
