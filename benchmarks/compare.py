@@ -220,12 +220,13 @@ def further(world: World, row: Row) -> dict[str, str]:
     }
     for control in ("population", "another"):
         other = level(row.results, row.label, control, "accuracy", ("unseen",), most)
-        cells[control_name(control)] = "" if other is None else MEASURES["accuracy"].text(other.mean)
+        text = "" if other is None else MEASURES["accuracy"].text(other.mean)
         paired = difference(
             row.results, row.label, (row.label, control), "accuracy", ("unseen",), most
         )
         if paired is not None and other is not None:
-            cells[control_name(control)] += f" ({change('accuracy', paired)})"
+            text += f" ({change('accuracy', paired)})"
+        cells[control_name(control)] = text
     return cells | cost(row)
 
 
