@@ -37,6 +37,9 @@ class Rows:
     def rows(self, index: Tensor) -> Tensor:
         return self.x[index]
 
+    def same(self, some: Tensor, others: Tensor) -> Tensor:
+        return some == others
+
 
 class Tasks(splits.Tasks):
     """Tasks whose conversations are not on disk: neighbouring rows answer the same prompt."""

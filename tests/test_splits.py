@@ -183,6 +183,23 @@ def test_a_given_split_is_the_same_for_every_seed(world, loaded):
     assert [listed(s) for s in mine[:4]] == [listed(s) for s in first[:4]]
 
 
+@pytest.mark.parametrize("draw", [
+    splits.given_split, lambda folder: splits.drawn_split(folder, 0.25, 1000, 1000),
+])  # fmt: skip
+def test_comparisons_of_the_same_tokens_are_left_out(world, loaded, monkeypatch, caplog, draw):
+    whole, chosen = draw(loaded), torch.tensor(world.table["chosen"].to_numpy())
+    third = chosen[::3]
+    monkeypatch.setattr(world.store, "same", lambda some, _: torch.isin(some, third))
+    cut = draw(loaded)
+    assert cut.about == {**whole.about, "same_tokens": len(third)}
+    assert f"left out {len(third)} of {len(chosen)} comparisons" in caplog.text
+    total = sum(len(some) for some in cut.draw(0, CPU)[:4])
+    assert total == sum(len(some) for some in whole.draw(0, CPU)[:4]) - len(third)
+    monkeypatch.setattr(world.store, "same", lambda some, _: torch.ones_like(some, dtype=bool))
+    with pytest.raises(InputError, match="no comparisons are left: .*chat template"):
+        draw(loaded)
+
+
 def test_drawn_splits_follow_the_seed_alone(world, loaded):
     draw = splits.drawn_split(loaded, 0.25, 10, 4).draw
     sets, again, other = (draw(seed, CPU) for seed in (0, 0, 1))

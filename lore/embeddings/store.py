@@ -242,6 +242,10 @@ class Store:
             out[here] = self._shards[shard][row[here] - shard * size].float()
         return out
 
+    def same(self, some: Tensor, others: Tensor) -> Tensor:
+        """Whether conversations have the tokens of others, number by number [n]."""
+        return self._rows[some] == self._rows[others]
+
     def check(self, conversations_sha256: str) -> None:
         """Raise InputError if the rows are not those of the conversations with this checksum."""
         same = conversations_sha256 == self.manifest["conversations_sha256"]

@@ -145,14 +145,14 @@ def given_split(data: Path, dataset: str | None = None) -> Tasks:
     A shot is a dialogue, or a comparison where no dialogue has more than one.
     """
     info, store = load(data, dataset)
-    table = prepared.read_comparisons(data, len(store))
+    table, about = _comparable(data, store)
     alone = not table.duplicated(["user_id", "dialog_id"]).any()
     unit: Unit = "comparisons" if alone else "dialogues"
 
     def draw(_: int, device: torch.device) -> Sets:
         return four_sets(table, store, device, unit)
 
-    return Tasks(info, store, draw, unit, {}, data)
+    return Tasks(info, store, draw, unit, about, data)
 
 
 def drawn_split(
@@ -176,7 +176,8 @@ def drawn_split(
     about = {"pairs_per_user": pairs_per_user, "few_shot_pairs": few_shot_pairs,
              "seen_fraction": seen_fraction}  # fmt: skip
     info, store = load(data, dataset)
-    table = prepared.read_comparisons(data, len(store))
+    table, same = _comparable(data, store)
+    about |= same
 
     def draw(seed: int, device: torch.device) -> Sets:
         drawn = preparing.split_users(table, seed, seen_fraction)
@@ -280,6 +281,26 @@ def load(data: Path, dataset: str | None = None) -> tuple[dict[str, Any], Store]
     prepared.check_conversations(data)
     store.check(info["conversations_sha256"])
     return info, store
+
+
+def _comparable(data: Path, store: Store) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """A folder's comparisons whose two sides differ in tokens, and how many others there were.
+
+    Raises:
+        InputError: no comparison is left.
+    """
+    table = prepared.read_comparisons(data, len(store))
+    chosen, rejected = (torch.tensor(table[side].to_numpy()) for side in ("chosen", "rejected"))
+    same = store.same(chosen, rejected).numpy()
+    if not same.any():
+        return table, {}
+    why = (
+        "their two sides have the same tokens, either cut (--max_length, --truncation_side) or "
+        "because the chat template leaves the responses out"
+    )
+    require(not same.all(), f"{data}: no comparisons are left: {why}")
+    log.warning("WARNING: left out %d of %d comparisons: %s", same.sum(), len(same), why)
+    return table[~same].reset_index(drop=True), {"same_tokens": int(same.sum())}
 
 
 def four_sets(table: pd.DataFrame, store: Store, device: torch.device, unit: Unit) -> Sets:
