@@ -68,7 +68,10 @@ def main(
         pairs = hold_out.pair_names(table)
         table = table.assign(dialog_id=hold_out.connected(pairs, table.row))
     table = number_turns(table)
-    table = preparing.split_users(table, seed, seen_fraction)
+    if table.user_id.nunique() == 1:
+        table = table.assign(seen=True)  # there is nobody else to be unseen
+    else:
+        table = preparing.split_users(table, seed, seen_fraction)
     judged_again = retest(table[~half_ties(table)], "chosen_name", "rejected_name")
     conversations, table = preparing.number_conversations(table, funnel)
     settings = {

@@ -9,7 +9,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.experiments.judging import judge
 from lore.experiments.runner import MethodName, Settings, command, open_run
-from lore.experiments.splits import given_split
+from lore.experiments.splits import given_split, seen_users
 from lore.methods.lore import Lore
 
 HERE = Path(__file__).resolve().parent
@@ -31,8 +31,10 @@ def main(
         methods: methods to fit, by name; --help lists each one's settings.
         lore: settings of LoRe; Bradley-Terry is fitted with the same.
     """
-    chosen = Settings(methods=methods, lore=lore, **settings)
     dataset = given_split(data, HERE.name)  # who is seen, and what is held out
+    if lore.ranks == LORE.ranks:
+        lore = lore.within(seen_users(dataset))
+    chosen = Settings(methods=methods, lore=lore, **settings)
     with open_run("train_basis", dataset, chosen) as run:  # goes on where a killed one was
         for task, name, method in run.unfinished():  # every seed, every method
             fits = method.fit(task)  # from task.train alone; for LoRe by utils.LoRe

@@ -11,7 +11,7 @@ from lore.common.settings import NonNegativeInt, PositiveInt
 from lore.elicitation.criteria import Criterion
 from lore.experiments.judging import Sweep
 from lore.experiments.runner import MethodName, Settings, command, open_run
-from lore.experiments.splits import given_split
+from lore.experiments.splits import given_split, seen_users
 from lore.methods.lore import Lore
 
 HERE = Path(__file__).resolve().parent
@@ -40,8 +40,10 @@ def main(
         methods: methods to fit, by name; --help lists each one's settings.
         lore: settings of LoRe; Bradley-Terry is fitted with the same.
     """
-    chosen = Settings(methods=methods, lore=lore, **settings)
     dataset = given_split(data, HERE.name)  # who is seen, and what is held out
+    if lore.ranks == LORE.ranks:
+        lore = lore.within(seen_users(dataset))
+    chosen = Settings(methods=methods, lore=lore, **settings)
     sweep = Sweep(shots, trials, ask)
     with open_run("vary_fewshot", dataset, chosen, sweep) as run:  # goes on where a killed one was
         for task, name, method in run.unfinished():  # every seed, every method

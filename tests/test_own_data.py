@@ -28,21 +28,60 @@ def choices(path: Path, users: int = 30, rows: int = 12) -> Path:
     return path
 
 
-@pytest.mark.slow
-def test_a_file_of_thirty_users_becomes_a_page(model, tmp_path, monkeypatch):
-    tables = "lore.experiments.report.tables"
-    monkeypatch.setattr(f"{tables}.write_plots", lambda *given: [])  # the page has its own
-    source, data = choices(tmp_path / "mine.jsonl"), tmp_path / "data"
-    quick = {"data": data, "results": tmp_path, "progress": "false", "iterations": 30}
-    quick |= {"mixed_logit.rank": 2, "mixed_logit.l_mu": 1, "mixed_logit.l_B": 0.1}
+EXAMPLE = running.ROOT / "OwnData" / "example.jsonl"
+QUICK = {"progress": "false", "iterations": 30, "mixed_logit.rank": 2, "mixed_logit.l_mu": 1,
+         "mixed_logit.l_B": 0.1}  # fmt: skip
+
+
+def carried_out(source: Path, model: Path, folder: Path, **more: dict) -> None:
+    """The three commands of the README."""
+    quick = {"data": folder / "data", "results": folder, **QUICK}
     steps = {
-        "prepare": {"source": source, "out": data, "model": model, "progress": "false"},
-        "train_basis": {**quick, "ranks": [2], "name": "fit"},
-        "vary_fewshot": {**quick, "shots": [0, 2, 4], "trials": 2, "name": "shots"},
+        "prepare": {"source": source, "out": quick["data"], "model": model, "progress": "false"},
+        "train_basis": {**quick, "name": "fit"},
+        "vary_fewshot": {**quick, "trials": 2, "name": "shots"},
     }
     for script, settings in steps.items():
-        done = running.invoke(f"OwnData/{script}.py", settings)
+        done = running.invoke(f"OwnData/{script}.py", {**settings, **more.get(script, {})})
         assert done.status == 0, done.err
+
+
+def few(path: Path, users: int) -> Path:
+    """The example's rows of its first users."""
+    rows = [json.loads(line) for line in EXAMPLE.read_text().splitlines()]
+    names = sorted({row["user"] for row in rows})[:users]
+    path.write_text("\n".join(json.dumps(row) for row in rows if row["user"] in names))
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["example", "thirty"])
+def test_a_file_becomes_a_page(model, tmp_path, monkeypatch, source):
+    tables = "lore.experiments.report.tables"
+    monkeypatch.setattr(f"{tables}.write_plots", lambda *given: [])  # the page has its own
+    file = EXAMPLE if source == "example" else choices(tmp_path / "mine.jsonl")
+    carried_out(file, model, tmp_path)
     for name in ("fit", "shots"):
         page = (tmp_path / "OwnData" / name / "report.html").read_text()
-        assert "Mixed logit" in page and "LoRe K=" in page and "held-out comparisons" in page
+        assert "Mixed logit" in page and "LoRe K=5" in page and "held-out comparisons" in page
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_plots")
+def test_the_defaults_fit_few_users(model, tmp_path):
+    carried_out(few(tmp_path / "six.jsonl", 6), model, tmp_path)
+    table = (tmp_path / "OwnData" / "fit" / "table.md").read_text()
+    assert "LoRe K=2" in table and "LoRe K=5" not in table  # three of them are seen
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_plots")
+def test_a_single_user_is_a_seen_one(model, tmp_path):
+    source, data = few(tmp_path / "one.jsonl", 1), tmp_path / "data"
+    given = {"source": source, "out": data, "model": model, "progress": "false"}
+    assert running.invoke("OwnData/prepare.py", given).status == 0
+    given = {"data": data, "results": tmp_path, **QUICK, "mixed_logit.rank": 1}
+    done = running.invoke("OwnData/train_basis.py", given)
+    assert done.status == 0, done.err
+    done = running.invoke("OwnData/vary_fewshot.py", given)
+    assert done.status == 2 and "no user of OwnData is unseen" in done.err

@@ -155,6 +155,12 @@ def given_split(data: Path, dataset: str | None = None) -> Tasks:
     return Tasks(info, store, draw, unit, about, data)
 
 
+def seen_users(tasks: Tasks) -> int:
+    """How many users of a prepared folder are seen, as ``given_split`` has them."""
+    users = prepared.read_comparisons(tasks.folder, len(tasks.store)).query("seen").user_id
+    return users.nunique()
+
+
 def drawn_split(
     data: Path,
     seen_fraction: float,

@@ -94,6 +94,10 @@ class Lore:
         """Bradley-Terry: rank 1, one shared direction, for every alpha."""
         return self._fit(task, grid([1], self.alpha), task.mine, task.train.num_users, "shared")
 
+    def within(self, users: int) -> Lore:
+        """The same without ranks above what so many users support."""
+        return replace(self, ranks=tuple(rank for rank in self.ranks if rank <= users))
+
     def fit(self, task: Task) -> list[Fitted]:
         """A fit for every alpha, rank and shrinkage; last the chosen one, where one is chosen."""
         ranks = [rank for rank in self.ranks if rank > 1]
