@@ -25,7 +25,15 @@ from sklearn.linear_model import LogisticRegression
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.common.cli import cli
-from lore.common.files import file_sha256, read_json, require, write_text, write_whole
+from lore.common.files import (
+    check_output,
+    file_sha256,
+    has_keys,
+    read_json,
+    require,
+    write_text,
+    write_whole,
+)
 from lore.common.settings import PositiveInt, SeedNumber
 from lore.embeddings import smollm2
 from lore.embeddings.reward_model import Conversation
@@ -238,6 +246,11 @@ def main(
     world |= {"head_prompts": head_prompts, "layers": layers}
     world |= {"measures": MEASURES, "tastes": TASTES}
     if not already_made(out, model, world):
+        made = (out / "world.json").exists()
+        check_output(out / "world.json", "--out", has_keys("measures"))
+        for split in ("train", "test"):
+            check_output(out / f"{split}.parquet", "--out", lambda _: made)
+        write_text(out / "world.json", json.dumps(world))  # not whole, but ours
         train, test = prompts[:train_prompts], prompts[train_prompts:]
         tables = {"train": add_scores(train, train), "test": add_scores(test, train)}
         for split, table in tables.items():

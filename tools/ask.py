@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.common.cli import cli
-from lore.common.files import InputError, require
+from lore.common.files import InputError, check_output, has_keys, require
 from lore.common.settings import NonNegativeFloat, NonNegativeInt, Port, SeedNumber
 from lore.elicitation.answers import Answers
 from lore.elicitation.criteria import Criterion
@@ -76,6 +76,8 @@ def main(
     profile = profile or answers.with_suffix(".profile.json")
     require(profile.suffix == ".json", f"--profile {profile}: end its name in .json")
     require(profile.parent.is_dir(), f"--profile {profile}: there is no folder {profile.parent}")
+    is_ours = has_keys("method", "answers", "weights")
+    check_output(profile, "--profile", is_ours, [basis, pool, candidates])
     require(page or not port, "--port is the page's: give --page too")
     with alone(answers):
         book = Answers(answers, user)

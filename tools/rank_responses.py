@@ -22,7 +22,7 @@ from torch.nn.functional import softplus
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.common.cli import cli
-from lore.common.files import require, write_text, write_whole
+from lore.common.files import begins, check_output, has_keys, require, write_text, write_whole
 from lore.common.settings import PositiveInt, Rate, SeedNumber
 from lore.elicitation.ranking import (
     all_but_one,
@@ -86,6 +86,8 @@ def main(
     if save:
         require(save.suffix in (".csv", ".json"), f"--save {save}: end its name in .csv or .json")
         require(save.parent.is_dir(), f"--save {save}: there is no folder {save.parent}")
+        is_ours = begins("line,prompt,place") if save.suffix == ".csv" else has_keys("ranking")
+        check_output(save, "--save", is_ours, [basis, choices, candidates])
     learned = load_learned(basis)
     chosen, rejected, row = read_liked(choices, columns)
     drafts = read_drafts(candidates, columns)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,53 @@ def check_place(path: Path, flag: str) -> None:
     above = next(folder for folder in path.absolute().parents if folder.exists())
     writable = above.is_dir() and os.access(above, os.W_OK)
     require(writable, f"{flag} {path}: nothing can be written in {above}")
+
+
+def check_output(
+    path: Path,
+    flag: str,
+    is_ours: Callable[[Path], bool],
+    inputs: Iterable[str | os.PathLike[str] | None] = (),
+) -> None:
+    """Refuse to replace a file that the project did not write, or that it is to read.
+
+    Args:
+        path: what will be written.
+        flag: that names it, or its folder.
+        is_ours: whether a file that is there carries a mark of what is written to this place.
+        inputs: what is read; None for what is not given.
+
+    Raises:
+        InputError: the file is one of these, or there and not ours.
+    """
+    if path.exists():
+        read = any(given and os.path.exists(given) and path.samefile(given) for given in inputs)
+        require(not read, f"{flag} {path}: is what is to be read; name another place")
+        said = f"{flag} {path}: is there and not what this writes; name another place or move it"
+        require(is_ours(path), said)
+
+
+def has_keys(*keys: str) -> Callable[[Path], bool]:
+    """For ``check_output``: a JSON file is ours if it is an object with these keys."""
+
+    def is_ours(path: Path) -> bool:
+        try:
+            found = json.loads(path.read_text())
+        except (ValueError, RecursionError, OSError):
+            return False
+        return isinstance(found, dict) and found.keys() >= set(keys)
+
+    return is_ours
+
+
+def begins(text: str) -> Callable[[Path], bool]:
+    """For ``check_output``: a file is ours if it begins with a text."""
+
+    def is_ours(path: Path) -> bool:
+        with path.open("rb") as file:
+            return file.read(len(text.encode())) == text.encode()
+
+    return is_ours
 
 
 def write_text(path: Path, text: str) -> None:

@@ -13,9 +13,18 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from lore.common.files import digest, file_sha256, require, write_text, write_whole
+from lore.common.files import (
+    check_output,
+    digest,
+    file_sha256,
+    has_keys,
+    require,
+    write_text,
+    write_whole,
+)
 from lore.preparing.facts import count_kinds, retest
 
 Conversation = list[dict[str, str]]
@@ -29,8 +38,9 @@ COLUMNS = {
     "rejected": "int64",
     "weight": "float64",
 }
+MARK = {b"written by": b"prepare.py"}
 MESSAGES = pa.schema(
-    [("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])))]
+    [("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])))], MARK
 )
 TABLES = (
     {"conversations.parquet", "comparisons.parquet"},
@@ -341,6 +351,7 @@ def write_prepared(
     """
     has_script = (folder / "prepare.py").exists()
     require(not has_script, f"--out {folder} holds scripts; name a folder for the data alone")
+    _check_folder(folder, (info.get("settings") or {}).get("source"))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "prepare.json").unlink(missing_ok=True)  # a half-written folder is not prepared
     talks = folder / "conversations.parquet"
@@ -359,6 +370,29 @@ def write_prepared(
     files = {file.name: file_sha256(file) for file in (talks, path)}
     write_text(folder / "prepare.json", json.dumps({**info, **hashes, "files": files}, indent=2))
     return "\n".join(info[what]["sentence"] for what in TOLD if info.get(what))
+
+
+def _check_folder(folder: Path, source: str | None) -> None:
+    """Refuse a folder with files of these names that no prepare.py wrote, whole or in part."""
+    says = folder / "prepare.json"
+    check_output(says, "--out", has_keys("dataset", "files"), [source])
+    is_prepared = says.exists()
+
+    def is_ours(path: Path) -> bool:
+        if is_prepared:
+            return True
+        try:  # a run that was killed has left no prepare.json
+            if path.suffix == ".parquet":
+                found = pq.read_schema(path)
+                marked = MARK.items() <= (found.metadata or {}).items()
+                return marked or found.names == list(COLUMNS)
+            with safe_open(path, "np") as file:
+                return "train.scores" in file.keys()  # noqa: SIM118
+        except (OSError, pa.ArrowException, SafetensorError):
+            return False
+
+    for name in sorted(set().union(*TABLES)):
+        check_output(folder / name, "--out", is_ours, [source])
 
 
 def _write_conversations(path: Path, conversations: Sequence[Conversation]) -> None:
