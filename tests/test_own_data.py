@@ -29,8 +29,10 @@ def choices(path: Path, users: int = 30, rows: int = 12) -> Path:
 
 
 EXAMPLE = running.ROOT / "OwnData" / "example.jsonl"
-QUICK = {"progress": "false", "iterations": 30, "mixed_logit.rank": 2, "mixed_logit.l_mu": 1,
-         "mixed_logit.l_B": 0.1}  # fmt: skip
+QUICK = {
+    "progress": "false", "iterations": 30, "mixed_logit.floor": 0.1, "mixed_logit.l_mu": 1,
+    "mixed_logit.tau2": 1, "mixed_logit.pi": 10,
+}  # fmt: skip
 
 
 def carried_out(source: Path, model: Path, folder: Path, **more: dict) -> None:
@@ -80,7 +82,7 @@ def test_a_single_user_is_a_seen_one(model, tmp_path):
     source, data = few(tmp_path / "one.jsonl", 1), tmp_path / "data"
     given = {"source": source, "out": data, "model": model, "progress": "false"}
     assert running.invoke("OwnData/prepare.py", given).status == 0
-    given = {"data": data, "results": tmp_path, **QUICK, "mixed_logit.rank": 1}
+    given = {"data": data, "results": tmp_path, **QUICK}
     done = running.invoke("OwnData/train_basis.py", given)
     assert done.status == 0, done.err
     done = running.invoke("OwnData/vary_fewshot.py", given)
