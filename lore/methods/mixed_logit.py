@@ -156,6 +156,7 @@ def estimate(
     push: Tensor | None = None,
     rounds: int = ROUNDS,
     processes: int = 1,
+    judged: bool = True,
 ) -> tuple[Prior, list[float], Tensor | None]:
     """The users' distribution of tastes N(0, S), by EM with Laplace's posteriors.
 
@@ -170,6 +171,7 @@ def estimate(
         push: where users' posteriors begin, see ``Posterior``.
         rounds: of EM.
         processes: over which users are spread.
+        judged: whether the probabilities of the choices are wanted.
 
     Returns:
         The prior; each round's log probability of all choices, by Laplace's method; and where the
@@ -187,8 +189,9 @@ def estimate(
         found = posteriors(view, users, prior, WHILE_FITTING, push)
         push = found.push
         moments = total(mean_moment(view, users, prior, found), processes)
-        likely = log_evidence(view, users, prior, found).sum()
-        evidence.append(float(total(likely, processes)))
+        if judged:
+            likely = log_evidence(view, users, prior, found).sum()
+            evidence.append(float(total(likely, processes)))
         S = (moments + strengths.pi * isotropic) / (count.to(moments) + strengths.pi)
         prior = Prior(prior.mean, (S + S.T) / 2)
     return prior, evidence, push
@@ -228,7 +231,7 @@ class Known:
         view, processes = fit.view(data), self.split.processes
         start, push = self._near(candidate)
         rounds = ROUNDS if start is None else FEW_ROUNDS
-        fit.prior, _, push = estimate(view, data, candidate, start, push, rounds, processes)
+        fit.prior, _, push = estimate(view, data, candidate, start, push, rounds, processes, False)
         found = posteriors(view, data, fit.prior, WHILE_FITTING, push)
         self.personal[candidate] = fit.prior, found.push
         fit.users, fit.tolerance = found.mode, WHILE_FITTING
