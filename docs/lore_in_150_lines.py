@@ -16,7 +16,7 @@ from torch.nn.functional import logsigmoid
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.embeddings.store import open_store
-from lore.preparing.tables import read_comparisons
+from lore.preparing.prepared import read_comparisons
 
 
 def read(folder):
@@ -81,11 +81,10 @@ def ridge_bt(y, strength):
     return torch.from_numpy(minimize(objective, start, (), "L-BFGS-B", True, options=fine).x)
 
 
-def mode(y, offset, S, tau2, D):
-    """The mode [F] of a user's deviation d ~ N(0, diag(S, tau2 I)), and its covariance [D, D], by
-    Newton in the dual (Rasmussen and Williams 2006, algorithm 3.1)."""
-    P, R = y[:, :D], y[:, D:]
-    K, a = P @ S @ P.T + tau2 * R @ R.T, torch.zeros(len(y), dtype=torch.double)  # K [m, m]
+def mode(P, offset, S):
+    """The mode [D] of a user's deviation d ~ N(0, S), and its covariance, by Newton in the dual
+    (Rasmussen and Williams 2006, algorithm 3.1); P [m, D] are the user's comparisons."""
+    K, a = P @ S @ P.T, torch.zeros(len(P), dtype=torch.double)
 
     def height(a):
         return logsigmoid(offset + K @ a).sum() - a @ (K @ a) / 2
@@ -93,7 +92,7 @@ def mode(y, offset, S, tau2, D):
     for _ in range(50):
         p = torch.sigmoid(offset + K @ a)
         root = (p * (1 - p)).sqrt()
-        B = torch.eye(len(y)) + root[:, None] * K * root
+        B = torch.eye(len(P)) + root[:, None] * K * root
         b = root**2 * (K @ a) + 1 - p
         step = b - root * torch.linalg.solve(B, root * (K @ b)) - a
         while height(a + step) < height(a) - 1e-9:
@@ -102,17 +101,15 @@ def mode(y, offset, S, tau2, D):
         if (K @ step).abs().max() < 1e-7:
             break
     Q = root[:, None] * (P @ S)
-    return torch.cat([S @ (P.T @ a), tau2 * R.T @ a]), S - Q.T @ torch.linalg.solve(B, Q)
+    return S @ (P.T @ a), S - Q.T @ torch.linalg.solve(B, Q)
 
 
-def personal_part(y, user, users, mu, tau2, pi, D, rounds=8):
-    """The covariance S [D, D] of the leading directions, by EM; pi users of prior say tau2 I."""
-    D, offset = min(D, y.shape[1]), y @ mu
-    S = prior = tau2 * torch.eye(D, dtype=torch.double)
+def personal_part(P, offset, user, users, tau2, pi, rounds=8):
+    """The covariance S [D, D] of the users' deviations, by EM; pi users of prior say tau2 I."""
+    S = prior = tau2 * torch.eye(P.shape[1], dtype=torch.double)
     for _ in range(rounds):
-        found = [mode(y[user == u], offset[user == u], S, tau2, D) for u in range(users)]
-        moments = sum(torch.outer(d[:D], d[:D]) + cov for d, cov in found)
-        S = (moments + pi * prior) / (users + pi)
+        found = [mode(P[user == u], offset[user == u], S) for u in range(users)]
+        S = (sum(torch.outer(d, d) + cov for d, cov in found) + pi * prior) / (users + pi)
     return S
 
 
@@ -133,17 +130,18 @@ def fit_and_judge(sets, floor=0.01, l_mu=0.3, tau2=3.0, pi=10.0, D=100):
     (x, user, users), (x_new, new, news) = sets["train", True], sets["train", False]
     W, V = lore(x, user, users)
     W_new, A = few_shot(x_new @ V, new, news), whiten(x, floor)
-    y, y_new = x.double() @ A, x_new.double() @ A
-    mu = ridge_bt(y, l_mu)
-    S, table = personal_part(y, user, users, mu, tau2, pi, D), {}
-    known = {True: (W, y, user, users), False: (W_new, y_new, new, news)}
+    mu, table = ridge_bt(x.double() @ A, l_mu), {}
+    y = x.double() @ A
+    S = personal_part(y[:, :D], y @ mu, user, users, tau2, pi)
+    known = {True: (W, x, user, users), False: (W_new, x_new, new, news)}
     for seen, (weights, own, owner, count) in known.items():
-        shots = [own[owner == u] for u in range(count)]
-        d = torch.stack([mode(rows, rows @ mu, S, tau2, len(S))[0] for rows in shots])
-        (x, whose, _), name = sets["test", seen], "seen" if seen else "unseen"
+        y, (x, whose, _) = own.double() @ A, sets["test", seen]
+        theirs = [y[owner == u] for u in range(count)]
+        d = torch.stack([mode(rows[:, :D], rows @ mu, S)[0] for rows in theirs])
+        z, name = x.double() @ A, "seen" if seen else "unseen"
         table["LoRe", name] = judge(lore_odds(x @ V, weights, whose), whose)
-        table["ridge BT", name] = judge(x.double() @ A @ mu, whose)
-        table["mixed logit", name] = judge((x.double() @ A * (mu + d[whose])).sum(1), whose)
+        table["ridge BT", name] = judge(z @ mu, whose)
+        table["mixed logit", name] = judge(z @ mu + (z[:, :D] * d[whose]).sum(1), whose)
     return table
 
 

@@ -1,0 +1,61 @@
+"""docs/lore_in_150_lines.py gives what the scripts give."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import running
+from lore.experiments.judging import judge
+from lore.experiments.splits import given_split
+from lore.methods.lore import Lore
+from lore.methods.mixed_logit import MixedLogit
+from lore.methods.ridge_bt import RidgeBT
+
+FILE = running.ROOT / "docs" / "lore_in_150_lines.py"
+STRENGTHS = {"floor": 0.01, "l_mu": 0.3, "tau2": 3.0, "pi": 10.0}
+
+
+def test_it_has_150_lines_and_imports_the_readers_alone():
+    text = FILE.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    ours = [line for line in text.splitlines() if line.startswith(("from lore", "import lore"))]
+    assert ours == [
+        "from lore.embeddings.store import open_store",
+        "from lore.preparing.prepared import read_comparisons",
+    ]
+
+
+@pytest.mark.slow
+def test_its_figures_are_those_of_the_scripts(model: Path, tmp_path: Path):
+    source = running.ROOT / "OwnData" / "example.jsonl"
+    flags = {"source": source, "model": model, "out": tmp_path / "data", "split": "pairs"}
+    prepared = running.invoke("OwnData/prepare.py", flags)
+    assert prepared.status == 0, prepared.err
+    spec = importlib.util.spec_from_file_location("lore_in_150_lines", FILE)
+    script = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(running.ROOT))
+    spec.loader.exec_module(script)
+    found = script.fit_and_judge(script.read(tmp_path / "data"), **STRENGTHS)
+    task = given_split(tmp_path / "data").task(0, torch.device("cpu"), None, False, (0, 1))
+    methods = {"LoRe": Lore(), "mixed logit": MixedLogit(**STRENGTHS)}
+    for name, method in methods.items():
+        (fit,) = method.fit(task)
+        for record in judge([fit], task):
+            if record["control"] == "" and record["set"] in ("seen", "unseen"):
+                accuracy, loss = found[name, record["set"]]
+                for mine, theirs in ((accuracy, "accuracy"), (loss, "log_loss")):
+                    mean = sum(record[theirs]) / len(record[theirs])
+                    assert mine == pytest.approx(mean, abs=1e-3), (name, record["set"], theirs)
+    shared = RidgeBT(strength=STRENGTHS["l_mu"])  # of plain features
+    plain = script.fit_and_judge(script.read(tmp_path / "data"), **STRENGTHS | {"floor": 0})
+    (fit,) = shared.fit(task)
+    for record in judge([fit], task):
+        if record["set"] in ("seen", "unseen"):
+            accuracy, _ = plain["ridge BT", record["set"]]
+            mean = sum(record["accuracy"]) / len(record["accuracy"])
+            assert accuracy == pytest.approx(mean, abs=1e-3)
