@@ -150,6 +150,7 @@ CASES: dict[str, dict[str, Change]] = {
         "half a row": rows(lambda row: row.update(chosen=row["chosen"] + 0.5)),
         "no weight": rows(lambda row: row.pop("weight")),
         "NaN weight": rows(lambda row: row.update(weight=math.nan)),
+        "huge weight": rows(lambda row: row.update(weight=1e30)),
         "negative weight": rows(lambda row: row.update(weight=-1.0)),
         "another split": rows(lambda row: row.update(split="dev")),
         "no user": rows(lambda row: row.update(user_id=None)),

@@ -24,6 +24,7 @@ import reference
 import utils
 import worlds
 from lore.common.files import InputError
+from lore.common.settings import OptimizerChoice
 from lore.experiments import judging, runs
 from lore.experiments import metrics as panel
 from lore.experiments import runner as experiments
@@ -605,6 +606,12 @@ def test_a_training_that_diverges_is_one_line_and_leaves_no_state(world, tmp_pat
     with pytest.raises(InputError, match=r"by step 10 of training, .*--learning-rate"):
         fit(world, tmp_path, learning_rate=1e30, alpha=(1.0,), checkpoint_every=10)
     assert not list(tmp_path.rglob("state-*"))
+
+
+def test_a_training_that_diverges_to_large_numbers_is_one_line(world, tmp_path):
+    sgd = OptimizerChoice("torch.optim.SGD", {"lr": 1e30})
+    with pytest.raises(InputError, match="BT, seed 0: its training diverged .*learning rate"):
+        fit(world, tmp_path, optimizer=sgd)
 
 
 def test_figures_that_are_no_numbers_are_never_written(world, tmp_path):

@@ -11,13 +11,15 @@ from scipy.optimize import minimize
 from torch import Tensor
 from torch.nn.functional import softplus
 
+import planted as worlds
 import reference
+from lore.common.files import InputError
 from lore.learning.comparisons import Comparisons, Users
 from lore.learning.method import Fitted, Task
 from lore.methods import mrm, pebs, pref, rbd
 from lore.methods.fitting import linear
 from lore.methods.fitting.geometry import measure
-from lore.methods.ridge_bt import fit_shared
+from lore.methods.ridge_bt import RidgeBT, fit_shared
 
 pytestmark = pytest.mark.slow
 FEATURES = 12
@@ -481,3 +483,26 @@ def test_with_slopes_all_alike_pebs_leaves_the_shared_reward_as_it_is():
     task = planted(decisive(2)[:1].expand(60, -1))
     fit = PEBS(strengths=(0.3,)).fit(task)[0]
     assert float(fit.users.std()) < 0.15 * float(fit.population_state)
+
+
+@pytest.mark.parametrize("method", [
+    PEBS(strengths=(1.0, 0.1)), PEBS("faithful", strengths=(1.0,)), MRM(ridges=(1.0, 0.1)),
+], ids=["PEBS", "PEBS faithful", "MRM"])  # fmt: skip
+@pytest.mark.parametrize(("users", "shots", "weight"), [
+    (1, 10, 1.0), (2, 10, 1.0), (2, 2, 1.0), (6, 10, 1e-9),
+])  # fmt: skip
+def test_few_users_and_light_comparisons_are_fitted(method, users, shots, weight):
+    task = worlds.task(users=users, shots=shots, held_out=5)
+    task.train.weight.fill_(weight)
+    (fitted,) = method.fit(task)
+    state = fitted.adapt(fitted.view(task.few), task.few, 0)
+    logits = fitted.logits(fitted.view(task.unseen), state, task.unseen.user)
+    assert fitted.users.isfinite().all() and logits.isfinite().all()
+
+
+@pytest.mark.parametrize("method", [RidgeBT(), PEBS(), MRM()])
+def test_equal_embeddings_are_one_line(method):
+    task = worlds.task(users=6, shots=10, held_out=5)
+    task.train.features.rows = lambda rows: torch.ones(len(rows), worlds.F)
+    with pytest.raises(InputError, match="two embeddings of every training comparison are equal"):
+        method.fit(task)

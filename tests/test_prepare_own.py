@@ -265,6 +265,8 @@ MESSAGE = {"role": "user", "content": "p"}
         ({"rejected": ["a", 5]}, "row 3: each rejected must be text, not a int"),
         ({"chosen": "\udc00"}, "row 3: chosen holds half a surrogate pair"),
         ({"weight": -1}, "row 3: weight must be above 0"),
+        ({"weight": 1e30}, "row 3: weight must be .*from 1e-06 to 1e\\+06"),
+        ({"weight": 1e-12}, "row 3: weight must be .*from 1e-06 to 1e\\+06"),
         ({"weight": float("nan")}, "row 3: weight must be a number, not nan"),
         ({"weight": "much"}, "row 3: weight must be a number, not 'much'"),
         ({"timestamp": "yesterday"}, "row 3: timestamp must be a number or an ISO date, not 'yest"),

@@ -36,6 +36,7 @@ from lore.methods.ridge_bt import RidgeBT
 from lore.methods.vpl import VPL
 
 ROOT = Path(__file__).resolve().parents[2]
+DIVERGED = 1e6  # nats a comparison
 MethodName = Literal[tuple(METHODS)]
 LIKED, LIKED_DIRECTIONS, SHOWN = 3, 8, 300  # responses shown per direction; letters of each
 
@@ -227,9 +228,14 @@ class Experiment:
             name: of the method.
             fits: what it fitted.
             records: their figures, from ``judge``.
+
+        Raises:
+            InputError: the training has diverged.
         """
         if processes()[0]:
             return
+        if name != "reference":
+            _refuse_diverged(task.seed, records)
         if self.sweep is None:
             for fit in fits:
                 self._save_basis(fit, task)
@@ -273,6 +279,16 @@ def _about(dataset: Tasks, task: Task) -> dict[str, Any]:
         "comparisons": {name: 0 if data is None else len(data) for name, data in sets.items()},
         "facts": {"personal": personal.sentence, **({"overlap": overlap} if overlap else {})},
     }
+
+
+def _refuse_diverged(seed: int, records: Sequence[dict[str, Any]]) -> None:
+    for record in records:
+        lost = max(record["log_loss"])
+        require(
+            lost < DIVERGED,
+            f"{record['label']}, seed {seed}: its training diverged (log loss {lost:.1e}); lower "
+            "its learning rate, or choose another optimizer",
+        )
 
 
 def _new_names(task: Task) -> list[str]:

@@ -59,12 +59,14 @@ def tail_loss_of_pairs(losses: Tensor, sharpness: float = SHARPNESS) -> Tensor:
     """Mean of ``tail_loss`` over all pairs of users, whose tau is the mean of the two losses.
 
     What the published steps, on two users at a time, descend on average; smooth, which the
-    quantile of many losses is not.
+    quantile of many losses is not. One user alone is a step of its own, as there.
 
     Args:
-        losses: of the users [U], two or more.
+        losses: of the users [U].
         sharpness: as in ``tail_loss``.
     """
+    if len(losses) == 1:
+        return tail_loss(losses, sharpness=sharpness)
     above = torch.sigmoid((losses[:, None] - losses[None, :]) / (2 * sharpness))
     others = above.sum(1) - 0.5  # less the user's own
     return 2 / (len(losses) * (len(losses) - 1)) * (others * losses).sum()

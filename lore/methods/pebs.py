@@ -71,6 +71,7 @@ def empirical_prior(t: Tensor, users: Users) -> Prior:
     Var_u being the sampling variance of a user's own slope a_u, the sum of (a_u - a)^2 / Var_u
     around the common slope a is U - 1 on average if all slopes are the same, and what it has beyond
     that tells tau^2 (DerSimonian and Laird 1986). The mean weighs slopes by 1 / (Var_u + tau^2).
+    One user alone tells nothing of tau^2, which is then 0; rewards of zero leave the common slope.
 
     Args:
         t: shared reward differences [N], of a reward not fitted to these comparisons.
@@ -83,7 +84,10 @@ def empirical_prior(t: Tensor, users: Users) -> Prior:
     information = 1 / variance
     spread = (information * (own - common).square()).sum() - (information > 0).sum() + 1
     total = information.sum()
-    between = float((spread / (total - information.square().sum() / total)).clamp(min=0))
+    if not total > 0:
+        return Prior(common, common, 0.0)
+    beyond = total - information.square().sum() / total
+    between = float((spread / beyond).clamp(min=0)) if (information > 0).sum() > 1 else 0.0
     weight = 1 / (variance + between)
     return Prior(common, float((weight * own).sum() / weight.sum()), between)
 
@@ -147,7 +151,8 @@ class PEBS:
     def _converged(self, data: Comparisons, strength: float, tolerance: float) -> PEBSFitted:
         v, losses = _reward(data, strength, tolerance)
         fold = _folds(data)
-        parts = [_reward(data.select(fold != k), strength, ROUGH)[0] for k in range(FOLDS)]
+        others = [fold != k if (fold != k).any() else fold == k for k in range(FOLDS)]
+        parts = [_reward(data.select(rows), strength, ROUGH)[0] for rows in others]
         unseen = project(data, torch.cat(parts, 1)).gather(1, fold[:, None])[:, 0]
         prior = empirical_prior(unseen, data)
         return self._fitted(v, shrunk_slopes(unseen, data, prior), prior, strength, losses)

@@ -28,7 +28,7 @@ from lore.preparing.messages import (
     structure,
     turns,
 )
-from lore.preparing.tables import draw
+from lore.preparing.tables import HEAVIEST, LIGHTEST, draw
 
 log = logging.getLogger(__name__)
 
@@ -432,7 +432,11 @@ def _weight(place: str, row: Mapping[str, Any], column: str) -> float:
     if cell in (None, ""):
         return 1.0
     weight = raw.number(_as_number(cell), place, column)
-    require(weight > 0, f"{place}: {column} must be above 0; remove the row if it is not to count")
+    if not LIGHTEST <= weight <= HEAVIEST:
+        raise InputError(
+            f"{place}: {column} must be above 0, from {LIGHTEST:g} to {HEAVIEST:g}; remove the row "
+            "if it is not to count"
+        )
     return weight
 
 

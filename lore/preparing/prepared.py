@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,7 +16,16 @@ from torch import Tensor
 
 from lore.common.files import InputError, file_sha256, first_line, read_json, require
 from lore.common.tensors import expect, read_tensors, require_finite
-from lore.preparing.tables import COLUMNS, MESSAGES, TABLES, TOLD, VALIDATION, Conversation
+from lore.preparing.tables import (
+    COLUMNS,
+    HEAVIEST,
+    LIGHTEST,
+    MESSAGES,
+    TABLES,
+    TOLD,
+    VALIDATION,
+    Conversation,
+)
 
 log = logging.getLogger(__name__)
 
@@ -106,8 +114,8 @@ def read_comparisons(folder: Path, num_rows: int) -> pd.DataFrame:
     _need(inside, path, f"has rows that are none of the {num_rows} embeddings")
     known = (*SPLITS, VALIDATION)
     _need(table.split.isin(known), path, f"has a split that is none of {', '.join(known)}")
-    weights = np.isfinite(table.weight) & (table.weight > 0)
-    _need(weights, path, "has a weight that is not a number above 0")
+    weights = table.weight.between(LIGHTEST / 1e3, HEAVIEST * 1e3)  # shared by a row's pairs
+    _need(weights, path, "has a weight that is not a number above 0, or is far from 1")
     return table
 
 

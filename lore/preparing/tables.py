@@ -48,6 +48,7 @@ TABLES = (
 )  # that a prepared folder holds beside prepare.json
 
 TOLD = ("split", "kinds", "retest")  # what of prepare.json is also printed
+LIGHTEST, HEAVIEST = 1e-6, 1e6  # weights of rows: sums and shares of such are exact enough
 VALIDATION = "val"  # a third split, of datasets that have one for choices
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lore.common.files import require
 from lore.learning.comparisons import Comparisons
 
 DIRECTIONS = 64
@@ -115,6 +116,9 @@ def measure(data: Comparisons, processes: int = 1, directions: int = DIRECTIONS)
         data: this process's comparisons.
         processes: over which sums are taken.
         directions: D, at most; F if there are fewer features.
+
+    Raises:
+        InputError: all differences are zero.
     """
     generator = torch.Generator().manual_seed(0)
     F, like = data.num_features, torch.zeros(0, device=data.device)
@@ -140,5 +144,7 @@ def measure(data: Comparisons, processes: int = 1, directions: int = DIRECTIONS)
     signs = signs - Q @ (Q.T @ signs)
     left = 0.0 if D == F else float((signs * moment(signs.to(like)).double()).sum() / PROBES)
     square = float(values.sum()) + left
+    require(square > 0, "the two embeddings of every training comparison are equal: the model does "
+            "not tell these responses apart")  # fmt: skip
     rest = left / (F - D) / square if D < F else float(values[-1]) / square
     return Geometry(square**0.5, values / square, Q, rest, count)

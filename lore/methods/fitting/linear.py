@@ -281,7 +281,9 @@ def choose(
         warm = [start for _, start in found]
         scores = validation.score([fitted for fitted, _ in found])
         tried.append({**found[0][0].settings, **scores.means()})
-    best = min(range(len(tried)), key=lambda i: tried[i]["loss"])
+    judged = [i for i in range(len(tried)) if "loss" in tried[i]]
+    require(bool(judged), "every strength gave NaN on validation: are the weights very small?")
+    best = min(judged, key=lambda i: tried[i]["loss"])
     return candidates[best], tried
 
 
