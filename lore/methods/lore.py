@@ -25,8 +25,9 @@ from lore.learning.comparisons import Comparisons, Seed, Users
 from lore.learning.grid import fit_bases, grid
 from lore.learning.method import Fitted, Task
 from lore.learning.training import Checkpoint
+from lore.methods.fitting.geometry import place
 from lore.methods.fitting.posterior import Prior
-from lore.methods.fitting.validation import HeldOut, hold_out
+from lore.methods.fitting.validation import Split, shots_of
 from utils import (
     TEMPERATURE,
     LoRe,
@@ -59,9 +60,9 @@ class Lore:
             --lore.optimizer.lr 0.05; it then brings its own learning rate. Only a subclass of
             torch.optim.Optimizer in torch.optim or in a module that the script imports, with
             numbers as arguments; nothing is imported for it.
-        select_rank: Choose rank, alpha and shrinkage on the dataset's validation comparisons,
-            or else on a fifth of the seen users' training comparisons, held out for that; test
-            comparisons never choose anything.
+        select_rank: Choose rank, alpha and shrinkage by log loss on the dataset's validation
+            comparisons, or else on training comparisons held out for that, and on seen users set
+            apart as if they were new; test comparisons never choose anything.
     """
 
     ranks: tuple[NonNegativeInt, ...] = (5,)
@@ -88,7 +89,7 @@ class Lore:
         """Refuse a pull to nothing, and a choice where nothing can be held out for it."""
         self.check_reference(task)
         if self.select_rank:
-            self._hold_out(task)
+            self._split(task)
 
     def fit_shared(self, task: Task) -> list[LoreFit]:
         """Bradley-Terry: rank 1, one shared direction, for every alpha."""
@@ -123,25 +124,23 @@ class Lore:
         )  # fmt: skip
         return [LoreFit(self, basis) for basis in bases]
 
-    def _hold_out(self, task: Task) -> HeldOut:
+    def _split(self, task: Task) -> Split:
         """What a choice is made on; InputError where there is nothing."""
-        split = hold_out(task.train, task.seed, task.kinds, task.validation)
+        split = Split(task, task.seed, shots_of(task.few, task.shots))
         require(
-            split.held is not None,
+            split.held is not None or split.new is not None,
             "--select-rank: no user has two dialogues to hold one out for choosing",
         )
         return split
 
     def _chosen(self, task: Task, asked: list[dict[str, Any]], fits: list[LoreFit]) -> LoreFit:
-        """The fit whose settings have the best accuracy on validation."""
-        split = self._hold_out(task)
-        mine = split.fit.share(task.process, task.processes)
-        mine = mine if task.stream else mine.in_memory()
-        tried, scores = self._fit(task, asked, mine, split.fit.num_users, ""), {}
-        for fit in tried:
-            logits = fit.logits(fit.view(split.held), fit.users[split.whose], split.held.user)
-            scores[fit.label] = float(split.held.accuracies(logits).mean())
-        best = max(scores, key=scores.get)
+        """The fit whose settings have the lowest log loss on validation."""
+        split, scores = self._split(task), {}
+        first, users = place(split.fit.num_users, task.processes)
+        for fit in self._fit(task, asked, split.fit, users, ""):
+            fit.users = fit.users[first : first + split.fit.num_users]  # this process's
+            scores[fit.label] = split.score(fit).loss
+        best = min(scores, key=scores.get)
         log.info("validation: %s", ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
         again = {fit.label: fit for fit in fits}
         if best not in again:  # rank 1, which is not fitted here otherwise

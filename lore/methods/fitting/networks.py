@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -19,14 +19,7 @@ from torch.nn.functional import softplus
 from lore.common.files import InputError, require
 from lore.learning.comparisons import Comparisons, Pairs, RowFeatures, Seed, Users, as_generator
 from lore.learning.method import Fitted, Task, View
-from lore.methods.fitting.validation import (
-    HeldOut,
-    PseudoNew,
-    hold_out,
-    pseudo_new,
-    shots_of,
-    subset,
-)
+from lore.methods.fitting.validation import HeldOut, Split, shots_of
 
 CURVE = 400  # points of a training curve that are kept
 TOLERANCE = 1e-4  # an improvement of the held-out log loss, or of a user's objective, that counts
@@ -359,36 +352,20 @@ def choose(
         InputError: no user has two dialogues, so nothing can be held out.
     """
     (kind, values), (name, variants_of) = models, variants
-    tried, shots = [], shots_of(task.few, task.shots)
-    new = pseudo_new(task.train, task.seed, max(shots), task.kinds) if shots else None
-    rest = task.train if new is None else new.rest
-    held = hold_out(rest, task.seed, task.kinds, task.validation)
-    require(held.held is not None, "no user has two dialogues: there is nothing to choose by")
+    apart = replace(task, stream=True)  # networks read the two responses apart, not differences
+    split, tried = Split(apart, task.seed, shots_of(task.few, task.shots)), []
+    require(split.held is not None, "no user has two dialogues: there is nothing to choose by")
+    held = HeldOut(split.fit, split.held, split.whose)
     for model in values:
-        fitted = train(held.fit, held, model, epochs)
+        fitted = train(split.fit, held, model, epochs)
         for value in variants_of:
             fitted.variant = value
-            scores = {"seen": held_loss(fitted, held, fitted.users)}
-            if new is not None:
-                scores["new"] = _new_loss(fitted, new, shots, task.seed)
-            loss = sum(scores.values()) / len(scores)
-            about = {"epochs": fitted.course.epochs, **scores, "loss": loss}
+            about = {"epochs": fitted.course.epochs, **split.score(fitted).means()}
             tried.append({kind: model, name: value, **about})
     best = min(tried, key=lambda one: one["loss"])
     chosen = train(task.train, None, best[kind], best["epochs"])
     chosen.variant, chosen.tried = best[name], tried
     return chosen
-
-
-def _new_loss(fitted: Fitted, new: PseudoNew, shots: Sequence[int], seed: int) -> float:
-    """Mean over users set apart, and over numbers of shots, of the log loss after adapting."""
-    few, held, losses = fitted.view(new.few), fitted.view(new.held), []
-    for size in shots:
-        rows, users = subset(new.few, size, seed)
-        state = fitted.adapt(few[rows], users, seed)
-        logits = fitted.logits(held, state, new.held.user)
-        losses.append(float(new.held.log_losses(logits).mean()))
-    return sum(losses) / len(losses)
 
 
 @torch.no_grad()
