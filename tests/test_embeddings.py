@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import models
@@ -765,3 +767,56 @@ def test_smollm2_rows_equal_one_at_a_time(tmp_path: Path) -> None:
     assert store.manifest["tokens_given"] > 2 * store.manifest["tokens_computed"]
     assert distance(all_rows(store), plain_rows(model, some_chats())) < 1e-5
     assert store.head.shape == (576,)
+
+
+def edited(folder: Path, change: Any, **config: Any) -> Path:
+    """A tiny Llama whose tensors, and config, are changed."""
+    tensors = load_file(models.tiny_llama(folder) / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    return folder
+
+
+def few_rows(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:120].clone()
+
+
+REFUSED = {
+    "fewer tokens than the tokenizer's": (
+        lambda at: edited(at, few_rows, vocab_size=120), "the model knows 120 tokens only"
+    ),
+    "not finite": (
+        lambda at: edited(at, lambda t: t["model.norm.weight"].fill_(math.nan)), "another --dtype"
+    ),
+    "no folder": (lambda at: at / "missing", "there is no such folder"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_models_that_cannot_be_used_are_one_line(case, tmp_path):
+    make, message = REFUSED[case]
+    with pytest.raises(InputError, match=message):
+        embed(some_chats(), tmp_path / "out", model=str(make(tmp_path / "model")), progress=False)
+
+
+def other_head(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["value_head.weight"] = tensors.pop("score.weight")
+
+
+HEADS = {
+    "another name": (lambda at: edited(at, other_head), "value_head.weight is not used"),
+    "two outputs": (lambda at: models.tiny_llama(at, num_labels=2), "score head of 2 outputs"),
+    "encoder": (lambda at: models.tiny_other(at, "Roberta"), "roberta models are encoders"),
+    "no sdpa": (lambda at: models.tiny_other(at, "Gemma2", sliding_window=8), "it takes eager"),
+}
+
+
+@pytest.mark.parametrize("case", HEADS)
+def test_what_a_checkpoint_has_in_place_of_a_score_head_is_said(case, tmp_path, caplog):
+    make, message = HEADS[case]
+    caplog.set_level("INFO")
+    model = str(make(tmp_path / "model"))
+    store = embed(some_chats(), tmp_path / "out", model=model, progress=False)
+    assert message in caplog.text and (store.head is None) == (case != "no sdpa")

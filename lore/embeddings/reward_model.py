@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,6 +45,9 @@ TREE_MODELS = ("llama", "qwen2", "qwen3", "mistral", "gemma")
 # Rotary embeddings that give a token the same angles whatever else is in its batch.
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 FULL = "full_attention"
+ENCODERS = re.compile("albert|bert|electra|deberta|mpnet|xlnet")  # kinds whose tokens see the next
+NOT_FINITE = "the model gives embeddings that are not finite: try another --dtype"
+SMALL = "without a network, `python tools/smollm2.py` makes a small model"
 
 
 class Source(NamedTuple):
@@ -82,12 +86,21 @@ def pretrained(loader: Any, name: str, source: Source, **options: Any) -> Any:
     Raises:
         InputError: it cannot be loaded.
     """
+    gone = _is_path(name) and not Path(name).exists()
+    require(not gone, f"{name} cannot be loaded: there is no such folder")
     if name == source.model:
         options["revision"] = source.revision
     try:
         return loader.from_pretrained(name, trust_remote_code=source.trust_remote_code, **options)
     except Exception as error:  # what damaged files raise has no common class
         raise InputError(f"{name} cannot be loaded: {_why(error)}") from error
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name is a local path, there or not, and no name on the hub."""
+    above = Path(name).parent
+    is_path = Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    return is_path or (above != Path() and above.is_dir())
 
 
 def _why(error: Exception) -> str:
@@ -97,13 +110,15 @@ def _why(error: Exception) -> str:
         error = cause
     if isinstance(error, UnpicklingError):  # which advises to unpickle whatever it is
         return "its weights are damaged, or hold something else than tensors"
-    why = " ".join(str(error).split())[:300]
+    why = " ".join(str(error).split())[:600]
     if not isinstance(error, OSError | ValueError | ImportError):  # such as a key, and no more
         why = f"{type(error).__name__}: {why}"
     if "gated" in why:
         return f"{why} Ask for access on its page, then log in with `hf auth login`"
     if "connection" in why:
-        return f"{why}; run it again, the download goes on where it was"
+        return f"{why}; run it again, the download goes on where it was; {SMALL}"
+    if "offline mode" in why or "connect to" in why:
+        return f"{why}; {SMALL}"
     return why
 
 
@@ -193,9 +208,8 @@ def _find(name: str | None, path: str | Path, what: str) -> str:
     local = Path(path).parent / str(name)  # an absolute path stays what it is
     if local.is_dir():
         return str(local)
-    is_path = Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1
     moved = f"{path} was learned with the {what} in {name}, which is not there: name it by --{what}"
-    require(not is_path, moved)
+    require(not _is_path(name), moved)
     return name
 
 
@@ -362,9 +376,17 @@ class Engine:
         The bar advances by the tokens given. When GPU memory runs out, the passes are halved.
 
         Raises:
-            InputError: one conversation alone is too long for the GPU, an embedding is not
-                finite, or the model's logit is not its score head times the embedding.
+            InputError: one conversation alone is too long for the GPU, a token is none of the
+                model's, an embedding is not finite, or the model's logit is not its score head
+                times the embedding.
         """
+        known = self.body.get_input_embeddings().num_embeddings
+        highest = max(int(ids.max()) for ids in tokens)
+        require(
+            highest < known,
+            f"the tokenizer writes token {highest}, but the model knows {known} tokens only, from "
+            "0 on: name the model's own one with --tokenizer",
+        )
         before = bar.n, self.tokens_computed
         while True:
             try:
@@ -396,7 +418,7 @@ class Engine:
             bar.update(sum(len(tokens[row]) for row in step.rows))
             self.tokens_computed += step.num_tokens
         if not out.isfinite().all():
-            raise InputError("the model gives embeddings that are not finite: try another --dtype")
+            raise InputError(NOT_FINITE)
         return out.cpu()
 
     def _passes(self, tokens: list[Tokens]) -> Iterator[Pass]:
@@ -433,6 +455,7 @@ class Engine:
     def _check(self, ids: Tokens, row: Tensor) -> None:
         """Stop unless the head times the row is the logit that the model itself gives."""
         self.checked = True
+        require(bool(row.isfinite().all()), NOT_FINITE)
         if not self.has_head:
             return
         alone = torch.from_numpy(ids)[None].to(self.model.device)
@@ -495,7 +518,7 @@ def load_engine(
     model, has_head = _load_model(source, getattr(torch, dtype), attention)
     # So that no token counts as padding: a model pools the last token before the padding.
     model.config.get_text_config().pad_token_id = -1
-    flex = attention == "sdpa" and torch.device(device).type == "cuda"
+    flex = model.config._attn_implementation == "sdpa" and torch.device(device).type == "cuda"
     return Engine(model.to(device).eval(), has_head, method, batch_tokens, padding, flex)
 
 
@@ -531,6 +554,9 @@ def _load_model(source: Source, dtype: torch.dtype, attention: str) -> tuple[Any
         loader = AutoModelForSequenceClassification
         model, info = pretrained(loader, source.model, source, **options)
     except InputError as error:
+        if attention == "sdpa" and "does not support an attention" in str(error.__cause__):
+            log.info("%s has no sdpa attention: it takes eager", source.model)
+            return _load_model(source, dtype, "eager")
         if "Unrecognized configuration class" not in str(error.__cause__):
             raise
         model, info = pretrained(AutoModel, source.model, source, **options)
@@ -540,6 +566,32 @@ def _load_model(source: Source, dtype: torch.dtype, attention: str) -> tuple[Any
         lacks = f"its checkpoint lacks {lost[0]}" if lost else "it has no body of its own"
         raise InputError(f"{source.model} is not a decoder with a score head: {lacks}")
     has_head = hasattr(model, "score") and not missing
-    if not has_head:
-        log.warning("%s has no score head: there will be no reference (rank 0)", source.model)
+    _warn_of_head(source.model, model, has_head, sorted(info["unexpected_keys"]))
     return model, has_head
+
+
+def _warn_of_head(name: str, model: Any, has_head: bool, unused: list[str]) -> None:
+    """Say what a checkpoint has in place of a score head with one output, and that it is not used.
+
+    Args:
+        name: of the model.
+        model: as it was loaded.
+        has_head: whether it has a score head.
+        unused: tensors of the checkpoint that the model has no place for.
+    """
+    kind, body = model.config.model_type, f"{model.base_model_prefix}."
+    others = [key for key in [*model.state_dict(), *unused] if not key.startswith(body)]
+    others = [key for key in others if not key.startswith(("score.", "lm_head."))]
+    if has_head:
+        outputs = len(model.score.weight)
+        if outputs == 1:
+            return
+        why = f"a score head of {outputs} outputs, and a reward is one number"
+    elif others and hasattr(model, "base_model_prefix") and model.base_model is not model:
+        why = f"no linear layer called score, and {', '.join(others[:4])} is not used in its place"
+    else:
+        why = "no score head"
+    log.warning("%s has %s: there will be no reference (rank 0)", name, why)
+    if ENCODERS.search(kind):
+        log.warning("WARNING: %s models are encoders, not trained to say all in the last token, "
+                    "which is what is embedded", kind)  # fmt: skip
