@@ -64,7 +64,7 @@ REGISTERS = {-1: "casual", 0: "plain", 1: "formal"}
 @cache
 def words() -> dict[str, Any]:
     """What texts are made of: topics (steps and cases of each), questions, frames and phrases."""
-    return json.loads((HERE / "demo_words.json").read_text())
+    return json.loads((HERE / "demo_words.json").read_text(encoding="utf-8"))
 
 
 def write_response(topic: str, amounts: dict[str, int], rng: np.random.Generator) -> str:

@@ -154,7 +154,7 @@ def made_up(
 
 
 def _prism(tokenizer: object, dialogues: int) -> list[Tokens]:
-    lines = PRISM.read_text().splitlines()[:dialogues]
+    lines = PRISM.read_text(encoding="utf-8").splitlines()[:dialogues]
     histories = [json.loads(line)["conversation_history"] for line in lines]
     chats = [
         [{"role": "user", "content": prompt["content"]}, {"role": "assistant", "content": text}]

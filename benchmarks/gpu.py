@@ -173,9 +173,9 @@ def main(
         report["seconds"] = round(time.perf_counter() - begin)
         out.mkdir(parents=True, exist_ok=True)
         text = json.dumps(report, indent=1)
-        write_whole(out / "gpu.json", lambda draft: draft.write_text(text))
+        write_whole(out / "gpu.json", lambda draft: draft.write_text(text, encoding="utf-8"))
         if page_file:
-            write_whole(page_file, lambda draft: draft.write_text(page(report)))
+            write_whole(page_file, lambda draft: draft.write_text(page(report), encoding="utf-8"))
 
     for name in parts:
         here: dict[str, Any] = {"name": name, "title": PARTS[name].title, "rows": [], "ended": ""}

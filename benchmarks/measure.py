@@ -75,7 +75,7 @@ def extra_memory(work: Callable[[], object], device: str) -> int:
 def _peak() -> int:
     status = Path("/proc/self/status")
     if status.exists():  # getrusage's peak may be that of the process that started this one
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
+        return int(status.read_text(encoding="utf-8").split("VmHWM:")[1].split()[0]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -103,7 +103,7 @@ def own_memory() -> Iterator[list[int]]:
 
 def _anonymous() -> int:
     """Bytes of this process that no file backs, as Linux tells them."""
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.split("RssAnon:")[1].split()[0]) * 1024
 
 

@@ -9,7 +9,6 @@ The table and the plot are also left in benchmarks/out.
 from __future__ import annotations
 
 import math
-import os
 import sys
 import tempfile
 from functools import partial
@@ -18,6 +17,7 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
+import psutil
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -171,7 +171,7 @@ def _million(
     share = users * pairs * features * BYTES[dtype] / (0.8e9 * device_gigabytes)
     holders = f"devices of {device_gigabytes:g} GB with the features in 80% of it"
     table.loc[holders] = ["", f"{math.ceil(share)}"]
-    ram = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    ram = psutil.virtual_memory().total
     table.loc["memory of this machine"] = [f"{ram / 1e9:.1f} GB", ""]
     return table
 

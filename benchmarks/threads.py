@@ -69,7 +69,8 @@ def _records(command: list[str], threads: int) -> Records:
         )  # fmt: skip
         if done.returncode:
             raise InputError((done.stderr.strip().splitlines() or ["no run"])[-1])
-        found = json.loads((Path(folder) / "PersonalLLM/run/results.json").read_text())
+        file = Path(folder) / "PersonalLLM/run/results.json"
+        found = json.loads(file.read_text(encoding="utf-8"))
     records: Records = {}
     for method in found["seeds"][0]["methods"].values():
         for record in method["records"]:

@@ -24,4 +24,5 @@ def outcome(script: str, settings: running.Flags) -> running.Outcome:
 
 if __name__ == "__main__":
     file = Path(sys.argv[1])
-    file.write_text(json.dumps([outcome(*job) for job in json.loads(file.read_text())]))
+    jobs = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps([outcome(*job) for job in jobs]), encoding="utf-8")

@@ -42,7 +42,7 @@ class World(NamedTuple):
 
 
 def lines(path: Path, rows: list) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
@@ -85,7 +85,7 @@ def ask(monkeypatch: pytest.MonkeyPatch, typed: str, flags: dict[str, Any]) -> r
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def told(path: Path) -> list[tuple]:

@@ -63,9 +63,9 @@ def facts(**changes: Any) -> Change:
     """Other values in a JSON object; those that are None go."""
 
     def change(path: Path) -> None:
-        found = json.loads(path.read_text()) | changes
+        found = json.loads(path.read_text(encoding="utf-8")) | changes
         kept = {key: value for key, value in found.items() if value is not None}
-        path.write_text(json.dumps(kept))
+        path.write_text(json.dumps(kept), encoding="utf-8")
 
     return change
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import runpy
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,10 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lore.common import cli as command
 from lore.common.cli import cli
 from lore.common.files import InputError, write_whole
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def call(
@@ -210,7 +215,7 @@ def test_a_stopped_command_says_what_is_kept(monkeypatch, capsys, number, status
 
 def test_a_draft_does_not_outlive_a_stopped_command(tmp_path):
     def write(draft: Path) -> None:
-        draft.write_text("half")
+        draft.write_text("half", encoding="utf-8")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -238,3 +243,44 @@ def test_the_first_of_several_processes_speaks(monkeypatch, capsys, rank):
 
     status, err = call(stop, monkeypatch, capsys, "")
     assert status == 130 and bool(err) == (rank == 0)
+
+
+def test_files_are_readable_by_whoever_the_umask_lets(tmp_path):
+    path = tmp_path / "V.safetensors"
+    write_whole(path, lambda draft: save_file({"V": torch.ones(2)}, draft))
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {root!r})
+from lore.common.cli import cli
+def main() -> None:
+    '''Print much.'''
+    print("x\\n" * 100000)
+cli(main)
+"""
+
+
+def test_a_closed_pipe_ends_without_a_word(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(root=str(ROOT)), encoding="utf-8")
+    writer = [sys.executable, str(script)]
+    run = subprocess.Popen(writer, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    run.stdout.read(4)
+    run.stdout.close()
+    assert (run.wait(120), run.stderr.read()) == (141, b"")
+    run.stderr.close()
+
+
+def test_an_older_python_is_told_in_one_line(monkeypatch):
+    monkeypatch.setattr(sys, "version_info", (3, 10, 1))
+    with pytest.raises(SystemExit, match="^error: Python 3.11 or newer is needed"):
+        runpy.run_path(str(ROOT / "lore/__init__.py"))
+
+
+def test_every_text_file_is_read_and_written_as_utf_8():
+    ruff = [sys.executable, "-m", "ruff", "check", "--preview", "--select", "PLW1514"]
+    checked = subprocess.run([*ruff, str(ROOT)], capture_output=True, text=True, timeout=60)
+    assert checked.returncode == 0, checked.stdout

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -449,7 +450,8 @@ def test_reading_maps_the_shards_and_takes_any_rows(finished: Path) -> None:
     assert torch.equal(rows[0], rows[2])  # the duplicate
     assert store.rows(torch.tensor([], dtype=torch.long)).shape == (0, 32)
     if Path("/proc/self/maps").exists():
-        assert str(finished / "embeddings-00002-of-00004") in Path("/proc/self/maps").read_text()
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+        assert str(finished / "embeddings-00002-of-00004") in maps
 
 
 def test_the_store_knows_its_conversations(finished: Path) -> None:
@@ -820,3 +822,26 @@ def test_what_a_checkpoint_has_in_place_of_a_score_head_is_said(case, tmp_path, 
     model = str(make(tmp_path / "model"))
     store = embed(some_chats(), tmp_path / "out", model=model, progress=False)
     assert message in caplog.text and (store.head is None) == (case != "no sdpa")
+
+
+OPENED = """
+import sys
+sys.path.insert(0, {root!r})
+from lore.embeddings.store import open_store
+print(len(open_store({folder!r})))
+"""
+
+
+def test_a_read_only_disk_that_was_never_opened_is_read(finished, tmp_path):
+    folder = Path(shutil.copytree(finished, tmp_path / "embeddings"))
+    (folder / embeddings.VERIFIED).unlink(missing_ok=True)
+    mount = f"mount --bind {folder} {folder} && mount -o remount,bind,ro {folder}"
+    alone = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    if shutil.which("unshare") is None or subprocess.run([*alone, mount]).returncode:
+        pytest.skip("this machine lets nobody make a read-only mount")
+    code = OPENED.format(root=str(ROOT), folder=str(folder))
+    (tmp_path / "script.py").write_text(code, encoding="utf-8")
+    run = [*alone, f"{mount} && {sys.executable} {tmp_path}/script.py"]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=120)
+    assert (done.stdout.strip(), done.returncode) == (str(len(some_chats())), 0), done.stderr
+    assert not (folder / embeddings.VERIFIED).exists()

@@ -196,11 +196,12 @@ def client(
 ) -> dict[str, running.Outcome]:
     """Run the jobs in one process of their own."""
     script = Path(__file__).with_name("hub_client.py")
-    file.write_text(json.dumps(list(jobs.values()), default=str))
+    file.write_text(json.dumps(list(jobs.values()), default=str), encoding="utf-8")
     command = [sys.executable, str(script), str(file)]
     ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
-    outcomes = (running.Outcome(*outcome) for outcome in json.loads(file.read_text()))
+    found = json.loads(file.read_text(encoding="utf-8"))
+    outcomes = (running.Outcome(*outcome) for outcome in found)
     return dict(zip(jobs, outcomes, strict=True))
 
 

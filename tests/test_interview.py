@@ -27,7 +27,7 @@ ASKED = [{"role": "user", "content": "Why?"}]
 
 
 def lines(path: Path, rows: list) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 

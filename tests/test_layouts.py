@@ -334,7 +334,7 @@ def test_one_name_and_one_prompt_serve_all_rows():
 
 
 def table(path: Path, rows: list[dict[str, Any]]) -> Path:
-    with path.open("w", newline="") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), delimiter=";")
         writer.writeheader()
         writer.writerows(rows)

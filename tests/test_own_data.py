@@ -24,7 +24,7 @@ def choices(path: Path, users: int = 30, rows: int = 12) -> Path:
             prompt = f"Tell me about {draw.choice(WORDS)}, number {i}"
             row = {"user": f"u{u:02d}", "prompt": prompt, "chosen": chosen, "rejected": rejected}
             lines.append(json.dumps(row))
-    path.write_text("\n".join(lines))
+    path.write_text("\n".join(lines), encoding="utf-8")
     return path
 
 
@@ -52,7 +52,8 @@ def few(path: Path, users: int) -> Path:
     """The example's rows of its first users."""
     rows = [json.loads(line) for line in EXAMPLE.read_text().splitlines()]
     names = sorted({row["user"] for row in rows})[:users]
-    path.write_text("\n".join(json.dumps(row) for row in rows if row["user"] in names))
+    kept = [json.dumps(row) for row in rows if row["user"] in names]
+    path.write_text("\n".join(kept), encoding="utf-8")
     return path
 
 

@@ -231,7 +231,7 @@ def test_what_the_documents_say_of_torchrun_is_a_command():
 
 
 def _read(path: Path) -> str:
-    return path.read_text()
+    return path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("script", ["train_basis", "vary_fewshot"])

@@ -263,7 +263,8 @@ def test_users_of_a_mixed_logit_are_listed_and_unknown_ones_refused(tmp_path, ca
 
 
 def write_lines(path: Path, rows: list) -> Path:
-    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("\n".join(lines), encoding="utf-8")
     return path
 
 

@@ -228,7 +228,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     """The rows of a raw table."""
     if path.suffix == ".parquet":
         return pq.read_table(path).to_pylist()
-    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
+    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 
 

@@ -211,7 +211,7 @@ def write_checkpoint(out: Path, model: Any, tokenizer: Any, text: str) -> None:
     try:
         model.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
-        (draft / "README.md").write_text(text)
+        (draft / "README.md").write_text(text, encoding="utf-8")
         os.rename(draft, out)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise InputError(f"--out {out}: cannot be written ({error})") from error

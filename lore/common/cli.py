@@ -31,8 +31,8 @@ def cli(main: Callable[..., Any], short: str | None = None, kept: str = KEPT) ->
 
     Flags are the arguments of ``main``, see ``flags.Flags``; their help is its docstring. A user's
     mistake (``InputError``, a missing file, a full disk) ends in one line, status 2; Ctrl-C and
-    SIGTERM in one that says what is kept, status 130 and 143. Of several processes the first says
-    it.
+    SIGTERM in one that says what is kept, status 130 and 143; a closed pipe in none, 141. Of
+    several processes the first says it.
 
     Args:
         main: what to run.
@@ -44,6 +44,10 @@ def cli(main: Callable[..., Any], short: str | None = None, kept: str = KEPT) ->
     try:
         with _terminated():
             main(**Flags(main, short).read(sys.argv[1:]))
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has what was wanted, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (InputError, OSError, MemoryError) as error:
         _end(2, f"error: {str(error) or NO_MEMORY}")
     except RuntimeError as error:

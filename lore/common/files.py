@@ -6,12 +6,15 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
+
+UMASK = os.umask(0)  # is read only by setting it
+os.umask(UMASK)
 
 
 class InputError(ValueError):
@@ -34,13 +37,20 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(draft)
+        draft.chmod(0o666 & ~UMASK)  # safetensors keeps its files from all but their owner
         os.replace(draft, path)
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError
-        draft.unlink(missing_ok=True)
+        _remove(draft)
         raise InputError(f"{path}: cannot be written ({error}); what was there is kept") from error
     except KeyboardInterrupt:
-        draft.unlink(missing_ok=True)
+        _remove(draft)
         raise
+
+
+def _remove(draft: Path) -> None:
+    """Remove a draft if it is there; on a read-only disk none is."""
+    with suppress(OSError):
+        draft.unlink()
 
 
 def check_place(path: Path, flag: str) -> None:
@@ -84,7 +94,7 @@ def has_keys(*keys: str) -> Callable[[Path], bool]:
 
     def is_ours(path: Path) -> bool:
         try:
-            found = json.loads(path.read_text())
+            found = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError, OSError):
             return False
         return isinstance(found, dict) and found.keys() >= set(keys)
@@ -104,7 +114,7 @@ def begins(text: str) -> Callable[[Path], bool]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
-    write_whole(path, lambda draft: draft.write_text(text))
+    write_whole(path, lambda draft: draft.write_text(text, encoding="utf-8"))
 
 
 def read_json(path: Path) -> Any:
@@ -112,7 +122,7 @@ def read_json(path: Path) -> Any:
     if not path.exists():
         return None
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, OSError) as error:
         why = first_line(error)
         raise InputError(f"{path}: not readable as JSON ({why}); remove it") from error
@@ -145,7 +155,7 @@ def alone(folder: Path, share: str | None = None) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from error
     try:
-        path.write_text(str(os.getpid()))
+        path.write_text(str(os.getpid()), encoding="utf-8")
         yield
     finally:
         path.unlink(missing_ok=True)  # before the release: whoever waits then makes another one
@@ -155,7 +165,7 @@ def alone(folder: Path, share: str | None = None) -> Iterator[None]:
 def _holder(lock: Path) -> str:
     """The process that holds a lock, as far as the file says."""
     try:
-        number = lock.read_text()
+        number = lock.read_text(encoding="utf-8")
     except OSError:
         number = ""
     return f"process {number}" if number.isdigit() else "another process"

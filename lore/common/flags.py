@@ -130,7 +130,7 @@ class Flags:
 
     def _read_file(self, file: str) -> Given:
         try:
-            tree = yaml.safe_load(Path(file).read_text())
+            tree = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
         except OSError as error:
             raise InputError(f"--config {file}: {error.strerror}") from None
         except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:

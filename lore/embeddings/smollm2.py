@@ -73,7 +73,8 @@ def reward_model(
                 _make(folder, partial(_shorten, layers) if layers else _share)
     if not (folder / HEAD).exists():
         raise InputError(f"{folder} is not a SmolLM2 checkpoint: remove it or name another folder")
-    kept = json.loads((folder / "config.json").read_text()).get("num_hidden_layers", LAYERS)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kept = config.get("num_hidden_layers", LAYERS)
     require(
         layers in (None, kept),
         f"{folder} has {kept} layers, not {layers}: remove it or name another folder",
@@ -85,7 +86,7 @@ def reward_model(
 
 def save_head(folder: Path, head: Tensor) -> None:
     """Replace the score head [F] of a checkpoint made by ``reward_model``, whole or not at all."""
-    size = json.loads((folder / "config.json").read_text())["hidden_size"]
+    size = json.loads((folder / "config.json").read_text(encoding="utf-8"))["hidden_size"]
     shape = tuple(head.shape)
     require(shape == (size,), f"the head has shape {shape}; ({size},) is expected")
     tensors = {"score.weight": head[None].float().contiguous()}
@@ -98,7 +99,7 @@ def _make(folder: Path, fill: Callable[[Path], None]) -> None:
     draft.mkdir(parents=True)
     try:
         fill(draft)
-        size = json.loads((draft / "config.json").read_text())["hidden_size"]
+        size = json.loads((draft / "config.json").read_text(encoding="utf-8"))["hidden_size"]
         save_head(draft, torch.randn(size, generator=torch.Generator().manual_seed(0)) / size**0.5)
         os.rename(draft, folder)
     finally:
@@ -127,7 +128,7 @@ def _shorten(layers: int, folder: Path) -> None:
     }
     save_file(body, folder / BODY, {"format": "pt"})
     _write_index(folder, body)
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     write_text(folder / "config.json", json.dumps(config | {"num_hidden_layers": layers}, indent=2))
 
 
@@ -161,7 +162,7 @@ def _convert(source: Path, folder: Path) -> None:
     with _parsed_once():
         AutoTokenizer.from_pretrained(source, gguf_file=WEIGHTS).save_pretrained(folder)
         model = AutoModel.from_pretrained(source, gguf_file=WEIGHTS, dtype=torch.float32)
-    (folder / "config.json").write_text(json.dumps(_config(model.config), indent=2))
+    write_text(folder / "config.json", json.dumps(_config(model.config), indent=2))
     body = {f"model.{name}": value.contiguous() for name, value in model.state_dict().items()}
     save_file(body, folder / BODY, {"format": "pt"})
     _write_index(folder, body)

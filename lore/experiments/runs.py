@@ -117,7 +117,7 @@ class Run:
         rest = [method for method in done if method not in first]
         part["methods"] = {method: done[method] for method in [*first, *rest]}
         self.results["seeds"] = list(seeds.values())
-        kept = json.loads((self.folder / "settings.json").read_text())
+        kept = json.loads((self.folder / "settings.json").read_text(encoding="utf-8"))
         drawn = [fit.get(key) for fit in method["fits"] for key in ("losses", "spectrum", "states")]
         try:  # elsewhere infinity is a strength: that of what a fit goes without
             json.dumps([method["records"], drawn], allow_nan=False)
