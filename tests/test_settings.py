@@ -46,6 +46,7 @@ REFUSED = {
         --checkpoint-every -1 | --checkpoint-every x | --methods [] | --methods lore lore
         --methods lore2 | --reference heads | --estimator sgd
         --stream maybe | --results= | --data= | --mlp.ranks 0 | --mlp.hidden 0 | --pal.layers 0
+        --pal.layers 2000 | --pal.width 100000 | --vpl.latent 1000000 | --rbd.rank 100000
         --mixed-logit.directions 0 | --mixed-logit.tau2 -1 | --mixed-logit.l-mu -1 | --vpl.latent -2
         --vpl.betas -1 | --vpl.epochs -1 | --ridge-bt.strength 0 | --pebs.strengths 1 1
         --pref.ridges nan | --rbd.strengths [[1,0]] | --rbd.strengths 1 2 | --mrm.inner-steps 0

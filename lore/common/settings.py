@@ -45,7 +45,14 @@ def _number(base: type, rule: str, low: float, high: float, open_ends: bool = Fa
 
 PositiveInt = _number(int, "a whole number from 1 to 1e9", 1, 10**9)
 NonNegativeInt = _number(int, "a whole number from 0 to 1e9", 0, 10**9)
-Latent = _number(int, "a whole number from -1 to 1e9", -1, 10**9)
+# Sizes of networks and ranks: with more, memory or the time of a life runs out.
+Layers = _number(int, "a whole number from 1 to 100", 1, 100)
+Rank = _number(int, "a whole number from 1 to 1000", 1, 1000)
+Steps = Rank
+Width = _number(int, "a whole number from 0 to 16384", 0, 2**14)
+PositiveWidth = _number(int, "a whole number from 1 to 16384", 1, 2**14)
+Latent = _number(int, "a whole number from -1 to 16384", -1, 2**14)
+Epochs = _number(int, "a whole number from 0 to 100000", 0, 10**5)
 Port = _number(int, "a whole number from 0 to 65535", 0, 65535)
 SeedNumber = _number(int, "a whole number from 0 to 4294967295", 0, 2**32 - 1)
 Fraction = _number(float, "a number above 0 and below 1", 0, 1, open_ends=True)

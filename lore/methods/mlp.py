@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lore.common.settings import NonNegativeInt, PositiveInt
+from lore.common.settings import Epochs, PositiveWidth, Rank
 from lore.learning.comparisons import Comparisons, Pairs, Users
 from lore.learning.method import Task
 from lore.methods.fitting.networks import (
@@ -51,10 +51,10 @@ class MLP(Networked):
         epochs: passes over the data, at most; 0 for 1000 if faithful, else 60.
     """
 
-    ranks: tuple[PositiveInt, ...] = (5, 2, 10)
-    hidden: PositiveInt = 128
+    ranks: tuple[Rank, ...] = (5, 2, 10)
+    hidden: PositiveWidth = 128
     activation: Literal["gelu", "relu", "identity"] = "gelu"
-    epochs: NonNegativeInt = 0
+    epochs: Epochs = 0
 
     def learn(self, task: Task) -> FittedMLP:
         """Learn both layers and the weights from the task's training comparisons."""

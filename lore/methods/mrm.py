@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from lore.common.settings import PositiveFloat, PositiveInt, Rate
+from lore.common.settings import PositiveFloat, Rate, Steps
 from lore.learning.comparisons import Comparisons, Seed, Users
 from lore.learning.method import Fitted, Task, View
 from lore.methods.fitting.geometry import measure
@@ -155,7 +155,7 @@ class MRM:
     setting: Literal["faithful", "converged"] = "converged"
     rate: Rate = 1e-3
     inner_rate: Rate = 1e-3
-    inner_steps: PositiveInt = 5
+    inner_steps: Steps = 5
     ridges: tuple[PositiveFloat, ...] = HALVINGS
     alone = True  # fitted by one process
 

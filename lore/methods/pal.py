@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lore.common.files import require
-from lore.common.settings import NonNegativeInt, PositiveInt
+from lore.common.settings import Epochs, Layers, Rank, Width
 from lore.learning.comparisons import Comparisons, Pairs, Users
 from lore.learning.method import Task
 from lore.methods.fitting.networks import (
@@ -56,11 +56,11 @@ class PAL(Networked):
         epochs: passes over the data, at most; 0 for 20 if faithful, else 60.
     """
 
-    prototypes: tuple[PositiveInt, ...] = (2, 5, 10)
-    width: NonNegativeInt = 0
-    layers: PositiveInt = 2
+    prototypes: tuple[Rank, ...] = (2, 5, 10)
+    width: Width = 0
+    layers: Layers = 2
     squared: bool = False
-    epochs: NonNegativeInt = 0
+    epochs: Epochs = 0
 
     def learn(self, task: Task) -> FittedPAL:
         """Learn f, prototypes and weights from the task's training comparisons."""

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lore.common.settings import PositiveFloat, PositiveInt
+from lore.common.settings import PositiveFloat, Rank
 from lore.learning.comparisons import Comparisons, Seed, Users, as_generator
 from lore.learning.method import Fitted, Task, View
 from lore.methods.fitting.geometry import measure
@@ -108,7 +108,7 @@ class PReF:
         ridges: of loadings and weights, from the strongest on; chosen on validation if several.
     """
 
-    rank: PositiveInt = 5
+    rank: Rank = 5
     setting: Literal["faithful", "converged"] = "converged"
     ridges: tuple[PositiveFloat, ...] = HALVINGS
     alone = True  # fitted by one process

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from lore.common.files import require
-from lore.common.settings import PositiveFloat, PositiveInt
+from lore.common.settings import PositiveFloat, Rank
 from lore.learning.comparisons import Comparisons, Seed, Users, as_generator
 from lore.learning.method import Fitted, Task, View
 from lore.methods.fitting.geometry import Geometry, measure
@@ -141,7 +141,7 @@ class RBD:
             several.
     """
 
-    rank: PositiveInt = 8
+    rank: Rank = 8
     setting: Literal["faithful", "converged"] = "converged"
     strengths: tuple[tuple[PositiveFloat, PositiveFloat], ...] = tuple(
         (shared, ratio * shared) for shared in (10.0, 1.0, 0.1, 0.01) for ratio in (100, 10, 1)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu
 
-from lore.common.settings import Latent, NonNegativeFloat, NonNegativeInt
+from lore.common.settings import Epochs, Latent, NonNegativeFloat, Width
 from lore.learning.comparisons import Comparisons, Pairs, Seed, Users
 from lore.learning.method import Task
 from lore.methods.fitting.networks import (
@@ -69,9 +69,9 @@ class VPL(Networked):
     """
 
     betas: tuple[NonNegativeFloat, ...] = (3e-6, 3e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-    hidden: NonNegativeInt = 0
+    hidden: Width = 0
     latent: Latent = -1
-    epochs: NonNegativeInt = 0
+    epochs: Epochs = 0
 
     def learn(self, task: Task) -> FittedVPL:
         """Learn encoder and decoder from the task's training comparisons."""
