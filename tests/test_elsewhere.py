@@ -12,7 +12,6 @@ import elsewhere
 import planted
 from lore import methods
 from lore.experiments import judging
-from lore.experiments import runner as experiments
 from lore.learning.comparisons import draw_shots
 from lore.learning.method import Task
 from lore.methods import mrm, pal, pref, rbd, ridge_bt
@@ -28,7 +27,7 @@ FEW: dict[str, list[dict[str, Any]]] = {
         {"ranks": (3,), "iterations": 5, "few_shot_iterations": 3,
          "estimator": "lore_regularized", "alpha": (1.0,)},
     ],
-    "mixed_logit": [{"rank": 2, "l_mu": 0.3, "l_B": 1.0, "whitened": False, "mixtures": (1, 2)}],
+    "mixed_logit": [{"floor": 0.1, "l_mu": 0.3, "tau2": 1.0, "pi": 10.0}],
     "pal": [{"prototypes": (3,), "epochs": 2}, {"setting": "faithful", "epochs": 1}],
     "vpl": [{"betas": (1e-4,), "hidden": 8, "epochs": 2}, {"setting": "faithful", "epochs": 1}],
     "pref": [{"ridges": (1.0,)}, {"setting": "faithful"}],
@@ -86,7 +85,7 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "STEPS", STEPS)
         monkeypatch.setattr(module, "USER_STEPS", STEPS)
     for name in ("PERMUTATIONS", "SHUFFLES"):
-        monkeypatch.setattr(experiments, name, 2)
+        monkeypatch.setattr(judging, name, 2)
     monkeypatch.setattr(mrm, "EPOCHS", 1)
     monkeypatch.setattr(pal, "NEW_USER_EPOCHS", 1)
 

@@ -81,7 +81,8 @@ def tiny(monkeypatch):
     """One planted world, asked by its truth and by a fit to it; ridge BT has nothing to ask."""
     for name, value in (("SEEN", 8), ("TRAINING", 10), ("FEATURES", 6)):
         monkeypatch.setattr(question_data, name, value)
-    methods = {"Mixed logit": MixedLogit(rank=2, l_mu=1.0, l_B=1.0), "Ridge BT": RidgeBT()}
+    mixed = MixedLogit(floor=0.1, l_mu=1.0, tau2=1.0, pi=10.0)
+    methods = {"Mixed logit": mixed, "Ridge BT": RidgeBT()}
     draw = Planted(2, 1.5, users=5, pool=8, held_out=6).draw
     world = World("tiny", "Tiny", "", (0, 1), (0, 2, 4), draw, methods)
     there = World("absent", "Absent", "ukp", (0,), (0, 2), draw, {})

@@ -17,7 +17,8 @@ from lore.methods import baselines as shared
 from lore.methods.lore import Lore
 
 QUICK: dict[str, dict[str, Any]] = {
-    "ridge_bt": {"strength": 1.0}, "mixed_logit": {"rank": 2, "l_mu": 1.0, "l_B": 0.1},
+    "ridge_bt": {"strength": 1.0},
+    "mixed_logit": {"floor": 0.1, "l_mu": 0.3, "tau2": 1.0, "pi": 10.0},
     "pal": {"prototypes": (2,), "width": 8, "layers": 1, "epochs": 2},
     "vpl": {"betas": (1e-4,), "hidden": 8, "latent": 4, "epochs": 2},
     "mlp": {"ranks": (2,), "hidden": 8, "epochs": 2}, "pref": {"rank": 2, "ridges": (1.0,)},
