@@ -66,7 +66,7 @@ def publish(hub: Hub, folder: Path) -> None:
     hub.add("models", "somebody/flaky", models.tiny_llama(folder / "flaky", seed=2))
     hub.add("models", "somebody/gated", folder / "flaky")
     own = [
-        {"user": f"u{i % 4}", "prompt": f"p{i // 4}", "chosen": "good", "rejected": "bad"}
+        {"user": f"u{i % 4}", "prompt": f"p{i // 4}", "chosen": f"good {i}", "rejected": f"bad {i}"}
         for i in range(40)
     ]
     worlds.write(folder / "flaky-data" / "train.jsonl", own)

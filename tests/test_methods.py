@@ -256,7 +256,7 @@ def test_a_new_method_appears_everywhere(settings: Any, tmp_path: Path):
     lines = text.splitlines()
     assert any(line.startswith("| toy ") for line in lines)
     assert any(line.startswith("| toy minus BT") for line in lines)
-    assert any(line.startswith("| toy minus nobody") for line in lines)
+    assert any(line.startswith("| toy minus population average") for line in lines)
     assert any(line.startswith("- toy, seen users") for line in lines)
     assert (folder / "accuracy.png").stat().st_size > 10_000
 
