@@ -168,7 +168,7 @@ def test_vary_fewshot_prints_what_it_saves(finished, name):
             where = {key: line[key] for key in ("label", "control", "set", "shots")}
             column = columns[SWEEP[name]["shots"].index(int(line["shots"]))]
             assert_shows_mean(printed[row_name(line)][column], lines, **where)
-    assert {line["method"] for line in lines} == {"reference", "bt", "own", "lore"}
+    assert {line["method"] for line in lines} == {"reference", "bt", "own", "ridge_bt", "lore"}
     assert {line["control"] for line in lines} == {"", *CONTROLS}
     assert "\nVerdict:" in run.outcome.out
 
@@ -225,7 +225,7 @@ def test_rank_is_chosen_and_marked(finished, name):
     assert chosen["label"] == "LoRe, chosen" and chosen["settings"]["rank"] in (1, 2, 3)
     assert set(chosen["tried"]) == {"BT", *(fit["label"] for fit in fits)}
     assert "LoRe, chosen" in table(run.outcome.out)
-    best = max(chosen["tried"], key=chosen["tried"].get)
+    best = min(chosen["tried"], key=chosen["tried"].get)
     assert f"- LoRe, chosen: chosen on validation: {best};" in run.outcome.out
 
 

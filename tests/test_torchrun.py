@@ -89,4 +89,4 @@ def test_the_readmes_command_takes_a_name_and_what_it_has_kept_is_gone_on_from(d
     assert outcome.status == 0, outcome.err
     assert outcome.out.count("Verdict:") == 1
     (part,) = saved(tmp_path / "PRISM/a")["seeds"]
-    assert list(part["methods"]) == ["reference", "bt", "own", "lore"]
+    assert list(part["methods"]) == ["reference", "bt", "own", "ridge_bt", "lore"]
