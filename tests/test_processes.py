@@ -185,4 +185,4 @@ def test_when_one_process_dies_what_is_finished_is_kept(dataset, tmp_path):
     finished = running.invoke("PRISM/train_basis.py", settings)
     assert finished.status == 0, finished.err
     done = [list(part["methods"]) for part in saved(tmp_path / "PRISM/here")["seeds"]]
-    assert done == [["reference", "bt", "own", "lore"]] * 2
+    assert done == [["reference", "bt", "own", "ridge_bt", "lore"]] * 2
