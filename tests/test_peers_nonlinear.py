@@ -12,6 +12,7 @@ from torch.nn.functional import leaky_relu, softplus
 
 from lore.common.files import InputError
 from lore.learning.comparisons import Comparisons, DenseFeatures, Pairs, RowFeatures, Users
+from lore.learning.kinds import test_shares
 from lore.learning.method import Fitted, Task
 from lore.methods import mlp, pal, vpl
 from lore.methods.fitting.linear import TRIES
@@ -70,7 +71,9 @@ def planted(world: str) -> Task:
     seen, new = range(SEEN), range(SEEN, SEEN + NEW)
     sizes = [(seen, 60), (new, 20), (seen, 40), (new, 40)]
     sets = [comparisons(world, E, users, n, i) for i, (users, n) in enumerate(sizes)]
-    return Task(*sets, seed=3, shots=(0, 10, 20))
+    train, few, seen, unseen = sets
+    kinds = test_shares(train, few, seen, unseen)  # as a split says it
+    return Task(train, few, seen, unseen, seed=3, shots=(0, 10, 20), kinds=kinds)
 
 
 @cache
@@ -123,8 +126,9 @@ def test_own_state_beats_nobodys_and_anothers(name: str) -> None:
     task, fit = planted(name), fitted(name)
     for data, own in ((task.seen, fit.users), (task.unseen, adapted(fit, task))):
         mine = accuracy(fit, data, own)
-        assert mine > accuracy(fit, data, fit.population_state.expand_as(own)) + 0.1
-        assert mine > accuracy(fit, data, own.roll(1, 0)) + 0.2
+        # a choice counts every user once, so that the few pseudo-new ones weigh less than by halves
+        assert mine > accuracy(fit, data, fit.population_state.expand_as(own)) + 0.05
+        assert mine > accuracy(fit, data, own.roll(1, 0)) + 0.1
 
 
 @every
