@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn  # noqa: F401 (scripts take nn from here)
 
 from lore.common.files import InputError, require  # noqa: F401 (scripts catch InputError from here)
-from lore.learning.basis import Basis, save_basis
+from lore.learning.basis import TEMPERATURE, Basis, save_basis
 from lore.learning.comparisons import (
     Comparisons,
     Seed,
@@ -51,7 +51,6 @@ from lore.learning.training import (
 
 log = logging.getLogger(__name__)
 
-TEMPERATURE = 100.0  # the published code's scale of the logits; the paper has none
 MIN_WEIGHT = 1e-2  # a column that no user gives more weight is dropped (LoRe_regularized)
 
 

@@ -39,7 +39,7 @@ def test_a_name_gives_the_weights_of_that_user_whichever_side_has_names(
     assert basis.names == list(expected)
     for name, w in expected.items():
         assert torch.equal(basis.weights_of(name), w)
-        assert torch.equal(basis.direction(name), V @ w)
+        assert torch.equal(basis.direction(name), V @ w / 100)  # log odds
     for name in {"ann", "bob", "cy", "dan"} - set(expected):
         with pytest.raises(InputError, match=f"^--user {name} is not in .*--list-users true"):
             basis.direction(name, "--user")
@@ -47,7 +47,7 @@ def test_a_name_gives_the_weights_of_that_user_whichever_side_has_names(
 
 def test_without_names_there_is_the_average_user_only(tmp_path):
     basis = stored(tmp_path, Basis(V, W))
-    assert torch.equal(basis.direction(), V @ torch.tensor([0.625, 0.375]))
+    assert torch.equal(basis.direction(), V @ torch.tensor([0.625, 0.375]) / 100)
     with pytest.raises(InputError, match="user ann .*no names of users"):
         basis.weights_of("ann")
 

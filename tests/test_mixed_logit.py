@@ -320,9 +320,9 @@ def test_a_file_gives_back_rewards_by_name(tmp_path: Path) -> None:
     average = fit.population_state
     for name, state in ((data.names[3], fit.users[3]), ("new", new[0]), (None, average)):
         odds = fit.logits(Z, state[None], torch.zeros(30, dtype=torch.long))
-        torch.testing.assert_close(x @ saved.user_reward(name), odds.to(x))
+        torch.testing.assert_close(x.float() @ saved.direction(name), odds.float())
     with pytest.raises(InputError, match="Zaphod"):
-        saved.user_reward("Zaphod")
+        saved.direction("Zaphod")
     (tmp_path / "other.safetensors").write_bytes(b"nothing of the kind")
     with pytest.raises(InputError, match="other.safetensors"):
         load(tmp_path / "other.safetensors")

@@ -376,15 +376,15 @@ def test_script_reports_every_reward_from_one_pass(tmp_path, source, llama, basi
 
     store = open_store(tmp_path / "embeddings")
     rows = store.rows(torch.arange(len(store)))
-    expected = {
+    expected = {  # a basis' rewards are log odds, a hundredth of x V w
         "reference": torch.from_numpy(harness_logits(llama)).float(),
         "head 1": rows @ head[:, 0] + 3,
         "head 2": rows @ head[:, 1] + 3,
-        "basis 1": rows @ basis.V[:, 0],
-        "basis 2": rows @ basis.V[:, 1],
-        "average user": rows @ basis.V @ torch.tensor([0.625, 0.375]),
-        "user bob": rows @ basis.V @ torch.tensor([0.25, 0.75]),
-        "user cy": rows @ basis.V @ torch.tensor([0.5, 0.5]),
+        "basis 1": rows @ basis.V[:, 0] / 100,
+        "basis 2": rows @ basis.V[:, 1] / 100,
+        "average user": rows @ basis.V @ torch.tensor([0.625, 0.375]) / 100,
+        "user bob": rows @ basis.V @ torch.tensor([0.25, 0.75]) / 100,
+        "user cy": rows @ basis.V @ torch.tensor([0.5, 0.5]) / 100,
     }
     assert list(table.index) == [*expected, "shortest response"]
     for name, rewards in expected.items():
@@ -483,7 +483,7 @@ def _embedded(folder: Path, model: str) -> Path:
 
 def test_a_basis_that_names_only_its_new_users_gives_them_their_own_weights(basis):
     heads = eval_rb2.basis_heads(replace(basis, users=[]), ["cy"])
-    torch.testing.assert_close(heads["user cy"].weight, basis.V @ basis.W_unseen[0])
+    torch.testing.assert_close(heads["user cy"].weight, basis.V @ basis.W_unseen[0] / 100)
     with pytest.raises(InputError, match="--users ann is not in the basis"):
         eval_rb2.basis_heads(replace(basis, users=[]), ["ann"])
 
@@ -497,7 +497,7 @@ def test_a_mixed_logit_gives_the_population_and_its_users(tmp_path):
     heads = eval_rb2.basis_heads(load_learned(tmp_path / "mixed_logit.safetensors"), ["ann"])
     assert list(heads) == ["shared reward", "taste 1", "taste 2", "average user", "user ann"]
     for name, mixing in (("average user", [1.0, 0.0, 0.0]), ("user ann", [1.0, 0.5, -1.0])):
-        expected = 100 * directions @ torch.tensor(mixing).double()
+        expected = directions @ torch.tensor(mixing).double()  # log odds
         torch.testing.assert_close(heads[name].weight, expected.float())
 
 

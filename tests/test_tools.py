@@ -13,16 +13,19 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 import models
 import running
-from lore.common.files import InputError
+from lore.common.files import UMASK, InputError
 from lore.elicitation import ranking
 from lore.embeddings import store as embeddings
 from lore.learning.basis import Basis, load_basis, save_basis
 from lore.methods.fitting.posterior import Prior
 from lore.methods.mixed_logit import MixedFit
+from lore.methods.ridge_bt import SharedFit
 from lore.methods.saved import load_learned
 from lore.preparing.own_rows import Columns
 from tools import export, rank_responses
@@ -111,13 +114,13 @@ def test_stock_transformers_give_the_basis_rewards(tmp_path, kind, batch):
     model = TINY[kind](tmp_path / "model")
     path = make_basis(tmp_path, model)
     export.main(path, tmp_path / "out")
-    expected = embed(model, tmp_path / "rows") @ load_basis(path).V
-    assert torch.allclose(stock_rewards(tmp_path / "out", batch), expected, rtol=1e-4, atol=1e-4)
+    expected = embed(model, tmp_path / "rows") @ load_basis(path).V / 100  # log odds
+    assert torch.allclose(stock_rewards(tmp_path / "out", batch), expected, rtol=1e-4, atol=1e-6)
     assert sorted(p.name for p in tmp_path.iterdir() if "out" in p.name) == ["out"]
 
 
 @pytest.mark.parametrize(
-    ("asked", "row"), [({"user": "17"}, 1), ({"user": "new"}, 2), ({"average": True}, None)]
+    ("asked", "row"), [({"users": ("17",)}, 1), ({"users": ("new",)}, 2), ({"average": True}, None)]
 )
 def test_one_label_is_a_users_reward_or_the_averages(tmp_path, asked, row):
     model = models.tiny_llama(tmp_path / "model")
@@ -125,17 +128,84 @@ def test_one_label_is_a_users_reward_or_the_averages(tmp_path, asked, row):
     export.main(path, tmp_path / "out", **asked)
     learned = load_basis(path)
     w = learned.W.mean(0) if row is None else torch.cat([learned.W, learned.W_unseen])[row]
-    expected = embed(model, tmp_path / "rows") @ learned.V @ w
+    expected = embed(model, tmp_path / "rows") @ learned.V @ w / 100
     rewards = stock_rewards(tmp_path / "out", True)
     assert rewards.shape == (len(CHATS), 1)
-    assert torch.allclose(rewards[:, 0], expected, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(rewards[:, 0], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_users_are_the_labels_and_a_pipeline_with_its_defaults_gives_rewards(tmp_path):
+    model = models.tiny_llama(tmp_path / "model")
+    path = make_basis(tmp_path, model)
+    export.main(path, tmp_path / "two", users=("new", "ann"))
+    rewards = stock_rewards(tmp_path / "two", True)
+    learned, rows = load_basis(path), embed(model, tmp_path / "rows")
+    W = torch.stack([learned.weights_of(user) for user in ("new", "ann")])
+    assert torch.allclose(rewards, rows @ learned.V @ W.T / 100, rtol=1e-4, atol=1e-6)
+    config = json.loads((tmp_path / "two" / "config.json").read_text())
+    assert config["id2label"] == {"0": "new", "1": "ann"}
+    export.main(path, tmp_path / "ann", users=("ann",))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ann")
+    texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in CHATS]
+    pipe = pipeline("text-classification", str(tmp_path / "ann"))
+    found = pipe(texts, add_special_tokens=False)  # the template writes the BOS
+    assert {one["label"] for one in found} == {"ann"}
+    torch.testing.assert_close(torch.tensor([one["score"] for one in found]), rewards[:, 1])
+    modes = {file.stat().st_mode & 0o777 for file in (tmp_path / "ann").iterdir()}
+    assert modes == {0o666 & ~UMASK}
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_mean_reward_is_zero_by_a_bias_or_said(tmp_path, biased):
+    model = models.tiny_llama(tmp_path / "model")
+    learned = load_basis(make_basis(tmp_path, model))
+    rows = embed(model, tmp_path / "rows")
+    learned.center = rows.mean(0)
+    loaded = AutoModelForSequenceClassification.from_pretrained(model)
+    loaded.score = torch.nn.Linear(32, 1, bias=biased)
+    offsets = export.replace_head(loaded, learned.columns(), learned.center)
+    mean = loaded.score(rows).mean(0) - torch.tensor(offsets)
+    torch.testing.assert_close(mean, torch.zeros(3), atol=1e-5, rtol=0)
+    assert any(offsets) != biased
+    save_basis(tmp_path / "again.safetensors", learned)
+    export.main(tmp_path / "again.safetensors", tmp_path / "out", users=("ann",))
+    said = json.loads((tmp_path / "out" / "config.json").read_text())["lore"]
+    assert said["unit"] == "log odds"
+    assert said["offset"] == pytest.approx([float(learned.direction("ann") @ learned.center)])
+    assert f"{said['offset'][0]:.2f}" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_an_older_basis_is_read_in_its_unit_and_another_unit_is_refused(tmp_path):
+    path = make_basis(tmp_path, models.tiny_llama(tmp_path / "model"))
+    with safe_open(path, "pt") as file:
+        notes = file.metadata()
+    tensors = load_file(path)
+    older = {key: value for key, value in notes.items() if key != "unit"}
+    save_file(tensors, path, older)
+    assert torch.equal(load_basis(path).direction("ann"), tensors["V"] @ tensors["W"][0] / 100)
+    export.main(path, tmp_path / "out", users=("ann",))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["lore"]["offset"] is None
+    save_file(tensors, path, older | {"unit": "bananas"})
+    with pytest.raises(InputError, match="its unit is 'bananas', not log odds times 100"):
+        load_basis(path)
+
+
+def test_ridge_bt_is_exported(tmp_path):
+    model = models.tiny_llama(tmp_path / "model")
+    direction = torch.randn(32, generator=torch.Generator().manual_seed(3)).double()
+    facts = {"users": ["ann"], "users_unseen": [], "model": str(model)}
+    SharedFit(direction, 1, {}).save(tmp_path / "ridge.safetensors", torch.zeros(0, 0), facts)
+    export.main(tmp_path / "ridge.safetensors", tmp_path / "out", average=True)
+    expected = embed(model, tmp_path / "rows") @ direction.float()
+    found = stock_rewards(tmp_path / "out", True)[:, 0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_bfloat16_keeps_rewards_to_its_precision(tmp_path):
     model = models.tiny_llama(tmp_path / "model")
     path = make_basis(tmp_path, model)
     export.main(path, tmp_path / "out", dtype="bfloat16")
-    expected = embed(model, tmp_path / "rows") @ load_basis(path).V
+    expected = embed(model, tmp_path / "rows") @ load_basis(path).V / 100
     rewards = stock_rewards(tmp_path / "out", False)
     assert (rewards - expected).abs().max() < 0.05 * expected.abs().max()
     assert (tmp_path / "out" / "config.json").read_text().count("bfloat16")
@@ -144,9 +214,10 @@ def test_bfloat16_keeps_rewards_to_its_precision(tmp_path):
 def test_model_card_and_labels_say_what_it_is(tmp_path):
     path = make_basis(tmp_path, models.tiny_llama(tmp_path / "model"))
     export.main(path, tmp_path / "all")
-    export.main(path, tmp_path / "ann", user="ann")
+    export.main(path, tmp_path / "ann", users=("ann",))
     one, all_of_it = ((tmp_path / name / "README.md").read_text() for name in ("ann", "all"))
-    assert "user ann" in one and "| estimator | LoRe |" in one
+    assert "The reward of ann." in one and "| estimator | LoRe |" in one
+    assert str(tmp_path) not in one + all_of_it  # nobody else has this machine's folders
     assert "rewards @ w" in all_of_it and "rewards @ w" not in one
     config = json.loads((tmp_path / "all" / "config.json").read_text())
     assert config["id2label"] == {"0": "basis 1", "1": "basis 2", "2": "basis 3"}
@@ -155,8 +226,8 @@ def test_model_card_and_labels_say_what_it_is(tmp_path):
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"user": "bob"}, "--user bob is not in the basis, which has 3 users, such as ann"),
-        ({"user": "ann", "average": True}, "exclude each other"),
+        ({"users": ("bob",)}, "--users bob is not in the basis, which has 3 users, such as ann"),
+        ({"users": ("ann",), "average": True}, "exclude each other"),
         ({"model": "/nowhere/at/all"}, "cannot be loaded"),
         ({"out": None}, "--out is missing"),
     ],
@@ -183,9 +254,9 @@ def test_export_from_the_command_line_names_and_lists_users(tmp_path):
     path = make_basis(tmp_path, models.tiny_llama(tmp_path / "model"))
     listed = running.invoke("tools/export.py", {"basis": path, "list_users": "true"})
     assert listed.out.split() == ["ann", "17", "new"], listed.err
-    given = {"basis": path, "user": "17", "out": tmp_path / "out"}
+    given = {"basis": path, "users": ["17", "ann"], "out": tmp_path / "out"}
     done = running.run("tools/export.py", given)
-    assert done.status == 0 and "user 17" in done.out, done.err
+    assert done.status == 0 and "17, ann: " in done.out, done.err
 
 
 def test_another_model_of_the_same_size_is_refused_unless_it_is_insisted_on(tmp_path, caplog):
@@ -228,23 +299,23 @@ def test_smollm2_as_a_stock_checkpoint(tmp_path):
     model = models.smollm2(tmp_path / "model")
     path = make_basis(tmp_path, model, features=576, rank=4)
     export.main(path, tmp_path / "out")
-    expected = embed(model, tmp_path / "rows") @ load_basis(path).V
+    expected = embed(model, tmp_path / "rows") @ load_basis(path).V / 100
     for batch in (False, True):
         rewards = stock_rewards(tmp_path / "out", batch)
         assert torch.allclose(rewards, expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
 
 
-@pytest.mark.parametrize("asked", [{"user": "new"}, {"average": True}, {}])
+@pytest.mark.parametrize("asked", [{"users": ("new",)}, {"average": True}, {}])
 def test_a_mixed_logit_is_exported_as_a_basis_is(tmp_path, asked):
     model = models.tiny_llama(tmp_path / "model")
     path = make_mixed(tmp_path, model)
     export.main(path, tmp_path / "out", **asked)
     fit, new = load_learned(path).fit, load_learned(path).new
-    state = {"new": new[0], None: torch.zeros(2)}[asked.get("user")].double()
+    state = (new[0] if "users" in asked else torch.zeros(2)).double()
     columns = fit.reward(state)[:, None]
     if not asked:
         columns = torch.cat([fit.mu[:, None], fit.tastes()], 1)
-    expected = 100 * embed(model, tmp_path / "rows").double() @ columns
+    expected = embed(model, tmp_path / "rows").double() @ columns
     rewards = stock_rewards(tmp_path / "out", True)
     assert torch.allclose(rewards, expected.float(), rtol=1e-4, atol=1e-4)
     card = (tmp_path / "out" / "README.md").read_text()
@@ -255,8 +326,8 @@ def test_users_of_a_mixed_logit_are_listed_and_unknown_ones_refused(tmp_path, ca
     path = make_mixed(tmp_path, models.tiny_llama(tmp_path / "model"))
     export.main(path, list_users=True)
     assert capsys.readouterr().out.split() == ["ann", "17", "new"]
-    with pytest.raises(InputError, match="--user bob is not in the basis, which has 3 users"):
-        export.main(path, tmp_path / "out", user="bob")
+    with pytest.raises(InputError, match="--users bob is not in the basis, which has 3 users"):
+        export.main(path, tmp_path / "out", users=("bob",))
 
 
 # ------------------------------------------------------------------ Rank responses
@@ -304,17 +375,16 @@ def test_weights_find_the_column_and_candidates_come_in_its_order(task, tmp_path
     assert f"{found['weights'][1]:.3f}" in printed and "of 30 choices predicted" in printed
     assert printed.count("Which?") == 20
     best, second = found["ranking"][:2]
-    assert best["logit"] == pytest.approx(best["reward"] / 100)
-    chance = 1 / (1 + math.exp((second["reward"] - best["reward"]) / 100))
+    chance = 1 / (1 + math.exp(second["reward"] - best["reward"]))  # rewards are log odds
     assert best["p_over_next"] == pytest.approx(chance, rel=1e-4)
     assert found["ranking"][-1]["p_over_next"] is None
-    assert f"{best['logit']:.3f}" in printed and f"{chance:.3f}" in printed
+    assert f"{best['reward']:.3f}" in printed and f"{chance:.3f}" in printed
 
 
 @pytest.mark.slow
 def test_leave_one_out_is_the_fit_without_each_choice(tmp_path):
     learned = load_basis(make_basis(tmp_path, None))
-    Z = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)) * 100
+    Z = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))  # log odds
     w, without = ranking.fit_user(learned, Z, seed=3, num_iterations=300, learning_rate=0.1)
     draws = torch.Generator().manual_seed(3)
     logits = [torch.randn(3, generator=draws) for _ in range(6)]  # user by user
@@ -322,8 +392,8 @@ def test_leave_one_out_is_the_fit_without_each_choice(tmp_path):
         fit = PersonalizeBatch(1, 3, 3, 300, 0.1)
         fit.logits = start[None]
         kept = Z if i == 0 else torch.cat([Z[: i - 1], Z[i:]])
-        assert torch.allclose(found, fit.train([kept], torch.eye(3))[0], atol=1e-5)
-    odds = [(Z[i] @ without[i]).item() / 100 for i in range(5)]
+        assert torch.allclose(found, fit.train([100 * kept], torch.eye(3))[0], atol=1e-5)
+    odds = [(Z[i] @ without[i]).item() for i in range(5)]
     person = rank_responses.with_weights(learned, Z, 3, 300, 0.1)
     assert person.left_out.tolist() == pytest.approx(odds, rel=1e-5)
     told = rank_responses.agreement(person.left_out)
@@ -334,7 +404,7 @@ def test_leave_one_out_is_the_fit_without_each_choice(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["LoRe", "mixed logit"])
 def test_what_is_left_out_is_a_whole_row_with_all_its_pairs(tmp_path, kind):
-    noise = 100 * torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
     Z, row = noise.repeat_interleave(3, 0), torch.arange(4).repeat_interleave(3)
     if kind == "LoRe":
         learned = load_basis(make_basis(tmp_path, None))
@@ -346,7 +416,7 @@ def test_what_is_left_out_is_a_whole_row_with_all_its_pairs(tmp_path, kind):
         kept = Z[row != i]
         if kind == "LoRe":
             w = ranking.fit_user(learned, kept, 0, 3000, 0.1)[0]
-            odds = (noise[i] @ w).item() / 100
+            odds = (noise[i] @ w).item()
         else:
             odds = rank_responses.with_tastes(learned, kept).odds(noise[i : i + 1]).item()
         assert person.left_out[row == i].tolist() == pytest.approx([odds] * 3, abs=0.05)
@@ -369,7 +439,7 @@ def test_labels_by_chance_agree_when_fitted_and_not_when_left_out():
     rng = torch.Generator().manual_seed(0)
     K = 20
     learned = Basis(torch.eye(K), torch.full((1, K), 1 / K))
-    Z = 1000 * torch.randn(20, K, generator=rng)
+    Z = 10 * torch.randn(20, K, generator=rng)
     w, without = ranking.fit_user(learned, Z, seed=0, num_iterations=500, learning_rate=0.1)
     assert (Z @ w > 0).sum() >= 16
     assert ((Z * without).sum(1) > 0).sum() <= 14
@@ -396,14 +466,14 @@ def test_a_mixed_logit_ranks_with_standard_deviations(
     assert min(found["standard_deviations"]) > 0 and max(found["standard_deviations"]) < 1
     assert "tastes: " in printed and "leave-one-out: " in printed and " sd " in printed
     for best, second in itertools.pairwise(found["ranking"]):
-        plain = 1 / (1 + math.exp(second["logit"] - best["logit"]))
+        plain = 1 / (1 + math.exp(second["reward"] - best["reward"]))
         assert best["p_over_next"] == pytest.approx(plain, abs=1e-5)  # the mode is plugged in
     assert all(row["deviation"] > 0 for row in found["ranking"])
 
 
 def test_a_mixed_logit_leaves_out_each_choice_and_knows_less_with_fewer(tmp_path):
     saved = load_learned(make_mixed(tmp_path, None))
-    Z = 100 * torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+    Z = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
     person = rank_responses.with_tastes(saved, Z)
     for i in range(6):
         others = rank_responses.with_tastes(saved, torch.cat([Z[:i], Z[i + 1 :]]))
@@ -412,7 +482,7 @@ def test_a_mixed_logit_leaves_out_each_choice_and_knows_less_with_fewer(tmp_path
         assert others.deviations(Z).mean() > person.deviations(Z).mean()
     sure = rank_responses.with_tastes(load_learned(make_mixed(tmp_path, None, spread=1e-4)), Z)
     assert sure.deviations(Z).max() < 1e-3
-    assert torch.allclose(sure.rewards(Z), Z[:, 0].double() / 100, atol=1e-2)
+    assert torch.allclose(sure.rewards(Z), Z[:, 0].double(), atol=1e-2)
 
 
 def test_rewards_are_those_of_the_exported_user(task, tmp_path):
@@ -422,12 +492,12 @@ def test_rewards_are_those_of_the_exported_user(task, tmp_path):
     learned = load_basis(files["basis"])
     learned.W, learned.users = torch.tensor([found["weights"]]), ["me"]
     save_basis(tmp_path / "me.safetensors", learned)
-    export.main(tmp_path / "me.safetensors", tmp_path / "out", user="me")
+    export.main(tmp_path / "me.safetensors", tmp_path / "out", users=("me",))
     row = found["ranking"][0]
     chat = [{"role": "user", "content": row["prompt"]}]
     chat.append({"role": "assistant", "content": row["response"]})
     reward = stock_rewards(tmp_path / "out", False, [chat]).item()
-    assert reward == pytest.approx(row["reward"], rel=1e-4, abs=1e-4)
+    assert reward == pytest.approx(row["reward"], rel=1e-4, abs=1e-6)
 
 
 def test_ranking_is_within_a_prompt_and_a_rank_one_basis_has_no_weights_to_learn(task, tmp_path):

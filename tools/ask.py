@@ -118,7 +118,7 @@ def tell(session: Session, path: Path) -> None:
     print(*session.told, sep="\n")
     print(f"weights: {' '.join(f'{x:.3f}' for x in found['weights'])}")
     if "ranking" in found:
-        print("reward: a logit; P: that the response is preferred to the next one of its prompt\n")
+        print("reward: log odds; P: that the response is preferred to the next one of its prompt\n")
         print(as_text(pd.DataFrame(found["ranking"])))
     print(f"answers in {session.answers.path}, profile in {path}")
 

@@ -2,8 +2,9 @@
 
     python tools/export.py --basis results/PRISM/<run>/basis-K05-seed0.safetensors --out rewards
 
-writes the whole basis, one label for each of its K rewards; with --user, that user's own reward,
-and with --average the population's. The file of a mixed logit is taken as that of a basis is.
+writes the whole basis, one label for each of its K rewards; with --users, a label for each user
+named, and with --average the population's reward. Files of a mixed logit and of ridge BT are taken
+as that of a basis is. Rewards are log odds; config.json says so, and what to subtract.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,10 +22,13 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.common.cli import cli
-from lore.common.files import InputError, require
+from lore.common.files import UMASK, InputError, require
 from lore.embeddings.reward_model import Source, load_tokenizer, model_of_basis, pretrained, render
 from lore.learning.basis import Learned
 from lore.methods.saved import load_learned
+
+UNIT = "log odds"
+PLACES = ("model", "tokenizer")  # settings that may be paths of the machine
 
 EXAMPLE = [
     {"role": "user", "content": "How do I keep basil alive?"},
@@ -44,8 +49,9 @@ tags: [reward-model, lore]
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-model = AutoModelForSequenceClassification.from_pretrained("{folder}", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
+folder = "{folder}"  # where this model lies, or its name on the hub
+model = AutoModelForSequenceClassification.from_pretrained(folder, dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained(folder)
 chat = [{{"role": "user", "content": "..."}}, {{"role": "assistant", "content": "..."}}]
 tokens = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)
 with torch.no_grad():
@@ -53,7 +59,8 @@ with torch.no_grad():
 ```
 
 {use}
-The probability that one response is preferred to another is sigmoid((reward - other reward) / 100).
+Rewards are log odds: the probability that one response is preferred to another is sigmoid(reward -
+other reward). {offset}
 
 | setting | value |
 |---|---|
@@ -66,7 +73,7 @@ The licence of the original model holds for its weights.
 def main(
     basis: Path,
     out: Path | None = None,
-    user: str | None = None,
+    users: tuple[str, ...] = (),
     average: bool = False,
     list_users: bool = False,
     model: str | None = None,
@@ -78,14 +85,14 @@ def main(
 ) -> None:
     """Write a sequence-classification checkpoint with tokenizer and model card.
 
-    Without --user or --average it holds the whole basis, one label for each of its K rewards.
+    Without --users or --average it holds the whole basis, one label for each of its K rewards.
 
     Args:
         basis: basis file of a run, or mixed_logit file.
         out: folder to make.
-        user: export the reward of this user as the one label; a mixed logit's is its mean.
+        users: export the rewards of these users, a label each; a mixed logit's is the mode.
         average: export the reward of the average user as the one label.
-        list_users: print the names of the basis' users and do nothing else.
+        list_users: print the names of the file's users and do nothing else.
         model: reward model; by default the one that the basis was learned with.
         tokenizer: hub name or folder of the tokenizer, if it is not the model's own.
         revision: branch, tag or commit of a hub model.
@@ -99,29 +106,27 @@ def main(
         return
     require(out is not None, "--out is missing: name the folder to make")
     require(not out.exists(), f"--out {out} already exists: remove it or choose another folder")
-    rewards = choose_rewards(learned, user, average)
+    rewards = choose_rewards(learned, users, average)
     named = (model, tokenizer, revision, trust_remote_code)
     source = model_of_basis(learned.settings, basis, *named, any_model)
     exported, chat_tokenizer = load_model(source, dtype), load_tokenizer(source)
-    replace_head(exported, rewards)
+    offsets = replace_head(exported, rewards, learned.center)
     settle(chat_tokenizer, exported)
-    text = card(out.name, source.model, list(rewards), learned)
+    text = card(out.name, source.model, offsets, rewards, learned)
     write_checkpoint(out, exported, chat_tokenizer, text)
     print(f"{', '.join(rewards)}: {out}")
 
 
-def choose_rewards(basis: Learned, user: str | None, average: bool) -> dict[str, Tensor]:
-    """The directions [F] to export, by the name of their label.
+def choose_rewards(basis: Learned, users: Sequence[str], average: bool) -> dict[str, Tensor]:
+    """The directions [F] to export, in log odds, by the name of their label.
 
     Raises:
-        InputError: both a user and the average are asked for, or the user is not in the basis.
+        InputError: both users and the average are asked for, or a user is not in the basis.
     """
-    require(user is None or not average, "--user and --average exclude each other")
+    require(not users or not average, "--users and --average exclude each other")
     if average:
         return {"average user": basis.direction()}
-    if user is not None:
-        return {f"user {user}": basis.direction(user, "--user")}
-    return basis.columns()
+    return {user: basis.direction(user, "--users") for user in users} or basis.columns()
 
 
 def load_model(source: Source, dtype: str) -> Any:
@@ -135,8 +140,20 @@ def load_model(source: Source, dtype: str) -> Any:
     return pretrained(loader, source.model, source, **options).eval()
 
 
-def replace_head(model: Any, rewards: dict[str, Tensor]) -> None:
-    """Make directions [F] the labels of a sequence-classification model, without a bias.
+def replace_head(
+    model: Any, rewards: Mapping[str, Tensor], center: Tensor | None
+) -> list[float] | None:
+    """Make directions [F] the labels of a model; its head's bias, if it has one, centres them.
+
+    The config then says that logits are to be left as they are, their unit, and the offsets.
+
+    Args:
+        model: for sequence classification.
+        rewards: directions in log odds, by label.
+        center: mean embedding [F] of the conversations they were learned on, if it is known.
+
+    Returns:
+        Each label's logit at the center, to be subtracted; None if that is not known.
 
     Raises:
         InputError: the model has no score head to replace, or embeddings of another size.
@@ -149,11 +166,21 @@ def replace_head(model: Any, rewards: dict[str, Tensor]) -> None:
             f"the basis has {head.shape[1]} features, the model {old.in_features}: "
             "name the model it was learned with by --model"
         )
-    model.score = nn.Linear(*head.T.shape, bias=False, dtype=old.weight.dtype)
+    biased = old.bias is not None
+    model.score = nn.Linear(*head.T.shape, bias=biased, dtype=old.weight.dtype)
     model.score.weight.data = head.to(old.weight)
+    at_center = torch.zeros(len(head))
+    if center is not None:
+        at_center = model.score.weight.detach().float() @ center  # of the head as it is rounded
+    if biased:
+        model.score.bias.data, at_center = -at_center.to(old.bias), torch.zeros(len(head))
+    offsets = None if center is None else at_center.tolist()
     model.config.id2label = dict(enumerate(rewards))
     model.config.label2id = {label: i for i, label in enumerate(rewards)}
+    model.config.problem_type = "regression"  # pipelines and servers then leave logits as they are
+    model.config.lore = {"unit": UNIT, "offset": offsets}
     model.num_labels = len(rewards)
+    return offsets
 
 
 @torch.inference_mode()
@@ -184,17 +211,39 @@ def _stock(tokenizer: Any) -> Any:
     return tokenizer.apply_chat_template(EXAMPLE, return_tensors="pt", return_dict=True)
 
 
-def card(folder: str, model: str, labels: list[str], learned: Learned) -> str:
+def card(
+    folder: str,
+    model: str,
+    offsets: list[float] | None,
+    rewards: Mapping[str, Tensor],
+    learned: Learned,
+) -> str:
     """The model card."""
+    labels = list(rewards)
     what, use = "Rewards that users mix with weights.", learned.use
     title, heads = f"{folder}: a basis of {len(labels)} rewards", f"{len(labels)} directions"
     if len(labels) == 1:
         what, use = f"The reward of {labels[0]}.", "A higher reward is a better response."
         title, heads = f"{folder}: {labels[0]}", "one direction"
-    rows = "\n".join(f"| {key} | {value} |" for key, value in learned.settings.items())
+    told = {key: value for key, value in learned.settings.items() if key not in PLACES}
+    rows = "\n".join(f"| {key} | {value} |" for key, value in told.items())
     filled = {"what": what, "use": use, "title": title, "heads": heads, "settings": rows}
-    filled["method"] = learned.method
+    filled["method"], filled["offset"] = learned.method, _said(offsets, labels)
+    model = Path(model).resolve().name if Path(model).is_dir() else model
     return CARD.format(model=model, folder=folder, labels=len(labels), **filled)
+
+
+def _said(offsets: list[float] | None, labels: list[str]) -> str:
+    """What is to be subtracted from the logits, in words."""
+    if offsets is None:
+        return "They share an offset that is not known, which differences do not have."
+    if not any(offsets):
+        return "Their mean over the conversations that they were learned on is zero."
+    told = ", ".join(f"{x:.2f}" for x in offsets[:8]) + (" .." if len(labels) > 8 else "")
+    return (
+        f"Their mean over the conversations that they were learned on is {told} (`lore.offset` in "
+        "config.json has all digits): subtract it where the level matters."
+    )
 
 
 def write_checkpoint(out: Path, model: Any, tokenizer: Any, text: str) -> None:
@@ -212,6 +261,8 @@ def write_checkpoint(out: Path, model: Any, tokenizer: Any, text: str) -> None:
         model.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
         (draft / "README.md").write_text(text, encoding="utf-8")
+        for file in draft.iterdir():
+            file.chmod(0o666 & ~UMASK)  # safetensors keeps its files from all but their owner
         os.rename(draft, out)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise InputError(f"--out {out}: cannot be written ({error})") from error

@@ -40,7 +40,6 @@ from lore.methods.fitting.posterior import covariances, posteriors
 from lore.methods.mixed_logit import Saved
 from lore.methods.saved import load_learned
 from lore.preparing.own_rows import USUAL, Columns
-from utils import TEMPERATURE
 
 
 def main(
@@ -61,7 +60,7 @@ def main(
 ) -> None:
     """Learn a new user's weights with the basis frozen, and rank candidates by the user's reward.
 
-    Rewards are printed as logits: the probability that one response is preferred to another is
+    Rewards are log odds: the probability that one response is preferred to another is
     sigmoid(reward - other reward). A mixed logit also knows how sure it is: its rewards have
     standard deviations. What is known of the user is judged by leaving out each row of choices in
     turn and predicting it from the others.
@@ -96,7 +95,7 @@ def main(
     if isinstance(learned, Basis):
         directions = torch.stack(list(learned.columns().values()), 1)
     else:
-        directions = (TEMPERATURE * learned.fit.all_directions()).float()
+        directions = learned.fit.all_directions().float()
     rewards = directed_rewards(directions, source, [*chosen, *rejected, *drafts], **embedding)
     liked, disliked, offered = rewards.split([len(chosen), len(rejected), len(drafts)])
     Z = liked - disliked
@@ -117,10 +116,10 @@ class Person:
     Attributes:
         known: what to print and to keep of it, by name.
         left_out: log odds [n] of each choice, predicted from the other rows; [0] of a single row.
-        rewards: logits [m] of candidates, from their rewards by each column [m, C].
+        rewards: log odds [m] of candidates, from their rewards by each column [m, C].
         odds: log odds [m] of the predictive probability that the first of two responses is
             preferred, from differences of such rewards [m, C].
-        deviations: standard deviations [m] of such differences, in logits; None if not known.
+        deviations: standard deviations [m] of such differences; None if not known.
     """
 
     known: dict[str, list[float]]
@@ -138,10 +137,10 @@ def with_weights(
     w, without = fit_user(basis, Z, seed, num_iterations, learning_rate, row)
 
     def rewards(Z: Tensor) -> Tensor:
-        return (Z @ w).double() / TEMPERATURE
+        return (Z @ w).double()
 
     row = torch.arange(len(Z)) if row is None else row
-    left_out = (Z * without[row]).sum(1).double() / TEMPERATURE if len(without) else Z[:0, 0]
+    left_out = (Z * without[row]).sum(1).double() if len(without) else Z[:0, 0]
     return Person({"weights": w.tolist()}, left_out, rewards, rewards)
 
 
@@ -152,12 +151,11 @@ def with_tastes(saved: Saved, Z: Tensor, row: Tensor | None = None) -> Person:
     apart = all_but_one(n, row)
     rows = torch.cat([torch.arange(n), *(some.nonzero()[:, 0] for some in apart)])
     users = Users([n, *apart.sum(1).tolist()])
-    view = Z.double() / TEMPERATURE
+    view = Z.double()
     states = fit.adapt(view[rows], users)  # all at once: the user, and who lacks a row
 
     def rewards(Z: Tensor) -> Tensor:
-        view = Z.double() / TEMPERATURE
-        return fit.logits(view, states[:1], torch.zeros(len(view), dtype=torch.long))
+        return fit.logits(Z.double(), states[:1], torch.zeros(len(Z), dtype=torch.long))
 
     predicted = slice(n if len(apart) else 0)
     left_out = fit.logits(view[predicted], states[1:], row[predicted])
@@ -167,7 +165,7 @@ def with_tastes(saved: Saved, Z: Tensor, row: Tensor | None = None) -> Person:
     cov = covariances(view, one, fit.prior, posteriors(view, one, fit.prior))[0]
 
     def deviations(Z: Tensor) -> Tensor:
-        z = fit.scale * Z[:, 1:].double() / TEMPERATURE
+        z = fit.scale * Z[:, 1:].double()
         return ((z @ cov) * z).sum(1).clamp(min=0).sqrt()
 
     places = fit.places()
@@ -186,9 +184,9 @@ def ranked(drafts: list[Conversation], Z: Tensor, person: Person) -> pd.DataFram
 
     Returns:
         The table of ``ranking.rank`` with predictive probabilities and, where it is known,
-        deviation: standard deviation of the logit's distance from its prompt's mean.
+        deviation: standard deviation of the reward's distance from its prompt's mean.
     """
-    table = rank(drafts, (TEMPERATURE * person.rewards(Z)).float())
+    table = rank(drafts, person.rewards(Z))
     order = torch.from_numpy(table["line"].to_numpy() - 1)
     ahead = expit(person.odds(Z[order] - Z[order.roll(-1)]).numpy())
     table["p_over_next"] = pd.Series(ahead).mask(table["p_over_next"].isna())
@@ -199,7 +197,7 @@ def ranked(drafts: list[Conversation], Z: Tensor, person: Person) -> pd.DataFram
         count = torch.bincount(group)[:, None]
         mean = torch.zeros(len(number), Z.shape[1]).index_add_(0, group, Z) / count
         apart = person.deviations(Z - mean[group])
-        table.insert(5, "deviation", apart[order].numpy())
+        table.insert(4, "deviation", apart[order].numpy())
     return table
 
 
@@ -219,7 +217,7 @@ def tell(person: Person, ranking: pd.DataFrame) -> None:
     for name, values in person.known.items():
         print(f"{name}: {' '.join(f'{x:.3f}' for x in values)}")
     print(agreement(person.left_out))
-    print("reward: a logit; P: that the response is preferred to the next one of its prompt")
+    print("reward: log odds; P: that the response is preferred to the next one of its prompt")
     if person.deviations is not None:
         print("sd: standard deviation of the reward's distance from its prompt's mean")
     print(f"\n{as_text(ranking)}")

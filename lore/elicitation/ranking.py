@@ -20,7 +20,7 @@ from torch import Tensor
 from lore.common.files import InputError, require
 from lore.embeddings.reward_model import Conversation, Source, load_config
 from lore.embeddings.store import embed
-from lore.learning.basis import Basis
+from lore.learning.basis import TEMPERATURE, Basis
 from lore.preparing.own_rows import (
     NO_PROMPT,
     TIES,
@@ -32,7 +32,7 @@ from lore.preparing.own_rows import (
     resolve,
 )
 from lore.preparing.raw import read_file
-from utils import TEMPERATURE, PersonalizeBatch
+from utils import PersonalizeBatch
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ def fit_user(
 
     Args:
         basis: whose users' mean weights the new ones are shrunk to, if its own were.
-        Z: rewards of chosen minus rejected [n, K].
+        Z: rewards of chosen minus rejected, in log odds [n, K].
         seed: of the initial values.
         num_iterations, learning_rate: of Adam.
         row: number of each choice's row, 0 to R - 1 [n]; each has its own if None.
@@ -171,7 +171,7 @@ def fit_user(
     Returns:
         w [K], and weights [R, K], each without the choices of one row; [0, K] of a single row.
     """
-    K = Z.shape[1]
+    K, Z = Z.shape[1], (TEMPERATURE * Z).to(basis.W)
     others = [Z[apart] for apart in all_but_one(len(Z), row)]
     fit = PersonalizeBatch(
         1 + len(others),
@@ -203,17 +203,18 @@ def all_but_one(n: int, row: Tensor | None = None) -> Tensor:
 def rank(conversations: list[Conversation], rewards: Tensor) -> pd.DataFrame:
     """One row per candidate, prompts in their order, the best first within a prompt.
 
+    Args:
+        conversations: each ends in a candidate.
+        rewards: of each, in log odds [n].
+
     Returns:
-        line in the file, prompt, place within the prompt, reward (as an exported model gives it),
-        logit (reward / 100), p_over_next (probability that it is preferred to the next one of its
-        prompt, missing for the last) and response.
+        line in the file, prompt, place within the prompt, reward, p_over_next (probability that it
+        is preferred to the next one of its prompt, missing for the last) and response.
     """
-    logits = (rewards / TEMPERATURE).double()
     columns = {
         "line": range(1, len(rewards) + 1),
         "prompt": [history[-1]["content"] for *history, _ in conversations],
-        "reward": rewards.numpy(),
-        "logit": logits.numpy(),
+        "reward": rewards.double().numpy(),
         "response": [answer["content"] for *_, answer in conversations],
     }
     table = pd.DataFrame(columns)
@@ -221,15 +222,15 @@ def rank(conversations: list[Conversation], rewards: Tensor) -> pd.DataFrame:
     places = table.groupby("dialogue")["reward"].rank(ascending=False, method="min")
     table.insert(2, "place", places.astype(int))
     table = table.sort_values(["dialogue", "place"], kind="stable", ignore_index=True)
-    ahead = table.groupby("dialogue")["logit"].diff(-1)
-    table.insert(5, "p_over_next", expit(ahead))
+    ahead = table.groupby("dialogue")["reward"].diff(-1)
+    table.insert(4, "p_over_next", expit(ahead))
     return table.drop(columns="dialogue")
 
 
 def as_text(ranking: pd.DataFrame) -> str:
-    """A ranking as a terminal shows it: logits, with standard deviations where they are known, and
+    """A ranking as a terminal shows it: rewards, with standard deviations where they are known, and
     P that a response is preferred to the next."""
-    names = {"logit": "reward", "deviation": "sd", "p_over_next": "P"}
-    kept = [name for name in ("prompt", "place", *names, "response") if name in ranking]
+    names = {"deviation": "sd", "p_over_next": "P"}
+    kept = [name for name in ("prompt", "place", "reward", *names, "response") if name in ranking]
     shown = ranking[kept].rename(columns=names)
     return shown.to_string(index=False, max_colwidth=60, float_format="%.3f", na_rep="")

@@ -21,7 +21,6 @@ from lore.elicitation.ranking import directed_rewards, rank
 from lore.elicitation.taste import Taste
 from lore.embeddings.reward_model import model_of_basis
 from lore.preparing.messages import Conversation
-from utils import TEMPERATURE
 
 SPEAKERS = {"user": "You", "assistant": "Answer", "system": "Instructions"}
 
@@ -239,7 +238,7 @@ class Session:
     def ranking(self, weights: Tensor) -> pd.DataFrame:
         """The candidates in order, see ``ranking.rank``."""
         logits = self.taste.logits(weights.double(), self.material.offered)
-        return rank(self.material.drafts, (TEMPERATURE * logits).float())
+        return rank(self.material.drafts, logits)
 
     def profile(self) -> dict[str, Any]:
         """The person's weights, posterior and, where there are candidates, the ranking."""

@@ -20,7 +20,6 @@ from lore.learning.basis import Basis
 from lore.methods.fitting.posterior import Prior
 from lore.methods.mixed_logit import Saved
 from lore.methods.saved import load_learned
-from utils import TEMPERATURE
 
 LEAST_VARIANCE = 1e-4  # of a LoRe weight among users: weights on the simplex vary in K - 1 ways
 
@@ -69,8 +68,7 @@ class Taste:
             return belief.mean
         if not len(Z):
             return self.basis.W.mean(0)
-        rewards = (TEMPERATURE * Z[:, 1:]).to(self.basis.W)
-        return fit_user(self.basis, rewards, seed, 500, 0.1)[0]
+        return fit_user(self.basis, Z[:, 1:], seed, 500, 0.1)[0]
 
 
 def load_taste(path: Path) -> Taste:
@@ -99,5 +97,5 @@ def _of_lore(path: Path, basis: Basis) -> Taste:
     W = basis.W.double()
     cov = torch.cov(W.T) + LEAST_VARIANCE * torch.eye(K, dtype=W.dtype)
     prior = Prior(W.mean(0), cov)
-    directions = torch.cat([basis.V.new_zeros(len(basis.V), 1), basis.V], 1) / TEMPERATURE
+    directions = torch.stack([torch.zeros(len(basis.V)), *basis.columns().values()], 1)
     return Taste("LoRe", directions.double(), prior, basis.settings, basis)

@@ -16,6 +16,7 @@ from lore.common.cli import cli
 from lore.common.devices import pick_device, processes, wait_for_all
 from lore.common.files import alone, require
 from lore.common.settings import Name, NonNegativeInt, SeedNumber
+from lore.embeddings.store import Store
 from lore.experiments.judging import Sweep
 from lore.experiments.report.tables import report
 from lore.experiments.runs import Run, run_folder
@@ -37,6 +38,7 @@ from lore.methods.vpl import VPL
 
 ROOT = Path(__file__).resolve().parents[2]
 DIVERGED = 1e6  # nats a comparison
+CENTERED = 1000  # conversations whose mean reward is called zero
 MethodName = Literal[tuple(METHODS)]
 LIKED, LIKED_DIRECTIONS, SHOWN = 3, 8, 300  # responses shown per direction; letters of each
 
@@ -258,6 +260,7 @@ class Experiment:
             **{key: manifest[key] for key in kept if key in manifest},
             "dataset": self.dataset.dataset, "seed": task.seed,
             "users": task.train.names, "users_unseen": _new_names(task),
+            "center": _center(self.dataset.store),
         }  # fmt: skip
         new = fit.users[:0] if fit.new_users is None else fit.new_users
         fit.save(self.run.folder / fit.written, new, facts)
@@ -289,6 +292,12 @@ def _refuse_diverged(seed: int, records: Sequence[dict[str, Any]]) -> None:
             f"{record['label']}, seed {seed}: its training diverged (log loss {lost:.1e}); lower "
             "its learning rate, or choose another optimizer",
         )
+
+
+def _center(store: Store) -> Tensor:
+    """Mean embedding [F] of a thousand of the conversations, evenly spread, in float32."""
+    spread = torch.linspace(0, len(store) - 1, min(len(store), CENTERED), dtype=torch.float64)
+    return store.rows(spread.long()).double().mean(0).float()
 
 
 def _new_names(task: Task) -> list[str]:

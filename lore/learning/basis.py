@@ -18,7 +18,9 @@ from torch import Tensor
 from lore.common.files import InputError, require, write_whole
 from lore.common.tensors import expect, read_tensors, require_finite
 
-TENSORS = {"V", "W", "reference", "W_unseen"}
+TEMPERATURE = 100.0  # the published code's scale of the logits; the paper has none
+UNIT = "log odds times 100"  # of V in a file; files that do not state it are older and have it too
+TENSORS = {"V", "W", "reference", "W_unseen", "center"}
 
 
 class Learned(Protocol):
@@ -28,11 +30,14 @@ class Learned(Protocol):
         settings: those of the fit and whatever else the run recorded, such as the model.
         method: what learned it, in words.
         use: how a user's reward is made of the columns, in words.
+        center: mean embedding [F] of the conversations, whose reward counts as zero; None in a
+            file of an earlier version.
     """
 
     settings: dict[str, Any]
     method: str
     use: str
+    center: Tensor | None
 
     @property
     def names(self) -> list[str]:
@@ -40,11 +45,11 @@ class Learned(Protocol):
         ...
 
     def columns(self) -> dict[str, Tensor]:
-        """Directions [F] that users' rewards are made of, by name; logits times 100."""
+        """Directions [F] that users' rewards are made of, by name; in log odds."""
         ...
 
     def direction(self, user: str | None = None, flag: str = "user") -> Tensor:
-        """A user's reward [F], or that of the average user; logits times 100."""
+        """A user's reward [F], or that of the average user; in log odds."""
         ...
 
 
@@ -53,13 +58,14 @@ class Basis:
     """A learned basis and its users' weights; what a basis file holds.
 
     Attributes:
-        V: basis [F, K].
+        V: basis [F, K]; log odds are x V w / 100.
         W: weights of the seen users [U, K].
         reference: the reference direction [F], if there is one.
         users: names of the seen users, in the order of W's rows; empty if they have none.
         W_unseen, users_unseen: the same of the users fitted with V frozen.
         settings: rank, alpha and whatever else the run recorded, such as the model.
         losses: the objective at every step; not saved.
+        center: mean embedding [F] of the conversations, see ``Learned``.
     """
 
     V: Tensor
@@ -70,6 +76,7 @@ class Basis:
     users_unseen: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     losses: Tensor = field(default_factory=lambda: torch.empty(0))
+    center: Tensor | None = None
     method = "LoRe (low-rank reward modelling, https://arxiv.org/abs/2504.14439)"
     use = "A user's reward is `rewards @ w` with the user's weights w >= 0, which add up to one."
 
@@ -94,12 +101,13 @@ class Basis:
         return look_up(named, user, flag)
 
     def columns(self) -> dict[str, Tensor]:
-        """The columns of V [F], by name."""
-        return {f"basis {k}": column for k, column in enumerate(self.V.T, start=1)}
+        """The columns of V [F] in log odds, by name."""
+        return {f"basis {k}": column / TEMPERATURE for k, column in enumerate(self.V.T, start=1)}
 
     def direction(self, user: str | None = None, flag: str = "user") -> Tensor:
-        """A user's reward direction V w [F]; None gives that of the seen users' mean weights."""
-        return self.V @ (self.W.mean(0) if user is None else self.weights_of(user, flag))
+        """A user's reward V w / 100 [F]; None gives that of the seen users' mean weights."""
+        w = self.W.mean(0) if user is None else self.weights_of(user, flag)
+        return self.V @ w / TEMPERATURE
 
 
 def look_up(named: Mapping[str, Tensor], user: str, flag: str = "user") -> Tensor:
@@ -131,6 +139,7 @@ def save_basis(path: str | Path, basis: Basis) -> None:
         if tensor is not None
     }
     metadata = {
+        "unit": UNIT,
         "settings": json.dumps(basis.settings, default=str),
         "users": json.dumps([str(user) for user in basis.users]),
         "users_unseen": json.dumps([str(user) for user in basis.users_unseen]),
@@ -153,7 +162,10 @@ def load_basis(path: str | Path) -> Basis:
         raise InputError(f"{path}: not a readable safetensors file ({error})") from error
     require({"V", "W"} <= set(found), f"{path}: not a basis file: it lacks V or W")
     V = expect(path, found, remedy, "V", torch.float32, None, None)
-    shapes = {"W": (None, V.shape[1]), "reference": (len(V),), "W_unseen": (None, V.shape[1])}
+    unit = metadata.get("unit", UNIT)
+    require(unit == UNIT, f"{path}: its unit is {unit!r:.40}, not {UNIT}; {remedy}")
+    shapes = {"W": (None, V.shape[1]), "W_unseen": (None, V.shape[1])}
+    shapes |= {"reference": (len(V),), "center": (len(V),)}
     tensors = {"V": V} | {
         name: expect(path, found, remedy, name, torch.float32, *shape)
         for name, shape in shapes.items()

@@ -255,5 +255,6 @@ class LoreFit(Fitted):
             new = torch.ones(len(new), 1)
         basis.W_unseen, about = new, dict(facts)
         basis.users, basis.users_unseen = about.pop("users"), about.pop("users_unseen")
+        basis.center = about.pop("center", None)
         basis.settings = {**basis.settings, "estimator": self.method.estimator, **about}
         save_basis(path, basis)

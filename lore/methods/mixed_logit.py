@@ -43,7 +43,6 @@ from lore.methods.fitting.posterior import (
 )
 from lore.methods.fitting.validation import Scores, Split, Validation
 from lore.methods.ridge_bt import FINE, ROUGH, fit_shared, precision, ridge_path
-from utils import TEMPERATURE
 
 log = logging.getLogger(__name__)
 
@@ -484,9 +483,12 @@ class MixedFit(Fitted):
         """Keep mu, directions, prior and every user's deviation by name in a safetensors file."""
         tensors = {"mu": self.mu, "directions": self.directions, "users": self.users}
         tensors["users_unseen"] = new
+        facts = dict(facts)
+        if (center := facts.pop("center", None)) is not None:
+            tensors["center"] = center
         if self.prior is not None:
             tensors["covariance"] = self.prior.cov
-        about = {"format": FORMAT, "facts": json.dumps(dict(facts)), "scale": repr(self.scale)}
+        about = {"format": FORMAT, "facts": json.dumps(facts), "scale": repr(self.scale)}
         about["fit"] = json.dumps(self.facts)
         tensors = {key: value.cpu().contiguous() for key, value in tensors.items()}
         write_whole(path, lambda draft: save_file(tensors, draft, about))
@@ -502,14 +504,17 @@ class Saved:
         fit: as it was fitted.
         new: deviations of the new users [U', D].
         facts: dataset, model, seed and more.
+        center: mean embedding [F] of the conversations, see ``Learned``.
         settings: of the fit, and the facts but for users' names.
     """
 
     method = "a mixed logit"
     use = "Users' rewards are the shared reward plus their own parts along the tastes and others."
 
-    def __init__(self, fit: MixedFit, new: Tensor, facts: dict[str, Any]) -> None:
-        self.fit, self.new, self.facts = fit, new, facts
+    def __init__(
+        self, fit: MixedFit, new: Tensor, facts: dict[str, Any], center: Tensor | None = None
+    ) -> None:
+        self.fit, self.new, self.facts, self.center = fit, new, facts, center
         names = [*facts.get("users", ()), *facts.get("users_unseen", ())]
         parts = [fit.users] * ("users" in facts) + [new] * ("users_unseen" in facts)
         states = torch.cat([*parts, fit.users[:0]])
@@ -523,25 +528,21 @@ class Saved:
         return list(self.states)
 
     def columns(self) -> dict[str, Tensor]:
-        """The shared reward and the widest tastes [F], by name, on the scale of a basis file."""
+        """The shared reward and the widest tastes [F] in log odds, by name."""
         tastes = self.fit.tastes()
         found = {"shared reward": self.fit.mu}
         if tastes is not None:
             found |= {f"taste {k}": x for k, x in enumerate(tastes.T, start=1)}
-        return {key: (TEMPERATURE * self.fit.scale * x).float() for key, x in found.items()}
+        return {key: (self.fit.scale * x).float() for key, x in found.items()}
 
     def direction(self, user: str | None = None, flag: str = "user") -> Tensor:
-        """Direction [F] of a user's reward, or of the population's, as in a basis file."""
-        return (TEMPERATURE * self.user_reward(user, flag)).float()
-
-    def user_reward(self, name: str | None = None, flag: str = "user") -> Tensor:
         """Direction [F] of a user's reward, in log odds; of the population average if None.
 
         Raises:
             InputError: the file knows no such user.
         """
-        known = self.fit.population_state if name is None else look_up(self.states, name, flag)
-        return self.fit.reward(known)
+        known = self.fit.population_state if user is None else look_up(self.states, user, flag)
+        return self.fit.reward(known).float()
 
 
 def load(path: Path) -> Saved:
@@ -561,6 +562,7 @@ def load(path: Path) -> Saved:
 
     mu, prior, size = tensor("mu", None), None, 0
     directions = tensor("directions", len(mu), None)
+    center = tensor("center", len(mu)) if "center" in found else None
     if "covariance" in found:
         size = directions.shape[1]
         prior = Prior(mu.new_zeros(size).double(), _covariance(path, tensor, size))
@@ -577,7 +579,7 @@ def load(path: Path) -> Saved:
     mixed = MixedFit(mu, directions, prior, fit, scale)
     mixed.users = users
     mixed.reset_population()
-    return Saved(mixed, new, facts)
+    return Saved(mixed, new, facts, center)
 
 
 def _covariance(path: Path, tensor: Callable[..., Tensor], size: int) -> Tensor:

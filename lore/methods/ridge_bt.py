@@ -124,10 +124,12 @@ class SharedFit(Fitted):
         """A basis file of rank 1, see ``basis.save_basis``, whose logits are x . V / 100."""
         about = dict(facts)
         users, unseen = about.pop("users"), about.pop("users_unseen")
+        center = about.pop("center", None)
         ones = [torch.ones(count, 1) for count in (len(self.users), len(new))]
         V = TEMPERATURE * self.direction.float()[:, None]
         settings = {"rank": 1, "estimator": "ridge BT", **about}
-        save_basis(path, Basis(V, ones[0], None, users, ones[1], unseen, settings))
+        basis = Basis(V, ones[0], None, users, ones[1], unseen, settings, center=center)
+        save_basis(path, basis)
 
 
 def ridge_path(
