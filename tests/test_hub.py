@@ -358,7 +358,7 @@ def test_nothing_half_written_is_believed(hubbed):
     talks, local = prepared.read_conversations(made), str(hubbed.folder / "flaky")
     plain = embeddings.embed(talks, hubbed.folder / "plain", model=local, progress=False)
     some = torch.arange(len(talks))
-    assert len(talks) == 20 and plain.rows(some).equal(store(hubbed, "own").rows(some))
+    assert len(talks) == 80 and plain.rows(some).equal(store(hubbed, "own").rows(some))
     with pytest.raises(InputError, match="no finished embeddings"):
         embeddings.open_store(hubbed.folder / "out" / "none" / "embeddings")
 

@@ -12,7 +12,7 @@ from torch.nn.functional import leaky_relu, softplus
 
 from lore.common.files import InputError
 from lore.learning.comparisons import Comparisons, DenseFeatures, Pairs, RowFeatures, Users
-from lore.learning.kinds import test_shares
+from lore.learning.kinds import shares_of_test
 from lore.learning.method import Fitted, Task
 from lore.methods import mlp, pal, vpl
 from lore.methods.fitting.linear import TRIES
@@ -72,7 +72,7 @@ def planted(world: str) -> Task:
     sizes = [(seen, 60), (new, 20), (seen, 40), (new, 40)]
     sets = [comparisons(world, E, users, n, i) for i, (users, n) in enumerate(sizes)]
     train, few, seen, unseen = sets
-    kinds = test_shares(train, few, seen, unseen)  # as a split says it
+    kinds = shares_of_test(train, few, seen, unseen)  # as a split says it
     return Task(train, few, seen, unseen, seed=3, shots=(0, 10, 20), kinds=kinds)
 
 

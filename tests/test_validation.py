@@ -47,7 +47,7 @@ def ratings(seed: int = 0, users: int = 60, texts: int = 100, pairs: int = 40) -
 
     train, few, seen, unseen = (side(first) for first in (0, 0, texts, texts))
     few.names = unseen.names = [f"new {u}" for u in range(users)]
-    return Task(train, few, seen, unseen, kinds=kinds.test_shares(train, few, seen, unseen))
+    return Task(train, few, seen, unseen, kinds=kinds.shares_of_test(train, few, seen, unseen))
 
 
 def loss_of(task: Task, kind: dict | None) -> float:

@@ -21,7 +21,7 @@ from torch import Tensor
 from lore.common.files import InputError, require
 from lore.embeddings.store import Store, open_store
 from lore.learning.comparisons import Comparisons, RowFeatures
-from lore.learning.kinds import test_shares
+from lore.learning.kinds import shares_of_test
 from lore.learning.method import Task
 from lore.learning.simulated_users import generate_population, simulate_choices
 from lore.preparing import prepared
@@ -124,7 +124,7 @@ class Tasks:
         return Task(
             **sets._asdict(), reference=reference, seed=seed, stream=stream,
             process=processes[0], processes=processes[1],
-            kinds=test_shares(sets.train, sets.few, sets.seen, sets.unseen), **options,
+            kinds=shares_of_test(sets.train, sets.few, sets.seen, sets.unseen), **options,
         )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ def by_user(user: NDArray[np.integer], kind: NDArray[np.int8]) -> Shares:
     return {name: float(weight[kind == place].sum()) for place, name in enumerate(KINDS)}
 
 
-def test_shares(
+def shares_of_test(
     train: Comparisons,
     few: Comparisons | None,
     seen: Comparisons,
