@@ -210,6 +210,18 @@ class ToyFit(Fitted):
         return {"note": "means of comparisons", "parameters": self.users.numel()}
 
 
+class NoStore:
+    """Embeddings of which nothing is known but their mean."""
+
+    manifest = {"model": "none"}
+
+    def __len__(self) -> int:
+        return planted.ROWS
+
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(index), planted.task().train.num_features)
+
+
 class Made:
     """What experiments need of a dataset, made from a planted task."""
 
@@ -220,8 +232,7 @@ class Made:
         talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
         return [talk] * planted.ROWS
 
-    class store:  # noqa: N801
-        manifest = {"model": "none"}
+    store = NoStore()
 
     def facts(self) -> dict[str, Any]:
         about = {"prepared": {}, "embeddings": {"model": "none"}, "unit": "comparisons"}
