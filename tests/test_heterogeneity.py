@@ -61,16 +61,18 @@ def test_the_variance_is_that_of_the_tastes() -> None:
     assert "No sign" in score_test(world(taste=0.0)[0]).sentence
 
 
-def alike(kind: str, shared: bool, seed: int) -> Comparisons:
-    """Choices of 60 people who do not differ, among 80 texts that they share or texts of their own.
+def choices(kind: str, shared: bool, seed: int, taste: float = 0.0) -> Comparisons:
+    """Choices of 60 people among 80 texts that they share, or among texts of their own.
 
-    They are made by a linear reward of the features, plus a hidden quality of each text
+    Tastes for a text have ``taste`` standard deviations of all else that decides, and people do
+    not differ where that is 0. Choices are made by a linear reward of the features, plus a hidden quality of each text
     (``quality``) or the noise of one rating of it by each person (``rating``).
     """
     g = torch.Generator().manual_seed(seed)
     users, pairs, texts = 60, 30, 80
     table = torch.randn(texts if shared else 2 * users * pairs, 8, generator=g)
-    reward = table[:, 0].expand(users, -1).clone()
+    taste *= 1.0 if kind == "linear" else (1 + 1.5**2) ** 0.5
+    reward = table[:, 0] + taste / 8**0.5 * torch.randn(users, 8, generator=g) @ table.T
     if kind == "quality":
         reward += 1.5 * torch.randn(len(table), generator=g)
     elif kind == "rating":
@@ -98,5 +100,12 @@ def alike(kind: str, shared: bool, seed: int) -> Comparisons:
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("kind", ["linear", "quality", "rating"])
 def test_people_who_do_not_differ_are_seldom_found_to(kind: str, shared: bool) -> None:
-    found = [score_test(alike(kind, shared, seed)).p <= 0.05 for seed in range(40)]
+    found = [score_test(choices(kind, shared, seed)).p <= 0.05 for seed in range(40)]
     assert sum(found) <= 4
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("kind", ["linear", "quality", "rating"])
+def test_tastes_of_half_a_standard_deviation_are_found(kind: str, shared: bool) -> None:
+    found = [score_test(choices(kind, shared, seed, 0.5)).p <= 0.05 for seed in range(10)]
+    assert sum(found) >= 8
