@@ -16,9 +16,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn  # noqa: F401 (scripts take nn from here)
 
+from lore.common.devices import sum_over_processes
 from lore.common.files import InputError, require  # noqa: F401 (scripts catch InputError from here)
 from lore.learning.basis import TEMPERATURE, Basis, save_basis
 from lore.learning.comparisons import (
@@ -45,7 +47,6 @@ from lore.learning.training import (
     OptimizerFactory,
     fit_weights,
     own_directions,
-    sum_over_processes,
     train_together,
 )
 
@@ -126,7 +127,7 @@ class LoRe:
         self.num_classes, self.num_features = num_classes, num_features
         self.rank, self.num_iterations = num_basis_vectors, num_iterations
         self.learning_rate, self.optimizer = learning_rate, optimizer
-        self.progress, self.distributed = progress, distributed
+        self.progress, self.processes = progress, dist.get_world_size() if distributed else 1
         self.W0, self.V0 = self._draw(as_generator(generator), dtype or torch.get_default_dtype())
         self.losses = torch.empty(0)
 
@@ -195,9 +196,7 @@ class LoRe_regularized(LoRe):
 
     def per_comparison(self, data: Comparisons) -> Tensor:
         """One comparison's share of all of them [U], over all processes."""
-        total = data.weight.sum()
-        if self.distributed:
-            total = sum_over_processes(total)
+        total = sum_over_processes(data.weight.sum(), self.processes)
         return (1 / total).expand(data.num_users)
 
     def schedule(self, step: int) -> float:

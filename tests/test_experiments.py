@@ -321,7 +321,7 @@ def test_the_choice_is_made_on_whole_dialogues_that_were_not_fitted(world, monke
     task = task_of(world)
     Lore(ranks=(2,), select_rank=True, **people.QUICK).fit(task)
     everything, rest = fitted
-    assert torch.equal(everything.features.x, task.mine.features.x)
+    assert torch.equal(everything.features.x, task.local_train.features.x)
     split = Split(task, 0, shots_of(task.few, task.shots))
     assert torch.equal(rest.features.x, split.fit.features.x)
     assert not set(split.fit.dialogs.tolist()) & set(split.held.dialogs.tolist())
@@ -376,7 +376,7 @@ def test_settings_are_chosen_on_the_validation_comparisons(all_seen, monkeypatch
     task = task_of(all_seen)
     *fits, chosen = Lore(ranks=(2, 3), select_rank=True, **people.QUICK).fit(task)
     for data in fitted:  # nothing is held out of the training comparisons
-        assert torch.equal(data.features.x, task.mine.features.x)
+        assert torch.equal(data.features.x, task.local_train.features.x)
     assert chosen.tried.keys() == {"BT", "LoRe K=2", "LoRe K=3"}
     for one in fits:
         expected = people.plain(all_seen.store, task.validation, one.basis.V, one.basis.W)

@@ -192,7 +192,7 @@ class ToyFit(Fitted):
     def __init__(self, method: Toy, task: Task) -> None:
         self.label, self.settings, self.pull = "toy", {"pull": method.pull}, method.pull
         self.population_state = torch.zeros(task.train.num_features)
-        data = task.mine
+        data = task.local_train
         self.population_state = data.features.x.mean(0)
         self.users = self.adapt(data.features.x, data, 0)
 

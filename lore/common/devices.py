@@ -1,4 +1,4 @@
-"""Which processor computes, and which processes share the work."""
+"""Which processor computes, which processes share the work, and sums over them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from lore.common.files import InputError
 
@@ -32,6 +33,34 @@ def wait_for_all() -> None:
     """Let every process reach this line."""
     if processes()[1] > 1:
         dist.barrier()
+
+
+def sum_over_processes(x: Tensor, processes: int) -> Tensor:
+    """Sum of x over the processes, which all get it; x itself where there is one."""
+    if processes > 1:
+        x = x.contiguous().clone()
+        dist.all_reduce(x)
+    return x
+
+
+def rows_before(rows: int, processes: int) -> tuple[int, int]:
+    """How many rows the processes before this one have, and how many all have."""
+    if processes == 1:
+        return 0, rows
+    counts = torch.zeros(processes, dtype=torch.long)
+    counts[dist.get_rank()] = rows
+    counts = sum_over_processes(counts, processes)
+    return int(counts[: dist.get_rank()].sum()), int(counts.sum())
+
+
+def gather_rows(rows: Tensor, processes: int) -> Tensor:
+    """The rows [n, ...] of all processes, in order; every process gets them all."""
+    if processes == 1:
+        return rows
+    first, count = rows_before(len(rows), processes)
+    whole = rows.new_zeros(count, *rows.shape[1:])
+    whole[first : first + len(rows)] = rows
+    return sum_over_processes(whole, processes)
 
 
 def pick_device(name: str) -> torch.device:

@@ -64,7 +64,7 @@ class Task:
     kinds: dict[str, dict[str, float]] | None = None
 
     @cached_property
-    def mine(self) -> Comparisons:
+    def local_train(self) -> Comparisons:
         """This process's share of the training comparisons, held in memory unless streamed."""
         share = self.train.share(self.process, self.processes)
         return share if self.stream else share.in_memory()

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+from lore.common.devices import gather_rows, rows_before, sum_over_processes
 from lore.common.files import InputError, require, write_whole
 from lore.common.tensors import checksum
 from lore.learning.comparisons import CACHE_BYTES, Comparisons, DenseFeatures, Users
@@ -64,13 +65,6 @@ def is_elementwise(optimizer: OptimizerFactory | None) -> bool:
     return isinstance(make_optimizer(optimizer, [torch.zeros(1)], 0.1), ELEMENTWISE)
 
 
-def sum_over_processes(value: Tensor) -> Tensor:
-    """The sum of every process's tensor."""
-    value = value.contiguous().clone()
-    dist.all_reduce(value)
-    return value
-
-
 def simplex(logits: Tensor, ranks: Sequence[int]) -> Tensor:
     """Weights [U, C] on the simplex: the softmax of each model's logits [U, C]."""
     return torch.cat([part.softmax(1) for part in logits.split(list(ranks), 1)], 1)
@@ -103,7 +97,7 @@ class Model(Protocol):
     learning_rate: float
     optimizer: OptimizerFactory | None
     alternating: bool
-    distributed: bool
+    processes: int
     progress: bool
     losses: Tensor
 
@@ -136,10 +130,14 @@ class Training:
             data.num_features == lead.num_features,
             f"features are {data.num_features} wide, the model expects {lead.num_features}",
         )
-        self.mine = self._share(lead, data)
+        first, users = rows_before(data.num_users, lead.processes)
+        require(
+            users == lead.num_classes, f"{users} users given, the model expects {lead.num_classes}"
+        )
+        self.own_rows = slice(first, first + data.num_users)  # of W
         self.ranks = [model.rank for model in models]
         self.V = torch.cat([model.V0 for model in models], 1).to(data.device)
-        logits = torch.cat([model.W0 for model in models], 1)[self.mine]
+        logits = torch.cat([model.W0 for model in models], 1)[self.own_rows]
         self.logits = logits.to(data.device, copy=True)
         per_comparison = lead.per_comparison(data)
         self.c = (data.weight * per_comparison[data.user]).to(self.V)
@@ -151,21 +149,6 @@ class Training:
         groups = [[self.logits], [self.V]] if lead.alternating else [[self.logits, self.V]]
         self.optimizers = [make_optimizer(lead.optimizer, g, lead.learning_rate) for g in groups]
         self.losses = self.V.new_zeros(lead.num_iterations, len(models))
-
-    @staticmethod
-    def _share(lead: Model, data: Comparisons) -> slice:
-        """This process's rows of W."""
-        counts, process = [data.num_users], 0
-        if lead.distributed:
-            process = dist.get_rank()
-            here = torch.zeros(dist.get_world_size(), device=data.device)
-            here[process] = data.num_users
-            counts = sum_over_processes(here).long().tolist()
-        require(
-            sum(counts) == lead.num_classes,
-            f"{sum(counts)} users given, the model expects {lead.num_classes}",
-        )
-        return slice(sum(counts[:process]), sum(counts[: process + 1]))
 
     def fit(self, checkpoint: Checkpoint | None) -> list[tuple[Tensor, Tensor]]:
         """Train to the end: (W, V) of every model, and each model's ``losses``."""
@@ -242,15 +225,15 @@ class Training:
         pulls = W.new_zeros(len(self.models))
         if self.strength is not None:
             sums = torch.cat([W.detach().sum(0), W.new_tensor([len(W)])])
-            sums = sum_over_processes(sums) if self.models[0].distributed else sums
+            sums = sum_over_processes(sums, self.models[0].processes)
             pulls = pull(W, sums[:-1] / sums[-1], self.strength, self.ranks)
         (self.logits.grad,) = torch.autograd.grad((W * dW).sum() + pulls.sum(), logits)
         return pulls.detach()
 
     def _set_basis_gradient(self, losses: Tensor, dV: Tensor, step: int) -> Tensor:
         """Sum over processes, with the pull to the reference; returns all losses [M]."""
-        if self.models[0].distributed:
-            dV, losses = sum_over_processes(dV), sum_over_processes(losses)
+        processes = self.models[0].processes
+        dV, losses = sum_over_processes(dV, processes), sum_over_processes(losses, processes)
         if any(model.alpha for model in self.models):
             V = self.V.detach().requires_grad_()
             pairs = zip(self.models, V.split(self.ranks, 1), strict=True)
@@ -261,11 +244,7 @@ class Training:
         return losses
 
     def _results(self) -> list[tuple[Tensor, Tensor]]:
-        W = simplex(self.logits, self.ranks)
-        if self.models[0].distributed:
-            everyone = W.new_zeros(self.models[0].num_classes, W.shape[1])
-            everyone[self.mine] = W
-            W = sum_over_processes(everyone)
+        W = gather_rows(simplex(self.logits, self.ranks), self.models[0].processes)
         parts = zip(self.models, W.split(self.ranks, 1), self.V.split(self.ranks, 1), strict=True)
         results = []
         for i, (model, w, v) in enumerate(parts):
@@ -293,7 +272,7 @@ def train_together(
     if is_elementwise(models[0].optimizer) or len(models) == 1:
         return Training(models, data, models[0].loss).fit(checkpoint)
     require(
-        not models[0].distributed,
+        models[0].processes == 1,
         "this optimiser needs all users in one process: use Adam, AdamW or SGD",
     )
     return [Training([model], data, model.loss).fit(None)[0] for model in models]
@@ -455,7 +434,7 @@ class Checkpoint:
             InputError: the state is damaged, or of other models, settings or data.
         """
         step = max(self._steps(), default=0)
-        if training.models[0].distributed:
+        if training.models[0].processes > 1:
             last = torch.tensor(step, device=training.V.device)
             dist.all_reduce(last, op=dist.ReduceOp.MIN)
             step = int(last)
@@ -512,7 +491,7 @@ def _identity(training: Training) -> dict[str, Any]:
         "models": [(m.rank, m.alpha, m.shrinkage) for m in training.models],
         "iterations": lead.num_iterations,
         "optimizer": str(make_optimizer(lead.optimizer, [torch.zeros(1)], lead.learning_rate)),
-        "users": (training.mine.start, training.mine.stop, lead.num_classes),
+        "users": (training.own_rows.start, training.own_rows.stop, lead.num_classes),
         "comparisons": (len(data), data.num_features, f"{float(data.weight.sum()):.9g}"),
         "start": float(sum(m.V0.double().sum() + m.W0.double().sum() for m in training.models)),
     }

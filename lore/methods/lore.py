@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lore.common.devices import rows_before
 from lore.common.files import require
 from lore.common.settings import (
     NonNegativeFloat,
@@ -25,7 +26,6 @@ from lore.learning.comparisons import Comparisons, Seed, Users
 from lore.learning.grid import fit_bases, grid
 from lore.learning.method import Fitted, Task
 from lore.learning.training import Checkpoint
-from lore.methods.fitting.geometry import place
 from lore.methods.fitting.posterior import Prior
 from lore.methods.fitting.validation import Split, shots_of
 from utils import (
@@ -93,7 +93,7 @@ class Lore:
 
     def fit_shared(self, task: Task) -> list[LoreFit]:
         """Bradley-Terry: rank 1, one shared direction, for every alpha."""
-        return self._fit(task, grid([1], self.alpha), task.mine, task.train.num_users, "shared")
+        return self._fit(task, grid([1], self.alpha), "shared")
 
     def within(self, users: int) -> Lore:
         """The same without ranks above what so many users support."""
@@ -102,23 +102,29 @@ class Lore:
     def fit(self, task: Task) -> list[Fitted]:
         """A fit for every alpha, rank and shrinkage; last the chosen one, where one is chosen."""
         ranks = [rank for rank in self.ranks if rank > 1]
-        asked = grid(ranks, self.alpha, self.shrinkage)
-        fits = self._fit(task, asked, task.mine, task.train.num_users, "ranks")
+        fits = self._fit(task, grid(ranks, self.alpha, self.shrinkage), "ranks")
         if self.select_rank:
-            asked = grid([1, *ranks], self.alpha, self.shrinkage)
-            fits.append(self._chosen(task, asked, fits))
+            grid_points = grid([1, *ranks], self.alpha, self.shrinkage)
+            fits.append(self._chosen(task, grid_points, fits))
         return fits
 
     def _fit(
-        self, task: Task, asked: list[dict[str, Any]], data: Comparisons, users: int, state: str
+        self,
+        task: Task,
+        grid_points: list[dict[str, Any]],
+        state: str = "",
+        data: Comparisons | None = None,
+        users: int = 0,
     ) -> list[LoreFit]:
+        """Fits to this process's comparisons, or to some, which have so many users in all."""
         checkpoint = None
         if state and task.state is not None and task.checkpoint_every:
             path = task.state.with_name(f"{task.state.name}-{state}")
             checkpoint = Checkpoint(path, task.checkpoint_every)
         steps = {} if self.iterations is None else {"num_iterations": self.iterations}
         bases = fit_bases(
-            ESTIMATORS[self.estimator], asked, task.reference, data, users, checkpoint,
+            ESTIMATORS[self.estimator], grid_points, task.reference, data or task.local_train,
+            users or task.train.num_users, checkpoint,
             generator=task.seed, distributed=task.processes > 1, progress=task.progress,
             learning_rate=self.learning_rate, optimizer=self.optimizer, **steps,
         )  # fmt: skip
@@ -133,11 +139,13 @@ class Lore:
         )
         return split
 
-    def _chosen(self, task: Task, asked: list[dict[str, Any]], fits: list[LoreFit]) -> LoreFit:
+    def _chosen(
+        self, task: Task, grid_points: list[dict[str, Any]], fits: list[LoreFit]
+    ) -> LoreFit:
         """The fit whose settings have the lowest log loss on validation."""
         split, scores = self._split(task), {}
-        first, users = place(split.fit.num_users, task.processes)
-        for fit in self._fit(task, asked, split.fit, users, ""):
+        first, users = rows_before(split.fit.num_users, task.processes)
+        for fit in self._fit(task, grid_points, "", split.fit, users):
             fit.users = fit.users[first : first + split.fit.num_users]  # this process's
             scores[fit.label] = split.score(fit).loss
         best = min(scores, key=scores.get)

@@ -27,13 +27,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lore.common.devices import gather_rows, sum_over_processes
 from lore.common.files import require, write_whole
 from lore.common.settings import NonNegativeFloat, PositiveFloat, PositiveInt
 from lore.common.tensors import expect, read_tensors, require_finite
 from lore.learning.basis import look_up
 from lore.learning.comparisons import Comparisons, Users
 from lore.learning.method import Fitted, Task, View
-from lore.methods.fitting.geometry import Geometry, everyones, measure, total
+from lore.methods.fitting.geometry import Geometry, measure
 from lore.methods.fitting.posterior import (
     TOLERANCE,
     Prior,
@@ -102,7 +103,7 @@ class MixedLogit:
         chosen, scale = self._given(), 1.0
         if chosen is None:
             chosen, scale = self._choose(task, tried)
-        data, processes = task.mine, task.processes
+        data, processes = task.local_train, task.processes
         geometry = replace(measure(data, processes, self.directions), floor=chosen.floor)
         shared = fit_shared(data, geometry, chosen.l_mu, processes=processes, tolerance=FINE)
         facts = {
@@ -115,7 +116,7 @@ class MixedLogit:
             view = fit.view(data)
             fit.prior, evidence, push = estimate(view, data, chosen, processes=processes)
             modes = posteriors(view, data, fit.prior, start=push).mode
-            fit.users = everyones(modes, processes).float()
+            fit.users = gather_rows(modes, processes).float()
             facts |= {
                 "evidence": evidence, "spectrum": fit.spectrum().tolist(),
                 "parameters": data.num_features + task.train.num_users * fit.users.shape[1],
@@ -183,14 +184,14 @@ def estimate(
         return prior, evidence, push
     first = isotropic * ((strengths.start or strengths.tau2) / strengths.tau2)
     prior = Prior(prior.mean, first) if start is None else start
-    count = total(torch.tensor(float(users.num_users), dtype=torch.float64), processes)
+    count = sum_over_processes(torch.tensor(float(users.num_users), dtype=torch.float64), processes)
     for _ in range(rounds):
         found = posteriors(view, users, prior, WHILE_FITTING, push)
         push = found.push
-        moments = total(mean_moment(view, users, prior, found), processes)
+        moments = sum_over_processes(mean_moment(view, users, prior, found), processes)
         if judged:
             likely = log_evidence(view, users, prior, found).sum()
-            evidence.append(float(total(likely, processes)))
+            evidence.append(float(sum_over_processes(likely, processes)))
         S = (moments + strengths.pi * isotropic) / (count.to(moments) + strengths.pi)
         prior = Prior(prior.mean, (S + S.T) / 2)
     return prior, evidence, push

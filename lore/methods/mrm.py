@@ -161,7 +161,7 @@ class MRM:
 
     def fit(self, task: Task) -> list[Fitted]:
         """Choose the ridge, then fit all training comparisons; or as published."""
-        data = task.mine
+        data = task.local_train
         if self.setting == "faithful":
             return [self._faithful(data, task.seed)]
         best, tried = choose(task, self.ridges, lambda *given: self._converged(*given, ROUGH))

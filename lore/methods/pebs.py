@@ -141,7 +141,7 @@ class PEBS:
 
     def fit(self, task: Task) -> list[Fitted]:
         """Choose the ridge, then fit the reward and every user's slope."""
-        data = task.mine
+        data = task.local_train
         fit = self._faithful if self.setting == "faithful" else self._converged
         best, tried = choose(task, self.strengths, lambda *given: (fit(*given[:2], ROUGH), None))
         fitted = fit(data, best, FINE)

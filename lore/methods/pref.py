@@ -116,7 +116,7 @@ class PReF:
 
     def fit(self, task: Task) -> list[Fitted]:
         """Choose the ridge, then fit all training comparisons; or the published training."""
-        data = task.mine
+        data = task.local_train
         if self.setting == "faithful":
             return [self._faithful(data, task.seed)]
         ridge, tried = choose(task, self.ridges, lambda *given: self._converged(*given, ROUGH))

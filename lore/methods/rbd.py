@@ -151,7 +151,7 @@ class RBD:
 
     def fit(self, task: Task) -> list[Fitted]:
         """Choose the strengths, then fit all training comparisons; or the published training."""
-        data = task.mine
+        data = task.local_train
         if self.setting == "faithful":
             split = hold_out(data, task.seed, task.kinds, task.validation)
             return [self._faithful(data, split, task.seed)]

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from lore.common.devices import sum_over_processes
 from lore.common.settings import PositiveFloat
 from lore.learning.basis import Basis, save_basis
 from lore.learning.comparisons import Comparisons, DenseFeatures
 from lore.learning.method import Fitted, Task, View
-from lore.methods.fitting.geometry import Geometry, measure, total
+from lore.methods.fitting.geometry import Geometry, measure
 from lore.methods.fitting.lbfgs import Minimum, minimise
 from lore.methods.fitting.validation import Scores, Validation
 from utils import TEMPERATURE
@@ -82,7 +83,7 @@ def fit_shared(
         lost = -(data.weight @ logsigmoid(a))
         residual = data.weight * torch.sigmoid(-a)
         g = -data.backproject(residual.to(dtype)[:, None]).double()
-        flat = total(torch.cat([lost[None], g[:, 0]]), processes)
+        flat = sum_over_processes(torch.cat([lost[None], g[:, 0]]), processes)
         gradient = geometry.raw(flat[1:, None]) + strength * mu
         return float(flat[0] + strength / 2 * (mu * mu).sum()), gradient
 
@@ -215,7 +216,7 @@ class RidgeBT:
         strength = self.strength
         if strength is None:
             strength = self._choose(task, tried)
-        data = task.mine
+        data = task.local_train
         geometry = measure(data, task.processes)
         found = fit_shared(data, geometry, strength, processes=task.processes)
         facts = {

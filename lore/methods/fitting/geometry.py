@@ -8,42 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from lore.common.devices import sum_over_processes
 from lore.common.files import require
 from lore.learning.comparisons import Comparisons
 
 DIRECTIONS = 64
 ROUNDS = 4  # of the subspace iteration; the spectra of language models fall fast
 PROBES = 16
-
-
-def total(x: Tensor, processes: int) -> Tensor:
-    """Sum of x over the processes, which all get it."""
-    if processes > 1:
-        dist.all_reduce(x)
-    return x
-
-
-def place(rows: int, processes: int) -> tuple[int, int]:
-    """How many rows the processes before this one have, and how many all have."""
-    if processes == 1:
-        return 0, rows
-    counts = torch.zeros(processes, dtype=torch.long)
-    counts[dist.get_rank()] = rows
-    counts = total(counts, processes)
-    return int(counts[: dist.get_rank()].sum()), int(counts.sum())
-
-
-def everyones(rows: Tensor, processes: int) -> Tensor:
-    """The rows [n, ...] of all processes, in order; every process gets them all."""
-    if processes == 1:
-        return rows
-    first, count = place(len(rows), processes)
-    whole = rows.new_zeros(count, *rows.shape[1:])
-    whole[first : first + len(rows)] = rows
-    return total(whole, processes)
 
 
 @dataclass
@@ -124,10 +97,10 @@ def measure(data: Comparisons, processes: int = 1, directions: int = DIRECTIONS)
     F, like = data.num_features, torch.zeros(0, device=data.device)
     D = min(directions, F)
     Q = torch.randn(F, min(F, D + 8), generator=generator).to(like)
-    count = int(total(torch.tensor(float(len(data))), processes))
+    count = int(sum_over_processes(torch.tensor(float(len(data))), processes))
 
     def moment(V: Tensor) -> Tensor:
-        return total(data.backproject(data.project(V)), processes) / count
+        return sum_over_processes(data.backproject(data.project(V)), processes) / count
 
     Q = torch.linalg.qr(Q)[0]
     for _ in range(ROUNDS):

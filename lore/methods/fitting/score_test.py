@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lore.common.devices import gather_rows, sum_over_processes
 from lore.learning.comparisons import Comparisons, RowFeatures
-from lore.methods.fitting.geometry import Geometry, everyones, measure, total
+from lore.methods.fitting.geometry import Geometry, measure
 from lore.methods.ridge_bt import ROUGH, fit_shared, precision
 
 DIRECTIONS = 32
@@ -79,14 +80,14 @@ def score_test(
     pairs = float((data.counts.square() - data.counts).sum())
     kept = float(_apart(data, torch.ones_like(p)[:, None]).sum()) / max(1.0, pairs)
     slope = data.weight * p * (1 - p)
-    information = float(total(kept * _information(data, Z, slope), processes))
-    own = everyones(own, processes)
+    information = float(sum_over_processes(kept * _information(data, Z, slope), processes))
+    own = gather_rows(own, processes)
     error = float(own.square().sum().sqrt())
     found = float(own.sum())
     statistic = found / error if error > 0 else 0.0
     variance = found / max(information, 1e-300)
     # What a comparison tells along each direction
-    each = total(slope @ Z.square(), processes) / geometry.count
+    each = sum_over_processes(slope @ Z.square(), processes) / geometry.count
     typical = float(each.square().sum() / each.sum())
     needed = 1 / (variance * typical) if variance > 0 else math.inf
     return ScoreTest(statistic, math.erfc(statistic / 2**0.5) / 2, variance, needed)

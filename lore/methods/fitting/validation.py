@@ -15,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lore.common.devices import rows_before, sum_over_processes
 from lore.common.files import digest
 from lore.common.kinds import KINDS, Judged
 from lore.learning.comparisons import Comparisons, RowFeatures, Users
 from lore.learning.kinds import Shares, judged, shares
 from lore.learning.method import Fitted, Task
-from lore.methods.fitting.geometry import place, total
 
 log = logging.getLogger(__name__)
 Kinds = dict[str, Shares]  # of ``seen`` and ``unseen`` users
@@ -373,7 +373,7 @@ class Split:
         fit = (side == FIT) & known[train.user.cpu()]
         rows = torch.unique(train.user.cpu()[fit])  # of the users that candidates know
         whole = train.select(fit).share(task.process, task.processes)
-        first = place(whole.num_users, task.processes)[0]
+        first = rows_before(whole.num_users, task.processes)[0]
         rows = rows[first : first + whole.num_users]
         if task.validation is not None:
             mine = _given(whole, task.validation)
@@ -423,7 +423,7 @@ def _gather(values: Tensor, processes: int) -> Tensor:
     if processes == 1:
         return values
     known = ~values.isnan()
-    sums = total(torch.stack([values.nan_to_num(), known.double()]), processes)
+    sums = sum_over_processes(torch.stack([values.nan_to_num(), known.double()]), processes)
     return torch.where(sums[1] > 0, sums[0], math.nan)
 
 
