@@ -65,8 +65,8 @@ def choices(kind: str, shared: bool, seed: int, taste: float = 0.0) -> Compariso
     """Choices of 60 people among 80 texts that they share, or among texts of their own.
 
     Tastes for a text have ``taste`` standard deviations of all else that decides, and people do
-    not differ where that is 0. Choices are made by a linear reward of the features, plus a hidden quality of each text
-    (``quality``) or the noise of one rating of it by each person (``rating``).
+    not differ where that is 0. Choices are made by a linear reward of the features, plus a hidden
+    quality of each text (``quality``) or the noise of one rating of it by each person (``rating``).
     """
     g = torch.Generator().manual_seed(seed)
     users, pairs, texts = 60, 30, 80
