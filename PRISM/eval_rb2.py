@@ -28,15 +28,16 @@ from lore.common.files import InputError, check_place, digest, require, write_te
 from lore.common.settings import NonNegativeInt, PositiveInt
 from lore.embeddings.prefix_trees import Tokens
 from lore.embeddings.reward_model import (
+    OF_BASIS,
     PAPERS_MODEL,
     Conversation,
+    ModelChoice,
     Source,
     cut_tokens,
     device_and_dtype,
     load_config,
     load_engine,
     load_tokenizer,
-    model_of_basis,
     render,
     render_text,
 )
@@ -70,11 +71,7 @@ def main(
     rm_head: str | None = None,
     head_bias: str | None = None,
     head_key: str | None = None,
-    model: str | None = None,
-    tokenizer: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    any_model: bool = False,
+    lm: ModelChoice = OF_BASIS,
     mode: Literal["auto", "seqclf", "lmhead"] = "auto",
     results: str | None = None,
     save_csv: str | None = None,
@@ -98,12 +95,7 @@ def main(
             (1, F).
         head_bias: a number to add to the rewards of rm_head, or such a file with one per head.
         head_key: name of the entry to take from rm_head if it holds several.
-        model: reward model, a hub name or a local folder; by default the one that the basis was
-            learned with, or the paper's if no basis is given.
-        tokenizer: hub name or folder of the tokenizer, if it is not the model's own.
-        revision: branch, tag or commit of a hub model.
-        trust_remote_code: run model code that comes with a hub model.
-        any_model: take the model even if the basis was learned with another one.
+        lm: the reward model; the paper's if neither it nor a basis is given.
         mode: seqclf scores with the model's own classification forward; lmhead embeds once and
             multiplies with heads, the model's own among them; auto is lmhead if a head file or a
             basis is given, else seqclf.
@@ -122,14 +114,15 @@ def main(
         return
     bench = read_bench(source, split, subset, limit)
     heads = asked_heads(rm_head, head_key, head_bias, learned, users)
-    lm = Source(model or PAPERS_MODEL, tokenizer, revision, trust_remote_code)
     if learned:
-        lm = model_of_basis(learned.settings, basis, model, *lm[1:], any_model)
-    mode = check_mode(mode, lm, heads)
-    folder = Path(results) if results else RESULTS / slug(lm.model)
+        model = lm.of_basis(learned.settings, basis)
+    else:
+        model = lm.resolve({"model": PAPERS_MODEL}, "")
+    mode = check_mode(mode, model, heads)
+    folder = Path(results) if results else RESULTS / slug(model.model)
     (folder / "scores").mkdir(parents=True, exist_ok=True)
 
-    rewards = all_rewards(as_conversations(bench), heads, lm, mode, **scoring)
+    rewards = all_rewards(as_conversations(bench), heads, model, mode, **scoring)
     if rewards is None:
         return
     rewards["shortest response"] = length_baseline(bench)
@@ -333,4 +326,4 @@ def slug(name: str) -> str:
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, short="lm")

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from lore.common.files import InputError
-from lore.embeddings.reward_model import check_model, resolve_model
+from lore.embeddings.reward_model import ModelChoice, check_model
 from lore.learning.basis import Basis, load_basis, save_basis
 
 V = torch.arange(8.0).reshape(4, 2)
@@ -81,15 +81,17 @@ def test_a_local_model_is_found_from_any_folder(tmp_path, monkeypatch):
         folder.mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     for name in (str(model), "../model"):
-        found = resolve_model({"model": name, "tokenizer": name}, path)
-        assert Path(found[0]).resolve() == model and found[1:] == (None, None)
+        found = ModelChoice().resolve({"model": name, "tokenizer": name}, path)
+        assert Path(found.model).resolve() == model and found[1:] == (None, None, False)
 
 
 def test_what_is_given_goes_before_what_the_basis_remembers():
     settings = {"model": "org/model", "tokenizer": "org/tokenizer", "revision": "c0ffee"}
-    assert resolve_model(settings, "b") == ("org/model", "org/tokenizer", "c0ffee")
-    assert resolve_model(settings, "b", None, "mine", "main") == ("org/model", "mine", "main")
-    assert resolve_model(settings, "b", "other") == ("other", None, None)
+    found = ("org/model", "org/tokenizer", "c0ffee", False)
+    assert ModelChoice().resolve(settings, "b") == found
+    given = ModelChoice(None, "org/words", "main", True).resolve(settings, "b")
+    assert given == ("org/model", "org/words", "main", True)
+    assert ModelChoice("other").resolve(settings, "b") == ("other", None, None, False)
 
 
 NOTES = {"users": '["ann", "bob"]', "users_unseen": "[]", "settings": "{}"}
@@ -122,11 +124,11 @@ def test_what_no_run_has_written_is_no_basis(tmp_path, what):
 @pytest.mark.parametrize("name", ["/gone/model", "../gone", "a/b/c"])
 def test_a_local_model_that_moved_is_named_with_what_to_do(name):
     with pytest.raises(InputError, match=f"run/b was learned with the model in {name}.*--model"):
-        resolve_model({"model": name}, "run/b")
+        ModelChoice().resolve({"model": name}, "run/b")
     with pytest.raises(InputError, match="tokenizer in /gone/words.*--tokenizer"):
-        resolve_model({"model": "org/model", "tokenizer": "/gone/words"}, "run/b")
+        ModelChoice().resolve({"model": "org/model", "tokenizer": "/gone/words"}, "run/b")
     with pytest.raises(InputError, match="run/b does not say .*--model"):
-        resolve_model({}, "run/b")
+        ModelChoice().resolve({}, "run/b")
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 import models
 import running
 from lore.common.files import InputError
+from lore.embeddings.reward_model import ModelChoice
 from lore.embeddings.store import embed, open_store
 from lore.learning.basis import Basis, save_basis
 from lore.methods.fitting.posterior import Prior
@@ -326,9 +327,10 @@ def basis_file(tmp_path_factory, basis) -> str:
     return str(path)
 
 
-def evaluate(folder: Path, **settings) -> pd.DataFrame:
+def evaluate(folder: Path, model=None, any_model=False, **settings) -> pd.DataFrame:
     """The table of a run in this process, as it was saved."""
-    eval_rb2.main(results=str(folder), embeddings=str(folder / "embeddings"), **settings)
+    settings |= {"lm": ModelChoice(model, any_model=any_model), "results": str(folder)}
+    eval_rb2.main(embeddings=str(folder / "embeddings"), **settings)
     return pd.read_csv(folder / "scores.csv", index_col="reward")
 
 

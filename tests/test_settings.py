@@ -15,6 +15,7 @@ import pytest
 import running
 from lore.common.files import InputError
 from lore.common.flags import Flags
+from lore.embeddings.reward_model import ModelChoice
 from running import Outcome
 from test_scripts import SCRIPTS, Parsed, parser_of
 
@@ -188,6 +189,14 @@ def test_flags_are_not_abbreviated(words, line):
 def test_a_flag_of_lore_is_the_same_with_its_group_and_without():
     flags = flags_of(TRAIN)
     assert flags.read(["--ranks", "3"]) == flags.read(["--lore.ranks", "3"])
+
+
+def test_several_groups_flags_may_go_without_their_names():
+    words = ["--basis", "b", "--choices", "c", "--candidates", "d", "--chosen", "x", "--model", "m"]
+    read = flags_of("tools/rank_responses.py").read(words)
+    assert read["columns"].chosen == "x" and read["lm"] == ModelChoice("m")
+    shown = running.invoke("tools/rank_responses.py", {}, "--help").out
+    assert " --chosen " in shown and " --any-model " in shown and "--lm." not in shown
 
 
 CONFIGS = {

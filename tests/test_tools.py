@@ -22,6 +22,7 @@ import running
 from lore.common.files import UMASK, InputError
 from lore.elicitation import ranking
 from lore.embeddings import store as embeddings
+from lore.embeddings.reward_model import ModelChoice
 from lore.learning.basis import Basis, load_basis, save_basis
 from lore.methods.fitting.posterior import Prior
 from lore.methods.mixed_logit import MixedFit
@@ -228,7 +229,7 @@ def test_model_card_and_labels_say_what_it_is(tmp_path):
     [
         ({"users": ("bob",)}, "--users bob is not in the basis, which has 3 users, such as ann"),
         ({"users": ("ann",), "average": True}, "exclude each other"),
-        ({"model": "/nowhere/at/all"}, "cannot be loaded"),
+        ({"lm": ModelChoice("/nowhere/at/all")}, "cannot be loaded"),
         ({"out": None}, "--out is missing"),
     ],
 )
@@ -266,12 +267,12 @@ def test_another_model_of_the_same_size_is_refused_unless_it_is_insisted_on(tmp_
     path = make_basis(tmp_path, model, **facts)
     export.main(path, tmp_path / "own")
     with pytest.raises(InputError, match="other weights than .*--any-model true"):
-        export.main(path, tmp_path / "out", model=str(other))
+        export.main(path, tmp_path / "out", lm=ModelChoice(str(other)))
     path = make_basis(tmp_path, model, **facts | {"template_sha256": "0" * 64})
     with pytest.raises(InputError, match="another chat template than"):
         export.main(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    export.main(path, tmp_path / "out", any_model=True)
+    export.main(path, tmp_path / "out", lm=ModelChoice(any_model=True))
     assert (tmp_path / "out").exists() and "may mean nothing" in caplog.text
 
 
@@ -455,9 +456,7 @@ def test_a_single_choice_cannot_be_left_out(tmp_path):
         assert "needs two rows" in rank_responses.agreement(person.left_out)
 
 
-def test_a_mixed_logit_ranks_with_standard_deviations(
-    task, tmp_path, capsys
-):
+def test_a_mixed_logit_ranks_with_standard_deviations(task, tmp_path, capsys):
     files, _ = task
     files["basis"] = make_mixed(tmp_path, tmp_path / "model")
     rank_responses.main(**files, save=tmp_path / "found.json", progress=False)

@@ -124,4 +124,4 @@ def tell(session: Session, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    cli(main, short="columns")
+    cli(main, short="columns lm")

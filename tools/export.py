@@ -23,7 +23,14 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.common.cli import cli
 from lore.common.files import UMASK, InputError, require
-from lore.embeddings.reward_model import Source, load_tokenizer, model_of_basis, pretrained, render
+from lore.embeddings.reward_model import (
+    OF_BASIS,
+    ModelChoice,
+    Source,
+    load_tokenizer,
+    pretrained,
+    render,
+)
 from lore.learning.basis import Learned
 from lore.methods.saved import load_learned
 
@@ -76,12 +83,8 @@ def main(
     users: tuple[str, ...] = (),
     average: bool = False,
     list_users: bool = False,
-    model: str | None = None,
-    tokenizer: str | None = None,
-    revision: str | None = None,
+    lm: ModelChoice = OF_BASIS,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-    trust_remote_code: bool = False,
-    any_model: bool = False,
 ) -> None:
     """Write a sequence-classification checkpoint with tokenizer and model card.
 
@@ -93,12 +96,8 @@ def main(
         users: export the rewards of these users, a label each; a mixed logit's is the mode.
         average: export the reward of the average user as the one label.
         list_users: print the names of the file's users and do nothing else.
-        model: reward model; by default the one that the basis was learned with.
-        tokenizer: hub name or folder of the tokenizer, if it is not the model's own.
-        revision: branch, tag or commit of a hub model.
+        lm: the reward model.
         dtype: of the weights; auto keeps the model's own.
-        trust_remote_code: run model code that comes with a hub model.
-        any_model: take the model even if the basis was learned with another one.
     """
     learned = load_learned(basis)
     if list_users:
@@ -107,8 +106,7 @@ def main(
     require(out is not None, "--out is missing: name the folder to make")
     require(not out.exists(), f"--out {out} already exists: remove it or choose another folder")
     rewards = choose_rewards(learned, users, average)
-    named = (model, tokenizer, revision, trust_remote_code)
-    source = model_of_basis(learned.settings, basis, *named, any_model)
+    source = lm.of_basis(learned.settings, basis)
     exported, chat_tokenizer = load_model(source, dtype), load_tokenizer(source)
     offsets = replace_head(exported, rewards, learned.center)
     settle(chat_tokenizer, exported)
@@ -271,4 +269,4 @@ def write_checkpoint(out: Path, model: Any, tokenizer: Any, text: str) -> None:
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, short="lm")

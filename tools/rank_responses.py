@@ -33,7 +33,7 @@ from lore.elicitation.ranking import (
     read_drafts,
     read_liked,
 )
-from lore.embeddings.reward_model import Conversation, model_of_basis
+from lore.embeddings.reward_model import OF_BASIS, Conversation, ModelChoice
 from lore.learning.basis import Basis
 from lore.learning.comparisons import Users
 from lore.methods.fitting.posterior import covariances, posteriors
@@ -48,11 +48,7 @@ def main(
     candidates: Path,
     columns: Columns = USUAL,
     save: Path | None = None,
-    model: str | None = None,
-    tokenizer: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    any_model: bool = False,
+    lm: ModelChoice = OF_BASIS,
     num_iterations: PositiveInt = 500,
     learning_rate: Rate = 0.1,
     seed: SeedNumber = 0,
@@ -73,11 +69,7 @@ def main(
         candidates: a file with "prompt" or "messages", and "response" (one text or a list).
         columns: what the columns are called, such as --chosen better.
         save: also write the ranking to this .csv, or weights and ranking to this .json file.
-        model: reward model; by default the one that the basis was learned with.
-        tokenizer: hub name or folder of the tokenizer, if it is not the model's own.
-        revision: branch, tag or commit of a hub model.
-        trust_remote_code: run model code that comes with a hub model.
-        any_model: take the model even if the basis was learned with another one.
+        lm: the reward model.
         num_iterations: steps of Adam on the weights; a mixed logit needs none of these.
         learning_rate: of Adam.
         seed: of the weights' initial values.
@@ -90,8 +82,7 @@ def main(
     learned = load_learned(basis)
     chosen, rejected, row = read_liked(choices, columns)
     drafts = read_drafts(candidates, columns)
-    named = (model, tokenizer, revision, trust_remote_code)
-    source = model_of_basis(learned.settings, basis, *named, any_model)
+    source = lm.of_basis(learned.settings, basis)
     if isinstance(learned, Basis):
         directions = torch.stack(list(learned.columns().values()), 1)
     else:
@@ -234,4 +225,4 @@ def write(save: Path, known: dict[str, list[float]], ranking: pd.DataFrame) -> N
 
 
 if __name__ == "__main__":
-    cli(main, short="columns")
+    cli(main, short="columns lm")

@@ -36,8 +36,7 @@ def cli(main: Callable[..., Any], short: str | None = None, kept: str = KEPT) ->
 
     Args:
         main: what to run.
-        short: a group of flags, such as lore, that may be given without its name: ``--ranks``
-            for ``--lore.ranks``, unless there is a flag of that name.
+        short: groups of flags that may be given without their names, see ``flags.Flags``.
         kept: what a stopped run leaves for the same command to go on from.
     """
     _log_to_stderr()

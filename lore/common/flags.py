@@ -51,10 +51,10 @@ class Flags:
 
         Args:
             main: the function.
-            short: a group of flags, such as lore, that may be given without its name: ``--ranks``
-                for ``--lore.ranks``, unless there is a flag of that name.
+            short: groups of flags, such as "lore lm", that may be given without their names:
+                ``--ranks`` for ``--lore.ranks``, unless there is a flag of that name.
         """
-        self.short, self.parser = short, _Parser(allow_abbrev=False)
+        self.short, self.parser = (short or "").split(), _Parser(allow_abbrev=False)
         text = "YAML file with any of these settings; flags come before what it says."
         self.parser.add_argument("--config", action="config", help=text)
         self.parser.add_function_arguments(main, as_positional=False)
@@ -66,6 +66,8 @@ class Flags:
         for action in self.parser._actions:
             if action.dest in self.groups:  # jsonargparse would import what such a flag is given
                 action.help = argparse.SUPPRESS
+            elif action.dest in self.types:
+                action.option_strings = [self.flag(action.dest)]  # as --help shows it
 
     def read(self, words: Sequence[str]) -> dict[str, Any]:
         """The arguments that a command line asks for.
@@ -113,8 +115,9 @@ class Flags:
         name = flag.replace("-", "_")
         name = ALIASES.get(name, name)
         known = {name.split(".")[0], ".".join(name.split(".")[:2])} & {*self.types, *self.groups}
-        grouped = f"{self.short}.{name.split('.')[0]}"
-        return f"{self.short}.{name}" if not known and grouped in self.types else name
+        groups = (group for group in self.short if f"{group}.{name.split('.')[0]}" in self.types)
+        group = None if known else next(groups, None)
+        return f"{group}.{name}" if group else name
 
     def _unknown(self, flag: str) -> str:
         known = [self.flag(name)[2:] for name in self.types]
@@ -125,8 +128,9 @@ class Flags:
 
     def flag(self, name: str) -> str:
         """How a setting's flag is typed."""
-        short = name.removeprefix(f"{self.short}.")
-        return "--" + (name if short in self.types else short).replace("_", "-")
+        group, _, short = name.partition(".")
+        is_short = group in self.short and short not in self.types
+        return "--" + (short if is_short else name).replace("_", "-")
 
     def _read_file(self, file: str) -> Given:
         try:

@@ -19,7 +19,7 @@ from lore.elicitation.outlook import look_ahead, same_prompt_pairs, thinned
 from lore.elicitation.pool import Pair
 from lore.elicitation.ranking import directed_rewards, rank
 from lore.elicitation.taste import Taste
-from lore.embeddings.reward_model import model_of_basis
+from lore.embeddings.reward_model import OF_BASIS, ModelChoice
 from lore.preparing.messages import Conversation
 
 SPEAKERS = {"user": "You", "assistant": "Answer", "system": "Instructions"}
@@ -80,11 +80,7 @@ def gather(
     answers: Answers,
     drafts: list[Conversation],
     embeddings: Path | None = None,
-    model: str | None = None,
-    tokenizer: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    any_model: bool = False,
+    lm: ModelChoice = OF_BASIS,
     **embedding: Any,
 ) -> Material:
     """Embed the pool, the candidates and what was answered before.
@@ -98,15 +94,10 @@ def gather(
         answers: those that were given before.
         drafts: the candidates' conversations.
         embeddings: folder to keep the embeddings of pool and candidates in, for another time.
-        model: reward model; by default the one that the basis was learned with.
-        tokenizer: hub name or folder of the tokenizer, if it is not the model's own.
-        revision: branch, tag or commit of a hub model.
-        trust_remote_code: run model code that comes with a hub model.
-        any_model: take the model even if the basis was learned with another one.
+        lm: the reward model.
         embedding: more arguments of ``embeddings.embed``.
     """
-    named = (model, tokenizer, revision, trust_remote_code)
-    source = model_of_basis(taste.settings, basis, *named, any_model)
+    source = lm.of_basis(taste.settings, basis)
 
     def rewards(texts: list[Conversation], folder: Path | None) -> Tensor:
         return directed_rewards(taste.directions, source, texts, folder, **embedding).double()

@@ -59,6 +59,58 @@ class Source(NamedTuple):
     trust_remote_code: bool = False
 
 
+@dataclass(frozen=True)
+class ModelChoice:
+    """The reward model that a basis is used with.
+
+    Args:
+        model: reward model, a hub name or a local folder; by default the one that the basis was
+            learned with.
+        tokenizer: hub name or folder of the tokenizer, if it is not the model's own.
+        revision: branch, tag or commit of a hub model.
+        trust_remote_code: run model code that comes with a hub model.
+        any_model: take the model even if the basis was learned with another one.
+    """
+
+    model: str | None = None
+    tokenizer: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    any_model: bool = False
+
+    def of_basis(self, settings: Mapping[str, Any], path: str | Path) -> Source:
+        """The model for a basis with these settings in this file.
+
+        Raises:
+            InputError: there is no such model, or it is not the one that the basis was learned with
+                and ``any_model`` is false.
+        """
+        source = self.resolve(settings, path)
+        load_config(source)  # a hub model's commit is known once something of it is loaded
+        check_model(settings, model_facts(source, load_tokenizer(source)), self.any_model)
+        return source
+
+    def resolve(self, settings: Mapping[str, Any], path: str | Path) -> Source:
+        """Model, tokenizer and revision: those given, else those that the basis was learned with.
+
+        Args:
+            settings: of the basis; the scalars of the embeddings' manifest among them.
+            path: of its file; a model's path that is not absolute is relative to its folder.
+
+        Raises:
+            InputError: the basis does not say its model, or the folder that it names is gone.
+        """
+        model, tokenizer, revision = self.model, self.tokenizer, self.revision
+        if not model:
+            model = _find(settings.get("model"), path, "model")
+            revision = revision or settings.get("revision")
+            if not tokenizer and settings.get("tokenizer") not in (None, settings["model"]):
+                tokenizer = _find(settings["tokenizer"], path, "tokenizer")
+        return Source(model, tokenizer, revision, self.trust_remote_code)
+
+
+OF_BASIS = ModelChoice()  # the one that the basis was learned with
+
 # -------------------------------------------------------------------------- Loading
 
 
@@ -146,60 +198,6 @@ def model_facts(source: Source, tokenizer: Any) -> dict[str, str | None]:
         "tokenizer": _from_anywhere(source.tokenizer or source.model),
         "template_sha256": sha256(tokenizer.get_chat_template().encode()),
     }
-
-
-def model_of_basis(
-    settings: Mapping[str, Any],
-    path: str | Path,
-    model: str | None = None,
-    tokenizer: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    any_model: bool = False,
-) -> Source:
-    """The model for a basis: the one asked for, else the one that it was learned with.
-
-    Args:
-        settings: of the basis, which say what it was learned with.
-        path: of its file.
-        model, tokenizer, revision, trust_remote_code: what the user asks for.
-        any_model: take another model than the basis was learned with.
-
-    Raises:
-        InputError: there is no such model, or it is not the one that the basis was learned with
-            and ``any_model`` is false.
-    """
-    named = resolve_model(settings, path, model, tokenizer, revision)
-    source = Source(*named, trust_remote_code)
-    load_config(source)  # a hub model's commit is known once something of it is loaded
-    check_model(settings, model_facts(source, load_tokenizer(source)), any_model)
-    return source
-
-
-def resolve_model(
-    settings: Mapping[str, Any],
-    path: str | Path,
-    model: str | None = None,
-    tokenizer: str | None = None,
-    revision: str | None = None,
-) -> tuple[str, str | None, str | None]:
-    """Model, tokenizer and revision: those given, else those that the basis was learned with.
-
-    Args:
-        settings: of the basis; the scalars of the embeddings' manifest among them.
-        path: of the basis file; a model's path that is not absolute is relative to its folder.
-        model, tokenizer, revision: what the user asks for.
-
-    Raises:
-        InputError: the basis does not say its model, or the folder that it names is gone.
-    """
-    if model:
-        return model, tokenizer, revision
-    found = _find(settings.get("model"), path, "model")
-    own = settings.get("tokenizer") not in (None, settings["model"])
-    if own and not tokenizer:
-        tokenizer = _find(settings["tokenizer"], path, "tokenizer")
-    return found, tokenizer, revision or settings.get("revision")
 
 
 def _find(name: str | None, path: str | Path, what: str) -> str:
