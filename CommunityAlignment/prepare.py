@@ -9,7 +9,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.common.cli import cli
-from lore.common.files import InputError, alone
+from lore.common.files import InputError
 from lore.common.settings import Fraction, PositiveInt, SeedNumber
 from lore.embeddings import store as embeddings
 from lore.preparing import raw
@@ -52,9 +52,8 @@ def main(
         embeddings.check_model(embedding)
     funnel = Funnel()
     table = preparing.tabulate(read(source, language, funnel), funnel)
-    enough = table.user_id.map(table.user_id.value_counts()) >= min_comparisons
-    what = f"annotators with at least {min_comparisons} comparisons"
-    table = preparing.keep(table, enough, funnel, what)
+    what = "annotators with at least {} comparisons"
+    table = preparing.keep_users(table, min_comparisons, funnel, what)
     prompts = preparing.first_prompts(table.chosen) if unseen_prompts else None
     table = preparing.split_dialogues(table, seed, funnel, prompts)
     table = preparing.split_users(table, seed, seen_fraction)
@@ -62,20 +61,13 @@ def main(
     table = table.assign(weight=1 / turns.weight.transform("size"))  # a turn weighs one
     conversations, table = preparing.number_conversations(table, funnel)
     settings = {
-        "source": source,
-        "language": language,
-        "min_comparisons": min_comparisons,
-        "seen_fraction": seen_fraction,
-        "seed": seed,
-        "unseen_prompts": unseen_prompts,
-    }
-    info = {"dataset": "CommunityAlignment", "settings": settings, "counts": funnel.counts}
-    with alone(out, embedding.get("shard")):
-        told = preparing.write_prepared(out, conversations, table, info)
-        print(funnel.lines(), told, sep="\n")
-        if embed:
-            embeddings.embed(conversations, out / "embeddings", **embedding)
-    print(f"prepared {len(table):,} comparisons of {len(conversations):,} conversations in {out}")
+        "source": source, "language": language, "min_comparisons": min_comparisons,
+        "seen_fraction": seen_fraction, "seed": seed, "unseen_prompts": unseen_prompts,
+    }  # fmt: skip
+    info = {"dataset": "CommunityAlignment", "settings": settings}
+    preparing.finish(out, conversations, table, info, funnel, embedding.get("shard"))
+    if embed:
+        embeddings.embed(conversations, out / "embeddings", **embedding)
 
 
 def read(source: str, language: str, funnel: Funnel) -> list[dict[str, Any]]:

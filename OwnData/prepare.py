@@ -11,7 +11,7 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.common.cli import cli
-from lore.common.files import InputError, alone, digest
+from lore.common.files import InputError, digest
 from lore.common.settings import Fraction, PositiveInt, SeedNumber
 from lore.embeddings import store as embeddings
 from lore.preparing import hold_out, raw
@@ -60,9 +60,8 @@ def main(
         embeddings.check_model(embedding)
     funnel = Funnel()
     table = preparing.tabulate(read(source, columns, funnel, split), funnel)
-    enough = table.user_id.map(table.user_id.value_counts()) >= min_comparisons
-    what = f"users with at least {min_comparisons} comparisons"
-    table = preparing.keep(table, enough, funnel, what)
+    what = "users with at least {} comparisons"
+    table = preparing.keep_users(table, min_comparisons, funnel, what)
     table, held_out = hold_out.hold_out(table, split, seed, funnel)
     if not table.dialog_id.iloc[0]:  # what hangs together is a dialogue of its own
         pairs = hold_out.pair_names(table)
@@ -75,21 +74,13 @@ def main(
     judged_again = retest(table[~half_ties(table)], "chosen_name", "rejected_name")
     conversations, table = preparing.number_conversations(table, funnel)
     settings = {
-        "source": source,
-        "columns": asdict(columns),
-        "min_comparisons": min_comparisons,
-        "seen_fraction": seen_fraction,
-        "split": split,
-        "seed": seed,
-    }
-    info = {"dataset": "OwnData", "settings": settings, "counts": funnel.counts, "split": held_out}
-    info["retest"] = judged_again
-    with alone(out, embedding.get("shard")):
-        told = preparing.write_prepared(out, conversations, table, info)
-        print(funnel.lines(), told, sep="\n")
-        if embed:
-            embeddings.embed(conversations, out / "embeddings", **embedding)
-    print(f"prepared {len(table):,} comparisons of {len(conversations):,} conversations in {out}")
+        "source": source, "columns": asdict(columns), "min_comparisons": min_comparisons,
+        "seen_fraction": seen_fraction, "split": split, "seed": seed,
+    }  # fmt: skip
+    info = {"dataset": "OwnData", "settings": settings, "split": held_out, "retest": judged_again}
+    preparing.finish(out, conversations, table, info, funnel, embedding.get("shard"))
+    if embed:
+        embeddings.embed(conversations, out / "embeddings", **embedding)
 
 
 def read(
@@ -108,7 +99,7 @@ def read(
         elif row.left_out:
             funnel.left_out([row.left_out])
         else:
-            found, left_out = pairs(row)
+            found, left_out = preparing.against(row.chosen, row.rejected)
             same = {"user_id": row.user, "dialog_id": row.dialog, "split": row.split}
             same |= {
                 "row": number,
@@ -135,20 +126,6 @@ def check_alike(first: Choice, row: Choice, columns: Columns) -> None:
                 f"{lacks.place} has no {getattr(columns, what)}, but {has.place} has; "
                 "fill it in everywhere or leave the column out"
             )
-
-
-def pairs(row: Choice) -> tuple[list[dict[str, Any]], list[str]]:
-    """Every chosen response against every rejected one, and why some are left out."""
-    found, left_out = [], []
-    left_out += ["chosen responses empty" for won in row.chosen if not won[-1]["content"]]
-    for won in (won for won in row.chosen if won[-1]["content"]):
-        for lost in row.rejected:
-            if lost == won or not lost[-1]["content"]:
-                why = "equal to the chosen one" if lost == won else "empty"
-                left_out.append(f"rejected responses {why}")
-            else:
-                found.append({"chosen": won, "rejected": lost})
-    return found, left_out
 
 
 def half_ties(table: pd.DataFrame) -> pd.Series:

@@ -9,7 +9,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.common.cli import cli
 from lore.embeddings import store as embeddings
-from lore.preparing import prepared
+from lore.preparing import tables as preparing
 
 HERE = Path(__file__).resolve().parent
 
@@ -20,9 +20,9 @@ def main(data: Path = HERE / "data", **embedding: Any) -> None:
     Args:
         data: folder that prepare.py wrote; the embeddings lie in its subfolder embeddings.
     """
-    info = prepared.read_info(data, HERE.name)  # shows a warning that prepare.py left
-    prepared.check_files(data, info)
-    conversations = prepared.read_conversations(data)
+    info = preparing.read_info(data, HERE.name)  # shows a warning that prepare.py left
+    preparing.check_files(data, info)
+    conversations = preparing.read_conversations(data)
     embeddings.embed(conversations, data / "embeddings", **embedding)
     print(f"embedded {len(conversations):,} conversations in {data / 'embeddings'}")
 

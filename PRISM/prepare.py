@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.common.cli import cli
-from lore.common.files import InputError, alone, require
+from lore.common.files import InputError, require
 from lore.common.settings import Fraction, PositiveInt, SeedNumber
 from lore.preparing import raw
 from lore.preparing import tables as preparing
@@ -54,20 +54,12 @@ def main(
     table = preparing.split_users(table, seed, seen_fraction)
     conversations, table = preparing.number_conversations(table, funnel)
     settings = {
-        "source": source,
-        "min_dialogues": min_dialogues,
-        "seen_fraction": seen_fraction,
-        "seed": seed,
-        "rejected": rejected,
-    }
-    info = {"dataset": "PRISM", "settings": settings, "counts": funnel.counts}
-    warning = {"warning": LIST_WARNING} if rejected == "list" else {}
-    with alone(out):
-        told = preparing.write_prepared(out, conversations, table, {**info, **warning})
-        print(funnel.lines(), told, sep="\n")
-        if warning:
-            print(f"WARNING: {LIST_WARNING}")
-    print(f"prepared {len(table):,} comparisons of {len(conversations):,} conversations in {out}")
+        "source": source, "min_dialogues": min_dialogues, "seen_fraction": seen_fraction,
+        "seed": seed, "rejected": rejected,
+    }  # fmt: skip
+    info = {"dataset": "PRISM", "settings": settings}
+    info |= {"warning": LIST_WARNING} if rejected == "list" else {}
+    preparing.finish(out, conversations, table, info, funnel)
 
 
 def read(source: str, rejected: str, funnel: Funnel) -> list[dict[str, Any]]:

@@ -12,11 +12,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.common.cli import cli
-from lore.common.files import InputError, alone
+from lore.common.files import InputError, digest
 from lore.embeddings import store as embeddings
 from lore.preparing import raw
 from lore.preparing import tables as preparing
-from lore.preparing.tables import Funnel, Numbering
+from lore.preparing.tables import Funnel
 
 HERE = Path(__file__).resolve().parent
 SCORERS = (
@@ -42,6 +42,12 @@ class Prompt(NamedTuple):
     responses: list[str]
     scores: list[list[float]]  # [8, 10]
 
+    @property
+    def conversations(self) -> list[preparing.Conversation]:
+        """The prompt with each of the responses."""
+        ask = {"role": "user", "content": self.prompt}
+        return [[ask, {"role": "assistant", "content": answer}] for answer in self.responses]
+
 
 def main(
     source: str = "namkoong-lab/PersonalLLM",
@@ -58,22 +64,21 @@ def main(
     """
     if embed:
         embeddings.check_model(embedding)
-    funnel, number = Funnel(), Numbering()
+    funnel = Funnel()
     prompts = {split: read(source, split, funnel) for split in ("train", "test")}
-    tables = {}
-    for split, rows in prompts.items():
-        tables[f"{split}.scores"] = np.array([row.scores for row in rows], np.float32)  # [P, 8, 10]
-        tables[f"{split}.rows"] = np.array([conversation_rows(row, number) for row in rows])
+    talks = [talk for rows in prompts.values() for row in rows for talk in row.conversations]
+    numbers, conversations = preparing.distinct([digest(talk) for talk in talks], talks)
+    rows = np.split(numbers.reshape(-1, len(RESPONSES)), [len(prompts["train"])])
+    tables = {f"{split}.rows": part for split, part in zip(prompts, rows, strict=True)}
+    for split, some in prompts.items():
+        tables[f"{split}.scores"] = np.array([row.scores for row in some], np.float32)  # [P, 8, 10]
     shared = overlap(prompts)
     funnel.count("prompts on both sides", shared["prompt"])
-    funnel.count("distinct conversations", len(number.conversations))
-    info = {"dataset": "PersonalLLM", "settings": {"source": source}, "counts": funnel.counts}
-    with alone(out, embedding.get("shard")):
-        preparing.write_prepared(out, number.conversations, tables, {**info, "overlap": shared})
-        print(funnel.lines())
-        if embed:
-            embeddings.embed(number.conversations, out / "embeddings", **embedding)
-    print(f"prepared {len(number.conversations):,} conversations with scores in {out}")
+    funnel.count("distinct conversations", len(conversations))
+    info = {"dataset": "PersonalLLM", "settings": {"source": source}, "overlap": shared}
+    preparing.finish(out, conversations, tables, info, funnel, embedding.get("shard"))
+    if embed:
+        embeddings.embed(conversations, out / "embeddings", **embedding)
 
 
 def read(source: str, split: str, funnel: Funnel) -> list[Prompt]:
@@ -103,12 +108,6 @@ def read_prompt(place: str, row: dict[str, Any]) -> Prompt:
     columns = [[f"{name}_{scorer}" for scorer in SCORERS] for name in RESPONSES]
     scores = [[raw.number(row[name], place, name) for name in names] for names in columns]
     return Prompt(prompt, responses, scores)
-
-
-def conversation_rows(row: Prompt, number: Numbering) -> list[int]:
-    """Where the eight conversations of a prompt lie."""
-    ask = {"role": "user", "content": row.prompt}
-    return [number([ask, {"role": "assistant", "content": answer}]) for answer in row.responses]
 
 
 def overlap(prompts: dict[str, list[Prompt]]) -> dict[str, Any]:

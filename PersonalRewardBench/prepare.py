@@ -9,7 +9,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.common.cli import cli
-from lore.common.files import InputError, alone, digest
+from lore.common.files import digest, require
 from lore.embeddings import store as embeddings
 from lore.preparing import messages, raw
 from lore.preparing import tables as preparing
@@ -45,13 +45,10 @@ def main(
     table = preparing.keep_both_sides(table, funnel, what).assign(seen=True)
     conversations, table = preparing.number_conversations(table, funnel)
     settings = {"source": source}
-    info = {"dataset": "PersonalRewardBench", "settings": settings, "counts": funnel.counts}
-    with alone(out, embedding.get("shard")):
-        told = preparing.write_prepared(out, conversations, table, info)
-        print(funnel.lines(), told, sep="\n")
-        if embed:
-            embeddings.embed(conversations, out / "embeddings", **embedding)
-    print(f"prepared {len(table):,} comparisons of {len(conversations):,} conversations in {out}")
+    info = {"dataset": "PersonalRewardBench", "settings": settings}
+    preparing.finish(out, conversations, table, info, funnel, embedding.get("shard"))
+    if embed:
+        embeddings.embed(conversations, out / "embeddings", **embedding)
 
 
 def read(source: str, funnel: Funnel) -> list[dict[str, Any]]:
@@ -69,7 +66,8 @@ def read(source: str, funnel: Funnel) -> list[dict[str, Any]]:
             dialog = dialogue(place, row, history)
             same = {"user_id": user, "split": split, "dialog_id": dialog, "weight": 1.0}
             same["turn"] = sum(message["role"] == "user" for message in history) - 1
-            pairs, left_out = compare(place, row, history)
+            sides = [[response(place, row, name, history)] for name in ("chosen", "rejected")]
+            pairs, left_out = preparing.against(*sides)
             comparisons += [{**same, **pair} for pair in pairs]
             funnel.left_out(left_out)
     return comparisons
@@ -88,24 +86,15 @@ def dialogue(place: str, row: Mapping[str, Any], history: Conversation) -> str:
     return raw.name(row["conversation_id"], place, "conversation_id")
 
 
-def compare(
-    place: str, row: Mapping[str, Any], history: Conversation
-) -> tuple[list[dict[str, Conversation]], list[str]]:
-    """The chosen response against the rejected one, or why that is left out."""
-    chosen, rejected = (response(place, row, column) for column in ("chosen", "rejected"))
-    if not chosen:
-        return [], ["chosen responses empty"]
-    return preparing.against(history, chosen, [rejected])
-
-
-def response(place: str, row: Mapping[str, Any], column: str) -> str:
-    """A response's text: the cell is a message with content, or the text itself."""
+def response(
+    place: str, row: Mapping[str, Any], column: str, history: Conversation
+) -> Conversation:
+    """A conversation with its response: the cell is a message with content, or the text itself."""
     cell = row[column]
     if isinstance(cell, dict):
-        if "content" not in cell:
-            raise InputError(f"{place}: {column} is a message without content")
-        return raw.text(cell["content"], place, f"{column}'s content")
-    return raw.text(cell, place, column)
+        require("content" in cell, f"{place}: {column} is a message without content")
+        cell = cell["content"]
+    return [*history, {"role": "assistant", "content": raw.text(cell, place, column)}]
 
 
 if __name__ == "__main__":

@@ -6,11 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-import pandas as pd
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.common.cli import cli
-from lore.common.files import InputError, alone
+from lore.common.files import InputError
 from lore.common.settings import PositiveInt, SeedNumber
 from lore.embeddings import store as embeddings
 from lore.preparing import hold_out, raw
@@ -47,19 +45,17 @@ def main(
         embeddings.check_model(embedding)
     funnel = Funnel()
     table = preparing.tabulate(read(source, funnel), funnel)
-    table = keep_workers(table, min_annotations, funnel)
+    what = "workers with at least {} annotations"
+    table = preparing.keep_users(table, min_annotations, funnel, what)
     what = f"workers with at least {min_annotations} annotations, some in both splits"
     table, held_out = hold_out.hold_out(table, split, seed, funnel, what)
     conversations, table = preparing.number_conversations(table, funnel)
     settings = {"source": source, "min_annotations": min_annotations, "split": split, "seed": seed}
-    info = {"dataset": "RedditTLDR", "settings": settings, "counts": funnel.counts}
+    info = {"dataset": "RedditTLDR", "settings": settings}
     info["split"] = held_out
-    with alone(out, embedding.get("shard")):
-        told = preparing.write_prepared(out, conversations, table, info)
-        print(funnel.lines(), told, sep="\n")
-        if embed:
-            embeddings.embed(conversations, out / "embeddings", **embedding)
-    print(f"prepared {len(table):,} comparisons of {len(conversations):,} conversations in {out}")
+    preparing.finish(out, conversations, table, info, funnel, embedding.get("shard"))
+    if embed:
+        embeddings.embed(conversations, out / "embeddings", **embedding)
 
 
 def read(source: str, funnel: Funnel) -> list[dict[str, Any]]:
@@ -103,13 +99,6 @@ def read_summaries(place: str, summaries: Any) -> list[str]:
         if not isinstance(summary, dict):
             raise InputError(f"{place}: a summary must have a text, unlike {summary!r:.40}")
     return [raw.text(summary.get("text"), place, "a summary") for summary in summaries]
-
-
-def keep_workers(table: pd.DataFrame, min_annotations: int, funnel: Funnel) -> pd.DataFrame:
-    """The comparisons of the workers with enough of them."""
-    enough = table.user_id.map(table.user_id.value_counts()) >= min_annotations
-    what = f"workers with at least {min_annotations} annotations"
-    return preparing.keep(table, enough, funnel, what)
 
 
 if __name__ == "__main__":

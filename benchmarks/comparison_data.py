@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from lore.experiments import splits
 from lore.experiments.splits import Sets, Tasks
 from lore.learning.comparisons import Comparisons, RowFeatures
-from lore.preparing import prepared
 from lore.preparing import tables as preparing
 
 PLANTED = 4  # dimensions in which planted tastes differ
@@ -56,7 +55,7 @@ def redrawn(data: Path, seen_fraction: float = 0.5) -> Tasks:
         seen_fraction: share of the users who are seen.
     """
     info, store = splits.load(data)
-    table = prepared.read_comparisons(data, len(store))
+    table = preparing.read_comparisons(data, len(store))
 
     def draw(seed: int, device: torch.device) -> Sets:
         drawn = preparing.split_dialogues(table, seed, preparing.Funnel())

@@ -16,7 +16,7 @@ from torch.nn.functional import logsigmoid
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.embeddings.store import open_store
-from lore.preparing.prepared import read_comparisons
+from lore.preparing.tables import read_comparisons
 
 
 def read(folder):

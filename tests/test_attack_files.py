@@ -27,7 +27,7 @@ from lore.experiments import splits
 from lore.experiments.splits import Tasks
 from lore.learning.comparisons import Comparisons
 from lore.learning.training import Checkpoint
-from lore.preparing.prepared import read_conversations
+from lore.preparing.tables import read_conversations
 
 Change = Callable[[Path], Any]
 

@@ -22,7 +22,7 @@ from hub import Hub
 from lore.common import cli
 from lore.common.files import InputError
 from lore.embeddings import store as embeddings
-from lore.preparing import prepared
+from lore.preparing import tables as preparing
 
 pytestmark = pytest.mark.slow
 
@@ -239,10 +239,10 @@ def store(hubbed: Hubbed, name: str) -> embeddings.Store:
 def test_default_sources_give_what_local_files_give(hubbed, tmp_path, name, settings):
     assert hubbed.online[name].status == 0, hubbed.online[name].err
     info = worlds.prepare(name, hubbed.folder / "raw" / name, tmp_path, **settings)
-    made = prepared.read_info(hubbed.folder / "out" / name)
+    made = preparing.read_info(hubbed.folder / "out" / name)
     assert made["data_sha256"] == info["data_sha256"]
     embedded = store(hubbed, name)
-    embedded.check(prepared.read_info(tmp_path)["conversations_sha256"])
+    embedded.check(preparing.read_info(tmp_path)["conversations_sha256"])
     assert embedded.manifest["model"] == MODEL
     assert embedded.manifest["revision"] == hub_module.commit(hubbed.folder / "model")
 
@@ -276,7 +276,7 @@ def test_personal_reward_bench_goes_from_the_hub_to_its_table(hubbed):
 def test_both_halves_of_personal_reward_bench_come_from_the_hub(hubbed):
     outcome = hubbed.online["Chatbot Arena"]
     assert outcome.status == 0, outcome.err
-    info = prepared.read_info(hubbed.folder / "out" / "arena")
+    info = preparing.read_info(hubbed.folder / "out" / "arena")
     assert info["settings"]["source"] == ARENA and info["counts"]["users with comparisons"] == 3
 
 
@@ -354,8 +354,8 @@ def test_nothing_half_written_is_believed(hubbed):
     """The runs after a cut one find its leavings in the cache."""
     assert hubbed.online["resumed"].status == 0, hubbed.online["resumed"].err
     made = hubbed.folder / "out" / "own"
-    assert prepared.read_info(made)["counts"]["comparisons"] == 40
-    talks, local = prepared.read_conversations(made), str(hubbed.folder / "flaky")
+    assert preparing.read_info(made)["counts"]["comparisons"] == 40
+    talks, local = preparing.read_conversations(made), str(hubbed.folder / "flaky")
     plain = embeddings.embed(talks, hubbed.folder / "plain", model=local, progress=False)
     some = torch.arange(len(talks))
     assert len(talks) == 80 and plain.rows(some).equal(store(hubbed, "own").rows(some))

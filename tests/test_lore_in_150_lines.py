@@ -26,7 +26,7 @@ def test_it_has_150_lines_and_imports_the_readers_alone():
     ours = [line for line in text.splitlines() if line.startswith(("from lore", "import lore"))]
     assert ours == [
         "from lore.embeddings.store import open_store",
-        "from lore.preparing.prepared import read_comparisons",
+        "from lore.preparing.tables import read_comparisons",
     ]
 
 

@@ -12,7 +12,7 @@ import models
 import worlds
 from lore.common.files import InputError
 from lore.embeddings import reward_model
-from lore.preparing import prepared
+from lore.preparing import tables as preparing
 
 SLICE = worlds.ROOT.parent / "shared" / "data" / "prism_slice"
 
@@ -347,7 +347,7 @@ def test_the_list_form_prints_a_list_and_warns_everywhere(tmp_path, capsys, capl
         }
         text = row.rejected[-1]["content"]
         assert set(json.loads(text.replace("'", '"'))) == answers
-    prepared.read_info(tmp_path / "data")
+    preparing.read_info(tmp_path / "data")
     assert info["warning"] in caplog.text
 
 

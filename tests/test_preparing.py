@@ -16,7 +16,7 @@ import pytest
 import worlds
 from conftest import WORLDS
 from lore.common.files import InputError
-from lore.preparing import prepared, raw
+from lore.preparing import raw
 from lore.preparing import tables as preparing
 from lore.preparing.tables import Funnel, Turn
 
@@ -67,18 +67,18 @@ def other_format(ending: str) -> str:
 def test_a_table_that_was_changed_is_noticed(tmp_path, name):
     write, size, _ = WORLDS[name]
     prepare(name, write(tmp_path / "raw", **size), tmp_path / "data")
-    info = prepared.read_info(tmp_path / "data")
+    info = preparing.read_info(tmp_path / "data")
     assert set(info["files"]) == {p.name for p in (tmp_path / "data").iterdir()} - {"prepare.json"}
-    prepared.check_files(tmp_path / "data", info)
+    preparing.check_files(tmp_path / "data", info)
     for file in info["files"]:
         path = tmp_path / "data" / file
         whole = path.read_bytes()
         path.write_bytes(whole[:-9] + b"?" + whole[-8:])
         with pytest.raises(InputError, match=f"{file} is not the file that prepare.py wrote"):
-            prepared.check_files(tmp_path / "data", info)
+            preparing.check_files(tmp_path / "data", info)
         path.unlink()
         with pytest.raises(InputError, match=f"{file}: not there; run prepare.py again"):
-            prepared.check_files(tmp_path / "data", info)
+            preparing.check_files(tmp_path / "data", info)
         path.write_bytes(whole)
 
 
@@ -405,7 +405,7 @@ def test_a_folder_that_is_not_prepared_is_refused(tmp_path, content, message):
     if content is not None:
         (tmp_path / "prepare.json").write_text(content)
     with pytest.raises(InputError, match=message):
-        prepared.read_info(tmp_path)
+        preparing.read_info(tmp_path)
 
 
 def test_a_folder_of_scripts_takes_no_data(tmp_path):
@@ -426,5 +426,5 @@ def test_a_half_written_folder_is_not_prepared(tmp_path, monkeypatch):
         patch.setattr(preparing, "_write_conversations", full)
         prepare("PRISM", source, tmp_path / "data")
     with pytest.raises(InputError, match="is not a prepared dataset"):
-        prepared.read_info(tmp_path / "data")
+        preparing.read_info(tmp_path / "data")
     assert prepare("PRISM", source, tmp_path / "data") == whole

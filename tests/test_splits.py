@@ -21,7 +21,6 @@ from lore.common.files import InputError, digest, file_sha256
 from lore.experiments import splits
 from lore.learning import simulated_users as sampling
 from lore.learning.comparisons import Comparisons, DenseFeatures, RowFeatures
-from lore.preparing import prepared
 from lore.preparing import tables as preparing
 from people import Rows, listed
 
@@ -307,7 +306,7 @@ def test_embeddings_of_other_conversations_are_refused(copy):
 
     worlds.edit(copy / "conversations.parquet", other)
     info = trust(copy, "conversations.parquet")  # as if prepare.py had run on other texts
-    info["conversations_sha256"] = digest(prepared.read_conversations(copy))
+    info["conversations_sha256"] = digest(preparing.read_conversations(copy))
     (copy / "prepare.json").write_text(json.dumps(info))
     refused(copy, copy / "embeddings", "other conversations")
 

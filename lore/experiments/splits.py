@@ -24,7 +24,6 @@ from lore.learning.comparisons import Comparisons, RowFeatures
 from lore.learning.kinds import shares_of_test
 from lore.learning.method import Task
 from lore.learning.simulated_users import generate_population, simulate_choices
-from lore.preparing import prepared
 from lore.preparing import tables as preparing
 
 log = logging.getLogger(__name__)
@@ -76,7 +75,7 @@ class Tasks:
     @cached_property
     def conversations(self) -> list[preparing.Conversation]:
         """The conversations, row i being embedding i."""
-        return prepared.read_conversations(self.folder)
+        return preparing.read_conversations(self.folder)
 
     def facts(self) -> dict[str, Any]:
         """What decides the results of a run, as far as the data do."""
@@ -157,7 +156,7 @@ def given_split(data: Path, dataset: str | None = None) -> Tasks:
 
 def seen_users(tasks: Tasks) -> int:
     """How many users of a prepared folder are seen, as ``given_split`` has them."""
-    users = prepared.read_comparisons(tasks.folder, len(tasks.store)).query("seen").user_id
+    users = preparing.read_comparisons(tasks.folder, len(tasks.store)).query("seen").user_id
     return users.nunique()
 
 
@@ -224,7 +223,7 @@ def simulated_users(
         "pairs_per_user": pairs_per_user, "few_shot_pairs": few_shot_pairs,
     }  # fmt: skip
     info, store = load(data, dataset)
-    tensors = prepared.read_scores(data, len(store))
+    tensors = preparing.read_scores(data, len(store))
     prompts, most = len(tensors["train.scores"]), max(pairs_per_user, few_shot_pairs)
     require(
         most <= prompts,
@@ -279,12 +278,12 @@ def load(data: Path, dataset: str | None = None) -> tuple[dict[str, Any], Store]
         InputError: it is missing, damaged or incomplete, or its embeddings belong to other
             conversations.
     """
-    info = prepared.read_info(data, dataset)
-    prepared.check_files(data, info)
+    info = preparing.read_info(data, dataset)
+    preparing.check_files(data, info)
     folder = data / "embeddings"
     require(folder.exists(), f"{folder}: not there; embed the conversations first")
     store = open_store(folder)
-    prepared.check_conversations(data)
+    preparing.check_conversations(data)
     store.check(info["conversations_sha256"])
     return info, store
 
@@ -295,7 +294,7 @@ def _comparable(data: Path, store: Store) -> tuple[pd.DataFrame, dict[str, Any]]
     Raises:
         InputError: no comparison is left.
     """
-    table = prepared.read_comparisons(data, len(store))
+    table = preparing.read_comparisons(data, len(store))
     chosen, rejected = (torch.tensor(table[side].to_numpy()) for side in ("chosen", "rejected"))
     same = store.same(chosen, rejected).numpy()
     if not same.any():

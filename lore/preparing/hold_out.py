@@ -10,7 +10,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from lore.common.files import digest, require
-from lore.preparing.tables import Funnel, draw, first_prompts, keep_both_sides, on_both_sides
+from lore.preparing.tables import Funnel, draw, first_prompts, halve, keep_both_sides, on_both_sides
 
 Split = Literal["given", "dialogs", "prompts", "responses", "pairs"]
 HARDEST: tuple[Split, ...] = ("given", "dialogs", "prompts", "responses", "pairs")
@@ -95,16 +95,11 @@ def _sides(table: pd.DataFrame, by: Split, seed: int) -> pd.Series:
         one, other = table.chosen_name.isin(train), table.rejected_name.isin(train)
         return pd.Series(np.select([one & other, ~one & ~other], ["train", "test"], ""), one.index)
     if by == "prompts":
-        groups = [first_prompts(table.chosen)]
-    elif by == "pairs":
-        groups = [connected(pair_names(table), table.row)]
-    else:
-        dialogues = table.user_id + "\n" + table.dialog_id
-        units = connected(dialogues, table.user_id + "\n" + pair_names(table))
-        groups = [group for _, group in units.groupby(table.user_id)]
-    units = pd.concat(groups).reindex(table.index)
-    train = set().union(*(draw(group, (group.nunique() + 1) // 2, seed) for group in groups))
-    return units.isin(train).map({True: "train", False: "test"})
+        return halve(first_prompts(table.chosen), seed)
+    if by == "pairs":
+        return halve(connected(pair_names(table), table.row), seed)
+    own = (table.user_id + "\n" + names for names in (table.dialog_id, pair_names(table)))
+    return halve(connected(*own), seed, table.user_id)
 
 
 def pair_names(table: pd.DataFrame) -> pd.Series:

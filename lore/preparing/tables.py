@@ -1,11 +1,16 @@
-"""From raw rows to two tables: distinct conversations, and users' comparisons between them."""
+"""From raw rows to two tables, distinct conversations and users' comparisons, and back from disk.
+
+Nothing in a prepared folder is believed that prepare.py did not write.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,19 +18,28 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from torch import Tensor
 
 from lore.common.files import (
+    InputError,
+    alone,
     check_output,
     digest,
     file_sha256,
+    first_line,
     has_keys,
+    read_json,
     require,
     write_text,
     write_whole,
 )
+from lore.common.tensors import expect, read_tensors, require_finite
 from lore.preparing.facts import count_kinds, retest
+
+log = logging.getLogger(__name__)
 
 Conversation = list[dict[str, str]]
 COLUMNS = {
@@ -46,9 +60,14 @@ TABLES = (
     {"conversations.parquet", "comparisons.parquet"},
     {"conversations.parquet", "scores.safetensors"},
 )  # that a prepared folder holds beside prepare.json
-
-TOLD = ("split", "kinds", "retest")  # what of prepare.json is also printed
+INFO = {"dataset": str, "settings": dict, "counts": dict, "overlap": dict | None,
+        "warning": str | None, "split": dict | None, "kinds": dict | None, "retest": dict | None,
+        "conversations_sha256": str, "data_sha256": str,
+        "files": dict}  # fmt: skip
+PRINTED = ("split", "kinds", "retest")  # what of prepare.json is also printed
+AGAIN = "run prepare.py again"
 LIGHTEST, HEAVIEST = 1e-6, 1e6  # weights of rows: sums and shares of such are exact enough
+SPLITS = ("train", "test")
 VALIDATION = "val"  # a third split, of datasets that have one for choices
 
 
@@ -113,26 +132,31 @@ def compare(turns: Sequence[Turn], end: str = "") -> tuple[list[dict[str, Any]],
             end = f"dialogues cut at an empty {'chosen response' if prompt else 'prompt'}"
             break
         history = [*history, {"role": "user", "content": prompt}]
-        pairs, skipped = against(history, chosen, rejected)
+        won, *lost = (
+            [*history, {"role": "assistant", "content": text}] for text in (chosen, *rejected)
+        )
+        pairs, skipped = against([won], lost)
         found += [{"turn": number, **pair, "weight": 1.0} for pair in pairs]
         left_out += skipped
-        history = [*history, {"role": "assistant", "content": chosen}]
+        history = won
     return found, left_out + [end] * bool(end)
 
 
 def against(
-    history: Conversation, chosen: str, rejected: Sequence[str]
+    chosen: Sequence[Conversation], rejected: Sequence[Conversation]
 ) -> tuple[list[dict[str, Conversation]], list[str]]:
-    """The chosen response against each rejected one, and why some are left out."""
+    """Every chosen response against every rejected one, and why some are left out."""
     pairs, left_out = [], []
-    won = [*history, {"role": "assistant", "content": chosen}]
-    for response in rejected:
-        if response in ("", chosen):
-            why = "equal to the chosen one" if response else "empty"
-            left_out.append(f"rejected responses {why}")
-        else:
-            lost = [*history, {"role": "assistant", "content": response}]
-            pairs.append({"chosen": won, "rejected": lost})
+    for won in chosen:
+        if not won[-1]["content"]:
+            left_out.append("chosen responses empty")
+            continue
+        for lost in rejected:
+            if lost == won or not lost[-1]["content"]:
+                why = "equal to the chosen one" if lost == won else "empty"
+                left_out.append(f"rejected responses {why}")
+            else:
+                pairs.append({"chosen": won, "rejected": lost})
     return pairs, left_out
 
 
@@ -147,8 +171,7 @@ def tabulate(comparisons: Iterable[dict[str, Any]], funnel: Funnel) -> pd.DataFr
     funnel.require_some(table)
     names = {f"{side}_name": table[side].map(digest) for side in ("chosen", "rejected")}
     table = table.assign(**names)
-    dialogues = table.groupby(["user_id", "dialog_id"]).ngroups
-    funnel.count("dialogues with comparisons", dialogues)
+    funnel.count("dialogues with comparisons", table.groupby(["user_id", "dialog_id"]).ngroups)
     funnel.count("users with comparisons", table.user_id.nunique())
     return table
 
@@ -165,6 +188,12 @@ def keep(comparisons: pd.DataFrame, rows: pd.Series, funnel: Funnel, what: str) 
     return kept
 
 
+def keep_users(table: pd.DataFrame, least: int, funnel: Funnel, what: str) -> pd.DataFrame:
+    """The comparisons of the users with at least so many, who are counted."""
+    enough = table.user_id.map(table.user_id.value_counts()) >= least
+    return keep(table, enough, funnel, what.format(least))
+
+
 # ------------------------------------------------------------------------------- Splits
 
 
@@ -175,6 +204,13 @@ def draw(names: Iterable[str], count: int, seed: int) -> set[str]:
         return hashlib.sha256(f"{seed} {name}".encode()).digest()
 
     return set(sorted(set(names), key=place)[:count])
+
+
+def halve(units: pd.Series, seed: int, users: pd.Series | None = None) -> pd.Series:
+    """train for the comparisons of a drawn half of the units, or of each user's; else test."""
+    groups = [units] if users is None else [group for _, group in units.groupby(users)]
+    train = set().union(*(draw(group, (group.nunique() + 1) // 2, seed) for group in groups))
+    return units.isin(train).map({True: "train", False: "test"})
 
 
 def split_dialogues(
@@ -189,13 +225,13 @@ def split_dialogues(
         units: what each comparison belongs to, such as its first prompt: half of these are train,
             so that none is on both sides. By default half of each user's dialogues are.
     """
-    groups = [units]
+    users = comparisons.user_id
     if units is None:
-        units = comparisons.user_id + "\n" + comparisons.dialog_id
-        groups = [group for _, group in units.groupby(comparisons.user_id)]
-    train = set().union(*(draw(group, (group.nunique() + 1) // 2, seed) for group in groups))
-    split = comparisons.assign(split=np.where(units.isin(train), "train", "test"))
-    return keep_both_sides(split, funnel, "users with dialogues for training and for test")
+        split = halve(users + "\n" + comparisons.dialog_id, seed, users)
+    else:
+        split = halve(units, seed)
+    what = "users with dialogues for training and for test"
+    return keep_both_sides(comparisons.assign(split=split), funnel, what)
 
 
 def keep_both_sides(comparisons: pd.DataFrame, funnel: Funnel, what: str) -> pd.DataFrame:
@@ -205,8 +241,7 @@ def keep_both_sides(comparisons: pd.DataFrame, funnel: Funnel, what: str) -> pd.
 
 def on_both_sides(comparisons: pd.DataFrame) -> pd.Series:
     """Whether the user of each comparison has some in train and some in test."""
-    split = comparisons.split
-    train, test = (set(comparisons.user_id[split == side]) for side in ("train", "test"))
+    train, test = (set(comparisons.user_id[comparisons.split == side]) for side in SPLITS)
     return comparisons.user_id.isin(train & test)
 
 
@@ -238,19 +273,18 @@ def first_prompts(conversations: pd.Series) -> pd.Series:
 # ---------------------------------------------------------------------- Numbers for texts
 
 
-class Numbering:
-    """Distinct conversations, numbered in the order of their first use."""
+def distinct(
+    names: Sequence[str], conversations: Iterable[Conversation]
+) -> tuple[np.ndarray, list[Conversation]]:
+    """The number of each conversation, in the order of first use, and the distinct ones.
 
-    def __init__(self) -> None:
-        self.conversations: list[Conversation] = []
-        self._numbers: dict[str, int] = {}
-
-    def __call__(self, messages: Conversation) -> int:
-        """The number of a conversation: the next one if it is new."""
-        number = self._numbers.setdefault(digest(messages), len(self.conversations))
-        if number == len(self.conversations):
-            self.conversations.append(messages)
-        return number
+    Args:
+        names: of the conversations; what has the same name is the same.
+        conversations: as many.
+    """
+    numbers, first = pd.factorize(np.asarray(names, object))
+    named = dict(zip(names, conversations, strict=True))
+    return numbers, [named[name] for name in first]
 
 
 def number_conversations(
@@ -266,12 +300,14 @@ def number_conversations(
     order = ["user_id", "dialog_id", "turn", "chosen_name", "rejected_name", "split", "weight"]
     table = comparisons.sort_values(order, ignore_index=True)
     _count_sets(table, funnel)
-    names = table[["chosen_name", "rejected_name"]].to_numpy().ravel()
-    numbers, distinct = pd.factorize(names)
-    texts = dict(zip(names, table[["chosen", "rejected"]].to_numpy().ravel(), strict=True))
+    names, talks = (
+        table[list(pair)].to_numpy().ravel()
+        for pair in (("chosen_name", "rejected_name"), ("chosen", "rejected"))
+    )
+    numbers, conversations = distinct(names, talks)
     table[["chosen", "rejected"]] = numbers.reshape(-1, 2)
-    funnel.count("distinct conversations", len(distinct))
-    return [texts[name] for name in distinct], table[list(COLUMNS)].astype(COLUMNS)
+    funnel.count("distinct conversations", len(conversations))
+    return conversations, table[list(COLUMNS)].astype(COLUMNS)
 
 
 def _count_sets(comparisons: pd.DataFrame, funnel: Funnel) -> None:
@@ -279,7 +315,7 @@ def _count_sets(comparisons: pd.DataFrame, funnel: Funnel) -> None:
         for kind, rows in (("seen", comparisons.seen), ("unseen", ~comparisons.seen)):
             funnel.count(f"{kind} users", comparisons[rows].user_id.nunique())
     prompts = first_prompts(comparisons.chosen)
-    train, test, val = (comparisons.split == side for side in ("train", "test", VALIDATION))
+    train, test, val = (comparisons.split == side for side in (*SPLITS, VALIDATION))
     for side, rows in (("training", train), ("validation", val), ("test", test)):
         if side == "validation" and not rows.any():
             continue
@@ -305,16 +341,16 @@ def overlap(conversations: Sequence[Conversation], comparisons: pd.DataFrame) ->
         they are compared with each other there; sentence.
     """
     before = [digest(conversation[:-1]) for conversation in conversations]
-    train, test = (comparisons.split == side for side in ("train", "test"))
-    pairs = [tuple(sorted(pair)) for pair in comparisons[["chosen", "rejected"]].to_numpy()]
-    prompts, pairs = comparisons.chosen.map(before.__getitem__), pd.Series(pairs, test.index)
-    known = set(comparisons.chosen[train]) | set(comparisons.rejected[train])
-    chosen, rejected = (comparisons[side][test].isin(known) for side in ("chosen", "rejected"))
+    sides = np.sort(comparisons[["chosen", "rejected"]].to_numpy(), axis=1)
+    prompts = comparisons.chosen.map(before.__getitem__)
+    pairs = pd.Series(list(map(tuple, sides)), comparisons.index)
+    train, test = (comparisons.split == side for side in SPLITS)
+    known = np.isin(sides[test], sides[train])
     shared = {
         "held_out": test,
         "prompt": prompts[test].isin(set(prompts[train])),
-        "response": chosen | rejected,
-        "both_responses": chosen & rejected,
+        "response": known.any(axis=1),
+        "both_responses": known.all(axis=1),
         "pair": pairs[test].isin(set(pairs[train])),
     }
     found = {what: int(rows.sum()) for what, rows in shared.items()}
@@ -325,7 +361,31 @@ def overlap(conversations: Sequence[Conversation], comparisons: pd.DataFrame) ->
     return {**found, "sentence": sentence.format(**found)}
 
 
-# -------------------------------------------------------------------- The prepared folder
+# ------------------------------------------------------------ The prepared folder, written
+
+
+def finish(
+    folder: Path,
+    conversations: Sequence[Conversation],
+    table: pd.DataFrame | dict[str, np.ndarray],
+    info: Mapping[str, Any],
+    funnel: Funnel,
+    share: str | None = None,
+) -> None:
+    """Write a prepared folder with the funnel's counts, and print what is in it.
+
+    Args:
+        folder, conversations, table, info: see ``write_prepared``.
+        funnel: has the counts.
+        share: i/n where n processes are to share the embedding, each of which writes the folder.
+    """
+    with alone(folder, share):
+        says = write_prepared(folder, conversations, table, {**info, "counts": funnel.counts})
+    if "warning" in info:
+        says.append(f"WARNING: {info['warning']}")
+    print(funnel.lines(), *says, sep="\n")
+    what = f"{len(table):,} comparisons" if isinstance(table, pd.DataFrame) else "scores"
+    print(f"prepared {what} of {len(conversations):,} conversations in {folder}")
 
 
 def write_prepared(
@@ -333,7 +393,7 @@ def write_prepared(
     conversations: Sequence[Conversation],
     table: pd.DataFrame | dict[str, np.ndarray],
     info: Mapping[str, Any],
-) -> str:
+) -> list[str]:
     """Write a prepared dataset's tables and, last, prepare.json; what to print of its contents.
 
     Args:
@@ -348,7 +408,7 @@ def write_prepared(
             held-out comparisons (overlap and kinds), and what users judged twice (retest).
 
     Returns:
-        The sentences of prepare.json that belong on the screen, each on a line of its own.
+        The sentences of prepare.json that belong on the screen.
     """
     has_script = (folder / "prepare.py").exists()
     require(not has_script, f"--out {folder} holds scripts; name a folder for the data alone")
@@ -370,7 +430,7 @@ def write_prepared(
     hashes["data_sha256"] = digest([hashes["conversations_sha256"], content])
     files = {file.name: file_sha256(file) for file in (talks, path)}
     write_text(folder / "prepare.json", json.dumps({**info, **hashes, "files": files}, indent=2))
-    return "\n".join(info[what]["sentence"] for what in TOLD if info.get(what))
+    return [info[what]["sentence"] for what in PRINTED if info.get(what)]
 
 
 def _check_folder(folder: Path, source: str | None) -> None:
@@ -402,3 +462,125 @@ def _write_conversations(path: Path, conversations: Sequence[Conversation]) -> N
         for start in range(0, len(conversations), 10_000):
             part = list(conversations[start : start + 10_000])
             writer.write_table(pa.table({"messages": part}, schema=MESSAGES))
+
+
+# --------------------------------------------------------------- The prepared folder, read
+
+
+def read_info(folder: Path, dataset: str | None = None) -> dict[str, Any]:
+    """What prepare.json says of a prepared dataset; a warning in it is logged.
+
+    Args:
+        folder: the prepared folder.
+        dataset: whose script asks, which is also the name of that script's folder; None for any.
+
+    Raises:
+        InputError: the folder is not prepared, its prepare.json is of another form, or it holds
+            another dataset.
+    """
+    path = folder / "prepare.json"
+    info = read_json(path)
+    require(info is not None, f"{folder} is not a prepared dataset; run prepare.py first")
+    require(isinstance(info, dict), f"{path} is not as expected; {AGAIN}")
+    wrong = [key for key, kind in INFO.items() if not isinstance(info.get(key), kind)]
+    if not wrong:
+        says = {key: (info.get(key) or {}).get("sentence", "") for key in ("overlap", *PRINTED)}
+        wrong = [key for key, sentence in says.items() if not isinstance(sentence, str)]
+        wrong += ["dataset"] * (not re.fullmatch(r"[\w-]+", info["dataset"]))
+        wrong += ["files"] * (set(info["files"]) not in TABLES)
+    require(not wrong, f"{path} is not as expected: {', '.join(wrong)}; {AGAIN}")
+    found = info["dataset"]
+    own = dataset in (None, found)
+    require(own, f"{folder} holds {found}, not {dataset}: use the scripts in the folder {found}")
+    if info.get("warning"):
+        log.warning("WARNING: %s", info["warning"])
+    return info
+
+
+def check_files(folder: Path, info: Mapping[str, Any]) -> None:
+    """Raise InputError if a table is not the one that prepare.json was written with."""
+    for file, sha256 in info["files"].items():
+        path = folder / file
+        require(path.is_file(), f"{path}: not there; {AGAIN}")
+        same = file_sha256(path) == sha256
+        require(same, f"{path} is not the file that prepare.py wrote; run it again")
+
+
+def read_conversations(folder: Path) -> list[Conversation]:
+    """The conversations of a prepared dataset, row i being embedding i.
+
+    Raises:
+        InputError: the table is missing, damaged or of another form.
+    """
+    check_conversations(folder)
+    return _read_table(folder / "conversations.parquet")["messages"].to_pylist()
+
+
+def check_conversations(folder: Path) -> None:
+    """Raise InputError if the conversations are missing, damaged or of another form; reads none."""
+    path = folder / "conversations.parquet"
+    schema = _read_table(path, pq.read_schema)
+    require(schema.equals(MESSAGES), f"{path}: has other columns than messages; {AGAIN}")
+
+
+def read_comparisons(folder: Path, num_rows: int) -> pd.DataFrame:
+    """The table of comparisons of a prepared folder.
+
+    Raises:
+        InputError: it is missing, damaged, lacks a column, or a cell holds what cannot be.
+    """
+    path = folder / "comparisons.parquet"
+    table = _read_table(path).to_pandas()
+    missing = [column for column in COLUMNS if column not in table]
+    require(not missing, f"{path}: lacks the columns {', '.join(missing)}; {AGAIN}")
+    require(not table.empty, f"{path}: has no rows; {AGAIN}")
+    for column, kind in COLUMNS.items():
+        is_text = table[column].map(type).eq(str).all()
+        right = is_text if kind is str else table[column].dtype == kind
+        what = {str: "text", bool: "true or false"}.get(kind, kind)
+        require(right, f"{path}: {column} is not all {what}; {AGAIN}")
+    known = (*SPLITS, VALIDATION)
+    weights = LIGHTEST / 1e3, HEAVIEST * 1e3  # shared by a row's pairs
+    inside = ((table[["chosen", "rejected"]] // num_rows) == 0).all(axis=1)
+    for good, what in (
+        (inside, f"rows that are none of the {num_rows} embeddings"),
+        (table.split.isin(known), f"a split that is none of {', '.join(known)}"),
+        (table.weight.between(*weights), "a weight that is not a number above 0, or is far from 1"),
+    ):
+        row = int((~good).to_numpy().argmax()) + 1
+        require(good.all(), f"{path} row {row}: has {what}; {AGAIN}")
+    return table
+
+
+def read_scores(folder: Path, num_rows: int) -> dict[str, Tensor]:
+    """The score tensors of a prepared folder.
+
+    Returns:
+        train.scores and test.scores [P, R, M] in float32, train.rows and test.rows [P, R].
+
+    Raises:
+        InputError: the file is missing, damaged or of another form.
+    """
+    path = folder / "scores.safetensors"
+    tensors = read_tensors(path, AGAIN)[1]
+    found = {}
+    for split in SPLITS:
+        scores = expect(path, tensors, AGAIN, f"{split}.scores", torch.float32, None, None, None)
+        prompts, responses, _ = scores.shape
+        require(prompts > 0, f"{path}: {split}.scores has no prompt; {AGAIN}")
+        rows = expect(path, tensors, AGAIN, f"{split}.rows", torch.int64, prompts, responses)
+        inside = bool(((rows >= 0) & (rows < num_rows)).all())
+        require(inside, f"{path}: {split}.rows are none of the {num_rows} embeddings; {AGAIN}")
+        found |= {f"{split}.scores": scores, f"{split}.rows": rows}
+    require_finite(path, found, AGAIN)
+    scorers = {found[f"{split}.scores"].shape[2] for split in SPLITS}
+    require(len(scorers) == 1, f"{path}: train and test have other reward models; {AGAIN}")
+    return found
+
+
+def _read_table(path: Path, read: Callable[[Path], Any] = pq.read_table) -> Any:
+    require(path.is_file(), f"{path}: not there; {AGAIN}")
+    try:
+        return read(path)
+    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path} cannot be read ({first_line(error)}); {AGAIN}") from error
