@@ -9,8 +9,7 @@ begins with ``from utils import *`` also gets torch, np, nn and F from here.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +30,7 @@ from lore.learning.comparisons import (
     check_features,
     warn_of_short_users,
 )
-from lore.learning.grid import check_reference, grid, make_model, train_bases
+from lore.learning.grid import check_reference, fit_bases, grid
 from lore.learning.simulated_users import (  # noqa: F401 (the published names)
     create_dataset_prism,
     create_dataset_prism_shots,
@@ -415,25 +414,27 @@ def run(
     Raises:
         InputError: unusable features, ranks, reference or numbers of users.
     """
+    generator, starts = as_generator(generator), []
     sets = _pack_all(
         (train_features, N), (test_features_sparse, N), (train_features_unseen, N_unseen),
         (test_features_sparse_unseen, N_unseen), device=device,
     )  # fmt: skip
-    joint = {"num_iterations": num_iterations, "learning_rate": learning_rate}
-    few = {"num_iterations": few_shot_iterations, "learning_rate": few_shot_learning_rate}
-    bases, starts = _bases_and_draws(
-        lambda columns, g: draw_logits(N_unseen, columns, g) if columns else None,
-        K_list, alpha_list, V_final, sets[0], generator, estimator=estimator,
-        optimizer=optimizer, progress=progress, **joint,
+    bases = fit_bases(
+        estimator, _points(K_list, alpha_list), V_final, sets[0], N, None,
+        lambda columns: starts.append(draw_logits(N_unseen, columns, generator)),
+        num_iterations=num_iterations, learning_rate=learning_rate, generator=generator,
+        optimizer=optimizer, progress=progress,
     )  # fmt: skip
     rows = []
     for basis, start in zip(bases, starts, strict=True):
         basis.users, basis.users_unseen = list(user_ids), list(unseen_user_ids)
-        basis.W_unseen = personalize(
-            basis, sets[2], sets[2].project(basis.V), start, optimizer=optimizer,
-            progress=progress, **few,
+        projected = [data.project(basis.V) for data in sets]
+        basis.W_unseen = W = personalize(
+            basis, sets[2], projected[2], start, num_iterations=few_shot_iterations,
+            learning_rate=few_shot_learning_rate, optimizer=optimizer, progress=progress,
         )  # fmt: skip
-        rows.append(_evaluate(basis, *sets))
+        four = zip(sets, projected, (basis.W, basis.W, W, W), strict=True)
+        rows.append([data.accuracies(_rewards(Z, w, data)).cpu().numpy() for data, Z, w in four])
         if save_dir is not None:
             save_basis(Path(save_dir) / _basis_name(basis, alpha_list), basis)
     means, spreads = (np.array([[f(u) for u in row] for row in rows]) for f in (np.mean, np.std))
@@ -456,50 +457,18 @@ def _pack_all(
     return [Comparisons.from_list(X, device=device) for X, _ in sets]
 
 
-def _bases_and_draws(
-    draw: Callable[[int, Seed], Any],
-    ranks: Sequence[int],
-    alphas: Sequence[float],
-    reference: Tensor | None,
-    data: Comparisons,
-    generator: Seed,
-    estimator: type[LoRe],
-    **settings: Any,
-) -> tuple[list[Basis], list[Any]]:
-    """Bases of every (alpha, rank), and what is drawn for each after its own initial values.
-
-    ``draw`` takes the columns for which new users need logits (0 for none). Where columns may be
-    dropped, their number is known after training: then one model is trained after the other.
-    """
-    generator, direction = as_generator(generator), check_reference(reference, data.num_features)
+def _points(ranks: Sequence[int], alphas: Sequence[float]) -> list[dict[str, Any]]:
     for name, values in (("K_list", ranks), ("alpha_list", alphas)):
         require(
             isinstance(values, Sequence | np.ndarray) and len(values) > 0,
             f"{name} is a list of numbers, not {values!r}",
         )
-    points, users = grid(ranks, alphas), data.num_users
-    bases, models, draws = [], [], []
-    for point in points:
-        models.append(
-            make_model(point, estimator, direction, users, data.num_features,
-                       generator=generator, **settings)
-        )  # fmt: skip
-        columns = point["rank"]
-        if estimator.drops_columns:
-            bases += train_bases([point], models[-1:], direction, data, users)
-            columns = bases[-1].V.shape[1]
-        draws.append(draw(columns if point["rank"] > 1 else 0, generator))
-    return bases or train_bases(points, models, direction, data, users), draws
+    return grid(ranks, alphas)
 
 
-def _evaluate(basis: Basis, *sets: Comparisons) -> list[np.ndarray]:
-    """Accuracy of every user on the four sets: [U], [U], [U'], [U']."""
-    weights = (basis.W, basis.W, basis.W_unseen, basis.W_unseen)
-    pairs = zip(sets, weights, strict=True)
-    return [
-        data.accuracies((data.project(basis.V) * W.to(basis.V)[data.user]).sum(1)).cpu().numpy()
-        for data, W in pairs
-    ]
+def _rewards(Z: Tensor, W: Tensor, users: Users) -> Tensor:
+    """z^T w [N] of projected comparisons Z [N, K] for their users' weights [U, K]."""
+    return (Z * W.to(Z)[users.user]).sum(1)
 
 
 def _basis_name(basis: Basis, alphas: Sequence[float]) -> str:
@@ -552,47 +521,46 @@ def run_few_shot_vary_shots(
         (others): as for ``run``.
     """
     require(trials >= 1 and min(num_shots) >= 1, "trials and shots start at 1")
+    generator, draws = as_generator(generator), []
     train, few, unseen = _pack_all(
         (train_features, N), (train_features_unseen, N_unseen),
         (test_features_sparse_unseen, N_unseen), device=device,
     )  # fmt: skip
     warn_of_short_users(int(few.counts.min()), num_shots)
-    joint = {"num_iterations": num_iterations, "learning_rate": learning_rate}
-    settings = {"num_iterations": few_shot_iterations, "learning_rate": few_shot_learning_rate}
-    bases, draws = _bases_and_draws(
-        partial(_draw_shots, few, num_shots, trials),
-        K_list, alpha_list, V_final, train, generator, estimator=estimator,
-        optimizer=optimizer, progress=progress, **joint,
+    bases = fit_bases(
+        estimator, _points(K_list, alpha_list), V_final, train, N, None,
+        lambda columns: draws.append(_draw_shots(few, num_shots, trials, columns, generator)),
+        num_iterations=num_iterations, learning_rate=learning_rate, generator=generator,
+        optimizer=optimizer, progress=progress,
     )  # fmt: skip
-    shape = (len(num_shots), trials, N_unseen)
-    rows = []
+    shape, rows = (len(num_shots), trials, N_unseen), []
     for basis, (drawn, start) in zip(bases, draws, strict=True):
         Z, Z_unseen = few.project(basis.V), unseen.project(basis.V)
         picked = torch.cat(drawn).to(Z.device)
         users = few.pick(picked, [len(d) for d in drawn])
-        W = personalize(basis, users, Z[picked], start, optimizer=optimizer, **settings)
-        fitted = users.accuracies((Z[picked] * W[users.user]).sum(1)).view(shape)
-        held_out = torch.stack([
-            unseen.accuracies((Z_unseen * w[unseen.user]).sum(1)) for w in W.split(N_unseen)
-        ]).view(shape)  # fmt: skip
-        means = [accuracy.mean(2).cpu().numpy() for accuracy in (fitted, held_out)]  # [S, trials]
-        rows.append([f(1) for mean in means for f in (mean.mean, mean.std)])
+        W = personalize(
+            basis, users, Z[picked], start, num_iterations=few_shot_iterations,
+            learning_rate=few_shot_learning_rate, optimizer=optimizer,
+        )  # fmt: skip
+        fitted = users.accuracies(_rewards(Z[picked], W, users))
+        held_out = [unseen.accuracies(_rewards(Z_unseen, w, unseen)) for w in W.split(N_unseen)]
+        both = (some.view(shape).mean(2).cpu().numpy() for some in (fitted, torch.cat(held_out)))
+        rows.append([f(1) for means in both for f in (means.mean, means.std)])  # of [S, trials]
     columns = np.array(rows).transpose(1, 0, 2)  # [4, alphas * ranks, S]
     return ShotAccuracies(*(columns[:, 0] if len(bases) == 1 else columns))
 
 
 def _draw_shots(
     few: Comparisons, sizes: Sequence[int], trials: int, columns: int, generator: Seed
-) -> tuple[list[Tensor], Tensor | None]:
+) -> tuple[list[Tensor], Tensor]:
     """Numbers of the comparisons of every size, trial and user, and the users' initial logits."""
     own = torch.arange(len(few)).split(few.counts.tolist())
     rows, logits = [], []
     for size in sizes:
         for _ in range(trials):
             rows += [row[torch.randperm(len(row), generator=generator)[:size]] for row in own]
-            if columns:
-                logits.append(draw_logits(len(own), columns, generator))
-    return rows, torch.cat(logits) if logits else None
+            logits.append(draw_logits(len(own), columns, generator))
+    return rows, torch.cat(logits)
 
 
 # ------------------------------------------------------------- Single functions

@@ -202,7 +202,7 @@ def test_gradients_by_finite_differences():
     X = users([2, 3], F=4)
     data = Comparisons.from_list(X)
     model = utils.LoRe(X[0][0], 0.05, 2, 4, 2, generator=0, dtype=torch.float64, shrinkage=0.0)
-    training = Training([model], data, utils.preference_loss)
+    training = Training([model], data)
     training._set_gradients(0, of_weights=True, of_basis=True)
     c = reference.ones(X)
     for tensor in (training.V, training.logits):

@@ -313,9 +313,9 @@ def test_the_choice_never_reads_a_test_comparison(world, tmp_path):
 def test_the_choice_is_made_on_whole_dialogues_that_were_not_fitted(world, monkeypatch):
     fit_bases, fitted = lore_method.fit_bases, []
 
-    def remember(estimator, asked, direction, data, *rest, **settings):
+    def remember(estimator, points, direction, data, *rest, **settings):
         fitted.append(data)
-        return fit_bases(estimator, asked, direction, data, *rest, **settings)
+        return fit_bases(estimator, points, direction, data, *rest, **settings)
 
     monkeypatch.setattr(lore_method, "fit_bases", remember)
     task = task_of(world)
@@ -368,9 +368,9 @@ def test_shots_of_new_users_need_new_users(all_seen, tmp_path):
 def test_settings_are_chosen_on_the_validation_comparisons(all_seen, monkeypatch):
     fit_bases, fitted = lore_method.fit_bases, []
 
-    def remember(estimator, asked, direction, data, *rest, **settings):
+    def remember(estimator, points, direction, data, *rest, **settings):
         fitted.append(data)
-        return fit_bases(estimator, asked, direction, data, *rest, **settings)
+        return fit_bases(estimator, points, direction, data, *rest, **settings)
 
     monkeypatch.setattr(lore_method, "fit_bases", remember)
     task = task_of(all_seen)
@@ -866,11 +866,11 @@ def test_a_states_identity_says_nothing_of_where_it_computes(world, monkeypatch)
     found = []
     for data, size in ((streamed, 1), (streamed.in_memory(), 1), (streamed.in_memory(), 1 << 20)):
         monkeypatch.setattr(comparisons, "PART_BYTES", size)
-        one = training.Training([model], data, utils.preference_loss)
+        one = training.Training([model], data)
         found.append(training._identity(one))
     assert found[0] == found[1] == found[2]
     other = streamed.select(torch.arange(len(streamed)) > 0)
-    changed = training.Training([model], other, utils.preference_loss)
+    changed = training.Training([model], other)
     assert training._identity(changed) != found[0]
 
 

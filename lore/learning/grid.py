@@ -5,8 +5,8 @@ Shape letters: U users, F features, K rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,16 +14,18 @@ from torch import Tensor
 from lore.common.files import require
 from lore.learning.basis import Basis
 from lore.learning.comparisons import Comparisons
-from lore.learning.training import Checkpoint, Model, train_together
+from lore.learning.training import Checkpoint, train_together
+
+if TYPE_CHECKING:
+    from utils import LoRe
 
 
 def check_reference(V_sft: Tensor | None, num_features: int) -> Tensor | None:
     """The reference as [F], from [F] or [F, 1]; InputError for another shape, NaN or infinity."""
     if V_sft is None:
         return None
-    shapes = {(num_features,), (num_features, 1)}
     require(
-        tuple(V_sft.shape) in shapes,
+        tuple(V_sft.shape) in {(num_features,), (num_features, 1)},
         f"the reference has shape {tuple(V_sft.shape)}; ({num_features},) or ({num_features}, 1) "
         "is expected",
     )
@@ -43,59 +45,14 @@ def grid(
     ]
 
 
-def make_model(
-    about: Mapping[str, Any],
-    estimator: type[Model],
-    reference: Tensor | None,
-    num_users: int,
-    num_features: int,
-    **settings: Any,
-) -> Model | None:
-    """The untrained model of some settings of the grid, its initial values drawn; None at rank 0.
-
-    Raises:
-        InputError: rank 0 without a reference, or a negative rank.
-    """
-    rank = about["rank"]
-    if rank == 0:
-        require(reference is not None, "rank 0 is the reference model: there is none")
-        return None
-    return estimator(
-        reference, about["alpha"], num_users, num_features, rank,
-        shrinkage=about["shrinkage"], **settings,
-    )  # fmt: skip
-
-
-def train_bases(
-    points: Sequence[dict[str, Any]],
-    models: Sequence[Model | None],
-    reference: Tensor | None,
-    data: Comparisons,
-    num_users: int,
-    checkpoint: Checkpoint | None = None,
-) -> list[Basis]:
-    """Train models together; a basis for each point of the grid."""
-    some = [model for model in models if model is not None]
-    trained = iter(train_together(some, data, checkpoint) if some else [])
-    bases = []
-    for about, model in zip(points, models, strict=True):
-        if model is None:
-            V, W = reference.float()[:, None].to(data.device), torch.ones(num_users, 1)
-            basis = Basis(V, W.to(data.device), reference, settings=dict(about))
-        else:
-            W, V = next(trained)
-            basis = Basis(V, W, reference, settings=dict(about), losses=model.losses)
-        bases.append(basis)
-    return bases
-
-
 def fit_bases(
-    estimator: type[Model],
+    estimator: type[LoRe],
     points: Sequence[dict[str, Any]],
     reference: Tensor | None,
     data: Comparisons,
     num_users: int,
     checkpoint: Checkpoint | None = None,
+    then: Callable[[int], object] | None = None,
     **settings: Any,
 ) -> list[Basis]:
     """A basis for all settings of the grid; rank 0 is the reference itself.
@@ -107,14 +64,46 @@ def fit_bases(
         data: comparisons of the users, or this process's share.
         num_users: users in all.
         checkpoint: where to keep the state of the training.
+        then: called after the initial values of each point are drawn, to draw those of new users,
+            with the number of logits that each needs (0 up to rank 1). Where columns may be dropped
+            it is known after training: then one model is trained after the other.
         settings: of the estimator: num_iterations, learning_rate, generator, optimizer, ...
 
     Raises:
         InputError: rank 0 without a reference, or a negative rank.
     """
     direction = check_reference(reference, data.num_features)
-    models = [
-        make_model(about, estimator, direction, num_users, data.num_features, **settings)
-        for about in points
-    ]
-    return train_bases(points, models, direction, data, num_users, checkpoint)
+    models: list[LoRe | None] = []
+    bases: list[Basis] = []
+    for point in points:
+        rank, shared = point["rank"], (direction, point["alpha"], num_users, data.num_features)
+        require(rank != 0 or direction is not None, "rank 0 is the reference model: there is none")
+        about = {"shrinkage": point["shrinkage"], **settings}
+        models.append(estimator(*shared, rank, **about) if rank else None)
+        if then is None:
+            continue
+        if estimator.drops_columns:
+            bases += _train([point], models[-1:], direction, data, num_users)
+        columns = bases[-1].V.shape[1] if bases else rank
+        then(columns if rank > 1 else 0)
+    return bases or _train(points, models, direction, data, num_users, checkpoint)
+
+
+def _train(
+    points: Sequence[dict[str, Any]],
+    models: Sequence[LoRe | None],
+    reference: Tensor | None,
+    data: Comparisons,
+    num_users: int,
+    checkpoint: Checkpoint | None = None,
+) -> list[Basis]:
+    some = [model for model in models if model is not None]
+    trained, bases = iter(train_together(some, data, checkpoint) if some else []), []
+    for point, model in zip(points, models, strict=True):
+        if model is None:
+            V, W = reference.float()[:, None].to(data.device), torch.ones(num_users, 1)
+            W, losses = W.to(data.device), torch.empty(0)
+        else:
+            (W, V), losses = next(trained), model.losses
+        bases.append(Basis(V, W, reference, settings=dict(point), losses=losses))
+    return bases

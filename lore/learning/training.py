@@ -1,8 +1,8 @@
 """Training: models side by side on the same comparisons, and states to go on from after a kill.
 
 The models' columns form one tensor, so that one pass over the features serves them all, and each
-follows the trajectory that it follows alone. Shape letters: U users, N comparisons, F features,
-C columns of all models, M models.
+follows the trajectory that it follows alone. Model m has ``ranks[m]`` columns. Shape letters:
+U users, N comparisons, F features, C columns of all models, M models.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,9 @@ from lore.common.devices import gather_rows, rows_before, sum_over_processes
 from lore.common.files import InputError, require, write_whole
 from lore.common.tensors import checksum
 from lore.learning.comparisons import CACHE_BYTES, Comparisons, DenseFeatures, Users
-from lore.learning.products import projected_products, user_products
+
+if TYPE_CHECKING:
+    from utils import LoRe
 
 log = logging.getLogger(__name__)
 
@@ -47,13 +49,8 @@ def make_optimizer(
     parameters: Iterable[Tensor],
     learning_rate: float,
 ) -> Optimizer:
-    """The optimiser of some tensors: the paper's Adam unless another one is asked for.
-
-    Args:
-        optimizer: a class, made with lr=learning_rate, or a function of the tensors that brings
-            its own settings, such as ``functools.partial(torch.optim.SGD, lr=1.0)``.
-        parameters: what to optimise.
-        learning_rate: of Adam, or of the class given.
+    """The optimiser of some tensors: the paper's Adam, or a class made with lr=learning_rate, or a
+    function that brings its own settings, such as ``functools.partial(torch.optim.SGD, lr=1.0)``.
     """
     if isinstance(optimizer, type) or optimizer is None:
         return (optimizer or torch.optim.Adam)(parameters, lr=learning_rate)
@@ -67,7 +64,7 @@ def is_elementwise(optimizer: OptimizerFactory | None) -> bool:
 
 def simplex(logits: Tensor, ranks: Sequence[int]) -> Tensor:
     """Weights [U, C] on the simplex: the softmax of each model's logits [U, C]."""
-    return torch.cat([part.softmax(1) for part in logits.split(list(ranks), 1)], 1)
+    return torch.cat([part.softmax(1) for part in logits.split(ranks, 1)], 1)
 
 
 def pull(W: Tensor, target: Tensor, strength: Tensor, ranks: Sequence[int]) -> Tensor:
@@ -80,39 +77,94 @@ def pull(W: Tensor, target: Tensor, strength: Tensor, ranks: Sequence[int]) -> T
         ranks: columns of each model [M].
     """
     divergence = strength * target * (target.clamp_min(1e-30).log() - W.clamp_min(1e-30).log())
-    return torch.stack([part.sum() for part in divergence.split(list(ranks), 1)])
+    return torch.stack([part.sum() for part in divergence.split(ranks, 1)])
 
 
-class Model(Protocol):
-    """What is trained: initial values, settings, and the part of the objective that V has alone."""
+# -------------------------------------------------------------------- Gradients
 
-    W0: Tensor  # [U, K]
-    V0: Tensor  # [F, K]
-    rank: int
-    alpha: float
-    shrinkage: float
-    num_classes: int
-    num_features: int
-    num_iterations: int
-    learning_rate: float
-    optimizer: OptimizerFactory | None
-    alternating: bool
-    processes: int
-    progress: bool
-    losses: Tensor
 
-    @staticmethod
-    def loss(products: Tensor, coefficient: Tensor) -> Tensor:
-        """Losses [M] of products [N, M] with coefficients [N]."""
+def loss_and_slope(loss: Loss, products: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses [M] of products [N, M] with coefficients c [N], and their slope in these [N, M]."""
+    with torch.enable_grad():
+        losses = loss(products.requires_grad_(), c)
+        (slope,) = torch.autograd.grad(losses.sum(), products)
+    return losses.detach(), slope
 
-    def per_comparison(self, data: Comparisons) -> Tensor:
-        """What one comparison of a user weighs in the objective [U]."""
 
-    def penalty(self, V: Tensor, step: int) -> Tensor:
-        """The pull of the basis V [F, K] to the reference."""
+def products_of(
+    data: Comparisons, V: Tensor, W: Tensor, ranks: Sequence[int], Z: Tensor | None
+) -> Tensor:
+    """x^T V w [N, M] of every comparison for its own user in each model.
 
-    def finish(self, W: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights and basis to return, from the last ones."""
+    A comparison meets its own user's directions V w, one product each whatever the rank; or, for
+    features that are streamed or on a GPU, they come from Z = X V [N, C].
+
+    Args:
+        data: the comparisons.
+        V: bases side by side [F, C].
+        W: the users' weights [U, C].
+        ranks: columns of each model [M].
+        Z: the comparisons projected; None to go by directions.
+    """
+    if Z is not None:
+        each = (Z * W.index_select(0, data.user)).split(ranks, 1)
+        return torch.stack([p.sum(1) for p in each], 1)
+    directions = V.new_empty(len(W), len(ranks), len(V))  # [U, M, F]
+    for m, (v, w) in enumerate(zip(V.split(ranks, 1), W.split(ranks, 1), strict=True)):
+        torch.mm(w, v.T, out=directions[:, m])
+    return data.dots(data.features.x.to(V.dtype), directions)
+
+
+def gradients(
+    data: Comparisons,
+    V: Tensor,
+    W: Tensor,
+    ranks: Sequence[int],
+    Z: Tensor | None,
+    slope: Tensor,
+    of_weights: bool,
+    of_basis: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients in W [U, C] and V [F, C], or 0, of slope [N, M] times ``products_of`` the rest.
+
+    With H [U, M, F] each user's sums of slope times x they are H V and H^T W.
+    """
+    dW = dV = torch.zeros((), device=V.device)
+    if Z is not None:
+        columns = zip(slope.split(1, 1), ranks, strict=True)
+        G = torch.cat([s.expand(-1, rank) for s, rank in columns], 1)  # [N, C]: no wait on a GPU
+        if of_weights:
+            dW = data.sum(G * Z)
+        if of_basis:
+            dV = data.backproject(G * W.index_select(0, data.user))
+        return dW, dV
+    H = data.sums(data.features.x.to(V.dtype), slope).unbind(1)
+    if of_weights:
+        dW = torch.cat([h @ v for h, v in zip(H, V.split(ranks, 1), strict=True)], 1)
+    if of_basis:
+        dV = torch.cat([w.T @ h for h, w in zip(H, W.split(ranks, 1), strict=True)]).T
+    return dW, dV
+
+
+def logits_gradient(
+    logits: Tensor,
+    dW: Tensor,
+    ranks: Sequence[int],
+    target: Tensor | None = None,
+    strength: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradient [U, C] through the softmax, with the pull to a target; and the pull's losses [M]."""
+    with torch.enable_grad():
+        logits = logits.detach().requires_grad_()
+        W = simplex(logits, ranks)
+        pulls = W.new_zeros(len(ranks))
+        if strength is not None:
+            pulls = pull(W, target, strength, ranks)
+        (gradient,) = torch.autograd.grad((W * dW).sum() + pulls.sum(), logits)
+    return gradient, pulls.detach()
+
+
+# --------------------------------------------------------------------- Training
 
 
 class Training:
@@ -121,11 +173,10 @@ class Training:
     Args:
         models: of one kind, with the same iterations, learning rate and optimiser.
         data: the comparisons of all users, or this process's share.
-        loss: of the products x^T V w, see ``utils.preference_loss``.
     """
 
-    def __init__(self, models: Sequence[Model], data: Comparisons, loss: Loss) -> None:
-        self.models, self.data, self.loss, lead = models, data, loss, models[0]
+    def __init__(self, models: Sequence[LoRe], data: Comparisons) -> None:
+        self.models, self.data, lead = models, data, models[0]
         require(
             data.num_features == lead.num_features,
             f"features are {data.num_features} wide, the model expects {lead.num_features}",
@@ -146,6 +197,7 @@ class Training:
             each = torch.cat([torch.full((m.rank,), float(m.shrinkage)) for m in models])
             self.strength = per_comparison.to(self.V)[:, None] * each.to(self.V)
         self.parts = list(data.parts(2 * len(models)))
+        self.by_direction = data.device.type == "cpu" and isinstance(data.features, DenseFeatures)
         groups = [[self.logits], [self.V]] if lead.alternating else [[self.logits, self.V]]
         self.optimizers = [make_optimizer(lead.optimizer, g, lead.learning_rate) for g in groups]
         self.losses = self.V.new_zeros(lead.num_iterations, len(models))
@@ -173,62 +225,53 @@ class Training:
         require(finite, f"by step {step} of training, {DIVERGED}")
 
     def _joint_step(self, step: int) -> Tensor:
-        return _step(self.optimizers[0], lambda: self._set_gradients(step, True, True))
+        def of_both() -> Tensor:
+            return self._set_gradients(step, True, True, self._projected())
+
+        return _step(self.optimizers[0], of_both)
 
     def _alternating_step(self, step: int) -> Tensor:
         """One step on the weights, then one on the basis at the new weights."""
-        Z = None if self._by_direction() else self.data.project(self.V)  # serves both steps
-        _step(self.optimizers[0], lambda: self._set_gradients(step, True, False, Z))
-        known = [Z]
+        known = [self._projected()]  # serves both steps
+        _step(self.optimizers[0], lambda: self._set_gradients(step, True, False, known[0]))
 
-        def closure() -> Tensor:
-            return self._set_gradients(step, False, True, known.pop() if known else None)
+        def of_basis() -> Tensor:
+            Z = known.pop() if known else self._projected()
+            return self._set_gradients(step, False, True, Z)
 
-        return _step(self.optimizers[1], closure)
+        return _step(self.optimizers[1], of_basis)
 
-    def _by_direction(self) -> bool:
-        return self.data.device.type == "cpu" and isinstance(self.data.features, DenseFeatures)
+    def _projected(self) -> Tensor | None:
+        return None if self.by_direction else self.data.project(self.V)
 
     def _set_gradients(
         self, step: int, of_weights: bool, of_basis: bool, Z: Tensor | None = None
     ) -> Tensor:
-        """Put gradients into the logits and the basis; returns every model's objective [M].
-
-        Args:
-            step: number of the step.
-            of_weights, of_basis: which gradients are wanted.
-            Z: the comparisons projected on V, where that is known.
-        """
+        """Put gradients into the logits and the basis; returns every model's objective [M]."""
         W = simplex(self.logits, self.ranks)
-        columns = self.V.detach().T.contiguous()  # products are faster with each column in a row
-        V = columns.T.requires_grad_(of_basis)
-        losses, dW = W.new_zeros(len(self.models)), torch.zeros_like(W)
-        dV = torch.zeros_like(V)
+        V = self.V.detach().T.contiguous().T  # products are faster with each column in a row
+        losses, dW, dV = W.new_zeros(len(self.models)), torch.zeros_like(W), torch.zeros_like(V)
         for users, rows, part in self.parts:
-            w = W[users].detach().requires_grad_(of_weights)
-            some = self.loss(user_products(part, V, w, self.ranks, Z), self.c[rows])
-            wanted = [x for x in (w, V) if x.requires_grad]
-            gradients = iter(torch.autograd.grad(some.sum(), wanted))
-            losses += some.detach()
-            if of_weights:
-                dW[users] = next(gradients)
-            if of_basis:
-                dV += next(gradients)
+            given = part, V, W[users], self.ranks, Z
+            some, slope = loss_and_slope(self.models[0].loss, products_of(*given), self.c[rows])
+            of_part = gradients(*given, slope, of_weights, of_basis)
+            losses += some
+            dW[users] += of_part[0]
+            dV += of_part[1]
         if of_weights:
-            losses = losses + self._set_weights_gradient(dW)
+            losses = losses + self._set_weights_gradient(W, dW)
         return self._set_basis_gradient(losses, dV, step) if of_basis else losses
 
-    def _set_weights_gradient(self, dW: Tensor) -> Tensor:
+    def _set_weights_gradient(self, W: Tensor, dW: Tensor) -> Tensor:
         """Through the softmax, with the pull to the population; returns the pull's losses [M]."""
-        logits = self.logits.detach().requires_grad_()
-        W = simplex(logits, self.ranks)
-        pulls = W.new_zeros(len(self.models))
+        mean = None
         if self.strength is not None:
-            sums = torch.cat([W.detach().sum(0), W.new_tensor([len(W)])])
+            sums = torch.cat([W.sum(0), W.new_tensor([len(W)])])
             sums = sum_over_processes(sums, self.models[0].processes)
-            pulls = pull(W, sums[:-1] / sums[-1], self.strength, self.ranks)
-        (self.logits.grad,) = torch.autograd.grad((W * dW).sum() + pulls.sum(), logits)
-        return pulls.detach()
+            mean = sums[:-1] / sums[-1]
+        gradient = logits_gradient(self.logits, dW, self.ranks, mean, self.strength)
+        self.logits.grad, pulls = gradient
+        return pulls
 
     def _set_basis_gradient(self, losses: Tensor, dV: Tensor, step: int) -> Tensor:
         """Sum over processes, with the pull to the reference; returns all losses [M]."""
@@ -254,7 +297,7 @@ class Training:
 
 
 def train_together(
-    models: Sequence[Model], data: Comparisons, checkpoint: Checkpoint | None = None
+    models: Sequence[LoRe], data: Comparisons, checkpoint: Checkpoint | None = None
 ) -> list[tuple[Tensor, Tensor]]:
     """Fit models of one kind on the same comparisons, sharing each pass over the features.
 
@@ -270,12 +313,12 @@ def train_together(
         (W, V) of every model.
     """
     if is_elementwise(models[0].optimizer) or len(models) == 1:
-        return Training(models, data, models[0].loss).fit(checkpoint)
+        return Training(models, data).fit(checkpoint)
     require(
         models[0].processes == 1,
         "this optimiser needs all users in one process: use Adam, AdamW or SGD",
     )
-    return [Training([model], data, model.loss).fit(None)[0] for model in models]
+    return [Training([model], data).fit(None)[0] for model in models]
 
 
 def _step(optimizer: Optimizer, gradients: Callable[[], Tensor]) -> Tensor:
@@ -330,16 +373,17 @@ def fit_weights(
     logits, ranks = logits.detach().to(Z, copy=True), [Z.shape[1]]
     per_comparison = 1 / users.user_weight()
     c = (users.weight * per_comparison[users.user]).to(Z)
-    strength = shrinkage * per_comparison.to(Z)[:, None]
+    target = strength = None
+    if shrinkage:
+        target, strength = population.to(Z), shrinkage * per_comparison.to(Z)[:, None]
 
     def gradient() -> Tensor:
-        free = logits.detach().requires_grad_()
-        W = free.softmax(1)
-        total = loss(projected_products(users, Z, W)[:, None], c)
-        if shrinkage:
-            total = total + pull(W, population.to(Z), strength, ranks)
-        (logits.grad,) = torch.autograd.grad(total.sum(), free)
-        return total.detach()
+        products = logits.softmax(1).index_select(0, users.user).mul_(Z)  # new memory costs more
+        products = products @ products.new_ones(Z.shape[1])  # faster than sums over few columns
+        total, slope = loss_and_slope(loss, products[:, None], c)
+        dW = users.sum(Z, slope[:, 0])
+        logits.grad, pulls = logits_gradient(logits, dW, ranks, target, strength)
+        return total + pulls
 
     steps = make_optimizer(optimizer, [logits], learning_rate)
     for _ in tqdm(range(num_iterations), "users' weights", disable=not progress, leave=False):
@@ -382,12 +426,9 @@ def own_directions(
 
 def _own_gradient(users: Users, x: Tensor, c: Tensor, V: Tensor, loss: Loss) -> Tensor:
     """Loss of users' own directions V [B, F] on their x [n, F] with coefficients c [n]."""
-    products = users.dots(x, V[:, None]).requires_grad_()
-    with torch.enable_grad():
-        total = loss(products, c).sum()
-        (slope,) = torch.autograd.grad(total, products)
+    losses, slope = loss_and_slope(loss, users.dots(x, V[:, None]), c)
     V.grad = users.sums(x, slope)[:, 0]
-    return total.detach()
+    return losses.sum()
 
 
 # ------------------------------------------------------------------ Checkpoints
