@@ -158,20 +158,20 @@ CASES: dict[str, dict[str, Change]] = {
     },
     MANIFEST: {
         **BAD_JSON, "missing": Path.unlink, "unfinished": facts(complete=False),
-        "no shards": facts(num_shards=None), "shards as text": facts(num_shards="x"),
-        "more shards": facts(num_shards=10**9), "size as text": facts(shard_size="x"),
-        "another size": facts(shard_size=10), "no size": facts(shard_size=0),
+        "no count": facts(num_distinct=None), "count as text": facts(num_distinct="x"),
+        "more": facts(num_distinct=10**9), "none": facts(num_distinct=0),
         "another width": facts(num_features=31), "another model": facts(weights_sha256="0" * 64),
         "another type": facts(dtype="bfloat16"), "no type": facts(dtype="load"),
         "other rows": facts(num_conversations=3), "fewer": facts(num_distinct=3),
-        "other files": facts(files={}), "truth": facts(max_length=True),
+        "other files": facts(files={}), "a path": facts(files={"../x.safetensors": "0"}),
+        "truth": facts(max_length=True),
     },
     INDEX: {
         "cut": cut, "garbage": content(GARBAGE), "missing": Path.unlink, "flipped bit": flip,
         "reversed": tensors(False, rows=lambda t: t.flip(0)),
         "another tensor": tensors(rows=gone), "floats": tensors(rows=lambda t: t.float()),
         "past the end": tensors(rows=set_one(10**6)), "negative": tensors(rows=set_one(-1)),
-        "fewer": tensors(rows=lambda t: t[:-1]),
+        "fewer": tensors(rows=lambda t: t[:-1]), "one": tensors(rows=lambda t: 0 * t),
     },
     SHARD: {
         "cut": cut, "garbage": content(GARBAGE), "missing": Path.unlink, "flipped bit": flip,
@@ -179,7 +179,8 @@ CASES: dict[str, dict[str, Change]] = {
         "fewer rows": tensors(embeddings=lambda t: t[:-1]),
         "fewer columns": tensors(embeddings=lambda t: t[:, 1:]),
         "another type": tensors(embeddings=lambda t: t.double()),
-        "another tensor": tensors(embeddings=gone),
+        "another tensor": tensors(embeddings=gone), "no keys": tensors(keys=gone),
+        "fewer keys": tensors(keys=lambda t: t[:-1]),
     },
     HEAD: {
         "cut": cut, "garbage": content(GARBAGE), "missing": Path.unlink, "flipped bit": flip,
@@ -222,12 +223,12 @@ def embed(data: Path) -> None:
     """Embeddings of a prepared dataset's conversations, 40 in a file."""
     talks = read_conversations(data)
     known = dict.fromkeys(embeddings.FACTS, "made") | {
-        "dtype": "float32", "max_length": 9, "shard_size": 40,
+        "dtype": "float32", "max_length": 9,
         "num_conversations": len(talks), "conversations_sha256": digest(talks),
     }  # fmt: skip
     tokens = [number.to_bytes(4) for number in range(len(talks))]
     counts = {"num_distinct": len(talks), "num_truncated": 0, "tokens_given": len(talks)}
-    plan = embeddings._Plan(tokens, torch.arange(len(talks)), known, counts)
+    plan = embeddings._Plan(tokens, torch.arange(len(talks)), known, counts, 40)
     embeddings._complete(data / "embeddings", plan, Made, 0, 1, False)
 
 
@@ -298,7 +299,7 @@ def test_a_folder_as_prepared_is_opened_twice_and_verified_once(made, tmp_path, 
     first, second = opened(data), len(read)
     opened(data)
     shards = [name for name in read if name.startswith("embeddings-")]
-    assert len(shards) == first.store.manifest["num_shards"] and len(read) == second + 2
+    assert len(shards) == len(first.store.manifest["files"]) - 2 and len(read) == second + 2
     first.store.verify()
     assert len([name for name in read if name.startswith("embeddings-")]) == 2 * len(shards)
 

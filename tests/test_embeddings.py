@@ -93,6 +93,10 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in files}
 
 
+def shards_of(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("embeddings-*.safetensors"))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
     """As in the subprocesses: sums may differ in the last bit with the number of threads."""
@@ -430,7 +434,8 @@ def test_full_gpu_memory_halves_the_batches(
 
 def test_files_and_manifest(finished: Path) -> None:
     manifest = json.loads((finished / "manifest.json").read_text())
-    shards = [f"embeddings-0000{i}-of-00004.safetensors" for i in (1, 2, 3, 4)]
+    shards = shards_of(finished)
+    assert [name[:17] for name in shards] == [f"embeddings-0000{i}-" for i in (1, 2, 3, 4)]
     files = {*shards, "index.safetensors", "head.safetensors"}
     assert set(contents(finished)) == {*files, "manifest.json"}
     assert {path: hashlib.sha256((finished / path).read_bytes()).hexdigest() for path in files} == (
@@ -451,7 +456,7 @@ def test_reading_maps_the_shards_and_takes_any_rows(finished: Path) -> None:
     assert store.rows(torch.tensor([], dtype=torch.long)).shape == (0, 32)
     if Path("/proc/self/maps").exists():
         maps = Path("/proc/self/maps").read_text(encoding="utf-8")
-        assert str(finished / "embeddings-00002-of-00004") in maps
+        assert str(finished / shards_of(finished)[1]) in maps
 
 
 def test_the_store_knows_its_conversations(finished: Path) -> None:
@@ -469,11 +474,10 @@ def test_a_finished_run_loads_no_model(
     assert contents(finished) == before
 
 
-@pytest.mark.parametrize(
-    "name", ["embeddings-00002-of-00004.safetensors", "index.safetensors", "head.safetensors"]
-)
+@pytest.mark.parametrize("name", ["second shard", "index.safetensors", "head.safetensors"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
 def test_damaged_files_are_made_again(name: str, damage: str, finished: Path, quiet: dict) -> None:
+    name = shards_of(finished)[1] if name == "second shard" else name
     before, path = contents(finished), finished / name
     data = before[name]
     path.unlink()
@@ -535,7 +539,6 @@ def _other_template(folder: Path) -> Path:
         (lambda folder: {"tokenizer": str(_other_template(folder))}, "template_sha256"),
         (lambda folder: {"max_length": 30}, "max_length = 2048, but 30 is asked for"),
         (lambda folder: {"dtype": "bfloat16"}, "dtype = float32"),
-        (lambda folder: {"shard_size": 5}, "shard_size = 4"),
     ],
 )
 def test_a_store_of_something_else_is_refused(
@@ -551,16 +554,84 @@ def test_a_store_of_something_else_is_refused(
     assert contents(finished) == before
 
 
-def test_other_text_and_foreign_shards_are_refused(
-    finished: Path, quiet: dict, tmp_path: Path
-) -> None:
-    with pytest.raises(InputError, match="conversations_sha256"):
-        embed(some_chats()[1:], finished, **quiet)
-    embed(some_chats()[:-2], tmp_path / "other", **quiet)
-    name = "embeddings-00001-of-00004.safetensors"
+def test_foreign_shards_are_refused(finished: Path, quiet: dict, tmp_path: Path) -> None:
+    embed(some_chats(), tmp_path / "other", **quiet, max_length=30)
+    name = shards_of(tmp_path / "other")[0]
     (tmp_path / "other" / name).replace(finished / name)
     with pytest.raises(InputError, match=name):
         embed(some_chats(), finished, **quiet)
+
+
+# ----------------------------------------------------------------- Other conversations
+
+
+@pytest.fixture
+def embedded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many conversations went through the model, each time that it was called."""
+    counts, plain = [], reward_model.Engine.embed
+
+    def counted(self: Any, tokens: list, bar: Any) -> torch.Tensor:
+        counts.append(len(tokens))
+        return plain(self, tokens, bar)
+
+    monkeypatch.setattr(reward_model.Engine, "embed", counted)
+    return counts
+
+
+def test_a_row_more_embeds_its_texts_alone(
+    quiet: dict, finished: Path, tmp_path: Path, embedded: list[int], caplog: Any
+) -> None:
+    caplog.set_level(logging.INFO, logger="lore")
+    before = contents(finished)
+    more = [chat("Hello there", "yes, and no"), *some_chats(), chat("A new one", "yes")]
+    store = embed(more, finished, **quiet)
+    assert embedded == [2] and "14 of 16 distinct conversations are there and" in caplog.text
+    after = contents(finished)
+    assert {name: after[name] for name in shards_of(finished) if name in before} == {
+        name: data for name, data in before.items() if name.startswith("embeddings-")
+    }
+    anew = embed(more, tmp_path / "anew", **quiet)
+    assert embedded == [2, 4, 4, 4, 4]
+    assert distance(all_rows(store), all_rows(anew)) < 1e-5
+    assert torch.equal(all_rows(store)[1:-1], all_rows(embed(some_chats(), finished, **quiet)))
+    assert embedded == [2, 4, 4, 4, 4] and contents(finished) == after | {
+        name: before[name] for name in ("index.safetensors", "manifest.json")
+    }
+
+
+def test_other_order_and_fewer_texts_load_no_model(
+    quiet: dict, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = all_rows(open_store(finished))
+    monkeypatch.setattr(embeddings, "load_engine", lambda *_: pytest.fail("loaded a model"))
+    assert torch.equal(all_rows(embed(some_chats()[::-1], finished, **quiet)), rows.flip(0))
+    store = embed(some_chats()[:3], finished, **quiet | {"shard_size": 9})
+    assert torch.equal(all_rows(store), rows[:3]) and store.manifest["num_distinct"] == 3
+
+
+def test_new_texts_take_a_killed_run_into_account(
+    quiet: dict, tmp_path: Path, embedded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = [*some_chats(), *(chat("More", "yes " * i) for i in range(1, 7))]
+    whole = tmp_path / "whole"
+    for chats in (some_chats(), more):
+        embed(chats, whole, **quiet)
+    assert embedded == [4, 4, 4, 2, 4, 2]
+    folder, plain = tmp_path / "killed", embeddings._write_tensors
+    embed(some_chats(), folder, **quiet)
+
+    def killed(path: Path, *given: Any, **note: Any) -> None:
+        plain(path, *given, **note)
+        if path.name.startswith("embeddings-"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(embeddings, "_write_tensors", killed)
+    with pytest.raises(KeyboardInterrupt):
+        embed(more, folder, **quiet)
+    assert len(open_store(folder)) == 15  # what was there is there still
+    monkeypatch.setattr(embeddings, "_write_tensors", plain)
+    embed(more, folder, **quiet)
+    assert embedded[6:] == [4, 4, 4, 2, 4, 2] and contents(folder) == contents(whole)
 
 
 def test_the_same_model_under_another_path_is_the_same(
@@ -603,14 +674,14 @@ def test_a_full_disk_keeps_what_is_done(
 
     def full(file: int) -> None:
         synced.append(file)
-        if len(synced) > 5:  # index, manifest, head and two shards are done
+        if len(synced) > 4:  # manifest, head and two shards are done
             raise OSError(errno.ENOSPC, "No space left on device")
         fsync(file)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(InputError, match="00003-of-00004.* No space left on device"):
+    with pytest.raises(InputError, match="embeddings-00003.* No space left on device"):
         embed(some_chats(), tmp_path / "out", **quiet)
-    assert len(contents(tmp_path / "out")) == 5
+    assert len(contents(tmp_path / "out")) == 4
     monkeypatch.undo()
     embed(some_chats(), tmp_path / "out", **quiet)
     assert contents(tmp_path / "out") == contents(finished)
@@ -730,7 +801,7 @@ def test_parts_of_a_job_array_complete_each_other(
 ) -> None:
     folder = tmp_path / "parts"
     assert embed(some_chats(), folder, **quiet, shard="2/3") is None
-    assert not (folder / "embeddings-00001-of-00004.safetensors").exists()
+    assert shards_of(folder) == shards_of(finished)[1:2]
     with pytest.raises(InputError, match="no finished embeddings"):
         open_store(folder)
     assert embed(some_chats(), folder, **quiet, shard="3/3") is None

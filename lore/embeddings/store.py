@@ -1,18 +1,20 @@
 """Conversations in, reward-model embeddings on disk out: every shared token is computed once.
 
 Conversations become token ids, identical ones are merged, and the distinct ones are sorted, so
-that neighbours share the longest prefixes. A shard holds a fixed range of that order and depends
-on nothing else: killed, resumed or spread over processes, its bytes stay the same.
+that neighbours share the longest prefixes. A shard holds a range of those that no earlier shard
+holds, each with the hash of its tokens: killed, resumed or spread over processes, its bytes stay
+the same, and with other conversations only what is new is embedded.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -35,7 +37,6 @@ from lore.common.files import (
 )
 from lore.common.settings import NonNegativeInt, PositiveInt
 from lore.common.tensors import expect, read_tensors, require_finite
-from lore.embeddings.prefix_trees import Tokens
 from lore.embeddings.reward_model import (
     PAPERS_MODEL,
     Conversation,
@@ -56,14 +57,17 @@ log = logging.getLogger(__name__)
 
 POOLING = "last token, after the final norm"
 NAMES = ("model", "tokenizer")  # facts that may change: the same files under another path
+TEXTS = ("conversations_sha256", "num_conversations", "tokens_sha256")
 MANIFEST, INDEX, HEAD = "manifest.json", "index.safetensors", "head.safetensors"
 VERIFIED = "verified.json"  # size, time and inode of the files whose checksums were right
 AGAIN = "embed again; the rest is kept"
 FACTS = {"model": str, "revision": str | None, "weights_sha256": str | None, "tokenizer": str,
          "template_sha256": str, "pooling": str, "dtype": str, "max_length": int,
          "truncation_side": str, "conversations_sha256": str, "num_conversations": int,
-         "tokens_sha256": str, "shard_size": int}  # fmt: skip
-COUNTS = {"num_distinct": int, "num_features": int, "num_shards": int, "files": dict}
+         "tokens_sha256": str}  # fmt: skip
+COUNTS = {"num_distinct": int, "num_features": int, "files": dict}
+KEY = 16  # bytes of the hash by which a conversation's tokens are known
+SHARD = re.compile(r"embeddings-\d{5}-[0-9a-f]{8}\.safetensors")
 
 
 def embed(
@@ -89,12 +93,13 @@ def embed(
     """Embed conversations with a frozen reward model and keep the embeddings [n, F] on disk.
 
     An embedding is the last hidden state, after the final norm, of the last token of the
-    chat-templated conversation. Started again, a killed run continues where it stopped. Under
-    torchrun or accelerate launch each process embeds its share of the shards.
+    chat-templated conversation. Started again, a killed run continues where it stopped; with other
+    conversations, the embeddings of those that are there already are used again, which differ from
+    new ones by rounding alone. Under torchrun or accelerate launch each process embeds its share.
 
     Args:
         conversations: lists of {"role": text, "content": text}; row i of the store is the i-th.
-        folder: where the embeddings are kept; made if missing.
+        folder: where the embeddings are kept, by one model with one setting; made if missing.
         model: reward model, a hub name or a local folder.
         tokenizer: hub name or folder of the tokenizer, if it is not the model's own.
         revision: branch, tag or commit of a hub model.
@@ -116,8 +121,8 @@ def embed(
         The embeddings; None while shards of other processes are missing.
 
     Raises:
-        InputError: bad conversations or settings, a folder with embeddings of something else, a
-            full disk, or a model whose logit is not its score head times this embedding.
+        InputError: bad conversations or settings, a folder with embeddings by another model or
+            setting, a full disk, or a model whose logit is not its score head times this embedding.
     """
     worker, workers = _worker(shard)
     device, dtype = device_and_dtype(device, dtype)
@@ -168,30 +173,40 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest = read_manifest(folder)
-        self._rows = self._read(INDEX, "rows", torch.int64, self.manifest["num_conversations"])
-        inside = (self._rows >= 0) & (self._rows < self.manifest["num_distinct"])
-        require(bool(inside.all()), f"{folder / INDEX}: names rows that are not there; {AGAIN}")
+        self.verify(_known(folder))
+        note, tensors = self._open(INDEX, self.manifest)
+        number = self.manifest["num_conversations"]
+        self._rows = expect(folder / INDEX, tensors, AGAIN, "rows", torch.int64, number)
         self._head = _open(folder / HEAD)[1]
         require_finite(folder / HEAD, self._head, AGAIN)
         for name in ("head", "last_linear"):
             if name in self._head:
                 shape = (None, self.num_features) if name == "head" else (self.num_features,)
                 expect(folder / HEAD, self._head, AGAIN, name, torch.float32, *shape)
-        self._shards = [self._shard(i) for i in range(self.manifest["num_shards"])]
-        self.verify(_known(folder))
+        names = note.get("shards")
+        listed = isinstance(names, list) and {*map(str, names), INDEX, HEAD}
+        same = listed == set(self.manifest["files"])
+        require(same, f"{folder / MANIFEST} names other files than {INDEX}: {AGAIN}")
+        self._shards = [self._shard(name) for name in names]
+        self._ends = torch.tensor([len(shard) for shard in self._shards]).cumsum(0)
+        inside = (self._rows >= 0) & (self._rows < self._ends[-1])
+        require(bool(inside.all()), f"{folder / INDEX}: names rows that are not there; {AGAIN}")
+        whole = len(self._rows.unique()) == self.manifest["num_distinct"]
+        require(whole, f"{folder / INDEX} and {MANIFEST} do not belong together: {AGAIN}")
 
-    def _read(self, file: str, name: str, dtype: torch.dtype, *shape: int | None) -> Tensor:
-        """A tensor of a file that was written for this manifest's facts."""
+    def _open(self, file: str, facts: Mapping[str, Any]) -> tuple[dict[str, Any], dict]:
+        """Note and tensors of a file that was written for some of this manifest's facts."""
         note, tensors = _open(self.folder / file)
-        ours = note.get("identity") == _identity(self.manifest)
+        ours = note.get("identity") == _identity(facts)
         require(ours, f"{self.folder / file} is of other embeddings than {MANIFEST} says: {AGAIN}")
-        return expect(self.folder / file, tensors, AGAIN, name, dtype, *shape)
+        return note, tensors
 
-    def _shard(self, number: int) -> Tensor:
-        facts = self.manifest
-        rows = min(facts["shard_size"], facts["num_distinct"] - number * facts["shard_size"])
-        file, dtype = shard_name(number, facts["num_shards"]), getattr(torch, facts["dtype"])
-        return self._read(file, "embeddings", dtype, rows, facts["num_features"])
+    def _shard(self, file: str) -> Tensor:
+        _, tensors = self._open(file, _without_texts(self.manifest))
+        form = getattr(torch, self.manifest["dtype"]), None, self.num_features
+        rows = expect(self.folder / file, tensors, AGAIN, "embeddings", *form)
+        expect(self.folder / file, tensors, AGAIN, "keys", torch.uint8, len(rows), KEY)
+        return rows
 
     def verify(self, known: Mapping[str, Any] | None = None) -> None:
         """Compare the files with the manifest's checksums.
@@ -234,12 +249,13 @@ class Store:
 
     def rows(self, index: Tensor) -> Tensor:
         """Embeddings [n, F] in float32 of the conversations numbered ``index`` [n], read alone."""
-        row, size = self._rows[index], self.manifest["shard_size"]
+        row = self._rows[index]
         out = torch.empty(len(row), self.num_features)
-        order = row.argsort()
-        shards, counts = (row[order] // size).unique_consecutive(return_counts=True)
-        for shard, here in zip(shards.tolist(), order.split(counts.tolist()), strict=True):
-            out[here] = self._shards[shard][row[here] - shard * size].float()
+        shard, order = torch.bucketize(row, self._ends, right=True), row.argsort()
+        numbers, counts = shard[order].unique_consecutive(return_counts=True)
+        for number, here in zip(numbers.tolist(), order.split(counts.tolist()), strict=True):
+            rows = self._shards[number]
+            out[here] = rows[row[here] - (self._ends[number] - len(rows))].float()
         return out
 
     def same(self, some: Tensor, others: Tensor) -> Tensor:
@@ -295,42 +311,56 @@ class _Plan:
         rows: which of them each conversation is [n].
         facts: what the embeddings depend on.
         counts: what was counted on the way.
+        shard_size: most conversations in a shard.
     """
 
     tokens: list[bytes]
     rows: Tensor
     facts: dict[str, Any]
     counts: dict[str, int]
+    shard_size: int
 
     @cached_property
     def identity(self) -> str:
         """Hash of the facts."""
         return _identity(self.facts)
 
-    @property
-    def num_shards(self) -> int:
-        """Number of files that the distinct conversations fill."""
-        return -(-len(self.tokens) // self.facts["shard_size"])
+    @cached_property
+    def source(self) -> str:
+        """Hash of the facts that a conversation's embedding depends on besides its tokens."""
+        return _identity(_without_texts(self.facts))
 
-    def path(self, folder: Path, shard: int) -> Path:
-        """File of shard 0, 1, .."""
-        return folder / shard_name(shard, self.num_shards)
+    @cached_property
+    def keys(self) -> list[bytes]:
+        """Hashes of the distinct conversations."""
+        return [hashlib.sha256(ids).digest()[:KEY] for ids in self.tokens]
 
-    def shard(self, shard: int) -> list[Tokens]:
-        """Token ids of a shard's conversations."""
-        size = self.facts["shard_size"]
-        part = self.tokens[shard * size : (shard + 1) * size]
-        return [np.frombuffer(ids, dtype=">u4").astype(np.int64) for ids in part]
+    def shards(self, there: Collection[bytes]) -> list[list[int]]:
+        """The distinct conversations whose keys are not there, by shard.
+
+        Without those of a whole shard the others stay as they are, so that a run that goes on makes
+        the same ones.
+        """
+        new = [i for i, key in enumerate(self.keys) if key not in there]
+        return [new[i : i + self.shard_size] for i in range(0, len(new), self.shard_size)]
+
+    def place(self, shard: list[int]) -> int:
+        """Where a shard stands among the distinct conversations, by which processes share them."""
+        return shard[0] // self.shard_size
+
+    def name(self, shard: list[int]) -> str:
+        """The file of a shard, such as embeddings-00001-0f3a9c5e.safetensors."""
+        keys = hashlib.sha256(b"".join(self.keys[i] for i in shard)).hexdigest()
+        return f"embeddings-{self.place(shard) + 1:05d}-{keys[:8]}.safetensors"
 
 
 def _identity(facts: Mapping[str, Any]) -> str:
     """Hash of the facts; the same weights are the same model, whatever its path."""
-    return digest({key: facts[key] for key in FACTS if key not in NAMES})
+    return digest({key: facts[key] for key in FACTS if key in facts and key not in NAMES})
 
 
-def shard_name(shard: int, num_shards: int) -> str:
-    """File of shard 0, 1, ..: embeddings-00001-of-00147.safetensors."""
-    return f"embeddings-{shard + 1:05d}-of-{num_shards:05d}.safetensors"
+def _without_texts(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in facts.items() if key not in TEXTS}
 
 
 def _plan(
@@ -361,14 +391,14 @@ def _plan(
         "conversations_sha256": digest(conversations),
         "num_conversations": len(conversations),
         "tokens_sha256": sha256(*(len(ids).to_bytes(8) + ids for ids in cut)),
-        "shard_size": shard_size,
     }
     counts = {
         "num_distinct": len(tokens),
         "num_truncated": num_truncated,
         "tokens_given": sum(map(len, cut)) // 4,
     }
-    return _Plan(tokens, torch.tensor([number[ids] for ids in cut]), facts, counts)
+    rows = torch.tensor([number[ids] for ids in cut])
+    return _Plan(tokens, rows, facts, counts, shard_size)
 
 
 def _worker(shard: str | None) -> tuple[int, int]:
@@ -393,30 +423,37 @@ def _complete(
     progress: bool,
 ) -> Store | None:
     """Embed what is missing of this worker's share; the model is loaded only for that."""
-    _refuse_others(folder, plan)
-    mine = range(worker, plan.num_shards, workers)
-    missing = [i for i in mine if not _is_sound(plan.path(folder, i), plan.identity)]
-    engine = load() if missing or not _is_sound(folder / HEAD, plan.identity) else None
-    _claim(folder, plan)  # once the model is there, so that a damaged one claims nothing
+    is_claimed = _check_folder(folder, plan)
+    there = set().union(*_found_shards(folder, plan).values())
+    missing = plan.shards(there)
+    used = len(plan.tokens) - sum(map(len, missing))
+    if used:
+        log.info("%d of %d distinct conversations are there and used again", used, len(plan.keys))
+    own = [shard for shard in missing if plan.place(shard) % workers == worker]
+    engine = load() if own or not _is_sound(folder / HEAD, plan.source) else None
+    if not is_claimed:  # once the model is there, so that a damaged one claims nothing
+        _write_manifest(folder, {**plan.facts, "complete": False})
     if engine is not None:
-        _write_tensors(folder / HEAD, engine.reference(), plan.identity)
-        _embed_shards(folder, plan, engine, missing, progress and worker == 0)
+        _write_tensors(folder / HEAD, engine.reference(), plan.source)
+        _embed_shards(folder, plan, engine, own, progress and worker == 0)
     return _finish(folder, plan)
 
 
 def _embed_shards(
-    folder: Path, plan: _Plan, engine: Engine, numbers: list[int], progress: bool
+    folder: Path, plan: _Plan, engine: Engine, shards: list[list[int]], progress: bool
 ) -> None:
-    shards = [plan.shard(i) for i in numbers]
-    total = sum(len(ids) for tokens in shards for ids in tokens)
+    total = sum(len(plan.tokens[i]) // 4 for shard in shards for i in shard)
     begin = time.perf_counter()
     with tqdm(total=total, unit="tok", unit_scale=True, disable=not progress) as bar:
-        for i, tokens in zip(numbers, shards, strict=True):
+        for shard in shards:
             before = engine.tokens_computed
+            tokens = [np.frombuffer(plan.tokens[i], ">u4").astype(np.int64) for i in shard]
+            keys = np.frombuffer(b"".join(plan.keys[i] for i in shard), np.uint8).copy()
             rows = {"embeddings": engine.embed(tokens, bar)}
+            rows["keys"] = torch.from_numpy(keys.reshape(-1, KEY))
             computed = engine.tokens_computed - before
             note = {"method": engine.method, "tokens_computed": computed}
-            _write_tensors(plan.path(folder, i), rows, plan.identity, **note)
+            _write_tensors(folder / plan.name(shard), rows, plan.source, **note)
     seconds = time.perf_counter() - begin
     computed = engine.tokens_computed
     log.info(
@@ -425,67 +462,72 @@ def _embed_shards(
     )
 
 
-def _refuse_others(folder: Path, plan: _Plan) -> dict[str, Any]:
-    """The manifest that is there, or an empty one; InputError if it is of other embeddings."""
+def _check_folder(folder: Path, plan: _Plan) -> bool:
+    """Whether a folder has a manifest; InputError if it is of another model or setting."""
     found = _found_manifest(folder)
-    is_edited = any(found.get(k) != v for k, v in plan.facts.items() if k not in NAMES)
-    if is_edited and _is_of(folder / INDEX, plan.identity):
-        found = {}
-    for key, value in plan.facts.items():
-        if found and key not in NAMES and found.get(key) != value:
-            raise InputError(
-                f"{folder} holds embeddings with {key} = {found.get(key)}, but {value} is asked "
-                "for: take another folder or remove this one"
-            )
-    ours = {plan.path(folder, i).name for i in range(plan.num_shards)}
+    if not _is_of(folder / HEAD, plan.source):  # else a manifest that differs was edited
+        for key, value in _without_texts(plan.facts).items():
+            if found and key not in NAMES and found.get(key) != value:
+                raise InputError(
+                    f"{folder} holds embeddings with {key} = {found.get(key)}, but {value} is "
+                    "asked for: take another folder or remove this one"
+                )
+    return bool(found)
+
+
+def _found_shards(folder: Path, plan: _Plan) -> dict[str, list[bytes]]:
+    """The keys in every shard that is whole; InputError if one belongs to other embeddings."""
+    found = {}
     for path in sorted(folder.glob("embeddings-*.safetensors")):
-        require(path.name in ours, f"{path} belongs to other embeddings: take another folder")
+        if _is_sound(path, plan.source):
+            keys = _open(path)[1]["keys"].numpy().tobytes()
+            found[path.name] = [keys[i : i + KEY] for i in range(0, len(keys), KEY)]
     return found
 
 
-def _claim(folder: Path, plan: _Plan) -> None:
-    """Take the folder for these embeddings."""
-    found = _refuse_others(folder, plan)
-    if not _is_sound(folder / INDEX, plan.identity):
-        _write_tensors(folder / INDEX, {"rows": plan.rows}, plan.identity)
-    if not found:
-        _write_manifest(folder, {**plan.facts, "complete": False})
-
-
 def _finish(folder: Path, plan: _Plan) -> Store | None:
-    """Complete the manifest once all files are there, whichever process wrote them."""
-    shards = [plan.path(folder, i) for i in range(plan.num_shards)]
-    files = [*shards, folder / INDEX, folder / HEAD]
-    waiting = [path.name for path in files if not _is_sound(path, plan.identity)]
+    """Complete index and manifest once all shards are there, whichever process wrote them."""
+    row: dict[bytes, int] = {}
+    shards, total, wanted = [], 0, set(plan.keys)
+    for name, keys in _found_shards(folder, plan).items():
+        if not wanted.isdisjoint(keys):
+            row = dict(zip(keys, range(total, total + len(keys)), strict=True)) | row
+            shards.append(name)
+            total += len(keys)
+    waiting = len(wanted - row.keys())
     if waiting:
-        log.info("%d files are still to come from other processes: %s ..", len(waiting), waiting[0])
+        log.info("%d conversations are still to come from other processes", waiting)
         return None
-    full = _full_manifest(plan, shards, files)
-    if _found_manifest(folder) != full:
+    rows = torch.tensor([row[key] for key in plan.keys])[plan.rows]
+    index = _as_bytes({"rows": rows}, plan.identity, shards=shards)
+    full = _full_manifest(folder, plan, shards, index)
+    is_old = not (folder / INDEX).is_file() or (folder / INDEX).read_bytes() != index
+    if is_old or _found_manifest(folder) != full:
         try:
+            _write(folder / INDEX, index)
             _write_manifest(folder, full)
         except InputError:
             if _found_manifest(folder) != full:
                 raise  # else another process completed it at the same time, and removed our draft
-        _remember(folder, {path.name: _stamp(path) for path in files})
+        _remember(folder, {name: _stamp(folder / name) for name in full["files"]})
         for draft in folder.glob("*.part"):  # of a run that was killed
             draft.unlink(missing_ok=True)
     return Store(folder)
 
 
-def _full_manifest(plan: _Plan, shards: list[Path], files: list[Path]) -> dict[str, Any]:
+def _full_manifest(folder: Path, plan: _Plan, shards: list[str], index: bytes) -> dict[str, Any]:
     """The manifest of finished embeddings."""
-    notes = [_open(path)[0] for path in shards]
-    head = _open(shards[0].with_name(HEAD))[1].get("head")
+    notes = [_open(folder / name)[0] for name in shards]
+    head = _open(folder / HEAD)[1].get("head")
     return {
         **plan.facts,
         **plan.counts,
         "tokens_computed": sum(note.get("tokens_computed", 0) for note in notes),
         "method": ", ".join(sorted({note.get("method", "") for note in notes})),
-        "num_features": _open(shards[0])[1]["embeddings"].shape[1],
-        "num_shards": len(shards),
+        "num_features": _open(folder / shards[0])[1]["embeddings"].shape[1],
         "reference": "none" if head is None else f"score head with {len(head)} outputs",
-        "files": {path.name: file_sha256(path) for path in files},
+        "files": {name: file_sha256(folder / name) for name in (*shards, HEAD)}
+        | {INDEX: sha256(index)},
         "complete": True,
     }
 
@@ -516,13 +558,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     for key, kind in (FACTS | COUNTS).items():
         right = isinstance(found.get(key), kind) and not isinstance(found.get(key), bool)
         require(right, f"{damaged}, {key} is {found.get(key)!r:.40}: {AGAIN}")
-    size, distinct, shards = (found[k] for k in ("shard_size", "num_distinct", "num_shards"))
-    fits = size > 0 and distinct > 0 and shards == -(-distinct // size) and shards < 10**5
-    require(fits, f"{damaged}, {distinct} rows in {shards} files of {size}: {AGAIN}")
     known = found["dtype"] in ("float32", "bfloat16", "float16")
     require(known, f"{damaged}, dtype is {found['dtype']!r:.40}: {AGAIN}")
-    names = {shard_name(i, shards) for i in range(shards)} | {INDEX, HEAD}
-    require(set(found["files"]) == names, f"{damaged}, files names others: {AGAIN}")
+    names = found["files"].keys() - {INDEX, HEAD}
+    right = len(found["files"]) == len(names) + 2 and names and all(map(SHARD.fullmatch, names))
+    require(bool(right), f"{damaged}, files names others: {AGAIN}")
     return found
 
 
@@ -557,10 +597,14 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor], identity: str, **note: Any) -> None:
-    """Write tensors with a note that says what they belong to and shows damage."""
+    _write(path, _as_bytes(tensors, identity, **note))
+
+
+def _as_bytes(tensors: dict[str, Tensor], identity: str, **note: Any) -> bytes:
+    """A file of tensors with a note that says what they belong to and shows damage."""
     note = {"identity": identity, "sha256": _tensors_sha256(tensors), **note}
     # One key, since safetensors does not keep the order of several.
-    _write(path, safetensors.torch.save(tensors, {"note": json.dumps(note)}))
+    return safetensors.torch.save(tensors, {"note": json.dumps(note)})
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -606,8 +650,8 @@ def _is_sound(path: Path, identity: str) -> bool:
     ours = note.get("identity") == identity
     require(ours, f"{path} belongs to other embeddings: take another folder or remove it")
     is_counted = isinstance(note.get("tokens_computed", 0), int)
-    is_told = is_counted and isinstance(note.get("method", ""), str)
-    if not is_told or note.get("sha256") != _tensors_sha256(tensors):
+    is_noted = is_counted and isinstance(note.get("method", ""), str)
+    if not is_noted or note.get("sha256") != _tensors_sha256(tensors):
         log.warning("%s is damaged: it is made again", path)
         return False
     return True
