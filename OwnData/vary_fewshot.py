@@ -36,7 +36,7 @@ def main(
         shots: numbers of dialogues of an unseen user, or of comparisons where the data have no
             dialogues; 0 is none.
         trials: random draws of the shots, for each number.
-        ask: how shots are chosen: random, d_optimal, information; random is always there.
+        ask: how shots are chosen: random or d_optimal; random is always there.
         methods: methods to fit, by name; --help lists each one's settings.
         lore: settings of LoRe; Bradley-Terry is fitted with the same.
     """

@@ -35,7 +35,7 @@ def main(
         data: folder that prepare.py and generate-prism-embeddings.py wrote.
         shots: numbers of dialogues of an unseen person; 0 is none.
         trials: random draws of the dialogues, for each number.
-        ask: how shots are chosen: random, d_optimal, information; random is always there.
+        ask: how shots are chosen: random or d_optimal; random is always there.
         lore: settings of LoRe; Bradley-Terry is fitted with the same.
     """
     chosen = Settings(lore=lore, **settings)

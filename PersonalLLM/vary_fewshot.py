@@ -46,7 +46,7 @@ def main(
         trials: random draws of the comparisons, for each number.
         pool: comparisons of each new user that shots are drawn from; by default as many as the
             largest number of shots.
-        ask: how shots are chosen: random, d_optimal, information; random is always there.
+        ask: how shots are chosen: random or d_optimal; random is always there.
         lore: settings of LoRe; Bradley-Terry is fitted with the same.
     """
     chosen = Settings(lore=lore, **settings)

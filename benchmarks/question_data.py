@@ -123,6 +123,10 @@ def with_enough(task: Task, least: int) -> Task:
     return replace(task, few=few, unseen=unseen)
 
 
+def _given(folder: Path, seed: int) -> tuple[Task, None]:
+    return _prepared(splits.given_split, folder, seed)
+
+
 def _demo(folder: Path) -> Tasks:
     """The demo's users; new ones may be asked about every training prompt."""
     prompts = splits.load(folder)[0]["counts"]["train prompts"]
@@ -131,16 +135,21 @@ def _demo(folder: Path) -> Tasks:
 
 TO_20 = (0, 2, 5, 7, 10, 12, 15, 20)
 CHOSEN: dict[str, Method] = {"Mixed logit": MixedLogit(), "PReF": PReF()}
+ALL_THREE = {**CHOSEN, "LoRe": Lore(ranks=(5,))}
 WORLDS = (
+    World("jokes", "People who rate jokes that training knew", "jokes", (0,), (0, 2, 5, 10, 20),
+          _given, ALL_THREE),
+    World("jokes-new", "People who rate jokes that nobody judged", "jokes-new", (0,),
+          (0, 2, 5, 10, 20), _given, ALL_THREE),
     World("ukp", f"Workers of UKPConvArg with {LEAST} and more judgments", "ukp", tuple(range(4)),
           (0, 5, 10, 13, 20, 32, 50), _workers, CHOSEN),
     World("prism", "PRISM, a slice of it; a question is a dialogue", "prism", tuple(range(10)),
           (0, 1, 2), partial(_prepared, redrawn),
           {"Mixed logit, given": MixedLogit(**STRENGTHS), "PReF": PReF()}),
     World("demo", "The demo's users, Dirichlet alpha .001, without noise", "demo", (0, 1, 2),
-          TO_20, partial(_prepared, _demo), {**CHOSEN, "LoRe": Lore(ranks=(5,))}),
+          TO_20, partial(_prepared, _demo), ALL_THREE),
     World("planted-5", "Planted: Gaussian tastes of rank 5, standard deviation 1.5", "", (0, 1, 2),
-          TO_20, Planted(5, 1.5).draw, {"Mixed logit": MixedLogit()}),
+          TO_20, Planted(5, 1.5).draw, {"Mixed logit": MixedLogit(), "LoRe": Lore(ranks=(5,))}),
     World("planted-10", "Planted: Gaussian tastes of rank 10, standard deviation 1", "", (0, 1, 2),
           TO_20, Planted(10, 1.0).draw, {"Mixed logit": MixedLogit()}),
 )  # fmt: skip

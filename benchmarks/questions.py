@@ -31,8 +31,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from lore.common.cli import cli
 from lore.common.files import read_json, require, write_text, write_whole
 from lore.common.settings import NonNegativeInt, PositiveInt
-from lore.elicitation.criteria import CRITERIA, Belief, Criterion, Pool, next_question
-from lore.elicitation.replay import choose_shots
+from lore.elicitation.criteria import (
+    CRITERIA,
+    Criterion,
+    QuestionPool,
+    UserPosterior,
+    choose_shots,
+    next_question,
+)
 from lore.experiments.report.intervals import bootstrap, reached
 from lore.experiments.report.tables import markdown
 from lore.experiments.results import MEASURES
@@ -44,7 +50,7 @@ from question_data import POOL_WORLD, POOLS, WORLDS, World, able
 log = logging.getLogger(__name__)
 
 NAMES = tuple(world.name for world in WORLDS)
-COLOURS = dict(zip(CRITERIA, ("0.5", "#2ca02c", "#1f77b4"), strict=True))
+COLOURS = dict(zip(CRITERIA, ("0.5", "#1f77b4"), strict=True))
 TRIALS = 3  # draws at random
 TEN, MOST = 10, (20, 50)  # chosen questions; random ones whose level is to be reached
 RESAMPLES = 1000
@@ -53,6 +59,8 @@ SIGN = {"accuracy": 1, "log_loss": -1}
 
 
 def main(
+    jokes: Path = ROOT / "OwnData" / "data-jokes",
+    jokes_new: Path = ROOT / "OwnData" / "data-new",
     ukp: Path = ROOT / "RedditTLDR" / "data-ukp",
     prism: Path = ROOT / "PRISM" / "data",
     demo: Path = ROOT / "PersonalLLM" / "data" / "demo",
@@ -67,6 +75,8 @@ def main(
     """Ask new users by every criterion; write questions.md and questions.svg.
 
     Args:
+        jokes: prepared folder of the people who rate jokes, see docs/results.md.
+        jokes_new: the same with jokes that nobody judged.
         ukp: prepared folder of the judges of arguments, see docs/results.md.
         prism: prepared and embedded folder of PRISM; its draw is made anew for every repeat.
         demo: prepared folder of the demo.
@@ -79,6 +89,7 @@ def main(
         out: folder of the tables and the figure.
     """
     folders = {"ukp": ukp, "prism": prism, "demo": demo, "": ROOT}
+    folders |= {"jokes": jokes, "jokes-new": jokes_new}
     worlds = [world for world in WORLDS if not only or world.name in only]
     if not tables_only:
         for world in worlds:
@@ -87,7 +98,7 @@ def main(
                 log.info("%s left out: %s is not there", world.name, folder)
                 continue
             for seed in world.seeds[: repeats or None]:
-                asked(world, folders[world.folder], seed, results)
+                ask_world(world, folders[world.folder], seed, results)
         if pools:
             for seed in range(repeats or 3):
                 vary_pool(seed, results)
@@ -109,7 +120,7 @@ def main(
 # ------------------------------------------------------------------------------ Asking
 
 
-def asked(world: World, folder: Path, seed: int, results: Path) -> None:
+def ask_world(world: World, folder: Path, seed: int, results: Path) -> None:
     """Ask a world's new users by every criterion, unless that is finished."""
     path = results / f"{world.name}-seed{seed}.json"
     if path.exists():
@@ -243,21 +254,21 @@ def table(world: World, curves: Curves) -> pd.DataFrame:
     for rule, chosen in curves.items():
         cells = {}
         for measure, sign in SIGN.items():
-            told, values, base = MEASURES[measure], chosen[measure], random[measure]
-            about = f"{told.name} after {', '.join(str(shots[i]) for i in shown)}"
-            cells[about] = ", ".join(told.text(values[i].mean()) for i in shown)
+            figure, values, base = MEASURES[measure], chosen[measure], random[measure]
+            about = f"{figure.name} after {', '.join(str(shots[i]) for i in shown)}"
+            cells[about] = ", ".join(figure.text(values[i].mean()) for i in shown)
             if rule == "random":
                 continue
             apart = values[at] - base[at]
-            cells[f"{told.name} at {shots[at]}, minus random"] = (
-                f"{told.text(apart.mean(), signed=True)} {told.between(*bootstrap(apart))}"
+            cells[f"{figure.name} at {shots[at]}, minus random"] = (
+                f"{figure.text(apart.mean(), signed=True)} {figure.between(*bootstrap(apart))}"
             )
             if shots[at] == TEN:
                 worth = crossing(shots, sign * base, sign * values[at])
-                cells[f"{TEN} are worth, by {told.name}"] = _span(worth, shots[-1])
+                cells[f"{TEN} are worth, by {figure.name}"] = _span(worth, shots[-1])
             for most in (s for s in MOST if s in shots):
                 needs = crossing(shots, sign * values, sign * base[shots.index(most)])
-                cells[f"to reach random's {most}, by {told.name}"] = _span(needs, shots[-1])
+                cells[f"to reach random's {most}, by {figure.name}"] = _span(needs, shots[-1])
         rows[rule] = cells
     return pd.DataFrame.from_dict(rows, orient="index").fillna("")
 
@@ -303,7 +314,7 @@ def vary_pool(seed: int, results: Path) -> None:
     found = {}
     for size in POOLS:
         task.few = few.select(place < size)
-        for rule in ("random", "d_optimal", "information"):
+        for rule in CRITERIA:
             value = judged(truth, task, (TEN, MOST[0]), rule, seed)
             found[f"{rule} {size}"] = value["accuracy"]
     write_text(path, json.dumps(found))
@@ -317,7 +328,7 @@ def pool_table(results: Path) -> list[str]:
     rows = {}
     for size in POOLS:
         rows[size] = {}
-        for rule in ("random", "d_optimal", "information"):
+        for rule in CRITERIA:
             values = np.concatenate([part[f"{rule} {size}"] for part in parts], 1).mean(1)
             texts = [MEASURES["accuracy"].text(x) for x in values]
             rows[size][f"{rule}, after {TEN} and {MOST[0]}"] = ", ".join(texts)
@@ -332,21 +343,19 @@ def speed(rank: int, rounds: int) -> list[dict[str, Any]]:
     """Processor milliseconds of a choice after five answers, from prepared pools."""
     rows = []
     for count in COUNTS:
-        pool = Pool(torch.randn(count, 1 + rank, generator=torch.Generator().manual_seed(0)))
-        prior = Prior(torch.zeros(rank).double(), torch.eye(rank).double())
-        belief = Belief.after(prior, torch.zeros(0, 1 + rank))
-        for i in range(5):
-            belief = belief.update(pool.rows[0, :, i])
+        questions = torch.randn(count, 1 + rank, generator=torch.Generator().manual_seed(0))
+        pool, prior = QuestionPool(questions), Prior(torch.zeros(rank), torch.eye(rank))
+        posterior = UserPosterior.after(prior, questions[:5])
         for rule in CRITERIA:
-            times = [1000 * _seconds(belief, pool, rule) for _ in range(rounds)]
-            rows.append({"questions": count, "asks": rule, "rank": rank,
+            times = [1000 * _seconds(posterior, pool, rule) for _ in range(rounds)]
+            rows.append({"questions": count, "criterion": rule, "rank": rank,
                          "median": statistics.median(times), "least": min(times)})  # fmt: skip
     return rows
 
 
-def _seconds(belief: Belief, pool: Pool, criterion: Criterion) -> float:
+def _seconds(posterior: UserPosterior, pool: QuestionPool, criterion: Criterion) -> float:
     start = time.process_time()
-    next_question(belief, pool, criterion, range(5), 0)
+    next_question(posterior, pool, criterion, range(5), 0)
     return time.process_time() - start
 
 
@@ -358,7 +367,7 @@ def speed_table(results: Path) -> list[str]:
     rows: dict[str, dict[str, str]] = {}
     for row in found:
         cell = f"{row['median']:.1f} ({row['least']:.1f})"
-        rows.setdefault(row["asks"], {})[f"{row['questions']:,} questions"] = cell
+        rows.setdefault(row["criterion"], {})[f"{row['questions']:,} questions"] = cell
     title = (
         f"## A choice from a prepared pool, K = {found[0]['rank']}: milliseconds of the "
         "processor, median (least)"
@@ -386,9 +395,9 @@ def draw(found: Sequence[tuple[World, Answers]]) -> Figure:
             _draw_differences(panels[2 + row, column], world.shots, curves, measure)
         panels[3, column].set_xlabel("questions", fontsize=8)
     for row, measure in enumerate(SIGN):
-        told = MEASURES[measure]
-        panels[row, 0].set_ylabel(f"{told.name} ({told.unit})", fontsize=8)
-        panels[2 + row, 0].set_ylabel(f"{told.name}, minus random", fontsize=8)
+        name, unit = MEASURES[measure].name, MEASURES[measure].unit
+        panels[row, 0].set_ylabel(f"{name} ({unit})", fontsize=8)
+        panels[2 + row, 0].set_ylabel(f"{name}, minus random", fontsize=8)
     panels[0, 0].legend(fontsize=7)
     return figure
 

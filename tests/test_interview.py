@@ -11,16 +11,15 @@ import pytest
 import torch
 
 from lore.common.files import InputError, digest
-from lore.elicitation.answers import Answers
-from lore.elicitation.criteria import CRITERIA
+from lore.elicitation.choices import Answers, Pair, read_pool
+from lore.elicitation.criteria import CRITERIA, UserPosterior
 from lore.elicitation.outlook import expected_accuracy, look_ahead, same_prompt_pairs, thinned
 from lore.elicitation.page import Page
-from lore.elicitation.pool import Pair, pair_of, read_pool
 from lore.elicitation.session import Material, Session
-from lore.elicitation.taste import Taste
 from lore.elicitation.terminal import Terminal
 from lore.learning.comparisons import Users
 from lore.methods.fitting.posterior import Prior, posteriors
+from lore.methods.mixed_logit import MixedFit
 from lore.preparing.own_rows import Columns
 
 ASKED = [{"role": "user", "content": "Why?"}]
@@ -33,17 +32,15 @@ def lines(path: Path, rows: list) -> Path:
 
 def session(path: Path, pairs: int = 30, K: int = 3, **changes) -> Session:
     """A session whose rewards are drawn instead of embedded."""
-    pool = [pair_of(ASKED, f"one {i}", f"other {i}") for i in range(pairs)]
+    pool = [Pair(ASKED, (f"one {i}", f"other {i}")) for i in range(pairs)]
     known = {
         digest(c): 2 * torch.randn(1 + K, generator=torch.Generator().manual_seed(i)).double()
         for i, c in enumerate(c for pair in pool for c in pair.conversations)
     }
-    material = Material(pool, torch.empty(0, 1 + K), [], torch.empty(0, 1 + K), known)
-    material.pool = material.differences([pair.conversations for pair in pool])
     directions = torch.zeros(5, 1 + K).double()
     prior = Prior(torch.zeros(K).double(), torch.eye(K).double())
-    taste = Taste("mixed logit", directions, prior, {})
-    return Session(taste, material, Answers(path), **changes)
+    fit = MixedFit(directions[:, 0], directions[:, 1:], prior, {})
+    return Session(fit, Material(pool, [], known), Answers(path), **changes)
 
 
 # ------------------------------------------------------------------------- The pool
@@ -61,7 +58,8 @@ def test_a_pool_has_every_pair_once_and_does_not_tell_which_was_chosen(tmp_path)
         ("Else?", ("a", "b")),
     ]  # fmt: skip
     assert len({pair.key for pair in pairs}) == 5
-    assert pair_of(ASKED, "x", "y") == pair_of(ASKED, "y", "x")
+    one, other = Pair(ASKED, ("x", "y")).conversations
+    assert Pair.of(one, other) == Pair.of(other, one) == Pair(ASKED, ("x", "y"))
 
 
 # ----------------------------------------------------------------------- The answers
@@ -71,8 +69,8 @@ def test_choices_from_elsewhere_stay_and_count_but_are_not_undone(tmp_path):
     before = {"user": "ann", "prompt": "Why?", "chosen": ["a", "b"], "rejected": "c", "note": 7}
     path = lines(tmp_path / "ann.jsonl", [before])
     answers = Answers(path)
-    assert answers.user == "ann" and len(answers.pairs) == 2 and answers.asked == 0
-    assert answers.settled == {pair_of(ASKED, "a", "c").key, pair_of(ASKED, "b", "c").key}
+    assert answers.user == "ann" and len(answers.pairs) == 2 and answers.last_question == 0
+    assert answers.settled == {Pair(ASKED, ("a", "c")).key, Pair(ASKED, ("b", "c")).key}
     assert not answers.undo()
     answers.answer(Pair(ASKED, ("d", "e")), ("e", "d"), "a")
     row = json.loads(path.read_text().splitlines()[1])
@@ -124,7 +122,7 @@ def test_looking_ahead_foretells_the_accuracy_of_people_who_are_asked():
     rng, people, K = torch.Generator().manual_seed(0), 1500, 3
     targets, pool = (2 * torch.randn(n, 1 + K, generator=rng).double() for n in (200, 12))
     prior = Prior(torch.zeros(K).double(), torch.eye(K).double())
-    outlook = look_ahead((prior.mean, prior.cov), targets, pool, 0.005)
+    outlook = look_ahead(UserPosterior(prior.mean, prior.cov), targets, pool, 0.005)
     tastes = torch.cat([torch.ones(people, 1), torch.randn(people, K, generator=rng)], 1).double()
     chances = torch.sigmoid(tastes @ pool.T)
     signs = torch.where(torch.rand(people, 12, generator=rng) < chances, 1.0, -1.0).double()
@@ -133,18 +131,18 @@ def test_looking_ahead_foretells_the_accuracy_of_people_who_are_asked():
     guesses = targets[:, 0] + modes @ targets[:, 1:].T > 0
     truth = torch.sigmoid(tastes @ targets.T)
     accuracy = torch.where(guesses, truth, 1 - truth).mean()
-    assert outlook.accuracy[12] > outlook.now + 0.1
+    assert outlook.accuracy[12] > outlook.accuracy[0] + 0.1
     assert float(accuracy) == pytest.approx(outlook.accuracy[12], abs=0.01)
 
 
 def test_the_outlook_says_how_many_more_questions_are_worth_it():
-    mean, cov = torch.zeros(1).double(), torch.eye(1).double()
+    unknown = UserPosterior(torch.zeros(1).double(), torch.eye(1).double())
     pool = torch.tensor([[0.0, 3.0]] * 30).double()
-    sure = look_ahead((mean, 1e-6 * cov), pool, pool, 0.005)
-    unsure = look_ahead((mean, cov), pool, pool, 0.005)
-    assert sure.useful == 0 < unsure.useful < 20 and unsure.best > unsure.now
-    assert len(look_ahead((mean, cov), pool, pool[:4], 0.005).accuracy) == 5
-    assert look_ahead((mean, cov), pool, pool[:0], 0.005).useful == 0
+    sure = look_ahead(unknown._replace(covariance=1e-6 * unknown.covariance), pool, pool, 0.005)
+    unsure = look_ahead(unknown, pool, pool, 0.005)
+    assert sure.useful == 0 < unsure.useful < 20 and unsure.best > unsure.accuracy[0]
+    assert len(look_ahead(unknown, pool, pool[:4], 0.005).accuracy) == 5
+    assert look_ahead(unknown, pool, pool[:0], 0.005).useful == 0
 
 
 def test_targets_are_pairs_of_the_same_prompt_and_never_too_many():
@@ -152,7 +150,8 @@ def test_targets_are_pairs_of_the_same_prompt_and_never_too_many():
     assert same_prompt_pairs(["p", "q", "p", "r", "p"], rng).tolist() == [[0, 2], [0, 4], [2, 4]]
     assert same_prompt_pairs(["p", "q"], rng).shape == (0, 2)
     many = same_prompt_pairs(["p"] * 100, rng)
-    assert len(many) == len(thinned(4950, rng)) == len({tuple(row) for row in many.tolist()}) < 4950
+    assert len(many) == len({tuple(row) for row in many.tolist()}) < 4950
+    assert len(many) == len(thinned(torch.arange(4950), rng))
 
 
 # ----------------------------------------------------------------------- The session
@@ -163,10 +162,10 @@ def test_no_pair_comes_twice_and_the_pool_has_an_end(tmp_path):
     while question := own.question():
         assert own.question() is question  # looking again changes nothing
         asked.append(question.pair.key)
-        own.skip() if len(asked) == 3 else own.answer("a")
+        own.do("skip" if len(asked) == 3 else "a")
     assert len(asked) == len(set(asked)) == 8 and own.reason == "every pair of the pool was asked"
-    own.answer("a")
-    assert len(own.answers) == 7 and own.undo() and own.question().number == 8
+    assert not own.do("a")
+    assert len(own.answers) == 7 and own.do("undo") and own.question().number == 8
 
 
 def test_either_response_may_come_first(tmp_path):
@@ -174,7 +173,7 @@ def test_either_response_may_come_first(tmp_path):
     turned = []
     while question := own.question():
         turned.append(question.shown != question.pair.texts)
-        own.skip()
+        own.do("skip")
     assert 5 < sum(turned) < 25
 
 
@@ -184,10 +183,10 @@ def test_answers_move_what_is_known_towards_the_person(tmp_path):
     while question := own.question():
         z = own.material.differences([question.pair.conversations])[0]
         first = bool(z[0] + z[1:] @ b > 0)
-        own.answer("a" if first == (question.shown == question.pair.texts) else "b")
-    mean = own.belief.mean
+        own.do("a" if first == (question.shown == question.pair.texts) else "b")
+    mean = own.posterior.mean
     assert torch.cosine_similarity(mean, b, dim=0) > 0.9
-    assert own.outlook.now > own.before + 0.1
+    assert own.outlook.accuracy[0] > own.before + 0.1
 
 
 @pytest.mark.slow
@@ -196,9 +195,9 @@ def test_every_criterion_asks_and_asks_the_same_after_a_restart(tmp_path, criter
     def start(seed: int) -> Session:
         return session(tmp_path / "ann.jsonl", tolerance=0, criterion=criterion, seed=seed)
 
-    start(0).answer("a")
-    start(0).skip()
-    start(0).answer("b")
+    start(0).do("a")
+    start(0).do("skip")
+    start(0).do("b")
     assert start(0).question() == start(0).question()
     keys = {start(seed).question().pair.key for seed in range(12)}
     assert (len(keys) > 4) == (criterion == "random")
@@ -211,7 +210,7 @@ def test_long_texts_come_a_page_at_a_time_and_an_answer_may_come_early(tmp_path)
     own = session(tmp_path / "ann.jsonl", pairs=3, tolerance=0)
     long = [{"role": "user", "content": "word " * 200 + "\n\n\x1b[2Jend"}]
     own.material.pairs = [Pair(long, pair.texts) for pair in own.material.pairs]
-    own.material.known |= {
+    own.material.views |= {
         digest(c): torch.zeros(4).double() for p in own.material.pairs for c in p.conversations
     }
     out = io.StringIO()

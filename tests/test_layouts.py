@@ -11,8 +11,7 @@ import pytest
 
 import worlds
 from lore.common.files import InputError
-from lore.elicitation.pool import read_pool
-from lore.elicitation.ranking import read_liked
+from lore.elicitation.choices import read_pool, read_user_choices
 from lore.preparing.messages import structure
 from lore.preparing.own_rows import Choice, Columns, read_choices
 from lore.preparing.raw import Cell, read_file
@@ -344,7 +343,7 @@ def table(path: Path, rows: list[dict[str, Any]]) -> Path:
 def test_choices_and_pools_are_read_from_the_same_layouts(tmp_path):
     rows = [{**TWO, "preferred": value} for value in ("A", "B", "tie")]
     file = table(tmp_path / "votes.csv", rows)
-    liked = read_liked(file, Columns())
+    liked = read_user_choices(file)
     assert [talk[-1]["content"] for talk in liked.chosen] == ["one", "two"]
     assert liked.row.tolist() == [0, 1]
     [pair] = read_pool(file)

@@ -46,8 +46,8 @@ def test_a_number_of_questions_is_less_certain_where_users_differ_in_it():
 def test_a_table_has_paired_differences_and_both_numbers_of_questions():
     world = World("made", "Made", "", (0,), SHOTS, None, {})
     curves = {rule: {"accuracy": curve(g), "log_loss": 1 - curve(g)}
-              for rule, g in (("random", 1), ("information", 1.5))}  # fmt: skip
-    row = questions.table(world, curves).loc["information"]
+              for rule, g in (("random", 1), ("d_optimal", 1.5))}  # fmt: skip
+    row = questions.table(world, curves).loc["d_optimal"]
     assert row["accuracy at 10, minus random"] == "+5.0 [5.0, 5.0]"
     assert row["log loss at 10, minus random"] == "-0.050 [-0.050, -0.050]"
     assert row["10 are worth, by accuracy"] == "15.0 [15.0, 15.0]"
@@ -111,7 +111,7 @@ def test_one_command_asks_what_is_missing_and_makes_tables_and_one_figure(
             assert text.count(f"| {row} ") == 1
     size = (tmp_path / "questions.svg").stat().st_size
     assert 5_000 < size < 500_000
-    monkeypatch.setattr(questions, "asked", None)
+    monkeypatch.setattr(questions, "ask_world", None)
     questions.main(**given, tables_only=True)
     assert (tmp_path / "questions.md").read_text() == text
 

@@ -9,8 +9,7 @@ from torch import Tensor
 import people
 import planted
 from lore.common.files import InputError
-from lore.elicitation.criteria import CRITERIA, Belief, next_question
-from lore.elicitation.replay import choose_shots
+from lore.elicitation.criteria import QuestionPool, UserPosterior, choose_shots, next_question
 from lore.experiments import results as records
 from lore.experiments import runner as experiments
 from lore.experiments.judging import sweep
@@ -22,8 +21,6 @@ from lore.methods.lore import Lore
 from lore.methods.mixed_logit import MixedFit
 from lore.methods.pref import PReF
 from lore.methods.rbd import RBD
-
-CHOSEN = [criterion for criterion in CRITERIA if criterion != "random"]
 
 
 def known_fit(task: Task, rank: int = 3) -> MixedFit:
@@ -41,46 +38,42 @@ def some_task(users: int = 5, shots: int = 12) -> Task:
 
 
 def chosen_rows(
-    task: Task, fit: MixedFit, criterion: str, sizes: list[int], few: Comparisons | None = None
+    task: Task, fit: MixedFit, sizes: list[int], few: Comparisons | None = None
 ) -> list[Tensor]:
     g = torch.Generator().manual_seed(0)
-    return choose_shots(fit, few or task.few, sizes, criterion, g).rows
+    return choose_shots(fit, few or task.few, sizes, "d_optimal", g).rows
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("criterion", ["d_optimal", "information"])
-def test_users_are_asked_as_if_each_were_alone(criterion):
+def test_users_are_asked_as_if_each_were_alone():
     task = some_task()
     fit = known_fit(task)
-    rows = chosen_rows(task, fit, criterion, [6])
+    rows = chosen_rows(task, fit, [6])
     Q = fit.questions(fit.view(task.few))
     for u, found in enumerate(rows):
         own = (task.few.user == u).nonzero()[:, 0]
-        belief, asked = Belief.after(fit.prior, Q[:0]), []
+        order = []
         for _ in range(6):
-            asked.append(next_question(belief, Q[own], criterion, asked))
-            belief = belief.update(Q[own][asked[-1]])
-        assert own[asked].tolist() == found.tolist()
+            posterior = UserPosterior.after(fit.prior, Q[own][order])
+            order.append(next_question(posterior, QuestionPool(Q[own]), "d_optimal", order))
+        assert own[order].tolist() == found.tolist()
 
 
-@pytest.mark.parametrize("criterion", CHOSEN)
-def test_labels_that_were_not_asked_for_change_nothing(criterion):
+def test_labels_that_were_not_asked_for_change_nothing():
     task = some_task()
     fit = known_fit(task)
-    rows = chosen_rows(task, fit, criterion, [4])
-    told = torch.zeros(len(task.few), dtype=torch.bool)
-    told[torch.cat(rows)] = True
-    flipped = task.few.flipped(~told)
-    again = chosen_rows(task, fit, criterion, [4], flipped)
+    rows = chosen_rows(task, fit, [4])
+    used = torch.zeros(len(task.few), dtype=torch.bool)
+    used[torch.cat(rows)] = True
+    flipped = task.few.flipped(~used)
+    again = chosen_rows(task, fit, [4], flipped)
     assert [row.tolist() for row in rows] == [row.tolist() for row in again]
-    other = chosen_rows(task, fit, criterion, [4], task.few.flipped(told))
+    other = chosen_rows(task, fit, [4], task.few.flipped(used))
     assert [row.tolist() for row in rows] != [row.tolist() for row in other]
 
 
-@pytest.mark.parametrize("criterion", CHOSEN)
-def test_more_shots_go_on_where_fewer_ended_until_nothing_is_left(criterion):
+def test_more_shots_go_on_where_fewer_ended_until_nothing_is_left():
     task = some_task(users=3, shots=5)
-    rows = chosen_rows(task, known_fit(task), criterion, [0, 2, 5, 9])
+    rows = chosen_rows(task, known_fit(task), [0, 2, 5, 9])
     users = task.few.num_users
     for u in range(users):
         none, two, five, nine = (rows[s * users + u].tolist() for s in range(4))
@@ -91,7 +84,7 @@ def test_more_shots_go_on_where_fewer_ended_until_nothing_is_left(criterion):
 def test_a_shot_is_a_whole_dialogue_where_there_are_dialogues():
     task = some_task(users=3, shots=8)
     task.few.dialogs = torch.arange(len(task.few)) // 2
-    for row in chosen_rows(task, known_fit(task), "information", [2]):
+    for row in chosen_rows(task, known_fit(task), [2]):
         assert len(row) == 4
         assert (task.few.dialogs[row].bincount().unique()).tolist() in ([0, 2], [2])
 
@@ -103,20 +96,19 @@ def test_a_pair_that_was_asked_is_not_asked_again_while_others_are_left():
         type(task.few.in_memory().features)(torch.cat([x for u in range(2) for x in (
             features[4 * u : 4 * u + 4], -features[4 * u : 4 * u + 4])])), [8, 8],
     )  # fmt: skip
-    for row in chosen_rows(task, known_fit(task), "d_optimal", [4], twice):
+    for row in chosen_rows(task, known_fit(task), [4], twice):
         assert len((row % 4).unique()) == 4
 
 
 @pytest.mark.parametrize("method", [Lore(ranks=(3,), iterations=50), PReF(rank=3, ridges=(1.0,)),
                                     RBD(rank=3, strengths=((1.0, 10.0),))])  # fmt: skip
-@pytest.mark.parametrize("criterion", ["information", "d_optimal"])
-def test_methods_with_a_vector_for_each_user_can_choose_too(method, criterion):
+def test_methods_with_a_vector_for_each_user_can_choose_too(method):
     task = planted.task(users=8, shots=12, held_out=20, rank=2)
     fit = next(f for f in method.fit(task) if f.population() is not None)
     logits = fit.logits(fit.view(task.unseen), fit.population_state.expand(8, -1), task.unseen.user)
     Q, b = fit.questions(fit.view(task.unseen)), fit.population_state.double()
     torch.testing.assert_close(Q[:, 0] + Q[:, 1:] @ b, logits.double(), rtol=1e-4, atol=1e-5)
-    rows = chosen_rows(task, fit, criterion, [3])
+    rows = chosen_rows(task, fit, [3])
     assert all(len(row.unique()) == 3 for row in rows)
 
 
@@ -141,25 +133,22 @@ def test_chosen_questions_are_worth_more_than_as_many_random_ones_in_a_planted_w
     fit.asks = "at random here"
     fit.controlled = False
     at_random = log_losses(fit, task, draw_shots(task.few, [6, 12], 3, 0))
-    for criterion in ("information", "d_optimal"):
-        g = torch.Generator().manual_seed(0)
-        chosen = log_losses(fit, task, choose_shots(fit, task.few, [6, 12], criterion, g))
-        assert chosen[0] < at_random[1]
+    g = torch.Generator().manual_seed(0)
+    chosen = log_losses(fit, task, choose_shots(fit, task.few, [6, 12], "d_optimal", g))
+    assert chosen[0] < at_random[1]
 
 
 @pytest.mark.slow
 def test_a_run_that_asks_keeps_what_is_drawn_at_random_and_adds_a_label(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "report", lambda folder: "")
     world, found = people.planted(users=12, dialogues=8), {}
-    for name, ask in (("plain", ("random",)), ("asks", ("random", "information", "d_optimal"))):
+    for name, ask in (("plain", ("random",)), ("asks", ("random", "d_optimal"))):
         chosen = people.settings(tmp_path, name=name, select_rank=False)
         people.vary_fewshot(world.tasks(), chosen, (0, 1, 2), 2, ask)
         found[name] = people.records(tmp_path / "planted" / name)
     assert all(found["asks"][key] == record for key, record in found["plain"].items())
     added = {key for key in found["asks"] if key not in found["plain"]}
-    assert {label for label, *_ in added} == {
-        "LoRe K=2, asks information", "LoRe K=2, asks d_optimal",
-    }  # fmt: skip
+    assert {label for label, *_ in added} == {"LoRe K=2, asks d_optimal"}
     assert {shots for _, _, part, shots in added if part == "unseen"} == {0, 1, 2}
     read = records.read_results(tmp_path / "planted" / "asks")
     plain = read.only(label for label, *_ in found["plain"])

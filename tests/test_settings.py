@@ -79,10 +79,7 @@ REFUSED = {
     "PRISM/prepare.py": "--min-dialogues -1 | --seen-fraction 1.5 | --seed -1 | --rejected some",
     "PersonalLLM/demo_world.py": "--train-prompts 0 | --test-prompts -1 | --head-prompts 0",
     "PRISM/eval_rb2.py": "--limit -1 | --top-k 0 | --batch-size 0 | --max-length -1",
-    "tools/rank_responses.py": """
-        --num-iterations 0 | --num-iterations -1 | --learning-rate -1 | --learning-rate nan
-        --seed -1
-        """,
+    "tools/rank_responses.py": "--seed -1 | --seed x | --batch-tokens -1",
     "tools/ukpconvarg.py": "--min-judgments 0 | --seed x",
     "tools/report.py": "--ranks -1 | --ranks 2 2",
 }

@@ -20,11 +20,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 import models
 import running
 from lore.common.files import UMASK, InputError
-from lore.elicitation import ranking
+from lore.elicitation.choices import read_candidates, read_user_choices
+from lore.elicitation.user import User, leave_one_out, load_fit
 from lore.embeddings import store as embeddings
 from lore.embeddings.reward_model import ModelChoice
 from lore.learning.basis import Basis, load_basis, save_basis
 from lore.methods.fitting.posterior import Prior
+from lore.methods.lore import Lore, LoreFit
 from lore.methods.mixed_logit import MixedFit
 from lore.methods.ridge_bt import SharedFit
 from lore.methods.saved import load_learned
@@ -384,43 +386,32 @@ def test_weights_find_the_column_and_candidates_come_in_its_order(task, tmp_path
 
 @pytest.mark.slow
 def test_leave_one_out_is_the_fit_without_each_choice(tmp_path):
-    learned = load_basis(make_basis(tmp_path, None))
-    Z = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))  # log odds
-    w, without = ranking.fit_user(learned, Z, seed=3, num_iterations=300, learning_rate=0.1)
-    draws = torch.Generator().manual_seed(3)
-    logits = [torch.randn(3, generator=draws) for _ in range(6)]  # user by user
-    for i, (start, found) in enumerate(zip(logits, [w, *without], strict=True)):
-        fit = PersonalizeBatch(1, 3, 3, 300, 0.1)
-        fit.logits = start[None]
-        kept = Z if i == 0 else torch.cat([Z[: i - 1], Z[i:]])
-        assert torch.allclose(found, fit.train([100 * kept], torch.eye(3))[0], atol=1e-5)
-    odds = [(Z[i] @ without[i]).item() for i in range(5)]
-    person = rank_responses.with_weights(learned, Z, 3, 300, 0.1)
-    assert person.left_out.tolist() == pytest.approx(odds, rel=1e-5)
-    told = rank_responses.agreement(person.left_out)
-    assert f"leave-one-out: {sum(x > 0 for x in odds)} of 5 " in told
-    assert f"{sum(math.log1p(math.exp(-x)) for x in odds) / 5:.3f}" in told
+    fit = load_fit(make_basis(tmp_path, None)).fit
+    Z = 100 * torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    draws, odds = torch.Generator().manual_seed(3), []
+    for i in range(5):
+        plain = PersonalizeBatch(1, 3, 3, 500, 0.1)
+        plain.logits = torch.randn(1, 3, generator=draws)  # user by user
+        w = plain.train([torch.cat([Z[:i], Z[i + 1 :]])], torch.eye(3))[0]
+        odds.append((Z[i] @ w).item() / 100)
+    left_out = leave_one_out(fit, Z, torch.arange(5), seed=3)
+    assert left_out.tolist() == pytest.approx(odds, rel=1e-4)
+    line = rank_responses.agreement(left_out)
+    assert f"leave-one-out: {sum(x > 0 for x in odds)} of 5 " in line
+    assert f"{sum(math.log1p(math.exp(-x)) for x in odds) / 5:.3f}" in line
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["LoRe", "mixed logit"])
-def test_what_is_left_out_is_a_whole_row_with_all_its_pairs(tmp_path, kind):
-    noise = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("make", [make_basis, make_mixed])
+def test_what_is_left_out_is_a_whole_row_with_all_its_pairs(tmp_path, make):
+    fit = load_fit(make(tmp_path, None)).fit
+    noise = 100 * torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
     Z, row = noise.repeat_interleave(3, 0), torch.arange(4).repeat_interleave(3)
-    if kind == "LoRe":
-        learned = load_basis(make_basis(tmp_path, None))
-        person = rank_responses.with_weights(learned, Z, 0, 300, 0.1, row)
-    else:
-        learned = load_learned(make_mixed(tmp_path, None))
-        person = rank_responses.with_tastes(learned, Z, row)
+    left_out = leave_one_out(fit, Z, row)
     for i in range(4):
-        kept = Z[row != i]
-        if kind == "LoRe":
-            w = ranking.fit_user(learned, kept, 0, 3000, 0.1)[0]
-            odds = (noise[i] @ w).item()
-        else:
-            odds = rank_responses.with_tastes(learned, kept).odds(noise[i : i + 1]).item()
-        assert person.left_out[row == i].tolist() == pytest.approx([odds] * 3, abs=0.05)
+        others = User.of(fit, Z[row != i])
+        assert left_out[row == i].tolist() == pytest.approx(
+            [others.rewards(noise[i : i + 1]).item()] * 3, rel=0.1, abs=0.05
+        )
 
 
 @pytest.mark.slow
@@ -437,23 +428,17 @@ def test_pairs_of_one_row_do_not_foretell_each_other(task, tmp_path, capsys):
 
 
 def test_labels_by_chance_agree_when_fitted_and_not_when_left_out():
-    rng = torch.Generator().manual_seed(0)
-    K = 20
-    learned = Basis(torch.eye(K), torch.full((1, K), 1 / K))
-    Z = 10 * torch.randn(20, K, generator=rng)
-    w, without = ranking.fit_user(learned, Z, seed=0, num_iterations=500, learning_rate=0.1)
-    assert (Z @ w > 0).sum() >= 16
-    assert ((Z * without).sum(1) > 0).sum() <= 14
+    rng, K = torch.Generator().manual_seed(0), 20
+    fit = LoreFit(Lore(), Basis(torch.eye(K), torch.full((1, K), 1 / K)), "LoRe")
+    Z = 1000 * torch.randn(20, K, generator=rng)
+    assert (User.of(fit, Z).rewards(Z) > 0).sum() >= 16
+    assert (leave_one_out(fit, Z, torch.arange(20)) > 0).sum() <= 14
 
 
-def test_a_single_choice_cannot_be_left_out(tmp_path):
-    learned = load_basis(make_basis(tmp_path, None))
-    mixed = load_learned(make_mixed(tmp_path, None))
-    for person in (
-        rank_responses.with_weights(learned, torch.ones(1, 3), 0, 10, 0.1),
-        rank_responses.with_tastes(mixed, torch.ones(1, 3)),
-    ):
-        assert "needs two rows" in rank_responses.agreement(person.left_out)
+@pytest.mark.parametrize("make", [make_basis, make_mixed])
+def test_a_single_choice_cannot_be_left_out(tmp_path, make):
+    left_out = leave_one_out(load_fit(make(tmp_path, None)).fit, torch.ones(1, 3), torch.zeros(1))
+    assert "needs two rows" in rank_responses.agreement(left_out)
 
 
 def test_a_mixed_logit_ranks_with_standard_deviations(task, tmp_path, capsys):
@@ -470,16 +455,15 @@ def test_a_mixed_logit_ranks_with_standard_deviations(task, tmp_path, capsys):
     assert all(row["deviation"] > 0 for row in found["ranking"])
 
 
-def test_a_mixed_logit_leaves_out_each_choice_and_knows_less_with_fewer(tmp_path):
-    saved = load_learned(make_mixed(tmp_path, None))
+def test_a_mixed_logit_knows_less_with_fewer_choices(tmp_path):
+    fit = load_fit(make_mixed(tmp_path, None)).fit
     Z = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
-    person = rank_responses.with_tastes(saved, Z)
+    user, left_out = User.of(fit, Z), leave_one_out(fit, Z, torch.arange(6))
     for i in range(6):
-        others = rank_responses.with_tastes(saved, torch.cat([Z[:i], Z[i + 1 :]]))
-        found = others.odds(Z[i : i + 1])[0]
-        torch.testing.assert_close(found, person.left_out[i], atol=1e-4, rtol=0)
-        assert others.deviations(Z).mean() > person.deviations(Z).mean()
-    sure = rank_responses.with_tastes(load_learned(make_mixed(tmp_path, None, spread=1e-4)), Z)
+        others = User.of(fit, torch.cat([Z[:i], Z[i + 1 :]]))
+        torch.testing.assert_close(others.rewards(Z[i : i + 1])[0], left_out[i])
+        assert others.deviations(Z).mean() > user.deviations(Z).mean()
+    sure = User.of(load_fit(make_mixed(tmp_path, None, spread=1e-4)).fit, Z)
     assert sure.deviations(Z).max() < 1e-3
     assert torch.allclose(sure.rewards(Z), Z[:, 0].double(), atol=1e-2)
 
@@ -542,13 +526,13 @@ def test_a_choice_may_name_several_responses_and_columns_may_have_other_names(tm
     row = {"ask": "Which?", "chosen": ["a", "b"], "rejected": ["c", "d"]}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     columns = Columns(prompt="ask")
-    found = ranking.read_liked(tmp_path / "rows.jsonl", columns)
+    found = read_user_choices(tmp_path / "rows.jsonl", columns)
     answers = [[talk[-1]["content"] for talk in side] for side in found[:2]]
     assert answers == [["a", "a", "b", "b"], ["c", "d", "c", "d"]]
     assert found.row.tolist() == [0] * 4
     assert found.chosen[0][0] == {"role": "user", "content": "Which?"}
     (tmp_path / "drafts.csv").write_text('ask,response\nWhich?,"[""e"", ""f""]"\n')
-    drafts = ranking.read_drafts(tmp_path / "drafts.csv", columns)
+    drafts = read_candidates(tmp_path / "drafts.csv", columns)
     assert [talk[-1]["content"] for talk in drafts] == ["e", "f"]
 
 

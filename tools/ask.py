@@ -7,26 +7,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from filelock import FileLock, Timeout
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.common.cli import cli
-from lore.common.files import InputError, check_output, has_keys, require
+from lore.common.files import alone, check_output, has_keys, require
 from lore.common.settings import NonNegativeFloat, NonNegativeInt, Port, SeedNumber
-from lore.elicitation.answers import Answers
+from lore.elicitation.choices import Answers, read_candidates, read_pool
 from lore.elicitation.criteria import Criterion
 from lore.elicitation.page import ask_on_page
-from lore.elicitation.pool import read_pool
-from lore.elicitation.ranking import as_text, read_drafts
 from lore.elicitation.session import Session, gather
-from lore.elicitation.taste import load_taste
 from lore.elicitation.terminal import Terminal
+from lore.elicitation.user import as_text, load_fit
 from lore.preparing.own_rows import USUAL, Columns
 
 
@@ -38,7 +33,7 @@ def main(
     profile: Path | None = None,
     user: str = "",
     columns: Columns = USUAL,
-    criterion: Criterion = "information",
+    criterion: Criterion = "d_optimal",
     tolerance: NonNegativeFloat = 0.5,
     most: NonNegativeInt = 0,
     page: bool = False,
@@ -56,8 +51,8 @@ def main(
     Args:
         basis: basis file of a run, LoRe's or the mixed logit's.
         pool: pairs that may be asked about: rows of "prompt" (a text) or "messages" (the dialogue
-            so far, a list of role and content), with "responses" (a list), or with "chosen" and
-            "rejected", of which nobody is told which is which.
+            so far, a list of role and content), with "responses" (a list); or a file of choices
+            in any layout of docs/formats.md, of which it is not read what was preferred.
         answers: the answers, rows as tools/rank_responses.py reads them; a .jsonl file. Choices
             that are there already count.
         candidates: rank these too: rows of "prompt" or "messages", and "response".
@@ -65,7 +60,7 @@ def main(
         user: whose answers they are; by default the user of the answers file, else "me".
         columns: what the columns of pool and candidates are called, such as --prompt question.
         criterion: which question comes next: the one whose answer says most about the person
-            ("information", or "d_optimal", its simpler relative); "random" any.
+            ("d_optimal"), or any ("random").
         tolerance: stop when 20 more questions would raise the expected accuracy by less than
             this many points; 0 goes on to the end of the pool.
         most: stop after this many answers; 0 for no such limit.
@@ -79,48 +74,23 @@ def main(
     is_ours = has_keys("method", "answers", "weights")
     check_output(profile, "--profile", is_ours, [basis, pool, candidates])
     require(page or not port, "--port is the page's: give --page too")
+    require(answers.parent.is_dir(), f"--answers {answers}: there is no folder {answers.parent}")
     with alone(answers):
         book = Answers(answers, user)
         pairs = read_pool(pool, columns)
-        drafts = read_drafts(candidates, columns) if candidates else []
-        taste = load_taste(basis)
-        material = gather(taste, basis, pairs, book, drafts, **embedding)
-        session = Session(taste, material, book, criterion, tolerance / 100, most, seed)
+        offered = read_candidates(candidates, columns) if candidates else []
+        found = load_fit(basis)
+        material = gather(found, pairs, book, offered, **embedding)
+        session = Session(found.fit, material, book, criterion, tolerance / 100, most, seed)
         if page:
             ask_on_page(session, profile, port)
         else:
             Terminal(session, sys.stdin, sys.stdout).run()
-        tell(session, profile)
-
-
-@contextmanager
-def alone(answers: Path) -> Iterator[None]:
-    """Keep a second process from the same answers, as one would write over the other's.
-
-    Raises:
-        InputError: another process has them, or there is no such folder.
-    """
-    require(answers.parent.is_dir(), f"--answers {answers}: there is no folder {answers.parent}")
-    lock = FileLock(answers.with_name(f".{answers.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise InputError(f"--answers {answers}: these questions are being asked already") from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def tell(session: Session, path: Path) -> None:
-    """Write the profile and print what is in it."""
-    found = session.save(path)
-    print(*session.told, sep="\n")
-    print(f"weights: {' '.join(f'{x:.3f}' for x in found['weights'])}")
-    if "ranking" in found:
-        print("reward: log odds; P: that the response is preferred to the next one of its prompt\n")
-        print(as_text(pd.DataFrame(found["ranking"])))
-    print(f"answers in {session.answers.path}, profile in {path}")
+        kept = session.save(profile)
+    print(*session.progress, *session.user.lines(), sep="\n")
+    if "ranking" in kept:
+        print(as_text(pd.DataFrame(kept["ranking"])))
+    print(f"answers in {answers}, profile in {profile}")
 
 
 if __name__ == "__main__":

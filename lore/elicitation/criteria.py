@@ -1,233 +1,192 @@
-"""Which comparison to ask a user about next: criteria, and what is known of the user's tastes.
+"""Which comparison to ask a user about next, given what the answers so far say of the user.
 
 A question is a pair of responses, and its log odds are a + z . b: a is the shared reward
 difference, z [K] what the pair asks of tastes, b the user's tastes, of which a Gaussian posterior
 is known. Criteria see questions and the answers so far, no other answer.
 
 Shape letters: U users, n questions, K directions of taste. A question is a row [1 + K], a and z;
-which of its two responses comes first changes no score.
+which of its two responses comes first changes no choice.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lore.common.files import require
-from lore.learning.comparisons import Seed, Users, as_generator
+from lore.learning.comparisons import Comparisons, Seed, Shots, Users, as_generator
+from lore.learning.method import Fitted
 from lore.methods.fitting.posterior import Prior, covariances, posteriors
 
-Criterion = Literal["random", "d_optimal", "information"]
+Criterion = Literal["random", "d_optimal"]
 CRITERIA: tuple[str, ...] = get_args(Criterion)
-SHORT_LIST = 512  # questions whose information is formed exactly, of those a closed form puts first
-NODES = 32  # of the quadrature
-TIE = 1e-6  # scores nearer to the best than this share of it are as good
+TIE = 1e-6  # gains nearer to the greatest than this share of it are as good
+CELLS = 1 << 24  # numbers of the covariances that are formed at once
 
 
-@dataclass(frozen=True)
-class Belief:
-    """What is known of one user's tastes: the prior and the answers so far.
+class UserPosterior(NamedTuple):
+    """What is known of one user's tastes: mean [K] and covariance [K, K]."""
 
-    Attributes:
-        prior: the population's tastes.
-        answers: rows of what was answered, preferred minus other [m, 1 + K].
-        mean, covariance: of the posterior [K] and [K, K].
-    """
-
-    prior: Prior
-    answers: Tensor
     mean: Tensor
     covariance: Tensor
 
     @classmethod
-    def after(cls, prior: Prior, answers: Tensor) -> Belief:
-        """After some answers [m, 1 + K], preferred minus other; m may be 0."""
-        answers = answers.double()
-        users = Users([len(answers)])
-        found = posteriors(answers, users, prior)
-        return cls(prior, answers, found.mode[0], covariances(answers, users, prior, found)[0])
-
-    def update(self, question: Tensor, won: bool = True) -> Belief:
-        """After one more answer.
-
-        Args:
-            question: first response minus second [1 + K].
-            won: whether the first was preferred.
-        """
-        row = question.to(self.answers) * (1 if won else -1)
-        return Belief.after(self.prior, torch.cat([self.answers, row[None]]))
+    def after(cls, prior: Prior, answers: Tensor) -> UserPosterior:
+        """The posterior after some answers [m, 1 + K], preferred minus other; m may be 0."""
+        return user_posteriors(prior, answers.double(), Users([len(answers)]))[0]
 
 
-class Pool:
+def user_posteriors(prior: Prior, answers: Tensor, users: Users) -> list[UserPosterior]:
+    """Each user's posterior, by Laplace's method, after answers [N, 1 + K] of several users."""
+    found = posteriors(answers, users, prior)
+    covs = covariances(answers, users, prior, found)
+    return [UserPosterior(*both) for both in zip(found.mode, covs, strict=True)]
+
+
+class QuestionPool:
     """Questions that may be asked of a user, prepared once so that each choice is quick.
 
     Args:
-        questions: [n, 1 + K].
+        rows: the comparisons [n, 1 + K].
+        sizes: how many comparisons each question has, one after the other; one each if None.
 
     Attributes:
-        rows: the questions in float32, transposed [1, 1 + K, n].
-        pair: a number for each distinct question [n]; the two orders of a pair are one question.
+        question: number of each comparison's question [n].
+        pair: a number for each distinct comparison [n]; the two orders of a pair are one.
     """
 
-    def __init__(self, questions: Tensor) -> None:
-        require(len(questions) > 0, "there is nothing to ask: no question in the pool")
-        require(bool(torch.isfinite(questions).all()), "a question has NaN or infinity in it")
-        self.rows = questions.T.float().contiguous()[None]
-        self.pair = distinct(questions)
+    def __init__(self, rows: Tensor, sizes: Sequence[int] | None = None) -> None:
+        require(len(rows) > 0, "there is nothing to ask: no question in the pool")
+        require(bool(torch.isfinite(rows).all()), "a question has NaN or infinity in it")
+        self.rows, self.pair = rows, distinct(rows)
+        self.size = len(rows) if sizes is None else len(sizes)
+        self.question = torch.arange(len(rows))
+        if sizes is not None:
+            self.question = torch.repeat_interleave(torch.tensor(sizes))
 
     def __len__(self) -> int:
-        return len(self.pair)
+        return self.size
+
+    def open(self, earlier: Sequence[int]) -> Tensor:
+        """Which questions [len(self)] may be asked now.
+
+        None comes up twice; one with a pair that was asked, in whichever order, comes up only when
+        no other is left.
+        """
+        left = torch.ones(len(self), dtype=torch.bool)
+        left[list(earlier)] = False
+        require(bool(left.any()), "there is nothing left to ask: every question was asked")
+        was_asked = torch.zeros(int(self.pair.max()) + 1, dtype=torch.bool)
+        was_asked[self.pair[~left[self.question]]] = True
+        new = left.clone()
+        new[self.question[was_asked[self.pair]]] = False
+        return new if new.any() else left
 
 
-def distinct(questions: Tensor) -> Tensor:
-    """A number for each distinct question [n]; rows that differ in sign alone are one [n, 1 + K].
+def distinct(rows: Tensor) -> Tensor:
+    """A number for each distinct comparison [n]; rows that differ in sign alone are one [n, 1 + K].
 
     Rows are told apart by a random product, formed column by column so that equal rows have equal
     products to the last bit.
     """
     g = torch.Generator().manual_seed(0)
-    factors = torch.randn(questions.shape[1], generator=g, dtype=torch.float64).tolist()
-    key = questions.new_zeros(len(questions), dtype=torch.float64)
-    for column, factor in zip(questions.double().T, factors, strict=True):
+    factors = torch.randn(rows.shape[1], generator=g, dtype=torch.float64).tolist()
+    key = rows.new_zeros(len(rows), dtype=torch.float64)
+    for column, factor in zip(rows.double().T, factors, strict=True):
         key = key + column * factor
     return torch.unique(key.abs(), return_inverse=True)[1]
 
 
 def next_question(
-    belief: Belief,
-    pool: Pool | Tensor,
-    criterion: Criterion = "information",
-    asked: Sequence[int] = (),
+    posterior: UserPosterior,
+    pool: QuestionPool,
+    criterion: Criterion = "d_optimal",
+    earlier: Sequence[int] = (),
     generator: Seed = None,
 ) -> int:
     """The number of the question of a pool to ask next.
 
-    A question that was asked, also the other way round or as another row, is asked again only when
-    no other is left; a row comes up once. Among questions of the same score one is drawn.
-
     Args:
-        belief: what is known of the user.
-        pool: the questions, or a tensor of them [n, 1 + K].
-        criterion: see ``score``.
-        asked: numbers of the questions that were asked, answered or not.
-        generator: of the draw among the best.
+        posterior: what is known of the user.
+        pool: the questions.
+        criterion: see ``acquisition``, whose values are summed over a question's comparisons.
+        earlier: numbers of the questions that were asked before, answered or not.
+        generator: of the draw among questions that are equally good.
 
     Raises:
         InputError: nothing is left to ask, or there is no such criterion.
     """
     require(criterion in CRITERIA, f"criterion {criterion}: there are {', '.join(CRITERIA)}")
-    pool = pool if isinstance(pool, Pool) else Pool(pool)
-    still, rows = _still_open(pool, asked), torch.arange(len(pool))
-    moments = belief.mean[None], belief.covariance[None]
-    if criterion == "information" and len(pool) > SHORT_LIST:
-        rough = rough_information(*_reach(*moments, pool.rows))[0]
-        rows = rough.masked_fill(~still, -math.inf).topk(SHORT_LIST).indices
-        rows = rows[still[rows]]
-    found = score(criterion, *moments, pool.rows[:, :, rows])
-    return int(rows[best(found, still[rows][None], generator)[0]])
+    gains = acquisition(criterion, posterior, pool.rows)
+    total = gains.new_zeros(len(pool)).index_add_(0, pool.question, gains)
+    return argmax_with_ties(total, pool.open(earlier), generator)
 
 
-def _still_open(pool: Pool, asked: Sequence[int]) -> Tensor:
-    """Which questions [n] may be asked: none a second time as long as there are others."""
-    still = torch.ones(len(pool), dtype=torch.bool)
-    if len(asked):
-        still[list(asked)] = False
-        require(bool(still.any()), "there is nothing left to ask: every question was asked")
-        was_asked = torch.zeros(len(pool), dtype=torch.bool)
-        was_asked[pool.pair[list(asked)]] = True
-        new = still & ~was_asked[pool.pair]
-        still = new if new.any() else still
-    return still
-
-
-def best(scores: Tensor, still: Tensor, generator: Seed = None) -> Tensor:
-    """The place of the best score of each user [U], drawn among those as good.
-
-    Args:
-        scores: [U, n].
-        still: which may be taken [U, n]; at least one of each user.
-        generator: of the draws, one number a user.
-    """
-    scores = scores.masked_fill(~still, -math.inf)
-    top = scores.amax(1, keepdim=True)
-    good = still & (scores >= top - TIE * top.abs())
-    counts, places = good.sum(1), good.nonzero()[:, 1]
-    share = torch.rand(len(scores), generator=as_generator(generator)).to(scores.device)
-    pick = (share * counts).long().clamp(max=counts - 1)
-    return places[counts.cumsum(0) - counts + pick]
-
-
-# ---------------------------------------------------------------------- The criteria
-
-
-def score(criterion: str, mean: Tensor, cov: Tensor, rows: Tensor) -> Tensor:
-    """How much each question is worth [U, n]; more is better.
+def acquisition(criterion: str, posterior: UserPosterior, rows: Tensor) -> Tensor:
+    """How much each comparison [n, 1 + K] is worth asking [n]; more is better.
 
     - random: all the same.
     - d_optimal: p (1 - p) z' S z with the posterior's mode and covariance S: how much an answer
       shrinks the posterior's volume.
-    - information: mutual information of the answer and b, in nats (BALD; Houlsby et al., 2011).
-
-    Args:
-        mean, cov: of the users' posteriors [U, K] and [U, K, K].
-        rows: questions [U, 1 + K, n]; one user's may serve all.
     """
     if criterion == "random":
-        return rows.new_zeros(len(mean), rows.shape[2])
-    logits, variance = _reach(mean, cov, rows)
-    if criterion == "information":
-        return information(logits, variance)
-    p = torch.sigmoid(logits)
-    return p * (1 - p) * variance
+        return rows.new_zeros(len(rows))
+    Z, mean, cov = rows[:, 1:], posterior.mean.to(rows), posterior.covariance.to(rows)
+    p = torch.sigmoid(rows[:, 0] + Z @ mean)
+    return p * (1 - p) * ((Z @ cov) * Z).sum(1).clamp(min=0)
 
 
-def _reach(mean: Tensor, cov: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Means and variances of log odds [U, n]; all is formed in the questions' precision."""
-    a, Z = rows[:, 0], rows[:, 1:]
-    mean, cov = mean.to(rows), cov.to(rows)
-    logits = a + (mean[:, None] @ Z)[:, 0]
-    return logits, (cov @ Z).mul_(Z).sum(1).clamp_(min=0)  # in place: new memory costs more
+def argmax_with_ties(gains: Tensor, possible: Tensor, generator: Seed = None) -> int:
+    """The place of the greatest gain [n] among those possible [n], drawn among those as good."""
+    gains = gains.masked_fill(~possible, -math.inf)
+    top = gains.max()
+    good = (possible & (gains >= top - TIE * top.abs())).nonzero()[:, 0]
+    return int(good[torch.randint(len(good), (), generator=as_generator(generator))])
 
 
-def information(a: Tensor, v: Tensor) -> Tensor:
-    """Mutual information [U, n] of an answer and the tastes: H(E p) - E H(p), in nats.
+def choose_shots(
+    fit: Fitted, few: Comparisons, sizes: Sequence[int], criterion: str, generator: torch.Generator
+) -> Shots:
+    """New users' shots in the order in which the criterion asks for them, instead of at random.
 
-    Log odds are one-dimensional, so both expectations are quadratures over a normal variable.
+    A question is a shot: a recorded comparison, or a whole dialogue. What is asked for 5 shots is
+    the beginning of what is asked for 10. No label is used before its question is asked, as gains
+    do not depend on the order within a pair.
 
     Args:
-        a, v: means and variances of the log odds [U, n].
+        fit: of which ``population`` is not None.
+        few: the new users' comparisons.
+        sizes: numbers of shots.
+        criterion: see ``acquisition``.
+        generator: of the draw among equally good questions.
     """
-    points, weights = np.polynomial.hermite_e.hermegauss(NODES)
-    t = a[..., None] + v.sqrt()[..., None] * torch.from_numpy(points).to(a)
-    weights = torch.from_numpy(weights / weights.sum()).to(a)
-    return (_entropy(torch.sigmoid(t) @ weights) - _uncertainty(t) @ weights).clamp(min=0)
+    units, population = few.units(), fit.population()
+    assert population is not None
+    prior = Prior(population.mean.double().cpu(), population.cov.double().cpu())
+    questions, weight = fit.questions(fit.view(few)).cpu(), few.weight.cpu()
+    orders: list[list[int]] = [[] for _ in units]
 
+    def shots(u: int, size: int) -> Tensor:
+        none = torch.empty(0, dtype=torch.long)
+        return torch.cat([none, *(units[u][i] for i in orders[u][:size])])
 
-def _entropy(p: Tensor) -> Tensor:
-    """Of a yes with probability p, in nats."""
-    p = p.clamp(0, 1)
-    return torch.special.entr(p) + torch.special.entr(1 - p)
-
-
-def _uncertainty(t: Tensor) -> Tensor:
-    """Entropy of a yes with log odds t, in nats; also where the probability rounds to 1."""
-    size = t.abs()
-    less = torch.exp(-size)
-    return torch.log1p(less) + size * less / (1 + less)
-
-
-def rough_information(a: Tensor, v: Tensor) -> Tensor:
-    """``information`` in closed form [U, n], for a short list; a few per cent off.
-
-    The sigmoid is taken for a normal distribution function, and the entropy of an answer for
-    log 2 exp(-t^2 / (8 log 2)), which has its height and curvature at t = 0.
-    """
-    width = 2 * v + 8 * math.log(2)
-    noise = (-a.square() / width).exp() * (8 * math.log(2) / width).sqrt() * math.log(2)
-    return _uncertainty(a * (1 + math.pi / 8 * v).rsqrt()) - noise
+    at_once = max(1, CELLS // prior.cov.numel())
+    for first in range(0, len(units), at_once):
+        block = range(len(units))[first : first + at_once]
+        pools = [QuestionPool(questions[torch.cat(units[u])], [*map(len, units[u])]) for u in block]
+        for number in range(min(max(sizes), max(map(len, pools)))):
+            picked = [shots(u, number) for u in block]
+            rows = torch.cat(picked)
+            users = Users([len(some) for some in picked], weight[rows])
+            known = user_posteriors(prior, questions[rows], users)
+            for u, posterior, pool in zip(block, known, pools, strict=True):
+                order = orders[u]
+                if len(order) < len(pool):
+                    order.append(next_question(posterior, pool, criterion, order, generator))
+    rows = [shots(u, size) for size in sizes for u in range(len(units))]
+    enough = [sum(len(own) >= size for own in units) for size in sizes]
+    return Shots(rows, list(sizes), 1, enough)

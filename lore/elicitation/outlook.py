@@ -11,10 +11,15 @@ Shape letters: T target pairs, N pairs of the pool, K directions of taste, H que
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
+from itertools import combinations
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from lore.elicitation.criteria import UserPosterior
 
 HORIZON = 20  # questions ahead
 MOST_TARGETS = 2000
@@ -23,8 +28,7 @@ SHARES, SLOPES = (0.25220, 0.58522, 0.16257), (0.90793, 0.57778, 0.36403)
 POINTS = 64  # of the average over where the mean moves; the integrand has a kink
 
 
-@dataclass(frozen=True)
-class Outlook:
+class Outlook(NamedTuple):
     """Expected accuracy now and after 1, 2, ... more questions.
 
     Attributes:
@@ -32,13 +36,8 @@ class Outlook:
         tolerance: a gain in accuracy that is not worth another question.
     """
 
-    accuracy: tuple[float, ...]
+    accuracy: list[float]
     tolerance: float
-
-    @property
-    def now(self) -> float:
-        """Expected accuracy now."""
-        return self.accuracy[0]
 
     @property
     def best(self) -> float:
@@ -53,7 +52,7 @@ class Outlook:
 
 
 def look_ahead(
-    state: tuple[Tensor, Tensor],
+    posterior: UserPosterior,
     targets: Tensor,
     pool: Tensor,
     tolerance: float,
@@ -62,19 +61,18 @@ def look_ahead(
     """The outlook of asking the D-optimal questions of a pool, one after another.
 
     Args:
-        state: mean [K] and covariance [K, K] of the person's tastes.
+        posterior: of the person's tastes.
         targets: pairs whose order matters, as differences [T, 1 + K] of log odds.
         pool: pairs that may still be asked [N, 1 + K].
         tolerance: see ``Outlook``.
         horizon: most questions ahead.
     """
-    mean, cov = state
-    logits = targets[:, 0] + targets[:, 1:] @ mean
-    covs = torch.stack([cov, *_plan(mean, cov, pool, min(horizon, len(pool)))])
     Z = targets[:, 1:]
-    variances = ((Z @ covs) * Z).sum(2).clamp(min=0)  # [1 + H, T]
+    logits = targets[:, 0] + Z @ posterior.mean
+    covs = [posterior.covariance, *_shrunk(posterior, pool, min(horizon, len(pool)))]
+    variances = [((Z @ cov) * Z).sum(1).clamp(min=0) for cov in covs]
     accuracy = [float(expected_accuracy(logits, variances[0], later)) for later in variances]
-    return Outlook(tuple(accuracy), tolerance)
+    return Outlook(accuracy, tolerance)
 
 
 def expected_accuracy(logits: Tensor, now: Tensor, later: Tensor) -> Tensor:
@@ -90,55 +88,55 @@ def expected_accuracy(logits: Tensor, now: Tensor, later: Tensor) -> Tensor:
     share = (torch.arange(POINTS).to(logits) + 0.5) / POINTS
     moved = (now - later).clamp(min=0).sqrt()[:, None] * torch.special.ndtri(share)
     sure = (logits[:, None] + moved).abs()
-    parts = [
-        weight * torch.special.ndtr(sure * (slope / (1 + slope**2 * later).sqrt())[:, None]).mean()
-        for weight, slope in zip(SHARES, SLOPES, strict=True)
-    ]
-    return torch.stack(parts).sum()
+    return sum(
+        weight * torch.special.ndtr(sure * scale[:, None]).mean()
+        for weight, scale in _normal_parts(later)
+    )
 
 
-def _plan(mean: Tensor, cov: Tensor, pool: Tensor, steps: int) -> list[Tensor]:
-    """Covariances after 1, 2, ... questions, each the D-optimal one of those that are left."""
-    logits, Z = pool[:, 0] + pool[:, 1:] @ mean, pool[:, 1:]
-    covs, left = [], torch.ones(len(pool), dtype=torch.bool)
+def _normal_parts(variance: Tensor) -> Iterator[tuple[float, Tensor]]:
+    """Shares and slopes of normal distribution functions that make E sigmoid(t) for normal t."""
+    for weight, slope in zip(SHARES, SLOPES, strict=True):
+        yield weight, slope / (1 + slope**2 * variance).sqrt()
+
+
+def _shrunk(posterior: UserPosterior, pool: Tensor, steps: int) -> Iterator[Tensor]:
+    """Covariances after 1, 2, ... questions, each the D-optimal one of those that are left.
+
+    An answer's information is E[p (1 - p)] over its log odds: at their mean alone it is too high.
+    """
+    Z, cov = pool[:, 1:], posterior.covariance
+    logits, left = pool[:, 0] + Z @ posterior.mean, torch.ones(len(pool), dtype=torch.bool)
     for _ in range(steps):
         variance = ((Z @ cov) * Z).sum(1).clamp(min=0)
-        information = _information(logits, variance)
+        information = sum(
+            weight * scale * (-(scale * logits).square() / 2).exp() / math.sqrt(2 * math.pi)
+            for weight, scale in _normal_parts(variance)
+        )
         gain = information * variance
         best = int(torch.where(left, gain, -1.0).argmax())
         left[best] = False
         spread = cov @ Z[best]
         cov = cov - torch.outer(spread, spread) * (information[best] / (1 + gain[best]))
-        covs.append(cov)
-    return covs
+        yield cov
 
 
-def _information(logits: Tensor, variance: Tensor) -> Tensor:
-    """E[p (1 - p)] of answers [N] whose log odds are normal: at the mean alone it is too high."""
-    total = torch.zeros_like(logits)
-    for weight, slope in zip(SHARES, SLOPES, strict=True):
-        scale = slope / (1 + slope**2 * variance).sqrt()
-        total += weight * scale * torch.exp(-(scale * logits).square() / 2) / math.sqrt(2 * math.pi)
-    return total
-
-
-def same_prompt_pairs(prompts: list[str], rng: torch.Generator) -> Tensor:
+def same_prompt_pairs(prompts: Sequence[Hashable], generator: torch.Generator) -> Tensor:
     """Rows of two responses to the same prompt [T, 2]: all pairs, or T drawn at random.
 
     Args:
         prompts: what tells each response's dialogue from others.
-        rng: of the draw where there are too many.
+        generator: of the draw where there are too many.
     """
-    groups: dict[str, list[int]] = {}
+    groups = defaultdict(list)
     for row, prompt in enumerate(prompts):
-        groups.setdefault(prompt, []).append(row)
-    parts = [torch.combinations(torch.tensor(rows), 2) for rows in groups.values()]
-    pairs = torch.cat([torch.empty(0, 2, dtype=torch.long), *parts])
-    return pairs[thinned(len(pairs), rng)]
+        groups[prompt].append(row)
+    pairs = [both for rows in groups.values() for both in combinations(rows, 2)]
+    return thinned(torch.tensor(pairs, dtype=torch.long).view(-1, 2), generator)
 
 
-def thinned(count: int, rng: torch.Generator) -> Tensor:
-    """Which of so many pairs stand for all: every one, or as many as are quickly looked at."""
-    if count <= MOST_TARGETS:
-        return torch.arange(count)
-    return torch.randperm(count, generator=rng)[:MOST_TARGETS].sort().values
+def thinned(pairs: Tensor, generator: torch.Generator) -> Tensor:
+    """The pairs [T, ...], or as many drawn from them as are quickly looked at."""
+    if len(pairs) <= MOST_TARGETS:
+        return pairs
+    return pairs[torch.randperm(len(pairs), generator=generator)[:MOST_TARGETS].sort().values]

@@ -15,7 +15,7 @@ import bottle
 import jinja2
 
 from lore.common.files import InputError
-from lore.elicitation.session import SPEAKERS, Session
+from lore.elicitation.session import ACTIONS, SPEAKERS, Session
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +56,8 @@ class Page:
         )  # fmt: skip
         self.template = environment.get_template("ask.html")
         self.app = bottle.Bottle()
-        self.app.route(self.path, "GET", _told(self.show))
-        self.app.route(self.path, "POST", _told(self.act))
+        self.app.route(self.path, "GET", _guarded(self.show))
+        self.app.route(self.path, "POST", _guarded(self.act))
 
     def show(self) -> str:
         """The question, or what was learned once asking is over."""
@@ -70,7 +70,10 @@ class Page:
         with self.lock:
             question = self.session.question()
             if key == (question.pair.key if question else ""):
-                self._do(word)
+                if word == "quit":
+                    self.quitter = threading.get_ident()
+                elif word in ACTIONS:
+                    self.session.do(word)
             if self.quitter is not None:
                 return self._render()
         return bottle.redirect(self.path, 303)
@@ -80,23 +83,11 @@ class Page:
             bottle.response.set_header(name, value)
         session, closed = self.session, self.quitter is not None
         question = None if closed else session.question()
+        found = None if question else session.save(self.profile)
         return self.template.render(
-            question=question, told=session.told, reason=session.reason, closed=closed,
-            found=None if question else session.save(self.profile), speakers=SPEAKERS,
-            profile=self.profile, answers=session.answers.path, left=len(session.left),
+            session=session, question=question, closed=closed, found=found, speakers=SPEAKERS,
+            profile=self.profile,
         )  # fmt: skip
-
-    def _do(self, word: str) -> None:
-        if word in ("a", "b"):
-            self.session.answer(word)
-        elif word == "skip":
-            self.session.skip()
-        elif word == "undo":
-            self.session.undo()
-        elif word == "more":
-            self.session.insist = True
-        elif word == "quit":
-            self.quitter = threading.get_ident()
 
     def sent(self) -> None:
         """This thread's answer is on its way."""
@@ -104,7 +95,7 @@ class Page:
             self.closed.set()
 
 
-def _told(answer: Callable[[], Any]) -> Callable[[], Any]:
+def _guarded(answer: Callable[[], Any]) -> Callable[[], Any]:
     """The same, but a full disk is a page that says so."""
 
     def guarded() -> Any:

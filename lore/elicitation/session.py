@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pandas as pd
 import torch
 from torch import Tensor
 
-from lore.common.files import digest, write_text
-from lore.elicitation.answers import Answers, Side
-from lore.elicitation.criteria import Criterion, Pool, next_question
+from lore.common.files import digest, require, write_text
+from lore.elicitation.choices import Answers, Pair
+from lore.elicitation.criteria import Criterion, QuestionPool, UserPosterior, next_question
 from lore.elicitation.outlook import look_ahead, same_prompt_pairs, thinned
-from lore.elicitation.pool import Pair
-from lore.elicitation.ranking import directed_rewards, rank
-from lore.elicitation.taste import Taste
-from lore.embeddings.reward_model import OF_BASIS, ModelChoice
+from lore.elicitation.user import FittedFile, User, as_records, rank, view_conversations
+from lore.methods.lore import LoreFit
+from lore.methods.mixed_logit import MixedFit
 from lore.preparing.messages import Conversation
 
 SPEAKERS = {"user": "You", "assistant": "Answer", "system": "Instructions"}
+ACTIONS = ("a", "b", "skip", "undo", "more")
 
 
 class Question(NamedTuple):
@@ -30,57 +30,59 @@ class Question(NamedTuple):
 
     Attributes:
         number: of the question, from 1.
-        history: the dialogue so far.
+        pair: the dialogue and its two responses.
         shown: the responses a and b.
-        pair: that they come from.
     """
 
     number: int
-    history: Conversation
-    shown: tuple[str, str]
     pair: Pair
+    shown: tuple[str, str]
 
 
 @dataclass
 class Material:
-    """All that a session is about, and the rewards of it.
+    """All that a session is about.
 
     Attributes:
         pairs: the pool.
-        pool: the pairs' differences, first text minus second [N, 1 + K].
-        drafts: candidate responses to be put in order; may be none.
-        offered: their rewards [D, 1 + K].
-        known: rewards of every conversation [1 + K], by its digest.
+        candidates: conversations that end in responses to be put in order; may be none.
+        views: every conversation as the fit views it [C], by its digest.
     """
 
     pairs: list[Pair]
-    pool: Tensor
-    drafts: list[Conversation]
-    offered: Tensor
-    known: dict[str, Tensor]
+    candidates: list[Conversation]
+    views: Mapping[str, Tensor]
 
     def differences(self, pairs: Sequence[tuple[Conversation, Conversation]]) -> Tensor:
-        """First minus second of pairs of known conversations [n, 1 + K]."""
-        rows = [self.known[digest(one)] - self.known[digest(other)] for one, other in pairs]
-        return torch.stack(rows) if rows else self.pool[:0]
+        """First minus second of pairs of these conversations [n, C]."""
+        rows = [self.views[digest(one)] - self.views[digest(other)] for one, other in pairs]
+        return torch.stack(rows) if rows else torch.empty(0, len(next(iter(self.views.values()))))
 
-    def targets(self, rng: torch.Generator) -> Tensor:
-        """Pairs whose order matters [T, 1 + K]: of candidates, or of the pool without them."""
-        prompts = [digest(history) for *history, _ in self.drafts]
-        one, other = same_prompt_pairs(prompts, rng).unbind(1)
+    @cached_property
+    def pool(self) -> Tensor:
+        """The pairs of the pool, first text minus second [N, C]."""
+        return self.differences([pair.conversations for pair in self.pairs])
+
+    @cached_property
+    def offered(self) -> Tensor:
+        """The candidates [M, C]."""
+        return torch.stack([self.views[digest(candidate)] for candidate in self.candidates])
+
+    def targets(self, generator: torch.Generator) -> Tensor:
+        """Pairs whose order matters [T, C]: of candidates, or of the pool without them."""
+        prompts = [digest(history) for *history, _ in self.candidates]
+        one, other = same_prompt_pairs(prompts, generator).unbind(1)
         if len(one):
             return self.offered[one] - self.offered[other]
-        return self.pool[thinned(len(self.pool), rng)]
+        return thinned(self.pool, generator)
 
 
 def gather(
-    taste: Taste,
-    basis: Path,
+    found: FittedFile,
     pairs: list[Pair],
     answers: Answers,
-    drafts: list[Conversation],
+    candidates: list[Conversation],
     embeddings: Path | None = None,
-    lm: ModelChoice = OF_BASIS,
     **embedding: Any,
 ) -> Material:
     """Embed the pool, the candidates and what was answered before.
@@ -88,39 +90,37 @@ def gather(
     What was answered usually stands in the pool, and is then not embedded again.
 
     Args:
-        taste: how people differ.
-        basis: the file that says so.
+        found: the file of a run.
         pairs: the pool.
         answers: those that were given before.
-        drafts: the candidates' conversations.
+        candidates: conversations that end in a candidate.
         embeddings: folder to keep the embeddings of pool and candidates in, for another time.
-        lm: the reward model.
-        embedding: more arguments of ``embeddings.embed``.
+        embedding: more arguments of ``view_conversations``.
+
+    Raises:
+        InputError: the file knows no differences between people.
     """
-    source = lm.of_basis(taste.settings, basis)
-
-    def rewards(texts: list[Conversation], folder: Path | None) -> Tensor:
-        return directed_rewards(taste.directions, source, texts, folder, **embedding).double()
-
-    ours = [conversation for pair in pairs for conversation in pair.conversations]
-    found = rewards([*ours, *drafts], embeddings)
-    known = dict(zip(map(digest, [*ours, *drafts]), found, strict=True))
-    before = {digest(c): c for both in answers.pairs for c in both}
-    foreign = {key: c for key, c in before.items() if key not in known}
-    if foreign:
-        known |= zip(foreign, rewards(list(foreign.values()), None), strict=True)
-    pool, offered = found.split([len(ours), len(drafts)])
-    return Material(pairs, pool[::2] - pool[1::2], drafts, offered, known)
+    alike = "knows no differences between users, so that there is nothing to ask: it has rank 1, "
+    alike += "one user, or no personal part"
+    require(found.fit.population() is not None, f"{found.path} {alike}")
+    texts = [*(one for pair in pairs for one in pair.conversations), *candidates]
+    rows = view_conversations(found, texts, embeddings, **embedding)
+    views = dict(zip(map(digest, texts), rows, strict=True))
+    others = {digest(c): c for pair in answers.pairs for c in pair if digest(c) not in views}
+    if others:
+        rows = view_conversations(found, list(others.values()), **embedding)
+        views |= zip(others, rows, strict=True)
+    return Material(pairs, candidates, views)
 
 
 class Session:
     """Questions to one person, one after the other; nothing is known here of how they are put.
 
     Args:
-        taste: how people differ.
+        fit: LoRe or a mixed logit, whose ``population`` is not None.
         material: what may be asked, and what is to be put in order.
         answers: those that were given before; new ones are kept there at once.
-        criterion: by which the next question is chosen, see ``criteria.score``.
+        criterion: by which the next question is chosen, see ``criteria.acquisition``.
         tolerance: stop once as many questions as are looked ahead to would raise the expected
             accuracy by less.
         most: stop after as many answers; 0 for no such limit.
@@ -128,37 +128,37 @@ class Session:
             questions is asked, and LoRe's initial weights.
 
     Attributes:
-        belief: what is known of the person.
+        posterior: of the person's tastes.
         outlook: how sure that is, and how sure it may become.
         insist: ask on where the outlook says stop.
     """
 
     def __init__(
-        self, taste: Taste, material: Material, answers: Answers,
-        criterion: Criterion = "information", tolerance: float = 0.005, most: int = 0,
+        self, fit: LoreFit | MixedFit, material: Material, answers: Answers,
+        criterion: Criterion = "d_optimal", tolerance: float = 0.005, most: int = 0,
         seed: int = 0,
     ) -> None:  # fmt: skip
-        self.taste, self.material, self.answers = taste, material, answers
+        self.fit, self.material, self.answers = fit, material, answers
         self.criterion, self.tolerance, self.most, self.seed = criterion, tolerance, most, seed
-        self.pool, self.insist = Pool(material.pool), False
-        self.targets = material.targets(torch.Generator().manual_seed(seed))
-        nothing = taste.belief(material.pool[:0])
-        moments = nothing.mean, nothing.covariance
-        self.before = look_ahead(moments, self.targets, material.pool[:0], tolerance).now
+        self.questions = fit.questions(material.pool)
+        self.pool, self.insist = QuestionPool(self.questions), False
+        self.targets = fit.questions(material.targets(torch.Generator().manual_seed(seed)))
+        nothing = UserPosterior.after(fit.population(), self.questions[:0])
+        self.before = look_ahead(nothing, self.targets, self.questions[:0], tolerance).accuracy[0]
         self._learn()
 
     def _learn(self) -> None:
         """Take in the answers as they now are."""
         settled = self.answers.settled
-        keys = [pair.key for pair in self.material.pairs]
-        self.settled = [i for i, key in enumerate(keys) if key in settled]
-        self.left = torch.tensor([i for i, key in enumerate(keys) if key not in settled]).long()
-        self.Z = self.material.differences(self.answers.pairs)
-        self.belief = self.taste.belief(self.Z)
-        moments = self.belief.mean, self.belief.covariance
-        pool = self.material.pool[self.left]
-        self.outlook = look_ahead(moments, self.targets, pool, self.tolerance)
+        done = torch.tensor([pair.key in settled for pair in self.material.pairs])
+        self.settled, self.left = done.nonzero()[:, 0].tolist(), (~done).nonzero()[:, 0]
+        self.choices = self.material.differences(self.answers.pairs)
+        answered = self.fit.questions(self.choices)
+        self.posterior = UserPosterior.after(self.fit.population(), answered)
+        left = self.questions[self.left]
+        self.outlook = look_ahead(self.posterior, self.targets, left, self.tolerance)
         self._next: Question | None = None
+        self.__dict__.pop("user", None)
 
     # ------------------------------------------------------------------ Questions
 
@@ -178,83 +178,79 @@ class Session:
         return ""
 
     def question(self) -> Question | None:
-        """The question that waits for an answer; None where asking is over."""
+        """The question that waits for an answer, after a restart the same; None at the end."""
         if self.reason:
             return None
         if self._next is None:
-            pair = self.material.pairs[self._choose()]
-            turned = int(digest([self.seed, pair.key])[0], 16) % 2  # again so after a restart
-            shown = pair.texts[::-1] if turned else pair.texts
-            self._next = Question(self.answers.asked + 1, pair.history, shown, pair)
+            last = self.answers.last_question
+            seed = int(digest([self.seed, last])[:12], 16)
+            place = next_question(self.posterior, self.pool, self.criterion, self.settled, seed)
+            pair = self.material.pairs[place]
+            turned = int(digest([self.seed, pair.key])[0], 16) % 2
+            self._next = Question(last + 1, pair, pair.texts[::-1] if turned else pair.texts)
         return self._next
 
-    def _choose(self) -> int:
-        """The number of the next pair; the same one again after a restart."""
-        seed = int(digest([self.seed, self.answers.asked])[:12], 16)
-        return next_question(self.belief, self.pool, self.criterion, self.settled, seed)
+    def do(self, word: str) -> bool:
+        """Do what the person says about the question.
 
-    def answer(self, side: Side) -> None:
-        """Keep that response a or b is the better one."""
-        if question := self.question():
-            self.answers.answer(question.pair, question.shown, side)
-            self._learn()
+        Args:
+            word: one of ``ACTIONS``: a or b, the better response; skip, to leave the question for
+                good; undo, to take back the last answer or skip; more, to be asked on.
 
-    def skip(self) -> None:
-        """Leave the question unanswered, for good."""
-        if question := self.question():
+        Returns:
+            Whether there was something to do.
+        """
+        question, done = self.question(), True
+        if word == "more":
+            self.insist = True
+        elif word == "undo":
+            done = self.answers.undo()
+        elif question is None:
+            done = False
+        elif word == "skip":
             self.answers.skip(question.pair)
-            self._learn()
-
-    def undo(self) -> bool:
-        """Take back the last answer or skip; False if there is none."""
-        if done := self.answers.undo():
+        else:
+            self.answers.answer(question.pair, question.shown, word)
+        if done:
             self._learn()
         return done
 
     # ---------------------------------------------------------------- What is known
 
     @property
-    def told(self) -> list[str]:
+    def progress(self) -> list[str]:
         """How far we are and how sure, in sentences."""
         skipped, look = len(self.answers.skips), self.outlook
         ahead, useful = len(look.accuracy) - 1, look.useful
         more = f"; after {ahead} more {look.best:.1%}" if ahead else ""
-        many = "or more " if useful == ahead > 0 else ""
+        least = "at least " if useful == ahead > 0 else ""
+        count = f"{useful} more question{'s are' if useful != 1 else ' is'}"
         return [
             f"{len(self.answers)} answered, {skipped} skipped",
-            f"expected accuracy {look.now:.1%} (without answers {self.before:.1%}{more})",
-            f"{useful} {many}questions still useful" if useful != 1 else "1 question still useful",
+            f"expected accuracy {look.accuracy[0]:.1%} (without answers {self.before:.1%}{more})",
+            f"{least}{count} expected to help",
         ]
 
-    def ranking(self, weights: Tensor) -> pd.DataFrame:
-        """The candidates in order, see ``ranking.rank``."""
-        logits = self.taste.logits(weights.double(), self.material.offered)
-        return rank(self.material.drafts, logits)
+    @cached_property
+    def user(self) -> User:
+        """The person by all answers so far."""
+        return User.of(self.fit, self.choices, self.seed)
 
-    def profile(self) -> dict[str, Any]:
-        """The person's weights, posterior and, where there are candidates, the ranking."""
-        weights = self.taste.weights(self.Z, self.belief, self.seed)
+    def save(self, path: Path) -> dict[str, Any]:
+        """Write the profile, and return it: weights and the ranking of candidates, if any."""
         profile = {
             "user": self.answers.user,
-            "method": self.taste.method,
+            "method": self.fit.label,
             "answers": len(self.answers),
             "skipped": len(self.answers.skips),
-            "weights": weights.tolist(),
-            "posterior": {
-                "mean": self.belief.mean.tolist(),
-                "covariance": self.belief.covariance.tolist(),
-            },
-            "expected_accuracy": self.outlook.now,
+            "weights": self.user.weights.tolist(),
+            **self.user.known(),
+            "expected_accuracy": self.outlook.accuracy[0],
             "expected_accuracy_without_answers": self.before,
             "questions_still_useful": self.outlook.useful,
         }
-        if self.material.drafts:
-            table = self.ranking(weights).astype(object)
-            profile["ranking"] = table.where(table.notna(), None).to_dict("records")
-        return profile
-
-    def save(self, path: Path) -> dict[str, Any]:
-        """Write the profile, and return it."""
-        profile = self.profile()
+        if self.material.candidates:
+            ranking = rank(self.material.candidates, self.material.offered, self.user)
+            profile["ranking"] = as_records(ranking)
         write_text(path, json.dumps(profile, indent=2))
         return profile

@@ -12,6 +12,7 @@ from lore.elicitation.session import SPEAKERS, Question, Session
 WIDEST = 100  # longer lines are hard to read
 WORDS = {"a": "a", "b": "b", "s": "skip", "u": "undo", "q": "quit", "m": "more", "": ""}
 WORDS |= {word: word for word in WORDS.values()}
+FINAL = ("", "quit", "undo", "more")  # words that are understood once asking is over
 
 
 class Terminal:
@@ -39,28 +40,22 @@ class Terminal:
         while word != "quit":
             question = self.session.question()
             word = self._over() if question is None else self._put(question)
-            if word in ("a", "b"):
-                self.session.answer(word)
-            elif word == "skip":
-                self.session.skip()
-            elif word == "more":
-                self.session.insist = True
-            elif word == "undo" and not self.session.undo():
+            if word != "quit" and not self.session.do(word):
                 self._say("There is nothing to undo.")
 
     def _put(self, question: Question) -> str:
         """Show a question, and read what to do."""
-        word = self._page([*map(self._fit, self.session.told), *self._lines(question)])
+        progress = [textwrap.shorten(line, self.width) for line in self.session.progress]
+        word = self._page([*progress, *self._lines(question)])
         while word not in ("a", "b", "skip", "undo", "quit"):
             word = self._read("Which is better? a, b, (s)kip, (u)ndo, (q)uit: ")
         return word
 
     def _over(self) -> str:
         """Say why asking is over; the person may still go back or on."""
-        self._say(*self.session.told, f"Done: {self.session.reason}.")
-        words = "Enter to finish, (u)ndo"
-        words += ", (m)ore questions: " if len(self.session.left) else ": "
-        while (word := self._read(words)) not in ("", "quit", "undo", "more"):
+        self._say(*self.session.progress, f"Done: {self.session.reason}.")
+        more = ", (m)ore questions" if len(self.session.left) else ""
+        while (word := self._read(f"Enter to finish, (u)ndo{more}: ")) not in FINAL:
             pass
         return word or "quit"
 
@@ -68,22 +63,18 @@ class Terminal:
 
     def _lines(self, question: Question) -> Iterator[str]:
         yield f"── Question {question.number} ".ljust(self.width, "─")
-        for message in question.history:
+        for message in question.pair.history:
             yield SPEAKERS.get(message["role"], message["role"]) + ":"
             yield from self._wrapped(message["content"])
-            yield ""
         for side, text in zip("ab", question.shown, strict=True):
             yield f"[{side}] ".ljust(self.width, "-")
             yield from self._wrapped(text)
-            yield ""
 
     def _wrapped(self, text: str) -> Iterator[str]:
         for line in printable(text).expandtabs(4).splitlines():
             parts = textwrap.wrap(line, self.width - 2, drop_whitespace=False) or [""]
             yield from (f"  {part.rstrip()}" for part in parts)
-
-    def _fit(self, line: str) -> str:
-        return textwrap.shorten(line, self.width)
+        yield ""
 
     def _page(self, lines: list[str]) -> str:
         """Show lines a page at a time; the word typed between two pages, if it is one."""

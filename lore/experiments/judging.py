@@ -15,8 +15,7 @@ from torch import Tensor
 
 from lore.common.files import require
 from lore.common.settings import NonNegativeInt, PositiveInt
-from lore.elicitation.criteria import CRITERIA, Criterion
-from lore.elicitation.replay import choose_shots
+from lore.elicitation.criteria import CRITERIA, Criterion, choose_shots
 from lore.experiments import metrics
 from lore.experiments.results import ASKS
 from lore.learning.comparisons import Shots, Users, draw_shots
@@ -51,7 +50,7 @@ class Sweep:
     Args:
         shots: numbers of shots of an unseen user; 0 is none.
         trials: random draws of the shots, for each number.
-        ask: how shots are chosen: random, d_optimal, information; random is always there, others
+        ask: how shots are chosen: random or d_optimal; random is always there, others
             are for the methods that know how tastes vary.
     """
 

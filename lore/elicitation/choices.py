@@ -1,0 +1,312 @@
+"""What one person's files hold: choices, candidates, the pairs that may be asked, the answers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from itertools import combinations, product
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lore.common.files import InputError, digest, require, write_whole
+from lore.preparing.messages import Conversation
+from lore.preparing.own_rows import (
+    NO_PROMPT,
+    TIES,
+    USUAL,
+    Choice,
+    Columns,
+    read_choices,
+    read_endings,
+    resolve,
+)
+from lore.preparing.raw import read_file
+
+log = logging.getLogger(__name__)
+
+Side = Literal["a", "b"]
+NOBODY = "me"  # the user's name where none is given
+
+
+class UserChoices(NamedTuple):
+    """One person's choices, a pair for every chosen and rejected response of a row.
+
+    Attributes:
+        chosen, rejected: conversations that end in the response [n].
+        row: the number of the row that each pair comes from, from 0 [n].
+    """
+
+    chosen: list[Conversation]
+    rejected: list[Conversation]
+    row: Tensor
+
+
+def read_user_choices(file: Path, columns: Columns = USUAL) -> UserChoices:
+    """One person's choices from a file, in any layout of docs/formats.md.
+
+    Raises:
+        InputError: no such file, no rows, a row that lacks something, or rows of several users.
+    """
+    choices = read_choices(read_file(file), columns)
+    require(bool(choices), f"{file} is empty")
+    counted = [choice for choice in choices if choice.left_out != TIES]
+    if len(counted) < len(choices):
+        log.info("%s: %d ties left out", file, len(choices) - len(counted))
+    pairs = [(*pair, i) for i, choice in enumerate(counted) for pair in _pairs(choice, columns)]
+    require(bool(pairs), f"{file}: every row is a tie, so that nothing is preferred")
+    users = {choice.user for choice in counted}
+    some = ", ".join(sorted(users)[:3])
+    require(len(users) == 1, f"{file} has the choices of {len(users)} users ({some}); keep one's")
+    chosen, rejected, row = zip(*pairs, strict=True)
+    return UserChoices(list(chosen), list(rejected), torch.tensor(row))
+
+
+def _pairs(
+    choice: Choice, columns: Columns = USUAL
+) -> Iterator[tuple[Conversation, Conversation]]:
+    """Every chosen conversation beside every rejected one; none may be empty, no two equal."""
+    require(choice.left_out != NO_PROMPT, f"{choice.place}: the prompt or a message is empty")
+    names = (columns.chosen, columns.rejected)
+    for pair in product(choice.chosen, choice.rejected):
+        require(pair[0] != pair[1], f"{choice.place}: {' and '.join(names)} are equal")
+        for conversation, name in zip(pair, names, strict=True):
+            _require_text(conversation, choice.place, name)
+        yield pair
+
+
+def _require_text(conversation: Conversation, place: str, what: str) -> None:
+    require(bool(conversation[-1]["content"]), f"{place}: {what} is empty")
+
+
+def read_candidates(file: Path, columns: Columns = USUAL) -> list[Conversation]:
+    """The conversations that end in a candidate response.
+
+    Raises:
+        InputError: no such file, no rows, or a row that lacks something.
+    """
+    candidates, column = [], columns.response
+    for place, row in read_file(file):
+        require(column in row, f"{place} has no column {column}")
+        candidates += _endings(place, row, columns, column)
+    require(bool(candidates), f"{file} is empty")
+    return candidates
+
+
+def _endings(
+    place: str, row: Mapping[str, Any], columns: Columns, column: str
+) -> list[Conversation]:
+    """The conversations that end in the responses of a column."""
+    found = read_endings(place, row, resolve(row, columns), [column])
+    if found is None:
+        raise InputError(f"{place}: the prompt or a message is empty")
+    for conversation in found[0]:
+        _require_text(conversation, place, column)
+    return found[0]
+
+
+# ------------------------------------------------------------------------------ The pool
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A dialogue and two responses to it.
+
+    Attributes:
+        history: the dialogue so far.
+        texts: the responses, in alphabetical order, which says nothing of which was preferred.
+    """
+
+    history: Conversation
+    texts: tuple[str, str]
+
+    @classmethod
+    def of(cls, one: Conversation, other: Conversation) -> Pair:
+        """The pair of two conversations that differ in their last message alone."""
+        first, second = sorted((one[-1]["content"], other[-1]["content"]))
+        return cls(one[:-1], (first, second))
+
+    @cached_property
+    def key(self) -> str:
+        """Tells the pair from others, wherever and in whichever order it is found."""
+        return digest([self.history, *self.texts])[:16]
+
+    @property
+    def conversations(self) -> tuple[Conversation, Conversation]:
+        """The dialogue with either response."""
+        one, other = (
+            [*self.history, {"role": "assistant", "content": text}] for text in self.texts
+        )
+        return one, other
+
+
+def read_pool(file: Path, columns: Columns = USUAL) -> list[Pair]:
+    """The distinct pairs in a file.
+
+    A row has prompt or messages, and responses (a list: all pairs of them), or is one of a file of
+    choices in any layout; what was chosen is not kept.
+
+    Raises:
+        InputError: no such file, a row that lacks something, or no pair of two different texts.
+    """
+    pairs: dict[str, Pair] = {}
+    for place, one, other in _compared(file, columns):
+        for conversation in (one, other):
+            _require_text(conversation, place, "a response")
+        alike = f"{place}: both responses must be one message each, after the same dialogue"
+        require(one[:-1] == other[:-1], alike)
+        if one != other:
+            pair = Pair.of(one, other)
+            pairs.setdefault(pair.key, pair)
+    require(bool(pairs), f"{file} has no two different responses to compare")
+    return list(pairs.values())
+
+
+def _compared(file: Path, columns: Columns) -> Iterator[tuple[str, Conversation, Conversation]]:
+    """Every two conversations to compare, with their place."""
+    rows = list(read_file(file))
+    for place, row in rows:
+        if "responses" in row:
+            for one, other in combinations(_endings(place, row, columns, "responses"), 2):
+                yield place, one, other
+    others = [placed for placed in rows if "responses" not in placed[1]]
+    for choice in read_choices(others, columns, judged=False):
+        require(choice.left_out != NO_PROMPT, f"{choice.place}: the prompt or a message is empty")
+        for one, other in product(choice.chosen, choice.rejected):
+            yield choice.place, one, other
+
+
+# --------------------------------------------------------------------------- The answers
+
+
+class Answers:
+    """What one person answered and skipped, on disk after every change.
+
+    The file has a row for every answer. Beside what rows of choices have, ``first`` says which
+    response was shown first, ``question`` counts answers and skipped questions, and ``timestamp``
+    says when. Rows of chosen and rejected responses that were in the file before stay and count
+    too. What was skipped is in a second file, ``<name>.skipped.jsonl``, as it says nothing of
+    tastes.
+
+    Args:
+        path: of the .jsonl file; it need not be there.
+        user: whose answers they are; by default the file's user, else "me".
+
+    Raises:
+        InputError: another kind of file, a row that cannot be read, or rows of another user.
+    """
+
+    def __init__(self, path: Path, user: str = "") -> None:
+        require(path.suffix == ".jsonl", f"--answers {path}: end its name in .jsonl")
+        require(path.parent.is_dir(), f"--answers {path}: there is no folder {path.parent}")
+        self.path, self.skipped = path, path.with_suffix(".skipped.jsonl")
+        self.rows, self.skips = _read(self.path), _read(self.skipped)
+        for row in self.skips:
+            good = isinstance(row.get("question"), int) and isinstance(row.get("pair"), str)
+            require(good, f"{self.skipped}: not a file of skipped questions; move it away")
+        choices = [self._choice(i) for i in range(len(self.rows))]
+        self.pairs_of_rows = [list(_pairs(choice)) for choice in choices]
+        users = {choice.user for choice in choices}
+        require(len(users) <= 1, f"{path} has the choices of {len(users)} users; keep one's")
+        found = next(iter(users), "")
+        self.user = user or found or NOBODY
+        same = found in ("", self.user)
+        require(same, f"{path} has the choices of {found}, not of {self.user}: name another file")
+
+    def _choice(self, i: int) -> Choice:
+        place = f"{self.path} row {i + 1}"
+        both = self.rows[i].keys() >= {"chosen", "rejected"}
+        other = "answers are kept as chosen and rejected, so name another file for --answers"
+        require(both, f"{place} lacks chosen or rejected; {other}")
+        return read_choices([(place, self.rows[i])])[0]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def pairs(self) -> list[tuple[Conversation, Conversation]]:
+        """Every comparison of the answers: the conversation that was preferred, and the other."""
+        return [pair for pairs in self.pairs_of_rows for pair in pairs]
+
+    @property
+    def settled(self) -> set[str]:
+        """Keys of the pairs that need not be asked: answered or skipped."""
+        return {Pair.of(*pair).key for pair in self.pairs} | {row["pair"] for row in self.skips}
+
+    @property
+    def last_question(self) -> int:
+        """The number of the last question that was answered or skipped, 0 at the beginning."""
+        return max(map(_number, (*self.rows, *self.skips)), default=0)
+
+    def answer(self, pair: Pair, shown: tuple[str, str], side: Side) -> None:
+        """Keep an answer.
+
+        Args:
+            pair: the two responses and their dialogue.
+            shown: the two responses as a and b were.
+            side: the better one.
+        """
+        chosen, rejected = shown if side == "a" else shown[::-1]
+        history = pair.history
+        alone = len(history) == 1 and history[0]["role"] == "user"
+        row = {
+            "user": self.user,
+            **({"prompt": history[0]["content"]} if alone else {"messages": history}),
+            "chosen": chosen,
+            "rejected": rejected,
+            "question": self.last_question + 1,
+            "first": "chosen" if side == "a" else "rejected",
+            "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        _write(self.path, [*self.rows, row])
+        self.rows = [*self.rows, row]
+        self.pairs_of_rows = [*self.pairs_of_rows, list(_pairs(self._choice(-1)))]
+
+    def skip(self, pair: Pair) -> None:
+        """Keep that a question was not answered."""
+        skips = [*self.skips, {"question": self.last_question + 1, "pair": pair.key}]
+        _write(self.skipped, skips)
+        self.skips = skips
+
+    def undo(self) -> bool:
+        """Take back the last answer or skip; False if there is none that was given here."""
+        if not (last := self.last_question):
+            return False
+        skips = [row for row in self.skips if _number(row) != last]
+        if len(skips) < len(self.skips):
+            _write(self.skipped, skips)
+            self.skips = skips
+        else:
+            kept = [i for i, row in enumerate(self.rows) if _number(row) != last]
+            rows = [self.rows[i] for i in kept]
+            _write(self.path, rows)
+            self.rows, self.pairs_of_rows = rows, [self.pairs_of_rows[i] for i in kept]
+        return True
+
+
+def _number(row: Mapping[str, Any]) -> int:
+    number = row.get("question")
+    return number if isinstance(number, int) else 0
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return [row for _, row in read_file(path)] if path.exists() else []
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Whole or not at all, so that a kill or a power cut leaves every answer but the last."""
+
+    def write(draft: Path) -> None:
+        with draft.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+
+    write_whole(path, write)

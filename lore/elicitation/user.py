@@ -1,0 +1,225 @@
+"""A new user in the light of a run's file: weights, how sure they are, and candidates in order.
+
+Shape letters: F features, C directions, S numbers of a user's weights, n comparisons.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+from scipy.special import expit
+from torch import Tensor
+
+from lore.common.files import require
+from lore.elicitation.criteria import UserPosterior
+from lore.embeddings.reward_model import OF_BASIS, ModelChoice, load_config
+from lore.embeddings.store import embed
+from lore.learning.basis import Basis
+from lore.learning.comparisons import Users
+from lore.methods.lore import Lore, LoreFit
+from lore.methods.mixed_logit import MixedFit
+from lore.methods.saved import load_learned
+from lore.preparing.messages import Conversation
+
+
+class FittedFile(NamedTuple):
+    """What a run's file holds: the basis of LoRe, or a mixed logit.
+
+    Attributes:
+        path: of the file.
+        fit: as it was fitted.
+        directions: on which its ``view`` projects embeddings [F, C].
+        settings: of the run, such as the model.
+    """
+
+    path: Path
+    fit: LoreFit | MixedFit
+    directions: Tensor
+    settings: Mapping[str, Any]
+
+
+def load_fit(path: Path) -> FittedFile:
+    """Read a run's basis file or mixed logit.
+
+    Raises:
+        InputError: no such file, or a damaged one, or of another kind.
+    """
+    learned = load_learned(path)
+    if not isinstance(learned, Basis):
+        directions = learned.fit.all_directions().float()
+        return FittedFile(path, learned.fit, directions, learned.settings)
+    own = learned.settings.get("estimator") == "lore_regularized"
+    method = Lore(estimator="lore_regularized" if own else "lore")
+    return FittedFile(path, LoreFit(method, learned, "LoRe"), learned.V, learned.settings)
+
+
+def view_conversations(
+    found: FittedFile,
+    conversations: Sequence[Conversation],
+    embeddings: Path | None = None,
+    lm: ModelChoice = OF_BASIS,
+    **embedding: Any,
+) -> Tensor:
+    """Conversations' embeddings along the directions of a run's file [n, C].
+
+    Args:
+        found: the file.
+        conversations: each ends in a response; n of them.
+        embeddings: folder to keep the embeddings in, for another time.
+        lm: the reward model.
+        embedding: more arguments of ``embeddings.embed``.
+
+    Raises:
+        InputError: embeddings of another size than the file has, or work shared by processes.
+    """
+    source = lm.of_basis(found.settings, found.path)
+    width, expected = load_config(source).get_text_config().hidden_size, len(found.directions)
+    same = width == expected
+    require(same, f"--model {source.model} has {width} features, the basis {expected}")
+    with tempfile.TemporaryDirectory() as passing:
+        store = embed(
+            conversations,
+            embeddings or passing,
+            model=source.model,
+            tokenizer=source.tokenizer,
+            revision=source.revision,
+            trust_remote_code=source.trust_remote_code,
+            **embedding,
+        )
+        require(store is not None, "run this in one process, without --shard")
+        rows = store.rows(torch.arange(len(conversations)))
+        return rows @ found.directions.to(rows)
+
+
+@dataclass(frozen=True)
+class User:
+    """One user by a fit.
+
+    Attributes:
+        fit: the fit.
+        weights: the user's [S].
+        posterior: of the user's tastes; None where the fit knows none.
+    """
+
+    fit: LoreFit | MixedFit
+    weights: Tensor
+    posterior: UserPosterior | None
+
+    @classmethod
+    def of(cls, fit: LoreFit | MixedFit, choices: Tensor, seed: int = 0) -> User:
+        """The user who made some choices, chosen minus rejected as the fit views them [n, C]."""
+        weights = fit.adapt(choices, Users([len(choices)]), seed)[0]
+        prior, posterior = fit.population(), None
+        if prior is not None:
+            posterior = UserPosterior.after(prior, fit.questions(choices))
+        return cls(fit, weights, posterior)
+
+    def known(self) -> dict[str, list[float]]:
+        """LoRe's weights, or a mixed logit's standardised tastes and their standard deviations."""
+        if isinstance(self.fit, LoreFit) or self.posterior is None:
+            return {"weights": self.weights.tolist()} if self.fit.personal else {}
+        places, cov = self.fit.places(), self.posterior.covariance
+        sd = ((places.T @ cov) * places.T).sum(1).clamp(min=0).sqrt()
+        tastes = self.weights.double() @ places
+        return {"tastes": tastes.tolist(), "standard_deviations": sd.tolist()}
+
+    def lines(self) -> list[str]:
+        """The same to be read."""
+        return [
+            f"{name.replace('_', ' ')}: {' '.join(f'{x:.3f}' for x in values)}"
+            for name, values in self.known().items()
+        ]
+
+    def rewards(self, views: Tensor) -> Tensor:
+        """Log odds [m] of conversations, or of differences of two [m, C]."""
+        nobody_else = torch.zeros(len(views), dtype=torch.long)
+        return self.fit.logits(views, self.weights[None], nobody_else).double()
+
+    def deviations(self, views: Tensor) -> Tensor | None:
+        """Standard deviations of these rewards [m]; None for LoRe, which has no prior."""
+        if not isinstance(self.fit, MixedFit) or self.posterior is None:
+            return None
+        Z = self.fit.scale * self.fit.questions(views)[:, 1:]
+        return ((Z @ self.posterior.covariance) * Z).sum(1).clamp(min=0).sqrt()
+
+
+def leave_one_out(
+    fit: LoreFit | MixedFit, choices: Tensor, row: Tensor, seed: int = 0
+) -> Tensor:
+    """Log odds [n] of each choice by weights from the choices of all other rows; [0] of one row.
+
+    The pairs of a row share responses, so that they say too much of each other.
+
+    Args:
+        fit: the fit.
+        choices: chosen minus rejected, as the fit views them [n, C].
+        row: number of each choice's row, 0 to R - 1 [n].
+        seed: of the weights' initial values.
+    """
+    others = [(row != number).nonzero()[:, 0] for number in row.unique()]
+    if len(others) < 2:
+        return choices.new_zeros(0)
+    users = Users([len(some) for some in others])
+    weights = fit.adapt(choices[torch.cat(others)], users, seed)  # all at once: each is a user
+    return fit.logits(choices, weights, row).double()
+
+
+# ------------------------------------------------------------------------------ Ranking
+
+
+def rank(candidates: Sequence[Conversation], views: Tensor, user: User) -> pd.DataFrame:
+    """One row per candidate, prompts in their order, the best first within a prompt.
+
+    Args:
+        candidates: conversations that end in a response.
+        views: of each [m, C].
+        user: whose rewards rank them.
+
+    Returns:
+        line in the file, prompt, place within the prompt, reward, p_over_next (probability that it
+        is preferred to the next one of its prompt, missing for the last) and response; where it is
+        known also deviation: standard deviation of the reward's distance from its prompt's mean.
+    """
+    dialogues = pd.factorize(pd.Series([str(history) for *history, _ in candidates]))[0]
+    columns = {
+        "line": range(1, len(candidates) + 1),
+        "prompt": [history[-1]["content"] for *history, _ in candidates],
+        "reward": user.rewards(views).numpy(),
+        "response": [answer["content"] for *_, answer in candidates],
+        "dialogue": dialogues,
+    }
+    table = pd.DataFrame(columns)
+    places = table.groupby("dialogue")["reward"].rank(ascending=False, method="min")
+    table.insert(2, "place", places.astype(int))
+    group = torch.from_numpy(dialogues)
+    count = torch.bincount(group)[:, None]
+    means = views.new_zeros(len(count), views.shape[1]).index_add_(0, group, views) / count
+    if (deviations := user.deviations(views - means[group])) is not None:
+        table.insert(4, "deviation", deviations.numpy())
+    table = table.sort_values(["dialogue", "place"], kind="stable", ignore_index=True)
+    ahead = table.groupby("dialogue")["reward"].diff(-1)
+    table.insert(table.columns.get_loc("response"), "p_over_next", expit(ahead))
+    return table.drop(columns="dialogue")
+
+
+def as_text(ranking: pd.DataFrame) -> str:
+    """A ranking as a terminal shows it, and what its columns mean."""
+    names = {"deviation": "sd", "p_over_next": "P"}
+    kept = [name for name in ("prompt", "place", "reward", *names, "response") if name in ranking]
+    shown = ranking[kept].rename(columns=names)
+    lines = ["reward: log odds; P: that the response is preferred to the next one of its prompt"]
+    if "deviation" in ranking:
+        lines.append("sd: standard deviation of the reward's distance from its prompt's mean")
+    text = shown.to_string(index=False, max_colwidth=60, float_format="%.3f", na_rep="")
+    return "\n".join([*lines, "", text])
+
+
+def as_records(ranking: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a ranking as JSON has them."""
+    return ranking.astype(object).where(ranking.notna(), None).to_dict("records")
