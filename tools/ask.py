@@ -52,11 +52,11 @@ def main(
         basis: basis file of a run, LoRe's or the mixed logit's.
         pool: pairs that may be asked about: rows of "prompt" (a text) or "messages" (the dialogue
             so far, a list of role and content), with "responses" (a list); or a file of choices
-            in any layout of docs/formats.md, of which it is not read what was preferred.
+            in any layout of docs/formats.md, whose preferences are not read.
         answers: the answers, rows as tools/rank_responses.py reads them; a .jsonl file. Choices
             that are there already count.
         candidates: rank these too: rows of "prompt" or "messages", and "response".
-        profile: where weights, posterior and ranking go, a .json file; by default beside answers.
+        profile: where weights and ranking go, a .json file; by default beside answers.
         user: whose answers they are; by default the user of the answers file, else "me".
         columns: what the columns of pool and candidates are called, such as --prompt question.
         criterion: which question comes next: the one whose answer says most about the person
