@@ -536,6 +536,16 @@ def test_a_choice_may_name_several_responses_and_columns_may_have_other_names(tm
     assert [talk[-1]["content"] for talk in drafts] == ["e", "f"]
 
 
+def test_candidates_may_be_whole_conversations(tmp_path):
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    lines = [{"messages": talk}, {"messages": talk[:1], "response": ["a", "b"]}]
+    found = read_candidates(write_lines(tmp_path / "talks.jsonl", lines))
+    assert found[0] == talk and [talk[-1]["content"] for talk in found] == ["Hello", "a", "b"]
+    file = write_lines(tmp_path / "none.jsonl", [{"messages": talk[:1]}])
+    with pytest.raises(InputError, match="messages must end with a message of the assistant"):
+        read_candidates(file)
+
+
 def test_wrong_files_are_refused(task, tmp_path):
     files, _ = task
     with pytest.raises(InputError, match="absent.jsonl cannot be read: .*No such file"):

@@ -87,14 +87,17 @@ def _require_text(conversation: Conversation, place: str, what: str) -> None:
 
 
 def read_candidates(file: Path, columns: Columns = USUAL) -> list[Conversation]:
-    """The conversations that end in a candidate response.
+    """The conversations that end in a candidate response, which messages may have in them.
 
     Raises:
         InputError: no such file, no rows, or a row that lacks something.
     """
-    candidates, column = [], columns.response
+    candidates = []
     for place, row in read_file(file):
-        require(column in row, f"{place} has no column {column}")
+        known, column = resolve(row, columns), columns.response
+        if column not in row and row.get(known.messages):
+            row, column = {known.messages: row[known.messages]}, known.messages
+        require(column in row, f"{place} has no column {columns.response}")
         candidates += _endings(place, row, columns, column)
     require(bool(candidates), f"{file} is empty")
     return candidates

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lore.common.files import require
 from lore.elicitation.criteria import UserPosterior
-from lore.embeddings.reward_model import OF_BASIS, ModelChoice, load_config
+from lore.embeddings.reward_model import OF_BASIS, ModelChoice, Source, load_config
 from lore.embeddings.store import embed
 from lore.learning.basis import Basis
 from lore.learning.comparisons import Users
@@ -79,9 +79,7 @@ def view_conversations(
         InputError: embeddings of another size than the file has, or work shared by processes.
     """
     source = lm.of_basis(found.settings, found.path)
-    width, expected = load_config(source).get_text_config().hidden_size, len(found.directions)
-    same = width == expected
-    require(same, f"--model {source.model} has {width} features, the basis {expected}")
+    check_width(source, len(found.directions))
     with tempfile.TemporaryDirectory() as passing:
         store = embed(
             conversations,
@@ -95,6 +93,13 @@ def view_conversations(
         require(store is not None, "run this in one process, without --shard")
         rows = store.rows(torch.arange(len(conversations)))
         return rows @ found.directions.to(rows)
+
+
+def check_width(source: Source, expected: int) -> None:
+    """Refuse a model whose embeddings are of another size than the basis was learned on."""
+    width = load_config(source).get_text_config().hidden_size
+    same = width == expected
+    require(same, f"--model {source.model} has {width} features, the basis {expected}")
 
 
 @dataclass(frozen=True)
