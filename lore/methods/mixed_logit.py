@@ -35,13 +35,7 @@ from lore.learning.basis import look_up
 from lore.learning.comparisons import Comparisons, Users
 from lore.learning.method import Fitted, Task, View
 from lore.methods.fitting.geometry import Geometry, measure
-from lore.methods.fitting.posterior import (
-    TOLERANCE,
-    Prior,
-    log_evidence,
-    mean_moment,
-    posteriors,
-)
+from lore.methods.fitting.posterior import TOLERANCE, Prior, posteriors
 from lore.methods.fitting.validation import Scores, Split, Validation
 from lore.methods.ridge_bt import FINE, ROUGH, fit_shared, precision, ridge_path
 
@@ -114,13 +108,11 @@ class MixedLogit:
         fit = MixedFit(geometry.raw(shared.x)[:, 0], leading(geometry), None, facts, scale)
         if chosen.tau2:
             view = fit.view(data)
-            fit.prior, evidence, push = estimate(view, data, chosen, processes=processes)
+            fit.prior, push = estimate(view, data, chosen, processes=processes)
             modes = posteriors(view, data, fit.prior, start=push).mode
             fit.users = gather_rows(modes, processes).float()
-            facts |= {
-                "evidence": evidence, "spectrum": fit.spectrum().tolist(),
-                "parameters": data.num_features + task.train.num_users * fit.users.shape[1],
-            }  # fmt: skip
+            facts["spectrum"] = fit.spectrum().tolist()
+            facts["parameters"] += task.train.num_users * fit.users.shape[1]
         else:
             fit.users = fit.mu.new_zeros(task.train.num_users, 0)
         fit.reset_population()
@@ -156,8 +148,7 @@ def estimate(
     push: Tensor | None = None,
     rounds: int = ROUNDS,
     processes: int = 1,
-    judged: bool = True,
-) -> tuple[Prior, list[float], Tensor | None]:
+) -> tuple[Prior, Tensor | None]:
     """The users' distribution of tastes N(0, S), by EM with Laplace's posteriors.
 
     S maximises the probability of the users' choices times an inverse Wishart prior:
@@ -171,30 +162,26 @@ def estimate(
         push: where users' posteriors begin, see ``Posterior``.
         rounds: of EM.
         processes: over which users are spread.
-        judged: whether the probabilities of the choices are wanted.
 
     Returns:
-        The prior; each round's log probability of all choices, by Laplace's method; and where the
-        users' posteriors may begin.
+        The prior, and where the users' posteriors may begin.
     """
     D = view.shape[1] - 1
     isotropic = strengths.tau2 * torch.eye(D, dtype=torch.float64, device=view.device)
-    prior, evidence = Prior(isotropic.new_zeros(D), isotropic), []
+    prior = Prior(isotropic.new_zeros(D), isotropic)
     if math.isinf(strengths.pi):
-        return prior, evidence, push
+        return prior, push
     first = isotropic * ((strengths.start or strengths.tau2) / strengths.tau2)
     prior = Prior(prior.mean, first) if start is None else start
-    count = sum_over_processes(torch.tensor(float(users.num_users), dtype=torch.float64), processes)
+    count = sum_over_processes(isotropic.new_tensor(float(users.num_users)), processes)
     for _ in range(rounds):
-        found = posteriors(view, users, prior, WHILE_FITTING, push)
+        found = posteriors(view, users, prior, WHILE_FITTING, push, moment=True)
         push = found.push
-        moments = sum_over_processes(mean_moment(view, users, prior, found), processes)
-        if judged:
-            likely = log_evidence(view, users, prior, found).sum()
-            evidence.append(float(sum_over_processes(likely, processes)))
-        S = (moments + strengths.pi * isotropic) / (count.to(moments) + strengths.pi)
+        assert found.moment is not None
+        moments = sum_over_processes(found.moment, processes)
+        S = (moments + strengths.pi * isotropic) / (count + strengths.pi)
         prior = Prior(prior.mean, (S + S.T) / 2)
-    return prior, evidence, push
+    return prior, push
 
 
 # --------------------------------------------------------------------------- The choice
@@ -218,12 +205,12 @@ class Known:
     shared: dict[tuple[float | None, float], Tensor] = field(default_factory=dict)
     personal: dict[Candidate, tuple[Prior, Tensor]] = field(default_factory=dict)
 
-    def fit(self, candidate: Candidate, scale: float) -> MixedFit:
+    def fit(self, candidate: Candidate) -> MixedFit:
         """The candidate fitted to the split's comparisons, roughly."""
         geometry = replace(self.geometry, floor=candidate.floor)
         factors = geometry.stretch()[:-1]
         mu = self._shared(geometry, candidate)
-        fit = MixedFit(mu, leading(geometry), None, {}, scale, self._projections(factors))
+        fit = MixedFit(mu, leading(geometry), None, {}, read=self._projections(factors))
         data = self.split.fit
         if not candidate.tau2:
             fit.users = mu.new_zeros(data.num_users, 0)
@@ -231,7 +218,7 @@ class Known:
         view, processes = fit.view(data), self.split.processes
         start, push = self._near(candidate)
         rounds = ROUNDS if start is None else FEW_ROUNDS
-        fit.prior, _, push = estimate(view, data, candidate, start, push, rounds, processes, False)
+        fit.prior, push = estimate(view, data, candidate, start, push, rounds, processes)
         found = posteriors(view, data, fit.prior, WHILE_FITTING, push)
         self.personal[candidate] = fit.prior, found.push
         fit.users, fit.tolerance = found.mode, WHILE_FITTING
@@ -317,13 +304,13 @@ class Search:
 
     def _score(self, candidate: Candidate) -> Scores:
         if candidate not in self.scores:
-            self.scores[candidate] = self._fitted(candidate, 1.0)
+            self.scores[candidate] = self.data.score(self._fits(candidate))
             record = {**vars(candidate), **self.scores[candidate].means()}
             self.tried.append({k: None if v == math.inf else v for k, v in record.items()})
         return self.scores[candidate]
 
-    def _fitted(self, candidate: Candidate, scale: float) -> Scores:
-        return self.data.score([known.fit(candidate, scale) for known in self.known])
+    def _fits(self, candidate: Candidate) -> list[MixedFit]:
+        return [known.fit(candidate) for known in self.known]
 
     def _isotropic(self, l_mu: float) -> Candidate:
         """The best floor, tau2 and l_mu of an isotropic S."""
@@ -355,10 +342,13 @@ class Search:
 
     def _scale(self, best: Candidate) -> float:
         """A factor of all log odds, 1 unless another is better by two standard errors."""
-        plain = self._score(best)
-        scored = {scale: self._fitted(best, scale) for scale in SCALES}
+        fits, scored = self._fits(best), {}
+        for scale in SCALES:
+            for fit in fits:
+                fit.scale = scale
+            scored[scale] = self.data.score(fits)
         scale = min(scored, key=lambda s: scored[s].loss)
-        gain, error = scored[scale].gain(plain)
+        gain, error = scored[scale].gain(self._score(best))
         return scale if gain > SCALED * error else 1.0
 
 

@@ -68,13 +68,14 @@ class Posterior:
         mode: the most probable tastes [U, K].
         push: slope of each comparison's log likelihood at the mode, its weight times 1 - p [N].
         slope: curvature there, its weight times p (1 - p) [N].
-        gain: log posterior density at the mode, minus the prior's at its own mode [U].
+        moment: sum over users of (mode - mean)(mode - mean)^T + covariance [K, K], by Laplace's
+            method; None unless it was wanted.
     """
 
     mode: Tensor
     push: Tensor
     slope: Tensor
-    gain: Tensor
+    moment: Tensor | None = None
 
 
 def posteriors(
@@ -83,6 +84,7 @@ def posteriors(
     prior: Prior,
     tolerance: float = TOLERANCE,
     start: Tensor | None = None,
+    moment: bool = False,
 ) -> Posterior:
     """Every user's posterior given all the user's comparisons; the prior where there are none.
 
@@ -92,20 +94,25 @@ def posteriors(
         prior: of the tastes.
         tolerance: of the log odds: Newton's method ends at steps that change none by more.
         start: ``push`` of a posterior under a prior nearby [N], to begin with.
+        moment: whether ``Posterior.moment`` is wanted.
     """
-    view = view.double()
-    L, mean = prior.factor.to(view), prior.mean.to(view)
-    latent = view.new_zeros(users.num_users, len(mean))
-    push, slope = view.new_zeros(2, len(users))
-    gain = view.new_zeros(users.num_users)
+    L, mean = prior.factor.to(view.device), prior.mean.to(view.device)
+    latent = L.new_zeros(users.num_users, len(mean))
+    push, slope = L.new_zeros(2, len(users))
+    inverses = (users.counts == 0).sum() * torch.eye(len(L)).to(L)
     for who, rows, there in blocks(users):
-        Z = view[rows] * there[..., None]
-        a = Z[..., 0] + Z[..., 1:] @ mean
-        w = users.weight.to(view)[rows] * there
+        Z = view[rows].to(L) * there[..., None]
+        a, Z = Z[..., 0] + Z[..., 1:] @ mean, Z[..., 1:] @ L
+        w = users.weight.to(L)[rows] * there
         first = None if start is None else start[rows] * there
-        latent[who], p, gain[who] = _modes(a, Z[..., 1:] @ L, w, tolerance, first)
+        latent[who], p = _modes(a, Z, w, tolerance, first)
         push[rows[there]], slope[rows[there]] = (w * (1 - p))[there], (w * p * (1 - p))[there]
-    return Posterior(mean + latent @ L.T, push, slope, gain)
+        if moment:
+            inverses += _sum_of_inverses((w * p * (1 - p)).sqrt()[..., None] * Z)
+    found = Posterior(mean + latent @ L.T, push, slope)
+    if moment:
+        found.moment = L @ (latent.T @ latent + inverses) @ L.T
+    return found
 
 
 def blocks(users: Users) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -133,8 +140,8 @@ def blocks(users: Users) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 
 def _modes(
     a: Tensor, Z: Tensor, w: Tensor, tolerance: float, start: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Modes [B, K], probabilities [B, n] and gains [B] of tastes N(0, I), log odds a + Z b.
+) -> tuple[Tensor, Tensor]:
+    """Modes [B, K] and probabilities [B, n] of tastes N(0, I), log odds a + Z b.
 
     At the mode b = Z^T push, which also tells where to begin.
     """
@@ -172,8 +179,7 @@ def _modes(
         x, t, best = x + size * step, t + size * change, new
         if float((size * change).abs().max()) <= tolerance:
             break
-    gain = best - (w * logsigmoid(a)).sum(1)
-    return (_times(Z.mT, x) if dual else x), torch.sigmoid(a + t), gain
+    return (_times(Z.mT, x) if dual else x), torch.sigmoid(a + t)
 
 
 def _dual_step(G: Tensor, slope: Tensor, rise: Tensor, t: Tensor) -> Tensor:
@@ -206,29 +212,10 @@ def covariances(view: Tensor, users: Users, prior: Prior, found: Posterior) -> T
     """
     L = prior.factor.to(found.mode)
     cov = prior.cov.to(found.mode).repeat(users.num_users, 1, 1)
-    for who, Z in _weighed(view, users, L, found):
-        cov[who] = L @ _inverses(Z) @ L.T
-    return cov
-
-
-def mean_moment(view: Tensor, users: Users, prior: Prior, found: Posterior) -> Tensor:
-    """Sum over users of (mode - mean)(mode - mean)^T + covariance [K, K], by Laplace's method."""
-    L = prior.factor.to(found.mode)
-    off = found.mode - prior.mean.to(found.mode)
-    latent = torch.zeros_like(L)
-    latent += (users.counts == 0).sum() * torch.eye(len(L)).to(L)
-    for _, Z in _weighed(view, users, L, found):
-        latent += _sum_of_inverses(Z)
-    return off.T @ off + L @ latent @ L.T
-
-
-def _weighed(
-    view: Tensor, users: Users, L: Tensor, found: Posterior
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Users [B] and their rows sqrt(slope) L^T z [B, n, K]."""
     for who, rows, there in blocks(users):
         root = (found.slope[rows] * there).sqrt()[..., None]
-        yield who, root * (view[rows][..., 1:].to(L) @ L)
+        cov[who] = L @ _inverses(root * (view[rows][..., 1:].to(L) @ L)) @ L.T
+    return cov
 
 
 def _inverses(Z: Tensor) -> Tensor:
@@ -251,15 +238,3 @@ def _lowered(Z: Tensor) -> Tensor:
     """C^-1 Z with C C^T = I + Z Z^T, so that (I + Z^T Z)^-1 = I - T^T T (Woodbury)."""
     factor = torch.linalg.cholesky(_plus_one(Z @ Z.mT))
     return torch.linalg.solve_triangular(factor, Z, upper=False)
-
-
-def log_evidence(view: Tensor, users: Users, prior: Prior, found: Posterior) -> Tensor:
-    """Laplace's approximation of each user's log probability of all its choices [U]."""
-    view = view.double()
-    L, mean = prior.factor.to(view), prior.mean.to(view)
-    alone = users.weight.to(view) * logsigmoid(view[:, 0] + view[:, 1:] @ mean)
-    value = found.gain + users.sum(alone[:, None])[:, 0]
-    for who, Z in _weighed(view, users, L, found):
-        small = Z @ Z.mT if Z.shape[1] <= Z.shape[2] else Z.mT @ Z
-        value[who] -= torch.linalg.cholesky(_plus_one(small)).diagonal(dim1=1, dim2=2).log().sum(1)
-    return value
