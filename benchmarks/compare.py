@@ -54,6 +54,7 @@ TRIALS = 2  # draws of the shots of a repeat
 
 
 def main(
+    jokes: Path = ROOT / "OwnData" / "data-jokes",
     ukp: Path = ROOT / "RedditTLDR" / "data-ukp",
     prism: Path = ROOT / "PRISM" / "data",
     demo: Path = ROOT / "PersonalLLM" / "data" / "demo",
@@ -68,6 +69,8 @@ def main(
     """Fit all methods on all datasets that are there; write comparison.md and comparison.svg.
 
     Args:
+        jokes: prepared folder of people who rate jokes, see docs/results.md; its draw is made anew
+            for every repeat.
         ukp: prepared folder of the judges of arguments, see docs/results.md.
         prism: prepared and embedded folder of PRISM; its draw is made anew for every repeat.
         demo: prepared folder of the demo, for the demo's users and the planted ones.
@@ -80,7 +83,7 @@ def main(
         results: folder of all runs.
         out: folder of the tables and the figure.
     """
-    folders = {"ukp": ukp, "prism": prism, "demo": demo}
+    folders = {"jokes": jokes, "ukp": ukp, "prism": prism, "demo": demo}
     found = []
     for world in WORLDS:
         if only and world.name not in only:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from lore.experiments import splits
 from lore.experiments.splits import Sets, Tasks
 from lore.learning.comparisons import Comparisons, RowFeatures
 from lore.preparing import tables as preparing
+from lore.preparing.hold_out import hold_out
 
 PLANTED = 4  # dimensions in which planted tastes differ
 SHARED = 2.0  # standard deviation of the shared part of a planted log odds
@@ -63,6 +64,27 @@ def redrawn(data: Path, seen_fraction: float = 0.5) -> Tasks:
         return splits.four_sets(drawn, store, device, "dialogues")
 
     return Tasks(info, store, draw, "dialogues", {"drawn": "anew for every seed"}, data)
+
+
+def held_out_anew(data: Path, by: Literal["pairs", "responses"]) -> Tasks:
+    """A draw of seen people and of what is held out, anew for every seed.
+
+    Args:
+        data: a prepared folder of OwnData with all its comparisons (``--split pairs``).
+        by: what is held out, as prepare.py's ``--split`` says it.
+    """
+    info, store = splits.load(data)
+    table = preparing.read_comparisons(data, len(store))
+    names = {f"{side}_name": table[side].astype(str) for side in ("chosen", "rejected")}
+
+    def draw(seed: int, device: torch.device) -> Sets:
+        whole = table.assign(**names, row=range(len(table)))
+        drawn, _ = hold_out(whole, by, seed, preparing.Funnel())
+        drawn = preparing.split_users(drawn, seed, 0.5)
+        return splits.four_sets(drawn, store, device, "comparisons")
+
+    about = {"drawn": "anew for every seed", "by": by}
+    return Tasks(info, store, draw, "comparisons", about, data)
 
 
 def planted(
@@ -148,6 +170,10 @@ def demo(data: Path, alpha: float) -> Tasks:
 
 UP_TO_50, DEMO = (0, 1, 2, 5, 10, 20, 50), "demo"
 WORLDS = (
+    World("jokes", "People who rate jokes, known and met responses", "jokes", (0, 1, 2),
+          (0, 2, 10, 40), "comparisons", partial(held_out_anew, by="pairs")),
+    World("jokes-new", "People who rate jokes, new responses", "jokes", (0, 1, 2),
+          (0, 2, 10, 40), "comparisons", partial(held_out_anew, by="responses")),
     World("ukp", "People who judge arguments (UKPConvArg1)", "ukp", tuple(range(1, 21)), UP_TO_50,
           "comparisons", arguments),
     World("prism", "PRISM, a slice of it", "prism", tuple(range(10)), (0, 1, 2), "dialogues",

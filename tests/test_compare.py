@@ -21,7 +21,7 @@ import comparison_data
 from comparison_data import WORLDS, choose, plant
 
 CPU = torch.device("cpu")
-NONE = {name: Path("nowhere") for name in ("ukp", "prism", "demo")}
+NONE = {name: Path("nowhere") for name in ("jokes", "ukp", "prism", "demo")}
 PRISM = next(world for world in WORLDS if world.name == "prism")
 
 
@@ -104,6 +104,16 @@ def test_a_redrawn_prism_is_what_prepare_draws_with_that_seed(dataset):
         assert ours.names == theirs.names
         pd.testing.assert_series_equal(ends(ours), ends(theirs))
     assert drawn.train.names != other.train.names
+
+
+@pytest.mark.slow
+def test_responses_held_out_anew_are_new_and_pairs_are_not(dataset):
+    data = dataset("RedditTLDR").data
+    for by, shared in (("pairs", True), ("responses", False)):
+        sets = comparison_data.held_out_anew(data, by).draw(0, CPU)
+        known, held = (set(s.features.index.tolist()) for s in (sets.train, sets.seen))
+        assert bool(known & held) is shared
+        assert comparison_data.held_out_anew(data, by).draw(1, CPU).train.names != sets.train.names
 
 
 def ends(comparisons: object) -> pd.Series:
