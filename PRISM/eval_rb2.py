@@ -42,8 +42,7 @@ from lore.embeddings.reward_model import (
     render_text,
 )
 from lore.embeddings.store import Store, embed
-from lore.learning.basis import Learned
-from lore.methods.saved import load_learned
+from lore.methods.saved import Learned, load_learned
 from PRISM.rewardbench2 import (
     Head,
     as_conversations,

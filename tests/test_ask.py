@@ -193,7 +193,7 @@ def test_a_basis_and_answers_that_do_not_do_are_one_line(world, tmp_path, monkey
     refused("there is no folder", answers=tmp_path / "no" / "ann.jsonl")
     refused("end its name in .json", profile=tmp_path / "ann.txt")
     refused("no such basis file", basis=tmp_path / "none.safetensors")
-    refused("not a readable safetensors file", basis=world.flags["pool"])
+    refused("it is no basis file", basis=world.flags["pool"])
     refused("no two different responses", pool=lines(tmp_path / "same.jsonl", [
         {"prompt": "?", "responses": ["a", "a"]}]))  # fmt: skip
     refused("row 1: a response is empty", pool=lines(tmp_path / "empty.jsonl", [

@@ -606,7 +606,7 @@ def test_basis_files_are_checked(tmp_path):
     with pytest.raises(InputError, match="no such basis file"):
         load_basis(tmp_path / "none.safetensors")
     (tmp_path / "bad.safetensors").write_bytes(b"not safetensors")
-    with pytest.raises(InputError, match="not a readable safetensors file"):
+    with pytest.raises(InputError, match="it is no basis file"):
         load_basis(tmp_path / "bad.safetensors")
     basis = Basis(torch.ones(4, 2), torch.ones(2, 2), users=["a", "b", "c"])
     with pytest.raises(InputError, match="3 user ids for 2 rows"):

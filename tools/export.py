@@ -31,8 +31,7 @@ from lore.embeddings.reward_model import (
     pretrained,
     render,
 )
-from lore.learning.basis import Learned
-from lore.methods.saved import load_learned
+from lore.methods.saved import Learned, load_learned
 
 UNIT = "log odds"
 PLACES = ("model", "tokenizer")  # settings that may be paths of the machine

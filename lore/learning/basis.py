@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -21,36 +21,7 @@ from lore.common.tensors import expect, read_tensors, require_finite
 TEMPERATURE = 100.0  # the published code's scale of the logits; the paper has none
 UNIT = "log odds times 100"  # of V in a file; files that do not state it are older and have it too
 TENSORS = {"V", "W", "reference", "W_unseen", "center"}
-
-
-class Learned(Protocol):
-    """What a run's file says of users' rewards, whichever method wrote it.
-
-    Attributes:
-        settings: those of the fit and whatever else the run recorded, such as the model.
-        method: what learned it, in words.
-        use: how a user's reward is made of the columns, in words.
-        center: mean embedding [F] of the conversations, whose reward counts as zero; None in a
-            file of an earlier version.
-    """
-
-    settings: dict[str, Any]
-    method: str
-    use: str
-    center: Tensor | None
-
-    @property
-    def names(self) -> list[str]:
-        """Users who can be asked for."""
-        ...
-
-    def columns(self) -> dict[str, Tensor]:
-        """Directions [F] that users' rewards are made of, by name; in log odds."""
-        ...
-
-    def direction(self, user: str | None = None, flag: str = "user") -> Tensor:
-        """A user's reward [F], or that of the average user; in log odds."""
-        ...
+REMEDY = "it is no basis file"
 
 
 @dataclass
@@ -65,7 +36,9 @@ class Basis:
         W_unseen, users_unseen: the same of the users fitted with V frozen.
         settings: rank, alpha and whatever else the run recorded, such as the model.
         losses: the objective at every step; not saved.
-        center: mean embedding [F] of the conversations, see ``Learned``.
+        center: mean embedding [F] of the conversations, whose reward counts as zero; None in a
+            file of an earlier version.
+        method, use: what learned it, and how a user's reward is made of the columns, in words.
     """
 
     V: Tensor
@@ -82,18 +55,14 @@ class Basis:
 
     @property
     def names(self) -> list[str]:
-        """The users whose weights can be asked for by name, seen ones first."""
+        """The users whose weights are known by name, seen ones first."""
         return [*self.users, *self.users_unseen]
 
     def weights_of(self, user: str, flag: str = "user") -> Tensor:
-        """A user's weights w [K].
-
-        Args:
-            user: name of a seen or unseen user.
-            flag: what the message about an unknown name begins with.
+        """A seen or unseen user's weights w [K].
 
         Raises:
-            InputError: nobody of that name is in the basis.
+            InputError: nobody of that name is in the basis; the message begins with ``flag``.
         """
         named = dict(zip(self.users, self.W, strict=True)) if self.users else {}
         if self.users_unseen:
@@ -111,11 +80,7 @@ class Basis:
 
 
 def look_up(named: Mapping[str, Tensor], user: str, flag: str = "user") -> Tensor:
-    """What is known of a user.
-
-    Raises:
-        InputError: nothing is.
-    """
+    """What is known of a user; InputError where nothing is."""
     if user not in named:
         some = f"{len(named)} users, such as {', '.join(list(named)[:3])}"
         known = f"{some} (--list-users true lists them)" if named else "no names of users"
@@ -132,11 +97,10 @@ def save_basis(path: str | Path, basis: Basis) -> None:
     for names, W in ((basis.users, basis.W), (basis.users_unseen, basis.W_unseen)):
         rows = 0 if W is None else len(W)
         require(len(names) in (0, rows), f"{len(names)} user ids for {rows} rows of weights")
-    tensors = {name: getattr(basis, name) for name in TENSORS}
     kept = {
         name: tensor.detach().float().cpu().contiguous().clone()
-        for name, tensor in tensors.items()
-        if tensor is not None
+        for name in TENSORS
+        if (tensor := getattr(basis, name)) is not None
     }
     metadata = {
         "unit": UNIT,
@@ -155,47 +119,42 @@ def load_basis(path: str | Path) -> Basis:
     """
     path = Path(path)
     require(path.is_file(), f"{path}: no such basis file")
-    remedy = "it is no basis file"
-    try:
-        metadata, found = read_tensors(path, remedy)
-    except InputError as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error})") from error
-    require({"V", "W"} <= set(found), f"{path}: not a basis file: it lacks V or W")
-    V = expect(path, found, remedy, "V", torch.float32, None, None)
+    metadata, found = read_tensors(path, REMEDY)
     unit = metadata.get("unit", UNIT)
-    require(unit == UNIT, f"{path}: its unit is {unit!r:.40}, not {UNIT}; {remedy}")
-    shapes = {"W": (None, V.shape[1]), "W_unseen": (None, V.shape[1])}
-    shapes |= {"reference": (len(V),), "center": (len(V),)}
-    tensors = {"V": V} | {
-        name: expect(path, found, remedy, name, torch.float32, *shape)
+    require(unit == UNIT, f"{path}: its unit is {unit!r:.40}, not {UNIT}; {REMEDY}")
+    V = expect(path, found, REMEDY, "V", torch.float32, None, None)
+    F, K = V.shape
+    shapes = {"V": (F, K), "W": (None, K), "W_unseen": (None, K), "reference": (F,), "center": (F,)}
+    tensors = {
+        name: expect(path, found, REMEDY, name, torch.float32, *shape)
         for name, shape in shapes.items()
-        if name in found
+        if name in found or name == "W"
     }
-    require_finite(path, tensors, remedy)
-    require(V.numel() > 0 and len(tensors["W"]) > 0, f"{path}: V or W is empty; {remedy}")
-    for name in {"W", "W_unseen"} & set(tensors):
-        sums = tensors[name].sum(1)
-        simplex = bool((tensors[name] >= 0).all()) and torch.allclose(sums, torch.ones(()), 0, 1e-3)
-        told = f"{path}: {name} holds weights that are below 0 or do not add up to one; {remedy}"
-        require(simplex, told)
+    require_finite(path, tensors, REMEDY)
+    require(V.numel() > 0 and len(tensors["W"]) > 0, f"{path}: V or W is empty; {REMEDY}")
     basis = Basis(**tensors, **_read_notes(path, metadata))
-    for names, W in ((basis.users, basis.W), (basis.users_unseen, basis.W_unseen)):
-        counted = len(names) in (0, 0 if W is None else len(W))
-        require(counted, f"{path}: names {len(names)} users for other rows of weights; {remedy}")
+    for name, names in (("W", basis.users), ("W_unseen", basis.users_unseen)):
+        W = tensors.get(name, torch.empty(0, K))
+        simplex = bool((W >= 0).all()) and torch.allclose(W.sum(1), torch.ones(()), 0, 1e-3)
+        message = f"{path}: {name} holds weights that are below 0 or do not add up to one; {REMEDY}"
+        require(simplex, message)
+        message = f"{path}: names {len(names)} users for {len(W)} rows of weights; {REMEDY}"
+        require(len(names) in (0, len(W)), message)
     once = len(set(basis.names)) == len(basis.names)
-    require(once, f"{path}: names a user twice; {remedy}")
+    require(once, f"{path}: names a user twice; {REMEDY}")
     return basis
 
 
 def _read_notes(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """The names of users and the settings in a basis file."""
     notes = {}
-    for name, kind in {"users": list, "users_unseen": list, "settings": dict}.items():
+    for name, default in {"users": [], "users_unseen": [], "settings": {}}.items():
         try:
-            notes[name] = json.loads(metadata.get(name, "{}" if kind is dict else "[]"))
+            note = json.loads(metadata[name]) if name in metadata else default
         except (ValueError, RecursionError):
-            notes[name] = None
-        fits = isinstance(notes[name], kind)
-        fits = fits and (kind is dict or all(isinstance(user, str) for user in notes[name]))
-        require(fits, f"{path}: {name} are not as expected; it is no basis file")
+            note = None
+        fits = isinstance(note, type(default))
+        fits = fits and all(isinstance(key, str) for key in note)  # users, or keys of settings
+        require(fits, f"{path}: {name} are not as expected; {REMEDY}")
+        notes[name] = note
     return notes

@@ -495,7 +495,7 @@ class Saved:
         fit: as it was fitted.
         new: deviations of the new users [U', D].
         facts: dataset, model, seed and more.
-        center: mean embedding [F] of the conversations, see ``Learned``.
+        center: mean embedding [F] of the conversations, see ``Basis``.
         settings: of the fit, and the facts but for users' names.
     """
 

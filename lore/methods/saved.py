@@ -1,4 +1,4 @@
-"""The file of a run that tells users' rewards, whichever method wrote it."""
+"""The file of a run that says what users' rewards are, whichever method wrote it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from safetensors import SafetensorError, safe_open
 from lore.learning.basis import Basis, load_basis
 from lore.methods import mixed_logit
 
+Learned = Basis | mixed_logit.Saved
 
-def load_learned(path: str | Path) -> Basis | mixed_logit.Saved:
-    """Read a basis file or a mixed logit's.
 
-    Raises:
-        InputError: the file is missing, damaged or holds something else.
-    """
+def load_learned(path: str | Path) -> Learned:
+    """Read a basis file or a mixed logit's; InputError where it is missing, damaged or no such."""
     try:
         with safe_open(path, "pt") as file:
             mixed = (file.metadata() or {}).get("format") == mixed_logit.FORMAT
