@@ -7,10 +7,10 @@ two embeddings, chosen minus rejected.
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -36,30 +36,25 @@ def as_generator(seed: Seed) -> torch.Generator | None:
 # --------------------------------------------------------------------- Features
 
 
-class Features(Protocol):
-    """Feature differences x [N, F] of N comparisons, touched by two products only."""
-
-    num_features: int
-    device: torch.device
-
-    def __len__(self) -> int: ...
-
-    def project(self, V: Tensor) -> Tensor:
-        """X V [N, C] for V [F, C]."""
-
-    def backproject(self, G: Tensor) -> Tensor:
-        """X^T G [F, C] for G [N, C]."""
-
-    def select(self, rows: Tensor) -> Features:
-        """Some of the comparisons, by their numbers [n]."""
-
-    def flipped(self, coin: Tensor) -> Features:
-        """Chosen and rejected swapped where the coin [N] is true."""
-
-
 def _chunks(rows: int, columns: int, device: torch.device) -> Iterator[slice]:
     size = max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // (4 * columns))
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
+
+
+def _project(parts: Iterator[tuple[slice, Tensor]], rows: int, V: Tensor) -> Tensor:
+    """x V [rows, C] of the parts of x for V [F, C]."""
+    out, VT = V.new_empty(rows, V.shape[1]), V.T.contiguous()
+    for part, x in parts:
+        torch.mm(x, VT.T, out=out[part])  # twice as fast as x @ V with rows of a few columns
+    return out
+
+
+def _backproject(parts: Iterator[tuple[slice, Tensor]], G: Tensor, num_features: int) -> Tensor:
+    """x^T G [F, C] of the parts of x for G [rows, C]."""
+    total = G.new_zeros(G.shape[1], num_features)
+    for part, x in parts:
+        total.addmm_(G[part].T, x)  # (G^T x)^T: x^T G of a tall x is several times slower
+    return total.T
 
 
 class DenseFeatures:
@@ -84,17 +79,11 @@ class DenseFeatures:
 
     def project(self, V: Tensor) -> Tensor:
         """X V [N, C] for V [F, C]."""
-        out, VT = V.new_empty(len(self), V.shape[1]), V.T.contiguous()
-        for part, x in self._parts(V.dtype):
-            torch.mm(x, VT.T, out=out[part])  # twice as fast as x @ V with rows of a few columns
-        return out
+        return _project(self._parts(V.dtype), len(self), V)
 
     def backproject(self, G: Tensor) -> Tensor:
         """X^T G [F, C] for G [N, C]."""
-        total = G.new_zeros(G.shape[1], self.num_features)
-        for part, x in self._parts(G.dtype):
-            total.addmm_(G[part].T, x)  # (G^T X)^T: X^T G of a tall X is several times slower
-        return total.T
+        return _backproject(self._parts(G.dtype), G, self.num_features)
 
     def select(self, rows: Tensor) -> DenseFeatures:
         """Some of the comparisons, by their numbers [n]."""
@@ -150,34 +139,30 @@ class RowFeatures:
 
     def project(self, V: Tensor) -> Tensor:
         """X V [N, C] for V [F, C]."""
-        rewards, VT = V.new_empty(len(self.index), V.shape[1]), V.T.contiguous()
-        for part, e in self._parts(V.dtype):
-            torch.mm(e, VT.T, out=rewards[part])
+        rewards = _project(self._parts(V.dtype), len(self.index), V)
         return Pairs(rewards, self.chosen, self.rejected).difference()
 
     def backproject(self, G: Tensor) -> Tensor:
         """X^T G [F, C] for G [N, C]."""
         per_row = G.new_zeros(len(self.index), G.shape[1])
         per_row.index_add_(0, self.chosen, G).index_add_(0, self.rejected, G, alpha=-1)
-        total = G.new_zeros(G.shape[1], self.num_features)
-        for part, e in self._parts(G.dtype):
-            total.addmm_(per_row[part].T, e)
-        return total.T
+        return _backproject(self._parts(G.dtype), per_row, self.num_features)
+
+    def _with(self, chosen: Tensor, rejected: Tensor) -> RowFeatures:
+        """The same table with other comparisons, by their places in ``index``."""
+        ends = (self.index[side.cpu()] for side in (chosen, rejected))
+        return RowFeatures(self.rows, self.num_features, *ends, self.device)
 
     def select(self, rows: Tensor) -> RowFeatures:
         """Some of the comparisons, by their numbers [n]."""
-        picked = (side[rows.to(self.device)].cpu() for side in (self.chosen, self.rejected))
-        return RowFeatures(
-            self.rows, self.num_features, *(self.index[side] for side in picked), self.device
-        )
+        rows = rows.to(self.device)
+        return self._with(self.chosen[rows], self.rejected[rows])
 
     def flipped(self, coin: Tensor) -> RowFeatures:
         """Chosen and rejected swapped where the coin [N] is true."""
         coin = coin.to(self.device)
-        chosen = torch.where(coin, self.rejected, self.chosen).cpu()
-        rejected = torch.where(coin, self.chosen, self.rejected).cpu()
-        ends = self.index[chosen], self.index[rejected]
-        return RowFeatures(self.rows, self.num_features, *ends, self.device)
+        chosen = torch.where(coin, self.rejected, self.chosen)
+        return self._with(chosen, torch.where(coin, self.chosen, self.rejected))
 
     def dense(self, dtype: torch.dtype = torch.float32) -> DenseFeatures:
         """The same differences, held in memory: [N, F]."""
@@ -186,6 +171,9 @@ class RowFeatures:
             chosen, rejected = (self.index[i[part].cpu()] for i in (self.chosen, self.rejected))
             x[part] = (self.rows(chosen) - self.rows(rejected)).to(self.device, dtype)
         return DenseFeatures(x)
+
+
+Features = DenseFeatures | RowFeatures
 
 
 @dataclass
@@ -320,16 +308,27 @@ class Users:
         """Mean of -log P(the choice), P being the sigmoid of the logit [N], by user: [U]."""
         return self.mean(softplus(-logits.double()))
 
-    def runs(self, most: int, besides: int = 0) -> Iterator[tuple[slice, slice]]:
-        """Runs of users with at most so many comparisons, if they have fewer alone: users, rows.
+    def user_blocks(
+        self, max_rows: int, extra_rows_per_user: int = 0, padded: bool = False
+    ) -> Iterator[tuple[slice, slice]]:
+        """Consecutive users, and their comparisons, that fit into ``max_rows``; a larger user forms
+        a block alone.
 
         Args:
-            most: comparisons of a run.
-            besides: rows that each user takes besides the comparisons.
+            max_rows: rows of a block: its comparisons and the extra ones.
+            extra_rows_per_user: rows that each user takes besides the comparisons.
+            padded: all users of a block count as many comparisons as the largest has.
         """
-        ends = [0, *self.counts.cumsum(0).tolist()]
-        for users in _runs(self.counts.tolist(), most, besides):
-            yield users, slice(ends[users.start], ends[users.stop])
+        counts, row = self.counts.tolist(), 0
+        first = filled = longest = 0
+        for user, count in enumerate([*counts, math.inf]):
+            longest = max(longest, count)
+            rows = longest * (user + 1 - first) if padded else filled + count
+            if user > first and rows + extra_rows_per_user * (user + 1 - first) > max_rows:
+                end = row + filled
+                yield slice(first, user), slice(row, end)
+                first, row, filled, longest = user, end, 0, count
+            filled += count
 
     def pick(self, rows: Tensor, counts: Sequence[int]) -> Users:
         """Some of the comparisons, by number [n], as those of other users; features stay behind."""
@@ -433,7 +432,7 @@ class Comparisons(Users):
             yield slice(0, self.num_users), slice(0, len(self)), self
             return
         rows = (size or PART_BYTES) // (4 * self.num_features)
-        for users, some in self.runs(rows, user_rows):
+        for users, some in self.user_blocks(rows, user_rows):
             features = DenseFeatures(self.features.x[some])
             yield users, some, Comparisons(features, self.counts[users], self.weight[some])
 
@@ -451,8 +450,8 @@ class Comparisons(Users):
         owner, last = (middle * processes / self.counts.sum()).long().tolist(), -1
         for u, wanted in enumerate(owner):  # in order, and enough users left for all who follow
             last = owner[u] = min(max(wanted, processes - len(owner) + u), last + 1)
-        mine = torch.tensor(owner, device=self.device) == process
-        return self.select(mine[self.user])
+        own = torch.tensor(owner, device=self.device) == process
+        return self.select(own[self.user])
 
     def units(self) -> list[list[Tensor]]:
         """Each user's shots: the numbers of the comparisons of each dialogue, or of each one."""
@@ -461,23 +460,6 @@ class Comparisons(Users):
             return [list(row.split(1)) for row in rows]
         dialogs = self.dialogs.cpu()
         return [[row[dialogs[row] == d] for d in dialogs[row].unique()] for row in rows]
-
-
-def _runs(counts: Sequence[int], most: int, besides: int) -> Iterator[slice]:
-    """Runs of users with at most so many rows, if they have fewer alone.
-
-    Args:
-        counts: comparisons of each user.
-        most: rows of a run.
-        besides: rows that each user takes besides the comparisons.
-    """
-    first = filled = 0
-    for user, count in enumerate(counts):
-        if filled and filled + count + besides > most:
-            yield slice(first, user)
-            first, filled = user, 0
-        filled += count + besides
-    yield slice(first, len(counts))
 
 
 def _pack(X: Sequence[Tensor]) -> Tensor:
@@ -558,7 +540,7 @@ def draw_shots(
 
 
 def warn_of_short_users(fewest: int, shots: Iterable[int]) -> None:
-    """Say once that a user has fewer shots than are asked for."""
+    """Say once that a user has fewer shots than are wanted."""
     if fewest < max(shots):
         log.warning(
             "%d shots asked for, but a user has only %d: all of that user's are used",

@@ -113,7 +113,7 @@ class OwnFit(Fitted):
         if not isinstance(data.features, RowFeatures):
             yield data
             return
-        for _, rows in data.runs(self.at_once):
+        for _, rows in data.user_blocks(self.at_once):
             keep = torch.zeros(len(data), dtype=torch.bool)
             keep[rows] = True
             yield data.select(keep).in_memory()
@@ -132,7 +132,7 @@ class OwnFit(Fitted):
         states = self.population_state.repeat(users.num_users, 1)
         if there.any():
             some, found = Users(users.counts[there], users.weight), []
-            for who, rows in some.runs(self.at_once):
+            for who, rows in some.user_blocks(self.at_once):
                 place = torch.arange(len(some), device=users.device)[rows]
                 x = (view[place] if isinstance(view, Pairs) else view.read(place)).difference()
                 part = DenseFeatures(x), some.counts[who], some.weight[rows]

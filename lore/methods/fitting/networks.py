@@ -405,19 +405,8 @@ Losses = Callable[[slice, Tensor, Tensor], Tensor]
 
 
 def blocks(users: Users) -> Iterator[tuple[slice, slice]]:
-    """Runs of users whose comparisons, padded to the longest, are at most ``BLOCK``: which users,
-    and which comparisons."""
-    counts, first, row = users.counts.tolist(), 0, 0
-    while first < len(counts):
-        last, most = first, 0
-        while last < len(counts):
-            most = max(most, counts[last])
-            if last > first and most * (last + 1 - first) > BLOCK:
-                break
-            last += 1
-        end = row + sum(counts[first:last])
-        yield slice(first, last), slice(row, end)
-        first, row = last, end
+    """Users, and their comparisons, that are at most ``BLOCK`` when padded to the longest."""
+    return users.user_blocks(BLOCK, padded=True)
 
 
 def solve_weights(
