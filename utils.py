@@ -238,16 +238,10 @@ class PersonalizeBatch:
     """Few-shot weights of new users with the basis frozen (eq. 11).
 
     Args:
-        num_classes: users U.
-        num_features: F.
-        num_basis_vectors: K.
-        num_iterations, learning_rate: of the optimiser, the paper's Adam by default.
         generator: of the initial logits, standard normal, drawn user by user.
-        optimizer: another optimiser, see ``make_optimizer``.
         shrinkage: pull towards ``population`` [K], in comparisons; 0 for none.
         population: mean weights of the users the basis was learned from.
-        dtype: of the arithmetic; torch's default (float32) if None.
-        progress: show a bar.
+        (others): as for ``LoRe``.
     """
 
     def __init__(
@@ -279,26 +273,22 @@ class PersonalizeBatch:
     def train(
         self, X: Sequence[Tensor], V: Tensor, weights: Sequence[Tensor] | None = None
     ) -> list[Tensor]:
-        """Fit every user's weights.
+        """Fit the weights of U users with comparisons X, U tensors [m_u, F], and V [F, K] frozen.
 
         Args:
-            X: U tensors [m_u, F].
-            V: basis [F, K], frozen.
             weights: how much each comparison counts, U tensors [m_u].
 
         Returns:
             U weight vectors [K].
         """
-        _check_basis(V, self.num_features, self.logits.shape[1])
         require(len(X) == self.num_classes, f"{len(X)} users given, {self.num_classes} expected")
-        _same_device(X[0], V)
+        _check_basis(V, self.num_features, self.logits.shape[1], X[0])
         data = Comparisons.from_list(X, weights)
         Z = data.project(V.detach().to(self.dtype))
         self.losses = []
-        W = fit_weights(
+        return list(fit_weights(
             Z, data, self.logits, preference_loss, losses=self.losses, **self.settings
-        )
-        return list(W)
+        ))  # fmt: skip
 
 
 def draw_logits(users: int, rank: int, generator: Seed, dtype: torch.dtype | None = None) -> Tensor:
@@ -307,18 +297,16 @@ def draw_logits(users: int, rank: int, generator: Seed, dtype: torch.dtype | Non
     return torch.stack([torch.randn(rank, generator=generator, dtype=dtype) for _ in range(users)])
 
 
-def _check_basis(V: Tensor, num_features: int, rank: int | None = None) -> None:
-    expected = (num_features, V.shape[-1] if rank is None else rank)
+def _check_basis(V: Tensor, num_features: int, rank: int, *others: Tensor) -> None:
+    """Refuse a basis of another shape than [F, K], or on another device than others are."""
+    expected = num_features, rank
     require(
         tuple(V.shape) == expected, f"the basis has shape {tuple(V.shape)}, expected {expected}"
     )
-
-
-def _same_device(features: Tensor, *others: Tensor) -> None:
     for other in others:
         require(
-            features.device == other.device,
-            f"features are on {features.device}, basis or weights on {other.device}: "
+            V.device == other.device,
+            f"the basis is on {V.device}, features or weights on {other.device}: "
             "move them to one device",
         )
 
@@ -642,23 +630,12 @@ def learn_multiple(
 ) -> list[Tensor]:
     """Every user's own reward direction, with nothing shared: the per-user baseline.
 
-    Each user's direction starts at zero and minimises the mean of that user's losses.
-
-    Args:
-        train_features: U tensors [m_u, F].
-        num_iterations, learning_rate: of the optimiser, the paper's Adam by default.
-        weights: how much each comparison counts, U tensors [m_u].
-        optimizer: another optimiser, see ``training.make_optimizer``.
-        progress: show a bar.
-
-    Returns:
-        U directions [F, 1].
+    Each user's direction starts at zero and minimises the mean of that user's losses. Comparisons
+    may carry weights, U tensors [m_u]; other arguments as for ``LoRe``.
     """
+    given = num_iterations, learning_rate, optimizer, progress
     data = Comparisons.from_list(train_features, weights)
-    own = own_directions(
-        data, preference_loss, num_iterations, learning_rate, optimizer, progress
-    )
-    return list(own[:, :, None])
+    return list(own_directions(data, preference_loss, *given)[:, :, None])
 
 
 solve_multi_reward = learn_multiple  # a published name
@@ -673,15 +650,12 @@ def learn_multiple_few_shot_weighted(
     learning_rate: float = 0.01,
     **settings: Any,
 ) -> list[Tensor]:
-    """Few-shot weights [K] of each user, the current dialogue's comparisons counting alpha times.
+    """``learn_multiple_few_shot`` where a comparison of the current dialogue counts alpha times.
 
     Args:
         alpha: weight of a comparison of the current dialogue; 0 leaves them out.
-        train_features: earlier comparisons, U tensors [m_u, F].
-        current_dialog_features: those of the current dialogue, U tensors [n_u, F].
-        V: basis [F, K], frozen.
-        num_iterations, learning_rate: of Adam.
-        settings: of ``PersonalizeBatch``.
+        train_features, current_dialog_features: earlier comparisons, U tensors [m_u, F], and those
+            of the current dialogue, U tensors [n_u, F].
     """
     require(alpha >= 0, f"alpha must not be negative: {alpha}")
     pairs = list(zip(train_features, current_dialog_features, strict=True))
@@ -697,8 +671,7 @@ def learn_multiple_few_shot_weighted(
 def evaluate_model(X: Tensor, V: Tensor, w: Tensor) -> float:
     """Share of comparisons [m, F] with x^T V w > 0 (eq. 15), for V [F, K] and w [K]."""
     check_features([X])
-    _check_basis(V, X.shape[1], len(w))
-    _same_device(X, V, w)
+    _check_basis(V, X.shape[1], len(w), X, w)
     return float((X.float() @ (V.float() @ w.float()) > 0).float().mean())
 
 

@@ -46,8 +46,8 @@ def kinds(held_out: Judged, own: Judged, training: Judged) -> NDArray[np.int8]:
     def name(user: Ints, response: Ints) -> NDArray[np.int64]:
         return user.astype(np.int64) * most + response
 
-    mine = np.concatenate([name(own.user, own.one), name(own.user, own.other)])
-    by_user = [np.isin(name(held_out.user, side), mine) for side in sides]
+    known = np.concatenate([name(own.user, own.one), name(own.user, own.other)])
+    by_user = [np.isin(name(held_out.user, side), known) for side in sides]
     by_any = [
         np.isin(side, everybody) | own_one for side, own_one in zip(sides, by_user, strict=True)
     ]

@@ -244,7 +244,7 @@ class Users:
         return len(self.user)
 
     def sum(self, values: Tensor, scale: Tensor | None = None) -> Tensor:
-        """Sums over each user's comparisons of values [N, C], times scale [N]: [U, C]."""
+        """Each user's sum of values [N, C], times scale [N]: [U, C]."""
         return embedding_bag(
             self._rows, values.contiguous(), self._starts, mode="sum", per_sample_weights=scale
         )
@@ -257,10 +257,8 @@ class Users:
         return both.view(self.num_users, scale.shape[1], -1)
 
     def _bags(self, models: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows and models of what is summed, and where each user's sum for each model starts.
-
-        A user's models follow each other, while the cache still holds that user's rows.
-        """
+        """Rows and models of what is summed, and where each user's sum for each model starts: all
+        of a user's models in turn, while the cache still holds that user's rows."""
         if models not in self._orders:
             order = self.user.repeat(models).argsort(stable=True)
             within = self.counts[:, None] * torch.arange(models, device=self.device)
@@ -407,26 +405,23 @@ class Comparisons(Users):
 
     def flipped(self, coin: Tensor) -> Comparisons:
         """Chosen and rejected swapped where the coin [N] is true."""
-        features = self.features.flipped(coin)
-        return Comparisons(features, self.counts, self.weight, self.names, self.dialogs)
+        return self._with(self.features.flipped(coin))
 
     def in_memory(self) -> Comparisons:
         """The same with the differences [N, F] held in memory."""
-        if not isinstance(self.features, RowFeatures):
-            return self
-        features = self.features.dense()
+        dense = isinstance(self.features, DenseFeatures)
+        return self if dense else self._with(self.features.dense())
+
+    def _with(self, features: Features) -> Comparisons:
         return Comparisons(features, self.counts, self.weight, self.names, self.dialogs)
 
     def parts(
         self, user_rows: int = 0, size: int | None = None
     ) -> Iterator[tuple[slice, slice, Comparisons]]:
-        """Runs of users that are worked on together: users, rows, comparisons.
+        """Users that are worked on together: which, their rows and comparisons.
 
-        Everything is one part on another device, and where features are streamed.
-
-        Args:
-            user_rows: rows of F numbers that are kept for each user besides the comparisons.
-            size: bytes of both together, at most; PART_BYTES if None.
+        A part has at most ``size`` bytes (PART_BYTES if None), with ``user_rows`` rows of F numbers
+        for each user besides the comparisons. Streamed, or off the CPU, everything is one part.
         """
         if self.device.type != "cpu" or not isinstance(self.features, DenseFeatures):
             yield slice(0, self.num_users), slice(0, len(self)), self
@@ -437,7 +432,7 @@ class Comparisons(Users):
             yield users, some, Comparisons(features, self.counts[users], self.weight[some])
 
     def share(self, process: int, processes: int) -> Comparisons:
-        """One process's users: a run of them, at least one, with about its share of comparisons.
+        """One process's users: consecutive ones, at least one, with about its share of comparisons.
 
         Raises:
             InputError: there are fewer users than processes.
@@ -516,15 +511,9 @@ class Shots:
 def draw_shots(
     few: Comparisons, sizes: Sequence[int], trials: int, generator: Seed = None
 ) -> Shots:
-    """Draw every new user's shots, for every trial and number of shots; all where too few.
+    """Draw new users' shots from their comparisons, for every trial and size; all where too few.
 
     A shot is a comparison, or a whole dialogue where the comparisons have dialogues.
-
-    Args:
-        few: the new users' comparisons.
-        sizes: numbers of shots.
-        trials: draws per number of shots.
-        generator: of the draws.
     """
     require(trials >= 1 and all(size >= 0 for size in sizes), "at least one trial is needed")
     generator, units = as_generator(generator), few.units()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lore.common.kinds import KINDS, Judged, kinds
 from lore.learning.comparisons import Comparisons, RowFeatures
@@ -14,9 +13,7 @@ Shares = dict[str, float]  # of ``KINDS``; they add up to 1
 def judged(data: Comparisons, names: dict[str, int] | None = None) -> Judged:
     """Whose the comparisons are and which two rows each is about; the order of the two is lost.
 
-    Args:
-        data: comparisons of rows of a table.
-        names: number of each user's name; a user's own number if None.
+    ``names`` numbers the users' names; without, a user has its own number.
     """
     x = data.features
     assert isinstance(x, RowFeatures)
@@ -29,14 +26,10 @@ def judged(data: Comparisons, names: dict[str, int] | None = None) -> Judged:
 
 def shares(held_out: Judged, own: Judged, training: Judged) -> Shares:
     """Mean over users of the share of each kind among their held-out comparisons."""
-    return by_user(held_out.user, kinds(held_out, own, training))
-
-
-def by_user(user: NDArray[np.integer], kind: NDArray[np.int8]) -> Shares:
-    """Mean over users of the share of each kind."""
-    _, row, counts = np.unique(user, return_inverse=True, return_counts=True)
+    kind = kinds(held_out, own, training)
+    _, row, counts = np.unique(held_out.user, return_inverse=True, return_counts=True)
     weight = 1 / counts[row] / len(counts)
-    return {name: float(weight[kind == place].sum()) for place, name in enumerate(KINDS)}
+    return {name: float(weight[kind == number].sum()) for number, name in enumerate(KINDS)}
 
 
 def shares_of_test(
@@ -45,12 +38,8 @@ def shares_of_test(
     seen: Comparisons,
     unseen: Comparisons | None,
 ) -> dict[str, Shares] | None:
-    """Kinds of the test: ``seen``, and ``unseen`` where users are new. None without row numbers.
-
-    Args:
-        train, seen: training and held-out comparisons of the seen users.
-        few, unseen: shots and held-out comparisons of the new users.
-    """
+    """Kinds of the held-out comparisons of seen and, if any, unseen users, given the training
+    comparisons of the former and the shots of the latter. None without row numbers."""
     sets = [data for data in (train, few, seen, unseen) if data is not None]
     if not all(isinstance(data.features, RowFeatures) and data.names for data in sets):
         return None

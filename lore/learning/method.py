@@ -1,8 +1,7 @@
 """What a method is: settings that can be fitted, and what a fit knows of users.
 
-Whatever a method knows of a user is one row of a tensor, the user's *state*. Controls, sweeps over
-shots, choices, reports and plots only move such rows: another user's row, nobody's row, the row
-that shuffled labels give.
+Whatever a method knows of a user is one row of a tensor, the user's *state*, such as weights.
+Controls, sweeps over shots, choices, reports and plots only move such rows.
 """
 
 from __future__ import annotations
@@ -77,13 +76,14 @@ class Fitted:
         label: name in tables, such as "LoRe K=5".
         settings: what was fitted, such as the rank; plain JSON values.
         users: seen users' states [U, S]; S is 0 where nothing is personal.
-        population_state: state [S] of one of whom nothing is known, such as mean weights or zero.
+        population_state: state [S] of a user of whom nothing is known, such as the mean weights.
         file: name of the file that ``save`` writes, without seed and suffix; "" for none.
         written: the whole name, once it is written.
-        new_users: new users' rows [U', S], once they have adapted.
-        controlled: whether it is judged with nobody's, another's and shuffled states too.
+        new_users: new users' states [U', S], once they have adapted.
+        controlled: whether it is also judged with the population's, another user's and shuffled
+            labels' states.
         max_trials: most trials of a sweep over shots; None for all.
-        asks: how new users' shots are chosen in a sweep, see asking.py.
+        asks: how new users' shots are chosen in a sweep, see criteria.py.
     """
 
     label: str
@@ -107,30 +107,18 @@ class Fitted:
         raise NotImplementedError
 
     def adapt(self, view: View, users: Users, seed: Seed) -> Tensor:
-        """States [U', S] of users from their comparisons; ``population_state`` without any.
-
-        Args:
-            view: of the comparisons, or of some of them.
-            users: whose they are.
-            seed: of initial values, or a generator of them.
-        """
+        """States [U', S] of users from a view of their comparisons, or of some of them;
+        ``population_state`` without any. The seed is of initial values."""
         return self.population_state.expand(users.num_users, -1)
 
     def logits(self, view: View, state: Tensor, user: Tensor) -> Tensor:
-        """Log odds [N] that the chosen response is preferred; above 0 is right.
-
-        Args:
-            view: of the comparisons.
-            state: of the users [U', S].
-            user: whose each comparison is [N], a row of the state.
-        """
+        """Log odds [N] that the chosen response is preferred, for states [U', S] of the users and
+        the user of each comparison of the view [N]."""
         raise NotImplementedError
 
     def population(self) -> Prior | None:
         """How users' tastes b [K] vary, where log odds are a + z . b; None where they are not.
-
-        With it, the next question to a user can be chosen (see asking.py).
-        """
+        With it the next question to a user can be chosen."""
         return None
 
     def questions(self, view: View) -> Tensor:
@@ -164,9 +152,8 @@ class Fitted:
 class Method(Protocol):
     """A method with its settings: a dataclass, whose fields are its flags.
 
-    A class may say more, for ``check``: ``bounded``, names of the fields that are ranks which users
-    or features limit; ``alone``, that one process fits it; and a method ``check``, which takes the
-    task and raises InputError where other settings do not go with the data.
+    A class may say more, for ``check``: ``bounded``, names of fields that are ranks which users or
+    features limit; ``alone``, that one process fits it; and ``check``, which refuses a task.
     """
 
     def fit(self, task: Task) -> list[Fitted]:
@@ -174,16 +161,11 @@ class Method(Protocol):
 
 
 def check(name: str, method: Method, task: Task) -> None:
-    """Refuse, before anything is fitted, a method that cannot be fitted to this task.
-
-    Args:
-        name: of the method, which is that of its group of flags.
-        method: with its settings.
-        task: what it would be fitted to.
+    """Refuse a method that cannot be fitted to this task, before anything is fitted.
 
     Raises:
         InputError: a rank beyond what users and features support, several processes where one is
-            needed, or whatever else the method refuses.
+            needed, or whatever else the method refuses; the message names its flags.
     """
     one = task.processes == 1 or not getattr(method, "alone", False)
     require(one, f"--methods {name}: one process fits this method, start it without torchrun")

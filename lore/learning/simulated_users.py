@@ -34,11 +34,7 @@ def generate_population(
 ) -> Tensor:
     """Simulated users' weights over M reward models, Dirichlet(alpha): [N, M].
 
-    Args:
-        alpha: concentrations of the M models, or one number for all of ``num_models``.
-        N: users.
-        generator: seed or generator; None for torch's global one.
-        num_models: M, where alpha is one number.
+    ``alpha`` are the concentrations of the M models, or one number for all of ``num_models``.
     """
     concentration = np.asarray(alpha, dtype=np.float64)
     if concentration.ndim == 0:
@@ -58,14 +54,11 @@ Scores = Tensor | np.ndarray
 
 
 def simulate_choices(rewards: Scores, W: Scores) -> tuple[Tensor, Tensor]:
-    """Simulated users' best and worst response of every prompt, as indices.
+    """Best and worst response to every prompt for simulated users, the first of equals: [U, P].
 
     Args:
         rewards: scores [P, R, M] of R responses to P prompts by M reward models.
         W: users' weights [U, M].
-
-    Returns:
-        chosen and rejected [U, P], in 0..R-1; the first of equals.
     """
     rewards = _numbers(rewards)
     require(rewards.ndim == 3, f"rewards are [prompts, responses, models], not {rewards.ndim}-D")
@@ -111,12 +104,7 @@ def simulate_population(
 
 
 def create_sparse_tensor(dense: Tensor, fraction: float, generator: Seed = None) -> list[Tensor]:
-    """A random share of each user's comparisons, int(fraction P) of them and at least one.
-
-    Args:
-        dense: [U, P, F].
-        fraction: of the P comparisons.
-        generator: of the draw.
+    """int(fraction P) random comparisons of each user, at least one, from dense [U, P, F].
 
     Returns:
         U tensors [int(fraction P), F] in float32.
@@ -126,15 +114,11 @@ def create_sparse_tensor(dense: Tensor, fraction: float, generator: Seed = None)
     return [x.float() for x in sample_shots(list(dense), shots, generator)]
 
 
-Dialogs = Mapping[str, Mapping[str, Sequence[tuple[Tensor, Tensor]]]]
+Dialogs = Mapping[str, Mapping[str, Sequence[tuple[Tensor, Tensor]]]]  # user -> dialogue -> pairs
 
 
 def create_dataset_prism(embeddings: Dialogs) -> list[Tensor]:
-    """Differences of every user's dialogues: U tensors [m_u, F].
-
-    Args:
-        embeddings: user -> dialogue -> list of (chosen [F], rejected [F]).
-    """
+    """Differences of every user's pairs (chosen [F], rejected [F]): U tensors [m_u, F]."""
     return [
         torch.stack([chosen - rejected for pairs in dialogs.values() for chosen, rejected in pairs])
         for dialogs in embeddings.values()

@@ -68,14 +68,7 @@ def simplex(logits: Tensor, ranks: Sequence[int]) -> Tensor:
 
 
 def pull(W: Tensor, target: Tensor, strength: Tensor, ranks: Sequence[int]) -> Tensor:
-    """Shrinkage: sum over users of strength times KL(target || w) in each model: [M].
-
-    Args:
-        W: weights [U, C].
-        target: weights of the population [C], the same for all.
-        strength: of each user's pull, for every column [U, C].
-        ranks: columns of each model [M].
-    """
+    """Each model's sum over users of strength [U, C] times KL(target [C] || W [U, C]): [M]."""
     divergence = strength * target * (target.clamp_min(1e-30).log() - W.clamp_min(1e-30).log())
     return torch.stack([part.sum() for part in divergence.split(ranks, 1)])
 
@@ -97,14 +90,13 @@ def products_of(
     """x^T V w [N, M] of every comparison for its own user in each model.
 
     A comparison meets its own user's directions V w, one product each whatever the rank; or, for
-    features that are streamed or on a GPU, they come from Z = X V [N, C].
+    features that are streamed or on a GPU, what it is multiplied by is its row of Z.
 
     Args:
         data: the comparisons.
-        V: bases side by side [F, C].
-        W: the users' weights [U, C].
+        V, W: bases [F, C] and the users' weights [U, C].
         ranks: columns of each model [M].
-        Z: the comparisons projected; None to go by directions.
+        Z: the comparisons projected, X V [N, C]; None to go by directions.
     """
     if Z is not None:
         each = (Z * W.index_select(0, data.user)).split(ranks, 1)
@@ -274,7 +266,7 @@ class Training:
         return pulls
 
     def _set_basis_gradient(self, losses: Tensor, dV: Tensor, step: int) -> Tensor:
-        """Sum over processes, with the pull to the reference; returns all losses [M]."""
+        """With the pull to the reference, summed over processes; returns all losses [M]."""
         processes = self.models[0].processes
         dV, losses = sum_over_processes(dV, processes), sum_over_processes(losses, processes)
         if any(model.alpha for model in self.models):
@@ -299,13 +291,13 @@ class Training:
 def train_together(
     models: Sequence[LoRe], data: Comparisons, checkpoint: Checkpoint | None = None
 ) -> list[tuple[Tensor, Tensor]]:
-    """Fit models of one kind on the same comparisons, sharing each pass over the features.
+    """Fit models of one kind, with the same iterations, learning rate and optimiser, together.
 
-    Each model follows the trajectory that it follows alone. An optimiser whose update mixes
-    entries (LBFGS) trains them one after the other.
+    They share each pass over the features, and each follows the trajectory that it follows alone.
+    An optimiser whose update mixes entries (LBFGS) trains them one after the other.
 
     Args:
-        models: with the same iterations, learning rate, optimiser and kind.
+        models: to fit.
         data: the comparisons of all users, or this process's share.
         checkpoint: where to keep the state, to go on after a kill.
 
@@ -358,11 +350,8 @@ def fit_weights(
         users: whose they are.
         logits: initial logits [U, K]; not changed.
         loss: of the products z^T w.
-        num_iterations: steps of the optimiser.
-        learning_rate: of Adam.
-        optimizer: another optimiser, see ``make_optimizer``.
-        shrinkage: pull towards ``population``, in comparisons; 0 for none.
-        population: weights [K] of the population; required with shrinkage.
+        num_iterations, learning_rate, optimizer: see ``make_optimizer``.
+        shrinkage: pull towards ``population`` [K], the population's weights, in comparisons.
         progress: show a bar.
         losses: a list to which the sum over users is appended at every step.
 
@@ -404,11 +393,7 @@ def own_directions(
 ) -> Tensor:
     """Every user's own reward direction [U, F], from zero, with nothing shared.
 
-    Args:
-        data: comparisons held in memory.
-        loss: of the products x^T v, see ``utils.preference_loss``.
-        num_iterations, learning_rate, optimizer: see ``make_optimizer``.
-        progress: show a bar.
+    ``data`` is held in memory; ``loss`` is of the products x^T v; see also ``make_optimizer``.
     """
     directions = []
     parts = list(data.parts(2, CACHE_BYTES))
@@ -450,11 +435,7 @@ class Checkpoint:
     every: int = 200
 
     def tick(self, training: Training, step: int) -> None:
-        """Keep the state after a step, if it is time.
-
-        Raises:
-            InputError: it cannot be written, or holds NaN or infinity.
-        """
+        """Keep the state after a step, if it is time; InputError if it holds NaN or infinity."""
         if step % self.every:
             return
         training.check_finite(step)
@@ -496,16 +477,13 @@ class Checkpoint:
         for step in self._steps():
             self._file(step).unlink(missing_ok=True)
 
-    def _file(self, step: int) -> Path:
-        return self.path.with_name(f"{self._stem()}{step}.pt")
-
-    def _stem(self) -> str:
+    def _file(self, step: int | str) -> Path:
         process = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        return f"{self.path.name}.{process}."
+        return self.path.with_name(f"{self.path.name}.{process}.{step}.pt")
 
     def _steps(self) -> list[int]:
         """Steps of the kept states; a file of another name is none of them."""
-        files = self.path.parent.glob(f"{self._stem()}*.pt")
+        files = self.path.parent.glob(self._file("*").name)
         return sorted(int(n) for n in (file.name.split(".")[-2] for file in files) if n.isdecimal())
 
 

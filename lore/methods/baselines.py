@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -90,7 +89,7 @@ class OnDisk:
 
 
 class OwnFit(Fitted):
-    """A user's state is the user's own reward direction [F]; nobody's is zero.
+    """A user's state is the user's own reward direction [F]; the population's is zero.
 
     Where features are streamed, some users' are read at a time, and the same is computed.
     """
@@ -100,27 +99,10 @@ class OwnFit(Fitted):
     max_trials = 1  # of a sweep: a fit has F numbers a user
 
     def __init__(self, lore: Lore, task: Task) -> None:
-        self.lore, self.progress, self.settings = lore, task.progress, {}
-        self.stream, data = task.stream, task.train
-        self.at_once = max(1, PART_BYTES // (4 * data.num_features))  # comparisons
-        data = data if self.stream else data.in_memory()
-        mine = [self._directions(part) for part in self._parts(data)]
-        self.users = torch.cat(mine)
-        self.population_state = torch.zeros(data.num_features, device=self.users.device)
-
-    def _parts(self, data: Comparisons) -> Iterator[Comparisons]:
-        """Runs of users, in memory."""
-        if not isinstance(data.features, RowFeatures):
-            yield data
-            return
-        for _, rows in data.user_blocks(self.at_once):
-            keep = torch.zeros(len(data), dtype=torch.bool)
-            keep[rows] = True
-            yield data.select(keep).in_memory()
-
-    def _directions(self, data: Comparisons) -> Tensor:
-        fitted = self.lore.few_shot_iterations, self.lore.learning_rate, self.lore.optimizer
-        return own_directions(data, preference_loss, *fitted, self.progress)
+        self.lore, self.progress, self.stream, self.settings = lore, task.progress, task.stream, {}
+        self.at_once = max(1, PART_BYTES // (4 * task.train.num_features))  # comparisons
+        self.population_state = torch.zeros(task.train.num_features, device=task.train.device)
+        self.users = self.adapt(self.view(task.train), task.train, None)
 
     def view(self, data: Comparisons) -> Pairs | OnDisk:
         """The embeddings of the two responses."""
@@ -128,15 +110,19 @@ class OwnFit(Fitted):
 
     def adapt(self, view: Pairs | OnDisk, users: Users, seed: Seed) -> Tensor:
         """Each user's own direction [U', F]; zero for those without comparisons."""
-        there = users.counts > 0
+        lore, there = self.lore, users.counts > 0
         states = self.population_state.repeat(users.num_users, 1)
         if there.any():
             some, found = Users(users.counts[there], users.weight), []
             for who, rows in some.user_blocks(self.at_once):
-                place = torch.arange(len(some), device=users.device)[rows]
-                x = (view[place] if isinstance(view, Pairs) else view.read(place)).difference()
-                part = DenseFeatures(x), some.counts[who], some.weight[rows]
-                found.append(self._directions(Comparisons(*part)))
+                numbers = torch.arange(len(some), device=users.device)[rows]
+                pairs = view[numbers] if isinstance(view, Pairs) else view.read(numbers)
+                features = DenseFeatures(pairs.difference())
+                own = Comparisons(features, some.counts[who], some.weight[rows])
+                found.append(own_directions(
+                    own, preference_loss, lore.few_shot_iterations, lore.learning_rate,
+                    lore.optimizer, self.progress,
+                ))  # fmt: skip
             states[there] = torch.cat(found)
         return states
 

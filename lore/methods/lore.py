@@ -28,12 +28,7 @@ from lore.learning.method import Fitted, Task
 from lore.learning.training import Checkpoint
 from lore.methods.fitting.posterior import Prior
 from lore.methods.fitting.validation import Split, shots_of
-from utils import (
-    TEMPERATURE,
-    LoRe,
-    LoRe_regularized,
-    personalize,
-)
+from utils import TEMPERATURE, LoRe, LoRe_regularized, personalize
 
 log = logging.getLogger(__name__)
 
@@ -182,16 +177,15 @@ class LoreFit(Fitted):
 
     def _label(self, about: Mapping[str, Any]) -> str:
         label = "BT" if about["rank"] == 1 else f"LoRe K={about['rank']}"
-        return label + "".join(f" {key}={value:g}" for key, value in self._several(about))
+        return " ".join([label, *self._several(about)])
 
     def _file(self, about: Mapping[str, Any]) -> str:
-        name = f"basis-K{about['rank']:02d}"
-        return name + "".join(f"-{key}{value:g}" for key, value in self._several(about))
+        return "-".join([f"basis-K{about['rank']:02d}", *self._several(about)]).replace("=", "")
 
-    def _several(self, about: Mapping[str, Any]) -> list[tuple[str, float]]:
+    def _several(self, about: Mapping[str, Any]) -> list[str]:
         """Alpha and shrinkage where there are several."""
         keys = ("alpha", "shrinkage") if about["rank"] > 1 else ("alpha",)
-        return [(key, about[key]) for key in keys if len(getattr(self.method, key)) > 1]
+        return [f"{key}={about[key]:g}" for key in keys if len(getattr(self.method, key)) > 1]
 
     def view(self, data: Comparisons) -> Tensor:
         """The comparisons projected, X V [N, K]."""
