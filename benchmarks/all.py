@@ -6,10 +6,7 @@
 
 from __future__ import annotations
 
-import logging
-import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +15,21 @@ import pandas as pd
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import core
+import embedding
+import mixed
+import scaling as growth
 from lore.common.cli import cli
-from lore.common.files import InputError
+from lore.common.settings import NonNegativeInt as Count
 from lore.common.settings import PositiveInt
 from lore.experiments.report.tables import markdown
+from measure import copy_bandwidth
 
-log = logging.getLogger(__name__)
-
-SHARE = 0.85  # of the ratio of tokens that the ratio of seconds should reach
+NOTE = (
+    "The floor of embedding is the time of its tokens' products with the model's weights at the "
+    "speed of one large product of this machine; its plain way is one conversation at a time. The "
+    "mixed logit is timed whole, its choice of settings included; its floor is one read of the "
+    "features, and its plain way a thousand plain iterations of LoRe on as many comparisons."
+)
 
 
 def main(
@@ -33,60 +37,54 @@ def main(
     rounds: PositiveInt = 3,
     against: tuple[Path, ...] = (),
     scaling: bool = False,
-    embedding: tuple[str, ...] = (),
+    model: str | None = None,
+    texts: tuple[Count, Count, Count, Count] = (50, 25, 50, 100),
     **sizes: Any,
 ) -> None:
-    """Print one table of the learning core's and the embedding engine's times and ratios.
+    """Print one table: the core, the embedding engine and the mixed logit, each beside the floor of
+    this machine and the plain way of computing.
 
     Args:
         device: cpu or cuda.
         rounds: how often all sides of the core take their turn.
         against: folders of other commits' checkouts, whose core is timed in the same run.
         scaling: also show how an iteration grows with users, pairs, rank and features.
-        embedding: flags of embedding.py, without their hyphens, such as posts=5.
+        model: whose embeddings are timed, see embedding.py.
+        texts: posts, dialogues, prompts and PRISM's dialogues that are embedded.
     """
-    engine = _embedding_rows(device, embedding)
+    engine = [embedding_row(row) for row in embedding.measure(model, device, texts)]
     rows = core.measure(core.cases(device, **sizes), rounds, against)
-    print(markdown(pd.DataFrame(rows + engine).set_index("case")))
+    rows = [*rows, *engine, mixed_row(core.cases(device, **sizes)[0], rows[0])]
+    print(markdown(pd.DataFrame(rows).fillna("").set_index("case")))
     print(core.note())
-    print(
-        "The floor of embedding is what the tokens computed would take at the plain speed; its "
-        f"aim is {SHARE:.0%} of the tokens' ratio."
-    )
+    print(NOTE)
     if scaling:
-        print(_output("scaling", device))
+        growth.main(device=device)
 
 
-def _output(script: str, device: str, flags: Sequence[str] = ()) -> str:
-    """What a benchmark prints, run by itself."""
-    path = ROOT / "benchmarks" / f"{script}.py"
-    command = [sys.executable, str(path), f"--device={device}", *flags]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise InputError(f"{path} failed: its messages are above")
-    return done.stdout
+def embedding_row(row: dict[str, Any]) -> dict[str, str]:
+    """A row of embedding.py under this table's headings."""
+    seconds = (row[name] for name in ("floor s", "ours s", "plain s"))
+    found = timed_row(f"embedding, {row['case'][3:]}", *seconds)
+    return {**found, "deviation": f"{row['deviation']:.0e}"}
 
 
-def _embedding_rows(device: str, flags: Sequence[str]) -> list[dict[str, str]]:
-    """The cases of embedding.py, a to d, under this table's headings."""
-    lines = _output("embedding", device, [f"--{flag}" for flag in flags]).splitlines()[1:]
-    log.info("\n".join(lines))
-    return [_embedding_row(line) for line in lines if "skipped" not in line]
+def mixed_row(case: core.Case, joint: dict[str, str]) -> dict[str, str]:
+    """The mixed logit on as many comparisons as a case of LoRe, whose row is given."""
+    users, pairs, features = (case.settings[name] for name in ("users", "pairs", "features"))
+    device, size = case.settings["device"], case.floor_bytes()
+    ours, _ = mixed.fitted(mixed.task_of(users, pairs, features, device), "mixed_logit")
+    plain = 1000 * float(joint["plain ms"]) / 1000  # seconds of so many iterations
+    name = f"mixed logit, {users} users x {pairs}, with its choice"
+    return timed_row(name, size / copy_bandwidth(size, device), ours, plain)
 
 
-def _embedding_row(line: str) -> dict[str, str]:
-    _, _, tokens, alone, ours, ratio, _, deviation = line[32:].split()
-    floor = float(alone) / float(tokens)
-    return {
-        "case": "embedding, " + line[3:32].strip(),
-        "floor ms": f"{1000 * floor:.4g}",
-        "ours ms": f"{1000 * float(ours):.4g}",
-        "ours / floor": f"{float(ours) / max(floor, 1e-9):.2f}",
-        "aim": f"{1 / SHARE:.2f}",
-        "plain ms": f"{1000 * float(alone):.4g}",
-        "plain / ours": ratio,
-        "deviation": deviation,
-    }
+def timed_row(case: str, floor: float, ours: float, plain: float) -> dict[str, str]:
+    """A row of the table from seconds."""
+    numbers = (1000 * floor, 1000 * ours, 1000 * plain)
+    row = dict(zip(("floor ms", "ours ms", "plain ms"), (f"{x:.4g}" for x in numbers), strict=True))
+    ratios = {"ours / floor": f"{ours / floor:.1f}", "plain / ours": f"{plain / ours:.1f}"}
+    return {"case": case, **row, **ratios}
 
 
 if __name__ == "__main__":

@@ -11,19 +11,25 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import transformers
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lore.common.cli import ROOT, cli
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from lore.common.cli import cli
 from lore.common.settings import NonNegativeInt, PositiveInt, SeedNumber
 from lore.embeddings.prefix_trees import Tokens
 from lore.embeddings.reward_model import Engine, Source, load_engine, load_tokenizer, render
 from lore.embeddings.smollm2 import reward_model
+from lore.experiments.report.tables import markdown
+from measure import product_speed
 
 PRISM = ROOT.parent / "shared" / "data" / "prism_slice" / "conversations.jsonl"
 LLAMA_8B = {
@@ -36,20 +42,6 @@ LLAMA_8B = {
     "max_position_embeddings": 8192,
     "num_labels": 1,
 }
-ROW = "{:32} {:>9} {:>9} {:>6} {:>9} {:>9} {:>6} {:>5} {:>10}"
-HEADINGS = (
-    "case",
-    "given",
-    "computed",
-    "ratio",
-    "alone s",
-    "shared s",
-    "ratio",
-    "share",
-    "deviation",
-)
-
-
 def main(
     model: str | None = None,
     device: str = "cpu",
@@ -63,8 +55,9 @@ def main(
 ) -> None:
     """Print tokens given and computed, seconds one at a time and shared, and their ratios.
 
-    Share is the seconds' ratio over the tokens' ratio; deviation is the largest difference of a
-    row between the two, over the row's length.
+    Floor is the seconds of the computed tokens' products with the model's weights at the speed of
+    one large product; share is the seconds' ratio over the tokens' ratio; deviation is the largest
+    difference of a row between the two, over the row's length.
 
     Args:
         model: local reward model; by default SmolLM2 on a CPU and a random 8B Llama on CUDA.
@@ -77,18 +70,36 @@ def main(
         parts: each case is timed in so many parts, alternating, as machines have other work.
         seed: of the made-up tokens and random weights.
     """
+    rows = measure(model, device, (posts, dialogues, prompts, prism), batch_tokens, parts, seed)
+    table = pd.DataFrame(rows).set_index("case")
+    print(markdown(table.map(lambda x: f"{x:.4g}")))
+    if len(rows) < 4:
+        print(f"d  PRISM is skipped: it takes {PRISM} and a model with a tokenizer (--model)")
+
+
+def measure(
+    model: str | None,
+    device: str,
+    sizes: Sequence[int],
+    batch_tokens: int = 0,
+    parts: int = 5,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """A row of numbers for each case; arguments as for ``main``, sizes of the cases a to d."""
     name = model or (str(reward_model()) if device == "cpu" else None)
     engine = _engine(name, device, batch_tokens or (1024 if device == "cpu" else 4096), seed)
     vocabulary = engine.model.config.vocab_size
-    cases = made_up(vocabulary, posts, dialogues, prompts, np.random.default_rng(seed))
+    cases = made_up(vocabulary, *sizes[:3], np.random.default_rng(seed))
     if name and PRISM.exists():
-        cases["d  PRISM, opening turns"] = _prism(load_tokenizer(Source(name)), prism)
+        cases["d  PRISM, opening turns"] = _prism(load_tokenizer(Source(name)), sizes[3])
     _time(engine, [np.arange(9), np.arange(20)])
-    print(ROW.format(*HEADINGS))
-    for case, conversations in cases.items():
-        print(ROW.format(case, *_measure(engine, conversations, parts)), flush=True)
-    if len(cases) < 4:
-        print(f"d  PRISM is skipped: it takes {PRISM} and a model with a tokenizer (--model)")
+    weights = [p for n, p in engine.body.named_parameters() if p.dim() > 1 and "embed" not in n]
+    speed = product_speed(weights[0].dtype, device)
+    per_token = 2 * sum(p.numel() for p in weights) / speed
+    return [
+        {"case": case, **_measure(engine, conversations, parts, per_token)}
+        for case, conversations in cases.items()
+    ]
 
 
 def _engine(name: str | None, device: str, batch_tokens: int, seed: int) -> Engine:
@@ -167,9 +178,10 @@ def _prism(tokenizer: object, dialogues: int) -> list[Tokens]:
 # --------------------------------------------------------------------------- Measuring
 
 
-def _measure(engine: Engine, conversations: list[Tokens], parts: int) -> list[str]:
-    """The numbers of a row."""
-    method, seconds, computed, deviation = engine.method, [0.0, 0.0], 0, 0.0
+def _measure(
+    engine: Engine, conversations: list[Tokens], parts: int, per_token: float
+) -> dict[str, float]:
+    method, seconds, computed, deviation = engine.method, np.zeros(2), 0, 0.0
     cuts = np.linspace(0, len(conversations), parts + 1).astype(int)
     for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
         part = sorted(conversations[start:stop], key=tuple)
@@ -177,13 +189,16 @@ def _measure(engine: Engine, conversations: list[Tokens], parts: int) -> list[st
         alone, now = _time(engine, part)
         engine.method, before = method, engine.tokens_computed
         rows, later = _time(engine, part)
-        seconds = [seconds[0] + now, seconds[1] + later]
+        seconds += now, later
         computed += engine.tokens_computed - before
         deviation = max(deviation, float(((rows - alone).norm(dim=1) / alone.norm(dim=1)).max()))
-    given = sum(map(len, conversations))
-    tokens, speed = given / computed, seconds[0] / seconds[1]
-    numbers = [f"{tokens:.2f}", *(f"{s:.1f}" for s in seconds), f"{speed:.2f}"]
-    return [str(given), str(computed), *numbers, f"{speed / tokens:.2f}", f"{deviation:.1e}"]
+    given, (plain, ours) = sum(map(len, conversations)), seconds
+    return {
+        "given": given, "computed": computed, "given / computed": given / computed,
+        "floor s": per_token * computed, "ours s": ours, "plain s": plain,
+        "ours / floor": ours / (per_token * computed), "plain / ours": plain / ours,
+        "share": plain / ours * computed / given, "deviation": deviation,
+    }  # fmt: skip
 
 
 def _time(engine: Engine, tokens: list[Tokens]) -> tuple[torch.Tensor, float]:

@@ -113,3 +113,10 @@ def copy_bandwidth(size: int, device: str) -> float:
     target = torch.zeros_like(source)
     seconds = [timed(lambda: target.copy_(source), device) for _ in range(7)]
     return 2 * size / float(np.median(seconds))
+
+
+def product_speed(dtype: torch.dtype, device: str, size: int = 2048) -> float:
+    """Floating-point operations a second of one product of two square matrices."""
+    x = torch.randn(size, size, dtype=dtype, device=device)
+    seconds = [timed(lambda: x @ x, device) for _ in range(7)]
+    return 2 * size**3 / float(np.median(seconds))

@@ -7,20 +7,21 @@
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from lore.common.cli import cli
 from lore.common.settings import PositiveInt
 from lore.experiments.report.tables import markdown
 from lore.learning.comparisons import Comparisons, DenseFeatures
-from lore.learning.method import Task
+from lore.learning.method import Fitted, Task
 from lore.methods import METHODS
+from measure import now
 
 RANK = 3  # of the planted tastes
 MEASURED = 50  # iterations of LoRe that are timed; a thousand take in proportion
@@ -40,28 +41,33 @@ def main(
     """
     rows = {}
     for F in features:
-        data = made(users, pairs, F)
-        task = Task(data, data, data, None, shots=(0, 10))
-        cells = {}
+        task = task_of(users, pairs, F)
+        cells: dict[str, Any] = {}
         for name in ("ridge_bt", "mixed_logit"):
-            begin = time.perf_counter()
-            (fit,) = METHODS[name]().fit(task)
-            cells[f"{name}, with its choice"] = f"{time.perf_counter() - begin:.1f}"
+            cells[f"{name}, with its choice"], fit = fitted(task, name)
         cells["chosen"] = fit.describe()["note"]
-        _, few, many = (lore_seconds(task, count) for count in (2, 2, 2 + MEASURED))
-        cells["lore, rank 5, 1,000 iterations"] = f"{(many - few) * 1000 / MEASURED:.1f}"
+        _, few, many = (
+            fitted(task, "lore", ranks=(5,), iterations=steps)[0] for steps in (2, 2, 2 + MEASURED)
+        )
+        cells["lore, rank 5, 1,000 iterations"] = (many - few) * 1000 / MEASURED
         rows[f"F = {F}"] = cells
-    print(markdown(pd.DataFrame.from_dict(rows, orient="index")))
+    print(markdown(pd.DataFrame.from_dict(rows, orient="index").round(1)))
 
 
-def lore_seconds(task: Task, iterations: int) -> float:
-    """Of a fit of LoRe with so many iterations."""
-    begin = time.perf_counter()
-    METHODS["lore"](ranks=(5,), iterations=iterations).fit(task)
-    return time.perf_counter() - begin
+def fitted(task: Task, name: str, **settings: Any) -> tuple[float, Fitted]:
+    """Seconds of a method's fit, and the fit."""
+    begin = now(task.train.device)
+    fit = METHODS[name](**settings).fit(task)[-1]
+    return now(task.train.device) - begin, fit
 
 
-def made(users: int, pairs: int, features: int) -> Comparisons:
+def task_of(users: int, pairs: int, features: int, device: str = "cpu") -> Task:
+    """Comparisons of users who are seen, and stand for new ones as well."""
+    data = made(users, pairs, features, device)
+    return Task(data, data, data, None, shots=(0, 10))
+
+
+def made(users: int, pairs: int, features: int, device: str = "cpu") -> Comparisons:
     """Noisy choices of users with Gaussian tastes of rank ``RANK``; eigenvalues fall as 1 / k."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(users * pairs, features, generator=generator)
@@ -72,7 +78,7 @@ def made(users: int, pairs: int, features: int) -> Comparisons:
     logits /= logits.std() / 2
     wins = torch.rand(len(x), generator=generator) < logits.sigmoid()
     x[~wins] *= -1
-    return Comparisons(DenseFeatures(x), [pairs] * users)
+    return Comparisons(DenseFeatures(x.to(device)), [pairs] * users)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 import core
+import measure
 import mixed
 import running
 import scaling
@@ -180,11 +181,30 @@ def test_the_core_against_plain_loops_and_another_checkout(tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-def test_a_failing_part_is_named(tmp_path):
-    missing = f"model={tmp_path / 'missing'}"
-    done = run("all.py", *CORE, "--embedding", missing, status=2)
-    assert done.err.splitlines()[-1].startswith("error: ")
-    assert "embedding.py failed" in done.err
+def test_a_model_that_is_missing_is_named(tmp_path):
+    done = run("all.py", *CORE, f"--model={tmp_path / 'missing'}", status=2)
+    assert done.err.splitlines()[-1].startswith("error: ") and "missing" in done.err
+
+
+@pytest.mark.slow
+def test_one_table_holds_core_embedding_and_mixed_logit(monkeypatch, model):
+    monkeypatch.setattr(core, "Side", Within)
+    done = run("all.py", *CORE, f"--model={model}", "--texts", "2", "2", "2", "2")
+    rows = table(done.out)
+    assert list(rows.index[:6]) == [case.name for case in tiny()]
+    assert rows.index[6].startswith("embedding, six summaries")
+    assert rows.index[-1] == "mixed logit, 12 users x 4, with its choice"
+    numbers = rows.replace("", np.nan).astype(float)
+    assert numbers["ours / floor"].notna().all()
+    ratio, said = numbers["ours ms"] / numbers["floor ms"], numbers["ours / floor"]
+    assert np.allclose(said, ratio, rtol=0.01, atol=0.06)
+    last, joint = numbers.iloc[-1], numbers.iloc[0]
+    assert last["plain ms"] == pytest.approx(1000 * joint["plain ms"], rel=1e-3)
+
+
+def test_the_speed_of_products_is_counted_in_operations(monkeypatch):
+    monkeypatch.setattr(measure, "timed", lambda work, device: (work(), 0.5)[1])
+    assert measure.product_speed(torch.float32, "cpu", 10) == 2 * 10**3 / 0.5
 
 
 @pytest.mark.slow
