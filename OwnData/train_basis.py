@@ -28,7 +28,7 @@ def main(
 
     Args:
         data: folder that prepare.py wrote.
-        methods: methods to fit, by name; --help lists each one's settings.
+        methods: methods to fit, by name; --help NAME shows one's settings.
         lore: settings of LoRe; Bradley-Terry is fitted with the same.
     """
     dataset = given_split(data, HERE.name)  # who is seen, and what is held out

@@ -37,7 +37,7 @@ def main(
             dialogues; 0 is none.
         trials: random draws of the shots, for each number.
         ask: how shots are chosen: random or d_optimal; random is always there.
-        methods: methods to fit, by name; --help lists each one's settings.
+        methods: methods to fit, by name; --help NAME shows one's settings.
         lore: settings of LoRe; Bradley-Terry is fitted with the same.
     """
     dataset = given_split(data, HERE.name)  # who is seen, and what is held out

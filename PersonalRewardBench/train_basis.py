@@ -31,7 +31,7 @@ def main(
 
     Args:
         data: folder that prepare.py wrote.
-        methods: methods to fit, by name; --help lists each one's settings.
+        methods: methods to fit, by name; --help NAME shows one's settings.
         lore: settings of LoRe; Bradley-Terry is fitted with the same.
     """
     chosen = Settings(methods=methods, lore=lore, **settings)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import runpy
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import running
+from lore import HEAVY
 from lore.common import cli as command
 from lore.common.cli import cli
 from lore.common.files import InputError, write_whole
+from lore.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -250,6 +254,53 @@ def test_files_are_readable_by_whoever_the_umask_lets(tmp_path):
     write_whole(path, lambda draft: save_file({"V": torch.ones(2)}, draft))
     (tmp_path / "plain").touch()
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+# ------------------------------------------------------------------------------- Help
+
+TRAIN = "PRISM/train_basis.py"
+
+
+def test_help_is_a_screen_of_the_scripts_and_lores_own_flags(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "110")
+    text = running.invoke(TRAIN, {}, "--help").out
+    flags = set(re.findall(r"(?m)^  (--[\w.-]+)", text))
+    assert {"--data", "--seeds", "--methods", "--ranks", "--alpha", "--optimizer"} < flags
+    assert not [flag for flag in flags if "." in flag]
+    assert text.count("\n") < 60 and max(map(len, text.splitlines())) <= 110
+    others = [name for name in METHODS if name != "lore"]
+    assert f"--help {'|'.join(others)}\n" in text
+    assert "--ranks 0 1 5 10 15 20 25 50" in text and "--trials" not in text
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "lore"])
+def test_help_of_a_method_has_its_settings_alone(name):
+    text = running.invoke(TRAIN, {}, "--help", name.replace("_", "-")).out
+    flags = re.findall(r"(?m)^  (--[\w.-]+)", text)
+    expected = [f"--{name}.{field.name}".replace("_", "-") for field in fields(METHODS[name])]
+    assert sorted(flags) == sorted(expected)
+
+
+def test_help_of_what_is_no_method_is_refused():
+    outcome = running.invoke(TRAIN, {}, "--help", "palm")
+    assert outcome.status == 2 and outcome.err.startswith("error: --help palm: there ")
+    assert "pal|vpl" in outcome.err and outcome.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", [TRAIN, "PersonalLLM/vary_fewshot.py", "PRISM/prepare.py"])
+def test_help_imports_nothing_heavy(script, tmp_path):
+    """It is the same where importing any of these libraries fails."""
+    for name in HEAVY:
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('imported')", encoding="utf-8")
+    path = ROOT / script
+    run = subprocess.run(
+        [sys.executable, path.name, "--help"], cwd=path.parent, timeout=60, text=True,
+        capture_output=True, env={**os.environ, "PYTHONPATH": str(tmp_path), "COLUMNS": "100"},
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "100")
+        patch.chdir(path.parent)
+        assert (run.stderr, run.stdout) == ("", running.invoke(script, {}, "--help").out)
 
 
 SCRIPT = """

@@ -11,7 +11,11 @@ import argparse
 import dataclasses
 import difflib
 import json
+import os
 import re
+import shutil
+import sys
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -26,7 +30,8 @@ from lore.common.files import InputError, require
 from lore.common.settings import OptimizerChoice
 
 ALIASES = {"run": "name"}  # torchrun takes --run for an option of its own
-OWN = ("help", "h", "print_config")
+HELP = ("h", "help")
+COLUMN = 32  # where help's explanations begin
 Given = dict[str, list[str]]  # flag -> the words after it
 
 
@@ -60,9 +65,10 @@ class Flags:
         self.parser.add_function_arguments(main, as_positional=False)
         self.defaults = self.parser.get_defaults()
         names = set(self.defaults.keys()) - {"config"}
-        found = (action for action in self.parser._actions if action.dest in names)
+        found = [action for action in self.parser._actions if action.dest in names]
         self.types = {action.dest: getattr(action, "_typehint", None) for action in found}
-        self.groups = {name.rpartition(".")[0] for name in self.types} - {""}
+        self.helps = {action.dest: action.help for action in found}
+        self.groups = dict.fromkeys(name.rpartition(".")[0] for name in self.types if "." in name)
         for action in self.parser._actions:
             if action.dest in self.groups:  # jsonargparse would import what such a flag is given
                 action.help = argparse.SUPPRESS
@@ -76,6 +82,9 @@ class Flags:
             InputError: a flag that there is not, or a value that a flag does not take.
         """
         given = self._gather(words)
+        if given.keys() & {*HELP}:
+            print(self.help(*next(given[name] for name in HELP if name in given)[:1]))
+            sys.exit()
         try:
             settings = self.parser.parse_args(self._spell(given))
         except InputError as error:
@@ -84,6 +93,38 @@ class Flags:
         for name in self.types:
             self._check_list(name, settings.get(name), given)
         return {k: _plain(v) for k, v in self.parser.instantiate(settings).as_dict().items()}
+
+    def help(self, group: str = "") -> str:
+        """The flags with their defaults and meaning: a group's, or else all but other groups'.
+
+        Raises:
+            InputError: there is no such group.
+        """
+        group = group.replace("-", "_")
+        apart = [name for name in self.groups if self.short and name != self.short]
+        said = f"--help {group}: there are only --help and --help {'|'.join(apart)}"
+        require(not group or group in self.groups, said)
+        shown = {group} if group else {"", *self.groups} - {*apart}
+        lines = [f"usage: {Path(sys.argv[0]).name} [--flag value ...]"]
+        for section in self.parser._action_groups:
+            names = [action.dest for action in section._group_actions if action.dest in self.types]
+            some = [name for name in names if name.rpartition(".")[0] in shown]
+            lines += [f"\n{section.title}:"] * bool(some) + list(map(self._explain, some))
+        lines += ["\n--config FILE takes any of these from YAML; --print_config writes them."]
+        return "\n".join(lines + [f"More settings: --help {'|'.join(apart)}"] * bool(apart))
+
+    def _explain(self, name: str) -> str:
+        """A flag with its default, what it is for and what it takes."""
+        default, hint = self.defaults[name], self.types[name]
+        values = default if typing.get_origin(hint) is tuple else [default]
+        words = [os.path.relpath(x) if isinstance(x, Path) else _word(x) for x in values]
+        left = f"  {' '.join([self.flag(name), *words]).removesuffix(' null')}  ".ljust(COLUMN)
+        obvious = {*typing.get_args(hint), hint} & {bool, str, Path}
+        text = self.helps[name] + ("" if obvious else f" ({_expected(hint)})")
+        columns = min(shutil.get_terminal_size((100, 0)).columns, 110)
+        lines = textwrap.wrap(text, max(columns - COLUMN, 40))
+        first = [left + lines.pop(0)] if len(left) == COLUMN else [left.rstrip()]
+        return f"\n{' ' * COLUMN}".join(first + lines)
 
     # ------------------------------------------------------------- What is given
 
@@ -97,7 +138,7 @@ class Flags:
         for flag, values in lines:
             name = self._full_name(flag)
             holder, _, argument = name.rpartition(".")
-            if name in self.types or name in OWN:
+            if name in {*self.types, *HELP, "print_config"}:
                 given[name] = values
             elif _has(self.types.get(holder), OptimizerChoice):
                 require(len(values) == 1, f"--{flag}: one number is expected")
@@ -165,11 +206,10 @@ class Flags:
             several = isinstance(default, Collection) and not isinstance(default, str | dict)
             if values and several and not values[0].startswith("["):
                 values = [json.dumps(values)]  # as texts: they are read as what the type says
-            if name not in OWN:
-                require(all(values) and values != [], f"{self.flag(name)}: a value is missing")
+            missing = name in self.types and not (values and all(values))
+            require(not missing, f"{self.flag(name)}: a value is missing")
             require(len(values) < 2, f"{self.flag(name)} {' '.join(values)}: it takes one value")
-            dashes = "-" if name == "h" else "--"
-            arguments.append("=".join([dashes + name, *values]))
+            arguments.append("=".join([f"--{name}", *values]))
         return arguments
 
     # ------------------------------------------------------------ What is refused
@@ -239,7 +279,7 @@ def _has(hint: Any, kind: type) -> bool:
 
 def _expected(hint: Any) -> str:
     """What a flag takes, in words."""
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    names = {bool: "true or false", OptimizerChoice: "a class of torch.optim", str: "a text"}
     if typing.get_origin(hint) is Literal:
         return f"one of {', '.join(map(str, typing.get_args(hint)))}"
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
@@ -247,6 +287,6 @@ def _expected(hint: Any) -> str:
     if typing.get_origin(hint) is not None:
         inner = typing.get_args(hint)[0]
         if typing.get_origin(inner) is Literal:
-            return _expected(inner)
-        return "a list of lists" if typing.get_origin(inner) else "a list"
+            return _expected(inner).replace("one", "some")
+        return "lists" if typing.get_origin(inner) else f"a list, each {_expected(inner)}"
     return names.get(hint, getattr(hint, "__name__", str(hint)))
