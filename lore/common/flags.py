@@ -7,7 +7,6 @@ name something to be imported or called.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
 import json
@@ -69,11 +68,6 @@ class Flags:
         self.types = {action.dest: getattr(action, "_typehint", None) for action in found}
         self.helps = {action.dest: action.help for action in found}
         self.groups = dict.fromkeys(name.rpartition(".")[0] for name in self.types if "." in name)
-        for action in self.parser._actions:
-            if action.dest in self.groups:  # jsonargparse would import what such a flag is given
-                action.help = argparse.SUPPRESS
-            elif action.dest in self.types:
-                action.option_strings = [self.flag(action.dest)]  # as --help shows it
 
     def read(self, words: Sequence[str]) -> dict[str, Any]:
         """The arguments that a command line asks for.
@@ -101,7 +95,7 @@ class Flags:
             InputError: there is no such group.
         """
         group = group.replace("-", "_")
-        apart = [name for name in self.groups if self.short and name != self.short]
+        apart = [name for name in self.groups if self.short and name not in self.short]
         said = f"--help {group}: there are only --help and --help {'|'.join(apart)}"
         require(not group or group in self.groups, said)
         shown = {group} if group else {"", *self.groups} - {*apart}
