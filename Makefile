@@ -6,7 +6,8 @@
 #   QUESTIONS="--tables-only"    flags of make questions
 #   VENV=path/of/an/environment  use that one as it is; nothing is installed
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTHON ?= $(shell for v in 11 12 13; do python3.$$v -c "" 2>/dev/null && echo python3.$$v && exit; \
+	done; echo python3)
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 
@@ -54,6 +55,7 @@ gpu: $(READY)  ## what a GPU computes and how fast, in under nine minutes; write
 
 # PyTorch comes first, so that an environment that has its own build keeps it.
 .venv/.installed: requirements.txt requirements-dev.txt
+	@$(PYTHON) lore/__init__.py  # says in one line that it is too old, if so
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet $(TORCH)
 	.venv/bin/python -m pip install --quiet -r requirements-dev.txt

@@ -238,6 +238,18 @@ def test_what_the_documents_say_of_torchrun_is_a_command():
         assert asked.training_script.endswith(".py") and "--name" in asked.training_script_args
 
 
+def test_what_the_page_on_clusters_says_are_flags():
+    """Every flag after a script's name in its batch files is one of the script in that folder."""
+    blocks = re.findall(r"```bash\n(.*?)```", _read(running.ROOT / "docs/cluster.md"), re.S)
+    assert len(blocks) == 3
+    for block in blocks:
+        folder = re.search(r"^cd ~/LoRe/(\w+)", block, re.M)[1]
+        script, words = re.search(r"^(?:python|torchrun .*?) ?(\S+\.py) (.*)", block, re.M).groups()
+        words = words.replace("$SLURM_ARRAY_TASK_ID", "1").split()
+        assert len(words) > 4
+        flags_of(f"{folder}/{script}").read(words)
+
+
 def _read(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
