@@ -218,7 +218,8 @@ def all_rewards(
     max_length = official_length(source, max_length)
     if mode == "seqclf":
         limits = (max_length, truncation_side, batch_size)
-        return {"model": own_rewards(source, conversations, *limits, device, dtype)}
+        progress = embedding.get("progress", True)
+        return {"model": own_rewards(source, conversations, *limits, device, dtype, progress)}
     facts = (dtype, max_length, truncation_side)
     store = embed(
         conversations,
@@ -274,6 +275,7 @@ def own_rewards(
     batch_size: int,
     device: str,
     dtype: str,
+    progress: bool = True,
 ) -> np.ndarray:
     """Logits [conversations] of the model's own classification forward.
 
@@ -294,7 +296,8 @@ def own_rewards(
         ids = np.array(render(tokenizer, conversation))
         tokens.append(cut_tokens(ids, tokenizer.bos_token_id, max_length, truncation_side))
     rewards = np.empty(len(tokens))
-    for batch in tqdm(_same_length_batches(tokens, batch_size), unit="batch"):
+    batches = _same_length_batches(tokens, batch_size)
+    for batch in tqdm(batches, unit="batch", disable=not progress or None):
         input_ids = torch.from_numpy(np.stack([tokens[i] for i in batch])).to(device)
         rewards[batch] = engine.model(input_ids=input_ids).logits[:, 0].float().cpu()
     return rewards

@@ -20,7 +20,7 @@ from torch import Tensor
 import running
 import utils
 import worlds
-from lore.common.files import InputError, alone, digest, file_sha256
+from lore.common.files import InputError, digest, file_sha256, lock_folder
 from lore.embeddings import store as embeddings
 from lore.embeddings.store import open_store
 from lore.experiments import splits
@@ -479,10 +479,10 @@ def test_a_damaged_model_is_named_and_claims_no_folder(model, tmp_path, monkeypa
 
 def test_whoever_comes_second_is_told_the_firsts_process(tmp_path):
     folder = tmp_path / "out"
-    with alone(folder), pytest.raises(InputError) as error, alone(folder):
+    with lock_folder(folder), pytest.raises(InputError) as error, lock_folder(folder):
         pass
     one_line(error, str(folder), f"process {os.getpid()} ")
-    with alone(folder, "1/2"), alone(folder, "2/2"), alone(folder):
+    with lock_folder(folder, "1/2"), lock_folder(folder, "2/2"), lock_folder(folder):
         assert not folder.exists()
     assert not list(tmp_path.iterdir())
 
@@ -491,16 +491,16 @@ def test_whoever_comes_second_is_told_the_firsts_process(tmp_path):
 def test_two_runs_of_a_command_on_one_folder_do_not_mix(dataset, model, tmp_path):
     prism, data = dataset("PRISM"), tmp_path / "data"
     prepare = {"source": prism.source, "out": data}
-    with alone(data):
+    with lock_folder(data):
         refused = running.invoke("PRISM/prepare.py", prepare)
     assert refused.status == 2 and not data.exists()
     assert running.invoke("PRISM/prepare.py", prepare).status == 0
     embed = {"data": data, "model": model, "progress": "false"}
-    with alone(data / "embeddings"):
+    with lock_folder(data / "embeddings"):
         refused_too = running.invoke("PRISM/generate-prism-embeddings.py", embed)
     assert refused_too.status == 2 and not (data / "embeddings").exists()
     train = {"data": prism.data, "results": tmp_path, "name": "a", "ranks": 1, "iterations": 2}
-    with alone(tmp_path / "PRISM" / "a"):
+    with lock_folder(tmp_path / "PRISM" / "a"):
         last = running.invoke("PRISM/train_basis.py", train)
     assert last.status == 2 and not (tmp_path / "PRISM" / "a").exists()
     for outcome in (refused, refused_too, last):

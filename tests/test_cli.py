@@ -46,7 +46,7 @@ def call(
 
 
 DEFAULTS = {"ranks": (1,), "alpha": (0.0,), "users": (), "few_shot": 9, "learning_rate": 0.1,
-            "embed": True, "quiet": False, "name": None}  # fmt: skip
+            "embed": True, "silent": False, "name": None}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -62,8 +62,8 @@ DEFAULTS = {"ranks": (1,), "alpha": (0.0,), "users": (), "few_shot": 9, "learnin
         ("--users 123 456", {"users": ("123", "456")}),
         ("--users 0x1F 1e3 null true user-7 1_000",
          {"users": ("0x1F", "1e3", "null", "true", "user-7", "1_000")}),
-        ("--embed --quiet=true", {"embed": True, "quiet": True}),
-        ("--quiet --few-shot 2", {"quiet": True, "few_shot": 2}),
+        ("--embed --silent=true", {"embed": True, "silent": True}),
+        ("--silent --few-shot 2", {"silent": True, "few_shot": 2}),
         ("--embed false --few-shot -2", {"embed": False, "few_shot": -2}),
         ("--name 12", {"name": "12"}),
         ("--run 12", {"name": "12"}),
@@ -79,7 +79,7 @@ def test_flags_become_arguments(monkeypatch, capsys, line, expected):
         few_shot: int = 9,
         learning_rate: float = 0.1,
         embed: bool = True,
-        quiet: bool = False,
+        silent: bool = False,
         name: str | None = None,
     ) -> None:
         """Nothing."""
@@ -106,6 +106,28 @@ class Lore:
     select_rank: bool = False
 
 
+@pytest.mark.parametrize(
+    ("words", "progress", "said"),
+    [([], True, "a step\na warning\n"), (["--quiet"], False, "a warning\n"),
+     (["--quiet", "false"], True, "a step\na warning\n")],
+)  # fmt: skip
+def test_quiet_leaves_warnings_and_results(words, progress, said):
+    command = [sys.executable, "-c", LOUD, *words]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (run.returncode, run.stdout, run.stderr) == (0, f"result {progress}\n", said)
+
+
+LOUD = """
+import logging
+from lore.common.cli import cli
+def main(progress: bool = True) -> None:
+    'Say much.'
+    log = logging.getLogger("main")
+    log.info("a step")
+    log.warning("a warning")
+    print("result", progress)
+cli(main)
+"""
 GIVEN = Lore((2, 3))
 
 

@@ -14,7 +14,7 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.common.cli import cli
-from lore.common.files import alone, check_output, has_keys, require
+from lore.common.files import check_output, has_keys, lock_folder, require
 from lore.common.settings import NonNegativeFloat, NonNegativeInt, Port, SeedNumber
 from lore.elicitation.choices import Answers, read_candidates, read_pool
 from lore.elicitation.criteria import Criterion
@@ -75,7 +75,7 @@ def main(
     check_output(profile, "--profile", is_ours, [basis, pool, candidates])
     require(page or not port, "--port is the page's: give --page too")
     require(answers.parent.is_dir(), f"--answers {answers}: there is no folder {answers.parent}")
-    with alone(answers):
+    with lock_folder(answers):
         book = Answers(answers, user)
         pairs = read_pool(pool, columns)
         offered = read_candidates(candidates, columns) if candidates else []

@@ -29,7 +29,7 @@ class _Terminated(KeyboardInterrupt):
 def cli(main: Callable[..., Any], short: str | None = None, kept: str = KEPT) -> None:
     """Run a script's typed ``main`` with settings from flags or ``--config file.yaml``.
 
-    Flags are the arguments of ``main``, see ``flags.Flags``; their help is its docstring. A user's
+    Flags are --quiet and the arguments of ``main``, see ``flags.Flags``. A user's
     mistake (``InputError``, a missing file, a full disk) ends in one line, status 2; Ctrl-C and
     SIGTERM in one that says what is kept, status 130 and 143; a closed pipe in none, 141. Of
     several processes the first says it.
@@ -42,7 +42,10 @@ def cli(main: Callable[..., Any], short: str | None = None, kept: str = KEPT) ->
     _log_to_stderr()
     try:
         with _terminated():
-            main(**Flags(main, short).read(sys.argv[1:]))
+            flags = Flags(main, short)
+            arguments = flags.read(sys.argv[1:])
+            logging.getLogger().setLevel(logging.WARNING if flags.quiet else logging.INFO)
+            main(**arguments)
             sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output has what was wanted, such as head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -91,7 +94,7 @@ def _process() -> int:
 
 def _log_to_stderr() -> None:
     """This project's messages, and the warnings of libraries."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
     for handler in logging.getLogger().handlers:
         handler.addFilter(is_shown)
 

@@ -131,8 +131,8 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
-def alone(folder: Path, share: str | None = None) -> Iterator[None]:
-    """Keep a folder to this process while it works; its lock lies beside it and goes with the work.
+def lock_folder(folder: Path, share: str | None = None) -> Iterator[None]:
+    """Keep a folder, or a file, to this process while it works; its lock lies beside it meanwhile.
 
     Args:
         folder: what is worked on; it need not be there yet.
@@ -140,7 +140,7 @@ def alone(folder: Path, share: str | None = None) -> Iterator[None]:
             the processes of torchrun.
 
     Raises:
-        InputError: another process has it, whose number is told.
+        InputError: another process has it.
     """
     process = os.environ.get("RANK", "0")
     path = Path(os.path.abspath(folder))

@@ -61,6 +61,8 @@ class Flags:
         self.short, self.parser = (short or "").split(), _Parser(allow_abbrev=False)
         text = "YAML file with any of these settings; flags come before what it says."
         self.parser.add_argument("--config", action="config", help=text)
+        text = "no progress bars, and no log lines but warnings; results are printed."
+        self.parser.add_argument("--quiet", type=bool, default=False, help=text)
         self.parser.add_function_arguments(main, as_positional=False)
         self.defaults = self.parser.get_defaults()
         names = set(self.defaults.keys()) - {"config"}
@@ -70,7 +72,7 @@ class Flags:
         self.groups = dict.fromkeys(name.rpartition(".")[0] for name in self.types if "." in name)
 
     def read(self, words: Sequence[str]) -> dict[str, Any]:
-        """The arguments that a command line asks for.
+        """The arguments that a command line asks for; ``quiet`` says whether the log is to be.
 
         Raises:
             InputError: a flag that there is not, or a value that a flag does not take.
@@ -84,6 +86,9 @@ class Flags:
         except InputError as error:
             raise InputError(self._say(str(error), given)) from None
         settings.pop("config", None)
+        self.quiet = settings.pop("quiet")
+        if self.quiet and "progress" in self.types:
+            settings["progress"] = False
         for name in self.types:
             self._check_list(name, settings.get(name), given)
         return {k: _plain(v) for k, v in self.parser.instantiate(settings).as_dict().items()}

@@ -28,9 +28,9 @@ from tqdm import tqdm
 
 from lore.common.files import (
     InputError,
-    alone,
     digest,
     file_sha256,
+    lock_folder,
     read_json,
     require,
     write_whole,
@@ -132,7 +132,7 @@ def embed(
     source = Source(model, tokenizer, revision, trust_remote_code)
     plan = _plan(conversations, source, dtype, max_length, truncation_side, shard_size)
     load = partial(load_engine, source, dtype, device, attention, method, batch_tokens, padding)
-    with alone(Path(folder), shard):
+    with lock_folder(Path(folder), shard):
         return _complete(Path(folder), plan, load, worker, workers, progress)
 
 
@@ -444,7 +444,7 @@ def _embed_shards(
 ) -> None:
     total = sum(len(plan.tokens[i]) // 4 for shard in shards for i in shard)
     begin = time.perf_counter()
-    with tqdm(total=total, unit="tok", unit_scale=True, disable=not progress) as bar:
+    with tqdm(total=total, unit="tok", unit_scale=True, disable=not progress or None) as bar:
         for shard in shards:
             before = engine.tokens_computed
             tokens = [np.frombuffer(plan.tokens[i], ">u4").astype(np.int64) for i in shard]

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from lore.common.cli import cli
 from lore.common.devices import pick_device, processes, wait_for_all
-from lore.common.files import alone, require
+from lore.common.files import lock_folder, require
 from lore.common.settings import Name, NonNegativeInt, SeedNumber
 from lore.embeddings.store import Store
 from lore.experiments.judging import Sweep
 from lore.experiments.report.tables import report
 from lore.experiments.runs import Run, run_folder
 from lore.experiments.splits import Tasks
+from lore.experiments.trackers import Tracker, check_tracker, track
 from lore.learning.method import Fitted, Method, Task, check
 from lore.methods import METHODS
 from lore.methods.baselines import BradleyTerry, Own, Reference
@@ -59,7 +60,9 @@ class Settings:
         results: Folder of all results; the run's own folder is made inside it.
         name: Name of the run's folder; by default made from the settings. Also --run.
         checkpoint_every: Steps between two saved states of the training; 0 for none.
-        progress: Show progress bars.
+        progress: Show progress bars, where stderr is a terminal.
+        log: Where else the losses and figures of finished fits go: tensorboard or wandb, where
+            that is installed; its files lie in the run's folder.
         verify: Read all embeddings once more and compare them with their checksums, which
             otherwise is done when they are first used.
     """
@@ -73,6 +76,7 @@ class Settings:
     name: Name | None = None
     checkpoint_every: NonNegativeInt = 200
     progress: bool = True
+    log: Tracker = "none"
     verify: bool = False
     ridge_bt: RidgeBT = field(default_factory=RidgeBT)
     lore: Lore = field(default_factory=Lore)
@@ -127,6 +131,7 @@ def open_run(
     """
     settings.chosen()  # refuses what there is not before anything is made, as the next lines do
     pick_device(settings.device)
+    check_tracker(settings.log)
     shared = {"script": script, "reference": settings.reference, **dataset.facts()}
     if sweep is not None:
         sweep.check()
@@ -137,7 +142,7 @@ def open_run(
         dataset.store.verify()
     first = processes()[0] == 0
     where = (settings.results, settings.name, shared, settings.all_methods())
-    with alone(run_folder(*where)) if first else nullcontext():
+    with lock_folder(run_folder(*where)) if first else nullcontext():
         run = Run.start(*where)
         wait_for_all()  # the first one writes only when all have read what is there
         yield Experiment(run, dataset, settings, sweep)
@@ -248,6 +253,7 @@ class Experiment:
             "fits": [_describe(fit, task, self.dataset) for fit in fits], "records": list(records),
         }  # fmt: skip
         self.run.add(task.seed, self.about, name, done, list(self.settings.chosen()))
+        track(self.settings.log, self.run.folder, task.seed, done)
 
     def _save_basis(self, fit: Fitted, task: Task) -> None:
         if not fit.file:

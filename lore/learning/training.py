@@ -200,7 +200,7 @@ class Training:
         start = checkpoint.restore(self) if checkpoint else 0
         label = f"rank {', '.join(map(str, self.ranks))}"
         bar = tqdm(range(start, lead.num_iterations), label, initial=start,
-                   total=lead.num_iterations, disable=not lead.progress)  # fmt: skip
+                   total=lead.num_iterations, disable=not lead.progress or None)  # fmt: skip
         step_once = self._alternating_step if lead.alternating else self._joint_step
         for step in bar:
             self.losses[step] = step_once(step)
@@ -375,7 +375,8 @@ def fit_weights(
         return total + pulls
 
     steps = make_optimizer(optimizer, [logits], learning_rate)
-    for _ in tqdm(range(num_iterations), "users' weights", disable=not progress, leave=False):
+    hidden = not progress or None  # None is as stderr is: no bars where that is no terminal
+    for _ in tqdm(range(num_iterations), "users' weights", disable=hidden, leave=False):
         total = _step(steps, gradient)
         if losses is not None:
             losses.append(float(total))
@@ -397,7 +398,8 @@ def own_directions(
     """
     directions = []
     parts = list(data.parts(2, CACHE_BYTES))
-    for _, _, part in tqdm(parts, "own models", disable=not progress, leave=False):
+    hidden = not progress or None
+    for _, _, part in tqdm(parts, "own models", disable=hidden, leave=False):
         x = part.features.x.float()
         V = x.new_zeros(part.num_users, x.shape[1])
         c = (part.weight / part.user_weight()[part.user]).to(x)

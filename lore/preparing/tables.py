@@ -25,12 +25,12 @@ from torch import Tensor
 
 from lore.common.files import (
     InputError,
-    alone,
     check_output,
     digest,
     file_sha256,
     first_line,
     has_keys,
+    lock_folder,
     read_json,
     require,
     write_text,
@@ -379,7 +379,7 @@ def finish(
         funnel: has the counts.
         share: i/n where n processes are to share the embedding, each of which writes the folder.
     """
-    with alone(folder, share):
+    with lock_folder(folder, share):
         says = write_prepared(folder, conversations, table, {**info, "counts": funnel.counts})
     if "warning" in info:
         says.append(f"WARNING: {info['warning']}")

@@ -1,0 +1,72 @@
+"""Losses and figures of finished fits for TensorBoard or Weights & Biases."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from lore.common.files import require
+
+Tracker = Literal["none", "tensorboard", "wandb"]
+
+
+def check_tracker(tracker: Tracker) -> None:
+    """Refuse one that is not installed, before any work."""
+    found = tracker == "none" or importlib.util.find_spec(tracker) is not None
+    require(found, f"--log {tracker}: it is not installed; pip install {tracker}, or leave it out")
+
+
+def track(tracker: Tracker, folder: Path, seed: int, method: Mapping[str, Any]) -> None:
+    """Write down a finished method's fits, each as a run of its own; see ``scalars``.
+
+    Args:
+        tracker: that writes.
+        folder: of the results; what is written lies in it.
+        seed: the repeat.
+        method: its fits and records, as results.json has them.
+    """
+    for fit in method["fits"] if tracker != "none" else ():
+        name = f"{fit['label']}, seed {seed}".replace("/", " ")
+        found = list(scalars(fit, method["records"]))
+        if tracker == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            with SummaryWriter(folder / tracker / name) as writer:
+                for key, value, step in found:
+                    writer.add_scalar(key, value, step)
+        else:
+            import wandb
+
+            steps = defaultdict(dict)  # each may be logged once, in order
+            for key, value, step in found:
+                steps[step][key] = value
+            about = {"project": "LoRe", "group": folder.name, "config": fit["settings"]}
+            with wandb.init(dir=folder, name=name, **about) as run:
+                for step in sorted(steps):
+                    run.log(steps[step], step=step)
+
+
+def scalars(
+    fit: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[str, float, int]]:
+    """Names, values and steps of a fit's figures.
+
+    The loss of every step of the training that was kept; the validation log loss of every setting
+    tried; accuracy and log loss of every set, means over users, at each number of shots or else 0.
+    """
+    for number, loss in enumerate(fit.get("losses", ())):
+        yield "loss", loss, number * fit.get("loss_step", 1)
+    tried = fit.get("tried") or ()
+    losses = tried.values() if isinstance(tried, Mapping) else (one.get("loss") for one in tried)
+    for number, loss in enumerate(losses):
+        if loss is not None:
+            yield "validation/log_loss", loss, number
+    for record in records:
+        if record["label"] == fit["label"] and not record["control"]:
+            for key in ("accuracy", "log_loss"):
+                yield f"{record['set']}/{key}", float(np.mean(record[key])), record["shots"] or 0
