@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lore.common.settings import NonNegativeInt, PositiveInt
-from lore.elicitation.criteria import Criterion
 from lore.experiments.judging import Sweep
 from lore.experiments.runner import Settings, command, open_run
 from lore.experiments.splits import given_split
@@ -18,13 +16,12 @@ HERE = Path(__file__).resolve().parent
 
 # The paper's objective, with the steps of its few-shot curves.
 LORE = Lore(ranks=(5,), iterations=500)
+SWEEP = Sweep((1, 2, 5, 10), trials=20)
 
 
 def main(
     data: Path = HERE / "data",
-    shots: tuple[NonNegativeInt, ...] = (1, 2, 5, 10),
-    trials: PositiveInt = 20,
-    ask: tuple[Criterion, ...] = ("random",),
+    sweep: Sweep = SWEEP,
     lore: Lore = LORE,
     **settings: Any,
 ) -> None:
@@ -32,14 +29,11 @@ def main(
 
     Args:
         data: folder that prepare.py wrote.
-        shots: numbers of dialogues of an unseen annotator; 0 is none.
-        trials: random draws of the dialogues, for each number.
-        ask: how shots are chosen: random or d_optimal; random is always there.
+        sweep: dialogues of an unseen annotator: how many, and how they are drawn.
         lore: settings of LoRe; Bradley-Terry is fitted with the same.
     """
     chosen = Settings(lore=lore, **settings)
     dataset = given_split(data, HERE.name)  # who is seen, and what is held out
-    sweep = Sweep(shots, trials, ask)
     with open_run("vary_fewshot", dataset, chosen, sweep) as run:  # goes on where a killed one was
         for task, name, method in run.unfinished():  # every seed, every method
             fits = sweep.asking(method.fit(task))  # from task.train alone

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lore.common.settings import NonNegativeInt, PositiveInt
-from lore.elicitation.criteria import Criterion
 from lore.experiments.judging import Sweep
 from lore.experiments.runner import MethodName, Settings, command, open_run
 from lore.experiments.splits import given_split, seen_users
@@ -18,13 +16,12 @@ HERE = Path(__file__).resolve().parent
 
 # LoRe as the paper has it, and the mixed logit, which is what we would use.
 LORE = Lore(ranks=(5,), iterations=500)
+SWEEP = Sweep((0, 1, 2, 5, 10, 20), trials=5)
 
 
 def main(
     data: Path = HERE / "data",
-    shots: tuple[NonNegativeInt, ...] = (0, 1, 2, 5, 10, 20),
-    trials: PositiveInt = 5,
-    ask: tuple[Criterion, ...] = ("random",),
+    sweep: Sweep = SWEEP,
     methods: tuple[MethodName, ...] = ("lore", "mixed_logit"),
     lore: Lore = LORE,
     **settings: Any,
@@ -33,10 +30,8 @@ def main(
 
     Args:
         data: folder that prepare.py wrote.
-        shots: numbers of dialogues of an unseen user, or of comparisons where the data have no
-            dialogues; 0 is none.
-        trials: random draws of the shots, for each number.
-        ask: how shots are chosen: random or d_optimal; random is always there.
+        sweep: shots of an unseen user, which are dialogues, or comparisons where there are none:
+            how many, and how they are drawn.
         methods: methods to fit, by name; --help NAME shows one's settings.
         lore: settings of LoRe; Bradley-Terry is fitted with the same.
     """
@@ -44,7 +39,6 @@ def main(
     if lore.ranks == LORE.ranks:
         lore = lore.within(seen_users(dataset))
     chosen = Settings(methods=methods, lore=lore, **settings)
-    sweep = Sweep(shots, trials, ask)
     with open_run("vary_fewshot", dataset, chosen, sweep) as run:  # goes on where a killed one was
         for task, name, method in run.unfinished():  # every seed, every method
             fits = sweep.asking(method.fit(task))  # from task.train alone

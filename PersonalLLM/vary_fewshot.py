@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lore.common.settings import Concentration, NonNegativeInt, PositiveInt
-from lore.elicitation.criteria import Criterion
+from lore.common.settings import Concentration, PositiveInt
 from lore.experiments.judging import Sweep
 from lore.experiments.runner import Settings, command, open_run
 from lore.experiments.splits import simulated_users
@@ -18,6 +17,7 @@ HERE = Path(__file__).resolve().parent
 
 # Rank and steps of the paper's few-shot curves.
 LORE = Lore(ranks=(5,), iterations=500)
+SWEEP = Sweep((1, 3, 5, 7, 9, 15, 30, 45), trials=5)
 
 
 def main(
@@ -26,10 +26,8 @@ def main(
     users: PositiveInt = 1000,
     unseen_users: PositiveInt = 1000,
     pairs_per_user: PositiveInt = 45,
-    shots: tuple[NonNegativeInt, ...] = (1, 3, 5, 7, 9, 15, 30, 45),
-    trials: PositiveInt = 5,
+    sweep: Sweep = SWEEP,
     pool: PositiveInt | None = None,
-    ask: tuple[Criterion, ...] = ("random",),
     lore: Lore = LORE,
     **settings: Any,
 ) -> None:
@@ -42,19 +40,16 @@ def main(
         users: seen users.
         unseen_users: users who are known by a few comparisons alone.
         pairs_per_user: training prompts of each seen user.
-        shots: numbers of comparisons of a new user; 0 is none.
-        trials: random draws of the comparisons, for each number.
+        sweep: comparisons of a new user: how many, and how they are drawn.
         pool: comparisons of each new user that shots are drawn from; by default as many as the
             largest number of shots.
-        ask: how shots are chosen: random or d_optimal; random is always there.
         lore: settings of LoRe; Bradley-Terry is fitted with the same.
     """
     chosen = Settings(lore=lore, **settings)
-    most = pool or max(1, *shots)
+    most = pool or max(1, *sweep.shots)
     dataset = simulated_users(
         data, dirichlet_alpha, users, unseen_users, pairs_per_user, most, HERE.name
     )
-    sweep = Sweep(shots, trials, ask)
     with open_run("vary_fewshot", dataset, chosen, sweep) as run:  # goes on where a killed one was
         for task, name, method in run.unfinished():  # every seed, every method
             fits = sweep.asking(method.fit(task))  # from task.train alone

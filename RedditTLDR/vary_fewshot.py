@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lore.common.settings import Fraction, NonNegativeInt, PositiveInt
-from lore.elicitation.criteria import Criterion
+from lore.common.settings import Fraction, PositiveInt
 from lore.experiments.judging import Sweep
 from lore.experiments.runner import Settings, command, open_run
 from lore.experiments.splits import drawn_split
@@ -18,16 +17,15 @@ HERE = Path(__file__).resolve().parent
 
 # Rank and steps of the paper's few-shot curve.
 LORE = Lore(ranks=(5,), iterations=500)
+SWEEP = Sweep((5, 10, 15, 20, 25, 30, 35, 40, 45, 50), trials=20)
 
 
 def main(
     data: Path = HERE / "data",
     pairs_per_user: PositiveInt = 150,
     seen_fraction: Fraction = 0.5,
-    shots: tuple[NonNegativeInt, ...] = (5, 10, 15, 20, 25, 30, 35, 40, 45, 50),
-    trials: PositiveInt = 20,
+    sweep: Sweep = SWEEP,
     pool: PositiveInt | None = None,
-    ask: tuple[Criterion, ...] = ("random",),
     lore: Lore = LORE,
     **settings: Any,
 ) -> None:
@@ -37,17 +35,14 @@ def main(
         data: folder that prepare.py wrote.
         pairs_per_user: random training comparisons of each seen worker.
         seen_fraction: share of the workers who are seen.
-        shots: numbers of comparisons of an unseen worker; 0 is none.
-        trials: random draws of the comparisons, for each number.
+        sweep: comparisons of an unseen worker: how many, and how they are drawn.
         pool: comparisons of each new user that shots are drawn from; by default as many as the
             largest number of shots.
-        ask: how shots are chosen: random or d_optimal; random is always there.
         lore: settings of LoRe; Bradley-Terry is fitted with the same.
     """
     chosen = Settings(lore=lore, **settings)
-    most = pool or max(1, *shots)
+    most = pool or max(1, *sweep.shots)
     dataset = drawn_split(data, seen_fraction, pairs_per_user, most, dataset=HERE.name)
-    sweep = Sweep(shots, trials, ask)
     with open_run("vary_fewshot", dataset, chosen, sweep) as run:  # goes on where a killed one was
         for task, name, method in run.unfinished():  # every seed, every method
             fits = sweep.asking(method.fit(task))  # from task.train alone

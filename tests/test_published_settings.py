@@ -107,9 +107,10 @@ def default_of(where: str, setting: str) -> Any:
         parameters = inspect.signature(module.main).parameters
         if setting in parameters and setting != "alpha":
             return parameters[setting].default
-        lore = parameters["lore"].default
-        assert lore is module.LORE
-        return getattr(lore, setting)
+        group = "sweep" if hasattr(getattr(module, "SWEEP", None), setting) else "lore"
+        settings = parameters[group].default
+        assert settings is getattr(module, group.upper())
+        return getattr(settings, setting)
     if where == "utils":
         return getattr(utils, setting)
     if where.startswith("utils."):

@@ -108,8 +108,9 @@ class Settings:
 
 
 def command(main: Callable[..., Any]) -> None:
-    """Run a script's ``main``; flags of LoRe may go without their group: --ranks, --alpha."""
-    cli(main, "lore", "finished methods and repeats and the last state of the training are kept")
+    """Run a script's ``main``; flags of LoRe and a sweep go without their group: --ranks."""
+    kept = "finished methods and repeats and the last state of the training are kept"
+    cli(main, "lore sweep", kept)
 
 
 @contextmanager
