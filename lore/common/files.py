@@ -40,25 +40,14 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         draft.chmod(0o666 & ~UMASK)  # safetensors keeps its files from all but their owner
         os.replace(draft, path)
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError
-        _remove(draft)
         raise InputError(f"{path}: cannot be written ({error}); what was there is kept") from error
-    except KeyboardInterrupt:
-        _remove(draft)
-        raise
-
-
-def _remove(draft: Path) -> None:
-    """Remove a draft if it is there; on a read-only disk none is."""
-    with suppress(OSError):
-        draft.unlink()
+    finally:
+        with suppress(OSError):  # it is gone when all went well
+            draft.unlink()
 
 
 def check_place(path: Path, flag: str) -> None:
-    """Notice before the work, which takes long, that a file cannot be written where a flag says.
-
-    Raises:
-        InputError: it is a folder, or would be in what is no folder to write in.
-    """
+    """Notice before the work, which takes long, that a file cannot be written where a flag says."""
     require(not path.is_dir(), f"{flag} {path}: is a folder; name a file")
     above = next(folder for folder in path.absolute().parents if folder.exists())
     writable = above.is_dir() and os.access(above, os.W_OK)
@@ -78,9 +67,6 @@ def check_output(
         flag: that names it, or its folder.
         is_ours: whether a file that is there carries a mark of what is written to this place.
         inputs: what is read; None for what is not given.
-
-    Raises:
-        InputError: the file is one of these, or there and not ours.
     """
     if path.exists():
         read = any(given and os.path.exists(given) and path.samefile(given) for given in inputs)
@@ -93,11 +79,10 @@ def has_keys(*keys: str) -> Callable[[Path], bool]:
     """For ``check_output``: a JSON file is ours if it is an object with these keys."""
 
     def is_ours(path: Path) -> bool:
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError, OSError):
-            return False
-        return isinstance(found, dict) and found.keys() >= set(keys)
+        with suppress(InputError):
+            found = read_json(path)
+            return isinstance(found, dict) and found.keys() >= set(keys)
+        return False
 
     return is_ours
 
@@ -151,7 +136,9 @@ def lock_folder(folder: Path, share: str | None = None) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
-        raise InputError(f"{folder}: {_holder(path)} works on it; wait for its end") from None
+        holder = path.read_text(encoding="utf-8") if path.is_file() else ""
+        who = f"process {holder}" if holder.isdigit() else "another process"
+        raise InputError(f"{folder}: {who} works on it; wait for its end") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from error
     try:
@@ -160,15 +147,6 @@ def lock_folder(folder: Path, share: str | None = None) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)  # before the release: whoever waits then makes another one
         lock.release()
-
-
-def _holder(lock: Path) -> str:
-    """The process that holds a lock, as far as the file says."""
-    try:
-        number = lock.read_text(encoding="utf-8")
-    except OSError:
-        number = ""
-    return f"process {number}" if number.isdigit() else "another process"
 
 
 def file_sha256(path: Path) -> str:

@@ -7,7 +7,7 @@ name something to be imported or called.
 
 from __future__ import annotations
 
-import dataclasses
+import argparse
 import difflib
 import json
 import os
@@ -18,9 +18,10 @@ import textwrap
 import types
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import jsonargparse
 import yaml
@@ -28,20 +29,9 @@ import yaml
 from lore.common.files import InputError, require
 from lore.common.settings import OptimizerChoice
 
-ALIASES = {"run": "name"}  # torchrun takes --run for an option of its own
-HELP = ("h", "help")
+ALIASES = {"run": "name", "h": "help"}  # torchrun takes --run for an option of its own
 COLUMN = 32  # where help's explanations begin
 Given = dict[str, list[str]]  # flag -> the words after it
-
-
-class _Parser(jsonargparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise InputError; parsers within this one raise what they always do."""
-        if not self.exit_on_error:
-            super().error(message, ex)
-        raise InputError(message) from ex
 
 
 class Flags:
@@ -55,10 +45,11 @@ class Flags:
 
         Args:
             main: the function.
-            short: groups of flags, such as "lore lm", that may be given without their names:
-                ``--ranks`` for ``--lore.ranks``, unless there is a flag of that name.
+            short: groups, such as "lore lm", whose flags may go without their names: ``--ranks``
+                for ``--lore.ranks``, unless there is a flag of that name.
         """
-        self.short, self.parser = (short or "").split(), _Parser(allow_abbrev=False)
+        self.short = (short or "").split()
+        self.parser = jsonargparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
         text = "YAML file with any of these settings; flags come before what it says."
         self.parser.add_argument("--config", action="config", help=text)
         text = "no progress bars, and no log lines but warnings; results are printed."
@@ -66,32 +57,31 @@ class Flags:
         self.parser.add_function_arguments(main, as_positional=False)
         self.defaults = self.parser.get_defaults()
         names = set(self.defaults.keys()) - {"config"}
-        found = [action for action in self.parser._actions if action.dest in names]
-        self.types = {action.dest: getattr(action, "_typehint", None) for action in found}
-        self.helps = {action.dest: action.help for action in found}
+        self.actions = {a.dest: a for a in self.parser._actions if a.dest in names}
+        self.types = {name: getattr(a, "_typehint", None) for name, a in self.actions.items()}
         self.groups = dict.fromkeys(name.rpartition(".")[0] for name in self.types if "." in name)
 
     def read(self, words: Sequence[str]) -> dict[str, Any]:
-        """The arguments that a command line asks for; ``quiet`` says whether the log is to be.
+        """The arguments that a command line asks for; ``quiet`` is kept beside them.
 
         Raises:
             InputError: a flag that there is not, or a value that a flag does not take.
         """
         given = self._gather(words)
-        if given.keys() & {*HELP}:
-            print(self.help(*next(given[name] for name in HELP if name in given)[:1]))
+        if "help" in given:
+            print(self.help(*given["help"][:1]))
             sys.exit()
         try:
             settings = self.parser.parse_args(self._spell(given))
-        except InputError as error:
+        except argparse.ArgumentError as error:
             raise InputError(self._say(str(error), given)) from None
         settings.pop("config", None)
         self.quiet = settings.pop("quiet")
         if self.quiet and "progress" in self.types:
             settings["progress"] = False
-        for name in self.types:
-            self._check_list(name, settings.get(name), given)
-        return {k: _plain(v) for k, v in self.parser.instantiate(settings).as_dict().items()}
+        for name in given.keys() & self.types:
+            self._check_list(name, settings.get(name))
+        return self.parser.instantiate(settings).as_dict()
 
     def help(self, group: str = "") -> str:
         """The flags with their defaults and meaning: a group's, or else all but other groups'.
@@ -119,7 +109,7 @@ class Flags:
         words = [os.path.relpath(x) if isinstance(x, Path) else _word(x) for x in values]
         left = f"  {' '.join([self.flag(name), *words]).removesuffix(' null')}  ".ljust(COLUMN)
         obvious = {*typing.get_args(hint), hint} & {bool, str, Path}
-        text = self.helps[name] + ("" if obvious else f" ({_expected(hint)})")
+        text = self.actions[name].help + ("" if obvious else f" ({_expected(hint)})")
         columns = min(shutil.get_terminal_size((100, 0)).columns, 110)
         lines = textwrap.wrap(text, max(columns - COLUMN, 40))
         first = [left + lines.pop(0)] if len(left) == COLUMN else [left.rstrip()]
@@ -137,17 +127,21 @@ class Flags:
         for flag, values in lines:
             name = self._full_name(flag)
             holder, _, argument = name.rpartition(".")
-            if name in {*self.types, *HELP, "print_config"}:
+            if name in {*self.types, "help", "print_config"}:
                 given[name] = values
             elif _has(self.types.get(holder), OptimizerChoice):
                 require(len(values) == 1, f"--{flag}: one number is expected")
-                arguments.setdefault(holder, {})[argument] = values[0]
+                value = values[0]
+                with suppress(ValueError):  # what is no number is refused with all else
+                    value = json.loads(value)
+                arguments.setdefault(holder, {})[argument] = value
             elif name != "config":
                 raise InputError(self._unknown(flag))
         for name, some in arguments.items():
             said = f"{self.flag(name)} is missing, whose argument {min(some)} is given"
             require(name in given, said)
-            given[name] = [OptimizerChoice.with_arguments(" ".join(given[name]), some)]
+            path, others = OptimizerChoice.parts(" ".join(given[name]))
+            given[name] = [json.dumps(OptimizerChoice.spec(path, others | some))]
         return given
 
     def _full_name(self, flag: str) -> str:
@@ -213,29 +207,25 @@ class Flags:
 
     # ------------------------------------------------------------ What is refused
 
-    def _check_list(self, name: str, values: Any, given: Given) -> None:
+    def _check_list(self, name: str, values: Any) -> None:
         """Refuse a list with the same thing twice, or an empty one where that means nothing."""
-        if name not in given or not isinstance(values, list | tuple):
-            return
-        flag, default = self.flag(name), self.defaults.get(name)
-        require(bool(values) or not default, f"{flag}: at least one value is needed")
-        hint = typing.get_args(self.types[name])
-        if len(hint) == 1 or hint[-1] is Ellipsis:  # as many as one likes
-            seen = [value for i, value in enumerate(values) if value in values[:i]]
-            require(not seen, f"{flag}: {next(iter(seen), None)} stands there twice")
+        if isinstance(values, list | tuple):
+            needed = bool(self.defaults.get(name))
+            require(bool(values) or not needed, f"{self.flag(name)}: at least one value is needed")
+            twice = [value for i, value in enumerate(values) if value in values[:i]]
+            if twice and typing.get_args(self.types[name])[1:] in ((), (...,)):  # of any length
+                raise InputError(f"{self.flag(name)}: {twice[0]} stands there twice")
 
     def _say(self, message: str, given: Given) -> str:
         """An error of the parser in one line: the flag, what it was given and what it takes."""
-        missing = re.search(r"arguments are required: ([\w.]+)", message)
-        if missing:
+        if missing := re.search(r"arguments are required: ([\w.]+)", message):
             return f"{self.flag(missing[1])} is missing; see --help"
         found = re.search(r'Parser key "([\w.]+)"', message)
         if not found or found[1] not in self.types:
             return " ".join(message.split())
-        reasons = re.findall(r"Not of type [^:]*: (.*)", message)
-        reason = reasons[0] if reasons else f"{_expected(self.types[found[1]])} is expected"
-        value = " ".join(" ".join(given.get(found[1], [])).split())
-        return f"{self.flag(found[1])} {value:.60}: {reason}"
+        name, reasons = found[1], re.findall(r"Not of type [^:]*: (.*)", message)
+        reason = reasons[0] if reasons else f"{_expected(self.types[name])} is expected"
+        return f"{self.flag(name)} {' '.join(' '.join(given.get(name, [])).split()):.60}: {reason}"
 
 
 def _lines(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
@@ -258,19 +248,6 @@ def _word(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def _plain(value: Any) -> Any:
-    """Numbers and texts as Python's own, as files and other programs know them."""
-    if dataclasses.is_dataclass(value):
-        some = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return dataclasses.replace(value, **some)
-    if isinstance(value, list | tuple):
-        return type(value)(map(_plain, value))
-    for kind in (bool, int, float, str):
-        if isinstance(value, kind):
-            return kind(value)
-    return value
-
-
 def _has(hint: Any, kind: type) -> bool:
     """Whether a type is another one, or a union with it."""
     return hint is kind or kind in typing.get_args(hint)
@@ -287,5 +264,5 @@ def _expected(hint: Any) -> str:
         inner = typing.get_args(hint)[0]
         if typing.get_origin(inner) is Literal:
             return _expected(inner).replace("one", "some")
-        return "lists" if typing.get_origin(inner) else f"a list, each {_expected(inner)}"
+        return "a list of lists" if typing.get_origin(inner) else f"a list, each {_expected(inner)}"
     return names.get(hint, getattr(hint, "__name__", str(hint)))

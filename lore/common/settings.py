@@ -9,38 +9,35 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
-from jsonargparse.typing import extend_base_type, register_type
+from jsonargparse.typing import register_type
 from torch import Tensor
 from torch.optim import Optimizer
 
-NAME = re.compile(r"\w[\w .,+=-]{0,99}")  # a name that cannot lead out of its folder
+
+def _type(base: type, name: str, is_allowed: Callable[[Any], bool], error: str = "") -> Any:
+    """A type of flags, whose values are the base's own; its name or an error says which."""
+    kind = type(name, (base,), {})
+
+    def read(value: Any) -> Any:
+        with suppress(ValueError, TypeError, OverflowError):
+            found = base(value)
+            same = isinstance(value, str) if base is str else found == float(value)
+            if same and not isinstance(value, bool) and is_allowed(found):
+                return found
+        raise ValueError(error or f"{name} is expected")
+
+    register_type(kind, base, read, uniqueness_key=(name, base))
+    return kind
 
 
-def _number(base: type, rule: str, low: float, high: float, open_ends: bool = False) -> Any:
-    """A type of numbers within a range; NaN is in none.
-
-    Args:
-        base: int or float.
-        rule: the range in words, the type's name.
-        low, high: its ends.
-        open_ends: the ends themselves are outside.
-    """
-
-    def check(_: type, value: Any) -> None:
-        try:
-            whole = base is float or float(value).is_integer()
-            number = base(value)
-        except (ValueError, TypeError, OverflowError):
-            raise ValueError(f"{rule} is expected") from None
-        inside = low < number < high if open_ends else low <= number <= high
-        if isinstance(value, bool) or not whole or not inside:
-            raise ValueError(f"{rule} is expected")
-
-    return extend_base_type(rule, base, check, register_key=(rule, base))
+def _number(base: type, rule: str, low: float, high: float) -> Any:
+    """Numbers from low to high; NaN is in no range."""
+    return _type(base, rule, lambda number: low <= number <= high)
 
 
 PositiveInt = _number(int, "a whole number from 1 to 1e9", 1, 10**9)
@@ -55,7 +52,7 @@ Latent = _number(int, "a whole number from -1 to 16384", -1, 2**14)
 Epochs = _number(int, "a whole number from 0 to 100000", 0, 10**5)
 Port = _number(int, "a whole number from 0 to 65535", 0, 65535)
 SeedNumber = _number(int, "a whole number from 0 to 4294967295", 0, 2**32 - 1)
-Fraction = _number(float, "a number above 0 and below 1", 0, 1, open_ends=True)
+Fraction = _type(float, "a number above 0 and below 1", lambda number: 0 < number < 1)
 # Single precision squares these without overflow, and keeps the small ones apart from 0.
 Rate = _number(float, "a number from 1e-12 to 1000", 1e-12, 1e3)
 PositiveFloat = _number(float, "a number from 1e-12 to 1e12", 1e-12, 1e12)
@@ -63,46 +60,44 @@ NonNegativeFloat = _number(float, "a number from 0 to 1e12", 0, 1e12)
 Concentration = _number(float, "a number from 1e-6 to 1e6", 1e-6, 1e6)
 
 
-def _check_name(_: type, value: Any) -> None:
-    if not (isinstance(value, str) and NAME.fullmatch(value)):
-        raise ValueError(
-            "a name is expected, not a path: at most 100 letters, digits, spaces or _.,+=- "
-            "that begin with a letter, a digit or _"
-        )
-
-
-Name = extend_base_type("name", str, _check_name, register_key=("name of a folder", str))
+Name = _type(
+    str,
+    "name",
+    lambda name: re.fullmatch(r"\w[\w .,+=-]{0,99}", name) is not None,
+    "a name is expected, not a path: at most 100 letters, digits, spaces or _.,+=- "
+    "that begin with a letter, a digit or _",
+)
 
 
 class OptimizerChoice:
     """A class of optimisers with its arguments; called with parameters, it makes one of them.
 
-    Attributes:
-        path: where the class is found, such as torch.optim.AdamW.
-        arguments: of the class, beside the parameters: numbers, truth values, lists of numbers.
+    Nothing is imported and nothing but an optimiser is ever called: the class must be in a module
+    that is loaded already, as torch.optim is.
     """
 
     def __init__(self, path: str, arguments: Mapping[str, Any]) -> None:
         """Find the class, and try it with its arguments on a parameter of no importance.
 
-        Nothing is imported and nothing but an optimiser is ever called: the class must be in a
-        module that is loaded already, as torch.optim is.
+        Args:
+            path: where the class is found, such as torch.optim.AdamW.
+            arguments: of the class, beside the parameters: numbers, truth values, lists of numbers.
 
         Raises:
             ValueError: no such class or arguments, or it cannot take a plain step.
         """
         module, _, name = path.rpartition(".")
-        found = vars(sys.modules[module]).get(name) if module in sys.modules else None
-        if not (isinstance(found, type) and issubclass(found, Optimizer)):
+        self._class = vars(sys.modules[module]).get(name) if module in sys.modules else None
+        if not (isinstance(self._class, type) and issubclass(self._class, Optimizer)):
             raise ValueError(
                 f"{path:.60} is not a subclass of torch.optim.Optimizer in torch.optim, such as "
                 "torch.optim.AdamW, or in a module that the script imports"
             )
-        self.path, self.arguments = path, {k: _argument(k, v) for k, v in arguments.items()}
-        self._class: type[Optimizer] = found
-        self._try()
-
-    def _try(self) -> None:
+        for name, value in arguments.items():
+            values = value if isinstance(value, list) else [value]
+            if not all(isinstance(x, bool | int | float) and math.isfinite(x) for x in values):
+                raise ValueError(f"its argument {name} must be a number, not {value!r:.40}")
+        self.path, self.arguments = path, dict(arguments)
         parameter = torch.zeros(2, 2, requires_grad=True)
         parameter.grad = torch.ones(2, 2)
         try:
@@ -128,44 +123,27 @@ class OptimizerChoice:
     @classmethod
     def read(cls, given: Any) -> OptimizerChoice:
         """From a path, or from {"class_path": path, "init_args": {name: number}}, also as JSON."""
-        return cls(*_path_and_arguments(given))
+        return cls(*cls.parts(given))
 
     @staticmethod
-    def with_arguments(given: str, more: Mapping[str, str]) -> str:
-        """What ``read`` takes, with further arguments, whose values are JSON."""
-        path, arguments = _path_and_arguments(given)
-        for name, value in more.items():
-            try:
-                arguments = {**arguments, name: json.loads(value)}
-            except ValueError:  # refused with all else that is no number
-                arguments = {**arguments, name: value}
-        return json.dumps({"class_path": path, "init_args": arguments})
+    def parts(given: Any) -> tuple[str, dict[str, Any]]:
+        """Path and arguments of what ``read`` takes."""
+        given = json.loads(given) if isinstance(given, str) and given[:1] == "{" else given
+        given = {"class_path": given} if isinstance(given, str) else given
+        if isinstance(given, dict) and given.keys() <= {"class_path", "init_args"}:
+            path, arguments = given.get("class_path"), given.get("init_args") or {}
+            if isinstance(path, str) and isinstance(arguments, dict):
+                return path, arguments
+        raise ValueError("the path of an optimiser is expected, such as torch.optim.AdamW")
 
-    def spec(self) -> dict[str, Any]:
-        """What ``read`` makes the same choice of."""
-        return {"class_path": self.path, "init_args": self.arguments}
-
-
-def _path_and_arguments(given: Any) -> tuple[str, dict[str, Any]]:
-    if isinstance(given, str) and given.startswith("{"):
-        given = json.loads(given)
-    given = {"class_path": given} if isinstance(given, str) else given
-    if isinstance(given, dict) and given.keys() <= {"class_path", "init_args"}:
-        path, arguments = given.get("class_path"), given.get("init_args") or {}
-        if isinstance(path, str) and isinstance(arguments, dict):
-            return path, arguments
-    raise ValueError("the path of an optimiser is expected, such as torch.optim.AdamW")
-
-
-def _argument(name: str, value: Any) -> Any:
-    values = value if isinstance(value, list) else [value]
-    if all(isinstance(x, bool | int | float) and math.isfinite(x) for x in values):
-        return value
-    raise ValueError(f"its argument {name} must be a number, not {value!r:.40}")
+    @staticmethod
+    def spec(path: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """What ``read`` makes a choice of."""
+        return {"class_path": path, "init_args": arguments}
 
 
 register_type(
     OptimizerChoice,
-    serializer=OptimizerChoice.spec,
+    serializer=lambda choice: OptimizerChoice.spec(choice.path, choice.arguments),
     deserializer=OptimizerChoice.read,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lore.common.files import InputError, first_line
+from lore.common.files import InputError, first_line, require
 
 # What damaged headers raise: safetensors checks sizes, but not every type and shape.
 DAMAGE = (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError)
@@ -26,8 +27,7 @@ def read_tensors(path: Path, remedy: str) -> tuple[dict[str, str], dict[str, Ten
     Raises:
         InputError: it is missing or damaged.
     """
-    if not path.is_file():
-        raise InputError(f"{path} is missing: {remedy}")
+    require(path.is_file(), f"{path} is missing: {remedy}")
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -44,34 +44,27 @@ def expect(
     dtype: torch.dtype,
     *shape: int | None,
 ) -> Tensor:
-    """One of a file's tensors, which has this type and shape.
+    """One of a file's tensors, which has this type and shape, or an InputError.
 
     Args:
         path, tensors, remedy: the file, what was read of it, and what to do if it is wrong.
         name, dtype: of the tensor.
         shape: size of each dimension; None where any will do.
-
-    Raises:
-        InputError: it is not there or of another form.
     """
-    tensor = tensors.get(name)
-    if tensor is None:
-        raise InputError(f"{path}: lacks {name}; {remedy}")
+    require(name in tensors, f"{path}: lacks {name}; {remedy}")
+    tensor = tensors[name]
     sizes = zip(tensor.shape, shape, strict=False)
     fits = tensor.dim() == len(shape) and all(want in (None, size) for size, want in sizes)
-    if not fits or tensor.dtype != dtype:
-        wanted = ["any" if size is None else str(size) for size in shape]
-        raise InputError(
-            f"{path}: {name} is {_form(tensor)}, not {_name(dtype)} [{', '.join(wanted)}]; {remedy}"
-        )
+    found, wanted = _form(tensor.dtype, tensor.shape), _form(dtype, shape)
+    require(fits and tensor.dtype == dtype, f"{path}: {name} is {found}, not {wanted}; {remedy}")
     return tensor
 
 
 def require_finite(path: Path, tensors: dict[str, Tensor], remedy: str) -> None:
     """Raise InputError if one of a file's tensors holds NaN or infinity."""
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise InputError(f"{path}: {name} holds NaN or infinity; {remedy}")
+        finite = not tensor.is_floating_point() or bool(tensor.isfinite().all())
+        require(finite, f"{path}: {name} holds NaN or infinity; {remedy}")
 
 
 def checksum(state: Any) -> str:
@@ -90,9 +83,6 @@ def checksum(state: Any) -> str:
     return total.hexdigest()
 
 
-def _form(tensor: Tensor) -> str:
-    return f"{_name(tensor.dtype)} [{', '.join(map(str, tensor.shape))}]"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _form(dtype: torch.dtype, shape: Iterable[int | None]) -> str:
+    sizes = ["any" if size is None else str(size) for size in shape]
+    return f"{str(dtype).removeprefix('torch.')} [{', '.join(sizes)}]"
