@@ -32,14 +32,7 @@ from lore.experiments.judging import Sweep, judge
 from lore.experiments.report.intervals import Summary, difference, interval, level
 from lore.experiments.report.plots import full_colour
 from lore.experiments.report.tables import markdown
-from lore.experiments.results import (
-    BT,
-    MEASURES,
-    Results,
-    control_name,
-    read_results,
-    shots_name,
-)
+from lore.experiments.results import CONTROLS, MEASURES, Results, read_results, shots_name
 from lore.experiments.runner import Settings, open_run
 from lore.methods import METHODS
 from lore.methods.lore import Lore
@@ -50,6 +43,7 @@ NAMES = tuple(world.name for world in WORLDS)
 PEERS = ("pal", "vpl", "pref", "mrm", "rbd", "pebs", "mlp")
 # Lightest first, so that a run that is cut short has as much as possible.
 ORDER = ("ridge_bt", "lore", "mixed_logit", "pebs", "mrm", "pref", "rbd", "mlp", "pal", "vpl")
+BT = "BT"  # label of Bradley-Terry
 TRIALS = 2  # draws of the shots of a repeat
 
 
@@ -229,7 +223,7 @@ def further(world: World, row: Row) -> dict[str, str]:
         )
         if paired is not None and other is not None:
             text += f" ({change('accuracy', paired)})"
-        cells[control_name(control)] = text
+        cells[CONTROLS[control]] = text
     return cells | cost(row)
 
 

@@ -39,7 +39,7 @@ from lore.elicitation.criteria import (
     choose_shots,
     next_question,
 )
-from lore.experiments.report.intervals import bootstrap, reached
+from lore.experiments.report.intervals import bootstrap, shots_to_reach
 from lore.experiments.report.tables import markdown
 from lore.experiments.results import MEASURES
 from lore.learning.comparisons import Comparisons, Shots, draw_shots
@@ -286,10 +286,10 @@ def crossing(
     Returns:
         The number of shots and the ends of its interval over users; infinity for never.
     """
-    found, U = [reached(shots, curve.mean(1).tolist(), float(target.mean()))], len(target)
+    found, U = [shots_to_reach(shots, curve.mean(1).tolist(), float(target.mean()))], len(target)
     rng = np.random.default_rng(0)
     for counts in rng.multinomial(U, np.full(U, 1 / U), RESAMPLES) / U:
-        found.append(reached(shots, (curve @ counts).tolist(), float(target @ counts)))
+        found.append(shots_to_reach(shots, (curve @ counts).tolist(), float(target @ counts)))
     low, high = np.quantile(found[1:], (0.025, 0.975), method="inverted_cdf")
     return found[0], float(low), float(high)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from lore.experiments.results import BASELINES, write_results
 
 Made = dict[str, Any]
 
@@ -33,22 +34,24 @@ class Figures:
         record = {
             "label": label, "control": control, "set": name, "shots": shots,
             "accuracy": users.tolist(), "log_loss": (1.2 - users).tolist(),
-            "trials": None, "enough": None,
+            "trials": None, "users_with_that_many": None,
         }  # fmt: skip
         if shots is not None:
             record |= {
                 "trials": [accuracy - 0.01, accuracy + 0.01],
-                "enough": max(0, self.users - shots),
+                "users_with_that_many": max(0, self.users - shots),
             }
         return record
 
 
-def fit(label: str, personal: bool, **settings: Any) -> Made:
+def fit(label: str, personal: bool, role: str = "method", **settings: Any) -> Made:
     """What is written of a fit."""
     return {
-        "label": label, "personal": personal, "settings": settings, "losses": [4.0, 2.0, 1.5, 1.4],
-        "loss_step": 10, "note": f"a note on {label}", "spectrum": [3.0, 1.0, 0.5],
-        "file": "", "states": [[0.2, 0.8], [0.7, 0.3]] if personal else None,
+        "label": label, "personal": personal, "settings": settings, "role": role, "chosen": False,
+        "family": "LoRe", "shots_chosen_by": "random", "random_label": None,
+        "losses": [4.0, 2.0, 1.5, 1.4], "loss_step": 10, "note": f"a note on {label}",
+        "spectrum": [3.0, 1.0, 0.5], "file": "", "parameters": 10,
+        "weights": [[0.2, 0.8], [0.7, 0.3]] if personal else None,
     }  # fmt: skip
 
 
@@ -56,6 +59,7 @@ def fit(label: str, personal: bool, **settings: Any) -> Made:
 LABELS: dict[str, tuple[str, bool, dict[str, Any], dict[str, float]]] = {
     "reference": ("reference", False, {}, {"train": 0.6, "seen": 0.6, "unseen": 0.61}),
     "BT": ("bt", False, {}, {"train": 0.8, "seen": 0.7, "unseen": 0.71}),
+    "Ridge BT": ("ridge_bt", False, {}, {"train": 0.78, "seen": 0.7, "unseen": 0.71}),
     "own model": ("own", True, {}, {"train": 0.99, "seen": 0.66, "unseen": 0.62}),
     "LoRe K=2": ("lore", True, {"rank": 2}, {"train": 0.83, "seen": 0.74, "unseen": 0.73}),
     "LoRe K=5": ("lore", True, {"rank": 5}, {"train": 0.88, "seen": 0.78, "unseen": 0.75}),
@@ -80,13 +84,18 @@ def results(
     return {"settings": settings, "command": ["python"], "versions": {}, "seeds": parts}
 
 
+def role(method: str) -> str:
+    """What a run says of a method."""
+    return "baseline" if method in BASELINES else "method"
+
+
 def _repeat(seed: int, labels: Made, users: int, sweep: bool, noise: float) -> Made:
     figures, methods = Figures(users, noise, seed), {}
     for label, (method, personal, settings, means) in labels.items():
         part = methods.setdefault(method, {"settings": {}, "seconds": 1.5,
-                                           "processor_seconds": 1.5, "parameters": 10,
-                                           "tried": 1, "fits": [], "records": []})  # fmt: skip
-        part["fits"].append(fit(label, personal, **settings))
+                                           "processor_seconds": 1.5,
+                                           "fits": [], "records": []})  # fmt: skip
+        part["fits"].append(fit(label, personal, role(method), **settings))
         controls = CONTROLS if personal and label != "own model" else {}
         for name in ("unseen",) if sweep else ("train", "seen", "unseen"):
             for shots in SHOTS if sweep else (None,):
@@ -101,6 +110,5 @@ def _repeat(seed: int, labels: Made, users: int, sweep: bool, noise: float) -> M
 
 def write(made: Made, folder: Path) -> Path:
     """Write results.json into a folder, which is returned."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(made))
+    write_results(folder, made)
     return folder

@@ -5,7 +5,6 @@ Every third comparison or so weighs half or double, and every dialogue has three
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from lore.experiments import splits
 from lore.experiments.judging import Sweep, judge
+from lore.experiments.results import read_written
 from lore.experiments.runner import Settings, open_run
 from lore.learning.comparisons import Comparisons
 from lore.methods.lore import Lore
@@ -133,7 +133,7 @@ def fit(people: People, results: Path, **changes: Any) -> tuple[str, Path]:
 
 def saved(folder: Path) -> dict[str, Any]:
     """What results.json says."""
-    return json.loads((folder / "results.json").read_text())
+    return read_written(folder)
 
 
 def repeats(folder: Path) -> list[dict[str, Any]]:

@@ -29,6 +29,7 @@ from lore.experiments import judging, runs
 from lore.experiments import metrics as panel
 from lore.experiments import runner as experiments
 from lore.experiments.report import tables as reports
+from lore.experiments.results import write_results
 from lore.learning import comparisons, training
 from lore.learning.basis import load_basis
 from lore.learning.comparisons import Comparisons, draw_shots
@@ -165,6 +166,74 @@ def means(data: Comparisons, x: Tensor, states: list[Tensor]) -> tuple[np.ndarra
             for v in (right, loss)
         ])  # fmt: skip
     return tuple(np.array(found).mean(0))
+
+
+def of_all_kinds(world: People) -> People:
+    """Every third held-out comparison is of two responses that the user judged in training, every
+    third of two that other seen users judged; two users have new ones alone."""
+    table, rng = world.table.copy(), np.random.default_rng(0)
+    train = table[table.split == "train"]
+    for place, (row, said) in enumerate(table[table.split == "test"].iterrows()):
+        own = train.user_id == said.user_id
+        pool = train[own] if place % 3 == 0 else train[train.seen & ~own]
+        if place % 3 < 2 and said.user_id not in ("p00", "p02"):
+            table.loc[row, ["chosen", "rejected"]] = rng.choice(pool.chosen, 2, replace=False)
+    return world._replace(table=table)
+
+
+def test_figures_by_kind_are_those_of_a_plain_loop(world):
+    task = task_of(of_all_kinds(world))
+    toy = Sum(task)
+    own = toy.adapt(toy.view(task.few), task.few, 0)
+    judged = {r["set"]: r for r in judging.evaluate(toy, task, own) if not r["control"]}
+    draws = draw_shots(task.few, (99,), 1, 0)
+    swept = [r for r in judging.sweep(toy, task, draws) if r["set"] == "unseen"]
+    training = set(ends(task.train))
+    for name, train, test, state in (("seen", task.train, task.seen, toy.users),
+                                     ("unseen", task.few, task.unseen, own)):  # fmt: skip
+        z, pairs = toy.logits(toy.view(test), state, test.user), pairs_of(test)
+        known = [set(ends(train, u)) for u in range(train.num_users)]
+        kind = [
+            "known" if {*pair} <= known[u] else "met" if {*pair} <= known[u] | training else "new"
+            for u, pair in zip(test.user.tolist(), pairs, strict=True)
+        ]
+        assert set(judged[name]["kinds"]) == set(kind) == {"known", "met", "new"}
+        for what, figures in judged[name]["kinds"].items():
+            for u in range(test.num_users):
+                rows = [i for i, k in enumerate(kind) if k == what and test.user[i] == u]
+                weight = test.weight[rows]
+                if not rows:
+                    assert figures["accuracy"][u] is None is figures["log_loss"][u]
+                    continue
+                right, loss = (z[rows] > 0).double(), torch.nn.functional.softplus(-z[rows])
+                for values, key in ((right, "accuracy"), (loss.double(), "log_loss")):
+                    expected = float(weight @ values / weight.sum())
+                    assert figures[key][u] == pytest.approx(expected, abs=2e-5)
+    assert swept[0]["kinds"] == judged["unseen"]["kinds"]
+    assert "kinds" not in judged["train"] and None in judged["seen"]["kinds"]["known"]["accuracy"]
+
+
+def pairs_of(data: Comparisons, user: int | None = None) -> list[list[int]]:
+    x = data.features
+    rows = torch.stack([x.index[x.chosen], x.index[x.rejected]], 1)
+    return rows[data.user == user if user is not None else slice(None)].tolist()
+
+
+def ends(data: Comparisons, user: int | None = None) -> list[int]:
+    return [row for pair in pairs_of(data, user) for row in pair]
+
+
+def test_where_people_repeat_themselves_the_report_says_how_often(world, tmp_path):
+    again = {"judged_again": 9, "sentence": "Users judged 9 pairs again and chose as before in 8."}
+    split = {"by": "pairs", "sentence": "Pairs were held out."}
+    named = world._replace(info={**world.info, "retest": again, "split": split})
+    _, folder = fit(named, tmp_path, methods=())
+    facts = saved(folder)["seeds"][0]["facts"]
+    assert facts["retest"] == f"The ceiling of any method: {again['sentence']}"
+    assert facts["split"] == "Pairs were held out."
+    never = world._replace(info={**world.info, "retest": {"judged_again": 0, "sentence": "None."}})
+    _, folder = fit(never, tmp_path / "never", methods=())
+    assert "retest" not in saved(folder)["seeds"][0]["facts"]
 
 
 def test_shuffled_labels_are_coins_for_every_comparison_and_fitted_anew(world):
@@ -439,7 +508,7 @@ def test_a_sweep_is_one_fit_after_the_other(four):
         record = found["", "unseen", size]
         same(record, np.mean(each, 0))
         assert np.allclose(record["trials"], [accuracy.mean() for accuracy, _ in each], atol=2e-5)
-        assert record["enough"] == 2
+        assert record["users_with_that_many"] == 2
         swapped = [people.plain(four.store, task.unseen, V, w[[1, 0]]) for w in own]
         same(found["another", "unseen", size], np.mean(swapped, 0))
         nobodys = people.plain(four.store, task.unseen, V, fit.users.mean(0).expand(2, 3))
@@ -472,17 +541,17 @@ def test_no_shots_give_nobodys_figures(world):
     assert shots == {2}  # nothing is known of a user without comparisons
 
 
-def test_flips_are_predictions_that_follow_the_swapped_shots(world):
+def test_label_sensitivity_is_of_predictions_that_follow_the_swapped_shots(world):
     task = task_of(world)
     toy, x = Sum(task), Sum(task).view(task.unseen)
     own = toy.adapt(toy.view(task.few), task.few, 0)
     draws = draw_shots(task.few, (0, 2), 2, 0)
     by_set = {(r["control"], r["set"]): r for r in judging.evaluate(toy, task, own)}
-    assert by_set["", "unseen"]["flips"] == [1.0] * 6  # the sum of shots listens to nothing else
-    assert [name for (c, name), r in by_set.items() if "flips" in r] == ["unseen"]
+    assert by_set["", "unseen"]["label_sensitivity"] == [1.0] * 6  # nothing but labels is summed
+    assert [name for (c, name), r in by_set.items() if "label_sensitivity" in r] == ["unseen"]
     swept = {r["shots"]: r for r in judging.sweep(toy, task, draws)
              if (r["control"], r["set"]) == ("", "unseen")}  # fmt: skip
-    assert swept[0]["flips"] == [0.0] * 6 and swept[2]["flips"] == [1.0] * 6
+    assert swept[0]["label_sensitivity"] == [0.0] * 6 and swept[2]["label_sensitivity"] == [1.0] * 6
     z = (x * own[task.unseen.user]).sum(1) / 1e4
     c, user, lost = task.unseen.weight, task.unseen.user, (1 - z.double().sigmoid()) ** 2
     brier = [float((c * lost)[user == u].sum() / c[user == u].sum()) for u in range(6)]
@@ -546,7 +615,7 @@ def test_a_shot_is_what_the_unit_says(world, unit, comparisons):
         assert [len(few.dialogs[rows].unique()) for rows in draws.rows] == sizes * 2
     user = [few.user[rows].unique().tolist() for rows in draws.rows]
     assert user == [[u] for u in [*range(6)] * 4]
-    assert draw_shots(few, [1, 8 * 3 // comparisons + 1], 1, 0).enough == [6, 0]
+    assert draw_shots(few, [1, 8 * 3 // comparisons + 1], 1, 0).users_with_that_many == [6, 0]
 
 
 def test_a_sweep_of_several_processes_is_refused(world, tmp_path, monkeypatch):
@@ -629,20 +698,28 @@ def test_figures_that_are_no_numbers_are_never_written(world, tmp_path):
     run.add(0, {}, "lore", {"settings": {}, "fits": [chosen], "records": []}, [])
 
 
-@pytest.mark.parametrize("damage", ["accuracy", "settings", "a repeat"])
-def test_results_that_no_run_has_written_are_refused_before_work(world, run, tmp_path, damage):
+@pytest.mark.parametrize(("damage", "word"), [
+    ("a figure", "its checksum does not match"), ("a setting", "its checksum does not match"),
+    ("a half", "not readable as JSON"), ("an earlier version", "has format 1"),
+])  # fmt: skip
+def test_results_that_no_run_has_written_are_refused_before_work(
+    world, run, tmp_path, damage, word
+):
     folder = Path(shutil.copytree(run[1].parents[1], tmp_path / "results")) / run[1].parent.name
-    written = saved(folder / run[1].name)
-    method = written["seeds"][0]["methods"]["lore"]
-    if damage == "accuracy":
-        method["records"][0]["accuracy"][0] = 7.5
-    elif damage == "settings":
-        del method["settings"]
-    else:
-        written["seeds"].append(3)
-    (folder / run[1].name / "results.json").write_text(json.dumps(written))
-    with pytest.raises(InputError, match=r"results\.json"):
+    file = folder / run[1].name / "results.json"
+    text = file.read_text()
+    written = json.loads(text)
+    if damage == "a figure":
+        written["seeds"][0]["methods"]["lore"]["records"][0]["accuracy"][0] = 1.0
+    elif damage == "a setting":
+        del written["seeds"][0]["methods"]["lore"]["settings"]
+    elif damage == "an earlier version":
+        del written["format"], written["sha256"]
+    spoilt = text[: len(text) // 2] if damage == "a half" else json.dumps(written)
+    file.write_text(spoilt)
+    with pytest.raises(InputError, match=rf"results\.json: .*{word}"):
         fit(world, tmp_path / "results")
+    assert file.read_text() == spoilt
 
 
 def test_without_a_name_other_settings_have_another_folder(world, tmp_path):
@@ -855,7 +932,7 @@ def test_a_kept_state_of_other_settings_is_not_taken_up(world, tmp_path, monkeyp
         path.rename(second / path.name)
     results = saved(second)
     del results["seeds"][0]["methods"]["lore"]
-    (second / "results.json").write_text(json.dumps(results))
+    write_results(second, results)
     with pytest.raises(InputError, match="state-seed0-lore-ranks.* other settings or data"):
         fit(world, tmp_path / "second", **other)
 

@@ -1,4 +1,4 @@
-"""Calibration, sureness and flips, against what they are by definition."""
+"""Calibration, confidence and label sensitivity, against what they are by definition."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lore.experiments import metrics as panel
+from lore.experiments import metrics
 from lore.learning.comparisons import Users
 
 
@@ -20,51 +20,51 @@ def choices(n: int = 30_000, stretch: float = 1.0, users: int = 10) -> tuple[Use
 
 def test_calibrated_predictions_have_no_calibration_error_and_overconfident_ones_do() -> None:
     data, z = choices()
-    assert panel.calibration_error(z, data.weight) < 0.01
-    assert panel.calibration_error(3 * z, data.weight) > 0.08
-    assert panel.calibration_error(z / 3, data.weight) > 0.08
+    assert metrics.calibration_error(z, data.weight) < 0.01
+    assert metrics.calibration_error(3 * z, data.weight) > 0.08
+    assert metrics.calibration_error(z / 3, data.weight) > 0.08
 
 
 def test_calibration_error_is_the_mean_gap_of_bins_of_equal_mass() -> None:
     data, z = choices(n=1500)
-    order = np.argsort(np.abs(z.numpy()), kind="stable").reshape(panel.BINS, -1)
+    order = np.argsort(np.abs(z.numpy()), kind="stable").reshape(metrics.BINS, -1)
     confidence, right = 1 / (1 + np.exp(-np.abs(z.numpy()))), z.numpy() > 0
     gaps = [abs(confidence[rows].mean() - right[rows].mean()) for rows in order]
-    assert panel.calibration_error(z, data.weight) == pytest.approx(np.mean(gaps))
+    assert metrics.calibration_error(z, data.weight) == pytest.approx(np.mean(gaps))
 
 
 def test_a_weight_of_two_counts_as_two_comparisons() -> None:
     data, z = choices(n=600)
     twice = z.repeat_interleave(2)
     weight = 2 * data.weight
-    for figure in (panel.calibration_error, panel.surest, panel.temperature):
+    for figure in (metrics.calibration_error, metrics.most_confident, metrics.temperature):
         expected = figure(twice, torch.ones(1200).double())
         assert figure(z, weight) == pytest.approx(expected, abs=0.02)
 
 
 def test_the_temperature_undoes_a_stretch_and_is_learned_from_other_users() -> None:
     data, z = choices(stretch=3.0)
-    assert panel.temperature(z, data.weight) == pytest.approx(3, rel=0.03)
-    assert panel.calibration_error(panel.tempered(data, z), data.weight) < 0.01
+    assert metrics.temperature(z, data.weight) == pytest.approx(3, rel=0.03)
+    assert metrics.calibration_error(metrics.tempered(data, z), data.weight) < 0.01
     other = torch.where(data.user % 2 == 0, z / 3, z)  # only the odd users are overconfident
-    scaled = panel.tempered(data, other)
+    scaled = metrics.tempered(data, other)
     even = data.user % 2 == 0
     assert float((scaled / other)[even].mean()) == pytest.approx(1 / 3, rel=0.05)
     assert float((scaled / other)[~even].mean()) == pytest.approx(1, rel=0.05)
 
 
-def test_predictions_are_better_where_they_are_surest() -> None:
+def test_predictions_are_better_where_they_are_most_confident() -> None:
     data, z = choices()
     top = z[z.abs().argsort(descending=True)[: len(z) // 4]]
-    assert panel.surest(z, data.weight) == pytest.approx(float((top > 0).double().mean()))
-    assert panel.surest(z, data.weight) > float((z > 0).double().mean()) + 0.1
+    assert metrics.most_confident(z, data.weight) == pytest.approx(float((top > 0).double().mean()))
+    assert metrics.most_confident(z, data.weight) > float((z > 0).double().mean()) + 0.1
 
 
-def test_brier_and_flips_by_user() -> None:
+def test_brier_score_and_label_sensitivity_by_user() -> None:
     data = Users([2, 2], torch.tensor([1.0, 3, 1, 1]))
     z = torch.tensor([0.0, 1, -1, 2])
     p = z.double().sigmoid()
     expected = [float((1 - p[0]) ** 2 + 3 * (1 - p[1]) ** 2) / 4, float(((1 - p[2:]) ** 2).mean())]
-    assert panel.brier(data, z).tolist() == pytest.approx(expected)
-    assert panel.flip_rate(data, z, torch.tensor([1.0, -1, -1, 2])).tolist() == [1, 0]
-    assert panel.flip_rate(data, z, z).tolist() == [0, 0]
+    assert metrics.brier(data, z).tolist() == pytest.approx(expected)
+    assert metrics.label_sensitivity(data, z, torch.tensor([1.0, -1, -1, 2])).tolist() == [1, 0]
+    assert metrics.label_sensitivity(data, z, z).tolist() == [0, 0]

@@ -13,7 +13,6 @@ from lore.elicitation.criteria import QuestionPool, UserPosterior, choose_shots,
 from lore.experiments import results as records
 from lore.experiments import runner as experiments
 from lore.experiments.judging import sweep
-from lore.experiments.report import verdict
 from lore.learning.comparisons import Comparisons, Shots, draw_shots
 from lore.learning.method import Task
 from lore.methods.fitting.posterior import Prior
@@ -130,7 +129,7 @@ def test_chosen_questions_are_worth_more_than_as_many_random_ones_in_a_planted_w
     world = {"rank": 3, "spread": 0.5, "strength": 2.0, "seed": 2}
     task = planted.task(users=80, shots=60, held_out=60, **world)
     fit = true_fit(task, **world)
-    fit.asks = "at random here"
+    fit.random_label = "at random"
     fit.controlled = False
     at_random = log_losses(fit, task, draw_shots(task.few, [6, 12], 3, 0))
     g = torch.Generator().manual_seed(0)
@@ -148,11 +147,11 @@ def test_a_run_that_asks_keeps_what_is_drawn_at_random_and_adds_a_label(tmp_path
         found[name] = people.records(tmp_path / "planted" / name)
     assert all(found["asks"][key] == record for key, record in found["plain"].items())
     added = {key for key in found["asks"] if key not in found["plain"]}
-    assert {label for label, *_ in added} == {"LoRe K=2, asks d_optimal"}
+    assert {label for label, *_ in added} == {"LoRe K=2, shots by d_optimal"}
     assert {shots for _, _, part, shots in added if part == "unseen"} == {0, 1, 2}
     read = records.read_results(tmp_path / "planted" / "asks")
     plain = read.only(label for label, *_ in found["plain"])
-    assert verdict.judged(read) == verdict.judged(plain)
+    assert read.judged == plain.judged == ["LoRe K=2"]
     assert "ask" not in people.saved(tmp_path / "planted" / "plain")["settings"]
 
 

@@ -25,7 +25,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "rbd": {"rank": 2, "strengths": ((1.0, 1.0),)}, "pebs": {"strengths": (1.0,)},
     "mrm": {"ridges": (1.0,)},
 }  # fmt: skip
-FIGURES = ("accuracy", "log_loss", "brier", "flips")
+FIGURES = ("accuracy", "log_loss", "brier", "label_sensitivity")
 
 
 @pytest.fixture

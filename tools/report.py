@@ -15,7 +15,7 @@ from lore.common.files import require
 from lore.common.settings import NonNegativeInt
 from lore.experiments.report.intervals import columns
 from lore.experiments.report.tables import Table, markdown, measure_table, report
-from lore.experiments.results import REFERENCE, Results, read_results
+from lore.experiments.results import Results, read_results
 
 
 def _side_by_side(runs: dict[str, Results]) -> str:
@@ -57,8 +57,7 @@ def main(
     require(not unknown, f"--only {' '.join(unknown)}: these runs have {', '.join(sorted(known))}")
     texts = []
     for run, results in zip(runs, read.values(), strict=True):
-        labels = [REFERENCE, *_shown(results, only, ranks)] if only or ranks else []
-        texts.append(report(run, labels))
+        texts.append(report(run, _shown(results, only, ranks) if only or ranks else ()))
     if len(runs) > 1:
         texts.append(_side_by_side(read))
     sys.stdout.write("\n\n".join(texts) + "\n")

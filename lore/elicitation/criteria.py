@@ -188,5 +188,5 @@ def choose_shots(
                 if len(order) < len(pool):
                     order.append(next_question(posterior, pool, criterion, order, generator))
     rows = [shots(u, size) for size in sizes for u in range(len(units))]
-    enough = [sum(len(own) >= size for own in units) for size in sizes]
-    return Shots(rows, list(sizes), 1, enough)
+    that_many = [sum(len(own) >= size for own in units) for size in sizes]
+    return Shots(rows, list(sizes), 1, that_many)

@@ -6,19 +6,24 @@ Whatever the method, a control is another row in the place of a user's own weigh
 from __future__ import annotations
 
 import copy
+import functools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lore.common.files import require
+from lore.common.kinds import KINDS
 from lore.common.settings import NonNegativeInt, PositiveInt
 from lore.elicitation.criteria import CRITERIA, Criterion, choose_shots
 from lore.experiments import metrics
-from lore.experiments.results import ASKS
+from lore.experiments.results import ALWAYS
 from lore.learning.comparisons import Shots, Users, draw_shots
+from lore.learning.kinds import kinds_of_test
 from lore.learning.method import Fitted, Task, View
 
 PERMUTATIONS = 10  # over which other users' weights are averaged
@@ -35,11 +40,9 @@ def judge(fits: Sequence[Fitted], task: Task) -> list[dict[str, Any]]:
         return []
     records: list[dict[str, Any]] = []
     for fit in fits:
-        new = fit.users[:0]
-        if task.few is not None:
-            new = fit.adapt(fit.view(task.few), task.few, task.seed)
-        fit.new_users = new
-        records += evaluate(fit, task, new)
+        few = task.few
+        fit.new_users = fit.users[:0] if few is None else fit.adapt(fit.view(few), few, task.seed)
+        records += evaluate(fit, task, fit.new_users)
     return records
 
 
@@ -78,7 +81,7 @@ class Sweep:
         """The fits, and copies whose new users' shots are picked by each criterion; those are not
         saved and have no controls."""
         able = [fit for fit in fits if self.criteria and fit.population() is not None]
-        return [*fits, *(_asking(fit, name) for fit in able for name in self.criteria)]
+        return [*fits, *(_with_chosen_shots(fit, c) for fit in able for c in self.criteria)]
 
     def judge(self, fits: Sequence[Fitted], task: Task) -> list[dict[str, Any]]:
         """Records of fits and their controls on new users, at every number of shots."""
@@ -88,19 +91,19 @@ class Sweep:
         records: list[dict[str, Any]] = []
         for fit in fits:
             draws = self.drawn[task.seed]
-            if fit.asks != "random":
+            if fit.shots_chosen_by != "random":
                 g = torch.Generator().manual_seed(task.seed)
-                draws = choose_shots(fit, task.few, self.shots, fit.asks, g)
+                draws = choose_shots(fit, task.few, self.shots, fit.shots_chosen_by, g)
             records += sweep(fit, task, draws)
         return records
 
 
-def _asking(fit: Fitted, criterion: str) -> Fitted:
-    asking = copy.copy(fit)
-    asking.asks, asking.label = criterion, f"{fit.label}{ASKS}{criterion}"
-    asking.settings = {**fit.settings, "asks": criterion}
-    asking.file, asking.controlled = "", False
-    return asking
+def _with_chosen_shots(fit: Fitted, criterion: str) -> Fitted:
+    copied = copy.copy(fit)
+    copied.shots_chosen_by, copied.random_label = criterion, fit.label
+    copied.label = f"{fit.label}, shots by {criterion}"
+    copied.file, copied.controlled = "", False
+    return copied
 
 
 def evaluate(fit: Fitted, task: Task, own: Tensor) -> Iterator[dict[str, Any]]:
@@ -114,13 +117,14 @@ def evaluate(fit: Fitted, task: Task, own: Tensor) -> Iterator[dict[str, Any]]:
     states = {"train": fit.users, "seen": fit.users, "few_shot": own, "unseen": own}
     sets = {"train": task.train, "seen": task.seen, "few_shot": task.few, "unseen": task.unseen}
     sets = {name: data for name, data in sets.items() if data is not None}
-    views = {name: fit.view(data) for name, data in sets.items()}
+    views, kinds = {name: fit.view(data) for name, data in sets.items()}, _kinds(task)
     for name, data in sets.items():
-        state, whole = states[name][None], name in ("seen", "unseen")
-        measured = _measure(fit, views[name], data, state, whole)
+        state, view = states[name][None], views[name]
+        held_out = name in ("seen", "unseen")
+        measured = _measure(fit, view, data, state, held_out, kinds.get(name))
         if name == "unseen" and fit.personal and fit.controlled:
             swapped = fit.adapt(_swapped(fit, task), task.few, task.seed)
-            measured["flips"] = _flips(fit, views[name], data, state, swapped[None])
+            measured |= _label_sensitivity(fit, view, data, state, swapped[None])
         yield _record(fit, "", name, measured)
     if not (fit.personal and fit.controlled):
         return
@@ -143,8 +147,14 @@ def evaluate(fit: Fitted, task: Task, own: Tensor) -> Iterator[dict[str, Any]]:
     yield _record(fit, "shuffled", "unseen", measured)
 
 
+def _kinds(task: Task) -> dict[str, np.ndarray]:
+    """Kinds of the held-out comparisons by set, where there are several in a set."""
+    found = kinds_of_test(task.train, task.few, task.seen, task.unseen)
+    return {name: kind for name, kind in found.items() if len(np.unique(kind)) > 1}
+
+
 def _swapped(fit: Fitted, task: Task) -> View:
-    """The new users' shots with chosen and rejected exchanged."""
+    """The new users' shots with their labels swapped."""
     return fit.view(task.few.flipped(torch.ones(len(task.few), dtype=torch.bool)))
 
 
@@ -157,31 +167,46 @@ def swap(users: int, generator: torch.Generator) -> Tensor:
 
 
 def _measure(
-    fit: Fitted, view: View, data: Users, states: Tensor, whole: bool = False
-) -> dict[str, Tensor]:
+    fit: Fitted, view: View, data: Users, states: Tensor, whole: bool = False,
+    kind: np.ndarray | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Figures of every user with each of the states [T, U, S]: [T, U].
 
     Args:
         whole: with figures of all comparisons together too [T].
+        kind: of each comparison [N], as its place in ``KINDS``, for figures of each kind apart.
     """
     logits = [fit.logits(view, state, data.user) for state in states]
-    found = {
-        "accuracy": torch.stack([data.accuracies(z) for z in logits]),
-        "log_loss": torch.stack([data.log_losses(z) for z in logits]),
-        "brier": torch.stack([metrics.brier(data, z) for z in logits]),
-    }
+    found = _figures(data, logits)
     if whole:
-        parts = [metrics.pooled(data, z) for z in logits]
-        found |= {key: torch.tensor([part[key] for part in parts]) for key in parts[0]}
+        pooled = [metrics.pooled(data, z) for z in logits]
+        found |= {key: torch.tensor([part[key] for part in pooled]) for key in pooled[0]}
+    if kind is not None:
+        found["kinds"] = {}
+        for place in np.unique(kind):
+            rows = torch.from_numpy(np.flatnonzero(kind == place)).to(data.device)
+            counts = torch.bincount(data.user[rows], minlength=data.num_users)
+            part = _figures(data.pick(rows, counts), [z[rows] for z in logits])
+            found["kinds"][KINDS[place]] = {key: part[key] for key in ALWAYS}
     return found
 
 
-def _flips(fit: Fitted, view: View, data: Users, states: Tensor, swapped: Tensor) -> Tensor:
-    """Flip rates [T, U] between states [T, U, S] and those from the same shots swapped."""
-    return torch.stack([
-        metrics.flip_rate(data, *(fit.logits(view, state, data.user) for state in pair))
+def _figures(data: Users, logits: Sequence[Tensor]) -> dict[str, Any]:
+    """Figures [T, U] of every user; NaN for those without comparisons."""
+    about = {"accuracy": data.accuracies, "log_loss": data.log_losses}
+    about["brier"] = functools.partial(metrics.brier, data)
+    return {key: torch.stack([of(z) for z in logits]) for key, of in about.items()}
+
+
+def _label_sensitivity(
+    fit: Fitted, view: View, data: Users, states: Tensor, swapped: Tensor
+) -> dict[str, Tensor]:
+    """Of states [T, U, S] and those from the same shots with labels swapped: [T, U]."""
+    rates = [
+        metrics.label_sensitivity(data, *(fit.logits(view, state, data.user) for state in pair))
         for pair in zip(states, swapped, strict=True)
-    ])  # fmt: skip
+    ]
+    return {"label_sensitivity": torch.stack(rates)}
 
 
 def sweep(fit: Fitted, task: Task, draws: Shots) -> Iterator[dict[str, Any]]:
@@ -190,31 +215,34 @@ def sweep(fit: Fitted, task: Task, draws: Shots) -> Iterator[dict[str, Any]]:
     trials = min(draws.trials, fit.max_trials or draws.trials)
     few, unseen = fit.view(task.few), fit.view(task.unseen)
     W, fitted = _sweep_states(fit, few, task.few, draws, trials, g, True)  # [trials, S, U, ...]
+    counts = draws.users_with_that_many
     for s, size in enumerate(draws.sizes):
         if size and fitted is not None:
             judged = {key: x[:, s] for key, x in fitted.items()}
-            yield _record(fit, "", "few_shot", judged, size, draws.enough[s])
-    states = {"": W}
+            yield _record(fit, "", "few_shot", judged, size, counts[s])
+    states, swapped, kind = {"": W}, None, _kinds(task).get("unseen")
     if fit.personal and fit.controlled:
         states["population"] = fit.population_state.expand(1, len(draws.sizes), U, -1)
         states["another"] = W[:, :, swap(U, g)]
         flipped = task.few.flipped(torch.randint(2, (len(task.few),), generator=g).bool())
         shuffled = fit.view(flipped)
         states["shuffled"] = _sweep_states(fit, shuffled, task.few, draws, trials, g, False)[0]
-    swapped = None
-    if fit.personal and fit.controlled:  # the first draw of shots alone, as the sweep has a price
+        # Swapped labels for the first draw of shots alone, as the sweep has a price
         again, view = torch.Generator().manual_seed(task.seed), _swapped(fit, task)
         swapped = _sweep_states(fit, view, task.few, draws, 1, again, False)[0]
+    knows_nothing = fit.personal and not fit.controlled and fit.random_label is None
     for control, some in states.items():
-        known = None
+        measured = None
         for s, size in enumerate(draws.sizes):
-            if not size and fit.personal and not fit.controlled and fit.asks == "random":
+            if not size and knows_nothing:
                 continue  # each user's own model says nothing yet
-            if known is None or (fit.personal and control != "population"):
-                known = _measure(fit, unseen, task.unseen, some[:, s], not control)
+            if measured is None or (fit.personal and control != "population"):
+                own = (True, kind) if not control else ()
+                measured = _measure(fit, unseen, task.unseen, some[:, s], *own)
             if not control and swapped is not None:
-                known["flips"] = _flips(fit, unseen, task.unseen, some[:1, s], swapped[:, s])
-            yield _record(fit, control, "unseen", known, size, draws.enough[s])
+                pair = some[:1, s], swapped[:, s]
+                measured |= _label_sensitivity(fit, unseen, task.unseen, *pair)
+            yield _record(fit, control, "unseen", measured, size, counts[s])
 
 
 def _sweep_states(
@@ -228,37 +256,35 @@ def _sweep_states(
     S, U = len(draws.sizes), few.num_users
     width = view.numel() // max(1, len(view)) if isinstance(view, Tensor) else view.width
     at_once = max(1, BATCH // (len(few) * S * max(width, 1))) * U * S
-    states, accuracies, losses = [], [], []
-    rows = draws.rows[: trials * S * U]
+    states, parts, rows = [], [], draws.rows[: trials * S * U]
     for start in range(0, len(rows), at_once):
         some = rows[start : start + at_once]
         picked = torch.cat(some).to(few.device)
         users = few.pick(picked, [len(row) for row in some])
         states.append(fit.adapt(view[picked], users, g))
         if judge:
-            logits = fit.logits(view[picked], states[-1], users.user)
-            accuracies.append(users.accuracies(logits))
-            losses.append(users.log_losses(logits))
+            z = fit.logits(view[picked], states[-1], users.user)
+            parts.append({"accuracy": users.accuracies(z), "log_loss": users.log_losses(z)})
     shape = (trials, S, U)
-    fitted = {"accuracy": accuracies, "log_loss": losses} if judge else {}
-    judged = {key: torch.cat(values).view(shape) for key, values in fitted.items()}
+    judged = {key: torch.cat([part[key] for part in parts]).view(shape) for key in ALWAYS if judge}
     return torch.cat(states).view(*shape, -1), judged or None
 
 
 def _record(
-    fit: Fitted,
-    control: str,
-    name: str,
-    measured: dict[str, Tensor],
-    shots: int | None = None,
-    enough: int | None = None,
-) -> dict[str, Any]:
+    fit: Fitted, control: str, name: str, measured: dict[str, Any], shots: int | None = None,
+    users_with_that_many: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """One line of the results: means over trials of every user's figures [T, U], or of [T]."""
-    trials = None if shots is None else _rounded(measured["accuracy"].mean(1))
-    figures = {key: _rounded(values.mean(0)) for key, values in measured.items()}
+    figures = {key: _rounded(of.mean(0)) for key, of in measured.items() if key != "kinds"}
+    if "kinds" in measured:
+        figures["kinds"] = {
+            kind: {key: _or_none(_rounded(values.mean(0))) for key, values in part.items()}
+            for kind, part in measured["kinds"].items()
+        }
     return {
         "label": fit.label, "control": control, "set": name, "shots": shots, **figures,
-        "trials": trials, "enough": enough,
+        "trials": None if shots is None else _rounded(measured["accuracy"].mean(1)),
+        "users_with_that_many": users_with_that_many,
     }  # fmt: skip
 
 
@@ -266,3 +292,8 @@ def _rounded(values: Tensor) -> Any:
     """Numbers, one or a list, to the fifth digit."""
     rounded = (values.double() * 1e5).round() / 1e5
     return rounded.tolist()
+
+
+def _or_none(values: list[float]) -> list[float | None]:
+    """None in the place of NaN, of users without comparisons of a kind."""
+    return [None if math.isnan(value) else value for value in values]

@@ -12,7 +12,7 @@ from torch import Tensor
 from lore.learning.comparisons import Users
 
 BINS = 15
-SUREST = 0.25  # share of the comparisons that count as those a method is most sure of
+MOST_CONFIDENT = 0.25  # share of the comparisons
 FOLDS = 2  # of the users, each scaled by the temperature of the other
 STEPS = 50  # of the bisection for a temperature, between 1/1000 and 1000
 
@@ -62,16 +62,16 @@ def tempered(data: Users, logits: Tensor) -> Tensor:
     return scaled
 
 
-def surest(logits: Tensor, weight: Tensor) -> float:
-    """Accuracy on the quarter of the comparisons whose predictions are surest."""
+def most_confident(logits: Tensor, weight: Tensor) -> float:
+    """Accuracy of the 25 % most confident predictions."""
     order = logits.abs().argsort(descending=True, stable=True)
     before = weight[order].cumsum(0) - weight[order]
-    kept = order[before < SUREST * weight.sum()]
+    kept = order[before < MOST_CONFIDENT * weight.sum()]
     return float((weight[kept] @ (logits[kept] > 0).double()) / weight[kept].sum())
 
 
-def flip_rate(data: Users, logits: Tensor, swapped: Tensor) -> Tensor:
-    """Share of each user's predictions [U] that change when the user's shots are swapped.
+def label_sensitivity(data: Users, logits: Tensor, swapped: Tensor) -> Tensor:
+    """Share of each user's predictions [U] that change with the labels of the user's shots.
 
     Args:
         data: whose the predictions are.
@@ -82,9 +82,9 @@ def flip_rate(data: Users, logits: Tensor, swapped: Tensor) -> Tensor:
 
 
 def pooled(data: Users, logits: Tensor) -> dict[str, float]:
-    """Figures of all comparisons together: calibration before and after tempering, the surest."""
+    """Figures of all comparisons together: calibration, before and after tempering, and more."""
     return {
         "ece": calibration_error(logits, data.weight),
         "ece_tempered": calibration_error(tempered(data, logits), data.weight),
-        "sure": surest(logits, data.weight),
+        "most_confident": most_confident(logits, data.weight),
     }

@@ -19,6 +19,7 @@ from lore.common.settings import Name, NonNegativeInt, SeedNumber
 from lore.embeddings.store import Store
 from lore.experiments.judging import Sweep
 from lore.experiments.report.tables import report
+from lore.experiments.results import BASELINES
 from lore.experiments.runs import Run, run_folder
 from lore.experiments.splits import Tasks
 from lore.experiments.trackers import Tracker, check_tracker, track
@@ -97,10 +98,9 @@ class Settings:
         """
         for name in self.methods:
             require(name in METHODS, f"--methods {name}: there are {', '.join(METHODS)}")
-        always = {"reference": Reference(), "bt": BradleyTerry(self.lore), "own": Own(self.lore)}
-        return always | {"ridge_bt": self.ridge_bt} | {
-            name: getattr(self, name) for name in self.methods
-        }
+        every = Reference(), BradleyTerry(self.lore), Own(self.lore), self.ridge_bt
+        always = dict(zip(BASELINES, every, strict=True))
+        return always | {name: getattr(self, name) for name in self.methods}
 
     def all_methods(self) -> dict[str, Method]:
         """The settings of every method there is."""
@@ -152,15 +152,13 @@ def open_run(
             run.tidy(settings.seeds, settings.chosen())
 
 
+@dataclass
 class Timed:
-    """A method whose fit is timed.
+    """A method whose last fit's time is known."""
 
-    Attributes:
-        seconds, processor_seconds: of the last fit.
-    """
-
-    def __init__(self, method: Method) -> None:
-        self.method, self.seconds, self.processor_seconds = method, 0.0, 0.0
+    method: Method
+    seconds: float = 0.0
+    processor_seconds: float = 0.0
 
     def fit(self, task: Task) -> list[Fitted]:
         """What the method fits."""
@@ -192,7 +190,8 @@ class Experiment:
     def unfinished(self) -> Iterator[tuple[Task, str, Timed]]:
         """What is not finished yet: task, name and method, seed by seed.
 
-        Mistakes in the settings of a seed's methods are told before its first one is fitted.
+        Raises:
+            InputError: a mistake in the settings of any of a seed's methods, before the first fit.
         """
         methods, here = self.settings.chosen(), processes()
         for seed, names in self.run.missing(self.settings.seeds, methods).items():
@@ -229,13 +228,7 @@ class Experiment:
     def save(
         self, task: Task, name: str, fits: Sequence[Fitted], records: Sequence[dict[str, Any]]
     ) -> None:
-        """Keep a finished method of a repeat: its basis files and figures.
-
-        Args:
-            task: of the repeat.
-            name: of the method.
-            fits: what it fitted.
-            records: their figures, from ``judge``.
+        """Keep what a method fitted in a repeat, and its figures from ``judge``.
 
         Raises:
             InputError: the training has diverged.
@@ -248,10 +241,12 @@ class Experiment:
             for fit in fits:
                 self._save_basis(fit, task)
         assert self.timed is not None
+        role = "baseline" if name in BASELINES else "method"
         done = {
             "settings": self.timed.method, "seconds": round(self.timed.seconds, 3),
             "processor_seconds": round(self.timed.processor_seconds, 3),
-            "fits": [_describe(fit, task, self.dataset) for fit in fits], "records": list(records),
+            "fits": [_describe(fit, role, task, self.dataset) for fit in fits],
+            "records": list(records),
         }  # fmt: skip
         self.run.add(task.seed, self.about, name, done, list(self.settings.chosen()))
         track(self.settings.log, self.run.folder, task.seed, done)
@@ -279,26 +274,27 @@ class Experiment:
 
 def _about(dataset: Tasks, task: Task) -> dict[str, Any]:
     """Whose comparisons a repeat has, how many, and what a reader must know of them."""
-    personal = score_test(task.train)
-    overlap = dataset.info.get("overlap", {}).get("sentence")
-    sets = {"train": task.train, "seen": task.seen, "few": task.few, "unseen": task.unseen}
+    facts = {key: dataset.info.get(key) or {} for key in ("split", "overlap", "retest")}
+    said = {"personal": score_test(task.train).sentence}
+    said |= {key: fact["sentence"] for key, fact in facts.items() if fact.get("sentence")}
+    if not facts["retest"].get("judged_again"):
+        said.pop("retest", None)
+    elif "retest" in said:
+        said["retest"] = f"The ceiling of any method: {said['retest']}"
+    sets = {name: getattr(task, name) for name in ("train", "seen", "few", "unseen")}
     sets |= {"validation": task.validation} if task.validation is not None else {}
     return {
-        "users": {"seen": task.train.names, "unseen": _new_names(task)},
-        "kinds": task.kinds,
+        "users": {"seen": task.train.names, "unseen": _new_names(task)}, "kinds": task.kinds,
         "comparisons": {name: 0 if data is None else len(data) for name, data in sets.items()},
-        "facts": {"personal": personal.sentence, **({"overlap": overlap} if overlap else {})},
-    }
+        "facts": said,
+    }  # fmt: skip
 
 
 def _refuse_diverged(seed: int, records: Sequence[dict[str, Any]]) -> None:
     for record in records:
-        lost = max(record["log_loss"])
-        require(
-            lost < DIVERGED,
-            f"{record['label']}, seed {seed}: its training diverged (log loss {lost:.1e}); lower "
-            "its learning rate, or choose another optimizer",
-        )
+        loss = max(record["log_loss"])
+        why = f"{record['label']}, seed {seed}: its training diverged (log loss {loss:.1e})"
+        require(loss < DIVERGED, f"{why}; lower its learning rate, or choose another optimizer")
 
 
 def _center(store: Store) -> Tensor:
@@ -311,14 +307,18 @@ def _new_names(task: Task) -> list[str]:
     return [] if task.few is None else task.few.names
 
 
-def _describe(fit: Fitted, task: Task, dataset: Tasks) -> dict[str, Any]:
+def _describe(fit: Fitted, role: str, task: Task, dataset: Tasks) -> dict[str, Any]:
     """What results.json says of a fit, beside its records."""
-    about = {"label": fit.label, "personal": fit.personal, "settings": fit.settings}
-    if fit.asks != "random":  # all else is said of the fit itself
+    about = {
+        "label": fit.label, "personal": fit.personal, "settings": fit.settings, "role": role,
+        "chosen": fit.chosen, "family": fit.family, "shots_chosen_by": fit.shots_chosen_by,
+        "random_label": fit.random_label,
+    }  # fmt: skip
+    if fit.random_label:  # all else is said of the fit itself
         return {**about, "file": ""}
     portrait = fit.portrait()
     if portrait is not None:
-        about["states"] = [[round(x, 3) for x in row] for row in portrait.tolist()]
+        about["weights"] = [[round(x, 3) for x in row] for row in portrait.tolist()]
     directions = fit.tastes()
     if directions is not None:
         about["likes"] = _likes(directions[:, :LIKED_DIRECTIONS], task, dataset)
@@ -338,8 +338,8 @@ def _likes(directions: Tensor, task: Task, dataset: Tasks) -> list[dict[str, Any
     apart = rewards - mean[prompt]
 
     def text(row: int) -> dict[str, str]:
-        *_, asked, answer = talks[row]
-        return {"prompt": asked["content"][:SHOWN], "response": answer["content"][:SHOWN]}
+        *_, prompt, response = talks[row]
+        return {"prompt": prompt["content"][:SHOWN], "response": response["content"][:SHOWN]}
 
     likes = []
     for c, column in enumerate(apart.T, start=1):

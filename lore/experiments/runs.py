@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lore.common.files import InputError, digest, read_json, write_text
-from lore.experiments.results import read_results
+from lore.experiments.results import read_written, write_results
 
 PACKAGES = ("torch", "numpy", "pandas", "transformers", "datasets", "scipy")
 
@@ -42,19 +42,17 @@ class Run:
             results: folder of all results.
             name: of the run's folder; by default made of the settings, the methods' included.
             settings: what all methods share.
-            methods: settings of every method there is, asked for or not.
+            methods: settings of every method there is, whether it is fitted or not.
 
         Raises:
             InputError: the folder holds a run with other settings, or damaged results.
         """
         settings = json.loads(json.dumps(settings, default=str))
         folder = run_folder(results, name, settings, methods)
-        found, written = (read_json(folder / name) for name in ("results.json", "settings.json"))
-        for old in (found, written):  # either may have been copied from another run, or removed
-            if old is not None:
+        found = read_written(folder)
+        for old in (found, read_json(folder / "settings.json")):
+            if old is not None:  # either may have been copied from another run, or removed
                 _check_same(folder, old, settings)
-        if found and found.get("seeds"):
-            read_results(folder)  # refuses what no run has written
         return cls(folder, settings, {"seeds": (found or {}).get("seeds") or []})
 
     def begin(self) -> None:
@@ -70,8 +68,8 @@ class Run:
         """Which methods of which repeats are not finished yet.
 
         Args:
-            seeds: the repeats asked for.
-            methods: settings of the methods asked for.
+            seeds: of the repeats.
+            methods: settings of the methods to fit.
 
         Raises:
             InputError: a method was fitted with other settings.
@@ -81,8 +79,6 @@ class Run:
             done = self.part(seed)["methods"]
             for name in [name for name in methods if name in done]:
                 old, new = done[name].get("settings"), plain(methods[name])
-                if type(old) is not type(new):
-                    raise InputError(f"{self.folder}/results.json is damaged; remove it")
                 if old != new:
                     raise InputError(
                         f"{self.folder}: {name} was fitted with other settings "
@@ -102,8 +98,7 @@ class Run:
         """Keep a finished method of a repeat: results.json anew, whole or not at all.
 
         Args:
-            seed: the repeat.
-            about: users and comparisons of the repeat.
+            seed, about: the repeat, its users and comparisons.
             name, method: the method, its settings, fits and records.
             order: of the methods in the file.
 
@@ -118,7 +113,7 @@ class Run:
         part["methods"] = {method: done[method] for method in [*first, *rest]}
         self.results["seeds"] = list(seeds.values())
         kept = json.loads((self.folder / "settings.json").read_text(encoding="utf-8"))
-        drawn = [fit.get(key) for fit in method["fits"] for key in ("losses", "spectrum", "states")]
+        drawn = [fit.get(k) for fit in method["fits"] for k in ("losses", "spectrum", "weights")]
         try:  # elsewhere infinity is a strength: that of what a fit goes without
             json.dumps([method["records"], drawn], allow_nan=False)
         except ValueError:
@@ -126,7 +121,7 @@ class Run:
                 f"{name}, seed {seed}: its figures hold NaN or infinity, so that nothing of it is "
                 "kept; fit it with other settings, such as a lower learning rate"
             ) from None
-        write_text(self.folder / "results.json", json.dumps({**kept, **self.results}))
+        write_results(self.folder, {**kept, **self.results})
 
     def state(self, seed: int, name: str) -> Path:
         """Where the state of a method's training is kept, with a suffix."""
@@ -170,9 +165,9 @@ def plain(settings: Any) -> Any:
 
 
 def _check_same(folder: Path, kept: Any, new: dict[str, Any]) -> None:
-    old, seeds = (kept.get(k) for k in ("settings", "seeds")) if isinstance(kept, dict) else (0, 0)
-    if not isinstance(old, dict) or not isinstance(seeds, list | None):
-        raise InputError(f"{folder}: settings.json or results.json is damaged; remove the folder")
+    old = kept.get("settings") if isinstance(kept, dict) else None
+    if not isinstance(old, dict):
+        raise InputError(f"{folder}: settings.json is damaged; remove it")
     some = {key: value for key, value in old.items() if key != "seeds"}
     if some != {key: value for key, value in new.items() if key != "seeds"}:
         raise InputError(
@@ -183,7 +178,7 @@ def _check_same(folder: Path, kept: Any, new: dict[str, Any]) -> None:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> str:
     """Names of the settings that differ."""
-    names = []
+    names: list[str] = []
     for key in sorted({*old, *new}):
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict) and a != b:

@@ -35,9 +35,9 @@ SIDES = {"train": (True, "train"), "seen": (True, "test"),
 
 
 class Sets(NamedTuple):
-    """Training and held-out comparisons of seen users, few-shot and held-out of new ones.
+    """Training and held-out comparisons of seen users, shots and held-out ones of new users.
 
-    Sets that a dataset does not have are None: those of new users, and a validation set.
+    Sets that a dataset does not have are None.
     """
 
     train: Comparisons
@@ -109,12 +109,9 @@ class Tasks:
         """The task of a seed.
 
         Args:
-            seed: of the repeat.
-            device: where to compute.
-            reference: the reference direction [F].
+            seed, device, reference, processes: see ``Task``.
             stream: read features from disk at every pass; None where they take more than half of
                 the free memory.
-            processes: this process's number, and how many share the seen users.
             options: further attributes of the task.
         """
         sets = self.draw(seed, device)
@@ -161,13 +158,9 @@ def seen_users(tasks: Tasks) -> int:
 
 
 def drawn_split(
-    data: Path,
-    seen_fraction: float,
-    pairs_per_user: int,
-    few_shot_pairs: int,
-    unit: Unit = "comparisons",
+    data: Path, seen_fraction: float, pairs_per_user: int, few_shot_pairs: int,
     dataset: str | None = None,
-) -> Tasks:
+) -> Tasks:  # fmt: skip
     """Seen and unseen users drawn anew for every seed, with a sample of their training data.
 
     Args:
@@ -175,14 +168,12 @@ def drawn_split(
         seen_fraction: share of the users who are seen.
         pairs_per_user: random training comparisons of each seen user; all where there are fewer.
         few_shot_pairs: the same of each unseen user.
-        unit: what a shot is.
-        dataset: whose script asks; None for any.
+        dataset: whose script it is; None for any.
     """
-    about = {"pairs_per_user": pairs_per_user, "few_shot_pairs": few_shot_pairs,
-             "seen_fraction": seen_fraction}  # fmt: skip
     info, store = load(data, dataset)
-    table, same = _comparable(data, store)
-    about |= same
+    table, about = _comparable(data, store)
+    about |= {"pairs_per_user": pairs_per_user, "few_shot_pairs": few_shot_pairs,
+              "seen_fraction": seen_fraction}  # fmt: skip
 
     def draw(seed: int, device: torch.device) -> Sets:
         drawn = preparing.split_users(table, seed, seen_fraction)
@@ -191,20 +182,16 @@ def drawn_split(
         drawn["order"] = rng.random(len(drawn))
         place = drawn.groupby(["user_id", "split"])["order"].rank(method="first")
         most = np.where(drawn["seen"], pairs_per_user, few_shot_pairs)
-        return four_sets(drawn[(drawn["split"] == "test") | (place <= most)], store, device, unit)
+        kept = drawn[(drawn["split"] == "test") | (place <= most)]
+        return four_sets(kept, store, device, "comparisons")
 
-    return Tasks(info, store, draw, unit, about, data)
+    return Tasks(info, store, draw, "comparisons", about, data)
 
 
 def simulated_users(
-    data: Path,
-    dirichlet_alpha: float,
-    users: int,
-    unseen_users: int,
-    pairs_per_user: int,
-    few_shot_pairs: int,
-    dataset: str | None = None,
-) -> Tasks:
+    data: Path, dirichlet_alpha: float, users: int, unseen_users: int, pairs_per_user: int,
+    few_shot_pairs: int, dataset: str | None = None,
+) -> Tasks:  # fmt: skip
     """Users simulated for every seed: their best response of a prompt against their worst.
 
     Args:
@@ -213,15 +200,13 @@ def simulated_users(
         dirichlet_alpha: the users' weights over the reward models are Dirichlet(alpha * 1).
         users, unseen_users: how many are simulated.
         pairs_per_user, few_shot_pairs: training prompts of each; all test prompts are held out.
-        dataset: whose script asks; None for any.
+        dataset: whose script it is; None for any.
 
     Raises:
-        InputError: another dataset, no score tensors, or fewer training prompts than asked for.
+        InputError: another dataset, no score tensors, or fewer training prompts than wanted.
     """
-    about = {
-        "dirichlet_alpha": dirichlet_alpha, "users": users, "unseen_users": unseen_users,
-        "pairs_per_user": pairs_per_user, "few_shot_pairs": few_shot_pairs,
-    }  # fmt: skip
+    about = {"dirichlet_alpha": dirichlet_alpha, "users": users, "unseen_users": unseen_users,
+             "pairs_per_user": pairs_per_user, "few_shot_pairs": few_shot_pairs}  # fmt: skip
     info, store = load(data, dataset)
     tensors = preparing.read_scores(data, len(store))
     prompts, most = len(tensors["train.scores"]), max(pairs_per_user, few_shot_pairs)
@@ -249,11 +234,7 @@ def simulated_users(
 
 
 def _simulate(
-    tensors: Mapping[str, Tensor],
-    split: str,
-    W: Tensor,
-    count: int | None,
-    generator: torch.Generator,
+    tensors: Mapping[str, Tensor], split: str, W: Tensor, count: int | None, g: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Rows chosen and rejected by users on ``count`` random prompts of a split each, or on all."""
     scores, rows = tensors[f"{split}.scores"], tensors[f"{split}.rows"]
@@ -261,7 +242,7 @@ def _simulate(
     for w in W:
         some = torch.arange(len(scores))
         if count is not None:
-            some = torch.randperm(len(scores), generator=generator)[:count]
+            some = torch.randperm(len(scores), generator=g)[:count]
         best, worst = simulate_choices(scores[some], w[None])
         chosen.append(rows[some].gather(1, best.T)[:, 0])
         rejected.append(rows[some].gather(1, worst.T)[:, 0])

@@ -499,13 +499,13 @@ class Shots:
             shots and user, users innermost.
         sizes: the S numbers of shots; 0 is no shot at all.
         trials: draws per number of shots.
-        enough: how many users have as many shots [S].
+        users_with_that_many: how many users have that many shots [S].
     """
 
     rows: list[Tensor]
     sizes: list[int]
     trials: int
-    enough: list[int]
+    users_with_that_many: list[int]
 
 
 def draw_shots(
@@ -524,8 +524,8 @@ def draw_shots(
         for unit in units:
             order = torch.randperm(len(unit), generator=generator)[:size].tolist()
             rows.append(torch.cat([none, *(unit[i] for i in order)]))
-    enough = [sum(len(unit) >= size for unit in units) for size in sizes]
-    return Shots(rows, list(sizes), trials, enough)
+    that_many = [sum(len(unit) >= size for unit in units) for size in sizes]
+    return Shots(rows, list(sizes), trials, that_many)
 
 
 def warn_of_short_users(fewest: int, shots: Iterable[int]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lore.common.kinds import KINDS, Judged, kinds
 from lore.learning.comparisons import Comparisons, RowFeatures
@@ -32,20 +33,33 @@ def shares(held_out: Judged, own: Judged, training: Judged) -> Shares:
     return {name: float(weight[kind == number].sum()) for number, name in enumerate(KINDS)}
 
 
+def kinds_of_test(
+    train: Comparisons, few: Comparisons | None, seen: Comparisons, unseen: Comparisons | None
+) -> dict[str, NDArray[np.int8]]:
+    """Kind of each held-out comparison, as its place in ``KINDS``, of seen and, if any, unseen
+    users; the arguments are those of ``shares_of_test``. Empty without row numbers."""
+    return {name: kinds(*parts) for name, parts in _judged(train, few, seen, unseen).items()}
+
+
 def shares_of_test(
-    train: Comparisons,
-    few: Comparisons | None,
-    seen: Comparisons,
-    unseen: Comparisons | None,
+    train: Comparisons, few: Comparisons | None, seen: Comparisons, unseen: Comparisons | None
 ) -> dict[str, Shares] | None:
     """Kinds of the held-out comparisons of seen and, if any, unseen users, given the training
     comparisons of the former and the shots of the latter. None without row numbers."""
+    parts = _judged(train, few, seen, unseen)
+    return {name: shares(*three) for name, three in parts.items()} or None
+
+
+def _judged(
+    train: Comparisons, few: Comparisons | None, seen: Comparisons, unseen: Comparisons | None
+) -> dict[str, tuple[Judged, Judged, Judged]]:
+    """What is held out, the same users' own and the training comparisons, by set."""
     sets = [data for data in (train, few, seen, unseen) if data is not None]
     if not all(isinstance(data.features, RowFeatures) and data.names for data in sets):
-        return None
+        return {}
     names = {name: row for row, name in enumerate({n: 0 for data in sets for n in data.names})}
     training = judged(train, names)
-    found = {"seen": shares(judged(seen, names), training, training)}
+    found = {"seen": (judged(seen, names), training, training)}
     if few is not None and unseen is not None:
-        found["unseen"] = shares(judged(unseen, names), judged(few, names), training)
+        found["unseen"] = (judged(unseen, names), judged(few, names), training)
     return found

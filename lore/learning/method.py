@@ -83,7 +83,10 @@ class Fitted:
         controlled: whether it is also judged with the population's, another user's and shuffled
             labels' states.
         max_trials: most trials of a sweep over shots; None for all.
-        asks: how new users' shots are chosen in a sweep, see criteria.py.
+        chosen: whether validation picked it among the method's fits.
+        family: what the method's labels have in common, where it has several.
+        shots_chosen_by: how new users' shots are chosen in a sweep, see elicitation/criteria.py.
+        random_label: label of the same fit with random shots, where a criterion chooses them.
     """
 
     label: str
@@ -95,7 +98,10 @@ class Fitted:
     new_users: Tensor | None = None
     controlled: bool = True
     max_trials: int | None = None
-    asks: str = "random"
+    chosen: bool = False
+    family: str = ""
+    shots_chosen_by: str = "random"
+    random_label: str | None = None
 
     @property
     def personal(self) -> bool:

@@ -149,7 +149,7 @@ class Lore:
         if best not in again:  # rank 1, which is not fitted here otherwise
             again |= {fit.label: fit for fit in self.fit_shared(task)}
         chosen = LoreFit(self, again[best].basis, "LoRe, chosen")
-        chosen.tried = scores
+        chosen.tried, chosen.chosen = scores, True
         return chosen
 
     def few_shot(self) -> dict[str, Any]:
@@ -165,6 +165,8 @@ class Lore:
 
 class LoreFit(Fitted):
     """A basis V; a user's state is the weights w [K] on the simplex, nothing where K is 1."""
+
+    family = "LoRe"
 
     def __init__(self, method: Lore, basis: Basis, label: str | None = None) -> None:
         self.method, self.basis, self.tried = method, basis, {}

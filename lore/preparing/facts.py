@@ -14,6 +14,8 @@ SAYS = {
     "new": "new (a response that training lacks)",
 }
 
+LEAST_USERS = 5  # of an interval
+
 
 def count_kinds(table: pd.DataFrame) -> dict[str, Any]:
     """How many held-out comparisons are known, met and new, of seen and of unseen users.
@@ -67,7 +69,8 @@ def retest(
     Returns:
         judged_again: pairs of a user with two judgments or more; both_sides: those that training
         and the held-out comparisons share; where there are any, same: the mean over them of the
-        share of their pairs of judgments that agree, with its interval (Wilson's, 95 %); others:
+        share of their pairs of judgments that agree, with its interval (Wilson's, 95 %; None of
+        fewer than five users); others:
         the mean share of other users' judgments of the same pairs that agree with the user's, of
         those that others judged too; sentence.
     """
@@ -92,15 +95,14 @@ def retest(
     same = float(((wins * (wins - 1) + (n - wins) * (n - wins - 1)) / (n * (n - 1))).mean())
     rest, rest_wins = everybody.n[again] - n, everybody.low_wins[again] - wins
     agree = ((wins * rest_wins + (n - wins) * (rest - rest_wins)) / (n * rest))[rest > 0]
-    found |= {"same": round(same, 4), "interval": wilson(same, len(n))}
+    several = n.index.get_level_values("user_id").nunique() >= LEAST_USERS
+    found |= {"same": round(same, 4), "interval": wilson(same, len(n)) if several else None}
     found["others"] = round(float(agree.mean()), 4) if len(agree) else None
-    low_end, high_end = found["interval"]
-    sentence = (
-        f"Users judged {len(n):,} pairs again and chose as before in {same:.1%} (95 % interval "
-        f"{low_end:.1%} to {high_end:.1%}); "
-    )
-    told = f"others agree with them on these in {found['others']:.1%}" if len(agree) else ""
-    sentence += told or "nobody else judged these"
+    sentence = f"Users judged {len(n):,} pairs again and chose as before in {same:.1%}"
+    if several:
+        sentence += " (95 % interval {:.1%} to {:.1%})".format(*found["interval"])
+    others = f"others agree with them on these in {found['others']:.1%}" if len(agree) else ""
+    sentence += f"; {others or 'nobody else judged these'}"
     if found["both_sides"]:
         sentence += f"; {found['both_sides']:,} of them stand on both sides of the split"
     return {**found, "sentence": f"{sentence}."}

@@ -1,22 +1,22 @@
-"""Means over users with their intervals, and differences paired by user."""
+"""Means over users with their intervals, and differences paired by user and repeat."""
 
 from __future__ import annotations
 
-import csv
 import functools
-import io
+import itertools
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
-from lore.experiments.results import ALWAYS, ASKS, BT, MEASURES, Record, Results, shots_name
+from lore.experiments.results import BT, MEASURES, Results, Sample, shots_name
 
 RESAMPLES = 2000
 MOST_RESAMPLED = 10_000  # users; of more, the normal interval is the bootstrap's to its own noise
-
 LEAST_USERS = 5  # of an interval
+THIRDS = ("usual", "between", "unusual")
 
 
 class Summary(NamedTuple):
@@ -26,9 +26,6 @@ class Summary(NamedTuple):
     low: float
     high: float
     repeats: list[float]
-
-
-Sample = tuple[Sequence[str], np.ndarray]  # users, and a figure of each
 
 
 @functools.lru_cache(maxsize=4)
@@ -67,72 +64,64 @@ def bootstrap(sums: np.ndarray, weights: np.ndarray | None = None) -> tuple[floa
     return float(low), float(high)
 
 
-def summarise(samples: Sequence[Sequence[Sample]]) -> Summary:
+def summarise(sets: Sequence[Mapping[int, Sample]]) -> Summary:
     """The mean over repeats of the means over users; a user counts once, whatever the repeats.
 
     Args:
-        samples: for every set (their means are averaged), a sample for every repeat.
+        sets: for every set (their means are averaged), a sample for every repeat.
     """
-    number: dict[str, int] = {}
-    for users, _ in (sample for one_set in samples for sample in one_set):
-        for user in users:
-            number.setdefault(user, len(number))
-    sums, weights = np.zeros((2, len(number), len(samples)))
-    for column, one_set in enumerate(samples):
-        for users, values in one_set:
-            rows = np.array([number[user] for user in users])
+    every = [users for samples in sets for users, _ in samples.values()]
+    number = {user: row for row, user in enumerate(dict.fromkeys(itertools.chain(*every)))}
+    sums, weights = np.zeros((2, len(number), len(sets)))
+    for column, samples in enumerate(sets):
+        for users, values in samples.values():
+            rows = [number[user] for user in users]
             sums[rows, column] += values / len(rows)
             weights[rows, column] += 1 / len(rows)
-    means = np.array([[values.mean() for _, values in one_set] for one_set in samples])
-    repeats = means.mean(0).tolist()
-    return Summary(float(np.mean(repeats)), *bootstrap(sums, weights), repeats)
+    means = [[values.mean() for _, values in samples.values()] for samples in sets]
+    repeats = np.mean(means, axis=0)
+    return Summary(float(repeats.mean()), *bootstrap(sums, weights), repeats.tolist())
 
 
 def level(
-    results: Results,
-    label: str,
-    control: str,
-    measure: str,
-    sets: Sequence[str],
-    shots: int | None = None,
-) -> Summary | None:
+    results: Results, label: str, control: str, measure: str, sets: Sequence[str],
+    shots: int | None = None, kind: str = "",
+) -> Summary | None:  # fmt: skip
     """A label's mean on the average of some sets; None where one of them was not recorded."""
-    found = [results.find(label, control, name, shots) for name in sets]
-    values = [[r.values.get(measure) for r in records] for records in found]
-    if not _complete(found) or any(v is None for row in values for v in row):
+    found = [results.figures(label, control, name, measure, shots, kind) for name in sets]
+    if any(samples is None or list(samples) != list(found[0]) for samples in found):
         return None
-    if any(np.ndim(v) == 0 for row in values for v in row):  # one figure for all users
-        repeats = [float(np.mean([np.mean(v) for v in row])) for row in zip(*values, strict=True)]
-        return Summary(float(np.mean(repeats)), math.nan, math.nan, repeats)
-    return summarise([[(r.users, r.values[measure]) for r in records] for records in found])
+    summary = summarise(found)
+    return summary if MEASURES[measure].by_user else summary._replace(low=math.nan, high=math.nan)
 
 
 def difference(
-    results: Results,
-    label: str,
-    other: tuple[str, str],
-    measure: str,
-    sets: Sequence[str],
+    results: Results, label: str, other: tuple[str, str], measure: str, sets: Sequence[str],
     shots: int | None = None,
-) -> Summary | None:
+) -> Summary | None:  # fmt: skip
     """A label minus another (label, control), paired by user and repeat; None without a pair."""
-    samples, found = [], []
+    apart = []
     for name in sets:
-        rest = {r.seed: r for r in results.find(*other, name, shots)}
-        pairs = [(r, rest[r.seed]) for r in results.find(label, "", name, shots) if r.seed in rest]
-        pairs = [pair for pair in pairs if all(measure in r.values for r in pair)]
-        found.append([record for record, _ in pairs])
-        samples.append([(a.users, a.values[measure] - b.values[measure]) for a, b in pairs])
-    return summarise(samples) if _complete(found) else None
+        own = results.figures(label, "", name, measure, shots) or {}
+        rest = results.figures(*other, name, measure, shots) or {}
+        both = [seed for seed in own if seed in rest]
+        apart.append({seed: (own[seed][0], own[seed][1] - rest[seed][1]) for seed in both})
+    paired = all(samples and list(samples) == list(apart[0]) for samples in apart)
+    return summarise(apart) if paired else None
 
 
-def _complete(found: Sequence[Sequence[Record]]) -> bool:
-    """Whether every set has records, of the same repeats."""
-    seeds = [[record.seed for record in records] for records in found]
-    return bool(seeds) and bool(seeds[0]) and all(s == seeds[0] for s in seeds)
+def by_user(samples: Mapping[int, Sample]) -> pd.DataFrame:
+    """A figure of every user (rows) in every repeat (columns)."""
+    return pd.DataFrame({seed: pd.Series(x, users) for seed, (users, x) in samples.items()})
 
 
-def reached(shots: Sequence[float], values: Sequence[float], level: float) -> float:
+def interval(measure: str, summary: Summary) -> str:
+    """[low, high] in the measure's unit, nothing where there is none."""
+    known = np.isfinite(summary.low)
+    return MEASURES[measure].between(summary.low, summary.high) if known else ""
+
+
+def shots_to_reach(shots: Sequence[float], values: Sequence[float], level: float) -> float:
     """The least number of shots at which a curve, drawn with straight lines, reaches a level.
 
     Args:
@@ -152,60 +141,38 @@ def reached(shots: Sequence[float], values: Sequence[float], level: float) -> fl
     return math.inf
 
 
-class Worth(NamedTuple):
-    """How many random shots some chosen ones are worth, with the 95 % interval over users."""
-
-    shots: float
-    low: float
-    high: float
-
-
-def worth(results: Results, label: str, measure: str, shots: int) -> Worth | None:
-    """How many shots at random reach what chosen ones do; None where either was not recorded.
+def equivalent_random_shots(
+    results: Results, label: str, measure: str, shots: int
+) -> tuple[float, float, float] | None:
+    """How many random shots reach what chosen ones do, with the ends of its 95 % interval.
 
     Users are resampled with both curves of theirs. Infinity means more than were drawn at random.
 
     Args:
         results: of a sweep.
-        label: of the fit that asks.
+        label: of the fit whose shots a criterion chose.
         measure: accuracy or log_loss.
         shots: how many were chosen.
+
+    Returns:
+        None where either curve was not recorded.
     """
-    sizes = results.shots()
-    there = [results.find(label.split(ASKS)[0], "", "unseen", s) for s in sizes]
-    sizes = [s for s, found in zip(sizes, there, strict=True) if found and found[0].shots == s]
-    curves = [_of_users(results, label.split(ASKS)[0], measure, s) for s in sizes]
-    asked = _of_users(results, label, measure, shots)
-    if not curves or not asked:
+    random, curve = results.says(label, "random_label") or "", {}
+    for size in results.shots():
+        samples = results.figures(random, "", "unseen", measure, size)
+        if samples and results.find(random, "", "unseen", size)[0].shots == size:
+            curve[size] = by_user(samples).mean(axis=1)
+    chosen = results.figures(label, "", "unseen", measure, shots)
+    if not curve or chosen is None:
         return None
-    users = [user for user in asked if all(user in curve for curve in curves)]
-    sign = 1 if measure == "accuracy" else -1
-    drawn = sign * np.array([[curve[u] for u in users] for curve in curves])
-    chosen = sign * np.array([asked[u] for u in users])
-    found = [reached(sizes, drawn.mean(1).tolist(), float(chosen.mean()))]
-    for counts in _resamples(len(users)):
-        share = counts / counts.sum()
-        found.append(reached(sizes, (drawn @ share).tolist(), float(chosen @ share)))
-    ends = np.quantile(found[1:], (0.025, 0.975), method="inverted_cdf")
-    return Worth(found[0], float(ends[0]), float(ends[1]))
-
-
-def _of_users(results: Results, label: str, measure: str, shots: int) -> dict[str, float]:
-    """Every user's figure at a number of shots, the mean over repeats."""
-    found: dict[str, list[float]] = {}
-    for record in results.find(label, "", "unseen", shots):
-        for user, value in zip(record.users, record.values[measure], strict=True):
-            found.setdefault(user, []).append(value)
-    return {user: float(np.mean(values)) for user, values in found.items()}
-
-
-def interval(measure: str, summary: Summary) -> str:
-    """[low, high] in the measure's unit, nothing where there is none."""
-    known = np.isfinite(summary.low)
-    return MEASURES[measure].between(summary.low, summary.high) if known else ""
-
-
-THIRDS = ("usual", "between", "unusual")
+    users = pd.DataFrame(curve | {"chosen": by_user(chosen).mean(axis=1)}).dropna()
+    values = users.to_numpy() * (1 if measure == "accuracy" else -1)
+    every = np.vstack([np.ones(len(users)), _resamples(len(users))]) @ values / len(users)
+    middle, *drawn = (shots_to_reach(list(curve), row[:-1], row[-1]) for row in every)
+    if len(users) < LEAST_USERS:
+        return middle, math.nan, math.nan
+    low, high = np.quantile(drawn, (0.025, 0.975), method="inverted_cdf")
+    return middle, float(low), float(high)
 
 
 def by_third(results: Results, label: str, name: str, shots: int | None) -> list[Summary] | None:
@@ -224,16 +191,18 @@ def by_third(results: Results, label: str, name: str, shots: int | None) -> list
         A summary for every third; None without BT or with fewer than three users.
     """
     training = {"seen": "train", "unseen": "few_shot"}[name]
-    told = {r.seed: r.values["log_loss"] for r in results.find(BT, "", training, shots)}
-    records = results.find(label, "", name, shots)
-    if not records or any(r.seed not in told or len(r.users) < 3 for r in records):
+    losses = results.figures(results.label_of(BT) or "", "", training, "log_loss", shots)
+    own = results.figures(label, "", name, "accuracy", shots)
+    if not losses or not own or not set(own) <= set(losses):
         return None
-    samples: list[list[Sample]] = [[], [], []]
-    for r in records:
-        order = np.argsort(told[r.seed], kind="stable")
-        for third, rows in zip(samples, np.array_split(order, 3), strict=True):
-            third.append(([r.users[row] for row in rows], r.values["accuracy"][rows]))
-    return [summarise([third]) for third in samples]
+    if min(len(users) for users, _ in own.values()) < 3:
+        return None
+    thirds: list[dict[int, Sample]] = [{}, {}, {}]
+    for seed, (users, values) in own.items():
+        order = np.argsort(losses[seed][1], kind="stable")
+        for third, rows in zip(thirds, np.array_split(order, 3), strict=True):
+            third[seed] = users[rows], values[rows]
+    return [summarise([third]) for third in thirds]
 
 
 class Column(NamedTuple):
@@ -260,67 +229,15 @@ def held_out(results: Results) -> tuple[str, ...]:
     return tuple(name for name in ("seen", "unseen") if name in there)
 
 
-def minus(
-    results: Results, label: str, against: str, measure: str, column: Column
-) -> Summary | None:
-    """A label minus another label or one of its own controls; None where there is no such pair."""
-    other = (against, "") if against in results.methods else (label, against)
-    if other == (label, ""):
-        return None
-    return difference(results, label, other, measure, *column[1:])
-
-
-def results_csv(results: Results) -> str:
-    """One line per seed, label, control, set and number of shots."""
-    head = [
-        "seed",
-        "method",
-        "label",
-        "control",
-        "set",
-        "shots",
-        "accuracy",
-        "accuracy_low",
-        "accuracy_high",
-        "log_loss",
-        "num_users",
-        "log_loss_low",
-        "log_loss_high",
-        "enough",
-        "trials_sd",
-    ]
-    extra = [m for m in MEASURES if m not in ALWAYS and any(m in r.values for r in results.records)]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*head, *extra])
-    for r in results.records:
-        further = [np.mean(r.values[m]) if m in r.values else None for m in extra]
-        writer.writerow([_plain(v) for v in [*_line(r), *further]])
-    return text.getvalue()
-
-
-def _line(r: Record) -> list[Any]:
-    accuracy, log_loss = r.values["accuracy"], r.values["log_loss"]
-    spread = None if r.trials is None or len(r.trials) < 2 else np.std(r.trials, ddof=1)
-    return [
-        r.seed,
-        r.method,
-        r.label,
-        r.control,
-        r.set,
-        r.shots,
-        accuracy.mean(),
-        *bootstrap(accuracy),
-        log_loss.mean(),
-        len(r.users),
-        *bootstrap(log_loss),
-        r.enough,
-        spread,
-    ]
-
-
-def _plain(value: Any) -> Any:
-    """A figure as text that means it to the tenth digit; nothing for what is not known."""
-    if isinstance(value, float):
-        return "" if np.isnan(value) else f"{value + 0.0:.10g}"
-    return "" if value is None else value
+def main_columns(results: Results) -> list[Column]:
+    """What a verdict is of: each set or, in a sweep, the most shots that half of the users have."""
+    found = columns(results)
+    if not results.sweep:
+        return found[:2]
+    few: set[int | None] = {
+        r.shots
+        for r in results.records
+        if r.set == "unseen" and r.users_with_that_many is not None
+        and 2 * r.users_with_that_many < len(r.users)
+    }  # fmt: skip
+    return [c for c in found if c == found[0] or c.shots not in few][-1:]

@@ -2,53 +2,49 @@
 
 from __future__ import annotations
 
+import base64
 import io
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 import numpy as np
-from markupsafe import Markup
+import pandas as pd
 
 from lore.common.files import write_text
-from lore.experiments.report.intervals import Summary, columns, interval
+from lore.experiments.report.intervals import Summary, by_user, main_columns
 from lore.experiments.report.plots import Panel, caption, figure, learned_panels, measure_panels
 from lore.experiments.report.verdict import (
     BETTER,
     OPEN,
     WORSE,
     Verdict,
-    judged,
+    difference_text,
+    kind_sentence,
     outcome_of,
     verdicts,
 )
-from lore.experiments.results import MEASURES, OWN, Results, control_name, row_name, title
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from lore.experiments.results import MEASURES, OWN, Results, row_name
 
 TEMPLATES = Path(__file__).resolve().parent
 MOST_USERS = 2000  # lines of the table of users
-LENGTHS = {"prompt": 200, "response": 400}  # letters of a text that are shown
 CLASSES = {BETTER: "better", WORSE: "worse", OPEN: "open"}
 Table = Mapping[str, Mapping[str, str]]
 
 
 def write_report(
     folder: Path, results: Results, heading: str, about: Sequence[str], marks: Sequence[str],
-    tables: Sequence[tuple[str, Table]], notes: Sequence[str],
+    tables: Mapping[str, Table], notes: Sequence[str],
 ) -> None:  # fmt: skip
     """Write report.html into a run's folder.
 
     Args:
-        folder: of the run.
-        results: what is drawn.
+        folder, results: of the run.
         heading: what was run.
         about: sentences about the data.
         marks: what must be known before the figures are believed.
-        tables: caption and rows of each.
+        tables: by caption.
         notes: lines on the fits.
     """
     environment = jinja2.Environment(
@@ -56,11 +52,11 @@ def write_report(
         lstrip_blocks=True, undefined=jinja2.StrictUndefined,
     )  # fmt: skip
     text = environment.get_template("report.html").render(
-        title=title(results), heading=heading, about=about, marks=marks, notes=notes,
-        verdicts=[_card(v) for v in verdicts(results)],
-        tables=[_table(results, *table) for table in tables],
-        plots=_svgs(measure_panels(results, judged(results)), caption(results)),
-        learned=_svgs(learned_panels(results, judged(results)), "Of the first repeat."),
+        title=results.title, heading=heading, about=about, marks=marks, notes=notes,
+        kind=kind_sentence(results), verdicts=[_card(v) for v in verdicts(results)],
+        tables=[_table(results, *table) for table in tables.items()],
+        plots=_pictures(measure_panels(results), caption(results)),
+        learned=_pictures(learned_panels(results), "Of the first repeat."),
         users=_users(results), likes=_likes(results),
     )  # fmt: skip
     write_text(folder / "report.html", text)
@@ -71,35 +67,25 @@ def write_report(
 
 def _card(verdict: Verdict) -> dict[str, Any]:
     """A verdict with its intervals as bars on a scale that has zero in the middle."""
-    told = MEASURES["accuracy"]
-    ends = [abs(end) for s in verdict.points.values() for end in s[:3] if np.isfinite(end)]
-    most = max([*ends, 0.01])
-    bars = [
-        {
-            "against": control_name(against),
-            "text": f"{told.text(s.mean, signed=True)} {interval('accuracy', s)}",
-            "outcome": CLASSES[outcome_of(s)],
-            **_bar(s, most),
-        }
-        for against, s in verdict.points.items()
-    ]
-    return {
-        "label": verdict.label,
-        "where": verdict.where,
-        "badge": verdict.claim,
-        "outcome": CLASSES.get(verdict.outcome, "open"),
-        "loss": verdict.loss,
-        "bars": bars,
-    }
+    bars, most = [], {}
+    for found in verdict.differences.values():
+        for measure, s in found.items():
+            most[measure] = np.nanmax(np.abs([*s[:3], most.get(measure, 1e-3)]))
+    for against, found in verdict.differences.items():
+        bars += [
+            {"against": against, "text": difference_text(measure, s),
+             "outcome": CLASSES[outcome_of(measure, s)], **_bar(s, most[measure])}
+            for measure, s in found.items()
+        ]  # fmt: skip
+    outcome = CLASSES.get(verdict.outcome, "open")
+    return {**verdict._asdict(), "outcome": outcome, "bars": bars}
 
 
 def _bar(summary: Summary, most: float) -> dict[str, float]:
     """Where a bar begins, how wide it is and where its middle lies, in percent of the width."""
-    low, high = summary.low, summary.high
-    if not np.isfinite(low):
-        low = high = summary.mean
-    place = [50 + 48 * value / most for value in (low, high, summary.mean)]
-    return {"left": place[0], "width": place[1] - place[0], "mean": place[2]}
+    ends = summary[1:3] if np.isfinite(summary.low) else (summary.mean,) * 2
+    low, high, mean = (50 + 48 * value / most for value in (*ends, summary.mean))
+    return {"left": low, "width": high - low, "mean": mean}
 
 
 # ----------------------------------------------------------------------- Tables
@@ -119,93 +105,48 @@ def _table(results: Results, caption: str, table: Table) -> dict[str, Any]:
 
 def _users(results: Results) -> dict[str, Any]:
     """Every held-out user's accuracy under each method, the mean over repeats; in percent."""
-    last = columns(results)[-1].shots if results.sweep else None
-    shown = [
-        label
-        for label in results.labels
-        if label in judged(results) or len(results.of_method(results.methods[label])) == 1
-    ]
-    found: dict[tuple[str, str], dict[str, list[float]]] = {}
-    for label in shown:
-        for name in ("seen", "unseen"):
-            for record in results.find(label, "", name, last):
-                for user, value in zip(record.users, record.values["accuracy"], strict=True):
-                    found.setdefault((user, name), {}).setdefault(label, []).append(value)
-    told = MEASURES["accuracy"]
+    methods = dict.fromkeys(results.methods.values())
+    shown = [la for la in map(results.label_of, methods) if la]
+    parts = []
+    for _, (name, *_), shots in main_columns(results):
+        tables = {la: results.figures(la, "", name, "accuracy", shots) for la in shown}
+        means = {la: by_user(one).mean(axis=1) for la, one in tables.items() if one}
+        parts.append(pd.DataFrame(means, columns=shown).assign(side=name))
+    table = pd.concat(parts)
+    text = MEASURES["accuracy"].text
     rows = [
-        {
-            "name": user,
-            "control": False,
-            "cells": [
-                side,
-                *(told.text(float(np.mean(row[la]))) if la in row else "" for la in shown),
-            ],
-        }
-        for (user, side), row in list(found.items())[:MOST_USERS]
-    ]
-    return {"columns": ["set", *shown], "rows": rows, "all": len(found), "shots": last}
+        {"name": user, "control": False,
+         "cells": [side, *("" if np.isnan(value) else text(value) for value in values)]}
+        for user, *values, side in table.head(MOST_USERS).itertuples()
+    ]  # fmt: skip
+    return {"columns": ["set", *shown], "rows": rows, "all": len(table), "shots": shots}
 
 
-# ------------------------------------------------------------------ What is liked
-
-
-def _likes(results: Results) -> list[dict[str, Any]]:
+def _likes(results: Results) -> dict[str, list[dict[str, Any]]]:
     """Per judged label that has them: the responses each direction likes most and least."""
-    found = []
-    for label in results.labels:
-        if label not in judged(results) and label != OWN:
-            continue
-        for likes in [fit.get("likes") for fit in results.fits(label)[:1]]:
-            if likes:
-                found.append({"label": label, "directions": [_direction(one) for one in likes]})
-    return found
-
-
-def _direction(one: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "name": one["direction"],
-        "sides": [
-            {"name": side, "texts": [_shortened(entry) for entry in one.get(side, [])]}
-            for side in ("most", "least")
-        ],
-    }
-
-
-def _shortened(entry: Mapping[str, str]) -> dict[str, str]:
-    """A prompt and response, cut at a word."""
-    texts = {}
-    for key, most in LENGTHS.items():
-        text = " ".join(entry[key].split())
-        texts[key] = text if len(text) <= most else text[:most].rsplit(" ", 1)[0] + " …"
-    return texts
+    shown = [la for la in results.labels if la in (*results.judged, results.label_of(OWN))]
+    found = {label: results.says(label, "likes") for label in shown}
+    return {label: likes for label, likes in found.items() if likes}
 
 
 # ------------------------------------------------------------------------ Plots
 
 
-def _svgs(panels: Sequence[Panel], note: str) -> dict[str, Any]:
-    """Every panel as an SVG of its own, so that they stand in one column on a phone."""
+def _pictures(panels: Sequence[Panel], note: str) -> dict[str, Any]:
+    """Every panel as a picture of its own, so that they stand in one column on a phone."""
     drawn = []
     for panel in panels:
-        made = figure([panel], "", "", (4.4, 3.2), room=True)
         name = f"{panel.name}: {panel.caption}"
-        drawn.append({"name": f"{name[0].upper()}{name[1:]}", "svg": _svg(made, name)})
+        drawn.append({"name": f"{name[0].upper()}{name[1:]}", "source": _svg(panel)})
     return {"note": note, "panels": drawn}
 
 
-def _svg(made: Figure, name: str) -> Markup:
-    """A figure as SVG to stand within a page; the same bytes whenever it is drawn."""
-    import matplotlib  # takes a second, and who draws nothing does without
+def _svg(panel: Panel) -> str:
+    """A panel as the address of an SVG; the same bytes whenever it is drawn."""
+    from matplotlib import rc_context  # takes a second, and who draws nothing does without
 
-    text = io.StringIO()
-    # Without a salt of its own every figure would draw numbers for the names of its parts.
-    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "path"}):
-        made.savefig(text, format="svg", metadata={"Date": None})
-    svg = text.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'^<svg ([^>]*?)width="[^"]*"', r"<svg \1", svg)
-    svg = re.sub(r'^<svg ([^>]*?)height="[^"]*"', r"<svg \1", svg)
-    label = Markup.escape(name)
-    return Markup(svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1))
+    picture = io.BytesIO()
+    with rc_context({"svg.hashsalt": "lore", "svg.fonttype": "path"}):
+        made = figure([panel], "", "", (4.4, 3.2))
+        made.savefig(picture, format="svg", metadata={"Date": None})
+    return f"data:image/svg+xml;base64,{base64.b64encode(picture.getvalue()).decode()}"

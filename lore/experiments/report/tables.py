@@ -5,43 +5,43 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from lore.common.files import write_text
 from lore.experiments.report.intervals import (
     THIRDS,
     Column,
     Summary,
+    bootstrap,
     by_third,
     columns,
+    difference,
+    equivalent_random_shots,
     interval,
     level,
-    minus,
-    results_csv,
-    worth,
+    main_columns,
 )
 from lore.experiments.report.page import write_report
 from lore.experiments.report.plots import write_plots
-from lore.experiments.report.verdict import AGAINST, COIN, judged, verdict
+from lore.experiments.report.verdict import CHANCE, verdict
 from lore.experiments.results import (
     ALWAYS,
-    ASKS,
     BT,
+    CONTROLS,
     MEASURES,
     OWN,
     REFERENCE,
     RIDGE,
     Results,
-    control_name,
     read_results,
     row_name,
-    title,
 )
 
 INTERVAL = "mean [95 % interval over users]"
-BASELINES = ("ridge_bt", "lore")  # methods that those after them and all others are held against
+HELD_AGAINST = (RIDGE, "lore")  # methods that those after them and all others are held against
 ABOUT = 10  # chosen shots that are counted in random ones
 
 Table = dict[str, dict[str, str]]  # row -> column -> cell
@@ -63,63 +63,66 @@ def measure_table(results: Results, measure: str) -> Table:
             if any(row.values()):
                 table[row_name(label, control)] = row
     if results.sweep and measure == "accuracy":
-        table |= _enough(results)
+        table |= _users_with_that_many(results)
     return table
 
 
-def _enough(results: Results) -> Table:
-    """How many users have as many shots, in the fewest and the most of the repeats."""
+def _users_with_that_many(results: Results) -> Table:
+    """How many users have that many shots, in the fewest and the most of the repeats."""
     row = {}
     for column in columns(results):
-        counts = [
-            r.enough
+        counts = {
+            r.users_with_that_many
             for r in results.records
-            if r.set == "unseen" and r.shots == column.shots and r.enough is not None
-        ]
+            if r.set == "unseen" and r.shots == column.shots and r.users_with_that_many is not None
+        }
         if counts:
-            ends = sorted({min(counts), max(counts)})
-            row[column.name] = " to ".join(map(str, ends))
-    return {"users with as many": row} if row else {}
+            row[column.name] = " to ".join(map(str, sorted({min(counts), max(counts)})))
+    return {"users with at least that many shots": row} if row else {}
 
 
 def _cell(measure: str, summary: Summary | None, paired: bool = False) -> str:
     """Mean, interval over users and, but for differences, standard deviation over repeats."""
     if summary is None:
         return ""
-    told = MEASURES[measure]
-    text = told.text(summary.mean, signed=paired)
+    unit = MEASURES[measure]
+    text = unit.text(summary.mean, signed=paired)
     if len(summary.repeats) > 1 and not paired:
-        text += f" ± {told.text(float(np.std(summary.repeats, ddof=1)))}"
+        text += f" ± {unit.text(float(np.std(summary.repeats, ddof=1)))}"
     return f"{text} {interval(measure, summary)}".rstrip()
 
 
 def difference_table(results: Results, measure: str) -> Table:
-    """Every label minus BT, its controls, the reference and ``BASELINES``, paired by user and
-    repeat."""
+    """Every label minus what it is held against, paired by user and repeat."""
     table: Table = {}
     for label in results.labels:
-        random = (label.split(ASKS)[0],) if ASKS in label else ()
-        every = (BT, *AGAINST[1:], REFERENCE, *_baselines(results, label), *random)
-        for against in every if label != REFERENCE else ():
+        for name, other in _others(results, label).items():
             row = {
-                column.name: _cell(measure, minus(results, label, against, measure, column), True)
+                column.name: _cell(
+                    measure, difference(results, label, other, measure, *column[1:]), True
+                )
                 for column in columns(results)
             }
             if any(row.values()):
-                name = "random ones" if against in random else control_name(against)
                 table[f"{label} minus {name}"] = row
     return table
 
 
-def _baselines(results: Results, label: str) -> list[str]:
-    """The labels of ``BASELINES`` that a method's label is held against."""
+def _others(results: Results, label: str) -> dict[str, tuple[str, str]]:
+    """What a label is held against, as label and control, by name."""
     method = results.methods[label]
-    if label in (REFERENCE, BT, OWN):
-        return []
-    places = [*BASELINES, method]
-    before = places[: places.index(method)]
-    there = [label for label in (RIDGE, *judged(results)) if label in results.methods]
-    return [other for other in there if results.methods[other] in before]
+    if method == REFERENCE:
+        return {}
+    place = 0 if method in (BT, OWN) else [*HELD_AGAINST, method].index(method)
+
+    def whole(*methods: str) -> dict[str, tuple[str, str]]:
+        labels = [results.label_of(m) for m in methods]
+        return {la: (la, "") for la in labels if la and la != label}
+
+    found = whole(BT) | {CONTROLS[c]: (label, c) for c in ("population", "another")}
+    found |= whole(REFERENCE, *HELD_AGAINST[:place])
+    random = results.says(label, "random_label")
+    return found | ({"the same with random shots": (random, "")} if random else {})
 
 
 def unusual_table(results: Results) -> Table:
@@ -138,30 +141,36 @@ def unusual_table(results: Results) -> Table:
     return table
 
 
-class Section(NamedTuple):
-    """A table and what its figures are."""
+def kind_table(results: Results, measure: str) -> Table:
+    """A measure of every label on each kind of held-out comparisons, where there are several."""
+    table: Table = {}
+    for label in results.labels:
+        for column in main_columns(results):
+            for kind in results.kinds():
+                cell = _cell(measure, level(results, label, "", measure, *column[1:], kind))
+                if cell:
+                    table.setdefault(label, {})[f"{column.name}, {kind}"] = cell
+    return table
 
-    caption: str
-    table: Table
 
-
-def sections(results: Results) -> list[Section]:
-    """All tables: each measure, then the differences."""
+def sections(results: Results) -> dict[str, Table]:
+    """All tables by caption: measures, differences, then parts of comparisons and of users."""
     several = len(results.repeats) > 1
     over = INTERVAL.replace("mean", "mean ± standard deviation over repeats" if several else "mean")
-    found = []
-    for key, measure in MEASURES.items():
-        caption = f"{measure.name[0].upper()}{measure.name[1:]} ({measure.unit}): {over}"
-        if key == "log_loss":
-            caption += f"; a coin's is ln 2 = {COIN:.3f}, lower is better"
-        found.append(Section(caption, measure_table(results, key)))
+    names = {key: f"{m.name[0].upper()}{m.name[1:]} ({m.unit})" for key, m in MEASURES.items()}
+    found = {}
+    for key, name in names.items():
+        also = f"; a coin's is ln 2 = {CHANCE:.3f}, lower is better" if key == "log_loss" else ""
+        found[f"{name}: {over}{also}"] = measure_table(results, key)
     for key in (*ALWAYS, "brier"):
         unit = "points" if key == "accuracy" else f"{MEASURES[key].unit}, below 0 is better"
         caption = f"Differences of {MEASURES[key].name} ({unit}), paired by user: {INTERVAL}"
-        found.append(Section(caption, difference_table(results, key)))
+        found[caption] = difference_table(results, key)
+    for key in ALWAYS:
+        found[f"{names[key]} by kind of comparison: {over}"] = kind_table(results, key)
     caption = "Accuracy by how unusual a user is (thirds by BT's log loss on training choices)"
-    found.append(Section(f"{caption}: {over}", unusual_table(results)))
-    return [section for section in found if section.table]
+    found[f"{caption}: {over}"] = unusual_table(results)
+    return {caption: table for caption, table in found.items() if table}
 
 
 def markdown(table: Table | Any) -> str:
@@ -185,6 +194,30 @@ def markdown(table: Table | Any) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
+def results_csv(results: Results) -> str:
+    """One line per seed, label, control, set and number of shots."""
+    rows = []
+    for r in results.records:
+        row = {name: getattr(r, name) for name in ("seed", "method", "label", "control", "set")}
+        row["shots"] = r.shots
+        for measure, values in r.values.items():
+            row[measure] = values.mean() + 0.0  # not -0
+            if measure in ALWAYS:
+                ends = bootstrap(values)
+                row |= dict(zip((f"{measure}_low", f"{measure}_high"), ends, strict=True))
+        row |= {"num_users": len(r.users), "users_with_that_many": r.users_with_that_many}
+        several = r.trials is not None and len(r.trials) > 1
+        row["trials_sd"] = np.std(r.trials, ddof=1) if several else None
+        for kind, part in r.kinds.items():
+            row |= {f"{measure}_{kind}": np.nanmean(part[measure]) for measure in ALWAYS}
+        rows.append(row)
+    frame = pd.DataFrame(rows)
+    last = [measure for measure in MEASURES if measure in frame and measure not in ALWAYS]
+    frame = frame[[name for name in frame if name not in last] + last]
+    whole = {name: "Int64" for name in ("shots", "users_with_that_many")}
+    return frame.astype(whole).to_csv(index=False, float_format="%.10g", lineterminator="\n")
+
+
 # ------------------------------------------------------------------------- Text
 
 
@@ -194,9 +227,9 @@ def facts(results: Results) -> list[str]:
     for repeat in results.repeats:
         for fact in (repeat.get("facts") or {}).values():
             found.setdefault(str(fact), []).append(repeat["seed"])
-    everywhere = len(results.repeats)
+    every = len(results.repeats)
     return [
-        fact if len(seeds) == everywhere else f"{fact} (seed {', '.join(map(str, seeds))})"
+        fact if len(seeds) == every else f"{fact} (seed {', '.join(map(str, seeds))})"
         for fact, seeds in found.items()
     ]
 
@@ -211,54 +244,54 @@ def warnings(results: Results) -> list[str]:
 
 def notes(results: Results) -> list[str]:
     """A line for each label's fits, if they have something to say, and what the methods cost."""
-    lines = []
+    lines, repeats = [], len(results.repeats)
     for label in results.labels:
-        told = Counter(fit["note"] for fit in results.fits(label) if fit.get("note"))
-        repeats = len(results.repeats)
-        for note, count in list(told.items())[: 1 if len(told) > 3 else None]:
+        counts = Counter(fit["note"] for fit in results.fits(label) if fit.get("note"))
+        for note, count in list(counts.items())[: 1 if len(counts) > 3 else None]:
             often = f" ({count} of {repeats} repeats)" if count < repeats else ""
             lines.append(f"- {label}: {note}{often}")
-    lines += [line for label in results.labels if ASKS in label for line in _worth(results, label)]
+        if results.says(label, "random_label"):
+            lines += _in_random_shots(results, label)
     for method in dict.fromkeys(results.methods.values()):
         lines += _cost(results, method)
     return lines
 
 
-def _worth(results: Results, label: str) -> list[str]:
-    """How many random shots about ten chosen ones are worth, by accuracy and log loss."""
+def _in_random_shots(results: Results, label: str) -> list[str]:
+    """How many random shots reach what about ten chosen ones do, by accuracy and log loss."""
     sizes = [size for size in results.shots() if size]
     if not sizes:
         return []
-    shots = min(sizes, key=lambda size: abs(size - ABOUT))
-    told = []
+    shots, parts = min(sizes, key=lambda size: abs(size - ABOUT)), []
     for measure in ALWAYS:
-        found = worth(results, label, measure, shots)
+        found = equivalent_random_shots(results, label, measure, shots)
         if found:
-            mean, low, high = (
-                f"{x:.1f}" if np.isfinite(x) else f"more than {sizes[-1]}" for x in found
-            )
-            told.append(f"{mean} [{low}, {high}] by {MEASURES[measure].name}")
-    return [f"- {label}: {shots} are worth as many drawn at random: {', '.join(told)}"]
+            mean, *ends = (f"{x:.1f}" if x <= sizes[-1] else f"over {sizes[-1]}" for x in found)
+            between = "" if np.isnan(found[1]) else f" [{', '.join(ends)}]"
+            parts.append(f"{mean}{between} by {MEASURES[measure].name}")
+    return [f"- {label}: {shots} do what this many random shots do: {', '.join(parts)}"]
 
 
 def _cost(results: Results, method: str) -> list[str]:
     """Time, size and number of settings tried of a method, the mean over repeats."""
-    told = []
     parts = [r["methods"][method] for r in results.repeats if method in r["methods"]]
-    for key, unit in (("seconds", "s"), ("parameters", "parameters"), ("tried", "settings tried")):
-        values = [part[key] for part in parts if part.get(key)]
-        mean = float(np.mean(values)) if values else 0.0
-        if mean > {"tried": 1, "seconds": 0.05}.get(key, 0):
-            told.append(f"{mean:.1f} {unit}" if key == "seconds" else f"{mean:,.0f} {unit}")
-    return [f"- {method}: {', '.join(told)}"] if told else []
+    fits = results.fits(results.label_of(method) or "")
+    sizes = [fit["parameters"] for fit in fits if fit.get("parameters")]
+    tried = [len(fit.get("tried") or ()) for fit in fits]
+    every = [part["seconds"] for part in parts], sizes, tried
+    seconds, size, count = (np.mean(values) if values else 0 for values in every)
+    texts = [f"{seconds:.1f} s"] if seconds > 0.05 else []
+    texts += [f"{size:,.0f} parameters"] if size else []
+    texts += [f"{count:,.0f} settings tried"] if count > 1 else []
+    return [f"- {method}: {', '.join(texts)}"] if texts else []
 
 
-def _text(results: Results) -> str:
+def _text(results: Results, tables: dict[str, Table]) -> str:
     """Title, facts, tables, notes and verdict."""
-    blocks = [f"{title(results)}; {_details(results)}", *facts(results)]
+    blocks = [f"{results.title}; {_details(results)}", *facts(results)]
     blocks += [f"**WARNING: {mark}**" for mark in warnings(results)]
-    for section in sections(results):
-        blocks += [section.caption, markdown(section.table)]
+    for caption, table in tables.items():
+        blocks += [caption, markdown(table)]
     lines = notes(results)
     blocks += ["Notes:\n" + "\n".join(lines)] if lines else []
     return "\n\n".join([*blocks, verdict(results)])
@@ -284,8 +317,7 @@ def report(folder: Path, labels: Collection[str] = ()) -> str:
 
     Args:
         folder: the run's folder.
-        labels: show only these in the text returned, beside reference, BT and own models; the
-            files have all.
+        labels: show only these in the text returned, beside the baselines; the files have all.
 
     Returns:
         What was run, tables, paired differences, notes, the verdict and where the files lie.
@@ -295,12 +327,14 @@ def report(folder: Path, labels: Collection[str] = ()) -> str:
     """
     results = read_results(folder)
     write_text(folder / "results.csv", results_csv(results))
-    text = _text(results)
+    tables = sections(results)
+    text = _text(results, tables)
     write_text(folder / "table.md", text + "\n")
-    names = ", ".join(f"{name}.png" for name in write_plots(folder, results, judged(results)))
-    lines = [line.removeprefix("- ") for line in notes(results)]
-    about = _details(results), facts(results), warnings(results)
-    write_report(folder, results, *about, sections(results), lines)
+    names = ", ".join(f"{name}.png" for name in write_plots(folder, results))
+    about = _details(results), facts(results), warnings(results), tables
+    write_report(folder, results, *about, [line.removeprefix("- ") for line in notes(results)])
     if labels:
-        text = _text(results.only({REFERENCE, BT, OWN, *labels}))
+        shown = [la for la in results.labels if la in labels or results.is_baseline(la)]
+        some = results.only(shown)
+        text = _text(some, sections(some))
     return f"{text}\n\nResults, table, plots ({names}) and report.html: {folder}"

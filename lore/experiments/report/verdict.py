@@ -6,26 +6,31 @@ errors. Accuracy and log loss both count, and the worst outcome is the headline.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-from lore.experiments.report.intervals import Column, Summary, columns, interval, level, minus
-from lore.experiments.results import (
-    ASKS,
-    BT,
-    CHOSEN,
-    MEASURES,
-    REFERENCE,
-    RIDGE,
-    Results,
-    control_name,
+from lore.common.kinds import KINDS
+from lore.experiments.report.intervals import (
+    Column,
+    Summary,
+    difference,
+    held_out,
+    interval,
+    level,
+    main_columns,
 )
+from lore.experiments.results import ALWAYS, CONTROLS, MEASURES, RIDGE, Results
 
-AGAINST = (RIDGE, "population", "another")
-COIN = float(np.log(2))
-
+CHANCE = float(np.log(2))  # log loss of a coin
 BETTER, WORSE, OPEN = "better", "worse", "no difference detected"
+SIGN = {"accuracy": 1, "log_loss": -1}  # of what is better
+MEANING = {
+    "known": "between responses that the same user had judged in training",
+    "met": "between responses that were judged in training, but not both by this user",
+    "new": "with at least one response that nobody had judged in training",
+}
 
 
 class Verdict(NamedTuple):
@@ -35,7 +40,7 @@ class Verdict(NamedTuple):
         where: the users, and the number of shots.
         outcome: better, worse or no difference detected; "" where nothing is personal.
         claim: the outcome in words.
-        points, nats: against what -> difference in accuracy and in log loss.
+        differences: against what -> measure -> difference.
         loss: the log loss, in words.
     """
 
@@ -43,25 +48,26 @@ class Verdict(NamedTuple):
     where: str
     outcome: str
     claim: str
-    points: dict[str, Summary]
-    nats: dict[str, Summary]
+    differences: dict[str, dict[str, Summary]]
     loss: str
 
     @property
     def text(self) -> str:
         """The whole sentence."""
         who = f"{self.label}, {self.where}" if self.where else self.label
-        parts = []
-        for against, s in self.points.items():
-            part = f"{MEASURES['accuracy'].text(s.mean, signed=True)} points "
-            part += f"{interval('accuracy', s)}"
-            if against in self.nats:
-                loss = self.nats[against]
-                part += f" and {MEASURES['log_loss'].text(loss.mean, signed=True)} nats "
-                part += f"{interval('log_loss', loss)}"
-            parts.append(f"{part} against {control_name(against)}")
+        parts = [
+            " and ".join(difference_text(m, s) for m, s in found.items()) + f" against {against}"
+            for against, found in self.differences.items()
+        ]
         found = f"{who}: {self.claim}" + (f": {', '.join(parts)}" if parts else "")
         return f"{found}; {self.loss}" if self.loss else found
+
+
+def difference_text(measure: str, summary: Summary) -> str:
+    """A difference in points or nats with its interval."""
+    unit = "points" if measure == "accuracy" else "nats"
+    value = MEASURES[measure].text(summary.mean, signed=True)
+    return f"{value} {unit} {interval(measure, summary)}".rstrip()
 
 
 def verdicts(results: Results) -> list[Verdict]:
@@ -71,74 +77,44 @@ def verdicts(results: Results) -> list[Verdict]:
     a sweep at the largest number of shots that at least half of the users have.
     """
     found = []
-    for label in judged(results):
-        if not results.personal(label):
-            chosen = any(fit["settings"].get("rank") == 1 for fit in results.fits(label))
-            why = "rank 1 was chosen: " if chosen else ""
-            claim = f"{why}no personal weights to judge"
-            found.append(Verdict(label, "", "", claim, {}, {}, ""))
-            continue
-        for column in [_enough(results)] if results.sweep else columns(results)[:2]:
-            found += _judge(results, label, column)
+    for label in results.judged:
+        if results.personal(label):
+            judged = [_judge(results, label, column) for column in main_columns(results)]
+            found += [one for one in judged if one.differences]
+        else:
+            rank_one = any(fit["settings"].get("rank") == 1 for fit in results.fits(label))
+            why = "rank 1 was chosen: " if rank_one else ""
+            found.append(Verdict(label, "", "", f"{why}no personal weights to judge", {}, ""))
     return found
 
 
-def _enough(results: Results) -> Column:
-    """The largest number of shots that at least half of the users have."""
-    users: dict[int, bool] = {}
-    for record in results.records:
-        if record.set == "unseen" and record.shots is not None and record.enough is not None:
-            half = 2 * record.enough >= len(record.users)
-            users[record.shots] = users.get(record.shots, True) and half
-    there = columns(results)
-    return [c for c in there if c == there[0] or users.get(c.shots or 0, True)][-1]
-
-
-def judged(results: Results) -> list[str]:
-    """The label that stands for each method: the chosen one, else the last.
-
-    Without the methods that no control was recorded for although they are personal, and those
-    that never are.
-    """
-    last: dict[str, str] = {}
-    for label, method in results.methods.items():
-        if ASKS in label:
-            continue
-        if not last.get(method, "").endswith(CHOSEN):
-            last[method] = label
-    found = [label for label in last.values() if label not in (REFERENCE, BT, RIDGE)]
-    return [la for la in found if results.controls(la) or not results.personal(la)]
-
-
-def _judge(results: Results, label: str, column: Column) -> list[Verdict]:
-    """The verdict on one set, in a list; an empty list where nothing was recorded for it."""
-    points, losses = {}, {}
-    ridge = RIDGE if RIDGE in results.methods else BT  # runs of before had no ridge BT
-    for against in (ridge, *AGAINST[1:]):
-        for measure, found in (("accuracy", points), ("log_loss", losses)):
-            summary = minus(results, label, against, measure, column)
+def _judge(results: Results, label: str, column: Column) -> Verdict:
+    shared = results.label_of(RIDGE)
+    others = {shared: (shared, "")} if shared else {}
+    others |= {CONTROLS[c]: (label, c) for c in ("population", "another")}
+    found: dict[str, dict[str, Summary]] = {}
+    for against, other in others.items():
+        for measure in ALWAYS:
+            summary = difference(results, label, other, measure, *column[1:])
             if summary is not None:
-                found[against] = summary
-    if not points:
-        return []
-    outcome = judge(points, losses)
+                found.setdefault(against, {})[measure] = summary
+    outcome = worst(found)
     where = f"unseen users at {column.name}" if results.sweep else f"{column.name} users"
     loss = _loss(results, label, column)
-    return [Verdict(label, where, outcome, f"personal weights: {outcome}", points, losses, loss)]
+    return Verdict(label, where, outcome, f"personal weights: {outcome}", found, loss)
 
 
-def judge(points: dict[str, Summary], losses: dict[str, Summary]) -> str:
-    """The worst outcome of all differences in accuracy and log loss."""
-    found = {outcome_of(s) for s in points.values()}
-    found |= {outcome_of(s, -1) for s in losses.values()}
+def worst(differences: Mapping[str, Mapping[str, Summary]]) -> str:
+    """The worst outcome of all differences in accuracy and log loss; one missing leaves it open."""
+    found = [outcome_of(m, s) for one in differences.values() for m, s in one.items()]
     if WORSE in found:
         return WORSE
-    return BETTER if found == {BETTER} and len(points) == len(AGAINST) else OPEN
+    return BETTER if found == [BETTER] * 3 * len(ALWAYS) else OPEN
 
 
-def outcome_of(difference: Summary, sign: int = 1) -> str:
-    """The outcome of one difference by its interval; the sign is -1 where less is better."""
-    low, high = sorted((sign * difference.low, sign * difference.high))
+def outcome_of(measure: str, difference: Summary) -> str:
+    """The outcome of one difference by its interval."""
+    low, high = sorted(SIGN[measure] * end for end in (difference.low, difference.high))
     return BETTER if low > 0 else WORSE if high < 0 else OPEN
 
 
@@ -148,23 +124,30 @@ def _loss(results: Results, label: str, column: Column) -> str:
     if own is None:
         return ""
     text = f"log loss {MEASURES['log_loss'].text(own.mean)} nats"
-    return text + (f", worse than chance (ln 2 = {COIN:.3f})" if own.mean > COIN else "")
+    return text + (f", worse than chance (ln 2 = {CHANCE:.3f})" if own.mean > CHANCE else "")
 
 
 def kind_sentence(results: Results) -> str:
-    """What kind of comparisons was held out, in a sentence; "" where it is not known."""
-    kinds = results.repeats[0].get("kinds") or {}
-    shares = kinds.get("unseen" if results.sweep else "seen") or {}
-    named = {kind: share for kind, share in shares.items() if share >= 0.005}
-    if not named:
-        return ""
-    meaning = {
-        "known": "between responses that the same user had judged in training",
-        "met": "between responses that were judged in training, but not both by this user",
-        "new": "with at least one response that nobody had judged in training",
-    }
-    parts = [f"{share:.0%} are {kind} ({meaning[kind]})" for kind, share in named.items()]
-    return f"Of the held-out comparisons {', '.join(parts)}."
+    """What kind of comparisons was held out, in a sentence; "" where it is not known.
+
+    The mean over repeats; of seen and unseen users apart where they differ.
+    """
+    every = [repeat.get("kinds") or {} for repeat in results.repeats]
+    shares: dict[str, dict[str, str]] = {}
+    for name in held_out(results):
+        found = [kinds[name] for kinds in every if name in kinds]
+        means = {kind: np.mean([one[kind] for one in found]) for kind in KINDS if found}
+        shares[name] = {k: f"{share:.0%}" for k, share in means.items() if share >= 0.005}
+    known = {name: one for name, one in shares.items() if one}
+    alike = len({str(one) for one in known.values()}) == 1
+    parts = []
+    for kind, meaning in MEANING.items():
+        there = {name: one[kind] for name, one in known.items() if kind in one}
+        if there:
+            each = [f"{share} of {name} users'" for name, share in there.items()]
+            share = next(iter(there.values())) if alike else " and ".join(each)
+            parts.append(f"{share} are {kind} ({meaning})")
+    return f"Of the held-out comparisons {', '.join(parts)}." if parts else ""
 
 
 def verdict(results: Results) -> str:
