@@ -36,7 +36,7 @@ from lore.learning.comparisons import Comparisons, draw_shots
 from lore.learning.method import Fitted, Task
 from lore.methods import lore as lore_method
 from lore.methods.baselines import BradleyTerry, Own
-from lore.methods.fitting.validation import Split, Validation, hold_out, shots_of
+from lore.methods.fitting.validation import Validation, hold_out
 from lore.methods.lore import Lore
 from lore.preparing import tables as preparing
 from people import People, fit, records, repeats, saved, settings
@@ -389,10 +389,11 @@ def test_the_choice_is_made_on_whole_dialogues_that_were_not_fitted(world, monke
     monkeypatch.setattr(lore_method, "fit_bases", remember)
     task = task_of(world)
     Lore(ranks=(2,), select_rank=True, **people.QUICK).fit(task)
-    everything, rest = fitted
+    everything, *rest = fitted
     assert torch.equal(everything.features.x, task.local_train.features.x)
-    split = Split(task, 0, shots_of(task.few, task.shots))
-    assert torch.equal(rest.features.x, split.fit.features.x)
+    for part, split in zip(rest, Validation(task).splits, strict=True):
+        assert torch.equal(part.features.x, split.fit.features.x)
+    split = Validation(task).splits[0]
     assert not set(split.fit.dialogs.tolist()) & set(split.held.dialogs.tolist())
     assert split.held.counts.tolist() == [6] * 5  # 2 of 8 dialogues of 3 comparisons
     assert sorted([*split.fit.names, *split.new.few.names]) == task.train.names
@@ -446,10 +447,11 @@ def test_settings_are_chosen_on_the_validation_comparisons(all_seen, monkeypatch
     *fits, chosen = Lore(ranks=(2, 3), select_rank=True, **people.QUICK).fit(task)
     for data in fitted:  # nothing is held out of the training comparisons
         assert torch.equal(data.features.x, task.local_train.features.x)
-    assert chosen.tried.keys() == {"BT", "LoRe K=2", "LoRe K=3"}
+    assert [one["rank"] for one in chosen.tried] == [1, 2, 3]
+    losses = {one["rank"]: one["loss"] for one in chosen.tried}
     for one in fits:
         expected = people.plain(all_seen.store, task.validation, one.basis.V, one.basis.W)
-        assert chosen.tried[one.label] == pytest.approx(expected[1].mean(), abs=2e-5)
+        assert losses[one.settings["rank"]] == pytest.approx(expected[1].mean(), abs=2e-5)
 
 
 def test_one_split_holds_the_validation_comparisons_where_nobody_is_new(all_seen):

@@ -129,6 +129,35 @@ def test_a_method_fits_the_same_twice(fit: Fitted, task: Task, request: pytest.F
     torch.testing.assert_close(method.fit(task)[-1].users, fit.users)
 
 
+# A choice among few, roughly fitted.
+BRIEF: dict[str, dict[str, Any]] = {
+    "lore": {"ranks": (2, 3), "select_rank": True, "iterations": 20, "few_shot_iterations": 20},
+    "pal": {"prototypes": (2, 3), "width": 8, "epochs": 1},
+    "vpl": {"betas": (1e-4, 1e-2), "hidden": 8, "latent": 4, "epochs": 1},
+    "mlp": {"ranks": (2, 3), "hidden": 8, "epochs": 1},
+    "pref": {"rank": 2, "strengths": (1.0, 0.1)},
+    "mrm": {"strengths": (1.0, 0.1)},
+    "rbd": {"rank": 2, "strengths": ((1.0, 10.0), (0.1, 1.0))},
+    "pebs": {"strengths": (1.0, 0.1)},
+}
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_a_choice_never_reads_a_test_comparison(name: str):
+    task = planted.task(users=12, shots=12, held_out=10)
+    flipped = {
+        which: data.flipped(torch.ones(len(data), dtype=torch.bool))
+        for which, data in (("seen", task.seen), ("unseen", task.unseen))
+    }
+    method = methods.METHODS[name](**BRIEF.get(name, {}))
+    one, other = (method.fit(t)[-1] for t in (task, dataclasses.replace(task, **flipped)))
+    about = one.describe()
+    assert len(about["tried"]) > 1 and about["tried"] == other.describe()["tried"]
+    assert one.settings == other.settings and torch.equal(one.users, other.users)
+    logits = [fit.logits(fit.view(task.train), fit.users, task.train.user) for fit in (one, other)]
+    assert torch.equal(*logits)
+
+
 # ------------------------------------------------------------- Refused before work starts
 
 # Ranks that more of cannot be wrong: columns that are not needed vanish, or are of a hidden layer.

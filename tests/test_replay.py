@@ -99,7 +99,7 @@ def test_a_pair_that_was_asked_is_not_asked_again_while_others_are_left():
         assert len((row % 4).unique()) == 4
 
 
-@pytest.mark.parametrize("method", [Lore(ranks=(3,), iterations=50), PReF(rank=3, ridges=(1.0,)),
+@pytest.mark.parametrize("method", [Lore(ranks=(3,), iterations=50), PReF(rank=3, strengths=(1.0,)),
                                     RBD(rank=3, strengths=((1.0, 10.0),))])  # fmt: skip
 def test_methods_with_a_vector_for_each_user_can_choose_too(method):
     task = planted.task(users=8, shots=12, held_out=20, rank=2)

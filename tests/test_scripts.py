@@ -224,10 +224,11 @@ def test_rank_is_chosen_and_marked(finished, name):
     run = finished(name, "train_basis")
     *fits, chosen = saved(run.folder)["seeds"][0]["methods"]["lore"]["fits"]
     assert chosen["label"] == "LoRe, chosen" and chosen["settings"]["rank"] in (1, 2, 3)
-    assert set(chosen["tried"]) == {"BT", *(fit["label"] for fit in fits)}
+    assert {one["rank"] for one in chosen["tried"]} == {1, *(f["settings"]["rank"] for f in fits)}
     assert "LoRe, chosen" in table(run.outcome.out)
-    best = min(chosen["tried"], key=chosen["tried"].get)
-    assert f"- LoRe, chosen: chosen on validation: {best};" in run.outcome.out
+    best = min(chosen["tried"], key=lambda one: one["loss"])["rank"]
+    label = "BT" if best == 1 else f"LoRe K={best}"
+    assert f"- LoRe, chosen: chosen on validation: {label};" in run.outcome.out
 
 
 @pytest.mark.usefixtures("no_plots")

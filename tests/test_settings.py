@@ -50,7 +50,7 @@ REFUSED = {
         --pal.layers 2000 | --pal.width 100000 | --vpl.latent 1000000 | --rbd.rank 100000
         --mixed-logit.directions 0 | --mixed-logit.tau2 -1 | --mixed-logit.l-mu -1 | --vpl.latent -2
         --vpl.betas -1 | --vpl.epochs -1 | --ridge-bt.strength 0 | --pebs.strengths 1 1
-        --pref.ridges nan | --rbd.strengths [[1,0]] | --rbd.strengths 1 2 | --mrm.inner-steps 0
+        --pref.strengths nan | --rbd.strengths [[1,0]] | --rbd.strengths 1 2 | --mrm.inner-steps 0
         --optimizer torch.optim.SparseAdam | --optimizer torch.optim.Optimizer
         --optimizer torch.optim.AdamW --optimizer.lr -1 | --optimizer torch.optim.Adagrad2
         --optimizer torch.optim.SGD --optimizer.lr .nan | --optimizer.lr 0.1 | --iterations 3 4

@@ -21,9 +21,9 @@ QUICK: dict[str, dict[str, Any]] = {
     "mixed_logit": {"floor": 0.1, "l_mu": 0.3, "tau2": 1.0, "pi": 10.0},
     "pal": {"prototypes": (2,), "width": 8, "layers": 1, "epochs": 2},
     "vpl": {"betas": (1e-4,), "hidden": 8, "latent": 4, "epochs": 2},
-    "mlp": {"ranks": (2,), "hidden": 8, "epochs": 2}, "pref": {"rank": 2, "ridges": (1.0,)},
+    "mlp": {"ranks": (2,), "hidden": 8, "epochs": 2}, "pref": {"rank": 2, "strengths": (1.0,)},
     "rbd": {"rank": 2, "strengths": ((1.0, 1.0),)}, "pebs": {"strengths": (1.0,)},
-    "mrm": {"ridges": (1.0,)},
+    "mrm": {"strengths": (1.0,)},
 }  # fmt: skip
 FIGURES = ("accuracy", "log_loss", "brier", "label_sensitivity")
 

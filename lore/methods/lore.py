@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -27,10 +26,8 @@ from lore.learning.grid import fit_bases, grid
 from lore.learning.method import Fitted, Task
 from lore.learning.training import Checkpoint
 from lore.methods.fitting.posterior import Prior
-from lore.methods.fitting.validation import Split, shots_of
+from lore.methods.fitting.validation import Split, Validation, choose
 from utils import TEMPERATURE, LoRe, LoRe_regularized, personalize
-
-log = logging.getLogger(__name__)
 
 ESTIMATORS = {"lore": LoRe, "lore_regularized": LoRe_regularized}
 POINTS = 400  # of the training curve that is kept
@@ -84,7 +81,7 @@ class Lore:
         """Refuse a pull to nothing, and a choice where nothing can be held out for it."""
         self.check_reference(task)
         if self.select_rank:
-            self._split(task)
+            self._validation(task)
 
     def fit_shared(self, task: Task) -> list[LoreFit]:
         """Bradley-Terry: rank 1, one shared direction, for every alpha."""
@@ -125,31 +122,34 @@ class Lore:
         )  # fmt: skip
         return [LoreFit(self, basis) for basis in bases]
 
-    def _split(self, task: Task) -> Split:
+    def _validation(self, task: Task) -> Validation:
         """What a choice is made on; InputError where there is nothing."""
-        split = Split(task, task.seed, shots_of(task.few, task.shots))
+        data = Validation(task)
         require(
-            split.held is not None or split.new is not None,
-            "--select-rank: no user has two dialogues to hold one out for choosing",
+            data.possible, "--select-rank: no user has two dialogues to hold one out for choosing"
         )
-        return split
+        return data
 
     def _chosen(
         self, task: Task, grid_points: list[dict[str, Any]], fits: list[LoreFit]
     ) -> LoreFit:
         """The fit whose settings have the lowest log loss on validation."""
-        split, scores = self._split(task), {}
-        first, users = rows_before(split.fit.num_users, task.processes)
-        for fit in self._fit(task, grid_points, "", split.fit, users):
-            fit.users = fit.users[first : first + split.fit.num_users]  # this process's
-            scores[fit.label] = split.score(fit).loss
-        best = min(scores, key=scores.get)
-        log.info("validation: %s", ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+
+        def fit(split: Split, number: int, all_fits: list[LoreFit] | None) -> Any:
+            if all_fits is None:  # the settings share passes over the features
+                first, users = rows_before(split.fit.num_users, task.processes)
+                all_fits = self._fit(task, grid_points, "", split.fit, users)
+                for each in all_fits:  # this process's users
+                    each.users = each.users[first : first + split.fit.num_users]
+            return all_fits[number], all_fits
+
+        found = choose(self._validation(task), range(len(grid_points)), fit)
+        label = found.kept[0][found.candidate].label
         again = {fit.label: fit for fit in fits}
-        if best not in again:  # rank 1, which is not fitted here otherwise
+        if label not in again:  # rank 1, which is not fitted here otherwise
             again |= {fit.label: fit for fit in self.fit_shared(task)}
-        chosen = LoreFit(self, again[best].basis, "LoRe, chosen")
-        chosen.tried, chosen.chosen = scores, True
+        chosen = LoreFit(self, again[label].basis, "LoRe, chosen")
+        chosen.tried, chosen.chosen = found.tried, True
         return chosen
 
     def few_shot(self) -> dict[str, Any]:
@@ -169,7 +169,7 @@ class LoreFit(Fitted):
     family = "LoRe"
 
     def __init__(self, method: Lore, basis: Basis, label: str | None = None) -> None:
-        self.method, self.basis, self.tried = method, basis, {}
+        self.method, self.basis, self.tried = method, basis, []
         about = basis.settings
         self.settings = {k: about[k] for k in ("rank", "alpha", "shrinkage") if k in about}
         self.label = label or self._label(about)

@@ -37,7 +37,7 @@ from lore.learning.method import Fitted, Task, View
 from lore.methods.fitting.geometry import Geometry, measure
 from lore.methods.fitting.posterior import TOLERANCE, Prior, posteriors
 from lore.methods.fitting.validation import Scores, Split, Validation
-from lore.methods.ridge_bt import FINE, ROUGH, fit_shared, precision, ridge_path
+from lore.methods.ridge_bt import FINE, ROUGH, choose_ridge, fit_shared, precision
 
 log = logging.getLogger(__name__)
 
@@ -284,12 +284,13 @@ class Search:
 
     def run(self) -> tuple[Candidate, float]:
         """The chosen strengths, and the scale of the log odds."""
-        geometries = [known.geometry for known in self.known]
-        l_mu, shared, scores = ridge_path(self.data, geometries, self.tried)
+        found = choose_ridge(self.data, [known.geometry for known in self.known])
+        self.tried += found.tried
+        l_mu = found.candidate
         ridge = best = Candidate(None, l_mu)
-        self.scores[ridge] = scores
-        for known, geometry, mu in zip(self.known, geometries, shared, strict=True):
-            known.shared[None, l_mu] = geometry.raw(mu)[:, 0]
+        self.scores[ridge] = found.scores
+        for known, mu in zip(self.known, found.kept, strict=True):
+            known.shared[None, l_mu] = mu[:, 0]
         isotropic = self._isotropic(l_mu)
         if self.loss(isotropic) < self.loss(ridge):
             rich = replace(isotropic, pi=FIRST_PI, start=isotropic.tau2)

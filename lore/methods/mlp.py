@@ -19,18 +19,16 @@ from lore.common.settings import Epochs, PositiveWidth, Rank
 from lore.learning.comparisons import Comparisons, Pairs, Users
 from lore.learning.method import Task
 from lore.methods.fitting.networks import (
-    Held,
     Mixing,
     Networked,
-    choose,
     distinct,
     linear,
     pair_weights,
     rows_of,
     solve_weights,
 )
+from lore.methods.fitting.validation import HeldOut
 
-RIDGES = (0.0, 0.3, 1.0, 3.0)  # pull of new users' logits towards the seen users' mean
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "identity": nn.Identity}
 
 
@@ -56,18 +54,15 @@ class MLP(Networked):
     activation: Literal["gelu", "relu", "identity"] = "gelu"
     epochs: Epochs = 0
 
-    def learn(self, task: Task) -> FittedMLP:
-        """Learn both layers and the weights from the task's training comparisons."""
-        train = partial(self._train, seed=task.seed)
-        if self.faithful:
-            return train(task.train, None, self.ranks[0], self.epochs or 1000)
-        return choose(task, ("rank", self.ranks), ("ridge", RIDGES), self.epochs or 60, train)
+    model = ("rank", "ranks")
 
-    def _train(
-        self, data: Comparisons, held: Held, K: int, epochs: int, seed: int
+    def train(
+        self, data: Comparisons, held: HeldOut | None, model: int, task: Task, epochs: int = 0
     ) -> FittedMLP:
-        generator = torch.Generator().manual_seed(seed)
-        fit = FittedMLP(self, data, K, generator)
+        """A fit of such a rank."""
+        epochs = epochs or self.epochs or (1000 if self.faithful else 60)
+        generator = torch.Generator().manual_seed(task.seed)
+        fit = FittedMLP(self, data, model, generator)
         layers = {"params": fit.layers.parameters(), "lr": 1e-3 if self.faithful else 3e-3}
         layers["weight_decay"] = 0.0 if self.faithful else 0.01
         weights = {"params": [fit.free], "lr": 0.5 if self.faithful else 0.05, "weight_decay": 0.0}

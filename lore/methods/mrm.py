@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,22 +12,19 @@ from torch.nn.functional import softplus
 
 from lore.common.settings import PositiveFloat, Rate, Steps
 from lore.learning.comparisons import Comparisons, Seed, Users
-from lore.learning.method import Fitted, Task, View
-from lore.methods.fitting.geometry import measure
+from lore.learning.method import Task, View
+from lore.methods.fitting.geometry import Geometry
 from lore.methods.fitting.linear import (
-    FINE,
     HALVINGS,
-    ROUGH,
     LinearFitted,
+    LinearPeer,
     backproject,
-    choose,
     fit_together,
     project,
     ridge_directions,
     slopes,
-    thinned,
 )
-from lore.methods.ridge_bt import fit_shared, inverse_curvature
+from lore.methods.ridge_bt import ROUGH, fit_shared, inverse_curvature
 
 K = 2
 SCALE = 0.01  # of embeddings
@@ -127,11 +124,11 @@ class MRMFitted(LinearFitted):
 
 
 @dataclass(frozen=True)
-class MRM:
+class MRM(LinearPeer):
     """Rewards .01 x' A softmax(s_u); s_u is a few inner steps away from a shared, learned s.
 
-    No weights of users are kept: seen users are adapted as new ones are. Nobody's state is the
-    start, softmax(s).
+    No weights of users are kept: seen users are adapted as new ones are. The population's state is
+    the start, softmax(s).
 
     ``faithful`` follows the published training: 200 epochs of Adam on two users at a time, nine
     tenths of a user's dialogues as query, one inner Adam step. Such a step is the rate times the
@@ -142,87 +139,71 @@ class MRM:
     ``converged``: the same episodes, one a user and fixed, and the tail loss's mean over all pairs
     of users; inner steps of plain gradient descent, differentiated through; and a ridge, among
     features of mean square length 1, on mean and half difference of A's columns. L-BFGS finds the
-    minimum; the ridge is chosen on validation.
+    minimum.
 
     Args:
-        setting: published constants and budget (faithful), or fitted to tolerance (converged).
         rate: of the outer Adam; published 1e-3 (PRISM) and 5e-3 (TL;DR). Faithful only.
         inner_rate: of the inner Adam; published 1e-3 (PRISM) and 5e-3 (TL;DR). Faithful only.
         inner_steps: of plain gradient descent. Converged only.
-        ridges: of the converged setting, from the strongest on; chosen on validation if several.
+        strengths: of the ridge, from the strongest on; chosen on validation if several.
     """
 
-    setting: Literal["faithful", "converged"] = "converged"
     rate: Rate = 1e-3
     inner_rate: Rate = 1e-3
     inner_steps: Steps = 5
-    ridges: tuple[PositiveFloat, ...] = HALVINGS
-    alone = True  # fitted by one process
+    strengths: tuple[PositiveFloat, ...] = HALVINGS
 
-    def fit(self, task: Task) -> list[Fitted]:
-        """Choose the ridge, then fit all training comparisons; or as published."""
-        data = task.local_train
-        if self.setting == "faithful":
-            return [self._faithful(data, task.seed)]
-        best, tried = choose(task, self.ridges, lambda *given: self._converged(*given, ROUGH))
-        fitted, _ = self._converged(data, best, None, FINE)
-        fitted.facts["tried"] = tried
-        return [fitted]
-
-    def _fitted(
-        self, data: Comparisons, A: Tensor, s: Tensor, inner: tuple[float, int], losses: list[float]
-    ) -> MRMFitted:
-        faithful = self.setting == "faithful"
-        settings = {"setting": self.setting, "inner_rate": inner[0], "inner_steps": inner[1]}
-        note = f"MRM: {inner[1]} inner step(s) at {inner[0]:g}; {len(losses)} outer steps."
-        facts = {"parameters": A.numel() + K, "tried": [], "note": note, **thinned(losses)}
-        label, start = "MRM" + (" faithful" if faithful else ""), s.detach()
-        mean = start.softmax(0)
-        fitted = MRMFitted(label, settings, SCALE * A, mean.expand(1, K), mean, facts)
-        fitted.start, fitted.inner, fitted.adam = start, inner, faithful
-        fitted.users = fitted.adapt(fitted.view(data), data, 0)
-        return fitted
-
-    def _converged(
-        self,
-        data: Comparisons,
-        ridge: float,
-        warm: list[Tensor] | None,
-        tolerance: float,
+    def converged(
+        self, data: Comparisons, geometry: Geometry, strength: float, warm: Any, tolerance: float
     ) -> tuple[MRMFitted, list[Tensor]]:
-        geometry = measure(data)
+        """The minimum over mean and half difference of A's columns, and s; see ``LinearPeer``."""
         episode = _episode(_dialogues(data))
-        sides = [(rows, data.pick(rows, counts)) for rows, counts in episode]
+        (query, users), (support, known) = [(rows, data.pick(rows, n)) for rows, n in episode]
 
         def objective(B: Tensor, s: Tensor) -> tuple[Tensor, list[Tensor]]:
-            given = project(data, B / geometry.scale).requires_grad_(), s.requires_grad_()
+            given = project(data, geometry.raw(B)).requires_grad_(), s.requires_grad_()
             Z = given[0] @ MIX.to(B)
-            (query, users), (support, known) = sides
             there = s.expand(data.num_users, K)
             there = gradient_steps(Z[support], known, there, INNER_RATE, self.inner_steps)
             loss = tail_loss_of_pairs(mean_losses(Z[query], users, there)) * len(data) / 2
             by_Z, by_s = torch.autograd.grad(loss, given)  # the loss is as large as a sum over all
-            by_B = backproject(data, by_Z) / geometry.scale + ridge * B
-            return loss.detach() + ridge / 2 * B.square().sum(), [by_B, by_s]
+            by_B = geometry.raw(backproject(data, by_Z)) + strength * B
+            return loss.detach() + strength / 2 * B.square().sum(), [by_B, by_s]
 
         if warm is None:
-            shared = fit_shared(data, geometry, 2 * ridge, tolerance=ROUGH).x.double()
-            own = ridge_directions(data) * geometry.scale
+            shared = fit_shared(data, geometry, 2 * strength, tolerance=ROUGH).x.double()
+            own = geometry.stretched(ridge_directions(data).T).T
             _, size, right = torch.linalg.svd(own - own.mean(0), full_matrices=False)
             away = right[:1].T * size[0] / math.sqrt(data.num_users)
-            warm = [torch.cat([shared, away], 1), shared.new_zeros(K)]
-        share = warm[1].new_tensor([0.5, 0.05])  # of the curvature by the two columns
-        curve = inverse_curvature(geometry, ridge / share)
+            start = [torch.cat([shared, away], 1), shared.new_zeros(K)]
+        else:
+            start = [geometry.stretched(warm[0]), warm[1]]
+        share = start[1].new_tensor([0.5, 0.05])  # of the curvature by the two columns
+        curve = inverse_curvature(geometry, strength / share)
         inverses = [lambda G: curve(G) / share, lambda g: 10 * g / len(data)]
-        (B, s), losses = fit_together(objective, warm, inverses, tolerance)
-        A = B @ MIX.to(B) / (geometry.scale * SCALE)
-        losses = [loss / len(data) for loss in losses]
-        fitted = self._fitted(data, A, s, (INNER_RATE, self.inner_steps), losses)
-        fitted.settings["ridge"] = ridge
-        return fitted, [B.detach(), s.detach()]
+        (B, s), losses = fit_together(objective, start, inverses, tolerance)
+        B, s = geometry.raw(B.detach()), s.detach()
+        losses, inner = [loss / len(data) for loss in losses], (INNER_RATE, self.inner_steps)
+        fitted = self._fitted(data, B @ MIX.to(B) / SCALE, s, inner, losses)
+        fitted.settings["ridge"] = strength
+        return fitted, [B, s]
 
-    def _faithful(self, data: Comparisons, seed: int) -> MRMFitted:
-        generator, dialogues = torch.Generator().manual_seed(seed), _dialogues(data)
+    def _fitted(
+        self, data: Comparisons, A: Tensor, s: Tensor, inner: tuple[float, int], losses: list[float]
+    ) -> MRMFitted:
+        rate, steps = inner
+        settings, s = {"inner_rate": rate, "inner_steps": steps}, s.detach()
+        mean, size = s.softmax(0), A.numel() + K
+        fitted = MRMFitted(self, "MRM", settings, SCALE * A, mean.expand(1, K), mean, size)
+        fitted.start, fitted.inner, fitted.adam = s, inner, self.faithful
+        fitted.users = fitted.adapt(fitted.view(data), data, 0)
+        note = f"{steps} inner step(s) at {rate:g}; {len(losses)} outer steps."
+        return fitted.with_curve(losses, note)
+
+    def published(self, task: Task) -> MRMFitted:
+        """The published epochs of Adam."""
+        data, generator = task.local_train, torch.Generator().manual_seed(task.seed)
+        dialogues = _dialogues(data)
         bound = data.num_features**-0.5
         A = bound * (2 * torch.rand(data.num_features, K, generator=generator) - 1)
         A, s = A.double().to(data.device), torch.randn(K, generator=generator).double()

@@ -9,7 +9,6 @@ Shape letters: U users, N comparisons, F features, K prototypes, D width of f, R
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,19 +18,16 @@ from lore.common.settings import Epochs, Layers, Rank, Width
 from lore.learning.comparisons import Comparisons, Pairs, Users
 from lore.learning.method import Task
 from lore.methods.fitting.networks import (
-    Held,
     Mixing,
     Networked,
     blocks,
-    choose,
     distinct,
     linear,
     pair_weights,
     rows_of,
 )
-from lore.methods.fitting.validation import hold_out
+from lore.methods.fitting.validation import HeldOut, hold_out
 
-RIDGES = (0.0, 0.3, 1.0, 3.0)  # pull of new users' logits towards the seen users' mean
 NEW_USER_RATE, NEW_USER_EPOCHS = 5e-3, 20  # published, as are:
 WIDTH, BATCH, EPOCHS = 512, 4, 20
 RATE, DECAY, WEIGHT_RATE = 1e-4, 0.01, 5e-3  # of f; of prototypes and users' weights
@@ -62,21 +58,21 @@ class PAL(Networked):
     squared: bool = False
     epochs: Epochs = 0
 
-    def learn(self, task: Task) -> FittedPAL:
-        """Learn f, prototypes and weights from the task's training comparisons."""
-        train = partial(self._train, seed=task.seed)
-        if self.faithful:
-            held = hold_out(task.train, task.seed, task.kinds, task.validation)
-            require(held.held is not None, "no user has two dialogues: nothing can be held out")
-            return train(held.fit, held, self.prototypes[0], self.epochs or EPOCHS)
-        models = "prototypes", self.prototypes
-        return choose(task, models, ("ridge", RIDGES), self.epochs or 60, train)
+    model = ("prototypes", "prototypes")
 
-    def _train(
-        self, data: Comparisons, held: Held, K: int, epochs: int, seed: int
+    def published(self, task: Task, model: int) -> FittedPAL:
+        """Stopped, as published, on held-out comparisons."""
+        held = hold_out(task.train, task.seed, task.kinds, task.validation)
+        require(held.held is not None, "no user has two dialogues: nothing can be held out")
+        return self.train(held.fit, held, model, task)
+
+    def train(
+        self, data: Comparisons, held: HeldOut | None, model: int, task: Task, epochs: int = 0
     ) -> FittedPAL:
-        generator = torch.Generator().manual_seed(seed)
-        fit = FittedPAL(self, data, K, generator)
+        """A fit with so many prototypes."""
+        epochs = epochs or self.epochs or (EPOCHS if self.faithful else 60)
+        generator = torch.Generator().manual_seed(task.seed)
+        fit = FittedPAL(self, data, model, generator)
         faster = 1 if self.faithful else 10
         optimizer = torch.optim.Adam(
             [

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lore.common.settings import PositiveFloat
 from lore.learning.comparisons import Comparisons, Seed, Users
-from lore.learning.method import Fitted, Task, View
-from lore.methods.fitting.geometry import measure
+from lore.learning.method import Task, View
+from lore.methods.fitting.geometry import Geometry, measure
 from lore.methods.fitting.linear import (
-    FINE,
-    ROUGH,
     LinearFitted,
-    choose,
+    LinearPeer,
     project,
     slopes,
     solve_users,
-    thinned,
 )
 from lore.methods.fitting.validation import hold_out
-from lore.methods.ridge_bt import STRENGTHS, fit_shared
+from lore.methods.ridge_bt import ROUGH, STRENGTHS, fit_shared
 
 FOLDS = 5  # of each user's dialogues, for rewards that have not seen what they are judged on
 LEAST = 0.01  # of the prior's mean: no slope is below, so that none reverses a preference
@@ -116,13 +113,13 @@ class PEBSFitted(LinearFitted):
 
 
 @dataclass(frozen=True)
-class PEBS:
+class PEBS(LinearPeer):
     """Log odds a_u x' v: a ridge Bradley-Terry reward v and slopes a_u > 0 of the users' own.
 
     A positive slope changes no preference, hence no accuracy: only how sure the probabilities are.
     Own slopes are shrunk to the population's mean in closed form, by w_u = tau^2 / (tau^2 + Var_u).
     The published calibrators are of ratings, with an offset, which a comparison does not have.
-    Nobody's state is the prior's mean.
+    The population's state is the prior's mean.
 
     ``faithful`` fits the reward to most dialogues and the slopes to the others, as published. Its
     ridge is chosen on validation as well, since the published reward models come ready.
@@ -130,34 +127,32 @@ class PEBS:
     fifths of every user's dialogues, so that every comparison tells something of both.
 
     Args:
-        setting: slopes from one held-out part (faithful) or from every part in turn (converged).
         strengths: of the reward's ridge, among features of mean square length 1, from the
             strongest on; chosen on validation if several.
     """
 
-    setting: Literal["faithful", "converged"] = "converged"
     strengths: tuple[PositiveFloat, ...] = STRENGTHS
-    alone = True  # fitted by one process
+    whitens = False
 
-    def fit(self, task: Task) -> list[Fitted]:
-        """Choose the ridge, then fit the reward and every user's slope."""
-        data = task.local_train
-        fit = self._faithful if self.setting == "faithful" else self._converged
-        best, tried = choose(task, self.strengths, lambda *given: (fit(*given[:2], ROUGH), None))
-        fitted = fit(data, best, FINE)
-        fitted.facts["tried"] = tried
-        return [fitted]
+    def published(self, task: Task) -> LinearFitted:
+        """Chosen as well."""
+        return self.chosen(task)
 
-    def _converged(self, data: Comparisons, strength: float, tolerance: float) -> PEBSFitted:
+    def converged(
+        self, data: Comparisons, geometry: Geometry, strength: float, warm: Any, tolerance: float
+    ) -> tuple[PEBSFitted, None]:
+        """The reward and every user's slope; see ``LinearPeer``."""
+        if self.faithful:
+            return self._apart(data, strength, tolerance), None
         v, losses = _reward(data, strength, tolerance)
         fold = _folds(data)
         others = [fold != k if (fold != k).any() else fold == k for k in range(FOLDS)]
         parts = [_reward(data.select(rows), strength, ROUGH)[0] for rows in others]
         unseen = project(data, torch.cat(parts, 1)).gather(1, fold[:, None])[:, 0]
         prior = empirical_prior(unseen, data)
-        return self._fitted(v, shrunk_slopes(unseen, data, prior), prior, strength, losses)
+        return self._fitted(v, shrunk_slopes(unseen, data, prior), prior, strength, losses), None
 
-    def _faithful(self, data: Comparisons, strength: float, tolerance: float) -> PEBSFitted:
+    def _apart(self, data: Comparisons, strength: float, tolerance: float) -> PEBSFitted:
         split = hold_out(data, 0)
         v, losses = _reward(split.fit, strength, tolerance)
         if split.held is None:
@@ -172,20 +167,12 @@ class PEBS:
     def _fitted(
         self, v: Tensor, users: Tensor, prior: Prior, strength: float, losses: list[float]
     ) -> PEBSFitted:
-        spread = prior.variance**0.5
-        facts = {
-            "parameters": len(v) + len(users) + 2,
-            "tried": [],
-            "slopes": users[:, 0].tolist(),
-            "note": f"PEBS: ridge {strength:g}; slopes {prior.mean:.2f}, standard deviation "
-            f"{spread:.2f} between users.",
-        }
-        label = "PEBS" + (" faithful" if self.setting == "faithful" else "")
-        settings = {"setting": self.setting, "strength": strength}
-        population_state = v.new_tensor([max(prior.mean, LEAST * LEAST)])
-        fitted = PEBSFitted(label, settings, v, users, population_state, facts | thinned(losses))
+        mean, size = v.new_tensor([max(prior.mean, LEAST * LEAST)]), len(v) + len(users) + 2
+        fitted = PEBSFitted(self, "PEBS", {"strength": strength}, v, users, mean, size)
         fitted.prior = prior
-        return fitted
+        fitted.facts["slopes"] = users[:, 0].tolist()
+        slopes = f"{prior.mean:.2f}, standard deviation {prior.variance**0.5:.2f} between users"
+        return fitted.with_curve(losses, f"ridge {strength:g}; slopes {slopes}.")
 
 
 def _reward(data: Comparisons, strength: float, tolerance: float) -> tuple[Tensor, list[float]]:

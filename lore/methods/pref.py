@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lore.common.settings import PositiveFloat, Rank
 from lore.learning.comparisons import Comparisons, Seed, Users, as_generator
-from lore.learning.method import Fitted, Task, View
-from lore.methods.fitting.geometry import measure
+from lore.learning.method import Task, View
+from lore.methods.fitting.geometry import Geometry
 from lore.methods.fitting.linear import (
-    FINE,
     HALVINGS,
-    ROUGH,
     LinearFitted,
+    LinearPeer,
     backproject,
     basis_inverses,
-    choose,
     fit_together,
     pair_loss,
     project,
     ridge_directions,
     slopes,
     solve_users,
-    thinned,
 )
 
 NORM_PENALTY = 0.02  # per comparison, on the length of x' A
@@ -86,11 +83,11 @@ class PReFFitted(LinearFitted):
 
 
 @dataclass(frozen=True)
-class PReF:
+class PReF(LinearPeer):
     """Rewards x' A w_u with signed weights w_u, and a penalty on the length of x' A.
 
-    Nobody's state is the mean of the seen users' weights: zero, which the published random start
-    amounts to, would call every comparison a tie.
+    The population's state is the mean of the seen users' weights: zero, which the published random
+    start amounts to, would call every comparison a tie.
 
     ``faithful`` follows the published training, 500 SGD steps of 64 comparisons, and 1,000 steps
     from a random draw for a new user. Left out: the language model's own training, the fit of A to
@@ -99,71 +96,50 @@ class PReF:
 
     ``converged``: the published objective has no minimum, since A may shrink while W grows until
     the penalty is gone. A ridge on W and, among features of mean square length 1, on A makes it
-    one; its strength is chosen on validation, and L-BFGS finds it. New users are solved exactly,
-    with the same ridge, but about the seen users' mean.
+    one; L-BFGS finds it. New users are solved exactly, with the same ridge, but about the seen
+    users' mean.
 
     Args:
         rank: columns of A.
-        setting: published constants and budget (faithful), or fitted to tolerance (converged).
-        ridges: of loadings and weights, from the strongest on; chosen on validation if several.
+        strengths: of the ridge, from the strongest on; chosen on validation if several.
     """
 
     rank: Rank = 5
-    setting: Literal["faithful", "converged"] = "converged"
-    ridges: tuple[PositiveFloat, ...] = HALVINGS
-    alone = True  # fitted by one process
+    strengths: tuple[PositiveFloat, ...] = HALVINGS
     bounded = ("rank",)  # ranks that users or features limit
 
-    def fit(self, task: Task) -> list[Fitted]:
-        """Choose the ridge, then fit all training comparisons; or the published training."""
-        data = task.local_train
-        if self.setting == "faithful":
-            return [self._faithful(data, task.seed)]
-        ridge, tried = choose(task, self.ridges, lambda *given: self._converged(*given, ROUGH))
-        fitted, _ = self._converged(data, ridge, None, FINE)
-        fitted.facts["tried"] = tried
-        return [fitted]
-
-    def _fitted(
-        self, A: Tensor, W: Tensor, ridge: float | None, losses: list[float], note: str
-    ) -> PReFFitted:
-        facts: dict[str, Any] = {"parameters": A.numel() + W.numel(), "note": note, "tried": []}
-        settings = {"rank": self.rank, "setting": self.setting}
-        settings |= {} if ridge is None else {"ridge": ridge}
-        label = f"PReF K={self.rank}" + (" faithful" if ridge is None else "")
-        fitted = PReFFitted(label, settings, A, W, W.mean(0), facts | thinned(losses))
-        fitted.ridge = ridge
-        return fitted
-
-    def _converged(
-        self, data: Comparisons, ridge: float, warm: tuple[Tensor, Tensor] | None, tolerance: float
-    ) -> tuple[PReFFitted, tuple[Tensor, Tensor] | None]:
-        geometry = measure(data)
-        A, W = warm or svd_start(data, self.rank)
+    def converged(
+        self, data: Comparisons, geometry: Geometry, strength: float, warm: Any, tolerance: float
+    ) -> tuple[PReFFitted, Any]:
+        """The penalised objective's minimum; see ``LinearPeer``."""
         if warm is None:  # both of the same size, as the ridge would have them
-            A = A * geometry.scale
+            A, W = svd_start(data, self.rank)
+            A = geometry.stretched(A)
             balance = (W.norm() / A.norm()).sqrt()
             A, W = A * balance, W / balance
-        lengths = project(data, A / geometry.scale).norm(dim=1)
+        else:
+            A, W = geometry.stretched(warm[0]), warm[1]
+        lengths = project(data, geometry.raw(A)).norm(dim=1)
         extra = 5 * NORM_PENALTY / float(lengths.mean())
-        inverses = basis_inverses(data, geometry, A, W, (ridge, ridge), extra)
+        inverses = basis_inverses(data, geometry, A, W, (strength, strength), extra)
 
-        def scaled(A: Tensor, W: Tensor) -> tuple[Tensor, list[Tensor]]:
-            loss, (by_A, by_W) = objective(data, A / geometry.scale, W, ridge)
-            loss = loss + ridge / 2 * A.square().sum()
-            return loss, [by_A / geometry.scale + ridge * A, by_W]
+        def stretched(A: Tensor, W: Tensor) -> tuple[Tensor, list[Tensor]]:
+            loss, (by_A, by_W) = objective(data, geometry.raw(A), W, strength)
+            loss = loss + strength / 2 * A.square().sum()
+            return loss, [geometry.raw(by_A) + strength * A, by_W]
 
-        (A, W), losses = fit_together(scaled, [A, W], inverses, tolerance)
+        (A, W), losses = fit_together(stretched, [A, W], inverses, tolerance)
+        A, losses = geometry.raw(A), [loss / len(data) for loss in losses]
         # A ridge that shrinks all to nothing, a saddle for weaker ones, is no start for them
-        collapsed = float(project(data, A / geometry.scale).norm(dim=1).mean()) < COLLAPSED
-        warm = None if collapsed else (A, W)
-        A, losses = A / geometry.scale, [loss / len(data) for loss in losses]
-        note = f"PReF K={self.rank}: ridge {ridge:g}, {len(losses)} steps of L-BFGS."
-        return self._fitted(A, W, ridge, losses, note), warm
+        collapsed = float(project(data, A).norm(dim=1).mean()) < COLLAPSED
+        note = f"ridge {strength:g}, {len(losses)} steps of L-BFGS."
+        return self._fitted(A, W, strength, losses, note), None if collapsed else (A, W)
 
-    def _faithful(self, data: Comparisons, seed: int) -> PReFFitted:
+    def published(self, task: Task) -> PReFFitted:
+        """The published SGD."""
+        data = task.local_train
         A, W = svd_start(data, self.rank)
-        generator, losses = torch.Generator().manual_seed(seed), []
+        generator, losses = torch.Generator().manual_seed(task.seed), []
         order = torch.empty(0, dtype=torch.long)
         for _ in range(STEPS):
             if len(order) < BATCH:
@@ -177,5 +153,14 @@ class PReF:
             A = A - RATE * by_A / mass
             W = W.index_add(0, here, by_W / mass, alpha=-RATE)
             losses.append(float(loss / mass))
-        note = f"PReF K={self.rank}, published: {STEPS} steps of SGD on {BATCH} comparisons."
+        note = f"published: {STEPS} steps of SGD on {BATCH} comparisons."
         return self._fitted(A, W, None, losses, note)
+
+    def _fitted(
+        self, A: Tensor, W: Tensor, ridge: float | None, losses: list[float], note: str
+    ) -> PReFFitted:
+        settings = {"rank": self.rank} | ({} if ridge is None else {"ridge": ridge})
+        size = A.numel() + W.numel()
+        fitted = PReFFitted(self, f"PReF K={self.rank}", settings, A, W, W.mean(0), size)
+        fitted.ridge = ridge
+        return fitted.with_curve(losses, note)

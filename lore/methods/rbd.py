@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,24 +12,21 @@ from torch.nn.functional import softplus
 from lore.common.files import require
 from lore.common.settings import PositiveFloat, Rank
 from lore.learning.comparisons import Comparisons, Seed, Users, as_generator
-from lore.learning.method import Fitted, Task, View
-from lore.methods.fitting.geometry import Geometry, measure
+from lore.learning.method import Task, View
+from lore.methods.fitting.geometry import Geometry
 from lore.methods.fitting.linear import (
-    FINE,
-    ROUGH,
     LinearFitted,
+    LinearPeer,
     basis_inverses,
-    choose,
     fit_together,
     pair_loss,
     project,
     ridge_directions,
     slopes,
     solve_users,
-    thinned,
 )
-from lore.methods.fitting.validation import HeldOut, hold_out
-from lore.methods.ridge_bt import fit_shared
+from lore.methods.fitting.validation import hold_out
+from lore.methods.ridge_bt import ROUGH, fit_shared
 
 RATE, STEPS, PATIENCE, LEAST = 1e-4, 3000, 100, 1e-5  # published training, as tuned
 POPULATION, DEVIATION = 0.01, 10.0  # published strengths, of means
@@ -40,26 +37,30 @@ Parameters = tuple[Tensor, Tensor, Tensor]  # V [F, K], mean weights [K], deviat
 
 
 def objective(
-    data: Comparisons, given: Parameters, population: float, deviation: float, scale: float = 1.0
+    data: Comparisons,
+    given: Parameters,
+    population: float,
+    deviation: float,
+    geometry: Geometry | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """The loss and ridges on directions, and the gradients.
 
-    Sum of c softplus(-x' V w_u / scale) + population / 2 |V w|^2 + deviation / 2 sum_u |V d_u|^2,
-    where w_u = w + d_u.
+    Sum of c softplus(-y' V w_u) + population / 2 |V w|^2 + deviation / 2 sum_u |V d_u|^2, where
+    w_u = w + d_u and y are the features, stretched.
 
     Args:
         data: comparisons of U users, of weights c.
         given: V, the mean weights w and the deviations d.
         population, deviation: strengths.
-        scale: of the features.
+        geometry: that stretches the features; they are as they are if None.
     """
-    V, mean, away = given
-    loss, by_V, by_W, _ = pair_loss(data, V / scale, mean + away)
+    (V, mean, away), raw = given, geometry.raw if geometry else lambda V: V
+    loss, by_V, by_W, _ = pair_loss(data, raw(V), mean + away)
     gram = V.T @ V
     ridge_mean, ridge_away = population * gram @ mean, deviation * away @ gram
     loss = loss + (mean @ ridge_mean + (away * ridge_away).sum()) / 2
     inner = population * torch.outer(mean, mean) + deviation * away.T @ away
-    return loss, [by_V / scale + V @ inner, by_W.sum(0) + ridge_mean, by_W + ridge_away]
+    return loss, [raw(by_V) + V @ inner, by_W.sum(0) + ridge_mean, by_W + ridge_away]
 
 
 def svd_start(
@@ -75,15 +76,15 @@ def svd_start(
         strengths: of the ridges on the population's direction and on users'.
 
     Returns:
-        V [F, K] among scaled features, orthonormal; mean weights; deviations.
+        V [F, K] among stretched features, orthonormal; mean weights; deviations.
     """
     shared = fit_shared(data, geometry, strengths[0], tolerance=ROUGH).x.double()
-    own = ridge_directions(data) * geometry.scale
+    own = geometry.stretched(ridge_directions(data).T).T
     first = shared / shared.norm().clamp(min=1e-12)
     beside = own - own @ first @ first.T
     V = torch.cat([first, torch.linalg.svd(beside, full_matrices=False)[2][: rank - 1].T], 1)
     mean, ridge = V.T @ shared[:, 0], strengths[1] * torch.eye(rank).to(V)
-    return V, mean, solve_users(project(data, V / geometry.scale), data, ridge, mean) - mean
+    return V, mean, solve_users(project(data, geometry.raw(V)), data, ridge, mean) - mean
 
 
 class RBDFitted(LinearFitted):
@@ -119,10 +120,10 @@ class RBDFitted(LinearFitted):
 
 
 @dataclass(frozen=True)
-class RBD:
+class RBD(LinearPeer):
     """Rewards x' V (w + d_u) with signed weights; ridges act on the directions V w and V d_u.
 
-    Nobody's state is the population's w.
+    The population's state is w.
 
     ``faithful`` follows the published training as tuned: Adam at 1e-4 from random values, strengths
     .01 and 10 on the means over comparisons and over users, stopped once the log loss of held-out
@@ -130,83 +131,63 @@ class RBD:
     together. The stop on test data that the public code has for PRISM is left out, and so are the
     rotated axes, which change no reward. No shots give w itself.
 
-    ``converged`` minimises the same objective by L-BFGS; both strengths are chosen on validation.
-    They are precisions of Gaussian priors on directions among features of mean square length 1, so
-    a new user's ridge fades with comparisons, as a seen user's does; new users are solved exactly.
+    ``converged`` minimises the same objective by L-BFGS. The strengths are precisions of Gaussian
+    priors on directions among features of mean square length 1, so a new user's ridge fades with
+    comparisons, as a seen user's does; new users are solved exactly.
 
     Args:
         rank: columns of V.
-        setting: published constants and budget (faithful), or fitted to tolerance (converged).
-        strengths: of the population's and of users' directions; chosen on validation if
-            several.
+        strengths: of the population's and of users' directions; chosen on validation if several.
     """
 
     rank: Rank = 8
-    setting: Literal["faithful", "converged"] = "converged"
     strengths: tuple[tuple[PositiveFloat, PositiveFloat], ...] = tuple(
         (shared, ratio * shared) for shared in (10.0, 1.0, 0.1, 0.01) for ratio in (100, 10, 1)
     )
-    alone = True  # fitted by one process
     bounded = ("rank",)  # ranks that users or features limit
 
-    def fit(self, task: Task) -> list[Fitted]:
-        """Choose the strengths, then fit all training comparisons; or the published training."""
-        data = task.local_train
-        if self.setting == "faithful":
-            split = hold_out(data, task.seed, task.kinds, task.validation)
-            return [self._faithful(data, split, task.seed)]
-        best, tried = choose(
-            task, self.strengths, lambda *given: (self._converged(*given[:2], ROUGH), None)
-        )
-        fitted = self._converged(data, best, FINE)
-        fitted.facts["tried"] = tried
-        return [fitted]
-
-    def _converged(
-        self,
-        data: Comparisons,
-        strengths: tuple[float, float],
-        tolerance: float,
-    ) -> RBDFitted:
-        geometry, (population, deviation) = measure(data), strengths
-        start = svd_start(data, geometry, self.rank, strengths)
+    def converged(
+        self, data: Comparisons, geometry: Geometry, strength: Any, warm: Any, tolerance: float
+    ) -> tuple[RBDFitted, None]:
+        """The objective's minimum, always from the same start; see ``LinearPeer``."""
+        start = svd_start(data, geometry, self.rank, strength)
         V, mean, away = start
-        by_V, by_W = basis_inverses(data, geometry, V, mean + away, strengths)
+        by_V, by_W = basis_inverses(data, geometry, V, mean + away, strength)
 
         def by_mean(gradient: Tensor) -> Tensor:  # everyone's curvature, not one user's
             return by_W(gradient) / data.num_users
 
-        def scaled(V: Tensor, mean: Tensor, away: Tensor) -> tuple[Tensor, list[Tensor]]:
-            return objective(data, (V, mean, away), *strengths, geometry.scale)
+        def stretched(*given: Tensor) -> tuple[Tensor, list[Tensor]]:
+            return objective(data, given, *strength, geometry)
 
-        found, losses = fit_together(scaled, start, [by_V, by_mean, by_W], tolerance)
-        settings = {"population": population, "deviation": deviation}
+        (V, mean, away), losses = fit_together(stretched, start, [by_V, by_mean, by_W], tolerance)
+        population, deviation = strength
         note = (
-            f"RBD K={self.rank}: strengths {population:g} (population) and {deviation:g} (users), "
+            f"strengths {population:g} (population) and {deviation:g} (users), "
             f"{len(losses)} steps of L-BFGS."
         )
-        V, mean, away = found
-        parameters = V / geometry.scale, mean, away
-        fitted = self._fitted(parameters, settings, [loss / len(data) for loss in losses], note)
+        settings = {"population": population, "deviation": deviation}
+        losses = [loss / len(data) for loss in losses]
+        fitted = self._fitted((geometry.raw(V), mean, away), settings, losses, note)
         floor = 1e-9 * V.square().sum() * torch.eye(self.rank).to(V)
         fitted.precision = deviation * (V.T @ V + floor)
-        return fitted
+        return fitted, None
 
     def _fitted(
         self, found: Parameters, settings: dict[str, Any], losses: list[float], note: str
     ) -> RBDFitted:
         V, mean, away = found
-        label = f"RBD K={self.rank}" + (" faithful" if self.setting == "faithful" else "")
-        settings = {"rank": self.rank, "setting": self.setting, **settings}
-        numbers = V.numel() + mean.numel() + away.numel()
-        facts = {"parameters": numbers, "note": note, "tried": [], **thinned(losses)}
-        return RBDFitted(label, settings, V, mean + away, mean, facts)
+        size, label = sum(x.numel() for x in found), f"RBD K={self.rank}"
+        settings = {"rank": self.rank, **settings}
+        return RBDFitted(self, label, settings, V, mean + away, mean, size).with_curve(losses, note)
 
-    def _faithful(self, data: Comparisons, split: HeldOut, seed: int) -> RBDFitted:
+    def published(self, task: Task) -> RBDFitted:
+        """The published Adam, stopped on held-out dialogues."""
+        data = task.local_train
+        split = hold_out(data, task.seed, task.kinds, task.validation)
         K, U = self.rank, data.num_users
         require(split.held is not None, "no user has two dialogues: RBD cannot stop on validation")
-        assert split.held is not None
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(task.seed)
         V, mean, away = (
             torch.randn(*size, generator=generator).double().to(data.device)
             for size in ((data.num_features, K), (K,), (U, K))
@@ -232,7 +213,7 @@ class RBD:
             for parameter, gradient in zip(given, gradients, strict=True):
                 parameter.grad = gradient / total
             adam.step()
-        note = f"RBD K={K}, published: held-out log loss {best:.4f} at best, {len(losses)} steps."
+        note = f"published: held-out log loss {best:.4f} at best, {len(losses)} steps."
         fitted = self._fitted(kept, {}, losses, note)
         fitted.published = DEVIATION
         return fitted

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,14 @@ from lore.learning.comparisons import Comparisons, DenseFeatures
 from lore.learning.method import Fitted, Task, View
 from lore.methods.fitting.geometry import Geometry, measure
 from lore.methods.fitting.lbfgs import Minimum, minimise
-from lore.methods.fitting.validation import Scores, Validation
+from lore.methods.fitting.validation import (
+    Chosen,
+    Scores,
+    Split,
+    Validation,
+    choose,
+    choose_whitened,
+)
 from utils import TEMPERATURE
 
 log = logging.getLogger(__name__)
@@ -133,41 +140,37 @@ class SharedFit(Fitted):
         save_basis(path, basis)
 
 
-def ridge_path(
-    data: Validation,
-    geometries: Sequence[Geometry],
-    tried: list[dict[str, Any]],
-) -> tuple[float, list[Tensor], Scores]:
-    """The best of the ridges on validation, in five tries.
+def choose_ridge(data: Validation, geometries: Sequence[Geometry]) -> Chosen:
+    """The best strength on validation, in five tries; kept are the shared rewards [F, 1]."""
+    return choose(data, STRENGTHS, _rough_fit(data, geometries), _valley)
 
-    Along falling strengths the score is taken to have a single valley, which a Fibonacci search
-    (Kiefer 1953) finds in five of the twelve. Every fit begins where its nearest neighbour ended.
 
-    Args:
-        data: what the choice is made on.
-        geometries: of each split's features.
-        tried: gets a record of every strength and its log losses.
+def _rough_fit(data: Validation, geometries: Sequence[Geometry]) -> Callable[..., Any]:
+    """Fits a strength, or a strength and a floor, to a split, see ``choose``."""
+    geometry_of = dict(zip(map(id, data.splits), geometries, strict=True))
 
-    Returns:
-        The strength, each split's shared reward among stretched features [F, 1], and the scores.
-    """
-    found: dict[int, tuple[list[Tensor], Scores]] = {}
+    def fit(split: Split, candidate: Any, start: Tensor | None) -> tuple[SharedFit, Tensor]:
+        strength, floor = candidate if isinstance(candidate, tuple) else (candidate, None)
+        geometry = replace(geometry_of[id(split)], floor=floor)
+        start = None if start is None else geometry.stretched(start)
+        mu = fit_shared(split.fit, geometry, strength, start, split.processes, ROUGH).x
+        fitted = SharedFit(geometry.raw(mu)[:, 0], split.fit.num_users, {})
+        fitted.settings = {"floor": floor, "l_mu": strength, "tau2": 0.0}
+        return fitted, geometry.raw(mu)
 
-    def loss(place: int) -> float:
-        if place not in found:
-            near = min(found, key=lambda other: abs(other - place), default=None)
-            starts = [None] * len(data.splits) if near is None else found[near][0]
-            found[place] = _try_ridge(data, geometries, STRENGTHS[place], starts, tried)
-        return found[place][1].loss
+    return fit
 
-    best = lowest(loss)
-    return STRENGTHS[best], *found[best]
+
+def _valley(scores: Callable[[int], Scores]) -> int:
+    """Along falling strengths the loss is taken to have a single valley."""
+    return lowest(lambda place: scores(place).loss)
 
 
 def lowest(loss: Callable[[int], float]) -> int:
     """Where a sequence of ``len(STRENGTHS)``, 12, numbers with a single valley is lowest.
 
-    Two probes divide an interval by Fibonacci numbers; the higher one is its next end.
+    A Fibonacci search (Kiefer 1953), in five tries: two probes divide an interval by Fibonacci
+    numbers; the higher one is its next end.
     """
     low, near, far = -1, 5, 8  # the lowest is within low + 1 .. low + near + far - 1
     while far > 1:
@@ -177,61 +180,42 @@ def lowest(loss: Callable[[int], float]) -> int:
     return low + 1
 
 
-def _try_ridge(
-    data: Validation,
-    geometries: Sequence[Geometry],
-    strength: float,
-    starts: Sequence[Tensor | None],
-    tried: list[dict[str, Any]],
-) -> tuple[list[Tensor], Scores]:
-    found = [
-        fit_shared(split.fit, geometry, strength, mu, split.processes, ROUGH).x
-        for split, geometry, mu in zip(data.splits, geometries, starts, strict=True)
-    ]
-    fits = [
-        SharedFit(geometry.raw(mu)[:, 0], split.fit.num_users, {})
-        for split, geometry, mu in zip(data.splits, geometries, found, strict=True)
-    ]
-    scores = data.score(fits)
-    record = {"floor": geometries[0].floor, "l_mu": strength, "tau2": 0.0}
-    tried.append(record | scores.means())
-    return found, scores
-
-
 @dataclass(frozen=True)
 class RidgeBT:
     """Bradley-Terry with a Gaussian prior of precision ``strength`` on the shared reward.
 
-    Features are divided by the root mean square norm of the training differences.
+    Features are divided by the root mean square norm of the training differences, and whitened
+    where validation says so.
 
     Args:
-        strength: Of the prior; chosen by log loss on validation if None.
+        strength: Of the prior, on features as they are; chosen by log loss on validation if None.
     """
 
     strength: PositiveFloat | None = None
 
     def fit(self, task: Task) -> list[Fitted]:
         """Choose the strength, then fit all training comparisons."""
-        tried: list[dict[str, Any]] = []
-        strength = self.strength
+        (strength, floor), tried = (self.strength, None), []
         if strength is None:
-            strength = self._choose(task, tried)
+            (strength, floor), tried = self._choose(task)
         data = task.local_train
-        geometry = measure(data, task.processes)
+        geometry = replace(measure(data, task.processes), floor=floor)
         found = fit_shared(data, geometry, strength, processes=task.processes)
+        note = f"strength {strength:.3g}" + (f", features whitened, floor {floor}" if floor else "")
         facts = {
-            "chosen": {"l_mu": strength}, "tried": tried, "scale": geometry.scale,
+            "chosen": {"l_mu": strength, "floor": floor}, "tried": tried, "scale": geometry.scale,
             "losses": [value / geometry.count for value in found.values],
             "parameters": data.num_features,
-            "note": f"strength {strength:.3g}" + (", chosen on validation" if tried else ""),
+            "note": note + (", chosen on validation" if tried else ""),
         }
         log.info("ridge BT: %s", facts["note"])
         return [SharedFit(geometry.raw(found.x)[:, 0], task.train.num_users, facts)]
 
-    def _choose(self, task: Task, tried: list[dict[str, Any]]) -> float:
+    def _choose(self, task: Task) -> tuple[tuple[float, float | None], list[dict[str, Any]]]:
         data = Validation(task)
         if not data.possible:
             log.warning("no user has two dialogues: a ridge of 1, as nothing can be held out")
-            return 1.0
-        geometries = [measure(split.fit, task.processes) for split in data.splits]
-        return ridge_path(data, geometries, tried)[0]
+            return (1.0, None), []
+        fit = _rough_fit(data, [split.geometry for split in data.splits])
+        found = choose_whitened(data, STRENGTHS, fit, _valley)
+        return found.candidate, found.tried

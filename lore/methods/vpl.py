@@ -13,7 +13,6 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,17 +23,14 @@ from lore.common.settings import Epochs, Latent, NonNegativeFloat, Width
 from lore.learning.comparisons import Comparisons, Pairs, Seed, Users
 from lore.learning.method import Task
 from lore.methods.fitting.networks import (
-    Held,
     Network,
     Networked,
     add_losses,
     batches,
     blocks,
-    choose,
     descend,
     distinct,
     frozen,
-    held_loss,
     linear,
     pair_weights,
     rows_of,
@@ -73,22 +69,26 @@ class VPL(Networked):
     latent: Latent = -1
     epochs: Epochs = 0
 
-    def learn(self, task: Task) -> FittedVPL:
-        """Learn encoder and decoder from the task's training comparisons."""
-        longest = max(1, *task.shots) if task.shots else 50
-        train = partial(self._train, seed=task.seed, longest=longest)
-        if self.faithful:
-            return train(task.train, None, self.betas[0], self.epochs or EPOCHS)
-        personal = self.latent != 0  # without a latent there is nothing to choose
-        models = "beta", self.betas[: None if personal else 1]
-        spheres = (0.0, 1.0) if personal else (0.0,)
-        return choose(task, models, ("sphere", spheres), self.epochs or 60, train)
+    model = ("beta", "tried_betas")
 
-    def _train(
-        self, data: Comparisons, held: Held, beta: float, epochs: int, seed: int, longest: int
+    @property
+    def tried_betas(self) -> tuple[float, ...]:
+        """The betas, of which one is enough without a latent."""
+        return self.betas if self.latent else self.betas[:1]
+
+    @property
+    def variants(self) -> tuple[str, tuple[float, ...]]:
+        """Whether states are put on the sphere afterwards, where there are any."""
+        return "sphere", (0.0, 1.0) if self.latent else (0.0,)
+
+    def train(
+        self, data: Comparisons, held: HeldOut | None, model: float, task: Task, epochs: int = 0
     ) -> FittedVPL:
+        """A fit with such a weight of the KL term."""
+        epochs = epochs or self.epochs or (EPOCHS if self.faithful else 60)
+        longest = max(1, *task.shots) if task.shots else 50
         faithful = self.faithful
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(task.seed)
         fit = FittedVPL(self, data, generator)
         groups = Groups(data, 1 if faithful else 16, (1, CONTEXT) if faithful else (0, longest))
         rate, decay = (RATE, DECAY) if faithful else (3e-3, 1e-2)
@@ -109,13 +109,11 @@ class VPL(Networked):
             for targets, group, contexts, counts in groups.epoch(size, generator):
                 logits, kl = fit.net(pairs, targets, group, contexts, counts, generator)
                 slope = _cycle(next(step)) if faithful else 1.0
-                yield add_losses(logits, weight[targets]) + beta * slope * kl
+                yield add_losses(logits, weight[targets]) + model * slope * kl
 
-        def held_now() -> float:
-            return held_loss(fit, held, fit.adapt(fit.view(data), data, seed))
-
-        fit.course = descend(optimizer, epoch, epochs, held and held_now, schedule)
-        fit.finish(data, seed)
+        held_out = fit.held_out(held, lambda: fit.adapt(fit.view(data), data, 0))
+        fit.course = descend(optimizer, epoch, epochs, held_out, schedule)
+        fit.finish(data, task.seed)
         return fit
 
 

@@ -8,24 +8,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from lore.common.files import require
 from lore.learning.comparisons import Comparisons, Users
 from lore.learning.method import Fitted, Task
-from lore.methods.fitting.geometry import Geometry
+from lore.methods.fitting.geometry import Geometry, measure
 from lore.methods.fitting.lbfgs import minimise
 from lore.methods.fitting.posterior import Prior
-from lore.methods.fitting.validation import Validation
-from lore.methods.ridge_bt import inverse_curvature, precision
+from lore.methods.fitting.validation import (
+    Chosen,
+    Peer,
+    Split,
+    Validation,
+    choose,
+    choose_whitened,
+)
+from lore.methods.ridge_bt import FINE, ROUGH, inverse_curvature, precision
 
 TRIES = 12  # configurations that every method may try
 HALVINGS = tuple(2.0**k for k in range(4, 4 - TRIES, -1))  # ridges to try, 16 to 1/128
-ROUGH, FINE = 1e-5, 1e-7  # tolerances while choosing and at the end, shares of the objective
 NEWTON_TOLERANCE = 1e-10  # Newton stops when no user's decrement is above this, in nats
 
 
@@ -33,22 +39,33 @@ class LinearFitted(Fitted):
     """Log odds x' V s: a shared basis V [F, K], and a user's state s [K].
 
     Args:
-        label, settings, users, population_state: see ``Fitted``.
+        method: whose fit it is.
+        label, settings, users, population_state: see ``Fitted``; the method's setting is added.
         basis: V.
-        facts: what ``describe`` tells.
+        parameters: how many numbers were fitted.
     """
 
     def __init__(
         self,
+        method: Peer,
         label: str,
         settings: dict[str, Any],
         basis: Tensor,
         users: Tensor,
         population_state: Tensor,
-        facts: dict[str, Any],
+        parameters: int,
     ) -> None:
-        self.label, self.settings, self.basis = label, settings, basis
-        self.users, self.population_state, self.facts = users, population_state, facts
+        self.label = method.named(label)
+        self.settings = {"setting": method.setting, **settings}
+        self.basis, self.users, self.population_state = basis, users, population_state
+        self.facts: dict[str, Any] = {"parameters": parameters, "tried": []}
+
+    def with_curve(self, losses: Sequence[float], note: str) -> Self:
+        """The same with its training curve, at most 400 points of it, and a line for the report."""
+        step = max(1, math.ceil(len(losses) / 400))
+        self.facts |= {"losses": list(losses[::step]), "loss_step": step}
+        self.facts["note"] = f"{self.label}: {note}"
+        return self
 
     def view(self, data: Comparisons) -> Tensor:
         """X V [N, K] in float64."""
@@ -189,15 +206,15 @@ def basis_inverses(
 
     Args:
         data: the comparisons.
-        geometry: of their features, not stretched.
-        V: basis among scaled features [F, K], near which the curvature is estimated.
+        geometry: of their features.
+        V: basis among stretched features [F, K], near which the curvature is estimated.
         W: weights [U, K] there.
         strengths: of the ridges on V and on W.
         extra: squared weights to which another term's curvature by V amounts.
     """
     squares = W.square().mean(0) + extra + 1e-12
     by_V = inverse_curvature(geometry, strengths[0] / squares + 1e-3)
-    lengths = project(data, V / geometry.scale).square().mean(0)
+    lengths = project(data, geometry.raw(V)).square().mean(0)
     curvature = 0.2 * len(data) / len(W) * lengths + strengths[1] + 1e-12
     return [lambda G: by_V(G) / squares, lambda G: G / curvature]
 
@@ -248,46 +265,64 @@ def solve_users(Z: Tensor, users: Users, precision: Tensor, centre: Tensor) -> T
     return w
 
 
-# ------------------------------------------------------------------ Choosing, telling
+# ----------------------------------------------------------------------- Methods
 
 
-def choose(
-    task: Task,
-    candidates: Sequence[Any],
-    fit: Callable[[Comparisons, Any, Any], tuple[Fitted, Any]],
-) -> tuple[Any, list[dict[str, Any]]]:
-    """The candidate of least log loss on held-out dialogues and pseudo-new users.
+@dataclass(frozen=True)
+class LinearPeer(Peer):
+    """A method with linear rewards: rough fits choose one of its ``strengths``, which are in order;
+    then all is fitted finely."""
 
-    Args:
-        task: whose training comparisons it is chosen on.
-        candidates: in such an order that one fit is a good start for the next.
-        fit: of comparisons, a candidate and what the fit before returned beside its fit (None at
-            first).
+    alone: ClassVar[bool] = True  # fitted by one process
+    whitens: ClassVar[bool] = True  # whether whitened features are tried too
+    strengths: ClassVar[Sequence[Any]]
 
-    Returns:
-        The best candidate, and the settings of every candidate tried with its log losses.
-    """
-    if len(candidates) == 1:
-        return candidates[0], []
-    validation = Validation(task)
-    require(validation.possible, "no user has two dialogues: give one strength, not several")
-    tried: list[dict[str, Any]] = []
-    warm = [None] * len(validation.splits)
-    for candidate in candidates:
-        found = [
-            fit(split.fit, candidate, start)
-            for split, start in zip(validation.splits, warm, strict=True)
-        ]
-        warm = [start for _, start in found]
-        scores = validation.score([fitted for fitted, _ in found])
-        tried.append({**found[0][0].settings, **scores.means()})
-    judged = [i for i in range(len(tried)) if "loss" in tried[i]]
-    require(bool(judged), "every strength gave NaN on validation: are the weights very small?")
-    best = min(judged, key=lambda i: tried[i]["loss"])
-    return candidates[best], tried
+    def published(self, task: Task) -> Fitted:
+        """The fit with the published constants and budget."""
+        raise NotImplementedError
 
+    def converged(
+        self, data: Comparisons, geometry: Geometry, strength: Any, warm: Any, tolerance: float
+    ) -> tuple[LinearFitted, Any]:
+        """A fit, and what a fit with a neighbouring strength may begin with.
 
-def thinned(losses: Sequence[float], most: int = 400) -> dict[str, Any]:
-    """``losses`` and ``loss_step`` for ``Fitted.describe``, at most so many."""
-    step = max(1, math.ceil(len(losses) / most))
-    return {"losses": list(losses[::step]), "loss_step": step}
+        Args:
+            data: comparisons.
+            geometry: of their features, which it may stretch.
+            strength: one of them.
+            warm: what a neighbour's fit to the same data returned; None at first.
+            tolerance: share of the objective.
+        """
+        raise NotImplementedError
+
+    def fit(self, task: Task) -> list[Fitted]:
+        """Choose the strength, then fit all training comparisons; or as published."""
+        return [self.published(task) if self.faithful else self.chosen(task)]
+
+    def chosen(self, task: Task) -> LinearFitted:
+        """The fit with the strength, and whitening, that is best on validation."""
+        best, tried, data = (self.strengths[0], None), [], task.local_train
+        if len(self.strengths) > 1:
+            found = self._choose(Validation(task))
+            best, tried = found.candidate, found.tried
+        fitted, _ = self._fit(data, measure(data), best, None, FINE)
+        fitted.facts["tried"] = tried
+        return fitted
+
+    def _choose(self, data: Validation) -> Chosen:
+        def fit(split: Split, candidate: Any, warm: Any) -> tuple[LinearFitted, Any]:
+            return self._fit(split.fit, split.geometry, candidate, warm, ROUGH)
+
+        if self.whitens:
+            return choose_whitened(data, self.strengths, fit)
+        return choose(data, [(strength, None) for strength in self.strengths], fit)
+
+    def _fit(
+        self, data: Comparisons, geometry: Geometry, candidate: Any, warm: Any, tolerance: float
+    ) -> tuple[LinearFitted, Any]:
+        strength, floor = candidate
+        geometry = replace(geometry, floor=floor)
+        fitted, warm = self.converged(data, geometry, strength, warm, tolerance)
+        fitted.settings |= {"floor": floor} if self.whitens else {}
+        return fitted, warm
+

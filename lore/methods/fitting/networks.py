@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch.nn.functional import softplus
 from lore.common.files import InputError, require
 from lore.learning.comparisons import Comparisons, Pairs, RowFeatures, Seed, Users, as_generator
 from lore.learning.method import Fitted, Task, View
-from lore.methods.fitting.validation import HeldOut, Split, shots_of
+from lore.methods.fitting.validation import HeldOut, Peer, Split, Validation, choose
 
 CURVE = 400  # points of a training curve that are kept
 TOLERANCE = 1e-4  # an improvement of the held-out log loss, or of a user's objective, that counts
@@ -27,6 +27,7 @@ PATIENCE = 10  # epochs without one before training stops
 PLATEAU = 1500  # steps before which it never stops: tastes are often found late, all at once
 PATIENT_STEPS = 20  # the same of a user's weights, in steps
 BLOCK = 1 << 15  # comparisons of users who are fitted together, padded to the longest
+RIDGES = (0.0, 0.3, 1.0, 3.0)  # pulls of new users' logits towards the seen users' mean
 
 
 # ------------------------------------------------------------------------- Rows
@@ -167,32 +168,65 @@ def descend(
 
 
 @dataclass(frozen=True)
-class Networked:
-    """A method with a network; ``learn`` does what differs between methods.
+class Networked(Peer):
+    """A method with a network.
 
-    Args:
-        setting: published constants and budget, or the same model fitted to a tolerance.
+    Class attributes say which models are tried (the name in tables, and the field with their
+    values), and which settings that need no other training (name and values).
     """
 
-    setting: Literal["faithful", "converged"] = "converged"
+    model: ClassVar[tuple[str, str]]
+    variants: ClassVar[tuple[str, Sequence[float]]] = ("ridge", RIDGES)
 
-    @property
-    def faithful(self) -> bool:
-        """Whether the published constants and budget are kept."""
-        return self.setting == "faithful"
+    def train(
+        self, data: Comparisons, held: HeldOut | None, model: Any, task: Task, epochs: int = 0
+    ) -> Network:
+        """A fit.
+
+        Args:
+            data: training comparisons.
+            held: of the same users, to stop by; None to make all passes.
+            model: one of those that are tried; the first if faithful.
+            task: gives the seed, and for how many shots.
+            epochs: passes over the data, at most; the method's own if 0.
+        """
+        raise NotImplementedError
+
+    def published(self, task: Task, model: Any) -> Network:
+        """The fit with the published constants and budget."""
+        return self.train(task.train, None, model, task)
 
     def fit(self, task: Task) -> list[Fitted]:
         """Learn from the task's training comparisons.
 
         Raises:
-            InputError: only differences of embeddings are held.
+            InputError: only differences of embeddings are held, or nothing can be held out.
         """
         rows_of(task.train)
-        return [] if task.process else [self.learn(task)]  # the first process judges alone
+        if task.process:
+            return []  # the first process judges alone
+        models = getattr(self, self.model[1])
+        return [self.published(task, models[0]) if self.faithful else self._chosen(task, models)]
 
-    def learn(self, task: Task) -> Network:
-        """The published fit, or the best one of those that ``choose`` tries."""
-        raise NotImplementedError
+    def _chosen(self, task: Task, models: Sequence[Any]) -> Network:
+        """The best on validation, fitted to everything with as many passes as were best there."""
+        (kind, _), (name, variants) = self.model, self.variants
+
+        def fit(split: Split, candidate: Any, last: Network | None) -> tuple[Network, Network]:
+            model, variant = candidate
+            if last is None or last.settings[kind] != model:
+                require(split.held is not None, "no user has two dialogues: nothing to stop by")
+                last = self.train(split.fit, split, model, task)
+            last.variant = variant
+            last.settings = {kind: model, name: variant, "epochs": last.course.epochs}
+            return last, last
+
+        apart = Validation(replace(task, stream=True))  # networks read the two responses apart
+        found = choose(apart, [(m, v) for m in models for v in variants], fit)
+        (model, variant), passes = found.candidate, [fit.course.epochs for fit in found.kept]
+        chosen = self.train(task.train, None, model, task, round(sum(passes) / len(passes)))
+        chosen.variant, chosen.tried = variant, found.tried
+        return chosen
 
 
 class Network(Fitted):
@@ -219,8 +253,7 @@ class Network(Fitted):
 
     def __init__(self, name: str, method: Networked, data: Comparisons) -> None:
         self.faithful = method.faithful
-        self.label = f"{name} faithful" if self.faithful else name
-        self.settings = {"setting": method.setting}
+        self.label, self.settings = method.named(name), {"setting": method.setting}
         self.scale = 1.0 if self.faithful else row_scale(data)
 
     def describe(self) -> dict[str, Any]:
@@ -236,6 +269,17 @@ class Network(Fitted):
     def note(self) -> str:
         """A line for the report."""
         return f"{self.label}: {self.parameters:,} parameters, {self.course.epochs} epochs"
+
+    def held_out(
+        self, held: HeldOut | None, users: Callable[[], Tensor]
+    ) -> Callable[[], float] | None:
+        """Gives the present mean log loss of held-out comparisons, from the users' states."""
+
+        @torch.no_grad()
+        def loss() -> float:
+            return float(held.losses(self, users()).mean())
+
+        return None if held is None else loss
 
 
 class Mixing(Network):
@@ -258,7 +302,7 @@ class Mixing(Network):
         optimizer: torch.optim.Optimizer,
         size: int,
         generator: torch.Generator,
-        held: Held,
+        held: HeldOut | None,
         epochs: int,
         **settings: Any,
     ) -> None:
@@ -282,10 +326,9 @@ class Mixing(Network):
                 logits = self.batch_logits(pairs[some], data.user[some])
                 yield add_losses(logits, weight[some], self.hinge)
 
-        def held_now() -> float:
-            return held_loss(self, held, self.free.softmax(1))
-
-        self.course = descend(optimizer, epoch, epochs, held and held_now, **settings)
+        self.course = descend(
+            optimizer, epoch, epochs, self.held_out(held, lambda: self.free.softmax(1)), **settings
+        )
 
     def batch_logits(self, pairs: Pairs, user: Tensor) -> Tensor:
         """Logits [n] of training comparisons, from scaled rows, at the present parameters."""
@@ -324,56 +367,7 @@ class Mixing(Network):
         raise NotImplementedError
 
 
-# --------------------------------------------------------------------- Choosing
-
-Held = HeldOut | None
-Train = Callable[[Comparisons, Held, Any, int], Network]
-
-
-def choose(
-    task: Task,
-    models: tuple[str, Sequence[Any]],
-    variants: tuple[str, Sequence[float]],
-    epochs: int,
-    train: Train,
-) -> Network:
-    """Try configurations on held-out dialogues and users, and fit the best one to everything.
-
-    The last fit makes as many passes over the data as were best for the chosen one.
-
-    Args:
-        task: only its training comparisons are read.
-        models: name and values of a setting that needs a training for each.
-        variants: the same of one that needs none.
-        epochs: passes over the data, at most.
-        train: fits (comparisons, held-out ones to stop by or None, one of the models, epochs).
-
-    Raises:
-        InputError: no user has two dialogues, so nothing can be held out.
-    """
-    (kind, values), (name, variants_of) = models, variants
-    apart = replace(task, stream=True)  # networks read the two responses apart, not differences
-    split, tried = Split(apart, task.seed, shots_of(task.few, task.shots)), []
-    require(split.held is not None, "no user has two dialogues: there is nothing to choose by")
-    held = HeldOut(split.fit, split.held, split.whose)
-    for model in values:
-        fitted = train(split.fit, held, model, epochs)
-        for value in variants_of:
-            fitted.variant = value
-            about = {"epochs": fitted.course.epochs, **split.score(fitted).means()}
-            tried.append({kind: model, name: value, **about})
-    best = min(tried, key=lambda one: one["loss"])
-    chosen = train(task.train, None, best[kind], best["epochs"])
-    chosen.variant, chosen.tried = best[name], tried
-    return chosen
-
-
-@torch.no_grad()
-def held_loss(fitted: Fitted, held: HeldOut, users: Tensor) -> float:
-    """Mean over users of the log loss of their held-out comparisons, states [U, S] being given."""
-    data = held.held
-    state = users[held.whose.to(users.device)]
-    return float(data.log_losses(fitted.logits(fitted.view(data), state, data.user)).mean())
+# ----------------------------------------------------------------------- Losses
 
 
 def pair_weights(users: Users, by_user: bool) -> Tensor:

@@ -1,14 +1,13 @@
-"""Splits of the training comparisons for choices: the same for every method, never a test pair.
-
-What is held out is related to what is fitted as the test to the training set, see ``sides``.
-"""
+"""How every method chooses: on training comparisons held out as the test is, see ``sides``."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,11 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lore.common.devices import rows_before, sum_over_processes
-from lore.common.files import digest
+from lore.common.files import digest, require
 from lore.common.kinds import KINDS, Judged
 from lore.learning.comparisons import Comparisons, RowFeatures, Users
 from lore.learning.kinds import Shares, judged, shares
 from lore.learning.method import Fitted, Task
+from lore.methods.fitting.geometry import Geometry, measure
 
 log = logging.getLogger(__name__)
 Kinds = dict[str, Shares]  # of ``seen`` and ``unseen`` users
@@ -37,6 +37,8 @@ FIT, HELD_OUT, NEITHER = range(3)
 ENOUGH = 2000  # comparisons: with fewer, several splits are made
 ENOUGH_NEW = 20  # pseudo-new users, over all splits
 MOST_SPLITS = 4
+FLOORS = (None, 0.1, 0.01, 0.001)  # of the whitening of features, see ``Geometry``; None is plain
+WHITER = 2.0  # standard errors by which whitened features have to be better than plain ones
 
 
 @dataclass
@@ -52,6 +54,13 @@ class HeldOut:
     fit: Comparisons
     held: Comparisons | None
     whose: Tensor
+
+    def losses(self, fitted: Fitted, users: Tensor) -> Tensor:
+        """Mean log loss of each user of ``held``, given the states [U, S] of ``fit``'s users."""
+        logits = fitted.logits(
+            fitted.view(self.held), users[self.whose.to(users.device)], self.held.user
+        )
+        return self.held.log_losses(logits)
 
 
 @dataclass
@@ -333,8 +342,11 @@ class Scores:
 
     @property
     def loss(self) -> float:
-        """What choices go by: the mean over users."""
-        return self.means()["loss"]
+        """What choices go by: the mean over users; infinity if nobody's is known."""
+        return self.means().get("loss", math.inf)
+
+    def __lt__(self, other: Scores) -> bool:
+        return self.loss < other.loss
 
     def gain(self, other: Scores) -> tuple[float, float]:
         """How much lower the loss is than another candidate's, and the standard error of that.
@@ -347,27 +359,25 @@ class Scores:
         return float(gains.mean()), error
 
 
-class Split:
+class Split(HeldOut):
     """One random split of the training comparisons for a choice.
 
+    ``fit`` is this process's, in memory unless streamed.
+
     Attributes:
-        fit: this process's comparisons to fit candidates to, in memory unless streamed.
-        held: held-out comparisons of some of those users; None where there are none.
-        whose: row among ``fit``'s users of each user of ``held``.
         new: the users set apart, the same on every process; None where there are none.
         seen_rows, new_rows: numbers of the users of ``held`` and ``new`` among all seen users.
     """
 
     def __init__(self, task: Task, seed: int, shots: tuple[int, ...]) -> None:
         self.seed, self.shots, self.processes = seed, shots, task.processes
-        self.num_users = task.train.num_users
+        train, self.num_users = task.train, task.train.num_users
         self.subsets: dict[tuple[int, ...], tuple[Tensor, Users]] = {}
-        train = task.train
         self.new = pseudo_new(train, seed, max(shots), task.kinds) if shots else None
         known = torch.ones(self.num_users, dtype=torch.bool)
-        self.new_rows = torch.arange(0)
         if self.new is not None:
-            known, self.new_rows = ~self.new.chosen, self.new.chosen.nonzero()[:, 0]
+            known = ~self.new.chosen
+        self.new_rows = (~known).nonzero()[:, 0]
         side = torch.from_numpy(sides(train, seed, task.kinds)["seen"])
         side = torch.full_like(side, FIT) if task.validation is not None else side
         fit = (side == FIT) & known[train.user.cpu()]
@@ -376,11 +386,11 @@ class Split:
         first = rows_before(whole.num_users, task.processes)[0]
         rows = rows[first : first + whole.num_users]
         if task.validation is not None:
-            mine = _given(whole, task.validation)
+            own = _given(whole, task.validation)
         else:
             there = torch.isin(train.user.cpu(), rows)
-            mine = _split(train, fit & there, (side == HELD_OUT) & there)
-        self.fit, self.held, self.whose = mine.fit, mine.held, mine.whose
+            own = _split(train, fit & there, (side == HELD_OUT) & there)
+        super().__init__(own.fit, own.held, own.whose)
         self.seen_rows = rows[self.whose]
         if not task.stream:
             self.fit = self.fit.in_memory()
@@ -389,13 +399,16 @@ class Split:
                 few, held = self.new.few.in_memory(), self.new.held.in_memory()
                 self.new = replace(self.new, few=few, held=held)
 
+    @cached_property
+    def geometry(self) -> Geometry:
+        """Of the features that are fitted."""
+        return measure(self.fit, self.processes)
+
     def score(self, fitted: Fitted) -> Scores:
         """Log losses of a candidate fitted to ``fit``, whose users it knows, in that order."""
         seen, new = torch.full((2, self.num_users), math.nan, dtype=torch.float64)
         if self.held is not None:
-            state = fitted.users[self.whose.to(fitted.users.device)]
-            logits = fitted.logits(fitted.view(self.held), state, self.held.user)
-            seen[self.seen_rows] = self.held.log_losses(logits).cpu()
+            seen[self.seen_rows] = self.losses(fitted, fitted.users).cpu()
         seen = _gather(seen, self.processes)
         if self.new is not None:
             new[self.new_rows] = self._new(fitted, self.new).cpu()
@@ -458,3 +471,120 @@ class Validation:
         parts = [split.score(fit) for split, fit in zip(self.splits, fits, strict=True)]
         seen, new = (torch.stack([getattr(part, k) for part in parts]) for k in ("seen", "new"))
         return Scores(seen.nanmean(0), new.nanmean(0))
+
+
+# ------------------------------------------------------------------------- The choice
+
+
+@dataclass
+class Chosen:
+    """What a choice ends with.
+
+    Attributes:
+        candidate: the best one.
+        scores: its log losses.
+        kept: what its fit to each split returned beside the fit.
+        tried: settings and log losses of every candidate that was fitted.
+    """
+
+    candidate: Any
+    scores: Scores
+    kept: Sequence[Any]
+    tried: list[dict[str, Any]]
+
+
+def choose(
+    data: Validation,
+    candidates: Sequence[Any],
+    fit: Callable[[Split, Any, Any], tuple[Fitted, Any]],
+    search: Callable[[Callable[[int], Scores]], int] | None = None,
+) -> Chosen:
+    """The candidate with the lowest log loss on validation; every method chooses by this.
+
+    Args:
+        data: what the choice is made on.
+        candidates: in such an order that one fit is a good start for its neighbours.
+        fit: of a split, a candidate, and what the nearest candidate's fit to that split returned
+            beside its fit (None at first).
+        search: finds the best one's place from the scores by place; tries all if None.
+
+    Raises:
+        InputError: nothing can be held out, or all losses are NaN.
+    """
+    require(data.possible, "no user has two dialogues, so nothing can be held out to choose by: "
+            "give one value to choose from, not several")  # fmt: skip
+    found: dict[int, tuple[Sequence[Any], Scores]] = {}
+    tried: list[dict[str, Any]] = []
+
+    def scores(place: int) -> Scores:
+        if place not in found:
+            near = min(found, key=lambda other: abs(other - place), default=None)
+            begin = [None] * len(data.splits) if near is None else found[near][0]
+            pairs = zip(data.splits, begin, strict=True)
+            fits, kept = zip(*(fit(s, candidates[place], b) for s, b in pairs), strict=True)
+            found[place] = kept, data.score(fits)
+            tried.append({**fits[0].settings, **found[place][1].means()})
+        return found[place][1]
+
+    best = (search or every(len(candidates)))(scores)
+    require(scores(best).loss < math.inf, "every candidate's log loss on validation is NaN: are "
+            "the weights of the comparisons very small?")  # fmt: skip
+    return Chosen(candidates[best], scores(best), found[best][0], tried)
+
+
+def every(count: int) -> Callable[[Callable[[int], Scores]], int]:
+    """A search that tries all."""
+    return lambda scores: min(range(count), key=scores)
+
+
+def choose_whitened(
+    data: Validation,
+    strengths: Sequence[Any],
+    fit: Callable[[Split, Any, Any], tuple[Fitted, Any]],
+    search: Callable[[Callable[[int], Scores]], int] | None = None,
+) -> Chosen:
+    """The same for a strength and the floor of the features' whitening, which may be none.
+
+    A strength is chosen on plain features, the best floor at that strength, and on it strengths to
+    either side as long as the loss falls. Whitening is taken if it is better by ``WHITER`` standard
+    errors.
+
+    Args:
+        data, search: see ``choose``.
+        strengths: in order.
+        fit: of a split, (strength, floor) and what the nearest one's returned.
+    """
+    wide = len(FLOORS)
+    grid = [(strength, floor) for strength in strengths for floor in FLOORS]
+
+    def walk(scores: Callable[[int], Scores]) -> int:
+        plain = wide * (search or every(len(strengths)))(lambda place: scores(wide * place))
+        white = min(range(plain + 1, plain + wide), key=scores)
+        for step in (-wide, wide):
+            while 0 <= white + step < len(grid) and scores(white + step) < scores(white):
+                white += step
+        gain, error = scores(white).gain(scores(plain))
+        return white if gain > WHITER * error else plain
+
+    return choose(data, grid, fit, walk)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A published method: as published, or the same model fitted to a tolerance.
+
+    Args:
+        setting: published constants and budget (faithful), or fitted to tolerance, its settings
+            chosen on validation (converged).
+    """
+
+    setting: Literal["faithful", "converged"] = "converged"
+
+    @property
+    def faithful(self) -> bool:
+        """Whether the published constants and budget are kept."""
+        return self.setting == "faithful"
+
+    def named(self, name: str) -> str:
+        """The name in tables."""
+        return f"{name} faithful" if self.faithful else name
