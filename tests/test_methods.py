@@ -132,9 +132,9 @@ def test_a_method_fits_the_same_twice(fit: Fitted, task: Task, request: pytest.F
 # A choice among few, roughly fitted.
 BRIEF: dict[str, dict[str, Any]] = {
     "lore": {"ranks": (2, 3), "select_rank": True, "iterations": 20, "few_shot_iterations": 20},
-    "pal": {"prototypes": (2, 3), "width": 8, "epochs": 1},
+    "pal": {"prototypes": (2,), "width": 8, "epochs": 1},
     "vpl": {"betas": (1e-4, 1e-2), "hidden": 8, "latent": 4, "epochs": 1},
-    "mlp": {"ranks": (2, 3), "hidden": 8, "epochs": 1},
+    "mlp": {"ranks": (2,), "hidden": 8, "epochs": 1},
     "pref": {"rank": 2, "strengths": (1.0, 0.1)},
     "mrm": {"strengths": (1.0, 0.1)},
     "rbd": {"rank": 2, "strengths": ((1.0, 10.0), (0.1, 1.0))},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,9 +13,10 @@ from torch import Tensor
 from lore.common.kinds import KINDS
 from lore.learning import kinds
 from lore.learning.comparisons import Comparisons, RowFeatures
-from lore.learning.method import Task
+from lore.learning.method import Method, Task
 from lore.methods.fitting import validation
 from lore.methods.fitting.validation import Scores, Validation
+from lore.methods.mixed_logit import MixedLogit
 from lore.methods.ridge_bt import RidgeBT
 
 ALL_NEW = {"seen": {"known": 0.0, "met": 0.0, "new": 1.0}}
@@ -27,41 +29,69 @@ def comparisons(table: Tensor, ends: Tensor, users: int) -> Comparisons:
     return Comparisons(features, counts, names=[f"u{u}" for u in range(users)])
 
 
-def ratings(seed: int = 0, users: int = 60, texts: int = 100, pairs: int = 40) -> Task:
+def ratings(
+    kind: str = "new", users: int = 60, texts: int = 100, pairs: int = 40, width: int = 300,
+    shared: float = 1.5, own: float = 0.0,
+) -> Task:  # fmt: skip
     """Ratings of texts, each of a quality that its features hardly show, compared in pairs.
 
-    The test is of other texts. What is remembered of a text's quality is worth nothing there.
+    Args:
+        kind: of the test's comparisons: of other texts (new), of other pairs of a user's texts
+            (known), or of texts that only others compared (met), half of all for each user.
+        users: seen ones, and as many new ones.
+        texts: of the training.
+        pairs: comparisons of each user.
+        width: features.
+        shared: standard deviation of a text's hidden quality.
+        own: standard deviation of what a user alone thinks of a text.
     """
-    g = torch.Generator().manual_seed(seed)
-    table = torch.randn(2 * texts, 300, generator=g)
-    quality = 0.3 * table[:, 0] + 1.5 * torch.randn(2 * texts, generator=g)
+    g = torch.Generator().manual_seed(0)
+    table = torch.randn(2 * texts, width, generator=g)
+    quality = 0.3 * table[:, 0] + shared * torch.randn(2 * texts, generator=g)
+    quality = quality + own * torch.randn(2 * users, 2 * texts, generator=g)
+    orders = [torch.randperm(texts, generator=g) for _ in range(2 * users)]
 
-    def side(first: int) -> Comparisons:
-        ends = torch.cat([
-            torch.stack([first + torch.randperm(texts, generator=g)[:2] for _ in range(pairs)])
-            for _ in range(users)
-        ])
-        swap = quality[ends[:, 0]] - quality[ends[:, 1]] < torch.randn(len(ends), generator=g)
-        ends = torch.where(swap[:, None], ends.flip(1), ends)
-        return comparisons(table, ends, users)
+    def side(who: range, test: bool) -> Comparisons:
+        ends = []
+        for order in orders[who.start : who.stop]:
+            rows = order.chunk(2)[test] if kind == "met" else order + texts * (kind == "new") * test
+            picked = [torch.randperm(len(rows), generator=g)[:2] for _ in range(pairs)]
+            ends.append(rows[torch.stack(picked)])
+        ends, user = torch.cat(ends), torch.tensor(who).repeat_interleave(pairs)
+        first, second = (quality[user, ends[:, k]] for k in (0, 1))
+        swap = first - second < torch.randn(len(ends), generator=g)
+        return comparisons(table, torch.where(swap[:, None], ends.flip(1), ends), users)
 
-    train, few, seen, unseen = (side(first) for first in (0, 0, texts, texts))
+    seen, new = range(users), range(users, 2 * users)
+    train, few, test, unseen = (side(who, test) for test in (False, True) for who in (seen, new))
     few.names = unseen.names = [f"new {u}" for u in range(users)]
-    return Task(train, few, seen, unseen, kinds=kinds.shares_of_test(train, few, seen, unseen))
+    return Task(train, few, test, unseen, kinds=kinds.shares_of_test(train, few, test, unseen))
 
 
-def loss_of(task: Task, kind: dict | None) -> float:
-    task = Task(task.train, task.few, task.seen, task.unseen, kinds=kind)
-    fit = RidgeBT().fit(task)[0]
+def loss_of(method: Method, task: Task, kind: dict | None) -> float:
+    fit = method.fit(replace(task, kinds=kind))[0]
     logits = fit.logits(fit.view(task.seen), fit.users, task.seen.user)
     return float(task.seen.log_losses(logits).mean())
 
 
-def test_on_ratings_the_right_hold_out_finds_a_choice_that_holds_for_new_texts():
-    task = ratings()
-    assert task.kinds == {who: {"known": 0, "met": 0, "new": 1} for who in ("seen", "unseen")}
-    right, wrong = loss_of(task, task.kinds), loss_of(task, ALL_KNOWN)
-    assert right < math.log(2) + 0.02 and wrong > right + 0.1
+WORLDS = {
+    "new": (ratings, RidgeBT(), ALL_KNOWN),
+    "known": (lambda: ratings("known", users=16, texts=60, pairs=120), RidgeBT(), ALL_NEW),
+    "met": (
+        lambda: ratings("met", users=24, texts=24, pairs=80, width=30, shared=0.5, own=6.0),
+        MixedLogit(), ALL_KNOWN,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WORLDS)
+def test_a_choice_holds_on_the_test_only_if_what_it_held_out_is_of_the_same_kind(kind: str):
+    world, method, other = WORLDS[kind]
+    task = world()
+    for who in ("seen", "unseen"):
+        assert task.kinds[who][kind] > 0.95
+    right, wrong = (loss_of(method, task, asked) for asked in (task.kinds, other))
+    assert right < math.log(2) + 0.02 and wrong > right + 0.05
 
 
 @pytest.mark.parametrize("asked", [ALL_NEW, ALL_KNOWN, {"seen": {"known": 0.5, "new": 0.5}}])
