@@ -411,6 +411,27 @@ def test_intervals_of_90_percent_cover_nine_of_ten_true_rewards(pairs: int) -> N
     assert 0.86 <= float((off < 1.645 * sd).double().mean()) <= 0.94
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("pairs", "F", "taste", "rank"),
+    [(10, 6, 1.0, 2), (30, 6, 1.0, 2), (30, 20, 0.5, 3), (50, 20, 0.5, 6)],
+)
+def test_intervals_with_everything_estimated_cover_less(pairs, F, taste, rank, capsys) -> None:
+    """Of 200 users' true reward differences, with strengths chosen and the prior estimated."""
+    data, rewards = world(users=200, pairs=pairs, F=F, taste=taste, rank=rank)
+    (fit,) = MixedLogit().fit(task(data))
+    view = fit.view(data)
+    cov = covariances(view, data, fit.prior, posteriors(view, data, fit.prior))
+    x = torch.randn(50, F, generator=torch.Generator().manual_seed(1), dtype=DOUBLE)
+    z = fit.scale * x @ fit.directions.double()
+    found = torch.stack([x @ fit.reward(state).double() for state in fit.users])
+    sd = torch.einsum("nk,ukl,nl->un", z, cov, z).sqrt()
+    covered = float(((rewards @ x.T - found).abs() < 1.645 * sd).double().mean())
+    with capsys.disabled():
+        print(f"\n90 % cover {100 * covered:.0f} %: {pairs} comparisons, F {F}, rank {rank}")
+    assert 0.55 < covered < 0.97
+
+
 # ------------------------------------------------------------------- validation
 
 
