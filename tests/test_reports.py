@@ -395,7 +395,7 @@ def test_personal_weights_are_better_where_all_three_are_beaten(tmp_path):
     ]  # fmt: skip
     for line in lines[1:]:
         assert "personal weights: better: +" in line
-        others = ("Ridge BT", "population average", "another user's weights")
+        others = ("Ridge BT", "the population average", "another user's weights")
         assert all(f"against {other}" in line for other in others)
 
 
@@ -611,6 +611,17 @@ def test_lines_of_reference_and_chance_do_not_stretch_the_axis(tmp_path):
     assert axes.get_ylim()[0] > 52
     levels = {line.get_label(): set(line.get_ydata()) for line in axes.lines}
     assert levels["chance"] == {50} and len(levels["reference"]) == 1
+
+
+@pytest.mark.parametrize("sweep", [False, True])
+def test_lines_differ_by_marker_as_well_as_colour_and_one_has_a_band(tmp_path, sweep):
+    read = records.read_results(made.write(made.results(sweep=sweep), tmp_path))
+    for panel in plots.measure_panels(read):
+        axes = plots.figure([panel], "", "", (5, 4)).axes[0]
+        labels = ("BT", "Ridge BT", "own model", "LoRe K=5" if sweep else "LoRe")
+        found = {line.get_label(): line.get_marker() for line in axes.lines}
+        assert len({found[label] for label in labels}) == len(labels)
+        assert len(axes.collections) == 1
 
 
 @pytest.mark.slow

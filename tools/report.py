@@ -31,7 +31,7 @@ def _side_by_side(runs: dict[str, Results]) -> str:
 
 
 def _shown(results: Results, only: Sequence[str], ranks: Sequence[int]) -> list[str]:
-    """The labels asked for; of ranks above 1 those listed."""
+    """The labels to print; of ranks above 1 those listed."""
     found = [label for label in results.labels if not only or label in only]
     if ranks:
         rank = {la: results.fits(la)[0]["settings"].get("rank") or 0 for la in found}
@@ -55,9 +55,10 @@ def main(
     known = {label for results in read.values() for label in results.labels}
     unknown = [label for label in only if label not in known]
     require(not unknown, f"--only {' '.join(unknown)}: these runs have {', '.join(sorted(known))}")
-    texts = []
-    for run, results in zip(runs, read.values(), strict=True):
-        texts.append(report(run, _shown(results, only, ranks) if only or ranks else ()))
+    texts = [
+        report(run, _shown(results, only, ranks) if only or ranks else ())
+        for run, results in zip(runs, read.values(), strict=True)
+    ]
     if len(runs) > 1:
         texts.append(_side_by_side(read))
     sys.stdout.write("\n\n".join(texts) + "\n")

@@ -97,8 +97,7 @@ class Results:
     """A run as reports see it.
 
     Attributes:
-        settings: of the run.
-        repeats: the seeds' facts, methods and fits as they were written.
+        settings, repeats: as they were written.
         records: of all repeats, in the order written.
         methods: label -> method, in the order written.
     """

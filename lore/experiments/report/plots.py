@@ -19,24 +19,13 @@ import numpy as np
 
 from lore.common.files import write_whole
 from lore.experiments.report.intervals import Summary, held_out, level
-from lore.experiments.results import (
-    ALWAYS,
-    BASELINES,
-    BT,
-    CONTROLS,
-    MEASURES,
-    OWN,
-    REFERENCE,
-    RIDGE,
-    Results,
-    row_name,
-)
+from lore.experiments.results import ALWAYS, BASELINES, CONTROLS, MEASURES, Results, row_name
 
 if TYPE_CHECKING:  # matplotlib takes a second to import: functions that draw import what they need
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FIXED = {REFERENCE: "0.55", BT: "0.1", OWN: "#8c564b", RIDGE: "0.45"}
+FIXED = dict(zip(BASELINES, ("0.55", "0.1", "#8c564b", "0.45"), strict=True))  # colours
 PALETTE = (
     "#637939", "#17becf", "#9467bd", "#ff7f0e", "#e377c2", "#2ca02c", "#1f77b4", "#393b79",
     "#ad1a72", "#008080", "#bcbd22", "#d62728",
@@ -130,7 +119,7 @@ def _draw_setting(axes: Axes, results: Results, measure: str, name: str, setting
     ends, dashes = [-0.25, len(places) - 0.75], itertools.cycle(CONSTANT)
     for label in results.labels:
         summary = level(results, label, "", measure, (name,))
-        if label not in drawn and results.methods[label] != REFERENCE and summary:
+        if label not in drawn and results.methods[label] != "reference" and summary:
             style = {"color": colour(results, label), "marker": marker(results, label)}
             found = [(x, summary) for x in ends]
             _line(axes, measure, found, label, ls=next(dashes), lw=1.2, **style)
@@ -152,7 +141,7 @@ def _draw_setting(axes: Axes, results: Results, measure: str, name: str, setting
 
 def _draw_labels(axes: Axes, results: Results, measure: str, name: str) -> None:
     """A point with its interval for every label, its controls beside it."""
-    labels = [label for label in results.labels if results.methods[label] != REFERENCE]
+    labels = [label for label in results.labels if results.methods[label] != "reference"]
     controls = ["", *dict.fromkeys(c for label in labels for c in results.controls(label))]
     for i, control in enumerate(controls):
         found = [(x, level(results, la, control, measure, (name,))) for x, la in enumerate(labels)]
@@ -176,7 +165,7 @@ def _draw_shots(axes: Axes, results: Results, measure: str, name: str) -> None:
 
     shots, main = results.shots(), results.judged[-1:]
     for label in results.labels:
-        if results.methods[label] == REFERENCE:
+        if results.methods[label] == "reference":
             continue
         for control in ("", *(results.controls(label) if label in results.judged else ())):
             found = [(s, level(results, label, control, measure, (name,), s)) for s in shots]
@@ -216,7 +205,7 @@ def _levels(
 ) -> None:
     """Level lines of reference and chance, which do not stretch the axis."""
     limits, unit = axes.get_ylim(), MEASURES[measure]
-    reference = results.label_of(REFERENCE)
+    reference = results.label_of("reference")
     found = level(results, reference, "", measure, (name,), shots) if reference else None
     for text, value, style in (("chance", CHANCE[measure], ":"),
                                ("reference", found.mean if found else None, "-")):  # fmt: skip

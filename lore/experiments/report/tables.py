@@ -11,19 +11,8 @@ import numpy as np
 import pandas as pd
 
 from lore.common.files import write_text
-from lore.experiments.report.intervals import (
-    THIRDS,
-    Column,
-    Summary,
-    bootstrap,
-    by_third,
-    columns,
-    difference,
-    equivalent_random_shots,
-    interval,
-    level,
-    main_columns,
-)
+from lore.experiments.report import intervals
+from lore.experiments.report.intervals import Column, Summary, columns, level
 from lore.experiments.report.page import write_report
 from lore.experiments.report.plots import write_plots
 from lore.experiments.report.verdict import CHANCE, verdict
@@ -89,7 +78,7 @@ def _cell(measure: str, summary: Summary | None, paired: bool = False) -> str:
     text = unit.text(summary.mean, signed=paired)
     if len(summary.repeats) > 1 and not paired:
         text += f" ± {unit.text(float(np.std(summary.repeats, ddof=1)))}"
-    return f"{text} {interval(measure, summary)}".rstrip()
+    return f"{text} {intervals.interval(measure, summary)}".rstrip()
 
 
 def difference_table(results: Results, measure: str) -> Table:
@@ -99,7 +88,7 @@ def difference_table(results: Results, measure: str) -> Table:
         for name, other in _others(results, label).items():
             row = {
                 column.name: _cell(
-                    measure, difference(results, label, other, measure, *column[1:]), True
+                    measure, intervals.difference(results, label, other, measure, *column[1:]), True
                 )
                 for column in columns(results)
             }
@@ -133,8 +122,8 @@ def unusual_table(results: Results) -> Table:
     for label in results.labels:
         row = {}
         for name, count in sets:
-            found = by_third(results, label, name, count) or ()
-            for third, summary in zip(THIRDS, found, strict=False):  # all three or none
+            found = intervals.by_third(results, label, name, count) or ()
+            for third, summary in zip(intervals.THIRDS, found, strict=False):  # all three or none
                 row[f"{name}, {third}"] = _cell("accuracy", summary)
         if row:
             table[label] = row
@@ -145,7 +134,7 @@ def kind_table(results: Results, measure: str) -> Table:
     """A measure of every label on each kind of held-out comparisons, where there are several."""
     table: Table = {}
     for label in results.labels:
-        for column in main_columns(results):
+        for column in intervals.main_columns(results):
             for kind in results.kinds():
                 cell = _cell(measure, level(results, label, "", measure, *column[1:], kind))
                 if cell:
@@ -203,7 +192,7 @@ def results_csv(results: Results) -> str:
         for measure, values in r.values.items():
             row[measure] = values.mean() + 0.0  # not -0
             if measure in ALWAYS:
-                ends = bootstrap(values)
+                ends = intervals.bootstrap(values)
                 row |= dict(zip((f"{measure}_low", f"{measure}_high"), ends, strict=True))
         row |= {"num_users": len(r.users), "users_with_that_many": r.users_with_that_many}
         several = r.trials is not None and len(r.trials) > 1
@@ -264,7 +253,7 @@ def _in_random_shots(results: Results, label: str) -> list[str]:
         return []
     shots, parts = min(sizes, key=lambda size: abs(size - ABOUT)), []
     for measure in ALWAYS:
-        found = equivalent_random_shots(results, label, measure, shots)
+        found = intervals.equivalent_random_shots(results, label, measure, shots)
         if found:
             mean, *ends = (f"{x:.1f}" if x <= sizes[-1] else f"over {sizes[-1]}" for x in found)
             between = "" if np.isnan(found[1]) else f" [{', '.join(ends)}]"

@@ -12,15 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from lore.common.kinds import KINDS
-from lore.experiments.report.intervals import (
-    Column,
-    Summary,
-    difference,
-    held_out,
-    interval,
-    level,
-    main_columns,
-)
+from lore.experiments.report import intervals
+from lore.experiments.report.intervals import Column, Summary
 from lore.experiments.results import ALWAYS, CONTROLS, MEASURES, RIDGE, Results
 
 CHANCE = float(np.log(2))  # log loss of a coin
@@ -67,7 +60,7 @@ def difference_text(measure: str, summary: Summary) -> str:
     """A difference in points or nats with its interval."""
     unit = "points" if measure == "accuracy" else "nats"
     value = MEASURES[measure].text(summary.mean, signed=True)
-    return f"{value} {unit} {interval(measure, summary)}".rstrip()
+    return f"{value} {unit} {intervals.interval(measure, summary)}".rstrip()
 
 
 def verdicts(results: Results) -> list[Verdict]:
@@ -79,7 +72,7 @@ def verdicts(results: Results) -> list[Verdict]:
     found = []
     for label in results.judged:
         if results.personal(label):
-            judged = [_judge(results, label, column) for column in main_columns(results)]
+            judged = [_judge(results, label, column) for column in intervals.main_columns(results)]
             found += [one for one in judged if one.differences]
         else:
             rank_one = any(fit["settings"].get("rank") == 1 for fit in results.fits(label))
@@ -91,11 +84,12 @@ def verdicts(results: Results) -> list[Verdict]:
 def _judge(results: Results, label: str, column: Column) -> Verdict:
     shared = results.label_of(RIDGE)
     others = {shared: (shared, "")} if shared else {}
-    others |= {CONTROLS[c]: (label, c) for c in ("population", "another")}
+    others |= {f"the {CONTROLS['population']}": (label, "population")}
+    others |= {CONTROLS["another"]: (label, "another")}
     found: dict[str, dict[str, Summary]] = {}
     for against, other in others.items():
         for measure in ALWAYS:
-            summary = difference(results, label, other, measure, *column[1:])
+            summary = intervals.difference(results, label, other, measure, *column[1:])
             if summary is not None:
                 found.setdefault(against, {})[measure] = summary
     outcome = worst(found)
@@ -120,7 +114,7 @@ def outcome_of(measure: str, difference: Summary) -> str:
 
 def _loss(results: Results, label: str, column: Column) -> str:
     """The log loss, and whether it is worse than chance."""
-    own = level(results, label, "", "log_loss", *column[1:])
+    own = intervals.level(results, label, "", "log_loss", *column[1:])
     if own is None:
         return ""
     text = f"log loss {MEASURES['log_loss'].text(own.mean)} nats"
@@ -134,7 +128,7 @@ def kind_sentence(results: Results) -> str:
     """
     every = [repeat.get("kinds") or {} for repeat in results.repeats]
     shares: dict[str, dict[str, str]] = {}
-    for name in held_out(results):
+    for name in intervals.held_out(results):
         found = [kinds[name] for kinds in every if name in kinds]
         means = {kind: np.mean([one[kind] for one in found]) for kind in KINDS if found}
         shares[name] = {k: f"{share:.0%}" for k, share in means.items() if share >= 0.005}
