@@ -103,7 +103,9 @@ def _repeat(seed: int, labels: Made, users: int, sweep: bool, noise: float) -> M
                 mean = means[name] + gain
                 part["records"].append(figures.record(label, "", name, mean, shots))
                 for control, loss in controls.items() if name != "train" else ():
-                    part["records"].append(figures.record(label, control, name, mean - loss, shots))
+                    record = figures.record(label, control, name, mean - loss, shots)
+                    if (control, name) != ("shuffled", "seen"):  # of new users alone
+                        part["records"].append(record)
     names = {side: [f"{side}-{i}" for i in range(users)] for side in ("seen", "unseen")}
     return {"seed": seed, "users": names, "comparisons": {}, "methods": methods}
 

@@ -146,6 +146,8 @@ def _draw_labels(axes: Axes, results: Results, measure: str, name: str) -> None:
     for i, control in enumerate(controls):
         found = [(x, level(results, la, control, measure, (name,))) for x, la in enumerate(labels)]
         found = [(x + 0.16 * (i - (len(controls) - 1) / 2), s) for x, s in found if s]
+        if not found:
+            continue  # labels are shuffled for new users alone
         x, mean, low, high = _scaled(measure, found)
         axes.errorbar(
             x, mean, [mean - low, high - mean], fmt=SHAPES[control], ms=6 if not control else 5,
