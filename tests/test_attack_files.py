@@ -210,7 +210,7 @@ class Made:
 
     method, tokens_computed = "made", 0
 
-    def embed(self, tokens: list[Any], _: Any) -> Tensor:
+    def embed(self, tokens: list[Any], *_: Any) -> Tensor:
         """[n, 8]."""
         return torch.randn(len(tokens), 8, generator=torch.Generator().manual_seed(len(tokens)))
 
@@ -226,7 +226,7 @@ def embed(data: Path) -> None:
         "dtype": "float32", "max_length": 9,
         "num_conversations": len(talks), "conversations_sha256": digest(talks),
     }  # fmt: skip
-    tokens = [number.to_bytes(4) for number in range(len(talks))]
+    tokens = [(number.to_bytes(4), 0) for number in range(len(talks))]
     counts = {"num_distinct": len(talks), "num_truncated": 0, "tokens_given": len(talks)}
     plan = embeddings._Plan(tokens, torch.arange(len(talks)), known, counts, 40)
     embeddings._complete(data / "embeddings", plan, Made, 0, 1, False)

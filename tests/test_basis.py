@@ -82,16 +82,17 @@ def test_a_local_model_is_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "elsewhere")
     for name in (str(model), "../model"):
         found = ModelChoice().resolve({"model": name, "tokenizer": name}, path)
-        assert Path(found.model).resolve() == model and found[1:] == (None, None, False)
+        assert Path(found.model).resolve() == model and found[1:] == (None, None, False, "last")
 
 
 def test_what_is_given_goes_before_what_the_basis_remembers():
     settings = {"model": "org/model", "tokenizer": "org/tokenizer", "revision": "c0ffee"}
-    found = ("org/model", "org/tokenizer", "c0ffee", False)
+    found = ("org/model", "org/tokenizer", "c0ffee", False, "last")
     assert ModelChoice().resolve(settings, "b") == found
     given = ModelChoice(None, "org/words", "main", True).resolve(settings, "b")
-    assert given == ("org/model", "org/words", "main", True)
-    assert ModelChoice("other").resolve(settings, "b") == ("other", None, None, False)
+    assert given == ("org/model", "org/words", "main", True, "last")
+    other = ModelChoice("other").resolve(settings | {"pool": "mean"}, "b")
+    assert other == ("other", None, None, False, "mean")
 
 
 NOTES = {"users": '["ann", "bob"]', "users_unseen": "[]", "settings": "{}"}

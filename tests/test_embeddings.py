@@ -47,7 +47,6 @@ METHODS = {
     "tree, small rows": {"batch_tokens": 120, "shard_size": 5},
     "tree, eager": {"attention": "eager"},
     "sorted": {"method": "sorted"},
-    "left-padded": {"method": "sorted", "padding": "left"},
     "single": {"method": "single"},
 }
 
@@ -221,6 +220,75 @@ def test_infinite_embeddings_are_refused(
         embed(some_chats(), tmp_path / "out", **quiet)
 
 
+# ------------------------------------------------------------------------- Pooling
+
+
+def plain_means(model: Path, chats: list, layer: int | None, most: int = 10**6) -> torch.Tensor:
+    """Means over the response alone, one conversation at a time through transformers."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    body = AutoModelForSequenceClassification.from_pretrained(model).base_model
+    rows = []
+    for each in chats:
+        ids = tokenizer.apply_chat_template(each, return_tensors="pt", return_dict=True)[
+            "input_ids"
+        ]
+        before = tokenizer.apply_chat_template(
+            each[:-1], add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        gone = max(ids.shape[1] - most, 0)
+        if gone:
+            ids = torch.cat([ids[:, :1], ids[:, gone + 1 :]], 1)
+        with torch.inference_mode():
+            found = body(ids, output_hidden_states=True)
+        states = found.last_hidden_state if layer is None else found.hidden_states[layer]
+        rows.append(states[0, max(len(before) - gone, 1) :].mean(0))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize(("pool", "layer"), [("mean", None), ("layer:2", 2)])
+def test_the_mean_over_the_response_is_that_of_plain_transformers(
+    pool: str, layer: int | None, llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = plain_means(llama, some_chats(), layer)
+    for name in ("auto", "tree, small rows", "sorted", "single"):
+        settings = METHODS[name] | {"model": str(llama), "pool": pool, "progress": False}
+        store = embed(some_chats(), tmp_path / name, **settings)
+        assert distance(all_rows(store), expected) < 1e-5, name
+    assert store.manifest["pool"] == pool and store.manifest["reference"] == "none"
+    assert store.head is None and store.last_linear is None
+    assert f"--pool {pool}: a score head reads the last token" in caplog.text
+
+
+def test_of_a_cut_response_the_rest_is_averaged(quiet: dict, tmp_path: Path) -> None:
+    chats = [chat("Short", "one"), chat("Hello " * 9, "no " * 20)]
+    settings = {**quiet, "pool": "mean", "max_length": 40}
+    store = embed(chats, tmp_path / "out", **settings)
+    expected = plain_means(Path(quiet["model"]), chats, None, 40)
+    assert store.manifest["num_truncated"] == 1
+    assert distance(all_rows(store), expected) < 1e-5
+    right = embed(chats, tmp_path / "right", **settings, truncation_side="right")
+    last = embed(chats, tmp_path / "last", **settings | {"pool": "last"}, truncation_side="right")
+    assert torch.equal(all_rows(right)[1], all_rows(last)[1])  # nothing is left of the response
+
+
+def test_the_same_tokens_with_another_response_are_another_row(quiet: dict, tmp_path: Path) -> None:
+    header = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    chats = [chat("Hi", f"yes{header}no"), [*chat("Hi", "yes"), *chat("", "no")[1:]]]
+    rows = all_rows(embed(chats, tmp_path / "mean", **quiet, pool="mean"))
+    assert distance(rows, plain_means(Path(quiet["model"]), chats, None)) < 1e-5
+    assert not torch.allclose(rows[0], rows[1])
+    last = all_rows(embed(chats, tmp_path / "last", **quiet))
+    assert torch.equal(last[0], last[1])
+
+
+@pytest.mark.parametrize("pool", ["layer:4", "layer:0", "layer:x", "first:1", "median"])
+def test_a_layer_that_is_not_there_is_refused(pool: str, quiet: dict, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"--pool {pool}: .* has layers 1 to 3"):
+        embed(some_chats(), tmp_path / "out", **quiet, pool=pool)
+    with pytest.raises(InputError, match=f"--pool {pool}"):
+        embeddings.check_model({"model": quiet["model"], "pool": pool})
+
+
 # ---------------------------------------------------------------------------- Text
 
 
@@ -335,10 +403,13 @@ token_lists = st.lists(
 def test_tree_mask_lets_a_token_see_its_ancestors_only(lists: list[tuple[int, ...]]) -> None:
     tokens = [np.array(ids) for ids in sorted(set(lists))]
     shared = [0] + [passes.shared_prefix(a, b) for a, b in zip(tokens, tokens[1:])]  # noqa: B905
-    tree = passes.tree_pass(list(range(len(tokens))), tokens, shared)
+    starts = [len(ids) // 2 for ids in tokens]
+    tree = passes.tree_pass(list(range(len(tokens))), tokens, starts, shared)
     sees = passes.tree_mask(tree.ends, torch.float32)[0, 0] == 0
-    for row, place in zip(tokens, tree.last[1].tolist(), strict=True):
-        path = sees[place].nonzero()[:, 0]
+    pooled = tree.pooled[1].split(tree.counts.tolist())
+    for row, start, places in zip(tokens, starts, pooled, strict=True):
+        path = sees[places[-1]].nonzero()[:, 0]
+        assert path[start:].tolist() == places.tolist()
         assert tree.ids[0, path].tolist() == row.tolist()
         assert tree.positions[0, path].tolist() == list(range(len(row)))
     assert len(tree.ends) == len({ids[: i + 1] for ids in lists for i in range(len(ids))})
@@ -442,7 +513,7 @@ def test_files_and_manifest(finished: Path) -> None:
         manifest["files"]
     )
     assert manifest["conversations_sha256"] == digest(some_chats())
-    assert (manifest["num_features"], manifest["pooling"]) == (32, embeddings.POOLING)
+    assert (manifest["num_features"], manifest["pool"]) == (32, "last")
 
 
 def test_reading_maps_the_shards_and_takes_any_rows(finished: Path) -> None:
@@ -539,6 +610,7 @@ def _other_template(folder: Path) -> Path:
         (lambda folder: {"tokenizer": str(_other_template(folder))}, "template_sha256"),
         (lambda folder: {"max_length": 30}, "max_length = 2048, but 30 is asked for"),
         (lambda folder: {"dtype": "bfloat16"}, "dtype = float32"),
+        (lambda folder: {"pool": "mean"}, "pool = last, but mean is asked for"),
     ],
 )
 def test_a_store_of_something_else_is_refused(
@@ -570,9 +642,9 @@ def embedded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many conversations went through the model, each time that it was called."""
     counts, plain = [], reward_model.Engine.embed
 
-    def counted(self: Any, tokens: list, bar: Any) -> torch.Tensor:
+    def counted(self: Any, tokens: list, *given: Any) -> torch.Tensor:
         counts.append(len(tokens))
-        return plain(self, tokens, bar)
+        return plain(self, tokens, *given)
 
     monkeypatch.setattr(reward_model.Engine, "embed", counted)
     return counts
@@ -842,7 +914,7 @@ def test_smollm2_rows_equal_one_at_a_time(tmp_path: Path) -> None:
     assert store.manifest["method"] == "tree"
     assert store.manifest["tokens_given"] > 2 * store.manifest["tokens_computed"]
     assert distance(all_rows(store), plain_rows(model, some_chats())) < 1e-5
-    assert store.head.shape == (576,)
+    assert store.head is None  # it is no reward model, and has no reference
 
 
 def edited(folder: Path, change: Any, **config: Any) -> Path:

@@ -74,7 +74,7 @@ REFUSED = {
         """,
     "RedditTLDR/prepare.py": """
         --min-annotations 0 | --source= | --out= | --device abacus | --shard 0/3 | --max-length 0
-        --batch-tokens -1 | --shard-size 0 | --dtype float7 | --padding middle
+        --batch-tokens -1 | --shard-size 0 | --dtype float7 | --pool layer:0 | --pool first
         """,
     "PRISM/prepare.py": "--min-dialogues -1 | --seen-fraction 1.5 | --seed -1 | --rejected some",
     "PersonalLLM/demo_world.py": "--train-prompts 0 | --test-prompts -1 | --head-prompts 0",

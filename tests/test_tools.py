@@ -278,6 +278,31 @@ def test_another_model_of_the_same_size_is_refused_unless_it_is_insisted_on(tmp_
     assert (tmp_path / "out").exists() and "may mean nothing" in caplog.text
 
 
+def test_a_basis_of_pooled_states_is_not_exported(tmp_path):
+    path = make_basis(tmp_path, models.tiny_llama(tmp_path / "model"), pool="layer:2")
+    with pytest.raises(InputError, match="layer:2 states, .* --pool last alone can be exported"):
+        export.main(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_responses_are_ranked_by_the_states_that_the_basis_reads(tmp_path):
+    model = models.tiny_llama(tmp_path / "model")
+    path = make_basis(tmp_path, model, pool="layer:2")
+    choice = {"prompt": "Hi", "chosen": "yes", "rejected": "no"}
+    rows = [{"prompt": "Hi", "response": text} for text in ("maybe", "yes, of course")]
+    files = {"basis": path, "choices": write_lines(tmp_path / "choices.jsonl", [choice] * 2),
+             "candidates": write_lines(tmp_path / "candidates.jsonl", rows)}  # fmt: skip
+    rank_responses.main(**files, save=tmp_path / "found.json", progress=False)
+    found = json.loads((tmp_path / "found.json").read_text())
+    chats = [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": row["response"]}]
+             for row in rows]  # fmt: skip
+    store = embeddings.embed(chats, tmp_path / "rows", model=str(model), pool="layer:2")
+    weights = torch.tensor(found["weights"])
+    expected = store.rows(torch.arange(2)) @ load_basis(path).V @ weights / 100  # log odds
+    ranked = pd.DataFrame(found["ranking"]).sort_values("line")["reward"]
+    assert ranked.to_numpy() == pytest.approx(expected.numpy(), rel=1e-3)
+
+
 def test_a_full_disk_is_one_line_and_leaves_what_others_made(tmp_path, monkeypatch):
     path = make_basis(tmp_path, models.tiny_llama(tmp_path / "model"))
     (tmp_path / "out.part").mkdir()

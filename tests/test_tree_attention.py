@@ -52,7 +52,8 @@ def conversations(groups: int, seed: int = 0, vocabulary: int = 60) -> list[np.n
 
 def tree_of(tokens: list[np.ndarray]) -> passes.Pass:
     shared = [0] + [passes.shared_prefix(a, b) for a, b in pairwise(tokens)]
-    return passes.tree_pass(list(range(len(tokens))), tokens, shared)
+    starts = [len(ids) - 1 for ids in tokens]
+    return passes.tree_pass(list(range(len(tokens))), tokens, starts, shared)
 
 
 def cut(ends: torch.Tensor, length: int) -> torch.Tensor:

@@ -106,6 +106,8 @@ def main(
     require(not out.exists(), f"--out {out} already exists: remove it or choose another folder")
     rewards = choose_rewards(learned, users, average)
     source = lm.of_basis(learned.settings, basis)
+    pooled = f"{basis} reads {source.pool} states, a score head the last token's: --pool last alone"
+    require(source.pool == "last", f"{pooled} can be exported")
     exported, chat_tokenizer = load_model(source, dtype), load_tokenizer(source)
     offsets = replace_head(exported, rewards, learned.center)
     settle(chat_tokenizer, exported)

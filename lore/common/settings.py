@@ -58,6 +58,8 @@ Rate = _number(float, "a number from 1e-12 to 1000", 1e-12, 1e3)
 PositiveFloat = _number(float, "a number from 1e-12 to 1e12", 1e-12, 1e12)
 NonNegativeFloat = _number(float, "a number from 0 to 1e12", 0, 1e12)
 Concentration = _number(float, "a number from 1e-6 to 1e6", 1e-6, 1e6)
+POOL = re.compile(r"last|mean|layer:[1-9]\d{0,2}")
+Pool = _type(str, "last, mean or a layer such as layer:12", lambda text: bool(POOL.fullmatch(text)))
 
 
 Name = _type(

@@ -88,6 +88,7 @@ def view_conversations(
             tokenizer=source.tokenizer,
             revision=source.revision,
             trust_remote_code=source.trust_remote_code,
+            pool=source.pool,
             **embedding,
         )
         require(store is not None, "run this in one process, without --shard")

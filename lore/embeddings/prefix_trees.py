@@ -27,10 +27,12 @@ class Pass(NamedTuple):
     Attributes:
         rows: numbers of its conversations in the shard.
         ids: token ids [batch, length].
-        positions: position of each token [batch, length]; None for 0, 1, 2, ...
+        positions: of a tree's tokens [1, T]; None for 0, 1, 2, ...
         mask: which tokens are real [batch, length]; None if all are.
         ends: of a tree [T]: the descendants of a token are the tokens from it to before this place.
-        last: batch number and place of every conversation's last token.
+        pooled: batch number and place of the tokens whose states are averaged, one conversation's
+            after the other's.
+        counts: how many of them each conversation has.
     """
 
     rows: list[int]
@@ -38,7 +40,8 @@ class Pass(NamedTuple):
     positions: Tensor | None
     mask: Tensor | None
     ends: Tensor | None
-    last: tuple[Tensor, Tensor]
+    pooled: tuple[Tensor, Tensor]
+    counts: Tensor
 
     @property
     def num_tokens(self) -> int:
@@ -82,15 +85,18 @@ def pack(lengths: Sequence[int], shared: Sequence[int], budget: int) -> list[tup
     return trees[::-1]
 
 
-def tree_passes(tokens: list[Tokens], budget: int) -> Iterator[Pass]:
-    """Sorted conversations as prefix trees of at most ``budget`` tokens."""
+def tree_passes(tokens: list[Tokens], starts: list[int], budget: int) -> Iterator[Pass]:
+    """Sorted conversations as prefix trees of at most ``budget`` tokens.
+
+    ``starts`` says from which token on each one's states are averaged.
+    """
     shared = [0] + [shared_prefix(a, b) for a, b in pairwise(tokens)]
     for start, stop in pack([len(ids) for ids in tokens], shared, budget):
         rows, kept = list(range(start, stop)), [0, *shared[start + 1 : stop]]
-        yield tree_pass(rows, tokens[start:stop], kept)
+        yield tree_pass(rows, tokens[start:stop], starts[start:stop], kept)
 
 
-def tree_pass(rows: list[int], tokens: list[Tokens], shared: list[int]) -> Pass:
+def tree_pass(rows: list[int], tokens: list[Tokens], starts: list[int], shared: list[int]) -> Pass:
     """Sorted conversations as one row of tokens: their prefix tree, depth first, each token once.
 
     Depth first, the descendants of a token follow it without a gap, so its own place and the
@@ -98,16 +104,17 @@ def tree_pass(rows: list[int], tokens: list[Tokens], shared: list[int]) -> Pass:
     """
     total = sum(map(len, tokens)) - sum(shared)
     ids, depth, ends = np.empty(total, int), np.empty(total, int), np.full(total, total)
-    path, last, filled = np.empty(0, int), [], 0
-    for each, keep in zip(tokens, shared, strict=True):
+    path, pooled, filled = np.empty(0, int), [], 0
+    for each, start, keep in zip(tokens, starts, shared, strict=True):
         ends[path[keep:]] = filled
         new = np.arange(filled, filled + len(each) - keep)
         path, filled = np.append(path[:keep], new), filled + len(new)
         ids[new], depth[new] = each[keep:], np.arange(keep, len(each))
-        last.append(path[-1])
-    ids, depth, ends = (torch.from_numpy(array) for array in (ids, depth, ends))
-    places = torch.zeros(len(rows), dtype=torch.long), torch.tensor(last)
-    return Pass(rows, ids[None], depth[None], None, ends, places)
+        pooled.append(path[start:])
+    places = np.concatenate(pooled)
+    ids, depth, ends, places = map(torch.from_numpy, (ids, depth, ends, places))
+    counts = torch.tensor([len(each) for each in pooled])
+    return Pass(rows, ids[None], depth[None], None, ends, (0 * places, places), counts)
 
 
 def tree_mask(ends: Tensor, dtype: torch.dtype) -> Tensor:
@@ -158,27 +165,25 @@ def _listed(wanted: np.ndarray, device: torch.device | str) -> tuple[Tensor, Ten
     return count, which
 
 
-def padded_passes(tokens: list[Tokens], budget: int, padding: str) -> Iterator[Pass]:
+def padded_passes(tokens: list[Tokens], starts: list[int], budget: int) -> Iterator[Pass]:
     """Conversations of similar length padded to at most ``budget`` tokens; 0: one at a time."""
     batch: list[int] = []
     for row in sorted(range(len(tokens)), key=lambda row: -len(tokens[row])):
         if batch and (len(batch) + 1) * len(tokens[batch[0]]) > budget:
-            yield _padded(batch, [tokens[i] for i in batch], padding)
+            yield _padded(batch, tokens, starts)
             batch = []
         batch.append(row)
-    yield _padded(batch, [tokens[i] for i in batch], padding)
+    yield _padded(batch, tokens, starts)
 
 
-def _padded(rows: list[int], tokens: list[Tokens], padding: str) -> Pass:
-    lengths = torch.tensor([len(ids) for ids in tokens])
-    longest = int(lengths.max())
-    place = torch.arange(longest).expand(len(rows), -1)
-    left = (longest - lengths if padding == "left" else 0 * lengths)[:, None]
-    mask = (place >= left) & (place < left + lengths[:, None])
+def _padded(rows: list[int], tokens: list[Tokens], starts: list[int]) -> Pass:
+    lengths = torch.tensor([len(tokens[i]) for i in rows])
+    first = torch.tensor([starts[i] for i in rows])
+    place = torch.arange(int(lengths.max())).expand(len(rows), -1)
+    mask = place < lengths[:, None]
     ids = torch.zeros(mask.shape, dtype=torch.long)  # any id will do: no real token sees padding
-    ids[mask] = torch.from_numpy(np.concatenate(tokens))
-    last = torch.arange(len(rows)), left[:, 0] + lengths - 1
-    if mask.all():  # attention is fastest without a mask
-        return Pass(rows, ids, None, None, None, last)
-    positions = (place - left).clamp(min=0) if padding == "left" else None
-    return Pass(rows, ids, positions, mask.long(), None, last)
+    ids[mask] = torch.from_numpy(np.concatenate([tokens[i] for i in rows]))
+    is_pooled = mask & (place >= first[:, None])
+    pooled, counts = is_pooled.nonzero(as_tuple=True), is_pooled.sum(1)
+    mask = None if mask.all() else mask.long()  # attention is fastest without a mask
+    return Pass(rows, ids, None, mask, None, pooled, counts)

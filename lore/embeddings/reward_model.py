@@ -2,6 +2,7 @@
 
 An embedding is the last hidden state, after the final norm, of the last token of the
 chat-templated conversation; the model's own reward is its score head times that. F is its width.
+Language models that are no reward models may say more by the mean over the response (``pool``).
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -51,12 +51,13 @@ SMALL = "without a network, `python tools/smollm2.py` makes a small model"
 
 
 class Source(NamedTuple):
-    """Where a model and its tokenizer come from: names on the hub or local folders."""
+    """Where a model and its tokenizer come from, names on the hub or local folders; its pooling."""
 
     model: str
     tokenizer: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+    pool: str = "last"
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class ModelChoice:
         return source
 
     def resolve(self, settings: Mapping[str, Any], path: str | Path) -> Source:
-        """Model, tokenizer and revision: those given, else those that the basis was learned with.
+        """What is given, else what the basis was learned with; the pooling is always the basis'.
 
         Args:
             settings: of the basis; the scalars of the embeddings' manifest among them.
@@ -106,7 +107,8 @@ class ModelChoice:
             revision = revision or settings.get("revision")
             if not tokenizer and settings.get("tokenizer") not in (None, settings["model"]):
                 tokenizer = _find(settings["tokenizer"], path, "tokenizer")
-        return Source(model, tokenizer, revision, self.trust_remote_code)
+        pool = settings.get("pool", "last")
+        return Source(model, tokenizer, revision, self.trust_remote_code, pool)
 
 
 OF_BASIS = ModelChoice()  # the one that the basis was learned with
@@ -115,10 +117,16 @@ OF_BASIS = ModelChoice()  # the one that the basis was learned with
 
 
 def load_config(source: Source) -> Any:
-    """The model's config."""
+    """The model's config; InputError if it has no such layer as is to be pooled."""
     from transformers import AutoConfig  # slow to import, and who reads a store does without
 
-    return pretrained(AutoConfig, source.model, source)
+    config = pretrained(AutoConfig, source.model, source)
+    kind, _, number = source.pool.partition(":")
+    if source.pool not in ("last", "mean"):
+        layers = config.get_text_config().num_hidden_layers
+        there = kind == "layer" and number.isdigit() and 1 <= int(number) <= layers
+        require(there, f"--pool {source.pool}: {source.model} has layers 1 to {layers}")
+    return config
 
 
 def load_tokenizer(source: Source) -> Any:
@@ -269,8 +277,13 @@ def sha256(*parts: bytes | memoryview) -> str:
 # ----------------------------------------------------------------------------- Text
 
 
-def render_text(tokenizer: Any, conversation: Conversation) -> str:
-    """The conversation as the tokenizer's chat template writes it, without generation prompt.
+def render_text(tokenizer: Any, conversation: Conversation, is_prompt: bool = False) -> str:
+    """The conversation as the tokenizer's chat template writes it.
+
+    Args:
+        tokenizer: with the template.
+        conversation: to be written.
+        is_prompt: the generation prompt follows it.
 
     Raises:
         InputError: the template refuses the conversation.
@@ -278,7 +291,7 @@ def render_text(tokenizer: Any, conversation: Conversation) -> str:
     whose, start = f"the chat template of {tokenizer.name_or_path}", f"{str(conversation)[:100]}..."
     try:
         text = tokenizer.apply_chat_template(
-            conversation, tokenize=False, add_generation_prompt=False
+            conversation, tokenize=False, add_generation_prompt=is_prompt
         )
     except Exception as error:  # a template is a program of its own, and may raise anything
         raise InputError(f"{whose} cannot write {start}: {first_line(error)}") from error
@@ -329,16 +342,16 @@ class Engine:
         has_head: whether the score head comes from the checkpoint; else it is a random one.
         method: tree, sorted or single.
         batch_tokens: most tokens in one forward pass.
-        padding: side on which the sorted method pads.
         flex: whether trees take FlexAttention, else the dense mask; turned off where it cannot run.
+        pool: see ``store.embed``.
     """
 
     model: Any
     has_head: bool
     method: str
     batch_tokens: int
-    padding: str = "right"
     flex: bool = False
+    pool: str = "last"
     tokens_computed: int = 0
     checked: bool = False
 
@@ -356,9 +369,11 @@ class Engine:
         """What the model itself scores with, in float32: head, bias if any, last_linear.
 
         last_linear [F] is what the published code takes for the score head: column 0 of the last
-        nn.Linear in the model's body, if that is F long.
+        nn.Linear in the model's body, if that is F long. All of them are for the last token alone.
         """
         tensors = {}
+        if self.pool != "last":
+            return tensors
         if self.has_head:
             tensors = {"head": self.head}
             if getattr(self.model.score, "bias", None) is not None:
@@ -368,10 +383,11 @@ class Engine:
             tensors["last_linear"] = linear[-1].weight.detach()[:, 0]
         return {name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}
 
-    def embed(self, tokens: list[Tokens], bar: tqdm) -> Tensor:
+    def embed(self, tokens: list[Tokens], bar: tqdm, starts: list[int] | None = None) -> Tensor:
         """Embeddings [n, F] of n distinct, sorted conversations, in the model's dtype.
 
-        The bar advances by the tokens given. When GPU memory runs out, the passes are halved.
+        One is the mean of the states from the token that ``starts`` says; by default the last. The
+        bar advances by the tokens given. When GPU memory runs out, the passes are halved.
 
         Raises:
             InputError: one conversation alone is too long for the GPU, a token is none of the
@@ -386,28 +402,25 @@ class Engine:
             "0 on: name the model's own one with --tokenizer",
         )
         before = bar.n, self.tokens_computed
+        starts = [len(ids) - 1 for ids in tokens] if starts is None else starts
         while True:
             try:
-                return self._embed(tokens, bar)
+                return self._embed(tokens, starts, bar)
             except torch.cuda.OutOfMemoryError:
-                self._halve_passes(max(map(len, tokens)))
+                longest = max(map(len, tokens))
+                small = f"{longest} tokens do not fit into the GPU's memory: lower --max-length"
+                require(self.batch_tokens > longest, small)
+            self.batch_tokens //= 2
+            log.warning("GPU memory is full: continuing with --batch-tokens %d", self.batch_tokens)
             # The shard starts over, so that its bytes depend only on the budget that it ended with.
             bar.update(before[0] - bar.n)
             self.tokens_computed = before[1]
             torch.cuda.empty_cache()
 
-    def _halve_passes(self, longest: int) -> None:
-        if self.batch_tokens <= longest:
-            raise InputError(
-                f"{longest} tokens do not fit into the GPU's memory: lower --max-length"
-            ) from None
-        self.batch_tokens //= 2
-        log.warning("GPU memory is full: continuing with --batch-tokens %d", self.batch_tokens)
-
     @torch.inference_mode()
-    def _embed(self, tokens: list[Tokens], bar: tqdm) -> Tensor:
+    def _embed(self, tokens: list[Tokens], starts: list[int], bar: tqdm) -> Tensor:
         out = None
-        for step in self._passes(tokens):
+        for step in self._passes(tokens, starts):
             rows = self._forward(step)
             if not self.checked:
                 self._check(tokens[step.rows[-1]], rows[-1])
@@ -419,36 +432,48 @@ class Engine:
             raise InputError(NOT_FINITE)
         return out.cpu()
 
-    def _passes(self, tokens: list[Tokens]) -> Iterator[Pass]:
+    def _passes(self, tokens: list[Tokens], starts: list[int]) -> Iterator[Pass]:
         if self.method == "tree":
-            return tree_passes(tokens, self.batch_tokens)
-        return padded_passes(tokens, self.batch_tokens * (self.method == "sorted"), self.padding)
+            return tree_passes(tokens, starts, self.batch_tokens)
+        return padded_passes(tokens, starts, self.batch_tokens * (self.method == "sorted"))
 
     def _forward(self, step: Pass) -> Tensor:
         """Embeddings [conversations of the pass, F]."""
         given = {"position_ids": step.positions, "attention_mask": step.mask}
         given["input_ids"] = step.ids
         given = {k: v.to(self.model.device) for k, v in given.items() if v is not None}
-        if step.ends is None:
-            hidden = self.body(use_cache=False, **given).last_hidden_state
-        else:
-            hidden = self._tree_hidden(step.ends, given)
-        return hidden[step.last]
+        hidden = self._hidden(given) if step.ends is None else self._tree_hidden(step.ends, given)
+        states = hidden[step.pooled]
+        if len(states) == len(step.rows):  # one each
+            return states
+        counts = step.counts.to(states.device)
+        return torch.segment_reduce(states.float(), "mean", lengths=counts).to(states.dtype)
+
+    def _hidden(self, given: dict[str, Any]) -> Tensor:
+        """Hidden states [batch, length, F]."""
+        if not self.pool.startswith("layer"):
+            return self.body(use_cache=False, **given).last_hidden_state
+        found = self.body(use_cache=False, output_hidden_states=True, **given)
+        return found.hidden_states[int(self.pool.partition(":")[2])]
 
     def _tree_hidden(self, ends: Tensor, given: dict[str, Tensor]) -> Tensor:
-        """Last hidden states [1, T, F] of a tree, by FlexAttention or with the dense mask."""
+        """Hidden states [1, T, F] of a tree, by FlexAttention or with the dense mask."""
         if self.flex:
+            own = self.model.config._attn_implementation
             try:
                 mask = tree_blocks(ends, self.model.device)
-                with _attending(self.model, "flex_attention"):
-                    return self.body(use_cache=False, attention_mask=mask, **given)[0]
+                self.model.set_attn_implementation("flex_attention")
+                return self._hidden({"attention_mask": mask, **given})
             except torch.cuda.OutOfMemoryError:
                 raise
             except Exception as error:  # compilers and kernels fail with classes of their own
-                log.warning("trees take the dense mask, without FlexAttention: %s", _brief(error))
+                why = f"{type(error).__name__}: {first_line(error)}"[:300]
+                log.warning("trees take the dense mask, without FlexAttention: %s", why)
                 self.flex = False
+            finally:
+                self.model.set_attn_implementation(own)
         mask = tree_mask(ends.to(self.model.device), self.model.dtype)
-        return self.body(use_cache=False, attention_mask=mask, **given)[0]
+        return self._hidden({"attention_mask": mask, **given})
 
     def _check(self, ids: Tokens, row: Tensor) -> None:
         """Stop unless the head times the row is the logit that the model itself gives."""
@@ -481,22 +506,6 @@ class Engine:
         return bool(((own - logit).abs() <= tolerance * scale).all())
 
 
-@contextmanager
-def _attending(model: Any, implementation: str) -> Iterator[None]:
-    """Another attention implementation of transformers for a while."""
-    own = model.config._attn_implementation
-    model.set_attn_implementation(implementation)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(own)
-
-
-def _brief(error: Exception) -> str:
-    """Class and first line of an error, shortened."""
-    return f"{type(error).__name__}: {first_line(error)}"[:300]
-
-
 def load_engine(
     source: Source,
     dtype: str,
@@ -504,7 +513,6 @@ def load_engine(
     attention: str,
     method: str,
     batch_tokens: int,
-    padding: str = "right",
 ) -> Engine:
     """Load a reward model; the arguments are those of ``embeddings.embed``, none of them auto.
 
@@ -514,10 +522,15 @@ def load_engine(
     method, why = choose_method(load_config(source), method, attention)
     log.info("embedding method: %s (%s)", method, why)
     model, has_head = _load_model(source, getattr(torch, dtype), attention)
+    if has_head and source.pool != "last":
+        has_head = False
+        why = "a score head reads the last token's state: there will be no reference (rank 0)"
+        log.warning("--pool %s: %s", source.pool, why)
     # So that no token counts as padding: a model pools the last token before the padding.
     model.config.get_text_config().pad_token_id = -1
     flex = model.config._attn_implementation == "sdpa" and torch.device(device).type == "cuda"
-    return Engine(model.to(device).eval(), has_head, method, batch_tokens, padding, flex)
+    model = model.to(device).eval()
+    return Engine(model, has_head, method, batch_tokens, flex, source.pool)
 
 
 def choose_method(config: Any, method: str, attention: str) -> tuple[str, str]:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,8 +36,9 @@ from lore.common.files import (
     require,
     write_whole,
 )
-from lore.common.settings import NonNegativeInt, PositiveInt
+from lore.common.settings import NonNegativeInt, Pool, PositiveInt
 from lore.common.tensors import expect, read_tensors, require_finite
+from lore.embeddings.prefix_trees import shared_prefix
 from lore.embeddings.reward_model import (
     PAPERS_MODEL,
     Conversation,
@@ -55,14 +57,13 @@ from lore.embeddings.reward_model import (
 
 log = logging.getLogger(__name__)
 
-POOLING = "last token, after the final norm"
 NAMES = ("model", "tokenizer")  # facts that may change: the same files under another path
 TEXTS = ("conversations_sha256", "num_conversations", "tokens_sha256")
 MANIFEST, INDEX, HEAD = "manifest.json", "index.safetensors", "head.safetensors"
 VERIFIED = "verified.json"  # size, time and inode of the files whose checksums were right
 AGAIN = "embed again; the rest is kept"
 FACTS = {"model": str, "revision": str | None, "weights_sha256": str | None, "tokenizer": str,
-         "template_sha256": str, "pooling": str, "dtype": str, "max_length": int,
+         "template_sha256": str, "pool": str, "dtype": str, "max_length": int,
          "truncation_side": str, "conversations_sha256": str, "num_conversations": int,
          "tokens_sha256": str}  # fmt: skip
 COUNTS = {"num_distinct": int, "num_features": int, "files": dict}
@@ -79,11 +80,11 @@ def embed(
     revision: str | None = None,
     max_length: PositiveInt = 4096,
     truncation_side: Literal["left", "right"] = "left",
+    pool: Pool = "last",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     device: str = "auto",
     attention: str = "sdpa",
     method: Literal["auto", "tree", "sorted", "single"] = "auto",
-    padding: Literal["right", "left"] = "right",
     batch_tokens: NonNegativeInt = 0,
     shard_size: PositiveInt = 512,
     shard: str | None = None,
@@ -105,12 +106,15 @@ def embed(
         revision: branch, tag or commit of a hub model.
         max_length: most tokens of a conversation; longer ones are cut, and counted.
         truncation_side: side that is cut off; left keeps the end of the response.
+        pool: what of a conversation is its embedding: last, the state of its last token, which a
+            score head reads; mean, the mean over its response; or layer:N, the same after layer N
+            (without the final norm), which says more where a language model is no reward model.
+            The response begins after the generation prompt.
         dtype: of arithmetic and storage; auto is bfloat16 on a GPU and float32 on a CPU.
         device: auto (a GPU if there is one), cpu, cuda, or one GPU such as cuda:1.
         attention: attention implementation of transformers, such as sdpa or eager.
         method: tree computes shared prefixes once, sorted pads batches of similar length, single
             takes one conversation at a time; auto is tree where tests show that it is exact.
-        padding: side on which the sorted method pads; the embeddings are the same.
         batch_tokens: most tokens in one forward pass; 0 means 1024 on a CPU, 4096 on a GPU.
         shard_size: distinct conversations in one file.
         shard: for job arrays, i/n: embed shards i, i + n, i + 2n, ... only, i from 1 to n.
@@ -129,9 +133,9 @@ def embed(
     batch_tokens = batch_tokens or (1024 if device == "cpu" else 4096)
     positive = min(max_length, batch_tokens, shard_size) > 0
     require(positive, "--max-length, --batch-tokens and --shard-size must be positive")
-    source = Source(model, tokenizer, revision, trust_remote_code)
+    source = Source(model, tokenizer, revision, trust_remote_code, pool)
     plan = _plan(conversations, source, dtype, max_length, truncation_side, shard_size)
-    load = partial(load_engine, source, dtype, device, attention, method, batch_tokens, padding)
+    load = partial(load_engine, source, dtype, device, attention, method, batch_tokens)
     with lock_folder(Path(folder), shard):
         return _complete(Path(folder), plan, load, worker, workers, progress)
 
@@ -173,7 +177,7 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest = read_manifest(folder)
-        self.verify(_known(folder))
+        self.verify(_found(folder / VERIFIED))
         note, tensors = self._open(INDEX, self.manifest)
         number = self.manifest["num_conversations"]
         self._rows = expect(folder / INDEX, tensors, AGAIN, "rows", torch.int64, number)
@@ -273,17 +277,15 @@ class Store:
 
 def check_conversations(conversations: Sequence[Conversation]) -> list[Conversation]:
     """Conversations with role and content alone; InputError naming the first that is not text."""
-    checked = [_messages(row, conversation) for row, conversation in enumerate(conversations)]
+    checked = []
+    for row, each in enumerate(conversations):
+        where = f"conversation {row}"
+        if isinstance(each, str | Mapping) or not isinstance(each, Iterable):
+            raise InputError(f"{where}: expected a list of messages, not {each!r}")
+        checked.append([_message(f"{where}, message {i}", m) for i, m in enumerate(each)])
+        require(bool(checked[-1]), f"{where} has no messages")
     require(bool(checked), "there are no conversations to embed")
     return checked
-
-
-def _messages(row: int, conversation: Any) -> Conversation:
-    if isinstance(conversation, str | Mapping) or not isinstance(conversation, Iterable):
-        raise InputError(f"conversation {row}: expected a list of messages, not {conversation!r}")
-    messages = [_message(f"conversation {row}, message {i}", m) for i, m in enumerate(conversation)]
-    require(bool(messages), f"conversation {row} has no messages")
-    return messages
 
 
 def _message(where: str, message: Any) -> dict[str, str]:
@@ -307,14 +309,15 @@ class _Plan:
     """What is to be embedded; it follows from the inputs alone.
 
     Attributes:
-        tokens: the distinct conversations, sorted; ids are big-endian, so that bytes sort alike.
+        tokens: the distinct conversations, sorted: their ids, big-endian so that bytes sort alike,
+            and the number of the first token whose state counts.
         rows: which of them each conversation is [n].
         facts: what the embeddings depend on.
         counts: what was counted on the way.
         shard_size: most conversations in a shard.
     """
 
-    tokens: list[bytes]
+    tokens: list[tuple[bytes, int]]
     rows: Tensor
     facts: dict[str, Any]
     counts: dict[str, int]
@@ -333,7 +336,8 @@ class _Plan:
     @cached_property
     def keys(self) -> list[bytes]:
         """Hashes of the distinct conversations."""
-        return [hashlib.sha256(ids).digest()[:KEY] for ids in self.tokens]
+        both = (ids + start.to_bytes(4) for ids, start in self.tokens)
+        return [hashlib.sha256(each).digest()[:KEY] for each in both]
 
     def shards(self, there: Collection[bytes]) -> list[list[int]]:
         """The distinct conversations whose keys are not there, by shard.
@@ -376,28 +380,36 @@ def _plan(
     max_length = min(max_length, getattr(config, "max_position_embeddings", None) or max_length)
     require(max_length > 0, f"{source.model}: its config.json leaves no room for any token")
     cut, num_truncated = [], 0
-    for ids in tokenize(tokenizer, (render_text(tokenizer, each) for each in conversations)):
+    texts = tokenize(tokenizer, (render_text(tokenizer, each) for each in conversations))
+    before = (render_text(tokenizer, each[:-1] or each, is_prompt=True) for each in conversations)
+    prompts = repeat(None) if source.pool == "last" else tokenize(tokenizer, before)
+    for ids, prompt in zip(texts, prompts, strict=False):
         short = cut_tokens(ids, tokenizer.bos_token_id, max_length, truncation_side)
-        cut.append(short.astype(">u4").tobytes())
+        start = len(short) - 1
+        if prompt is not None:  # the response begins where the prompt no longer says the same
+            gone = (len(ids) - len(short)) * (truncation_side == "left")
+            has_bos = int(short[0] == tokenizer.bos_token_id)
+            start = min(start, max(shared_prefix(prompt, ids) - gone, has_bos))
+        cut.append((short.astype(">u4").tobytes(), start))
         num_truncated += len(short) < len(ids)
     tokens = sorted(set(cut))
-    number = {ids: i for i, ids in enumerate(tokens)}
+    number = {each: i for i, each in enumerate(tokens)}
     facts = {
         **model_facts(source, tokenizer),
-        "pooling": POOLING,
+        "pool": source.pool,
         "dtype": dtype,
         "max_length": max_length,
         "truncation_side": truncation_side,
         "conversations_sha256": digest(conversations),
         "num_conversations": len(conversations),
-        "tokens_sha256": sha256(*(len(ids).to_bytes(8) + ids for ids in cut)),
+        "tokens_sha256": sha256(*(len(ids).to_bytes(8) + ids for ids, _ in cut)),
     }
     counts = {
         "num_distinct": len(tokens),
         "num_truncated": num_truncated,
-        "tokens_given": sum(map(len, cut)) // 4,
+        "tokens_given": sum(len(ids) for ids, _ in cut) // 4,
     }
-    rows = torch.tensor([number[ids] for ids in cut])
+    rows = torch.tensor([number[each] for each in cut])
     return _Plan(tokens, rows, facts, counts, shard_size)
 
 
@@ -442,14 +454,15 @@ def _complete(
 def _embed_shards(
     folder: Path, plan: _Plan, engine: Engine, shards: list[list[int]], progress: bool
 ) -> None:
-    total = sum(len(plan.tokens[i]) // 4 for shard in shards for i in shard)
+    total = sum(len(plan.tokens[i][0]) // 4 for shard in shards for i in shard)
     begin = time.perf_counter()
     with tqdm(total=total, unit="tok", unit_scale=True, disable=not progress or None) as bar:
         for shard in shards:
             before = engine.tokens_computed
-            tokens = [np.frombuffer(plan.tokens[i], ">u4").astype(np.int64) for i in shard]
+            texts, starts = zip(*(plan.tokens[i] for i in shard), strict=True)
+            tokens = [np.frombuffer(ids, ">u4").astype(np.int64) for ids in texts]
             keys = np.frombuffer(b"".join(plan.keys[i] for i in shard), np.uint8).copy()
-            rows = {"embeddings": engine.embed(tokens, bar)}
+            rows = {"embeddings": engine.embed(tokens, bar, list(starts))}
             rows["keys"] = torch.from_numpy(keys.reshape(-1, KEY))
             computed = engine.tokens_computed - before
             note = {"method": engine.method, "tokens_computed": computed}
@@ -464,7 +477,7 @@ def _embed_shards(
 
 def _check_folder(folder: Path, plan: _Plan) -> bool:
     """Whether a folder has a manifest; InputError if it is of another model or setting."""
-    found = _found_manifest(folder)
+    found = _found(folder / MANIFEST)
     if not _is_of(folder / HEAD, plan.source):  # else a manifest that differs was edited
         for key, value in _without_texts(plan.facts).items():
             if found and key not in NAMES and found.get(key) != value:
@@ -502,12 +515,12 @@ def _finish(folder: Path, plan: _Plan) -> Store | None:
     index = _as_bytes({"rows": rows}, plan.identity, shards=shards)
     full = _full_manifest(folder, plan, shards, index)
     is_old = not (folder / INDEX).is_file() or (folder / INDEX).read_bytes() != index
-    if is_old or _found_manifest(folder) != full:
+    if is_old or _found(folder / MANIFEST) != full:
         try:
             _write(folder / INDEX, index)
             _write_manifest(folder, full)
         except InputError:
-            if _found_manifest(folder) != full:
+            if _found(folder / MANIFEST) != full:
                 raise  # else another process completed it at the same time, and removed our draft
         _remember(folder, {name: _stamp(folder / name) for name in full["files"]})
         for draft in folder.glob("*.part"):  # of a run that was killed
@@ -532,10 +545,10 @@ def _full_manifest(folder: Path, plan: _Plan, shards: list[str], index: bytes) -
     }
 
 
-def _found_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, or an empty one if there is none or it is unreadable."""
+def _found(path: Path) -> dict[str, Any]:
+    """What a JSON file says; nothing if there is none or it is unreadable."""
     try:
-        found = read_json(folder / MANIFEST)
+        found = read_json(path)
     except InputError as error:
         log.warning("%s", error)
         found = None
@@ -573,15 +586,6 @@ def _stamp(path: Path) -> list[int]:
     except FileNotFoundError as error:
         raise InputError(f"{path} is missing: {AGAIN}") from error
     return [found.st_size, found.st_mtime_ns, found.st_ino]
-
-
-def _known(folder: Path) -> dict[str, Any]:
-    """The files that were verified before."""
-    try:
-        found = read_json(folder / VERIFIED)
-    except InputError:
-        found = None
-    return found if isinstance(found, dict) else {}
 
 
 def _remember(folder: Path, stamps: Mapping[str, list[int]]) -> None:

@@ -257,7 +257,7 @@ class Experiment:
         several = len(self.settings.seeds) > 1
         fit.written = f"{fit.file}{f'-seed{task.seed}' if several else ''}.safetensors"
         manifest = self.dataset.store.manifest
-        kept = ("model", "tokenizer", "revision", "weights_sha256", "template_sha256")
+        kept = ("model", "tokenizer", "revision", "weights_sha256", "template_sha256", "pool")
         facts = {
             **{key: manifest[key] for key in kept if key in manifest},
             "dataset": self.dataset.dataset, "seed": task.seed,
