@@ -70,7 +70,7 @@ def headless(folder: Path) -> Path:
 
 
 def smollm2(folder: Path) -> Path:
-    """The real SmolLM2-135M-Instruct with a random score head, or a skip where it is missing."""
+    """The real SmolLM2-135M-Instruct without a score head, or a skip where it is missing."""
     try:
         return reward_model(folder)
     except InputError as error:

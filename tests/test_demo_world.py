@@ -175,6 +175,7 @@ def converted(home, monkeypatch) -> Path:
     def convert(source: Path, folder: Path) -> None:
         (folder / smollm2.BODY).write_bytes(b"weights")
         (folder / "config.json").write_text(json.dumps({"hidden_size": 4}))
+        smollm2._write_index(folder, ["model.norm.weight"])
 
     monkeypatch.setattr(smollm2, "_convert", convert)
     monkeypatch.setattr(smollm2, "_package_folder", lambda: home)
@@ -197,22 +198,29 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path, home):
 
 def test_a_head_of_the_wrong_size_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 4}))
+    smollm2._write_index(tmp_path, ["model.norm.weight"])
     with pytest.raises(InputError, match=r"\(4,\) is expected"):
         smollm2.save_head(tmp_path, torch.zeros(5))
     smollm2.save_head(tmp_path, torch.arange(4.0))
-    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".safetensors"]
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".json", ".safetensors"]
 
 
 def test_checkpoints_share_one_file_of_weights_and_have_heads_of_their_own(tmp_path, converted):
     plain = smollm2.reward_model(tmp_path / "plain")
     fitted = smollm2.reward_model(tmp_path / "fitted", torch.arange(4.0))
-    bodies = [folder / smollm2.BODY for folder in (converted, plain, fitted)]
+    folders = (converted, plain, fitted)
+    bodies = [folder / smollm2.BODY for folder in folders]
     assert len({body.stat().st_ino for body in bodies}) == 1
-    heads = [(folder / smollm2.HEAD).read_bytes() for folder in (converted, plain, fitted)]
-    assert heads[0] == heads[1] != heads[2]
+    has_head = [smollm2.HEAD in (folder / smollm2.INDEX).read_text() for folder in folders]
+    assert has_head == [(folder / smollm2.HEAD).exists() for folder in folders]
+    assert has_head == [False, False, True]
+    head = (fitted / smollm2.HEAD).read_bytes()
     smollm2.save_head(plain, torch.ones(4))
-    assert [(folder / smollm2.HEAD).read_bytes() for folder in (converted, fitted)] == heads[::2]
-    configs = {(folder / "config.json").stat().st_ino for folder in (converted, plain, fitted)}
+    assert (fitted / smollm2.HEAD).read_bytes() == head != (plain / smollm2.HEAD).read_bytes()
+    assert not (converted / smollm2.HEAD).exists()
+    smollm2.save_head(converted, torch.ones(4))
+    assert not (smollm2.reward_model(tmp_path / "late") / smollm2.HEAD).exists()
+    configs = {(folder / "config.json").stat().st_ino for folder in folders}
     assert len(configs) == 3  # small files are copies: editing one changes no other
 
 

