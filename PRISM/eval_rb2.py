@@ -24,7 +24,16 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.common.cli import ROOT, cli
-from lore.common.files import InputError, check_place, digest, require, write_text, write_whole
+from lore.common.files import (
+    begins,
+    check_output,
+    check_place,
+    digest,
+    has_keys,
+    require,
+    write_text,
+    write_whole,
+)
 from lore.common.settings import NonNegativeInt, PositiveInt
 from lore.embeddings.prefix_trees import Tokens
 from lore.embeddings.reward_model import (
@@ -106,6 +115,8 @@ def main(
     """
     if save_csv:
         check_place(Path(save_csv), "--save-csv")
+        is_table = begins("reward,")
+        check_output(Path(save_csv), "--save-csv", is_table, (source, basis, rm_head, head_bias))
     learned = load_learned(basis) if basis else None
     if list_users:
         require(learned is not None, "--list-users lists the users of a basis: give --basis")
@@ -119,6 +130,9 @@ def main(
         model = lm.resolve({"model": PAPERS_MODEL}, "")
     mode = check_mode(mode, model, heads)
     folder = Path(results) if results else RESULTS / slug(model.model)
+    check_output(folder / "scores.csv", "--results", begins("reward,"))
+    for path in sorted((folder / "scores").glob("*.json")):
+        check_output(path, "--results", has_keys("model", "num_correct", "scores"))
     (folder / "scores").mkdir(parents=True, exist_ok=True)
 
     rewards = all_rewards(as_conversations(bench), heads, model, mode, **scoring)
@@ -161,24 +175,22 @@ def basis_heads(basis: Learned, users: Sequence[str]) -> dict[str, Head]:
     Raises:
         InputError: a user whom the basis does not know.
     """
-    return {
-        **{name: Head(column) for name, column in basis.columns().items()},
-        "average user": Head(basis.direction()),
-        **{f"user {name}": Head(basis.direction(name, "--users")) for name in users},
-    }
+    directions = {**basis.columns(), "average user": basis.direction()}
+    directions |= {f"user {name}": basis.direction(name, "--users") for name in users}
+    return {name: Head(direction) for name, direction in directions.items()}
 
 
 def check_mode(mode: str, source: Source, heads: Mapping[str, Head]) -> str:
     """The mode that auto stands for; InputError if mode or model do not go with the heads."""
-    if mode == "seqclf" and heads:
-        raise InputError("--mode seqclf scores with the model's own head: use lmhead for others")
+    own = mode == "seqclf" and heads
+    require(not own, "--mode seqclf scores with the model's own head: use lmhead for others")
     width = load_config(source).get_text_config().hidden_size
     for name, head in heads.items():
-        if len(head.weight) != width:
-            raise InputError(
-                f"{name} has {len(head.weight)} features, embeddings of {source.model} have "
-                f"{width}: it was made with another model"
-            )
+        require(
+            len(head.weight) == width,
+            f"{name} has {len(head.weight)} features, embeddings of {source.model} have {width}: "
+            "it was made with another model",
+        )
     return mode if mode != "auto" else "lmhead" if heads else "seqclf"
 
 
@@ -232,6 +244,7 @@ def all_rewards(
         dtype=dtype,
         device=device,
         trust_remote_code=source.trust_remote_code,
+        pool=source.pool,
         **embedding,
     )
     return head_rewards(store, heads) if store else None
@@ -239,7 +252,8 @@ def all_rewards(
 
 def cache_folder(source: Source, conversations: Sequence[Conversation], *settings: Any) -> Path:
     """Folder of the embeddings of these conversations by this model with these settings."""
-    return CACHE / f"{slug(source.model)}-{digest([source[:3], settings, conversations])[:8]}"
+    facts = [source[:3], source.pool, settings, conversations]
+    return CACHE / f"{slug(source.model)}-{digest(facts)[:8]}"
 
 
 def head_rewards(store: Store, heads: Mapping[str, Head]) -> dict[str, np.ndarray]:
@@ -286,15 +300,12 @@ def own_rewards(
     """
     device, dtype = device_and_dtype(device, dtype)
     engine = load_engine(source, dtype, device, "sdpa", "single", max_length)
-    if engine.head is None or len(engine.head) != 1:
-        raise InputError(
-            f"{source.model} has no score head with one output: give one with --rm_head or --basis"
-        )
+    one = engine.head is not None and len(engine.head) == 1
+    lacks = f"{source.model} has no score head with one output"
+    require(one, f"{lacks}: give one with --rm_head or --basis")
     tokenizer = load_tokenizer(source)
-    tokens = []
-    for conversation in conversations:
-        ids = np.array(render(tokenizer, conversation))
-        tokens.append(cut_tokens(ids, tokenizer.bos_token_id, max_length, truncation_side))
+    limits = tokenizer.bos_token_id, max_length, truncation_side
+    tokens = [cut_tokens(np.array(render(tokenizer, each)), *limits) for each in conversations]
     rewards = np.empty(len(tokens))
     batches = _same_length_batches(tokens, batch_size)
     for batch in tqdm(batches, unit="batch", disable=not progress or None):

@@ -23,14 +23,8 @@ NUMBERS = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.ui
 COLUMNS = ("id", "prompt", "chosen", "rejected", "num_correct", "subset")
 
 # Rows of each subset in the published test split, on which alone the score is official.
-OFFICIAL = {
-    "Factuality": 475,
-    "Precise IF": 160,
-    "Math": 183,
-    "Safety": 450,
-    "Focus": 495,
-    "Ties": 102,
-}
+OFFICIAL = {"Factuality": 475, "Precise IF": 160, "Math": 183, "Safety": 450, "Focus": 495,
+            "Ties": 102}  # fmt: skip
 
 
 # --------------------------------------------------------------------- Scoring
@@ -58,9 +52,13 @@ def score(rows: Iterable[Row]) -> dict[str, float]:
     for row in rows:
         groups.setdefault(row[1], []).append(_checked(Row(*row)))
     require(bool(groups), "there are no rows to score")
-    known = [name for name in OFFICIAL if name in groups]
-    order = known + sorted(groups.keys() - OFFICIAL.keys())
-    result = {name: _subset_score(name, groups[name]) for name in order}
+    order = [name for name in OFFICIAL if name in groups] + sorted(groups.keys() - OFFICIAL.keys())
+    result = {
+        name: ties_score(groups[name])
+        if _is_ties(name)
+        else _mean([row_result(row.scores) for row in groups[name]])
+        for name in order
+    }
     return {**result, "Overall": float(np.mean(list(result.values())))}
 
 
@@ -106,10 +104,6 @@ def ties_score(rows: Sequence[Row]) -> float:
     return float(np.dot([0.30, 0.30, 0.20, 0.20, 0.01], terms))
 
 
-def _subset_score(name: str, rows: Sequence[Row]) -> float:
-    return ties_score(rows) if _is_ties(name) else _mean([row_result(row.scores) for row in rows])
-
-
 def _mean(values: Sequence[float] | np.ndarray) -> float:
     return float(np.mean(values)) if len(values) else 0.0
 
@@ -120,19 +114,19 @@ def _is_ties(subset: str) -> bool:
 
 def _ties_id(name: str) -> tuple[str, str]:
     kind, _, k = name.partition(":")
-    if kind not in ("ref", "tied") or not k:
-        raise InputError(f"id {name!r} of the Ties subset is neither ref:k nor tied:k")
+    known = kind in ("ref", "tied") and bool(k)
+    require(known, f"id {name!r} of the Ties subset is neither ref:k nor tied:k")
     return kind, k
 
 
 def _checked(row: Row) -> Row:
-    if not np.isfinite(row.scores).all():
-        raise InputError(f"row {row.id!r} ({row.subset}) has a score that is not a finite number")
-    if not 1 <= row.num_correct < len(row.scores):
-        raise InputError(
-            f"row {row.id!r} ({row.subset}): num_correct is {row.num_correct} of "
-            f"{len(row.scores)} completions; at least one must be correct and one incorrect"
-        )
+    finite = bool(np.isfinite(row.scores).all())
+    require(finite, f"row {row.id!r} ({row.subset}) has a score that is not a finite number")
+    require(
+        1 <= row.num_correct < len(row.scores),
+        f"row {row.id!r} ({row.subset}): num_correct is {row.num_correct} of {len(row.scores)} "
+        "completions; at least one must be correct and one incorrect",
+    )
     return row
 
 
@@ -203,17 +197,8 @@ def _restrict(bench: pd.DataFrame, subset: Sequence[str], limit: int) -> pd.Data
     return bench.head(limit) if limit else bench
 
 
-def completions(bench: pd.DataFrame) -> list[tuple[str, str]]:
-    """(prompt, completion) of every completion, row after row, the chosen ones first."""
-    return [
-        (row.prompt, text)
-        for row in bench.itertuples(index=False)
-        for text in (*row.chosen, *row.rejected)
-    ]
-
-
 def scored_rows(bench: pd.DataFrame, rewards: np.ndarray) -> list[Row]:
-    """Rows with their scores, from the rewards [completions] in the order of ``completions``."""
+    """Rows with their scores, from the rewards [completions] of ``as_conversations``."""
     values = iter(rewards.tolist())
     return [
         Row(row.id, row.subset, row.num_correct, list(islice(values, len(texts))))
@@ -223,16 +208,17 @@ def scored_rows(bench: pd.DataFrame, rewards: np.ndarray) -> list[Row]:
 
 
 def as_conversations(bench: pd.DataFrame) -> list[Conversation]:
-    """The conversation, one user and one assistant message, of every completion."""
+    """One user and one assistant message for every completion, a row's chosen ones first."""
     return [
-        [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
-        for prompt, text in completions(bench)
+        [{"role": "user", "content": row.prompt}, {"role": "assistant", "content": text}]
+        for row in bench.itertuples(index=False)
+        for text in (*row.chosen, *row.rejected)
     ]
 
 
 def length_baseline(bench: pd.DataFrame) -> np.ndarray:
     """Rewards [completions] that prefer the shortest response, in characters."""
-    return np.array([-float(len(text)) for _, text in completions(bench)])
+    return np.array([-float(len(answer["content"])) for _, answer in as_conversations(bench)])
 
 
 # --------------------------------------------------------------------- Reporting
@@ -259,10 +245,7 @@ def official_record(name: str, bench: pd.DataFrame, rewards: np.ndarray) -> dict
     rows = scored_rows(bench, rewards)
     return {
         "model": name,
-        "id": [row.id for row in rows],
-        "subset": [row.subset for row in rows],
-        "num_correct": [row.num_correct for row in rows],
-        "scores": [row.scores for row in rows],
+        **{field: [getattr(row, field) for row in rows] for field in Row._fields},
         "results": [None if _is_ties(row.subset) else row_result(row.scores) for row in rows],
     }
 
@@ -306,27 +289,26 @@ def read_head(path: str, key: str | None = None) -> Tensor:
         if key not in named:
             raise InputError(f"{path}: choose one of {', '.join(named)} with --head_key")
         entries = named[key]
-    if not isinstance(entries, Tensor) or entries.dim() not in (1, 2) or not entries.numel():
-        raise InputError(f"{path}: a head is one tensor of shape (F,), (F, 1), (F, B) or (1, F)")
+    one = isinstance(entries, Tensor) and entries.dim() in (1, 2) and entries.numel() > 0
+    require(one, f"{path}: a head is one tensor of shape (F,), (F, 1), (F, B) or (1, F)")
     plain = entries.layout == torch.strided and entries.device.type == "cpu"
-    if not plain or entries.dtype not in NUMBERS:
-        raise InputError(f"{path}: a head holds plain real numbers, not {entries.dtype}")
+    real = plain and entries.dtype in NUMBERS
+    require(real, f"{path}: a head holds plain real numbers, not {entries.dtype}")
     head = entries.detach().float()
-    if not head.isfinite().all():
-        raise InputError(f"{path}: the head holds numbers that are not finite")
+    finite = bool(head.isfinite().all())
+    require(finite, f"{path}: the head holds numbers that are not finite")
     return head.reshape(-1, 1) if head.dim() == 1 or len(head) == 1 else head
 
 
 def _read_tensors(path: Path) -> Tensor | dict[str, Tensor]:
-    if not path.is_file():
-        raise InputError(f"{path}: no such head file")
+    require(path.is_file(), f"{path}: no such head file")
     readers = {
         ".npy": lambda: torch.from_numpy(np.load(path, allow_pickle=False)),
         ".pt": lambda: torch.load(path, map_location="cpu", weights_only=True),
         ".safetensors": lambda: load_file(path),
     }
-    if path.suffix not in readers:
-        raise InputError(f"{path}: a head file is one of {', '.join(readers)}")
+    known = path.suffix in readers
+    require(known, f"{path}: a head file is one of {', '.join(readers)}")
     try:
         return readers[path.suffix]()
     except Exception as bad:  # what damaged files raise has no common class
@@ -336,20 +318,17 @@ def _read_tensors(path: Path) -> Tensor | dict[str, Tensor]:
 def file_heads(path: str, key: str | None, bias: str | None) -> dict[str, Head]:
     """Heads "head 1", ... of a head file, plus a bias: a number, or a file with 1 or B of them."""
     columns = read_head(path, key).T  # [B, F]
-    biases = _read_bias(bias, len(columns)) if bias is not None else [0.0] * len(columns)
-    return {
-        f"head {i}": Head(column, b)
-        for i, (column, b) in enumerate(zip(columns, biases, strict=True), start=1)
-    }
+    biases = _read_bias(bias, len(columns))
+    return {f"head {i + 1}": Head(columns[i], biases[i]) for i in range(len(columns))}
 
 
-def _read_bias(bias: str, count: int) -> list[float]:
+def _read_bias(bias: str | None, count: int) -> list[float]:
     try:
-        values = [float(bias)]
+        values = [float(bias or 0)]
     except ValueError:
         values = read_head(bias).flatten().tolist()
-    if len(values) not in (1, count):
-        raise InputError(f"--head_bias {bias}: {len(values)} numbers for {count} heads")
-    if not np.isfinite(values).all():
-        raise InputError(f"--head_bias {bias}: a finite number is expected")
+    fits = len(values) in (1, count)
+    require(fits, f"--head_bias {bias}: {len(values)} numbers for {count} heads")
+    finite = bool(np.isfinite(values).all())
+    require(finite, f"--head_bias {bias}: a finite number is expected")
     return values * (count // len(values))

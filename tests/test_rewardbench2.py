@@ -554,6 +554,16 @@ def test_only_the_official_rows_give_an_official_score():
     assert columns({"Math": 183}) == ["Mean", "Math"]
 
 
+@pytest.mark.parametrize("name", ["scores.csv", "scores/reference.json"])
+def test_results_of_others_are_left_as_they_are(tmp_path, source, llama, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text('{"scores": "of a match"}')
+    with pytest.raises(InputError, match=f"--results .*{name}: is there and not what this"):
+        evaluate(tmp_path, source=source, model=llama, mode="lmhead")
+    assert path.read_text() == '{"scores": "of a match"}'
+
+
 # -------------------------------------------------------------------- Head files
 
 WEIGHT = torch.linspace(-1, 1, 32)
@@ -744,6 +754,8 @@ def test_malformed_empty_and_missing_sources(tmp_path):
         ({"head_key": "a"}, "belong to --rm_head"),
         ({"save_csv": "{folder}"}, "--save-csv .* is a folder"),
         ({"save_csv": "{wide}/x.csv"}, "--save-csv .*nothing can be written in .*wide.npy"),
+        ({"save_csv": "{wide}"}, "--save-csv .*wide.npy: is there and not what this writes"),
+        ({"save_csv": "{basis}", "basis": "{basis}"}, "--save-csv .*is what is to be read"),
         ({"mode": "seqclf", "basis": "{basis}"}, "--mode seqclf"),
         ({"rm_head": "{wide}"}, "head 1 has 33 features.*have 32"),
         ({"basis": "nowhere.safetensors"}, "nowhere.safetensors.*no such basis"),
