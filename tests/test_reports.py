@@ -724,7 +724,7 @@ def test_the_command_makes_everything_anew_and_puts_runs_side_by_side(tmp_path):
     alone = tables(text)[0]
     for label, row in together.items():
         assert row["run1 seen"] == alone[label]["seen"].split(" [")[0]
-        assert " ± " in row["run2 overall"]
+        assert " ± " in row["run2 unseen"]
 
 
 def test_the_command_shows_only_the_ranks_or_labels_asked_for(tmp_path):
