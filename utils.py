@@ -99,6 +99,7 @@ class LoRe:
     alternating = False
     drops_columns = False
     loss = staticmethod(preference_loss)
+    draw_weights = staticmethod(torch.randn)  # the initial logits of the weights
 
     def __init__(
         self,
@@ -117,23 +118,26 @@ class LoRe:
         progress: bool = False,
         distributed: bool = False,
     ) -> None:
-        check_rank(num_basis_vectors, num_features, num_classes)
-        require(num_basis_vectors > 0, "rank 0 is the reference itself and is not trained")
+        users, rank = num_classes, num_basis_vectors
+        require(rank >= 0, f"rank {rank}: ranks start at 0 (the reference)")
+        require(rank > 0, "rank 0 is the reference itself and is not trained")
+        if rank > (limit := min(num_features, users)):  # as the published code allows
+            log.warning(
+                "rank %d is more than %d users and %d features can support: columns beyond %d are "
+                "not determined by the data", rank, users, num_features, limit,
+            )  # fmt: skip
         require(alpha >= 0 and shrinkage >= 0, "alpha and shrinkage must not be negative")
         self.reference = check_reference(V_sft, num_features)
         require(alpha == 0 or V_sft is not None, "alpha > 0 pulls to a reference: there is none")
         self.alpha, self.shrinkage = float(alpha), float(shrinkage)
-        self.num_classes, self.num_features = num_classes, num_features
-        self.rank, self.num_iterations = num_basis_vectors, num_iterations
-        self.learning_rate, self.optimizer = learning_rate, optimizer
-        self.progress, self.processes = progress, dist.get_world_size() if distributed else 1
-        self.W0, self.V0 = self._draw(as_generator(generator), dtype or torch.get_default_dtype())
+        self.num_classes, self.num_features, self.rank = users, num_features, rank
+        self.num_iterations, self.learning_rate = num_iterations, learning_rate
+        self.optimizer, self.progress = optimizer, progress
+        self.processes = dist.get_world_size() if distributed else 1
+        how = {"generator": as_generator(generator), "dtype": dtype or torch.get_default_dtype()}
+        self.W0 = self.draw_weights(users, rank, **how)
+        self.V0 = torch.randn(num_features, rank, **how)
         self.losses = torch.empty(0)
-
-    def _draw(self, generator: torch.Generator | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Initial logits [U, K] and basis [F, K], in this order."""
-        W0 = torch.randn(self.num_classes, self.rank, generator=generator, dtype=dtype)
-        return W0, torch.randn(self.num_features, self.rank, generator=generator, dtype=dtype)
 
     def per_comparison(self, data: Comparisons) -> Tensor:
         """What one comparison of a user weighs in the objective [U]."""
@@ -172,6 +176,7 @@ class LoRe_regularized(LoRe):
 
     alternating = True
     drops_columns = True
+    draw_weights = staticmethod(torch.rand)
 
     def __init__(
         self,
@@ -188,10 +193,6 @@ class LoRe_regularized(LoRe):
             V_sft, alpha, num_classes, num_features, num_basis_vectors,
             num_iterations, learning_rate, **settings,
         )  # fmt: skip
-
-    def _draw(self, generator: torch.Generator | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        W0 = torch.rand(self.num_classes, self.rank, generator=generator, dtype=dtype)
-        return W0, torch.randn(self.num_features, self.rank, generator=generator, dtype=dtype)
 
     def per_comparison(self, data: Comparisons) -> Tensor:
         """One comparison's share of all of them [U], over all processes."""
@@ -219,18 +220,6 @@ class LoRe_regularized(LoRe):
         return W[:, kept], V[:, kept]
 
 
-def check_rank(rank: int, num_features: int, num_users: int) -> None:
-    """Warn of a rank that is larger than users or features can tell apart, as the paper allows."""
-    require(rank >= 0, f"rank {rank}: ranks start at 0 (the reference)")
-    limit = min(num_features, num_users)
-    if rank > limit:
-        log.warning(
-            "rank %d is more than %d users and %d features can support: columns beyond %d are "
-            "not determined by the data",
-            rank, num_users, num_features, limit,
-        )  # fmt: skip
-
-
 # ---------------------------------------------------------------- New users
 
 
@@ -239,8 +228,7 @@ class PersonalizeBatch:
 
     Args:
         generator: of the initial logits, standard normal, drawn user by user.
-        shrinkage: pull towards ``population`` [K], in comparisons; 0 for none.
-        population: mean weights of the users the basis was learned from.
+        settings: of ``training.fit_weights``: optimizer, shrinkage with population, progress.
         (others): as for ``LoRe``.
     """
 
@@ -253,18 +241,13 @@ class PersonalizeBatch:
         learning_rate: float = 0.1,
         *,
         generator: Seed = None,
-        optimizer: OptimizerFactory | None = None,
-        shrinkage: float = 0.0,
-        population: Tensor | None = None,
         dtype: torch.dtype | None = None,
-        progress: bool = False,
+        **settings: Any,
     ) -> None:
         require(num_basis_vectors >= 1, f"the rank must be at least 1, not {num_basis_vectors}")
         self.num_classes, self.num_features = num_classes, num_features
         self.settings = {
-            "num_iterations": num_iterations, "learning_rate": learning_rate,
-            "optimizer": optimizer, "shrinkage": shrinkage, "population": population,
-            "progress": progress,
+            "num_iterations": num_iterations, "learning_rate": learning_rate, **settings,
         }  # fmt: skip
         self.dtype = dtype or torch.get_default_dtype()
         self.logits = draw_logits(num_classes, num_basis_vectors, generator, self.dtype)
@@ -625,17 +608,16 @@ def learn_multiple(
     learning_rate: float = 0.5,
     *,
     weights: Sequence[Tensor] | None = None,
-    optimizer: OptimizerFactory | None = None,
-    progress: bool = False,
+    **settings: Any,
 ) -> list[Tensor]:
     """Every user's own reward direction, with nothing shared: the per-user baseline.
 
     Each user's direction starts at zero and minimises the mean of that user's losses. Comparisons
-    may carry weights, U tensors [m_u]; other arguments as for ``LoRe``.
+    may carry weights, U tensors [m_u]; settings are an optimizer, and progress.
     """
-    given = num_iterations, learning_rate, optimizer, progress
     data = Comparisons.from_list(train_features, weights)
-    return list(own_directions(data, preference_loss, *given)[:, :, None])
+    given = data, preference_loss, num_iterations, learning_rate
+    return list(own_directions(*given, **settings)[:, :, None])
 
 
 solve_multi_reward = learn_multiple  # a published name

@@ -163,9 +163,9 @@ def rows(runs: Sequence[Results]) -> list[Row]:
 
 def opening(run: Results) -> list[str]:
     """What is known before any fit: in how many repeats users differ, and what the sides share."""
-    told = [str(fact) for one in run.repeats for fact in (one.get("facts") or {}).values()]
-    tests = [fact for fact in told if "score test" in fact]
-    others = list(dict.fromkeys(fact for fact in told if "score test" not in fact))
+    facts = [str(fact) for one in run.repeats for fact in (one.get("facts") or {}).values()]
+    tests = [fact for fact in facts if "score test" in fact]
+    others = list(dict.fromkeys(fact for fact in facts if "score test" not in fact))
     found = [fact for fact in tests if fact.startswith("Users differ")]
     if not tests:
         return others
@@ -284,7 +284,7 @@ def draw(found: Sequence[tuple[World, Sequence[Results]]]) -> Figure:
 def _draw_panel(
     axes: Axes, world: World, runs: Sequence[Results], labels: Sequence[str], measure: str
 ) -> None:
-    table, told = {row.label: row for row in rows(runs)}, MEASURES[measure]
+    table, shown = {row.label: row for row in rows(runs)}, MEASURES[measure]
     axes.axvline(0, color="0.6", linewidth=0.8)
     sides = (("seen", None, True, 0.15), ("unseen", world.shots[-1], False, -0.15))
     for name, shots, fill, up in sides:
@@ -293,7 +293,7 @@ def _draw_panel(
             paired = label in table and against_bt(table[label], measure, name, shots)
             if not paired:
                 continue
-            low, mid, high = (told.scale * x for x in (paired.low, paired.mean, paired.high))
+            low, mid, high = (shown.scale * x for x in (paired.low, paired.mean, paired.high))
             colour = full_colour(table[label].results, label)
             axes.plot([low, high], [place - up] * 2, color=colour, linewidth=1)
             axes.plot(mid, place - up, "o", markersize=4, color=colour, label=legend,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT / "tests"))  # planted choices
 from safetensors.torch import load_file
 
 from lore.experiments import splits
@@ -20,6 +21,7 @@ from lore.experiments.splits import Sets, Tasks
 from lore.learning.comparisons import Comparisons, RowFeatures
 from lore.preparing import tables as preparing
 from lore.preparing.hold_out import hold_out
+from planted import prefer
 
 PLANTED = 4  # dimensions in which planted tastes differ
 SHARED = 2.0  # standard deviation of the shared part of a planted log odds
@@ -153,8 +155,7 @@ def choose(
     second = (first + 1 + torch.randint(R - 1, (U, count), generator=generator)) % R
     first, second = rows[prompt, first].long(), rows[prompt, second].long()
     apart = rewards.gather(1, first) - rewards.gather(1, second)
-    wins = torch.rand(U, count, generator=generator) < apart.sigmoid()
-    chosen, rejected = torch.where(wins, first, second), torch.where(wins, second, first)
+    chosen, rejected = prefer(apart, first, second, generator)
     return chosen.flatten(), rejected.flatten()
 
 

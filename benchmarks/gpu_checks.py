@@ -184,7 +184,7 @@ def rows(device: str, tiny: bool) -> Iterator[Row]:
                 yield line(case, worst, aim, note=note)
 
 
-class _Told(logging.Handler):
+class _Messages(logging.Handler):
     """Keeps what a logger says."""
 
     def __init__(self) -> None:
@@ -208,8 +208,8 @@ def memory(device: str, tiny: bool) -> Iterator[Row]:
     embedded(engine, tokens, "sorted")
     enough = 1.3 * torch.cuda.max_memory_reserved()
     torch.cuda.empty_cache()
-    told = _Told()
-    logging.getLogger("reward_model").addHandler(told)
+    heard = _Messages()
+    logging.getLogger("reward_model").addHandler(heard)
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(enough / total)
     try:
@@ -217,8 +217,8 @@ def memory(device: str, tiny: bool) -> Iterator[Row]:
         found = embedded(engine, tokens, "sorted")
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-        logging.getLogger("reward_model").removeHandler(told)
+        logging.getLogger("reward_model").removeHandler(heard)
     row = line("passes are halved", apart(found, expected), OF_ROWS[torch.float32])
-    halved = sum("memory is full" in each for each in told.lines)
+    halved = sum("memory is full" in each for each in heard.lines)
     row["note"] = f"halved {halved} times, to {engine.batch_tokens} tokens"
     yield row | {"met": row["met"] if halved else "no"}

@@ -7,18 +7,19 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.append(str(ROOT / "tests"))  # planted users
+import planted
 from lore.common.cli import cli
 from lore.common.settings import PositiveInt
 from lore.experiments.report.tables import markdown
-from lore.learning.comparisons import Comparisons, DenseFeatures
 from lore.learning.method import Fitted, Task
 from lore.methods import METHODS
 from measure import now
@@ -35,7 +36,7 @@ def main(
     """Print a table of seconds by the clock.
 
     Args:
-        users: Seen users; the same users' first comparisons stand for new ones in the choice.
+        users: Seen users, and as many new ones, whose number of shots the choice knows.
         pairs: Comparisons of each.
         features: Numbers of features F to time.
     """
@@ -62,23 +63,10 @@ def fitted(task: Task, name: str, **settings: Any) -> tuple[float, Fitted]:
 
 
 def task_of(users: int, pairs: int, features: int, device: str = "cpu") -> Task:
-    """Comparisons of users who are seen, and stand for new ones as well."""
-    data = made(users, pairs, features, device)
-    return Task(data, data, data, None, shots=(0, 10))
-
-
-def made(users: int, pairs: int, features: int, device: str = "cpu") -> Comparisons:
-    """Noisy choices of users with Gaussian tastes of rank ``RANK``; eigenvalues fall as 1 / k."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(users * pairs, features, generator=generator)
-    x *= torch.arange(1, features + 1).rsqrt()
-    B = torch.randn(features, 1 + RANK, generator=generator)
-    z = torch.cat([torch.ones(users, 1), torch.randn(users, RANK, generator=generator)], 1)
-    logits = ((x @ B).view(users, pairs, -1) * z[:, None]).sum(2).flatten()
-    logits /= logits.std() / 2
-    wins = torch.rand(len(x), generator=generator) < logits.sigmoid()
-    x[~wins] *= -1
-    return Comparisons(DenseFeatures(x.to(device)), [pairs] * users)
+    """Seen and new users with tastes of rank ``RANK`` among features of falling variance."""
+    world = {"rank": RANK, "features": features, "rows": 8 * users, "falling": True}
+    task = planted.task(users, pairs, 2, **world)
+    return planted.moved(replace(task, shots=(0, 10)), device)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.append(str(ROOT / "tests"))  # planted choices
 
 from comparison_data import redrawn
 from lore.experiments import splits
@@ -24,6 +25,7 @@ from lore.methods.fitting.posterior import Prior
 from lore.methods.lore import Lore
 from lore.methods.mixed_logit import MixedFit, MixedLogit
 from lore.methods.pref import PReF
+from planted import prefer
 
 CPU = torch.device("cpu")
 LEAST = 100  # judgments of a worker who is asked
@@ -98,9 +100,8 @@ class Planted(NamedTuple):
 def _choices(rewards: Tensor, size: int, names: list[str], g: torch.Generator) -> Comparisons:
     """Logistic choices by users with rewards [U, F] between random pairs, so many of each."""
     x = torch.randn(len(rewards), size, rewards.shape[1], generator=g)
-    chance = (x.double() @ rewards[:, :, None])[..., 0].sigmoid()
-    sign = 2.0 * (torch.rand(chance.shape, generator=g) < chance).float() - 1
-    features = DenseFeatures((x * sign[..., None]).flatten(0, 1))
+    x, _ = prefer((x.double() @ rewards[:, :, None])[..., 0], x, -x, g)
+    features = DenseFeatures(x.flatten(0, 1))
     return Comparisons(features, [size] * len(rewards), names=names)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from measure import extra_memory, iteration_seconds, made_up_users, timed
 
 LEARNING_RATE = 0.5
-SAMPLE = 64  # rows of a basis that are told, to compare sides
+SAMPLE = 64  # rows of a basis by which sides are compared
 PLAIN_STEPS = 10  # of the plain few-shot loop, which is scaled to all
 
 

@@ -23,6 +23,7 @@ def task(
     seed: int = 0,
     features: int = F,
     rows: int = ROWS,
+    falling: bool = False,
 ) -> Task:
     """Seen and new users with logistic choices between rows of one table.
 
@@ -35,9 +36,13 @@ def task(
         seed: of everything.
         features: F.
         rows: of the table of embeddings.
+        falling: features' variances fall as 1 / k, much as those of language models do.
     """
     g = torch.Generator().manual_seed(seed)
     table = torch.randn(rows, features, generator=g)
+    if falling:
+        table *= torch.arange(1, features + 1).rsqrt()
+        table /= table.square().mean().sqrt()
     basis = torch.linalg.qr(torch.randn(features, rank + 1, generator=g))[0]
     shared = strength * basis[:, 0]
     sets = {}
@@ -65,6 +70,15 @@ def _moved(data: Comparisons, device: torch.device | str) -> Comparisons:
     return Comparisons(features, data.counts, data.weight, data.names, data.dialogs)
 
 
+def prefer(
+    logits: Tensor, first: Tensor, second: Tensor, g: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Chosen and rejected of two alternatives each, the first chosen by these log odds."""
+    wins = torch.rand(logits.shape, generator=g) < logits.sigmoid()
+    wins = wins.view(*wins.shape, *[1] * (first.dim() - wins.dim()))
+    return torch.where(wins, first, second), torch.where(wins, second, first)
+
+
 def _choices(
     table: Tensor, tastes: Tensor, count: int, kind: str, g: torch.Generator
 ) -> Comparisons:
@@ -73,8 +87,7 @@ def _choices(
     second = (first + 1 + torch.randint(len(table) - 1, (n,), generator=g)) % len(table)
     user = torch.arange(len(tastes)).repeat_interleave(count)
     logits = ((table[first] - table[second]) * tastes[user]).sum(1)
-    wins = torch.rand(n, generator=g) < logits.sigmoid()
-    chosen, rejected = torch.where(wins, first, second), torch.where(wins, second, first)
+    chosen, rejected = prefer(logits, first, second, g)
     features = RowFeatures(lambda rows: table[rows], table.shape[1], chosen, rejected)
     names = [f"{kind} {u}" for u in range(len(tastes))]
     return Comparisons(features, [count] * len(tastes), names=names)

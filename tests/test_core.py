@@ -21,6 +21,7 @@ from lore.learning import comparisons
 from lore.learning.basis import Basis, load_basis, save_basis
 from lore.learning.comparisons import Comparisons, RowFeatures
 from lore.learning.training import Checkpoint, Training, fit_weights
+from planted import prefer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -320,8 +321,7 @@ def planted(counts, F=16, K=3, seed=0, spread=1.0):
     X = []
     for m, w in zip(counts, W, strict=True):
         x = torch.randn(m, F, generator=g)
-        flip = torch.rand(m, generator=g) > torch.sigmoid(x @ V @ w)
-        X.append(torch.where(flip[:, None], -x, x))
+        X.append(prefer(x @ V @ w, x, -x, g)[0])
     return X, V, W
 
 

@@ -29,6 +29,7 @@ from lore.methods.fitting.posterior import (
 from lore.methods.fitting.validation import Validation, hold_out, pseudo_new, subset
 from lore.methods.mixed_logit import Candidate, MixedFit, MixedLogit, estimate, load
 from lore.methods.ridge_bt import STRENGTHS, RidgeBT, fit_shared, lowest
+from planted import prefer
 
 DOUBLE = torch.float64
 
@@ -50,8 +51,7 @@ def world(
     rewards = mu + torch.randn(users, rank, generator=g, dtype=DOUBLE) @ B.T
     user = torch.arange(users).repeat_interleave(pairs)
     x = torch.randn(len(user), F, generator=g, dtype=DOUBLE)
-    yes = torch.rand(len(x), generator=g) < torch.sigmoid((x * rewards[user]).sum(1))
-    x = x * (2 * yes.double() - 1)[:, None]
+    x, _ = prefer((x * rewards[user]).sum(1), x, -x, g)
     weight = 0.5 + torch.rand(len(x), generator=g, dtype=DOUBLE) if weighted else None
     names = [f"user {seed}.{u}" for u in range(users)]
     return Comparisons(DenseFeatures(x), [pairs] * users, weight, names), rewards

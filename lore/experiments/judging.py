@@ -254,7 +254,7 @@ def _sweep_states(
     memory holds.
     """
     S, U = len(draws.sizes), few.num_users
-    width = view.numel() // max(1, len(view)) if isinstance(view, Tensor) else view.width
+    width = view.numel() // max(1, len(view)) if isinstance(view, Tensor) else view.num_features
     at_once = max(1, BATCH // (len(few) * S * max(width, 1))) * U * S
     states, parts, rows = [], [], draws.rows[: trials * S * U]
     for start in range(0, len(rows), at_once):

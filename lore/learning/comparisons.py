@@ -158,6 +158,8 @@ class RowFeatures:
         rows = rows.to(self.device)
         return self._with(self.chosen[rows], self.rejected[rows])
 
+    __getitem__ = select
+
     def flipped(self, coin: Tensor) -> RowFeatures:
         """Chosen and rejected swapped where the coin [N] is true."""
         coin = coin.to(self.device)
@@ -193,7 +195,7 @@ class Pairs:
         return len(self.chosen)
 
     @property
-    def width(self) -> int:
+    def num_features(self) -> int:
         """Numbers of a row."""
         return self.values.shape[-1]
 

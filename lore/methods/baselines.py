@@ -66,28 +66,6 @@ class Own:
         return [] if task.process else [OwnFit(self.lore, task)]  # the first process judges alone
 
 
-@dataclass
-class OnDisk:
-    """In the place of ``Pairs``: comparisons whose embeddings are read when they are needed."""
-
-    features: RowFeatures
-
-    def __len__(self) -> int:
-        return len(self.features)
-
-    def __getitem__(self, some: Tensor) -> OnDisk:
-        return OnDisk(self.features.select(some))
-
-    @property
-    def width(self) -> int:
-        """F."""
-        return self.features.num_features
-
-    def read(self, some: Tensor) -> Pairs:
-        """The embeddings of some comparisons [n]."""
-        return self.features.select(some).pairs()
-
-
 class OwnFit(Fitted):
     """A user's state is the user's own reward direction [F]; the population's is zero.
 
@@ -104,11 +82,11 @@ class OwnFit(Fitted):
         self.population_state = torch.zeros(task.train.num_features, device=task.train.device)
         self.users = self.adapt(self.view(task.train), task.train, None)
 
-    def view(self, data: Comparisons) -> Pairs | OnDisk:
-        """The embeddings of the two responses."""
-        return OnDisk(data.features) if self.stream else data.features.pairs()
+    def view(self, data: Comparisons) -> Pairs | RowFeatures:
+        """The embeddings of the two responses, or where they are read when they are needed."""
+        return data.features if self.stream else data.features.pairs()
 
-    def adapt(self, view: Pairs | OnDisk, users: Users, seed: Seed) -> Tensor:
+    def adapt(self, view: Pairs | RowFeatures, users: Users, seed: Seed) -> Tensor:
         """Each user's own direction [U', F]; zero for those without comparisons."""
         lore, there = self.lore, users.counts > 0
         states = self.population_state.repeat(users.num_users, 1)
@@ -116,8 +94,7 @@ class OwnFit(Fitted):
             some, found = Users(users.counts[there], users.weight), []
             for who, rows in some.user_blocks(self.at_once):
                 numbers = torch.arange(len(some), device=users.device)[rows]
-                pairs = view[numbers] if isinstance(view, Pairs) else view.read(numbers)
-                features = DenseFeatures(pairs.difference())
+                features = DenseFeatures(_pairs(view, numbers).difference())
                 own = Comparisons(features, some.counts[who], some.weight[rows])
                 found.append(own_directions(
                     own, preference_loss, lore.few_shot_iterations, lore.learning_rate,
@@ -126,7 +103,7 @@ class OwnFit(Fitted):
             states[there] = torch.cat(found)
         return states
 
-    def logits(self, view: Pairs | OnDisk, state: Tensor, user: Tensor) -> Tensor:
+    def logits(self, view: Pairs | RowFeatures, state: Tensor, user: Tensor) -> Tensor:
         """x^T v / 100 [N], a block of users at a time, from the distinct rows."""
         logits = torch.empty(len(view), device=state.device)
         at_once = len(view) if isinstance(view, Pairs) else self.at_once
@@ -134,7 +111,11 @@ class OwnFit(Fitted):
             block = state[first : first + USERS_AT_A_TIME].T
             theirs = ((user >= first) & (user < first + USERS_AT_A_TIME)).nonzero()[:, 0]
             for rows in theirs.split(at_once):
-                pair = view[rows] if isinstance(view, Pairs) else view.read(rows)
+                pair = _pairs(view, rows)
                 rewards, column = pair.values @ block, user[rows] - first  # [R, users]
                 logits[rows] = rewards[pair.chosen, column] - rewards[pair.rejected, column]
         return logits / TEMPERATURE
+
+
+def _pairs(view: Pairs | RowFeatures, some: Tensor) -> Pairs:
+    return view[some] if isinstance(view, Pairs) else view[some].pairs()

@@ -87,10 +87,6 @@ class Lore:
         """Bradley-Terry: rank 1, one shared direction, for every alpha."""
         return self._fit(task, grid([1], self.alpha), "shared")
 
-    def within(self, users: int) -> Lore:
-        """The same without ranks above what so many users support."""
-        return replace(self, ranks=tuple(rank for rank in self.ranks if rank <= users))
-
     def fit(self, task: Task) -> list[Fitted]:
         """A fit for every alpha, rank and shrinkage; last the chosen one, where one is chosen."""
         ranks = [rank for rank in self.ranks if rank > 1]
@@ -172,22 +168,15 @@ class LoreFit(Fitted):
         self.method, self.basis, self.tried = method, basis, []
         about = basis.settings
         self.settings = {k: about[k] for k in ("rank", "alpha", "shrinkage") if k in about}
-        self.label = label or self._label(about)
-        self.file = self._file(about) if label is None else ""
+        name = "BT" if about["rank"] == 1 else f"LoRe K={about['rank']}"
+        keys = ("alpha", "shrinkage") if about["rank"] > 1 else ("alpha",)
+        several = [f"{key}={about[key]:g}" for key in keys if len(getattr(method, key)) > 1]
+        self.setting_label = " ".join([name, *several])
+        self.label = label or self.setting_label
+        file = "-".join([f"basis-K{about['rank']:02d}", *several]).replace("=", "")
+        self.file = file if label is None else ""
         self.users = basis.W if basis.V.shape[1] > 1 else basis.W[:, :0]
         self.population_state = self.users.mean(0)
-
-    def _label(self, about: Mapping[str, Any]) -> str:
-        label = "BT" if about["rank"] == 1 else f"LoRe K={about['rank']}"
-        return " ".join([label, *self._several(about)])
-
-    def _file(self, about: Mapping[str, Any]) -> str:
-        return "-".join([f"basis-K{about['rank']:02d}", *self._several(about)]).replace("=", "")
-
-    def _several(self, about: Mapping[str, Any]) -> list[str]:
-        """Alpha and shrinkage where there are several."""
-        keys = ("alpha", "shrinkage") if about["rank"] > 1 else ("alpha",)
-        return [f"{key}={about[key]:g}" for key in keys if len(getattr(self.method, key)) > 1]
 
     def view(self, data: Comparisons) -> Tensor:
         """The comparisons projected, X V [N, K]."""
@@ -244,7 +233,7 @@ class LoreFit(Fitted):
         if columns > 1:
             note += f"; a user's weights have {entropy:.0%} of the largest possible entropy"
         if self.tried:
-            note = f"chosen on validation: {self._label(self.settings)}; {note}"
+            note = f"chosen on validation: {self.setting_label}; {note}"
         step = max(1, len(losses) // POINTS)
         return {
             "columns": columns, "effective_rank": effective, "weight_entropy": entropy,
