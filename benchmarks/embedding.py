@@ -73,7 +73,7 @@ def main(
     rows = measure(model, device, (posts, dialogues, prompts, prism), batch_tokens, parts, seed)
     table = pd.DataFrame(rows).set_index("case")
     print(markdown(table.map(lambda x: f"{x:.4g}")))
-    if len(rows) < 4:
+    if prism and not any(row["case"].startswith("d") for row in rows):
         print(f"d  PRISM is skipped: it takes {PRISM} and a model with a tokenizer (--model)")
 
 
@@ -99,6 +99,7 @@ def measure(
     return [
         {"case": case, **_measure(engine, conversations, parts, per_token)}
         for case, conversations in cases.items()
+        if conversations
     ]
 
 
@@ -182,7 +183,7 @@ def _measure(
     engine: Engine, conversations: list[Tokens], parts: int, per_token: float
 ) -> dict[str, float]:
     method, seconds, computed, deviation = engine.method, np.zeros(2), 0, 0.0
-    cuts = np.linspace(0, len(conversations), parts + 1).astype(int)
+    cuts = np.unique(np.linspace(0, len(conversations), parts + 1).astype(int))
     for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
         part = sorted(conversations[start:stop], key=tuple)
         engine.method = "single"
