@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lore.common.cli import ROOT, cli
+from lore.common.cli import cli
 from lore.common.files import (
     begins,
     check_output,
@@ -65,7 +65,7 @@ from PRISM.rewardbench2 import (
 )
 
 CACHE = Path(__file__).resolve().parent / "data" / "rewardbench2"
-RESULTS = ROOT / "results" / "rewardbench2"
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "rewardbench2"
 
 
 def main(

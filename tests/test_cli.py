@@ -122,9 +122,9 @@ import logging
 from lore.common.cli import cli
 def main(progress: bool = True) -> None:
     'Say much.'
-    log = logging.getLogger("main")
-    log.info("a step")
-    log.warning("a warning")
+    for name in ("lore.learning.training", "httpx"):
+        logging.getLogger(name).info("a step")
+    logging.getLogger("httpx").warning("a warning")
     print("result", progress)
 cli(main)
 """

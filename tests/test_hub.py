@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import subprocess
 import sys
@@ -19,7 +18,6 @@ import models
 import running
 import worlds
 from hub import Hub
-from lore.common import cli
 from lore.common.files import InputError
 from lore.embeddings import store as embeddings
 from lore.preparing import tables as preparing
@@ -304,21 +302,6 @@ def test_only_the_projects_own_messages_are_printed(hubbed):
     """The first job's messages: requests are logged by the hub's library as information."""
     assert "HTTP Request" not in hubbed.online["PersonalLLM"].err
     assert "embedding method" in hubbed.online["PersonalLLM"].err
-
-
-@pytest.mark.parametrize(
-    ("path", "level", "is_shown"),
-    [
-        ("embeddings.py", logging.INFO, True),
-        ("PRISM/eval_rb2.py", logging.INFO, True),
-        (".venv/lib/python3.11/site-packages/httpx/_client.py", logging.INFO, False),
-        ("env/lib/python3.11/site-packages/httpx/_client.py", logging.WARNING, True),
-        ("../elsewhere/httpx/_client.py", logging.INFO, False),
-    ],
-)
-def test_libraries_within_the_project_are_not_the_project(path, level, is_shown):
-    record = logging.LogRecord("name", level, str(cli.ROOT / path), 1, "message", None, None)
-    assert cli.is_shown(record) == is_shown
 
 
 # --------------------------------------------------------------------- What goes wrong

@@ -10,13 +10,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from lore.common.files import InputError
 from lore.common.flags import Flags
 
-ROOT = Path(__file__).resolve().parents[2]
+OURS = ("lore", "utils", "__main__")  # whose messages are printed
 KEPT = "what was written whole is kept"
 NO_MEMORY = "not enough memory"
 PATIENCE = 10  # seconds in which the first process says what all have to say, and torchrun ends all
@@ -39,12 +38,13 @@ def cli(main: Callable[..., Any], short: str | None = None, kept: str = KEPT) ->
         short: groups of flags that may be given without their names, see ``flags.Flags``.
         kept: what a stopped run leaves for the same command to go on from.
     """
-    _log_to_stderr()
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)  # of libraries only warnings
     try:
         with _terminated():
             flags = Flags(main, short)
             arguments = flags.read(sys.argv[1:])
-            logging.getLogger().setLevel(logging.WARNING if flags.quiet else logging.INFO)
+            for name in OURS:
+                logging.getLogger(name).setLevel(logging.WARNING if flags.quiet else logging.INFO)
             main(**arguments)
             sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output has what was wanted, such as head
@@ -90,17 +90,3 @@ def _end(status: int, line: str) -> None:
 def _process() -> int:
     """The number of this process among those that torchrun started."""
     return int(os.environ.get("RANK", 0))
-
-
-def _log_to_stderr() -> None:
-    """This project's messages, and the warnings of libraries."""
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(is_shown)
-
-
-def is_shown(record: logging.LogRecord) -> bool:
-    """Whether a message is a warning or comes from the project, not from an environment in it."""
-    path = Path(record.pathname).resolve()
-    is_ours = path.is_relative_to(ROOT) and "site-packages" not in path.parts
-    return is_ours or record.levelno >= logging.WARNING

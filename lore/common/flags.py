@@ -79,16 +79,12 @@ class Flags:
         self.quiet = settings.pop("quiet")
         if self.quiet and "progress" in self.types:
             settings["progress"] = False
-        for name in given.keys() & self.types:
+        for name in given:
             self._check_list(name, settings.get(name))
         return self.parser.instantiate(settings).as_dict()
 
     def help(self, group: str = "") -> str:
-        """The flags with their defaults and meaning: a group's, or else all but other groups'.
-
-        Raises:
-            InputError: there is no such group.
-        """
+        """The flags of a group, or else the script's own and its short groups', explained."""
         group = group.replace("-", "_")
         apart = [name for name in self.groups if self.short and name not in self.short]
         said = f"--help {group}: there are only --help and --help {'|'.join(apart)}"
@@ -119,7 +115,7 @@ class Flags:
 
     def _gather(self, words: Sequence[str]) -> Given:
         """The last words of every flag; those of files first, so that the command line wins."""
-        lines, given, arguments = list(_lines(words)), {}, {}
+        lines, given, arguments = _lines(words), {}, {}
         for flag, values in lines:
             if flag == "config":
                 require(len(values) == 1, "--config takes one file; give it again for another")
@@ -140,7 +136,10 @@ class Flags:
         for name, some in arguments.items():
             said = f"{self.flag(name)} is missing, whose argument {min(some)} is given"
             require(name in given, said)
-            path, others = OptimizerChoice.parts(" ".join(given[name]))
+            try:
+                path, others = OptimizerChoice.parts(" ".join(given[name]))
+            except ValueError as error:
+                raise InputError(f"{self.flag(name)}: {error}") from None
             given[name] = [json.dumps(OptimizerChoice.spec(path, others | some))]
         return given
 
@@ -228,19 +227,17 @@ class Flags:
         return f"{self.flag(name)} {' '.join(' '.join(given.get(name, [])).split()):.60}: {reason}"
 
 
-def _lines(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+def _lines(words: Sequence[str]) -> list[tuple[str, list[str]]]:
     """Every flag, without its hyphens, and the words after it."""
-    flag, values = "", []
+    lines: list[tuple[str, list[str]]] = []
     for word in words:
         if word.startswith("--") or word == "-h":
-            if flag:
-                yield flag, values
             flag, *values = word.lstrip("-").split("=", 1)
+            lines.append((flag, values))
         else:
-            require(bool(flag), f"{word}: no flag stands before it")
-            values.append(word)
-    if flag:
-        yield flag, values
+            require(bool(lines), f"{word}: no flag stands before it")
+            lines[-1][1].append(word)
+    return lines
 
 
 def _word(value: Any) -> str:
@@ -263,6 +260,6 @@ def _expected(hint: Any) -> str:
     if typing.get_origin(hint) is not None:
         inner = typing.get_args(hint)[0]
         if typing.get_origin(inner) is Literal:
-            return _expected(inner).replace("one", "some")
+            return "some" + _expected(inner).removeprefix("one")
         return "a list of lists" if typing.get_origin(inner) else f"a list, each {_expected(inner)}"
     return names.get(hint, getattr(hint, "__name__", str(hint)))
