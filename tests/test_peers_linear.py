@@ -363,7 +363,7 @@ def test_mrms_inner_gradient_is_that_of_the_mean_loss(world: Task):
 
 def test_mrms_outer_gradient_is_that_of_the_tail_loss():
     batch = choices(tastes(2), 20, 3)
-    episode = mrm._episode(mrm._dialogues(batch), torch.Generator().manual_seed(0))
+    episode = mrm._episode(batch.units(), torch.Generator().manual_seed(0))
     A = torch.randn(FEATURES, 2, dtype=torch.float64) * 50
     s = torch.tensor([0.3, -0.4], dtype=torch.float64)
     _, (by_A, by_s) = mrm._outer_gradients(batch, A, s, 1e-3, episode)
@@ -385,7 +385,7 @@ def test_mrms_outer_gradient_is_that_of_the_tail_loss():
 
 def test_an_episode_puts_nine_tenths_of_dialogues_in_the_query_and_a_single_one_on_both_sides():
     (query, counts), (support, few) = mrm._episode(
-        [torch.arange(20), torch.zeros(3, dtype=torch.long)], torch.Generator().manual_seed(0)
+        [list(torch.arange(20).split(1)), [torch.arange(20, 23)]], torch.Generator().manual_seed(0)
     )
     assert counts == [18, 3] and few == [2, 3]
     assert set(query[:18].tolist()) | set(support[:2].tolist()) == set(range(20))

@@ -19,12 +19,12 @@ from lore.common.settings import Epochs, PositiveWidth, Rank
 from lore.learning.comparisons import Comparisons, Pairs, Users
 from lore.learning.method import Task
 from lore.methods.fitting.networks import (
+    RIDGES,
+    Grid,
     Mixing,
     Networked,
-    distinct,
     linear,
     pair_weights,
-    rows_of,
     solve_weights,
 )
 from lore.methods.fitting.validation import HeldOut
@@ -54,7 +54,10 @@ class MLP(Networked):
     activation: Literal["gelu", "relu", "identity"] = "gelu"
     epochs: Epochs = 0
 
-    model = ("rank", "ranks")
+    @property
+    def grid(self) -> Grid:
+        """Ranks, and ridges of new users' weights."""
+        return ("rank", self.ranks), ("ridge", RIDGES)
 
     def train(
         self, data: Comparisons, held: HeldOut | None, model: int, task: Task, epochs: int = 0
@@ -74,51 +77,27 @@ class MLP(Networked):
 
 
 class FittedMLP(Mixing):
-    """A fitted basis A2 g(A1 e). A user's state is the weights [K] of the rewards; nobody's is the
-    mean of the seen users' weights.
+    """A fitted basis A2 g(A1 e), the layers [*, F] -> [*, K]. A user's state is the weights [K] of
+    the rewards, whose logits begin at N(0, 1)."""
 
-    Args:
-        method: its settings.
-        data: training comparisons.
-        K: rank.
-        generator: of initial values: torch's own for layers, N(0, 1) for the logits of weights.
-
-    Attributes:
-        layers: the network [*, F] -> [*, K].
-    """
-
-    def __init__(
-        self, method: MLP, data: Comparisons, K: int, generator: torch.Generator
-    ) -> None:
+    def __init__(self, method: MLP, data: Comparisons, K: int, generator: torch.Generator) -> None:
         super().__init__("MLP", method, data)
         self.temperature = 100.0 if self.faithful else 1.0
         first = linear(data.num_features, method.hidden, generator, bias=False)
         second = linear(method.hidden, K, generator, bias=False)
         self.layers = nn.Sequential(first, ACTIVATIONS[method.activation](), second)
         self.layers.to(data.device)
-        W = torch.randn(data.num_users, K, generator=generator)
-        self.free = W.to(data.device).requires_grad_()
+        self.draw(data, K, generator)
 
-    def rewards(self, e: Tensor) -> Tensor:
-        """The K rewards of rows e [n, F]: [n, K]."""
-        return self.layers(e / self.scale) / self.temperature
+    def values(self, e: Tensor) -> Tensor:
+        """The K rewards of scaled rows: [n, K]."""
+        return self.layers(e) / self.temperature
 
-    @torch.no_grad()
-    def view(self, data: Comparisons) -> Tensor:
-        """Differences of the K rewards [N, K]."""
-        return rows_of(data).pairs(self.rewards).difference()
-
-    def batch_logits(self, pairs: Pairs, user: Tensor) -> Tensor:
-        """Logits [n] of training comparisons, from scaled rows, at the present parameters."""
-        rows, (chosen, rejected) = distinct(pairs.chosen, pairs.rejected)
-        values = self.layers(pairs.values[rows]) / self.temperature
-        return self.logits(Pairs(values, chosen, rejected).difference(), self.free.softmax(1), user)
-
-    def logits(self, view: Tensor, state: Tensor, user: Tensor) -> Tensor:
+    def logits(self, view: Pairs, state: Tensor, user: Tensor) -> Tensor:
         """The user's mixture of the differences of rewards [N]."""
-        return (view * state[user]).sum(1)
+        return (view.difference() * state[user]).sum(1)
 
-    def published(self, view: Tensor, users: Users, generator: torch.Generator) -> Tensor:
+    def published(self, view: Pairs, users: Users, generator: torch.Generator) -> Tensor:
         """LoRe's fit: from N(0, 1), 500 steps of Adam."""
         start = torch.randn(users.num_users, len(self.population_state), generator=generator)
         losses = partial(self.losses, view)

@@ -12,7 +12,7 @@ from torch.nn.functional import softplus
 
 from lore.common.settings import PositiveFloat, Rate, Steps
 from lore.learning.comparisons import Comparisons, Seed, Users
-from lore.learning.method import Task, View
+from lore.learning.method import Task
 from lore.methods.fitting.geometry import Geometry
 from lore.methods.fitting.linear import (
     HALVINGS,
@@ -40,11 +40,7 @@ def tail_loss(losses: Tensor, tail: float = TAIL, sharpness: float = SHARPNESS) 
     """Sum of sigmoid((L - tau) / sharpness) L: users with losses above tau count more.
 
     Tau is the losses' quantile 1 - tail. Weights and tau are differentiated through, as published.
-
-    Args:
-        losses: of the users [U].
-        tail: share of users in the tail.
-        sharpness: how softly they are told apart; at 0 only losses above tau count.
+    At sharpness 0 only losses above tau count.
     """
     tau = torch.quantile(losses, 1 - tail)
     if sharpness <= 0:
@@ -57,10 +53,6 @@ def tail_loss_of_pairs(losses: Tensor, sharpness: float = SHARPNESS) -> Tensor:
 
     What the published steps, on two users at a time, descend on average; smooth, which the
     quantile of many losses is not. One user alone is a step of its own, as there.
-
-    Args:
-        losses: of the users [U].
-        sharpness: as in ``tail_loss``.
     """
     if len(losses) == 1:
         return tail_loss(losses, sharpness=sharpness)
@@ -103,21 +95,14 @@ def gradient_steps(Z: Tensor, users: Users, s: Tensor, rate: float, steps: int) 
 
 
 class MRMFitted(LinearFitted):
-    """A fit of MRM: state [2], the weights of the two rewards.
+    """A fit of MRM: state [2], the weights of the two rewards."""
 
-    Attributes:
-        start: logits of the weights that everyone begins with [2].
-        inner: rate and number of the steps from there, of Adam or plain.
-        adam: which.
-    """
+    start: Tensor  # logits of the weights that everyone begins with [2]
+    inner: tuple[float, int]  # rate and number of the steps from there
+    adam: bool  # whether they are Adam's or plain
 
-    start: Tensor
-    inner: tuple[float, int]
-    adam: bool
-
-    def adapt(self, view: View, users: Users, seed: Seed) -> Tensor:
+    def adapt(self, view: Tensor, users: Users, seed: Seed) -> Tensor:
         """Weights [U', 2] after the inner steps from the common start."""
-        assert isinstance(view, Tensor)
         s = self.start.expand(users.num_users, K)
         steps = adam_steps if self.adam else gradient_steps
         return steps(view, users, s, *self.inner).softmax(1)
@@ -157,7 +142,7 @@ class MRM(LinearPeer):
         self, data: Comparisons, geometry: Geometry, strength: float, warm: Any, tolerance: float
     ) -> tuple[MRMFitted, list[Tensor]]:
         """The minimum over mean and half difference of A's columns, and s; see ``LinearPeer``."""
-        episode = _episode(_dialogues(data))
+        episode = _episode(data.units())
         (query, users), (support, known) = [(rows, data.pick(rows, n)) for rows, n in episode]
 
         def objective(B: Tensor, s: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -203,59 +188,44 @@ class MRM(LinearPeer):
     def published(self, task: Task) -> MRMFitted:
         """The published epochs of Adam."""
         data, generator = task.local_train, torch.Generator().manual_seed(task.seed)
-        dialogues = _dialogues(data)
         bound = data.num_features**-0.5
         A = bound * (2 * torch.rand(data.num_features, K, generator=generator) - 1)
         A, s = A.double().to(data.device), torch.randn(K, generator=generator).double()
         given = [A, s.to(data.device)]
-        adam, losses, step = torch.optim.Adam(given, lr=self.rate), [], 0
+        adam, losses = torch.optim.Adam(given, lr=self.rate), []
         planned = max(1, data.num_users * EPOCHS // USERS)
         for _ in range(EPOCHS):
             for some in torch.randperm(data.num_users, generator=generator).split(USERS):
                 few = some.sort().values
                 batch = data.select(torch.isin(data.user, few.to(data.device)))
-                episode = _episode([dialogues[u] for u in few.tolist()], generator)
+                episode = _episode(batch.units(), generator)
                 loss, gradients = _outer_gradients(batch, *given, self.inner_rate, episode)
-                size = math.sqrt(sum(float(g.square().sum()) for g in gradients))
                 for parameter, gradient in zip(given, gradients, strict=True):
-                    parameter.grad = gradient * min(1.0, CLIP / (size + 1e-6))
-                adam.param_groups[0]["lr"] = self.rate * _schedule(step, planned)
+                    parameter.grad = gradient
+                torch.nn.utils.clip_grad_norm_(given, CLIP)
+                adam.param_groups[0]["lr"] = self.rate * _schedule(len(losses), planned)
                 adam.step()
                 losses.append(loss)
-                step += 1
         return self._fitted(data, *given, (self.inner_rate, 1), losses)
 
 
 Episode = tuple[tuple[Tensor, list[int]], tuple[Tensor, list[int]]]
 
 
-def _dialogues(data: Comparisons) -> list[Tensor]:
-    """For every user, which of the user's dialogues each comparison is of [m_u], from 0 on."""
-    found = []
-    for units in data.units():
-        rows = torch.cat(units)
-        place = torch.repeat_interleave(torch.tensor([len(unit) for unit in units]))
-        found.append(place[rows.argsort()])
-    return found
-
-
-def _episode(dialogues: list[Tensor], generator: torch.Generator | None = None) -> Episode:
-    """Rows and counts by user of the query, nine tenths of the dialogues, and of the support.
-
-    Dialogues are shuffled where there is a generator, else taken as they come. A single one is on
-    both sides.
-    """
+def _episode(units: list[list[Tensor]], generator: torch.Generator | None = None) -> Episode:
+    """Rows and counts by user of the query, nine tenths of the dialogues, and of the support, from
+    each user's dialogues, shuffled where there is a generator; a single one is on both sides."""
     sides: tuple[list[Tensor], list[Tensor]] = ([], [])
-    first = 0
-    for of in dialogues:
-        count = int(of.max()) + 1
-        order = torch.arange(count)
+    for dialogues in units:
+        count = len(dialogues)
+        order = list(range(count))
         if generator is not None:
-            order = torch.randperm(count, generator=generator)
-        query = order[of] < max(1, int(QUERY * count))
-        for side, mine in zip(sides, (query, ~query if count > 1 else query), strict=True):
-            side.append(first + mine.nonzero()[:, 0])
-        first += len(of)
+            order = torch.randperm(count, generator=generator).tolist()
+        last = max(1, int(QUERY * count))
+        query = [rows for rows, place in zip(dialogues, order, strict=True) if place < last]
+        support = [rows for rows, place in zip(dialogues, order, strict=True) if place >= last]
+        for side, parts in zip(sides, (query, support or query), strict=True):
+            side.append(torch.cat(parts).sort().values)
     query, support = ((torch.cat(side), [len(rows) for rows in side]) for side in sides)
     return query, support
 
@@ -267,19 +237,14 @@ def _outer_gradients(
 
     The inner step passes s through and nothing else: it is the rate times the sign of a gradient.
     """
-    Z = SCALE * project(batch, A)
     (query, counts), (support, few) = episode
-    users = batch.pick(query, counts)
+    Z, s = (SCALE * project(batch, A)).requires_grad_(), s.clone().requires_grad_()
     start = s.expand(batch.num_users, K)
-    there = adam_steps(Z[support], batch.pick(support, few), start, inner_rate, 1)
-    lost = mean_losses(Z[query], users, there).requires_grad_()
-    loss = tail_loss(lost)
-    (share,) = torch.autograd.grad(loss, lost)
-    p = there.softmax(1)
-    slope = slopes(users, (Z[query] * p[users.user]).sum(1)) / users.user_weight()[users.user]
-    by_Z = torch.zeros_like(Z)
-    by_Z[query] = (share[users.user] * slope)[:, None] * p[users.user]
-    by_s = (share[:, None] * inner_gradient(Z[query], users, there)).sum(0)
+    step = adam_steps(
+        Z.detach()[support], batch.pick(support, few), start.detach(), inner_rate, 1
+    ) - start.detach()  # fmt: skip
+    loss = tail_loss(mean_losses(Z[query], batch.pick(query, counts), start + step))
+    by_Z, by_s = torch.autograd.grad(loss, [Z, s])
     return float(loss.detach()), [SCALE * backproject(batch, by_Z), by_s]
 
 

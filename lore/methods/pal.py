@@ -18,13 +18,13 @@ from lore.common.settings import Epochs, Layers, Rank, Width
 from lore.learning.comparisons import Comparisons, Pairs, Users
 from lore.learning.method import Task
 from lore.methods.fitting.networks import (
+    RIDGES,
+    Grid,
     Mixing,
     Networked,
     blocks,
-    distinct,
     linear,
     pair_weights,
-    rows_of,
 )
 from lore.methods.fitting.validation import HeldOut, hold_out
 
@@ -58,7 +58,10 @@ class PAL(Networked):
     squared: bool = False
     epochs: Epochs = 0
 
-    model = ("prototypes", "prototypes")
+    @property
+    def grid(self) -> Grid:
+        """Prototypes, and ridges of new users' weights."""
+        return ("prototypes", self.prototypes), ("ridge", RIDGES)
 
     def published(self, task: Task, model: int) -> FittedPAL:
         """Stopped, as published, on held-out comparisons."""
@@ -89,26 +92,16 @@ class PAL(Networked):
 
 
 class FittedPAL(Mixing):
-    """A fitted PAL. A user's state is the weights [K] of the prototypes in that user's ideal point;
-    nobody's is the mean of the seen users' weights.
+    """A fitted PAL: the network f [*, F] -> [*, D], prototypes [K, F], and as a user's state their
+    weights [K] in that user's ideal point.
 
-    Args:
-        method: its settings.
-        data: training comparisons.
-        K: number of prototypes.
-        generator: of initial values: torch's own for f, unit vectors for prototypes, N(0, 1) for
-            the logits of weights.
-
-    Attributes:
-        f: the network [*, F] -> [*, D].
-        prototypes: [K, F].
+    Initial values are torch's own for f, unit vectors for prototypes, and N(0, 1) for the logits of
+    weights.
     """
 
     hinge = True
 
-    def __init__(
-        self, method: PAL, data: Comparisons, K: int, generator: torch.Generator
-    ) -> None:
+    def __init__(self, method: PAL, data: Comparisons, K: int, generator: torch.Generator) -> None:
         super().__init__("PAL", method, data)
         self.squared = method.squared
         width, F = method.width or (WIDTH if self.faithful else 128), data.num_features
@@ -117,21 +110,12 @@ class FittedPAL(Mixing):
             layers += [linear(width if number else F, width, generator), nn.GELU()]
         self.f = nn.Sequential(*layers[:-1]).to(data.device)
         P = torch.randn(K, F, generator=generator)
-        W = torch.randn(data.num_users, K, generator=generator)
         self.prototypes = (P / P.norm(dim=1, keepdim=True)).to(data.device).requires_grad_()
-        self.free = W.to(data.device).requires_grad_()
+        self.draw(data, K, generator)
 
-    @torch.no_grad()
-    def view(self, data: Comparisons) -> Pairs:
-        """f of the distinct rows [R, D]."""
-        return rows_of(data).pairs(lambda e: self.f(e / self.scale))
-
-    def batch_logits(self, pairs: Pairs, user: Tensor) -> Tensor:
-        """Logits [n] of training comparisons, from scaled rows, at the present parameters."""
-        rows, (chosen, rejected) = distinct(pairs.chosen, pairs.rejected)
-        who, (own,) = distinct(user)
-        view = Pairs(self.f(pairs.values[rows]), chosen, rejected)
-        return self.logits(view, self.free[who].softmax(1), own)
+    def values(self, e: Tensor) -> Tensor:
+        """f of scaled rows [n, D]."""
+        return self.f(e)
 
     def logits(self, view: Pairs, state: Tensor, user: Tensor) -> Tensor:
         """How much farther the rejected response lies from the user's ideal point f(w P): [N]."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lore.common.settings import PositiveFloat
 from lore.learning.comparisons import Comparisons, Seed, Users
-from lore.learning.method import Task, View
+from lore.learning.method import Task
 from lore.methods.fitting.geometry import Geometry, measure
 from lore.methods.fitting.linear import (
     LinearFitted,
@@ -28,13 +28,8 @@ LEAST = 0.01  # of the prior's mean: no slope is below, so that none reverses a 
 
 @dataclass
 class Prior:
-    """What users' slopes are like: their mean and variance, and where they are measured from.
-
-    Attributes:
-        common: the one slope that suits all comparisons best.
-        mean: of the users' slopes.
-        variance: tau^2, between users.
-    """
+    """What users' slopes are like: the common one that suits all comparisons best, from which they
+    are measured, their mean, and their variance tau^2."""
 
     common: float
     mean: float
@@ -45,15 +40,8 @@ def own_slopes(t: Tensor, users: Users, common: float) -> tuple[Tensor, Tensor]:
     """Each user's own slope, by one step of Fisher scoring from the common one, and its variance.
 
     The step is finite where a user's comparisons all agree with the reward, whose best slope is
-    infinite.
-
-    Args:
-        t: shared reward differences [N].
-        users: whose they are.
-        common: slope to step from.
-
-    Returns:
-        Slopes [U] and sampling variances [U], infinite for users without comparisons.
+    infinite. From shared reward differences [N]: slopes [U] and sampling variances [U], infinite
+    for users without comparisons.
     """
     logits = common * t
     score = -users.sum((slopes(users, logits) * t)[:, None])[:, 0]
@@ -69,10 +57,7 @@ def empirical_prior(t: Tensor, users: Users) -> Prior:
     around the common slope a is U - 1 on average if all slopes are the same, and what it has beyond
     that tells tau^2 (DerSimonian and Laird 1986). The mean weighs slopes by 1 / (Var_u + tau^2).
     One user alone tells nothing of tau^2, which is then 0; rewards of zero leave the common slope.
-
-    Args:
-        t: shared reward differences [N], of a reward not fitted to these comparisons.
-        users: whose they are.
+    The reward differences [N] are of a reward not fitted to these comparisons.
     """
     everyone = Users([len(t)], users.weight)
     weak = t.new_full((1, 1), 1e-9 * float(t.square().sum()) + 1e-30)
@@ -102,9 +87,8 @@ class PEBSFitted(LinearFitted):
 
     prior: Prior
 
-    def adapt(self, view: View, users: Users, seed: Seed) -> Tensor:
+    def adapt(self, view: Tensor, users: Users, seed: Seed) -> Tensor:
         """Shrunk slopes [U', 1]; the prior's mean where there are no comparisons."""
-        assert isinstance(view, Tensor)
         return shrunk_slopes(view[:, 0], users, self.prior)
 
     def describe(self) -> dict[str, Any]:

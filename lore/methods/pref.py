@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lore.common.settings import PositiveFloat, Rank
 from lore.learning.comparisons import Comparisons, Seed, Users, as_generator
-from lore.learning.method import Task, View
+from lore.learning.method import Task
 from lore.methods.fitting.geometry import Geometry
 from lore.methods.fitting.linear import (
     HALVINGS,
@@ -23,7 +23,6 @@ from lore.methods.fitting.linear import (
     project,
     ridge_directions,
     slopes,
-    solve_users,
 )
 
 NORM_PENALTY = 0.02  # per comparison, on the length of x' A
@@ -66,14 +65,10 @@ def objective(
 class PReFFitted(LinearFitted):
     """A fit of PReF: state u, the signed weights."""
 
-    ridge: float | None  # of a new user's weights about the mean; None for published SGD
-
-    def adapt(self, view: View, users: Users, seed: Seed) -> Tensor:
+    def adapt(self, view: Tensor, users: Users, seed: Seed) -> Tensor:
         """Weights [U', K]: the exact minimum of loss and ridge, or SGD from a random start."""
-        assert isinstance(view, Tensor)
         if self.ridge is not None:
-            precision = self.ridge * torch.eye(view.shape[1]).to(view)
-            return solve_users(view, users, precision, self.population_state)
+            return super().adapt(view, users, seed)
         start = torch.randn(users.num_users, view.shape[1], generator=as_generator(seed))
         w, mass = start.to(view), users.user_weight().clamp(min=1e-300)[:, None]
         for _ in range(USER_STEPS):
@@ -162,5 +157,5 @@ class PReF(LinearPeer):
         settings = {"rank": self.rank} | ({} if ridge is None else {"ridge": ridge})
         size = A.numel() + W.numel()
         fitted = PReFFitted(self, f"PReF K={self.rank}", settings, A, W, W.mean(0), size)
-        fitted.ridge = ridge
+        fitted.ridge = None if ridge is None else ridge * torch.eye(self.rank).to(W)
         return fitted.with_curve(losses, note)

@@ -12,7 +12,7 @@ from torch.nn.functional import softplus
 from lore.common.files import require
 from lore.common.settings import PositiveFloat, Rank
 from lore.learning.comparisons import Comparisons, Seed, Users, as_generator
-from lore.learning.method import Task, View
+from lore.learning.method import Task
 from lore.methods.fitting.geometry import Geometry
 from lore.methods.fitting.linear import (
     LinearFitted,
@@ -37,12 +37,9 @@ Parameters = tuple[Tensor, Tensor, Tensor]  # V [F, K], mean weights [K], deviat
 
 
 def objective(
-    data: Comparisons,
-    given: Parameters,
-    population: float,
-    deviation: float,
+    data: Comparisons, given: Parameters, population: float, deviation: float,
     geometry: Geometry | None = None,
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """The loss and ridges on directions, and the gradients.
 
     Sum of c softplus(-y' V w_u) + population / 2 |V w|^2 + deviation / 2 sum_u |V d_u|^2, where
@@ -69,14 +66,8 @@ def svd_start(
     """The ridge Bradley-Terry direction, the leading ones of the users' own beside it, and the best
     deviations that these allow.
 
-    Args:
-        data: comparisons of U users.
-        geometry: of their features.
-        rank: K.
-        strengths: of the ridges on the population's direction and on users'.
-
-    Returns:
-        V [F, K] among stretched features, orthonormal; mean weights; deviations.
+    V [F, K] is among stretched features, and orthonormal; the strengths are those of the ridges on
+    the population's direction and on users'.
     """
     shared = fit_shared(data, geometry, strengths[0], tolerance=ROUGH).x.double()
     own = geometry.stretched(ridge_directions(data).T).T
@@ -90,20 +81,13 @@ def svd_start(
 class RBDFitted(LinearFitted):
     """A fit of RBD: state w_u, the sum of the mean weights and the user's deviation."""
 
-    precision: Tensor  # of a user's deviation [K, K], for the exact solution
-    published: float | None = None  # deviation strength of the published adaptation, of means
-
-    def adapt(self, view: View, users: Users, seed: Seed) -> Tensor:
+    def adapt(self, view: Tensor, users: Users, seed: Seed) -> Tensor:
         """Weights [U', K]: the exact minimum of loss and ridge, or the published Adam."""
-        assert isinstance(view, Tensor)
-        if self.published is None:
-            return solve_users(view, users, self.precision, self.population_state)
-        return self._published(view, users, seed)
-
-    def _published(self, view: Tensor, users: Users, seed: Seed) -> Tensor:
+        if self.ridge is not None:
+            return super().adapt(view, users, seed)
         start = torch.randn(users.num_users, view.shape[1], generator=as_generator(seed))
         away, total = START * start.to(view), users.weight.sum().clamp(min=1e-300)
-        ridge = 2 * self.published * self.basis.T @ self.basis / users.num_users
+        ridge = 2 * DEVIATION * self.basis.T @ self.basis / users.num_users
         adam, best, waited = torch.optim.Adam([away], lr=USER_RATE), float("inf"), 0
         for _ in range(USER_STEPS):
             logits = (view * (self.population_state + away)[users.user]).sum(1)
@@ -169,8 +153,8 @@ class RBD(LinearPeer):
         settings = {"population": population, "deviation": deviation}
         losses = [loss / len(data) for loss in losses]
         fitted = self._fitted((geometry.raw(V), mean, away), settings, losses, note)
-        floor = 1e-9 * V.square().sum() * torch.eye(self.rank).to(V)
-        fitted.precision = deviation * (V.T @ V + floor)
+        floor = 1e-6 * V.square().sum() * torch.eye(self.rank).to(V)
+        fitted.ridge = deviation * (V.T @ V + floor)
         return fitted, None
 
     def _fitted(
@@ -214,6 +198,4 @@ class RBD(LinearPeer):
                 parameter.grad = gradient / total
             adam.step()
         note = f"published: held-out log loss {best:.4f} at best, {len(losses)} steps."
-        fitted = self._fitted(kept, {}, losses, note)
-        fitted.published = DEVIATION
-        return fitted
+        return self._fitted(kept, {}, losses, note)

@@ -44,14 +44,9 @@ def precision(data: Comparisons) -> torch.dtype:
 def inverse_curvature(
     geometry: Geometry, strengths: Tensor, bend: Tensor | float = 0.2
 ) -> Callable[[Tensor], Tensor]:
-    """An estimate of a loss's inverse curvature, diagonal along the leading directions.
-
-    Args:
-        geometry: of the features.
-        strengths: of the prior of each column [C].
-        bend: curvature of a comparison's loss in its log odds, a mean, of each column [C]; as it
-            is of choices that are fairly sure if not given.
-    """
+    """An estimate of a loss's inverse curvature, diagonal along the leading directions, for columns
+    with priors of such strengths [C], and ``bend``, a comparison's mean curvature in its log odds
+    [C], as it is of choices that are fairly sure if not given."""
     added = geometry.curvature()[:, None] * bend
     factors = 1 / (added + strengths[None, :])
     Q = geometry.directions
@@ -63,14 +58,9 @@ def inverse_curvature(
 
 
 def fit_shared(
-    data: Comparisons,
-    geometry: Geometry,
-    strength: float,
-    start: Tensor | None = None,
-    processes: int = 1,
-    tolerance: float = FINE,
-    iterations: int = 1000,
-) -> Minimum:
+    data: Comparisons, geometry: Geometry, strength: float, start: Tensor | None = None,
+    processes: int = 1, tolerance: float = FINE, iterations: int = 1000,
+) -> Minimum:  # fmt: skip
     """The shared reward [F, 1] (among stretched features) with the greatest posterior density.
 
     Minimises sum_i w_i log(1 + exp(-x_i . mu)) + strength / 2 |mu|^2.
@@ -102,13 +92,7 @@ def fit_shared(
 
 
 class SharedFit(Fitted):
-    """A fitted shared reward, the same for all users.
-
-    Args:
-        direction: the reward's direction among raw features [F].
-        num_users: of the seen users.
-        facts: what ``describe`` says.
-    """
+    """A fitted shared reward, the same for all users: its direction among raw features [F]."""
 
     def __init__(self, direction: Tensor, num_users: int, facts: dict[str, Any]) -> None:
         self.label, self.settings, self.file = "Ridge BT", {}, "ridge_bt"

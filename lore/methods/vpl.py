@@ -23,6 +23,7 @@ from lore.common.settings import Epochs, Latent, NonNegativeFloat, Width
 from lore.learning.comparisons import Comparisons, Pairs, Seed, Users
 from lore.learning.method import Task
 from lore.methods.fitting.networks import (
+    Grid,
     Network,
     Networked,
     add_losses,
@@ -69,17 +70,11 @@ class VPL(Networked):
     latent: Latent = -1
     epochs: Epochs = 0
 
-    model = ("beta", "tried_betas")
-
     @property
-    def tried_betas(self) -> tuple[float, ...]:
-        """The betas, of which one is enough without a latent."""
-        return self.betas if self.latent else self.betas[:1]
-
-    @property
-    def variants(self) -> tuple[str, tuple[float, ...]]:
-        """Whether states are put on the sphere afterwards, where there are any."""
-        return "sphere", (0.0, 1.0) if self.latent else (0.0,)
+    def grid(self) -> Grid:
+        """Betas, and whether states are put on the sphere; one of each without a latent."""
+        count = None if self.latent else 1
+        return ("beta", self.betas[:count]), ("sphere", (0.0, 1.0)[:count])
 
     def train(
         self, data: Comparisons, held: HeldOut | None, model: float, task: Task, epochs: int = 0
@@ -131,18 +126,8 @@ def _cycle(step: int) -> float:
 
 
 class FittedVPL(Network):
-    """A fitted VPL. A user's state is the mean [L] of the latent given that user's comparisons;
-    nobody's is 0.
-
-    Args:
-        method: its settings.
-        data: training comparisons.
-        generator: of initial values.
-
-    Attributes:
-        net: encoder and decoder.
-        variant: 1 to put states on the sphere of the training, 0 not to.
-    """
+    """A fitted VPL. A user's state is the mean [L] of the latent given that user's comparisons, the
+    population's is 0; with ``variant`` 1 states are put on the sphere of the training."""
 
     def __init__(self, method: VPL, data: Comparisons, generator: torch.Generator) -> None:
         super().__init__("VPL", method, data)
@@ -159,7 +144,7 @@ class FittedVPL(Network):
         self.users = self.adapt(view, data, seed)
         self.latents = {}
         if self.net.latent:
-            parts = [self._encode(view, data, part)[1] for part in blocks(data)]
+            parts = [self._encode(view, data, *part)[1] for part in blocks(data)]
             kl = divergence(self.users, torch.cat(parts)).mean()
             active = (self.users.var(0) > ACTIVE).sum() if len(self.users) > 1 else 0
             self.latents = {"active_units": int(active), "units": self.net.latent, "kl": float(kl)}
@@ -167,26 +152,18 @@ class FittedVPL(Network):
 
     def _collapse(self, parts: HeldOut, seed: int) -> dict[str, float]:
         """Accuracy on some training comparisons with contexts of others: a user's own, the same
-        with chosen and rejected swapped, another user's, none. A collapsed latent makes no
-        difference."""
+        swapped, another user's, none. A collapsed latent makes no difference."""
         if parts.held is None:
             return {}
-        context, held = self.view(parts.fit), self.view(parts.held)
-        own = self.adapt(context, parts.fit, seed)
+        context, held, data = self.view(parts.fit), self.view(parts.held), parts.held
         swapped = Pairs(context.values, context.rejected, context.chosen)
-        states = {
-            "own": own,
-            "swapped": self.adapt(swapped, parts.fit, seed),
-            "another": own.roll(1, 0),
-            "none": torch.zeros_like(own),
-        }
-        whose = parts.whose.to(own.device)
-        return {
-            f"accuracy_{name}_context": float(
-                parts.held.accuracies(self.logits(held, z[whose], parts.held.user)).mean()
-            )
-            for name, z in states.items()
-        }
+        own, other = (self.adapt(view, parts.fit, seed) for view in (context, swapped))
+        states = {"own": own, "swapped": other, "another": own.roll(1, 0), "none": 0 * own}
+        found = {}
+        for name, state in states.items():
+            logits = self.logits(held, state[parts.whose.to(own.device)], data.user)
+            found[f"accuracy_{name}_context"] = float(data.accuracies(logits).mean())
+        return found
 
     def describe(self) -> dict[str, Any]:
         """As every network, and what the latent carries."""
@@ -209,9 +186,8 @@ class FittedVPL(Network):
         return rows_of(data).pairs(lambda e: self.net.first(e / self.scale))
 
     def _encode(
-        self, view: Pairs, users: Users, part: tuple[slice, slice]
+        self, view: Pairs, users: Users, who: slice, rows: slice
     ) -> tuple[Tensor, Tensor]:
-        who, rows = part
         some = Pairs(view.values, view.chosen[rows], view.rejected[rows])
         return self.net.encode(some, users.counts[who])
 
@@ -220,7 +196,7 @@ class FittedVPL(Network):
         """Means [U', L] of the latents, by one pass through the encoder."""
         if not self.net.latent or len(users) == 0:
             return self.population_state.repeat(users.num_users, 1)
-        means = torch.cat([self._encode(view, users, part)[0] for part in blocks(users)])
+        means = torch.cat([self._encode(view, users, *part)[0] for part in blocks(users)])
         return where_known(means, users, self.population_state)
 
     @torch.no_grad()
@@ -237,13 +213,8 @@ class FittedVPL(Network):
 
 
 class Groups:
-    """Training comparisons of one user at a time, with a context of the same user's others.
-
-    Args:
-        data: training comparisons.
-        most: comparisons of a group at most, and at most a quarter of the user's.
-        sizes: least and greatest size of a context, equally likely; smaller where a user has few.
-    """
+    """Training comparisons of one user at a time, ``most`` or a quarter of the user's, with a
+    context of the same user's others, whose size is between the two of ``sizes``."""
 
     def __init__(self, data: Comparisons, most: int, sizes: tuple[int, int]) -> None:
         self.rows = torch.arange(len(data)).split(data.counts.tolist())
@@ -251,12 +222,8 @@ class Groups:
         self.most, self.sizes, self.device = most, sizes, data.device
 
     def epoch(self, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, ...]]:
-        """Every comparison once: targets [n], their groups [n], contexts [c], sizes [G] of these.
-
-        Args:
-            size: groups in a batch.
-            generator: of order and contexts.
-        """
+        """Every comparison once, so many groups a batch: targets [n], their groups [n], contexts
+        [c], sizes [G] of these."""
         groups = [
             (rows, rows[places])
             for rows in self.rows
@@ -282,21 +249,14 @@ class Groups:
 
 
 class Net(nn.Module):
-    """Encoder of contexts and decoder of rewards.
+    """Encoder of contexts, where there is a latent, and decoder of rewards.
 
     Each begins with a layer that is linear in the embedding; ``first`` forms these products for
     distinct rows, and everything else starts from them.
-
-    Args:
-        features, hidden, latent: F, H, L; without a latent there is no encoder.
-        generator: of initial values.
     """
 
-    def __init__(
-        self, features: int, hidden: int, latent: int, generator: torch.Generator
-    ) -> None:
+    def __init__(self, F: int, H: int, L: int, g: torch.Generator) -> None:
         super().__init__()
-        F, H, L, g = features, hidden, latent, generator
         self.latent = L
         self.item = linear(F, H, g, fan=F + L)
         self.hidden, self.reward = linear(H, H, g), linear(H, 1, g)

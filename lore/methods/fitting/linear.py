@@ -7,32 +7,24 @@ float64. Shape letters as in comparisons.py, with K the width of a user's state.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import pad, softplus
 
-from lore.learning.comparisons import Comparisons, Users
+from lore.learning.comparisons import Comparisons, Seed, Users
 from lore.learning.method import Fitted, Task
 from lore.methods.fitting.geometry import Geometry, measure
 from lore.methods.fitting.lbfgs import minimise
-from lore.methods.fitting.posterior import Prior
-from lore.methods.fitting.validation import (
-    Chosen,
-    Peer,
-    Split,
-    Validation,
-    choose,
-    choose_whitened,
-)
+from lore.methods.fitting.posterior import Prior, posteriors
+from lore.methods.fitting.validation import FLOORS, Peer, Split, Validation, choose_whitened
 from lore.methods.ridge_bt import FINE, ROUGH, inverse_curvature, precision
 
 TRIES = 12  # configurations that every method may try
 HALVINGS = tuple(2.0**k for k in range(4, 4 - TRIES, -1))  # ridges to try, 16 to 1/128
-NEWTON_TOLERANCE = 1e-10  # Newton stops when no user's decrement is above this, in nats
 
 
 class LinearFitted(Fitted):
@@ -43,18 +35,18 @@ class LinearFitted(Fitted):
         label, settings, users, population_state: see ``Fitted``; the method's setting is added.
         basis: V.
         parameters: how many numbers were fitted.
+
+    Attributes:
+        ridge: of a new user's state about the population's, a matrix [K, K]; None where users are
+            fitted otherwise.
     """
 
+    ridge: Tensor | None = None
+
     def __init__(
-        self,
-        method: Peer,
-        label: str,
-        settings: dict[str, Any],
-        basis: Tensor,
-        users: Tensor,
-        population_state: Tensor,
-        parameters: int,
-    ) -> None:
+        self, method: Peer, label: str, settings: dict[str, Any], basis: Tensor, users: Tensor,
+        population_state: Tensor, parameters: int,
+    ) -> None:  # fmt: skip
         self.label = method.named(label)
         self.settings = {"setting": method.setting, **settings}
         self.basis, self.users, self.population_state = basis, users, population_state
@@ -71,6 +63,10 @@ class LinearFitted(Fitted):
         """X V [N, K] in float64."""
         return project(data, self.basis)
 
+    def adapt(self, view: Tensor, users: Users, seed: Seed) -> Tensor:
+        """States [U', K]: the exact minimum of loss and ridge."""
+        return solve_users(view, users, self.ridge, self.population_state)
+
     def logits(self, view: Tensor, state: Tensor, user: Tensor) -> Tensor:
         """Log odds [N]; see ``Fitted.logits``."""
         return (view * state[user]).sum(1)
@@ -81,7 +77,7 @@ class LinearFitted(Fitted):
 
     def questions(self, view: Tensor) -> Tensor:
         """0 and X V [N, 1 + K]."""
-        return torch.nn.functional.pad(view, (1, 0))
+        return pad(view, (1, 0))
 
     def describe(self) -> dict[str, Any]:
         """The facts given, with the singular values of the users' directions V s_u, centred."""
@@ -123,18 +119,11 @@ def pair_loss(data: Comparisons, V: Tensor, W: Tensor) -> tuple[Tensor, Tensor, 
     Returns:
         The sum, its gradients by V [F, K] and W [U, K], and Z = X V [N, K].
     """
-    Z, mine = project(data, V), W[data.user]
-    logits = (Z * mine).sum(1)
+    Z, own = project(data, V), W[data.user]
+    logits = (Z * own).sum(1)
     slope = slopes(data, logits)
     loss = data.weight @ softplus(-logits)
-    return loss, backproject(data, slope[:, None] * mine), data.sum(Z, slope), Z
-
-
-def rows_of_users(data: Comparisons) -> Iterator[tuple[Comparisons, Tensor]]:
-    """Each user's comparisons alone, with their features X_u^T [F, m_u]."""
-    for u in range(data.num_users):
-        own = data.select(data.user == u)
-        yield own, backproject(own, torch.eye(len(own), device=data.device))
+    return loss, backproject(data, slope[:, None] * own), data.sum(Z, slope), Z
 
 
 def ridge_directions(data: Comparisons) -> Tensor:
@@ -144,7 +133,9 @@ def ridge_directions(data: Comparisons) -> Tensor:
     gets a direction near their mean.
     """
     found = []
-    for own, rows in rows_of_users(data):
+    for u in range(data.num_users):
+        own = data.select(data.user == u)
+        rows = backproject(own, torch.eye(len(own), device=data.device))
         gram = rows.T @ rows
         ridge = gram.diagonal().mean().clamp(min=1e-12) / own.weight
         found.append(rows @ torch.linalg.solve(gram + torch.diag(ridge), gram.new_ones(len(own))))
@@ -155,20 +146,16 @@ def ridge_directions(data: Comparisons) -> Tensor:
 
 
 def fit_together(
-    objective: Callable[..., tuple[Tensor, Sequence[Tensor]]],
-    start: Sequence[Tensor],
-    inverses: Sequence[Callable[[Tensor], Tensor]],
-    tolerance: float = FINE,
-    iterations: int = 1000,
-) -> tuple[list[Tensor], list[float]]:
+    objective: Callable[..., tuple[Tensor, Sequence[Tensor]]], start: Sequence[Tensor],
+    inverses: Sequence[Callable[[Tensor], Tensor]], tolerance: float, iterations: int = 1000,
+) -> tuple[list[Tensor], list[float]]:  # fmt: skip
     """Minimise a smooth objective of several tensors by L-BFGS.
 
     Args:
         objective: of the tensors; returns its value and its gradient by each of them.
         start: the tensors' first values.
         inverses: for each tensor, an estimate of its inverse curvature, applied to a gradient.
-        tolerance: stop where the next step promises less than this share of the objective.
-        iterations: at most.
+        tolerance, iterations: see ``minimise``.
 
     Returns:
         The tensors, in float64, and the objective after every step.
@@ -195,20 +182,14 @@ def fit_together(
 
 
 def basis_inverses(
-    data: Comparisons,
-    geometry: Geometry,
-    V: Tensor,
-    W: Tensor,
-    strengths: tuple[float, float],
+    data: Comparisons, geometry: Geometry, V: Tensor, W: Tensor, strengths: tuple[float, float],
     extra: float = 0.0,
-) -> list[Callable[[Tensor], Tensor]]:
+) -> list[Callable[[Tensor], Tensor]]:  # fmt: skip
     """Estimates of the inverse curvature of ``pair_loss`` with ridges, by V and by W.
 
     Args:
-        data: the comparisons.
-        geometry: of their features.
-        V: basis among stretched features [F, K], near which the curvature is estimated.
-        W: weights [U, K] there.
+        data, geometry: the comparisons, and of their features.
+        V, W: basis among stretched features [F, K] and weights [U, K], near which it is estimated.
         strengths: of the ridges on V and on W.
         extra: squared weights to which another term's curvature by V amounts.
     """
@@ -220,49 +201,10 @@ def basis_inverses(
 
 
 def solve_users(Z: Tensor, users: Users, precision: Tensor, centre: Tensor) -> Tensor:
-    """Every user's minimum of sum_i c_i softplus(-z_i' w) + (w - centre)' P (w - centre) / 2.
-
-    Damped Newton for all users side by side: a user's step is halved until the objective falls by
-    Armijo's rule. A user without comparisons gets the centre itself.
-
-    Args:
-        Z: [N, K] in float64.
-        users: whose rows these are.
-        precision: P [K, K], positive definite.
-        centre: [K].
-
-    Returns:
-        [U, K], each within NEWTON_TOLERANCE of its minimum, by the decrement.
-    """
-
-    def value(w: Tensor) -> Tensor:
-        losses = softplus(-(Z * w[users.user]).sum(1))
-        ridge = ((w - centre) @ precision * (w - centre)).sum(1) / 2
-        return users.sum(losses[:, None], users.weight)[:, 0] + ridge
-
-    K = Z.shape[1]
-    w = centre.expand(users.num_users, K).clone()
-    pairs = (Z[:, :, None] * Z[:, None, :]).reshape(-1, K * K)
-    now = value(w)
-    for _ in range(100):
-        logits = (Z * w[users.user]).sum(1)
-        gradient = users.sum(Z, slopes(users, logits)) + (w - centre) @ precision
-        curvature = users.weight * torch.sigmoid(logits) * torch.sigmoid(-logits)
-        hessian = users.sum(pairs, curvature).view(-1, K, K) + precision
-        step = torch.linalg.solve(hessian, gradient)
-        decrement = (gradient * step).sum(1) / 2
-        if not (decrement > NEWTON_TOLERANCE).any():
-            break
-        size = torch.ones_like(now)
-        for _ in range(30):
-            tried = value(w - size[:, None] * step)
-            high = tried > now - 0.5 * size * decrement + 1e-12
-            if not high.any():
-                break
-            size = torch.where(high, size / 2, size)
-        w = w - torch.where(high, 0, size)[:, None] * step
-        now = value(w)
-    return w
+    """Every user's least sum_i c_i softplus(-z_i' w) + (w - centre)' P (w - centre) / 2 [U, K]: the
+    mode of the posterior under a Gaussian prior with precision P [K, K]."""
+    prior = Prior(centre, torch.linalg.inv(precision))
+    return posteriors(pad(Z, (1, 0)), users, prior).mode
 
 
 # ----------------------------------------------------------------------- Methods
@@ -284,15 +226,8 @@ class LinearPeer(Peer):
     def converged(
         self, data: Comparisons, geometry: Geometry, strength: Any, warm: Any, tolerance: float
     ) -> tuple[LinearFitted, Any]:
-        """A fit, and what a fit with a neighbouring strength may begin with.
-
-        Args:
-            data: comparisons.
-            geometry: of their features, which it may stretch.
-            strength: one of them.
-            warm: what a neighbour's fit to the same data returned; None at first.
-            tolerance: share of the objective.
-        """
+        """A fit to comparisons, of whose features ``geometry`` is, and what one with a neighbouring
+        strength may begin with; ``warm`` is what a neighbour returned, None at first."""
         raise NotImplementedError
 
     def fit(self, task: Task) -> list[Fitted]:
@@ -302,20 +237,17 @@ class LinearPeer(Peer):
     def chosen(self, task: Task) -> LinearFitted:
         """The fit with the strength, and whitening, that is best on validation."""
         best, tried, data = (self.strengths[0], None), [], task.local_train
+
+        def fit(split: Split, candidate: Any, warm: Any) -> tuple[LinearFitted, Any]:
+            return self._fit(split.fit, split.geometry, candidate, warm, ROUGH)
+
         if len(self.strengths) > 1:
-            found = self._choose(Validation(task))
+            floors = FLOORS if self.whitens else FLOORS[:1]
+            found = choose_whitened(Validation(task), self.strengths, fit, floors=floors)
             best, tried = found.candidate, found.tried
         fitted, _ = self._fit(data, measure(data), best, None, FINE)
         fitted.facts["tried"] = tried
         return fitted
-
-    def _choose(self, data: Validation) -> Chosen:
-        def fit(split: Split, candidate: Any, warm: Any) -> tuple[LinearFitted, Any]:
-            return self._fit(split.fit, split.geometry, candidate, warm, ROUGH)
-
-        if self.whitens:
-            return choose_whitened(data, self.strengths, fit)
-        return choose(data, [(strength, None) for strength in self.strengths], fit)
 
     def _fit(
         self, data: Comparisons, geometry: Geometry, candidate: Any, warm: Any, tolerance: float

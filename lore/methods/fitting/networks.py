@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,14 +70,8 @@ def distinct(*numbers: Tensor) -> tuple[Tensor, list[Tensor]]:
 def linear(
     inputs: int, outputs: int, generator: torch.Generator, bias: bool = True, fan: int = 0
 ) -> nn.Linear:
-    """A linear layer with torch's own initial distribution, drawn from a generator.
-
-    Args:
-        inputs, outputs: widths.
-        generator: of the draws, on the CPU, so that every device starts alike.
-        bias: whether it has one.
-        fan: number of inputs that the initial size is for, where this is a part of a wider layer.
-    """
+    """A linear layer with torch's own initial distribution, drawn on the CPU, so that every device
+    starts alike; ``fan`` is how many inputs it is for, where it is a part of a wider layer."""
     layer = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias)
     bound = 1 / math.sqrt(max(1, fan or inputs))
     with torch.no_grad():
@@ -101,16 +95,10 @@ def batches(total: int, size: int, generator: torch.Generator) -> Iterator[Tenso
 
 @dataclass
 class Course:
-    """How a training went.
-
-    Attributes:
-        losses: of every step.
-        held: log loss of the held-out comparisons after every epoch.
-        epochs: passes over the data that the kept parameters have seen.
-    """
+    """How a training went: the loss of every step, and how many passes over the data the kept
+    parameters have seen."""
 
     losses: list[float] = field(default_factory=list)
-    held: list[float] = field(default_factory=list)
     epochs: int = 0
 
     def curve(self) -> dict[str, Any]:
@@ -131,11 +119,10 @@ def descend(
     """Train until the held-out log loss stops falling, and keep the best parameters.
 
     Args:
-        optimizer: of the parameters.
+        optimizer, schedule: of the parameters, and of its rate, by step.
         epoch: yields the loss of one batch after the other; a step is made at each.
         epochs: passes over the data, at most.
         held: held-out log loss of the present parameters; None to make all passes.
-        schedule: of the learning rate, by step.
         patience: epochs without an improvement of ``TOLERANCE`` after which to stop, though not
             within the first ``PLATEAU`` steps.
     """
@@ -152,9 +139,8 @@ def descend(
         if held is None:
             course.epochs = number
             continue
-        course.held.append(held())
-        if course.held[-1] < best - TOLERANCE:
-            best, course.epochs = course.held[-1], number
+        if (now := held()) < best - TOLERANCE:
+            best, course.epochs = now, number
             kept = [p.detach().clone() for p in parameters]
         elif number - course.epochs >= patience and len(losses) >= PLATEAU:
             break
@@ -167,29 +153,24 @@ def descend(
 # ---------------------------------------------------------------------- Methods
 
 
+Grid = tuple[tuple[str, Sequence[Any]], tuple[str, Sequence[float]]]
+
+
 @dataclass(frozen=True)
 class Networked(Peer):
-    """A method with a network.
+    """A method with a network."""
 
-    Class attributes say which models are tried (the name in tables, and the field with their
-    values), and which settings that need no other training (name and values).
-    """
-
-    model: ClassVar[tuple[str, str]]
-    variants: ClassVar[tuple[str, Sequence[float]]] = ("ridge", RIDGES)
+    @property
+    def grid(self) -> Grid:
+        """What is tried: names and values of a setting that needs a training for each, and of one
+        that needs none."""
+        raise NotImplementedError
 
     def train(
         self, data: Comparisons, held: HeldOut | None, model: Any, task: Task, epochs: int = 0
     ) -> Network:
-        """A fit.
-
-        Args:
-            data: training comparisons.
-            held: of the same users, to stop by; None to make all passes.
-            model: one of those that are tried; the first if faithful.
-            task: gives the seed, and for how many shots.
-            epochs: passes over the data, at most; the method's own if 0.
-        """
+        """A fit of one of the models that are tried, stopped by held-out comparisons if there are
+        any; the task gives seed and shots, and the method the most passes if ``epochs`` is 0."""
         raise NotImplementedError
 
     def published(self, task: Task, model: Any) -> Network:
@@ -205,12 +186,12 @@ class Networked(Peer):
         rows_of(task.train)
         if task.process:
             return []  # the first process judges alone
-        models = getattr(self, self.model[1])
-        return [self.published(task, models[0]) if self.faithful else self._chosen(task, models)]
+        first = self.grid[0][1][0]
+        return [self.published(task, first) if self.faithful else self._chosen(task)]
 
-    def _chosen(self, task: Task, models: Sequence[Any]) -> Network:
+    def _chosen(self, task: Task) -> Network:
         """The best on validation, fitted to everything with as many passes as were best there."""
-        (kind, _), (name, variants) = self.model, self.variants
+        (kind, models), (name, variants) = self.grid
 
         def fit(split: Split, candidate: Any, last: Network | None) -> tuple[Network, Network]:
             model, variant = candidate
@@ -232,15 +213,8 @@ class Networked(Peer):
 class Network(Fitted):
     """A fitted method with a network.
 
-    Args:
-        name: of the method in tables.
-        method: its settings.
-        data: training comparisons.
-
     Attributes:
-        faithful: whether the published constants are kept.
         scale: what rows are divided by; 1 if faithful.
-        course: of its training.
         variant: a setting of new users' fits or of scoring that needs no other training.
         tried: configurations that were tried, with held-out log losses.
         parameters: number of trained numbers, the seen users' own included.
@@ -295,29 +269,25 @@ class Mixing(Network):
     free: Tensor
     hinge: bool = False
 
-    def train(
-        self,
-        data: Comparisons,
-        weight: Tensor,
-        optimizer: torch.optim.Optimizer,
-        size: int,
-        generator: torch.Generator,
-        held: HeldOut | None,
-        epochs: int,
-        **settings: Any,
-    ) -> None:
-        """Descend, a batch of comparisons after the other.
+    def draw(self, data: Comparisons, K: int, generator: torch.Generator) -> None:
+        """The first logits of the users' weights, N(0, 1)."""
+        self.free = torch.randn(data.num_users, K, generator=generator)
+        self.free = self.free.to(data.device).requires_grad_()
 
-        Args:
-            data: training comparisons.
-            weight: what each of them weighs [N].
-            optimizer: of network and weights.
-            size: comparisons in a batch.
-            generator: of the batches.
-            held: comparisons to stop by, if there are any.
-            epochs: passes over the data, at most.
-            settings: further ones of ``descend``.
-        """
+    def values(self, e: Tensor) -> Tensor:
+        """The network's outputs [n, *] for scaled rows [n, F]."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def view(self, data: Comparisons) -> Pairs:
+        """The network's outputs for the distinct rows."""
+        return rows_of(data).pairs(lambda e: self.values(e / self.scale))
+
+    def train(
+        self, data: Comparisons, weight: Tensor, optimizer: torch.optim.Optimizer, size: int,
+        generator: torch.Generator, held: HeldOut | None, epochs: int, **settings: Any,
+    ) -> None:  # fmt: skip
+        """Descend, a batch of so many comparisons, which weigh ``weight`` [N], after the other."""
         pairs = scaled_pairs(data, self.scale)
 
         def epoch() -> Iterator[Tensor]:
@@ -332,15 +302,13 @@ class Mixing(Network):
 
     def batch_logits(self, pairs: Pairs, user: Tensor) -> Tensor:
         """Logits [n] of training comparisons, from scaled rows, at the present parameters."""
-        raise NotImplementedError
+        rows, (chosen, rejected) = distinct(pairs.chosen, pairs.rejected)
+        who, (own,) = distinct(user)
+        view = Pairs(self.values(pairs.values[rows]), chosen, rejected)
+        return self.logits(view, self.free[who].softmax(1), own)
 
     def finish(self, network: nn.Module, *own: Tensor) -> None:
-        """Nothing is trained any more: read the states, and count the parameters.
-
-        Args:
-            network: frozen from now on.
-            own: other parameters of the method.
-        """
+        """Nothing is trained any more: read the states, and count all parameters."""
         frozen(network)
         self.free = self.free.detach()
         self.users = self.free.softmax(1)
@@ -371,12 +339,8 @@ class Mixing(Network):
 
 
 def pair_weights(users: Users, by_user: bool) -> Tensor:
-    """What each comparison weighs [N], 1 on average.
-
-    Args:
-        users: whose the comparisons are.
-        by_user: users count the same (eq. 10); otherwise comparisons do.
-    """
+    """What each comparison weighs [N], 1 on average: users count the same (eq. 10), or
+    comparisons do."""
     weight = users.weight
     if by_user:
         weight = weight / users.user_weight()[users.user]
@@ -404,14 +368,9 @@ def blocks(users: Users) -> Iterator[tuple[slice, slice]]:
 
 
 def solve_weights(
-    losses: Losses,
-    users: Users,
-    start: Tensor,
-    ridge: float = 0.0,
-    steps: int = 300,
-    tolerance: float = TOLERANCE,
-    rate: float = 0.1,
-) -> Tensor:
+    losses: Losses, users: Users, start: Tensor, ridge: float = 0.0, steps: int = 300,
+    tolerance: float = TOLERANCE, rate: float = 0.1,
+) -> Tensor:  # fmt: skip
     """Simplex weights of users [U, K] that minimise the mean of their losses, by full-batch Adam.
 
     Every user stops by itself, after 20 steps that gained less than the tolerance, and keeps the
@@ -423,34 +382,22 @@ def solve_weights(
         users: whose the comparisons are.
         start: initial logits [U, K] of the weights.
         ridge: pull of the logits towards the start, as a share of one comparison each.
-        steps: of Adam, at most.
+        steps, rate: of Adam, at most so many.
         tolerance: of the objective; negative to make all steps and keep the last.
-        rate: of Adam.
     """
     found = torch.empty_like(start)
     for who, rows in blocks(users):
         part = Users(users.counts[who], users.weight[rows], users.device)
-        centre, total = start[who], part.user_weight().clamp(min=1).float()
-        share = (part.weight / part.user_weight()[part.user]).float()
+        mass, centre = part.user_weight(), start[who]
+        share, pull = (part.weight / mass[part.user]).float(), ridge / mass.clamp(min=1).float() / 2
 
-        objective = partial(_mean_losses, losses, part, rows, share, centre, ridge / total)
+        def objective(logits: Tensor) -> Tensor:
+            each = share * losses(rows, logits.softmax(1), part.user)  # noqa: B023
+            mean = each.new_zeros(part.num_users).index_add(0, part.user, each)  # noqa: B023
+            return mean + pull * (logits - centre).square().sum(1)  # noqa: B023
+
         found[who] = _least(objective, centre, steps, tolerance, rate)
     return found.softmax(1)
-
-
-def _mean_losses(
-    losses: Losses,
-    users: Users,
-    rows: slice,
-    share: Tensor,
-    centre: Tensor,
-    ridge: Tensor,
-    logits: Tensor,
-) -> Tensor:
-    """Each user's weighted mean loss [U], with a ridge [U] about the centre [U, K]."""
-    each = share * losses(rows, logits.softmax(1), users.user)
-    mean = each.new_zeros(users.num_users).index_add(0, users.user, each)
-    return mean + ridge / 2 * (logits - centre).square().sum(1)
 
 
 def _least(

@@ -68,13 +68,11 @@ class PseudoNew:
     """Some seen users set apart whole, to be treated as new ones.
 
     Attributes:
-        rest: comparisons of the other users.
         few: shots of those set apart.
         held: their held-out comparisons, the same users in the same order.
         chosen: who was set apart [U].
     """
 
-    rest: Comparisons
     few: Comparisons
     held: Comparisons
     chosen: Tensor
@@ -184,14 +182,8 @@ def _harder(asked: Shares, have: Shares) -> bool:
 def _mixed(
     asked: Shares, away: NDArray[np.integer], own: NDArray[np.integer], by_unit: NDArray[np.bool_]
 ) -> NDArray[np.int8]:
-    """Comparisons of each kind held out [N], about in the shares asked for.
-
-    Args:
-        asked: shares of the kinds.
-        away: how many of the two responses are held out of everybody's comparisons [N].
-        own: how many are held out of the user's own [N].
-        by_unit: comparisons that are held out otherwise [N].
-    """
+    """Comparisons of each kind held out [N], about in the shares asked for: of how many of the two
+    responses are held out of everybody's, of the user's own, and of dialogues held out."""
     asked = {kind: asked.get(kind, 0) * (asked.get(kind, 0) >= SOME) for kind in KINDS}
     apart = own if asked["met"] else np.zeros_like(own)
     pools = {
@@ -220,20 +212,10 @@ def _split(train: Comparisons, fit: Tensor, held: Tensor) -> HeldOut:
 
 
 def hold_out(
-    train: Comparisons,
-    seed: int,
-    kinds: Kinds | None = None,
-    validation: Comparisons | None = None,
+    train: Comparisons, seed: int, kinds: Kinds | None = None, validation: Comparisons | None = None
 ) -> HeldOut:
-    """Hold out some of the seen users' comparisons, as ``sides`` says.
-
-    Args:
-        train: comparisons of the seen users.
-        seed: of the draws.
-        kinds: shares of the test's kinds, see ``Task``.
-        validation: comparisons of seen users outside ``train`` that take their place, so that all
-            of ``train`` is left.
-    """
+    """Hold out some of the seen users' comparisons, as ``sides`` says; or hold out the validation
+    comparisons, which are outside ``train``, so that all of it is left."""
     if validation is not None:
         return _given(train, validation)
     side = torch.from_numpy(sides(train, seed, kinds)["seen"])
@@ -254,12 +236,8 @@ def pseudo_new(
 ) -> PseudoNew | None:
     """Set apart a fifth of the users; None where no user but one has two dialogues.
 
-    Args:
-        train: comparisons of the seen users.
-        seed: of the draws.
-        shots: dialogues (or comparisons) that each may adapt from, at most; where dialogues are
-            held out at random, a user's others, at least a fifth of them, are held out.
-        kinds: shares of the test's kinds, see ``Task``.
+    Each may adapt from so many shots, dialogues or comparisons, at most; where dialogues are held
+    out at random, a user's others, at least a fifth of them, are held out.
     """
     names, units = _names(train), train.units()
     side = torch.from_numpy(sides(train, seed, kinds)["unseen"])
@@ -267,7 +245,7 @@ def pseudo_new(
     at_random = bool(((side == HELD_OUT) == by_unit).all())
     able = [u for u in range(train.num_users) if len(units[u]) > 1]
     if not at_random:  # who has comparisons on either side
-        able = [u for u in able if _both(side[torch.cat(units[u])])]
+        able = [u for u in able if {FIT, HELD_OUT} <= set(side[torch.cat(units[u])].tolist())]
     able.sort(key=lambda u: digest([names[u], seed, "new"]))
     chosen = able[: min(max(1, round(NEW * train.num_users)), len(able), train.num_users - 1)]
     if not chosen:
@@ -286,20 +264,15 @@ def pseudo_new(
         held += [row[side[row] == HELD_OUT] for row in rows]
     apart = torch.zeros(train.num_users, dtype=torch.bool)
     apart[chosen] = True
-    rest = train.select(~apart.to(train.device)[train.user])
-    return PseudoNew(rest, _pick(train, few), _pick(train, held), apart)
-
-
-def _both(side: Tensor) -> bool:
-    return bool((side == FIT).any()) and bool((side == HELD_OUT).any())
+    return PseudoNew(_pick(train, few), _pick(train, held), apart)
 
 
 def subset(few: Comparisons, shots: int, seed: int) -> tuple[Tensor, Users]:
     """Each user's first so many shots in a random order: their numbers, and whose they are."""
-    rows = []
+    rows, none = [], torch.empty(0, dtype=torch.long)
     for name, units in zip(_names(few), few.units(), strict=True):
         order = torch.randperm(len(units), generator=_draw(name, seed)).tolist()[:shots]
-        rows.append(torch.cat([torch.empty(0, dtype=torch.long), *(units[i] for i in order)]))
+        rows.append(torch.cat([none, *(units[i] for i in order)]))
     picked = torch.cat(rows)
     return picked, few.pick(picked, [len(x) for x in rows])
 
@@ -317,9 +290,7 @@ def shots_of(few: Comparisons | None, shots: tuple[int, ...]) -> tuple[int, ...]
 
 @dataclass
 class Scores:
-    """A candidate's log losses on validation, by user: means over splits.
-
-    Seen and pseudo-new users weigh the same: every user counts once.
+    """A candidate's log losses on validation, by user: means over splits. Every user counts once.
 
     Attributes:
         seen: of users it knew, on their held-out dialogues [U]; NaN where nothing was held out.
@@ -349,10 +320,7 @@ class Scores:
         return self.loss < other.loss
 
     def gain(self, other: Scores) -> tuple[float, float]:
-        """How much lower the loss is than another candidate's, and the standard error of that.
-
-        Differences are paired by user.
-        """
+        """How much lower the loss is than another's, by user, and the standard error of that."""
         gains = other.by_user - self.by_user
         gains = gains[~gains.isnan()]
         error = float(gains.std()) / len(gains) ** 0.5 if len(gains) > 1 else math.inf
@@ -441,14 +409,11 @@ def _gather(values: Tensor, processes: int) -> Tensor:
 
 
 class Validation:
-    """What a choice is made on: random splits of the training comparisons, more of small data.
+    """What a choice is made on: random ``splits`` of the training comparisons, more of small data.
 
-    A candidate is fitted to each split's ``fit`` and scored by its log loss on held-out dialogues
+    A candidate is fitted to each split's ``fit`` and scored by its log loss on held-out comparisons
     of the users it knows, and on pseudo-new users who adapt from their first shots. Where nobody
     is new, the former are all; and with a validation set of the dataset's own there is one split.
-
-    Attributes:
-        splits: one or more.
     """
 
     def __init__(self, task: Task) -> None:
@@ -542,23 +507,21 @@ def choose_whitened(
     strengths: Sequence[Any],
     fit: Callable[[Split, Any, Any], tuple[Fitted, Any]],
     search: Callable[[Callable[[int], Scores]], int] | None = None,
+    floors: Sequence[float | None] = FLOORS,
 ) -> Chosen:
-    """The same for a strength and the floor of the features' whitening, which may be none.
+    """Choose (strength, floor of the features' whitening): the floor may be None, plain features.
 
     A strength is chosen on plain features, the best floor at that strength, and on it strengths to
     either side as long as the loss falls. Whitening is taken if it is better by ``WHITER`` standard
-    errors.
-
-    Args:
-        data, search: see ``choose``.
-        strengths: in order.
-        fit: of a split, (strength, floor) and what the nearest one's returned.
+    errors. ``strengths`` are in order; for all else see ``choose``.
     """
-    wide = len(FLOORS)
-    grid = [(strength, floor) for strength in strengths for floor in FLOORS]
+    wide = len(floors)
+    grid = [(strength, floor) for strength in strengths for floor in floors]
 
     def walk(scores: Callable[[int], Scores]) -> int:
         plain = wide * (search or every(len(strengths)))(lambda place: scores(wide * place))
+        if wide == 1:
+            return plain
         white = min(range(plain + 1, plain + wide), key=scores)
         for step in (-wide, wide):
             while 0 <= white + step < len(grid) and scores(white + step) < scores(white):
