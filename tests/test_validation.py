@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -146,3 +147,25 @@ def test_differences_alone_are_held_out_by_comparison():
     data = ratings(users=5).train.in_memory()
     side = validation.sides(data, 0, ALL_NEW)["seen"]
     assert np.bincount(side).tolist() == [160, 40]
+
+
+@pytest.mark.parametrize(("gain", "chosen"), [(0.05, (4, 0.01)), (0.015, (2, None))])
+def test_whitened_features_are_taken_where_they_are_better_by_two_standard_errors(gain, chosen):
+    swing = 0.1 * (-1.0) ** torch.arange(100)  # a standard error of .01 between the two
+
+    def fit(_split: None, candidate: tuple[int, float | None], _warm: None):
+        strength, floor = candidate
+        loss = 1 + 0.1 * abs(strength - (4 if floor else 2))
+        if floor is not None:
+            loss = loss - gain * (floor == 0.01) + swing
+        losses = loss + torch.zeros(100)
+        return SimpleNamespace(settings={"strength": strength, "floor": floor}, losses=losses), None
+
+    data = SimpleNamespace(splits=[None], possible=True)
+    data.score = lambda fits: Scores(fits[0].losses, torch.full((100,), math.nan))
+    found = validation.choose_whitened(data, range(6), fit)
+    assert found.candidate == chosen
+    plain = [row["strength"] for row in found.tried if row["floor"] is None]
+    white = {(row["strength"], row["floor"]) for row in found.tried if row["floor"]}
+    assert plain == list(range(6))
+    assert {(2, 0.1), (2, 0.01), (2, 0.001), (3, 0.01), (4, 0.01), (5, 0.01)} <= white

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lore.common.settings import PositiveFloat, Rank
-from lore.learning.comparisons import Comparisons, Seed, Users, as_generator
+from lore.learning.comparisons import Comparisons, Users
 from lore.learning.method import Task
 from lore.methods.fitting.geometry import Geometry
 from lore.methods.fitting.linear import (
@@ -65,16 +65,14 @@ def objective(
 class PReFFitted(LinearFitted):
     """A fit of PReF: state u, the signed weights."""
 
-    def adapt(self, view: Tensor, users: Users, seed: Seed) -> Tensor:
-        """Weights [U', K]: the exact minimum of loss and ridge, or SGD from a random start."""
-        if self.ridge is not None:
-            return super().adapt(view, users, seed)
-        start = torch.randn(users.num_users, view.shape[1], generator=as_generator(seed))
+    def published(self, view: Tensor, users: Users, generator: torch.Generator) -> Tensor:
+        """SGD on every user's mean loss."""
+        start = torch.randn(users.num_users, view.shape[1], generator=generator)
         w, mass = start.to(view), users.user_weight().clamp(min=1e-300)[:, None]
         for _ in range(USER_STEPS):
             logits = (view * w[users.user]).sum(1)
             w = w - USER_RATE * users.sum(view, slopes(users, logits)) / mass
-        return torch.where(users.counts[:, None] > 0, w, self.population_state)
+        return w
 
 
 @dataclass(frozen=True)
@@ -157,5 +155,5 @@ class PReF(LinearPeer):
         settings = {"rank": self.rank} | ({} if ridge is None else {"ridge": ridge})
         size = A.numel() + W.numel()
         fitted = PReFFitted(self, f"PReF K={self.rank}", settings, A, W, W.mean(0), size)
-        fitted.ridge = None if ridge is None else ridge * torch.eye(self.rank).to(W)
+        fitted.ridge = None if ridge is None else ridge * torch.eye(W.shape[1]).to(W)
         return fitted.with_curve(losses, note)

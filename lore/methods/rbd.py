@@ -11,7 +11,7 @@ from torch.nn.functional import softplus
 
 from lore.common.files import require
 from lore.common.settings import PositiveFloat, Rank
-from lore.learning.comparisons import Comparisons, Seed, Users, as_generator
+from lore.learning.comparisons import Comparisons, Users
 from lore.learning.method import Task
 from lore.methods.fitting.geometry import Geometry
 from lore.methods.fitting.linear import (
@@ -81,11 +81,9 @@ def svd_start(
 class RBDFitted(LinearFitted):
     """A fit of RBD: state w_u, the sum of the mean weights and the user's deviation."""
 
-    def adapt(self, view: Tensor, users: Users, seed: Seed) -> Tensor:
-        """Weights [U', K]: the exact minimum of loss and ridge, or the published Adam."""
-        if self.ridge is not None:
-            return super().adapt(view, users, seed)
-        start = torch.randn(users.num_users, view.shape[1], generator=as_generator(seed))
+    def published(self, view: Tensor, users: Users, generator: torch.Generator) -> Tensor:
+        """Adam on the deviations of all users together."""
+        start = torch.randn(users.num_users, view.shape[1], generator=generator)
         away, total = START * start.to(view), users.weight.sum().clamp(min=1e-300)
         ridge = 2 * DEVIATION * self.basis.T @ self.basis / users.num_users
         adam, best, waited = torch.optim.Adam([away], lr=USER_RATE), float("inf"), 0
@@ -99,8 +97,7 @@ class RBDFitted(LinearFitted):
                 break
             away.grad = users.sum(view, slope) + away @ ridge
             adam.step()
-        known = users.counts[:, None] > 0
-        return torch.where(known, self.population_state + away, self.population_state)
+        return self.population_state + away
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, softplus
 
-from lore.learning.comparisons import Comparisons, Seed, Users
+from lore.learning.comparisons import Comparisons, Seed, Users, as_generator
 from lore.learning.method import Fitted, Task
 from lore.methods.fitting.geometry import Geometry, measure
 from lore.methods.fitting.lbfgs import minimise
@@ -64,8 +64,15 @@ class LinearFitted(Fitted):
         return project(data, self.basis)
 
     def adapt(self, view: Tensor, users: Users, seed: Seed) -> Tensor:
-        """States [U', K]: the exact minimum of loss and ridge."""
+        """States [U', K]: the exact minimum of loss and ridge, or the published fit."""
+        if self.ridge is None:
+            found = self.published(view, users, as_generator(seed))
+            return torch.where(users.counts[:, None] > 0, found, self.population_state)
         return solve_users(view, users, self.ridge, self.population_state)
+
+    def published(self, view: Tensor, users: Users, generator: torch.Generator) -> Tensor:
+        """States [U', K] by the published steps from a random start."""
+        raise NotImplementedError
 
     def logits(self, view: Tensor, state: Tensor, user: Tensor) -> Tensor:
         """Log odds [N]; see ``Fitted.logits``."""
