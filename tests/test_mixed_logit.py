@@ -331,6 +331,34 @@ def test_a_file_gives_back_rewards_by_name(tmp_path: Path) -> None:
         load(tmp_path / "other.safetensors")
 
 
+def test_a_file_knows_how_uncertain_each_users_reward_is(tmp_path: Path) -> None:
+    data, _ = world(users=10)
+    fit, few = given(data), data.share(0, 5)  # two of them
+    facts = {"users": data.names, "users_unseen": ["new", "newer"], "center": torch.zeros(6)}
+    facts["known_unseen"] = fit.spread(few)
+    fit.save(tmp_path / "m.safetensors", fit.adapt(fit.view(few), few, 0), facts)
+    saved, x = load(tmp_path / "m.safetensors"), torch.eye(6)
+    inverse = fit.prior.cov.inverse()
+    for name, user in ((data.names[0], 0), (data.names[7], 7), ("newer", 1)):
+        Z = fit.view(data)[data.user == user].double()
+        p = (Z[:, 0] + Z[:, 1:] @ fit.users[user].double()).sigmoid()
+        cov = (inverse + (p * (1 - p) * Z[:, 1:].T) @ Z[:, 1:]).inverse()
+        z = x.double() @ fit.directions.double()
+        expected = torch.stack([(row @ cov @ row).sqrt() for row in z])
+        torch.testing.assert_close(saved.deviations(x, name).double(), expected, rtol=1e-3, atol=0)
+    apart = torch.stack([(row @ fit.prior.cov @ row).sqrt() for row in z])
+    torch.testing.assert_close(saved.deviations(x).double(), apart, rtol=1e-3, atol=0)
+
+
+def test_of_too_many_users_no_file_keeps_covariances(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("lore.methods.mixed_logit.MOST", 10)
+    data, _ = world(users=10)
+    fit = given(data)
+    assert fit.known is None and fit.spread(data) is None
+    fit.save(tmp_path / "m.safetensors", fit.users[:0], {"users": data.names})
+    assert load(tmp_path / "m.safetensors").deviations(torch.eye(6), data.names[0]) is None
+
+
 @pytest.mark.parametrize("damage", ["lopsided", "indefinite"])
 def test_a_covariance_that_is_none_is_refused(tmp_path: Path, damage: str) -> None:
     fit = given(world(users=10)[0])

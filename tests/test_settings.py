@@ -80,6 +80,8 @@ REFUSED = {
     "PersonalLLM/demo_world.py": "--train-prompts 0 | --test-prompts -1 | --head-prompts 0",
     "PRISM/eval_rb2.py": "--limit -1 | --top-k 0 | --batch-size 0 | --max-length -1",
     "tools/rank_responses.py": "--seed -1 | --seed x | --batch-tokens -1",
+    "tools/score.py": "--max-length 0 | --batch-tokens -1 | --dtype float7",
+    "tools/serve.py": "--port -1 | --max-queries 0",
     "tools/ukpconvarg.py": "--min-judgments 0 | --seed x",
     "tools/report.py": "--ranks -1 | --ranks 2 2",
 }

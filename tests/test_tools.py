@@ -1,371 +1,31 @@
-"""A learned basis outside the project: as a stock checkpoint, and ranking candidates."""
+"""Ranking candidates for a new user."""
 
 from __future__ import annotations
 
-import errno
 import itertools
 import json
 import math
-import os
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 import models
 import running
-from lore.common.files import UMASK, InputError
+from lore.common.files import InputError
 from lore.elicitation.choices import read_candidates, read_user_choices
 from lore.elicitation.user import User, leave_one_out, load_fit
 from lore.embeddings import store as embeddings
-from lore.embeddings.reward_model import ModelChoice
 from lore.learning.basis import Basis, load_basis, save_basis
-from lore.methods.fitting.posterior import Prior
 from lore.methods.lore import Lore, LoreFit
-from lore.methods.mixed_logit import MixedFit
-from lore.methods.ridge_bt import SharedFit
-from lore.methods.saved import load_learned
 from lore.preparing.own_rows import Columns
+from made_bases import embed, make_basis, make_mixed, stock_rewards, write_lines
 from tools import export, rank_responses
 from utils import PersonalizeBatch
 
 ROOT = Path(__file__).resolve().parents[1]
-CHATS = [
-    [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    for question in ("Why is the sky blue?", "Sing!")
-    for answer in ("Light scatters.", "No idea, sorry", "La la la la la la la la")
-]
-
-
-def without_bos_in_its_template(folder: Path) -> Path:
-    """The embedding engine puts in front the BOS that the tokenizer would."""
-    models.tiny_llama(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = tokenizer.chat_template.replace("{{ bos_token }}", "")
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-TINY = {
-    "llama": models.tiny_llama,
-    "llama whose pad is its end": lambda folder: models.tiny_llama(folder, pad_is_eos=True),
-    "llama without BOS in its template": without_bos_in_its_template,
-    "qwen": models.tiny_qwen,
-    "language model": models.headless,
-}
-
-
-def make_basis(
-    folder: Path, model: Path | None, features: int = 32, rank: int = 3, **facts: str
-) -> Path:
-    """A basis file with two seen users and a new one; facts are what is known of the model."""
-    rng = torch.Generator().manual_seed(1)
-    V = torch.randn(features, rank, generator=rng)
-    W = torch.rand(3, rank, generator=rng).softmax(1)
-    settings = {"rank": rank, "estimator": "LoRe"} | facts
-    settings |= {"model": str(model)} if model else {}
-    basis = Basis(V, W[:2], V[:, 0], ["ann", "17"], W[2:], ["new"], settings)
-    save_basis(folder / "basis.safetensors", basis)
-    return folder / "basis.safetensors"
-
-
-def make_mixed(folder: Path, model: Path | None, features: int = 32, spread: float = 1.0) -> Path:
-    """A mixed logit's file with the same people: tastes along two directions, half known."""
-    rng = torch.Generator().manual_seed(2)
-    directions = torch.randn(features, 3, generator=rng).double() / 100
-    prior = Prior(torch.zeros(2).double(), spread**2 * torch.eye(2).double())
-    states = torch.randn(3, 2, generator=rng).double()
-    fit = MixedFit(directions[:, 0], directions[:, 1:], prior, {"chosen": {"rank": 2}})
-    fit.users = states[:2]
-    facts = {"users": ["ann", "17"], "users_unseen": ["new"]}
-    facts |= {"model": str(model)} if model else {}
-    fit.save(folder / "mixed_logit.safetensors", states[2:], facts)
-    return folder / "mixed_logit.safetensors"
-
-
-def embed(model: Path, folder: Path, chats: list = CHATS) -> torch.Tensor:
-    """Embeddings as a run has them [n, F]."""
-    store = embeddings.embed(chats, folder, model=str(model), progress=False)
-    return store.rows(torch.arange(len(chats)))
-
-
-def stock_rewards(folder: Path, batch: bool, chats: list = CHATS) -> torch.Tensor:
-    """[n, labels], by nothing but what the model card says."""
-    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype="auto")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    groups = [chats] if batch else [[chat] for chat in chats]
-    with torch.no_grad():
-        return torch.cat([
-            model(**tokenizer.apply_chat_template(
-                group, return_tensors="pt", return_dict=True, padding=batch
-            )).logits for group in groups
-        ]).float()  # fmt: skip
-
-
-# -------------------------------------------------------------------------- Export
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("batch", [False, True])
-@pytest.mark.parametrize("kind", TINY)
-def test_stock_transformers_give_the_basis_rewards(tmp_path, kind, batch):
-    model = TINY[kind](tmp_path / "model")
-    path = make_basis(tmp_path, model)
-    export.main(path, tmp_path / "out")
-    expected = embed(model, tmp_path / "rows") @ load_basis(path).V / 100  # log odds
-    assert torch.allclose(stock_rewards(tmp_path / "out", batch), expected, rtol=1e-4, atol=1e-6)
-    assert sorted(p.name for p in tmp_path.iterdir() if "out" in p.name) == ["out"]
-
-
-@pytest.mark.parametrize(
-    ("asked", "row"), [({"users": ("17",)}, 1), ({"users": ("new",)}, 2), ({"average": True}, None)]
-)
-def test_one_label_is_a_users_reward_or_the_averages(tmp_path, asked, row):
-    model = models.tiny_llama(tmp_path / "model")
-    path = make_basis(tmp_path, model)
-    export.main(path, tmp_path / "out", **asked)
-    learned = load_basis(path)
-    w = learned.W.mean(0) if row is None else torch.cat([learned.W, learned.W_unseen])[row]
-    expected = embed(model, tmp_path / "rows") @ learned.V @ w / 100
-    rewards = stock_rewards(tmp_path / "out", True)
-    assert rewards.shape == (len(CHATS), 1)
-    assert torch.allclose(rewards[:, 0], expected, rtol=1e-4, atol=1e-6)
-
-
-def test_users_are_the_labels_and_a_pipeline_with_its_defaults_gives_rewards(tmp_path):
-    model = models.tiny_llama(tmp_path / "model")
-    path = make_basis(tmp_path, model)
-    export.main(path, tmp_path / "two", users=("new", "ann"))
-    rewards = stock_rewards(tmp_path / "two", True)
-    learned, rows = load_basis(path), embed(model, tmp_path / "rows")
-    W = torch.stack([learned.weights_of(user) for user in ("new", "ann")])
-    assert torch.allclose(rewards, rows @ learned.V @ W.T / 100, rtol=1e-4, atol=1e-6)
-    config = json.loads((tmp_path / "two" / "config.json").read_text())
-    assert config["id2label"] == {"0": "new", "1": "ann"}
-    export.main(path, tmp_path / "ann", users=("ann",))
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ann")
-    texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in CHATS]
-    pipe = pipeline("text-classification", str(tmp_path / "ann"))
-    found = pipe(texts, add_special_tokens=False)  # the template writes the BOS
-    assert {one["label"] for one in found} == {"ann"}
-    torch.testing.assert_close(torch.tensor([one["score"] for one in found]), rewards[:, 1])
-    modes = {file.stat().st_mode & 0o777 for file in (tmp_path / "ann").iterdir()}
-    assert modes == {0o666 & ~UMASK}
-
-
-@pytest.mark.parametrize("biased", [False, True])
-def test_the_mean_reward_is_zero_by_a_bias_or_said(tmp_path, biased):
-    model = models.tiny_llama(tmp_path / "model")
-    learned = load_basis(make_basis(tmp_path, model))
-    rows = embed(model, tmp_path / "rows")
-    learned.center = rows.mean(0)
-    loaded = AutoModelForSequenceClassification.from_pretrained(model)
-    loaded.score = torch.nn.Linear(32, 1, bias=biased)
-    offsets = export.replace_head(loaded, learned.columns(), learned.center)
-    mean = loaded.score(rows).mean(0) - torch.tensor(offsets)
-    torch.testing.assert_close(mean, torch.zeros(3), atol=1e-5, rtol=0)
-    assert any(offsets) != biased
-    save_basis(tmp_path / "again.safetensors", learned)
-    export.main(tmp_path / "again.safetensors", tmp_path / "out", users=("ann",))
-    said = json.loads((tmp_path / "out" / "config.json").read_text())["lore"]
-    assert said["unit"] == "log odds"
-    assert said["offset"] == pytest.approx([float(learned.direction("ann") @ learned.center)])
-    assert f"{said['offset'][0]:.2f}" in (tmp_path / "out" / "README.md").read_text()
-
-
-def test_an_older_basis_is_read_in_its_unit_and_another_unit_is_refused(tmp_path):
-    path = make_basis(tmp_path, models.tiny_llama(tmp_path / "model"))
-    with safe_open(path, "pt") as file:
-        notes = file.metadata()
-    tensors = load_file(path)
-    older = {key: value for key, value in notes.items() if key != "unit"}
-    save_file(tensors, path, older)
-    assert torch.equal(load_basis(path).direction("ann"), tensors["V"] @ tensors["W"][0] / 100)
-    export.main(path, tmp_path / "out", users=("ann",))
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["lore"]["offset"] is None
-    save_file(tensors, path, older | {"unit": "bananas"})
-    with pytest.raises(InputError, match="its unit is 'bananas', not log odds times 100"):
-        load_basis(path)
-
-
-def test_ridge_bt_is_exported(tmp_path):
-    model = models.tiny_llama(tmp_path / "model")
-    direction = torch.randn(32, generator=torch.Generator().manual_seed(3)).double()
-    facts = {"users": ["ann"], "users_unseen": [], "model": str(model)}
-    SharedFit(direction, 1, {}).save(tmp_path / "ridge.safetensors", torch.zeros(0, 0), facts)
-    export.main(tmp_path / "ridge.safetensors", tmp_path / "out", average=True)
-    expected = embed(model, tmp_path / "rows") @ direction.float()
-    found = stock_rewards(tmp_path / "out", True)[:, 0]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_bfloat16_keeps_rewards_to_its_precision(tmp_path):
-    model = models.tiny_llama(tmp_path / "model")
-    path = make_basis(tmp_path, model)
-    export.main(path, tmp_path / "out", dtype="bfloat16")
-    expected = embed(model, tmp_path / "rows") @ load_basis(path).V / 100
-    rewards = stock_rewards(tmp_path / "out", False)
-    assert (rewards - expected).abs().max() < 0.05 * expected.abs().max()
-    assert (tmp_path / "out" / "config.json").read_text().count("bfloat16")
-
-
-def test_model_card_and_labels_say_what_it_is(tmp_path):
-    path = make_basis(tmp_path, models.tiny_llama(tmp_path / "model"))
-    export.main(path, tmp_path / "all")
-    export.main(path, tmp_path / "ann", users=("ann",))
-    one, all_of_it = ((tmp_path / name / "README.md").read_text() for name in ("ann", "all"))
-    assert "The reward of ann." in one and "| estimator | LoRe |" in one
-    assert str(tmp_path) not in one + all_of_it  # nobody else has this machine's folders
-    assert "rewards @ w" in all_of_it and "rewards @ w" not in one
-    config = json.loads((tmp_path / "all" / "config.json").read_text())
-    assert config["id2label"] == {"0": "basis 1", "1": "basis 2", "2": "basis 3"}
-
-
-@pytest.mark.parametrize(
-    ("asked", "message"),
-    [
-        ({"users": ("bob",)}, "--users bob is not in the basis, which has 3 users, such as ann"),
-        ({"users": ("ann",), "average": True}, "exclude each other"),
-        ({"lm": ModelChoice("/nowhere/at/all")}, "cannot be loaded"),
-        ({"out": None}, "--out is missing"),
-    ],
-)
-def test_requests_that_cannot_be_met_leave_nothing(tmp_path, asked, message):
-    path = make_basis(tmp_path, models.tiny_llama(tmp_path / "model"))
-    with pytest.raises(InputError, match=message):
-        export.main(path, **{"out": tmp_path / "out"} | asked)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_basis_of_another_model_is_refused(tmp_path):
-    path = make_basis(tmp_path, models.tiny_llama(tmp_path / "model"), features=48)
-    with pytest.raises(InputError, match="the basis has 48 features, the model 32"):
-        export.main(path, tmp_path / "out")
-    with pytest.raises(InputError, match="already exists"):
-        export.main(path, tmp_path)
-    with pytest.raises(InputError, match="name it by --model"):
-        export.main(make_basis(tmp_path, None), tmp_path / "out")
-
-
-@pytest.mark.slow
-def test_export_from_the_command_line_names_and_lists_users(tmp_path):
-    path = make_basis(tmp_path, models.tiny_llama(tmp_path / "model"))
-    listed = running.invoke("tools/export.py", {"basis": path, "list_users": "true"})
-    assert listed.out.split() == ["ann", "17", "new"], listed.err
-    given = {"basis": path, "users": ["17", "ann"], "out": tmp_path / "out"}
-    done = running.run("tools/export.py", given)
-    assert done.status == 0 and "17, ann: " in done.out, done.err
-
-
-def test_another_model_of_the_same_size_is_refused_unless_it_is_insisted_on(tmp_path, caplog):
-    model, other = (models.tiny_llama(tmp_path / f"{i}", seed=i) for i in (0, 1))
-    manifest = embeddings.embed(CHATS, tmp_path / "rows", model=str(model), progress=False).manifest
-    facts = {name: manifest[name] for name in ("weights_sha256", "template_sha256")}
-    path = make_basis(tmp_path, model, **facts)
-    export.main(path, tmp_path / "own")
-    with pytest.raises(InputError, match="other weights than .*--any-model true"):
-        export.main(path, tmp_path / "out", lm=ModelChoice(str(other)))
-    path = make_basis(tmp_path, model, **facts | {"template_sha256": "0" * 64})
-    with pytest.raises(InputError, match="another chat template than"):
-        export.main(path, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    export.main(path, tmp_path / "out", lm=ModelChoice(any_model=True))
-    assert (tmp_path / "out").exists() and "may mean nothing" in caplog.text
-
-
-def test_a_basis_of_pooled_states_is_not_exported(tmp_path):
-    path = make_basis(tmp_path, models.tiny_llama(tmp_path / "model"), pool="layer:2")
-    with pytest.raises(InputError, match="layer:2 states, .* --pool last alone can be exported"):
-        export.main(path, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_responses_are_ranked_by_the_states_that_the_basis_reads(tmp_path):
-    model = models.tiny_llama(tmp_path / "model")
-    path = make_basis(tmp_path, model, pool="layer:2")
-    choice = {"prompt": "Hi", "chosen": "yes", "rejected": "no"}
-    rows = [{"prompt": "Hi", "response": text} for text in ("maybe", "yes, of course")]
-    files = {"basis": path, "choices": write_lines(tmp_path / "choices.jsonl", [choice] * 2),
-             "candidates": write_lines(tmp_path / "candidates.jsonl", rows)}  # fmt: skip
-    rank_responses.main(**files, save=tmp_path / "found.json", progress=False)
-    found = json.loads((tmp_path / "found.json").read_text())
-    chats = [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": row["response"]}]
-             for row in rows]  # fmt: skip
-    store = embeddings.embed(chats, tmp_path / "rows", model=str(model), pool="layer:2")
-    weights = torch.tensor(found["weights"])
-    expected = store.rows(torch.arange(2)) @ load_basis(path).V @ weights / 100  # log odds
-    ranked = pd.DataFrame(found["ranking"]).sort_values("line")["reward"]
-    assert ranked.to_numpy() == pytest.approx(expected.numpy(), rel=1e-3)
-
-
-def test_a_full_disk_is_one_line_and_leaves_what_others_made(tmp_path, monkeypatch):
-    path = make_basis(tmp_path, models.tiny_llama(tmp_path / "model"))
-    (tmp_path / "out.part").mkdir()
-    (tmp_path / "out.part" / "thesis.tex").write_text("mine")
-
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", full)
-    with pytest.raises(InputError, match="--out .*No space left on device"):
-        export.main(path, tmp_path / "out")
-    left = sorted(p.name for p in tmp_path.iterdir() if "out" in p.name)
-    assert left == ["out.part"] and (tmp_path / "out.part" / "thesis.tex").exists()
-    (tmp_path / f"out.{os.getpid()}.part").mkdir()
-    with pytest.raises(InputError, match="File exists"):
-        export.main(path, tmp_path / "out")
-    assert (tmp_path / f"out.{os.getpid()}.part").exists()
-
-
-@pytest.mark.slow
-def test_smollm2_as_a_stock_checkpoint(tmp_path):
-    model = models.smollm2(tmp_path / "model")
-    path = make_basis(tmp_path, model, features=576, rank=4)
-    export.main(path, tmp_path / "out")
-    expected = embed(model, tmp_path / "rows") @ load_basis(path).V / 100
-    for batch in (False, True):
-        rewards = stock_rewards(tmp_path / "out", batch)
-        assert torch.allclose(rewards, expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
-
-
-@pytest.mark.parametrize("asked", [{"users": ("new",)}, {"average": True}, {}])
-def test_a_mixed_logit_is_exported_as_a_basis_is(tmp_path, asked):
-    model = models.tiny_llama(tmp_path / "model")
-    path = make_mixed(tmp_path, model)
-    export.main(path, tmp_path / "out", **asked)
-    fit, new = load_learned(path).fit, load_learned(path).new
-    state = (new[0] if "users" in asked else torch.zeros(2)).double()
-    columns = fit.reward(state)[:, None]
-    if not asked:
-        columns = torch.cat([fit.mu[:, None], fit.tastes()], 1)
-    expected = embed(model, tmp_path / "rows").double() @ columns
-    rewards = stock_rewards(tmp_path / "out", True)
-    assert torch.allclose(rewards, expected.float(), rtol=1e-4, atol=1e-4)
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "mixed logit" in card and "LoRe" not in card and "| rank | 2 |" in card
-
-
-def test_users_of_a_mixed_logit_are_listed_and_unknown_ones_refused(tmp_path, capsys):
-    path = make_mixed(tmp_path, models.tiny_llama(tmp_path / "model"))
-    export.main(path, list_users=True)
-    assert capsys.readouterr().out.split() == ["ann", "17", "new"]
-    with pytest.raises(InputError, match="--users bob is not in the basis, which has 3 users"):
-        export.main(path, tmp_path / "out", users=("bob",))
-
-
-# ------------------------------------------------------------------ Rank responses
-
-
-def write_lines(path: Path, rows: list) -> Path:
-    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-    path.write_text("\n".join(lines), encoding="utf-8")
-    return path
-
 
 @pytest.fixture
 def task(tmp_path):
@@ -603,3 +263,21 @@ def test_ranking_from_the_command_line_takes_the_embedding_flags(task):
     flags = {**files, "method": "single", "dtype": "float32"}
     done = running.invoke("tools/rank_responses.py", flags)
     assert done.status == 0 and done.out.startswith("weights: "), done.err
+
+
+def test_responses_are_ranked_by_the_states_that_the_basis_reads(tmp_path):
+    model = models.tiny_llama(tmp_path / "model")
+    path = make_basis(tmp_path, model, pool="layer:2")
+    choice = {"prompt": "Hi", "chosen": "yes", "rejected": "no"}
+    rows = [{"prompt": "Hi", "response": text} for text in ("maybe", "yes, of course")]
+    files = {"basis": path, "choices": write_lines(tmp_path / "choices.jsonl", [choice] * 2),
+             "candidates": write_lines(tmp_path / "candidates.jsonl", rows)}  # fmt: skip
+    rank_responses.main(**files, save=tmp_path / "found.json", progress=False)
+    found = json.loads((tmp_path / "found.json").read_text())
+    chats = [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": row["response"]}]
+             for row in rows]  # fmt: skip
+    store = embeddings.embed(chats, tmp_path / "rows", model=str(model), pool="layer:2")
+    weights = torch.tensor(found["weights"])
+    expected = store.rows(torch.arange(2)) @ load_basis(path).V @ weights / 100  # log odds
+    ranked = pd.DataFrame(found["ranking"]).sort_values("line")["reward"]
+    assert ranked.to_numpy() == pytest.approx(expected.numpy(), rel=1e-3)

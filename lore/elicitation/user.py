@@ -22,6 +22,7 @@ from lore.embeddings.reward_model import OF_BASIS, ModelChoice, Source, load_con
 from lore.embeddings.store import embed
 from lore.learning.basis import Basis
 from lore.learning.comparisons import Users
+from lore.methods.fitting.posterior import deviations
 from lore.methods.lore import Lore, LoreFit
 from lore.methods.mixed_logit import MixedFit
 from lore.methods.saved import load_learned
@@ -131,7 +132,7 @@ class User:
         if isinstance(self.fit, LoreFit) or self.posterior is None:
             return {"weights": self.weights.tolist()} if self.fit.personal else {}
         places, cov = self.fit.places(), self.posterior.covariance
-        sd = ((places.T @ cov) * places.T).sum(1).clamp(min=0).sqrt()
+        sd = deviations(places.T, cov)
         tastes = self.weights.double() @ places
         return {"tastes": tastes.tolist(), "standard_deviations": sd.tolist()}
 
@@ -152,7 +153,7 @@ class User:
         if not isinstance(self.fit, MixedFit) or self.posterior is None:
             return None
         Z = self.fit.scale * self.fit.questions(views)[:, 1:]
-        return ((Z @ self.posterior.covariance) * Z).sum(1).clamp(min=0).sqrt()
+        return deviations(Z, self.posterior.covariance)
 
 
 def leave_one_out(

@@ -265,6 +265,8 @@ class Experiment:
             "center": _center(self.dataset.store),
         }  # fmt: skip
         new = fit.users[:0] if fit.new_users is None else fit.new_users
+        if task.few is not None and (known := fit.spread(task.few)) is not None:
+            facts["known_unseen"] = known
         fit.save(self.run.folder / fit.written, new, facts)
 
     def report(self) -> str:

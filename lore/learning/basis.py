@@ -78,6 +78,9 @@ class Basis:
         w = self.W.mean(0) if user is None else self.weights_of(user, flag)
         return self.V @ w / TEMPERATURE
 
+    def deviations(self, rows: Tensor, user: str | None = None) -> None:
+        """None: the weights are all that is known."""
+
 
 def look_up(named: Mapping[str, Tensor], user: str, flag: str = "user") -> Tensor:
     """What is known of a user; InputError where nothing is."""

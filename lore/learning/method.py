@@ -131,6 +131,11 @@ class Fitted:
         """a and z of comparisons [N, 1 + K], in float64; only where there is a ``population``."""
         raise NotImplementedError
 
+    def spread(self, data: Comparisons) -> Tensor | None:
+        """How uncertain users' states are given their comparisons: covariances [U', S, S]; None
+        where that is not known."""
+        return None
+
     def tastes(self) -> Tensor | None:
         """Directions of reward [F, C] along which users differ, where the method has such."""
         return None
@@ -151,7 +156,7 @@ class Fitted:
             path: of the file.
             new: states of the new users [U', S].
             facts: dataset, model, seed and more, and the users' names, seen and new: ``users`` and
-                ``users_unseen``.
+                ``users_unseen``; ``known_unseen`` is the new users' ``spread``, where it is known.
         """
 
 

@@ -35,7 +35,13 @@ from lore.learning.basis import look_up
 from lore.learning.comparisons import Comparisons, Users
 from lore.learning.method import Fitted, Task, View
 from lore.methods.fitting.geometry import Geometry, measure
-from lore.methods.fitting.posterior import TOLERANCE, Prior, posteriors
+from lore.methods.fitting.posterior import (
+    TOLERANCE,
+    Prior,
+    covariances,
+    deviations,
+    posteriors,
+)
 from lore.methods.fitting.validation import Scores, Split, Validation
 from lore.methods.ridge_bt import FINE, ROUGH, choose_ridge, fit_shared, precision
 
@@ -53,6 +59,7 @@ SCALES = (0.8, 0.9, 1.1, 1.25)  # of all log odds, beside 1
 # isotropic S, another scale of the log odds than 1.
 PERSONAL, RICHER, SCALED = 2.0, 1.0, 2.0
 SHOWN = 8  # directions in reports
+MOST = 1 << 25  # numbers of users' covariances that a file keeps; of more users it keeps none
 FORMAT = "mixed-logit 2"
 
 
@@ -109,8 +116,11 @@ class MixedLogit:
         if chosen.tau2:
             view = fit.view(data)
             fit.prior, push = estimate(view, data, chosen, processes=processes)
-            modes = posteriors(view, data, fit.prior, start=push).mode
-            fit.users = gather_rows(modes, processes).float()
+            found = posteriors(view, data, fit.prior, start=push)
+            fit.users = gather_rows(found.mode, processes).float()
+            if len(fit.users) * fit.users.shape[1] ** 2 <= MOST:
+                known = covariances(view, data, fit.prior, found)
+                fit.known = gather_rows(known, processes).float()
             facts["spectrum"] = fit.spectrum().tolist()
             facts["parameters"] += task.train.num_users * fit.users.shape[1]
         else:
@@ -383,6 +393,9 @@ class MixedFit(Fitted):
         facts: what ``describe`` says.
         scale: of all log odds.
         read: gives comparisons' features along the directions [N, D]; by a product if None.
+
+    Attributes:
+        known: the seen users' posterior covariances [U, D, D], where they are not too many.
     """
 
     def __init__(
@@ -392,7 +405,7 @@ class MixedFit(Fitted):
         self.label, self.settings, self.file = "Mixed logit", {}, "mixed_logit"
         self.mu, self.directions, self.prior = mu, directions, prior
         self.facts, self.scale, self.read = facts, scale, read
-        self.tolerance = TOLERANCE
+        self.tolerance, self.known = TOLERANCE, None
         self.users = mu.new_zeros(0, 0 if prior is None else directions.shape[1])
         self.reset_population()
 
@@ -418,6 +431,15 @@ class MixedFit(Fitted):
         if self.prior is None:
             return view.new_zeros(users.num_users, 0)
         return posteriors(view, users, self.prior, self.tolerance).mode
+
+    def spread(self, data: Comparisons) -> Tensor | None:
+        """Posterior covariances [U', D, D] of the deviations; None where nothing is personal."""
+        D = self.users.shape[1]
+        if self.prior is None or data.num_users * D**2 > MOST:
+            return None
+        view = self.view(data)
+        found = posteriors(view, data, self.prior, self.tolerance)
+        return covariances(view, data, self.prior, found).float()
 
     def logits(self, view: View, state: Tensor, user: Tensor) -> Tensor:
         """Log odds [N] that the chosen response is preferred, the deviation plugged in."""
@@ -476,8 +498,9 @@ class MixedFit(Fitted):
         tensors = {"mu": self.mu, "directions": self.directions, "users": self.users}
         tensors["users_unseen"] = new
         facts = dict(facts)
-        if (center := facts.pop("center", None)) is not None:
-            tensors["center"] = center
+        kept = {"known": self.known}
+        kept |= {name: facts.pop(name, None) for name in ("center", "known_unseen")}
+        tensors |= {name: tensor for name, tensor in kept.items() if tensor is not None}
         if self.prior is not None:
             tensors["covariance"] = self.prior.cov
         about = {"format": FORMAT, "facts": json.dumps(facts), "scale": repr(self.scale)}
@@ -495,6 +518,7 @@ class Saved:
     Attributes:
         fit: as it was fitted.
         new: deviations of the new users [U', D].
+        known: posterior covariances [D, D] of users' deviations, by name, where the file has them.
         facts: dataset, model, seed and more.
         center: mean embedding [F] of the conversations, see ``Basis``.
         settings: of the fit, and the facts but for users' names.
@@ -504,13 +528,17 @@ class Saved:
     use = "Users' rewards are the shared reward plus their own parts along the tastes and others."
 
     def __init__(
-        self, fit: MixedFit, new: Tensor, facts: dict[str, Any], center: Tensor | None = None
-    ) -> None:
+        self, fit: MixedFit, new: Tensor, facts: dict[str, Any], center: Tensor | None = None,
+        known_unseen: Tensor | None = None,
+    ) -> None:  # fmt: skip
         self.fit, self.new, self.facts, self.center = fit, new, facts, center
         names = [*facts.get("users", ()), *facts.get("users_unseen", ())]
         parts = [fit.users] * ("users" in facts) + [new] * ("users_unseen" in facts)
         states = torch.cat([*parts, fit.users[:0]])
         self.states = dict(zip(names, states, strict=True))
+        self.known: dict[str, Tensor] = {}
+        for key, covs in (("users", fit.known), ("users_unseen", known_unseen)):
+            self.known |= {} if covs is None else zip(facts.get(key, ()), covs, strict=False)
         about = {key: facts[key] for key in facts if key not in ("users", "users_unseen")}
         self.settings = {"estimator": "mixed logit", **fit.facts.get("chosen", {}), **about}
 
@@ -536,6 +564,18 @@ class Saved:
         known = self.fit.population_state if user is None else look_up(self.states, user, flag)
         return self.fit.reward(known).float()
 
+    def deviations(self, rows: Tensor, user: str | None = None) -> Tensor | None:
+        """Standard deviations [n] of the reward of embeddings [n, F], less the center.
+
+        Those of the average user are how far users' rewards lie apart.
+        """
+        prior = self.fit.prior if user is None else None
+        cov = self.known.get(user) if prior is None else prior.cov
+        if cov is None or self.center is None:
+            return None
+        z = self.fit.scale * (rows.double() @ self.fit.directions.double())
+        return deviations(z, cov.double()).float()
+
 
 def load(path: Path) -> Saved:
     """Read what ``MixedFit.save`` wrote.
@@ -559,6 +599,10 @@ def load(path: Path) -> Saved:
         size = directions.shape[1]
         prior = Prior(mu.new_zeros(size).double(), _covariance(path, tensor, size))
     users, new = (tensor(name, None, size) for name in ("users", "users_unseen"))
+    known, known_unseen = (
+        tensor(name, len(states), size, size) if name in found else None
+        for name, states in (("known", users), ("known_unseen", new))
+    )
     fit, facts = (_read_note(path, text, name) for name in ("fit", "facts"))
     for name, states in (("users", users), ("users_unseen", new)):
         fits = name not in facts or _are_names(facts[name], len(states))
@@ -569,9 +613,9 @@ def load(path: Path) -> Saved:
         scale = math.nan
     require(0 < scale < math.inf, f"{path}: its scale is not a positive number; {remedy}")
     mixed = MixedFit(mu, directions, prior, fit, scale)
-    mixed.users = users
+    mixed.users, mixed.known = users, known
     mixed.reset_population()
-    return Saved(mixed, new, facts, center)
+    return Saved(mixed, new, facts, center, known_unseen)
 
 
 def _covariance(path: Path, tensor: Callable[..., Tensor], size: int) -> Tensor:

@@ -218,6 +218,11 @@ def covariances(view: Tensor, users: Users, prior: Prior, found: Posterior) -> T
     return cov
 
 
+def deviations(z: Tensor, cov: Tensor) -> Tensor:
+    """Standard deviations [N] of z . b, for z [N, K] and tastes b with a covariance [K, K]."""
+    return ((z @ cov) * z).sum(1).clamp(min=0).sqrt()
+
+
 def _inverses(Z: Tensor) -> Tensor:
     """(I + Z^T Z)^-1 [B, K, K] for Z [B, n, K]."""
     if Z.shape[1] > Z.shape[2]:

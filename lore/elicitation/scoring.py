@@ -1,0 +1,130 @@
+"""Rewards of conversations for every user of a file, from one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+from tqdm import tqdm
+
+from lore.common.files import require
+from lore.common.settings import NonNegativeInt, PositiveInt
+from lore.elicitation.user import check_width
+from lore.embeddings.reward_model import (
+    OF_BASIS,
+    Conversation,
+    Engine,
+    ModelChoice,
+    cut_tokens,
+    device_and_dtype,
+    load_engine,
+    load_tokenizer,
+    render_text,
+    tokenize,
+)
+from lore.methods.saved import Learned, load_learned
+
+SAID = "\N{WHITE SQUARE}"  # stands for what is said where a template's own end is looked for
+
+
+@dataclass
+class Scorer:
+    """A file's users with the reward model loaded.
+
+    Args:
+        learned: the users' rewards.
+        engine, tokenizer: of the reward model.
+        max_length: most tokens of a conversation; the end is kept.
+    """
+
+    learned: Learned
+    engine: Engine
+    tokenizer: Any
+    max_length: int
+
+    def __post_init__(self) -> None:
+        written = render_text(self.tokenizer, [
+            {"role": "user", "content": SAID}, {"role": "assistant", "content": SAID}
+        ])  # fmt: skip
+        self.end = written.rpartition(SAID)[2]
+
+    def embed(self, texts: Sequence[str | Conversation], progress: bool = False) -> Tensor:
+        """Embeddings [n, F] minus the center, where the file has it.
+
+        Args:
+            texts: conversations that end in a response, or what the chat template makes of these,
+                whose end is mended where it was stripped.
+            progress: show a progress bar.
+
+        Raises:
+            InputError: an empty text, or a conversation that the template refuses.
+        """
+        bos = self.tokenizer.bos_token_id
+        written = [self._write(text) for text in texts]
+        tokens = [
+            cut_tokens(ids, bos, self.max_length, "left")
+            for ids in tokenize(self.tokenizer, written)
+        ]
+        distinct = {tuple(ids.tolist()): ids for ids in tokens}
+        order = {key: place for place, key in enumerate(sorted(distinct))}
+        rows = [order[tuple(ids.tolist())] for ids in tokens]
+        total = sum(map(len, distinct))
+        with tqdm(total=total, unit="token", disable=None if progress else True) as bar:
+            found = self.engine.embed([distinct[key] for key in order], bar).float()
+        center = self.learned.center
+        return found[rows] - (0 if center is None else center)
+
+    def _write(self, text: str | Conversation) -> str:
+        if not isinstance(text, str):
+            return render_text(self.tokenizer, text)
+        text = text.rstrip()
+        require(bool(text), "a text is empty")
+        return text.removesuffix(self.end.rstrip()) + self.end
+
+    def score(self, rows: Tensor, user: str | None = None) -> tuple[Tensor, Tensor | None]:
+        """A user's rewards [n] in log odds, and their standard deviations where they are known.
+
+        Args:
+            rows: what ``embed`` gave [n, F].
+            user: name of a user of the file; the average user if None.
+
+        Raises:
+            InputError: the file knows no such user.
+        """
+        direction = self.learned.direction(user, "--user")
+        return rows @ direction, self.learned.deviations(rows, user)
+
+
+def load_scorer(
+    basis: Path,
+    max_length: PositiveInt = 4096,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    device: str = "auto",
+    batch_tokens: NonNegativeInt = 0,
+    lm: ModelChoice = OF_BASIS,
+) -> Scorer:
+    """Load a file and its reward model.
+
+    Args:
+        basis: basis file of a run, or mixed_logit file.
+        max_length: most tokens of a conversation; of longer ones the end is kept.
+        dtype: of arithmetic; auto is bfloat16 on a GPU and float32 on a CPU.
+        device: auto (a GPU if there is one), cpu, cuda, or one GPU such as cuda:1.
+        batch_tokens: most tokens in one forward pass; 0 means 1024 on a CPU, 4096 on a GPU.
+        lm: the reward model.
+
+    Raises:
+        InputError: no such file or model, or a model other than the file's.
+    """
+    learned = load_learned(basis)
+    source = lm.of_basis(learned.settings, basis)
+    pooled = f"{basis} reads {source.pool} states: tools/rank_responses.py ranks by these"
+    require(source.pool == "last", f"{pooled}, but texts are scored by the last token's alone")
+    check_width(source, len(learned.direction()))
+    device, dtype = device_and_dtype(device, dtype)
+    batch_tokens = batch_tokens or (1024 if device == "cpu" else 4096)
+    engine = load_engine(source, dtype, device, "sdpa", "auto", batch_tokens)
+    return Scorer(learned, engine, load_tokenizer(source), max_length)

@@ -1,0 +1,171 @@
+"""Rewards over HTTP: many clients at once, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import models
+import running
+from lore.common.files import InputError
+from lore.elicitation.scoring import Scorer, load_scorer
+from lore.embeddings.reward_model import render_text
+from made_bases import CHATS, make_basis
+from tools import serve
+
+
+class Served(NamedTuple):
+    """A server, and the users' rewards of what it may be asked, computed beforehand."""
+
+    port: int
+    scorer: Scorer
+    passes: list[int]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A server of a basis with users ann, 17 and new, whose passes are counted."""
+    folder = tmp_path_factory.mktemp("served")
+    scorer = load_scorer(make_basis(folder, models.tiny_qwen(folder / "model")))
+    passes, embed = [], scorer.embed
+    scorer.embed = lambda texts: (passes.append(len(texts)), embed(texts))[1]
+    server = serve.start(scorer, "127.0.0.1", 0, max_queries=100)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield Served(server.server_port, scorer, passes)
+    server.shutdown()
+    server.server_close()
+
+
+def post(port: int, body: Any, path: str = "/get_reward") -> tuple[int, dict[str, Any]]:
+    """Status and JSON of an answer."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        assert error.headers["Content-Type"].startswith("application/json")
+        return error.code, json.load(error)
+
+
+def test_sixty_four_clients_at_once_lose_nothing_and_mix_no_users(served):
+    chats = [
+        [CHATS[0][0], {"role": "assistant", "content": f"answer {i} {'very ' * (i % 5)}good"}]
+        for i in range(192)
+    ]
+    rows = served.scorer.embed(chats)
+    users = ("ann", "17", "new", None)
+    expected = {user: served.scorer.score(rows, user)[0].tolist() for user in users}
+    gaps = [max(abs(a - b) for a, b in zip(expected["ann"], expected[u], strict=True))
+            for u in users[1:]]  # fmt: skip
+    assert min(gaps) > 1e-3  # or else a mixture would go unnoticed
+    served.passes.clear()
+    together = threading.Barrier(64)
+
+    def ask(client: int) -> None:
+        own, user = list(range(client, 192, 64)), users[client % 4]
+        together.wait()
+        for _ in range(2):
+            status, found = post(served.port, {"query": [chats[i] for i in own], "user": user})
+            assert status == 200
+            wanted = [expected[user][i] for i in own]
+            assert found["rewards"] == pytest.approx(wanted, abs=1e-5, rel=1e-4)
+
+    with ThreadPoolExecutor(64) as pool:
+        for done in [pool.submit(ask, client) for client in range(64)]:
+            done.result()
+    assert sum(served.passes) == 2 * 192 and len(served.passes) < 128  # some went together
+
+
+def test_texts_users_of_each_query_and_openrlhfs_labels(served):
+    texts = [render_text(served.scorer.tokenizer, chat) for chat in CHATS[:2]]
+    rows = served.scorer.embed(CHATS[:2])
+    wanted = [float(served.scorer.score(rows[i : i + 1], user)[0])
+              for i, user in enumerate(("ann", "new"))]  # fmt: skip
+    for query in (CHATS[:2], texts, [text.rstrip() for text in texts]):
+        for given in ({"user": ["ann", "new"]}, {"labels": ["ann", "new"], "prompts": ["", ""]}):
+            status, found = post(served.port, {"query": query, **given})
+            assert status == 200 and found["rewards"] == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        (b"no JSON", 400, "the body is not JSON"),
+        (b"[" * 100_000, 400, "the body is not JSON"),
+        (b"\xff\xfe", 400, "the body is not JSON"),
+        ({"user": "ann"}, 400, '"query" must be a list of texts'),
+        ({"query": []}, 400, '"query" must be a list of texts'),
+        ({"query": [5]}, 400, '"query" must be a list of texts'),
+        ({"query": ["  "]}, 400, '"query" must be a list of texts'),
+        ({"query": [[{"role": "user"}]]}, 400, '"query" must be a list of texts'),
+        ({"query": ["hi"] * 101}, 400, "101 entries, more than --max-queries"),
+        ({"query": ["hi"], "user": "bob"}, 400, "user bob is not in the basis"),
+        ({"query": ["hi"], "user": ["ann", "ann"]}, 400, "one for each of the 1 queries"),
+        ({"query": ["hi"], "user": [["ann"]]}, 400, "one for each of the 1 queries"),
+        (b"x" * ((16 << 20) + 1), 413, "more than 16777216 bytes"),
+    ],
+)
+def test_a_bad_request_is_one_json_error(served, body, status, message):
+    found = post(served.port, body)
+    assert found[0] == status and list(found[1]) == ["error"], found
+    assert message in found[1]["error"] and "\n" not in found[1]["error"]
+    assert post(served.port, {"query": [CHATS[0]], "user": "ann"})[0] == 200  # it goes on
+
+
+def test_nothing_is_read_without_a_length_and_other_paths_are_not_there(served):
+    for header in ("Transfer-Encoding: chunked", "User-Agent: nobody"):
+        with socket.create_connection(("127.0.0.1", served.port), timeout=60) as client:
+            client.sendall(f"POST /get_reward HTTP/1.1\r\nHost: a\r\n{header}\r\n\r\n".encode())
+            head, _, body = client.makefile("rb").read().partition(b"\r\n\r\n")
+        assert b" 411 " in head and "Content-Length" in json.loads(body)["error"]
+    assert post(served.port, {}, "/elsewhere")[0] == 404
+
+
+def test_a_request_that_the_template_refuses_spoils_no_other_of_its_batch(served, monkeypatch):
+    batches = serve.Batches(served.scorer)
+    refuse, plain = [{"role": "user", "content": "!"}], type(served.scorer)._write
+
+    def write(scorer: Scorer, text: Any) -> str:
+        if text == refuse:
+            raise InputError("the chat template cannot write this")
+        return plain(scorer, text)
+
+    monkeypatch.setattr(type(served.scorer), "_write", write)
+    with ThreadPoolExecutor(8) as pool:
+        asked = [
+            pool.submit(batches.score, [refuse if i == 3 else CHATS[0]], ["ann"]) for i in range(8)
+        ]
+    failed = [one for one in asked if one.exception()]
+    assert failed == [asked[3]] and "cannot write this" in str(asked[3].exception())
+
+
+def test_a_port_that_is_taken_is_one_line(served, tmp_path: Path):
+    path = make_basis(tmp_path, models.tiny_qwen(tmp_path / "model"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        flags = {"basis": path, "port": taken.getsockname()[1]}
+        done = running.invoke("tools/serve.py", flags)
+    assert done.status == 2 and "cannot be had" in done.err and done.err.count("error: ") == 1
+
+
+@pytest.mark.slow
+def test_the_command_serves_until_it_is_ended(tmp_path: Path):
+    path = make_basis(tmp_path, models.tiny_qwen(tmp_path / "model"))
+    process = running.start("tools/serve.py", {"basis": path, "port": 0})
+    line = next(line for line in process.stderr if "/get_reward" in line)
+    port = int(line.split(":")[2].split("/")[0])
+    try:
+        assert post(port, {"query": [CHATS[0]], "user": "ann"})[0] == 200
+    finally:
+        process.terminate()
+    assert running.end(process).status in (0, 143)

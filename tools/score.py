@@ -1,0 +1,130 @@
+"""Rewards of conversations or candidate responses for known users of a basis.
+
+    python tools/score.py --basis results/PRISM/<run>/mixed_logit.safetensors --user ann bob \\
+        --texts drafts.jsonl
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from lore.common.cli import cli
+from lore.common.files import begins, check_output, check_place, require, write_whole
+from lore.elicitation.choices import read_candidates
+from lore.elicitation.scoring import Scorer, load_scorer
+from lore.embeddings.reward_model import OF_BASIS, Conversation, ModelChoice
+from lore.methods.saved import Learned, load_learned
+from lore.preparing.own_rows import USUAL, Columns
+
+AVERAGE = "average user"
+SHOWN = ("user", "line", "prompt", "place", "reward", "deviation", "response")
+
+
+def main(
+    basis: Path,
+    user: tuple[str, ...] = (),
+    texts: Path | None = None,
+    average: bool = False,
+    list_users: bool = False,
+    columns: Columns = USUAL,
+    lm: ModelChoice = OF_BASIS,
+    out: Path | None = None,
+    progress: bool = True,
+    **loading: Any,
+) -> None:
+    """Print the rewards of known users, each prompt's best response first.
+
+    Rewards are log odds, less the mean over the conversations that the basis was learned on: the
+    probability that one response is preferred to another is sigmoid(reward - other reward). The
+    standard deviation is what the user's own choices leave open, where the file knows it.
+
+    Args:
+        basis: basis file of a run, or mixed_logit file.
+        user: names of users of the file.
+        texts: a file with "prompt" or "messages", and "response" (one text or a list); or with
+            "messages" alone, which end in the response.
+        average: score for the average user too, with how far users lie apart.
+        list_users: print the names of the file's users and do nothing else.
+        columns: what the columns are called, such as --response answer.
+        lm: the reward model.
+        out: write the table to this .csv or .jsonl file instead.
+        progress: show a progress bar.
+    """
+    learned = load_learned(basis)
+    if list_users:
+        print("\n".join(learned.names))
+        return
+    users = asked_users(learned, user, average)
+    require(texts is not None, "--texts is missing: name the file of what is to be scored")
+    if out:
+        check_out(out, [basis, texts])
+    drafts = read_candidates(texts, columns)
+    table = scored(load_scorer(basis, lm=lm, **loading), drafts, users, progress)
+    if out is None:
+        print(table.to_string(index=False, max_colwidth=60, float_format="%.3f", na_rep=""))
+    elif out.suffix == ".csv":
+        write_whole(out, lambda draft: table.to_csv(draft, index=False))
+    else:
+        lines = {"orient": "records", "lines": True, "force_ascii": False}
+        write_whole(out, lambda draft: table.to_json(draft, **lines))
+
+
+def asked_users(learned: Learned, names: Sequence[str], average: bool) -> dict[str, str | None]:
+    """Users by what they are called in the table; InputError for none, or one not in the file."""
+    require(bool(names) or average, "--user is missing: name users, or give --average true")
+    for name in names:
+        learned.direction(name, "--user")
+    return {**{name: name for name in names}, **({AVERAGE: None} if average else {})}
+
+
+def check_out(out: Path, inputs: Sequence[Path]) -> None:
+    """Notice before the work that --out cannot be written, or is somebody's file."""
+    require(out.suffix in (".csv", ".jsonl"), f"--out {out}: end its name in .csv or .jsonl")
+    check_place(out, "--out")
+    head = "user,line,prompt,place" if out.suffix == ".csv" else '{"user":'
+    check_output(out, "--out", begins(head), inputs)
+
+
+def scored(
+    scorer: Scorer,
+    drafts: Sequence[Conversation],
+    users: dict[str, str | None],
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Rewards of every user by line, with deviations and places within a prompt.
+
+    Args:
+        scorer: the file with its model.
+        drafts: conversations that end in a response.
+        users: name in the file by name in the table; None for the average user.
+        progress: show a progress bar.
+    """
+    rows, tables = scorer.embed(drafts, progress), []
+    about = {
+        "line": range(1, len(drafts) + 1),
+        "prompt": [history[-1]["content"] for *history, _ in drafts],
+        "response": [answer["content"] for *_, answer in drafts],
+        "dialogue": [str(history) for *history, _ in drafts],
+    }
+    for name, user in users.items():
+        rewards, deviations = scorer.score(rows, user)
+        table = pd.DataFrame({**about, "user": name, "reward": rewards.numpy()})
+        if deviations is not None:
+            table["deviation"] = deviations.numpy()
+        tables.append(table)
+    found = pd.concat(tables, ignore_index=True)
+    groups = found.groupby(["user", "dialogue"], sort=False)
+    found["place"] = groups["reward"].rank(ascending=False, method="min").astype(int)
+    found["number"] = groups.ngroup()
+    found = found.sort_values(["number", "place"], kind="stable")
+    return found[[column for column in SHOWN if column in found]]
+
+
+if __name__ == "__main__":
+    cli(main, short="columns lm")

@@ -1,0 +1,200 @@
+"""Rewards of a file's users over HTTP, as OpenRLHF's --remote_rm_url asks for them.
+
+    python tools/serve.py --basis results/PRISM/<run>/mixed_logit.safetensors
+    curl http://127.0.0.1:5000/get_reward -d '{"query": [[{"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello!"}]], "user": "ann"}'
+
+A query is a conversation that ends in a response, or the text that the chat template makes of one.
+"user" is one name or one for each query, null the average user; OpenRLHF's "labels" are taken for
+it where it is missing. What waits while the model computes goes through it together.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from socketserver import ThreadingMixIn
+from typing import Any, NamedTuple
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+import bottle
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from lore.common.cli import cli
+from lore.common.files import InputError, require
+from lore.common.settings import Port, PositiveInt
+from lore.elicitation.scoring import Scorer, load_scorer
+from lore.embeddings.reward_model import OF_BASIS, Conversation, ModelChoice
+
+log = logging.getLogger(__name__)
+
+LARGEST = 16 << 20  # bytes of a body
+TOGETHER = 256  # queries in one pass through the model
+
+
+def main(
+    basis: Path, host: str = "127.0.0.1", port: Port = 5000, max_queries: PositiveInt = 1024,
+    lm: ModelChoice = OF_BASIS, **loading: Any,
+) -> None:  # fmt: skip
+    """Answer POST /get_reward until interrupted. There is no password: keep it to this machine.
+
+    Args:
+        basis: basis file of a run, or mixed_logit file.
+        host: address to listen at; 0.0.0.0 lets other machines ask.
+        port: to listen at; 0 for a free one.
+        max_queries: most queries of a request.
+        lm: the reward model.
+    """
+    server = start(load_scorer(basis, lm=lm, **loading), host, port, max_queries)
+    log.info("POST http://%s:%d/get_reward; Ctrl-C ends it", host, server.server_port)
+    with server:
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            log.info("stopped")
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    """A thread for each request; the model has one of its own."""
+
+    daemon_threads, request_queue_size = True, 256
+
+
+class _Handler(WSGIRequestHandler):
+    """Waits for nobody for ever, and logs no requests."""
+
+    timeout = 60
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing."""
+
+
+def start(scorer: Scorer, host: str, port: int, max_queries: int) -> WSGIServer:
+    """A server that is bound but does not serve yet; InputError where the address is taken."""
+    app, batches = bottle.Bottle(), Batches(scorer)
+    app.route("/get_reward", "POST", lambda: answer(batches, max_queries))
+    app.default_error_handler = _as_json
+    try:
+        return make_server(host, port, app, _Server, _Handler)
+    except OSError as error:
+        raise InputError(f"--host {host} --port {port} cannot be had ({error})") from error
+
+
+def _as_json(error: bottle.HTTPError) -> str:
+    bottle.response.content_type = "application/json"
+    return json.dumps({"error": str(error.body)})
+
+
+def answer(batches: Batches, max_queries: int) -> dict[str, list[float]]:
+    """The rewards of a request's queries, or an error that says what is wrong with it."""
+    request = bottle.request
+    if request.content_length < 0 or request.chunked:
+        raise bottle.HTTPError(411, "Content-Length is missing")
+    if request.content_length > LARGEST:
+        left = min(request.content_length, 8 * LARGEST)
+        while left > 0 and (read := request.environ["wsgi.input"].read(min(left, 1 << 16))):
+            left -= len(read)  # so that the client hears the answer
+        raise bottle.HTTPError(413, f"the body has more than {LARGEST} bytes")
+    try:
+        queries, users = read_request(request.body.read(), max_queries)
+        return {"rewards": batches.score(queries, users)}
+    except InputError as error:
+        raise bottle.HTTPError(400, str(error)) from None
+    except OSError:
+        raise bottle.HTTPError(408, "the body did not arrive") from None
+    except Exception as error:
+        log.exception("a request failed")
+        raise bottle.HTTPError(500, f"{type(error).__name__}; see the server's log") from error
+
+
+def read_request(
+    body: bytes, max_queries: int
+) -> tuple[list[str | Conversation], list[str | None]]:
+    """Queries, and the user of each; InputError for anything else."""
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError):
+        found = None
+    require(isinstance(found, dict), 'the body is not JSON such as {"query": [..], "user": ..}')
+    queries = found.get("query")
+    fine = isinstance(queries, list) and bool(queries) and all(map(_is_query, queries))
+    require(fine, '"query" must be a list of texts or of lists of role and content')
+    few = len(queries) <= max_queries
+    require(few, f'"query" has {len(queries)} entries, more than --max-queries')
+    users = found.get("user", found.get("labels"))
+    users = users if isinstance(users, list) else [users] * len(queries)
+    fine = len(users) == len(queries) and all(isinstance(user, str | None) for user in users)
+    require(fine, f'"user" must be one name, or one for each of the {len(queries)} queries')
+    return queries, users
+
+
+def _is_query(query: Any) -> bool:
+    if isinstance(query, str):
+        return bool(query.strip())
+    fits = isinstance(query, list) and bool(query) and all(isinstance(m, dict) for m in query)
+    return fits and all(isinstance(m.get(key), str) for m in query for key in ("role", "content"))
+
+
+class Waiting(NamedTuple):
+    """A request that waits for its rewards."""
+
+    queries: Sequence[str | Conversation]
+    users: Sequence[str | None]
+    rewards: Future[list[float]]
+
+
+class Batches:
+    """Queries of all requests, scored by one thread that takes what waits together."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer, self.waiting = scorer, queue.SimpleQueue()
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def score(
+        self, queries: Sequence[str | Conversation], users: Sequence[str | None]
+    ) -> list[float]:
+        """Rewards of queries, each for its user; waits for them.
+
+        Raises:
+            InputError: a user whom the file does not know, or a query that cannot be scored.
+        """
+        for user in set(users) - {None}:
+            self.scorer.learned.direction(user, "user")
+        request = Waiting(queries, users, Future())
+        self.waiting.put(request)
+        return request.rewards.result()
+
+    def _work(self) -> None:
+        while True:
+            batch = [self.waiting.get()]
+            while sum(len(one.queries) for one in batch) < TOGETHER and not self.waiting.empty():
+                batch.append(self.waiting.get())
+            try:
+                self._answer(batch)
+            except Exception:  # one after the other, so that nobody suffers from another's mistake
+                for one in batch:
+                    try:
+                        self._answer([one])
+                    except Exception as error:  # whatever it is, the client must not wait for ever
+                        one.rewards.set_exception(error)
+
+    def _answer(self, batch: list[Waiting]) -> None:
+        rows = self.scorer.embed([query for one in batch for query in one.queries])
+        users = [user for one in batch for user in one.users]
+        rewards = rows.new_empty(len(rows))
+        for user in set(users):
+            own = [place for place, other in enumerate(users) if other == user]
+            rewards[own] = self.scorer.score(rows[own], user)[0]
+        parts = rewards.split([len(one.queries) for one in batch])
+        for one, part in zip(batch, parts, strict=True):
+            one.rewards.set_result(part.tolist())
+
+
+if __name__ == "__main__":
+    cli(main, short="lm")
