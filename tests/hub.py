@@ -1,4 +1,4 @@
-"""Enough of the Hugging Face hub for its own clients to download from, on this machine.
+"""Enough of the Hugging Face hub for its own clients to download and upload, on this machine.
 
 A repository is a folder for each of its revisions. Point a client in a process of its own here
 with ``Hub.env``: the hub's address is read once, when its library is imported.
@@ -6,11 +6,13 @@ with ``Hub.env``: the hub's address is read once, when its library is imported.
 
 from __future__ import annotations
 
+import base64
 import functools
 import hashlib
 import json
 import os
 import re
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +25,7 @@ KIND = {"api/models/": "models", "api/datasets/": "datasets", "datasets/": "data
 API = re.compile(
     r"/(api/models/|api/datasets/)([^/]+/[^/]+)(?:/(revision|tree|paths-info|refs)/?(.*))?"
 )
+UPLOAD = re.compile(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main")
 FILE = re.compile(r"/(datasets/|)([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
 
@@ -34,6 +37,8 @@ class Hub:
         gated: names of repositories that need a token.
         cut: repository/file -> how many of its next downloads are cut in the middle.
         asked: paths of all requests, with the range of a file where there is one.
+        private: names of repositories that were made private.
+        full: names of repositories that take no files.
     """
 
     def __init__(self) -> None:
@@ -41,7 +46,15 @@ class Hub:
         self.gated: set[str] = set()
         self.cut: dict[str, int] = {}
         self.asked: list[str] = []
-        self.url = ""
+        self.url, self.private, self.full = "", set(), set()
+        self.uploaded = tempfile.TemporaryDirectory()
+
+    def commit(self, name: str, content: dict[str, bytes]) -> None:
+        """Publish a model's files, in a folder of their own, as all of a revision is one."""
+        folder = Path(tempfile.mkdtemp(dir=self.uploaded.name))
+        for path, data in content.items():
+            (folder / path).write_bytes(data)
+        self.add("models", name, folder)
 
     def add(self, kind: str, name: str, folder: Path, revision: str = "main") -> None:
         """Publish a folder as a revision of a repository."""
@@ -110,7 +123,42 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._error(404, "RepoNotFound")
 
-    do_HEAD = do_POST = do_GET
+    do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        path, match = urlsplit(self.path).path, UPLOAD.fullmatch(urlsplit(self.path).path)
+        if not match and path not in ("/api/repos/create", "/api/validate-yaml"):
+            self.do_GET()
+            return
+        self.hub.asked.append(f"POST {path}")
+        body = self.rfile.read(int(self.headers["Content-Length"])).splitlines()
+        lines = [json.loads(line) for line in body]
+        if path == "/api/validate-yaml":
+            self._json({"errors": [], "warnings": []})
+        elif not match:
+            self._create(lines[0])
+        elif match[2] == "preupload":
+            mode = {"uploadMode": "regular", "shouldIgnore": False}
+            self._json({"files": [{"path": file["path"], **mode} for file in lines[0]["files"]]})
+        elif match[1] in self.hub.full:
+            self._error(403, "NoRoom")
+        else:
+            held = dict(files(self.hub.folders["models", match[1]]["main"]))
+            added = [line["value"] for line in lines if line["key"] == "file"]
+            held |= {file["path"]: base64.b64decode(file["content"]) for file in added}
+            self.hub.commit(match[1], held)
+            url = f"{self.hub.url}/{match[1]}/commit/main"
+            self._json({"success": True, "commitUrl": url, "commitOid": "0" * 40})
+
+    def _create(self, asked: dict[str, Any]) -> None:
+        name = "/".join(filter(None, (asked.get("organization"), asked["name"])))
+        if ("models", name) in self.hub.folders:
+            self._error(409, "RepoExists")
+            return
+        self.hub.commit(name, {".gitattributes": b""})
+        if asked.get("private") or asked.get("visibility") == "private":
+            self.hub.private.add(name)
+        self._json({"url": f"{self.hub.url}/{name}"})
 
     def log_message(self, *args: Any) -> None:
         """Nothing."""

@@ -21,6 +21,7 @@ from hub import Hub
 from lore.common.files import InputError
 from lore.embeddings import store as embeddings
 from lore.preparing import tables as preparing
+from made_bases import make_basis
 
 pytestmark = pytest.mark.slow
 
@@ -378,3 +379,39 @@ def test_offline_nothing_is_asked_for(hubbed):
 @pytest.mark.parametrize("job", ["no such model", "no such dataset"])
 def test_what_is_not_in_the_cache_is_one_clear_line(hubbed, job):
     assert_one_line(hubbed.offline[job], "somebody/")
+
+
+# ------------------------------------------------------------------------------ Uploads
+
+
+def test_an_export_is_pushed_to_a_new_private_repository_and_to_no_other(tmp_path):
+    path = make_basis(tmp_path, models.tiny_llama(tmp_path / "model"))
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("theirs")
+    with hub_module.serve() as hub:
+        hub.add("models", "somebody/else", other)
+        hub.full = {"ann/more"}
+        pushed = [("ann/rewards", "out"), ("ann/rewards", "again"), ("somebody/else", "again"),
+                  ("no name at all", "again"), ("ann/more", "more")]  # fmt: skip
+        jobs = {
+            f"{push} {name}": (
+                "tools/export.py",
+                {"basis": path, "users": ["ann"], "out": tmp_path / name, "push": push},
+            )
+            for push, name in pushed
+        }
+        env = hub.env(tmp_path / "home", HF_TOKEN="hf_made")
+        done, *refused, failed = client(jobs, tmp_path / "jobs.json", env).values()
+        held = hub_module.files(hub.folders["models", "ann/rewards"]["main"])
+    assert done.status == 0 and "uploaded to ann/rewards" in done.out, done.err
+    ours = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    assert {name: held[name] for name in ours} == ours
+    assert hub.private == {"ann/rewards", "ann/more"}
+    for (name, _), outcome in zip(pushed[1:4], refused, strict=True):
+        assert outcome.status == 2 and f"error: --push {name}: " in outcome.err
+        assert outcome.err.count("error: ") == 1
+    assert not (tmp_path / "again").exists()
+    assert hub_module.files(other) == {"thesis.tex": b"theirs"}
+    assert failed.status == 2 and "error: --push ann/more: " in failed.err
+    assert (tmp_path / "more" / "config.json").exists()

@@ -1,28 +1,33 @@
-"""A learned basis or mixed logit as a stock Hugging Face reward model.
+"""A learned basis, mixed logit or ridge BT as a stock Hugging Face reward model.
 
     python tools/export.py --basis results/PRISM/<run>/basis-K05-seed0.safetensors --out rewards
 
 writes the whole basis, one label for each of its K rewards; with --users, a label for each user
-named, and with --average the population's reward. Files of a mixed logit and of ridge BT are taken
-as that of a basis is. Rewards are log odds; config.json says so, and what to subtract.
+named, and with --average the population's reward; with --adapter not the model, but a PEFT adapter
+for it. Rewards are log odds; config.json says so, and what to subtract.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
+import jinja2
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
+from tokenizers import processors
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.common.cli import cli
-from lore.common.files import UMASK, InputError, require
+from lore.common.files import UMASK, InputError, first_line, require
 from lore.embeddings.reward_model import (
     OF_BASIS,
     ModelChoice,
@@ -31,49 +36,30 @@ from lore.embeddings.reward_model import (
     pretrained,
     render,
 )
+from lore.experiments.report.intervals import columns, interval, level
+from lore.experiments.report.verdict import kind_sentence
+from lore.experiments.results import ALWAYS, MEASURES, read_results
 from lore.methods.saved import Learned, load_learned
 
 UNIT = "log odds"
 PLACES = ("model", "tokenizer")  # settings that may be paths of the machine
-
-EXAMPLE = [
-    {"role": "user", "content": "How do I keep basil alive?"},
-    {"role": "assistant", "content": "Give it sun, and water it when the soil is dry."},
-]
-CARD = """---
-library_name: transformers
-pipeline_tag: text-classification
-tags: [reward-model, lore]
----
-
-# {title}
-
-{what} It scores a conversation by the last hidden state of `{model}`, which was not changed, times
-{heads}. Learned by {method}.
-
-```python
-import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-folder = "{folder}"  # where this model lies, or its name on the hub
-model = AutoModelForSequenceClassification.from_pretrained(folder, dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained(folder)
-chat = [{{"role": "user", "content": "..."}}, {{"role": "assistant", "content": "..."}}]
-tokens = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)
-with torch.no_grad():
-    rewards = model(**tokens).logits[0]  # [{labels}]
-```
-
-{use}
-Rewards are log odds: the probability that one response is preferred to another is sigmoid(reward -
-other reward). {offset}
-
-| setting | value |
-|---|---|
-{settings}
-
-The licence of the original model holds for its weights.
-"""
+EXPORTED = Path(__file__).resolve().parent / "exported"
+HUB = {
+    "PersonalLLM": "namkoong-lab/PersonalLLM",
+    "RedditTLDR": "openai/summarize_from_feedback",
+    "PRISM": "HannahRoseKirk/prism-alignment",
+    "CommunityAlignment": "facebook/community-alignment-dataset",
+}
+MADE = {
+    "How do I keep basil alive?": (
+        "Give it sun, and water it when the soil is dry.", "Basil dies. Buy a new one.",
+        "Water, light, warmth - and pinch off the flowers!", "I don't know.",
+    ),
+    "Why is the sky blue?": (
+        "Air scatters blue light more than red light.", "Because of the sea.",
+        "Good question! Nobody knows for sure, but it is beautiful.", "Rayleigh scattering: 1/λ⁴.",
+    ),
+}  # fmt: skip
 
 
 def main(
@@ -81,11 +67,13 @@ def main(
     out: Path | None = None,
     users: tuple[str, ...] = (),
     average: bool = False,
+    adapter: bool = False,
+    push: str | None = None,
     list_users: bool = False,
-    lm: ModelChoice = OF_BASIS,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    lm: ModelChoice = OF_BASIS,
 ) -> None:
-    """Write a sequence-classification checkpoint with tokenizer and model card.
+    """Write a sequence-classification checkpoint with tokenizer, model card and reward.py.
 
     Without --users or --average it holds the whole basis, one label for each of its K rewards.
 
@@ -94,9 +82,11 @@ def main(
         out: folder to make.
         users: export the rewards of these users, a label each; a mixed logit's is the mode.
         average: export the reward of the average user as the one label.
+        adapter: write a PEFT adapter with the score head alone, not the model.
+        push: also upload it to this new, private repository of the hub, such as ann/rewards.
         list_users: print the names of the file's users and do nothing else.
-        lm: the reward model.
         dtype: of the weights; auto keeps the model's own.
+        lm: the reward model.
     """
     learned = load_learned(basis)
     if list_users:
@@ -108,12 +98,19 @@ def main(
     source = lm.of_basis(learned.settings, basis)
     pooled = f"{basis} reads {source.pool} states, a score head the last token's: --pool last alone"
     require(source.pool == "last", f"{pooled} can be exported")
-    exported, chat_tokenizer = load_model(source, dtype), load_tokenizer(source)
-    offsets = replace_head(exported, rewards, learned.center)
-    settle(chat_tokenizer, exported)
-    text = card(out.name, source.model, offsets, rewards, learned)
-    write_checkpoint(out, exported, chat_tokenizer, text)
+    if push:
+        claim(push)
+    model, tokenizer = load_model(source, dtype), load_tokenizer(source)
+    replace_head(model, rewards, learned.center)
+    settle(tokenizer, model)
+    about = {"folder": push or out.name, "adapter": adapter, **held_out(basis, average)}
+    text = card(source, model, tokenizer, learned, about)
+    save = save_adapter if adapter else save_model
+    write_checkpoint(out, lambda draft: save(draft, model, source), tokenizer, text)
     print(f"{', '.join(rewards)}: {out}")
+    if push:
+        upload(out, push)
+        print(f"uploaded to {push}, which only its members can see")
 
 
 def choose_rewards(basis: Learned, users: Sequence[str], average: bool) -> dict[str, Tensor]:
@@ -139,20 +136,16 @@ def load_model(source: Source, dtype: str) -> Any:
     return pretrained(loader, source.model, source, **options).eval()
 
 
-def replace_head(
-    model: Any, rewards: Mapping[str, Tensor], center: Tensor | None
-) -> list[float] | None:
+def replace_head(model: Any, rewards: Mapping[str, Tensor], center: Tensor | None) -> None:
     """Make directions [F] the labels of a model; its head's bias, if it has one, centres them.
 
-    The config then says that logits are to be left as they are, their unit, and the offsets.
+    The config then says that logits are to be left as they are, their unit, and the offsets: each
+    label's logit at the center, to be subtracted; None if that is not known.
 
     Args:
         model: for sequence classification.
         rewards: directions in log odds, by label.
         center: mean embedding [F] of the conversations they were learned on, if it is known.
-
-    Returns:
-        Each label's logit at the center, to be subtracted; None if that is not known.
 
     Raises:
         InputError: the model has no score head to replace, or embeddings of another size.
@@ -179,22 +172,25 @@ def replace_head(
     model.config.problem_type = "regression"  # pipelines and servers then leave logits as they are
     model.config.lore = {"unit": UNIT, "offset": offsets}
     model.num_labels = len(rewards)
-    return offsets
 
 
 @torch.inference_mode()
 def settle(tokenizer: Any, model: Any) -> None:
     """Make stock calls see the same tokens, and pool the same one, as the basis was learned on.
 
-    The template then writes the BOS that ``reward_model.render`` puts in front. The pad token
-    becomes one that does not end a conversation, since the last token before padding is pooled.
+    The template then writes the BOS that ``reward_model.render`` puts in front, and the tokenizer
+    none, so that a text that the template wrote has one. The pad token becomes one that does not
+    end a conversation, since the last token before padding is pooled.
 
     Raises:
         InputError: the model's logits are not its head times the last hidden state even so.
     """
-    expected = render(tokenizer, EXAMPLE)
+    expected = render(tokenizer, _chat(*_made()[0]))
     if _stock(tokenizer)["input_ids"][0].tolist() != expected:
         tokenizer.chat_template = "{{ bos_token }}" + tokenizer.get_chat_template()
+    if not _is_plain(tokenizer) and tokenizer.is_fast:
+        nothing = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+        tokenizer.backend_tokenizer.post_processor = nothing
     special = (tokenizer.pad_token, tokenizer.bos_token, tokenizer.unk_token)
     last = tokenizer.convert_ids_to_tokens(expected[-1])
     tokenizer.pad_token = next((t for t in special if t not in (None, last)), None)
@@ -206,47 +202,177 @@ def settle(tokenizer: Any, model: Any) -> None:
         raise InputError("stock transformers would not give this model's rewards: not exported")
 
 
+def _made() -> list[tuple[str, str]]:
+    return [(prompt, response) for prompt, some in MADE.items() for response in some]
+
+
+def _chat(prompt: str, response: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+
+
 def _stock(tokenizer: Any) -> Any:
-    return tokenizer.apply_chat_template(EXAMPLE, return_tensors="pt", return_dict=True)
+    chat = _chat(*_made()[0])
+    return tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)
+
+
+def _is_plain(tokenizer: Any) -> bool:
+    """Whether a text that the template wrote becomes the right tokens without further flags."""
+    chat = _chat(*_made()[0])
+    text = tokenizer.apply_chat_template(chat, tokenize=False)
+    return tokenizer(text)["input_ids"] == render(tokenizer, chat)
+
+
+@torch.inference_mode()
+def strip_cost(tokenizer: Any, model: Any) -> float | None:
+    """Share of pairs of made responses that change their order when the texts' ends are stripped.
+
+    Returns:
+        None where the template ends in nothing that a strip takes away.
+    """
+    texts = [tokenizer.apply_chat_template(_chat(*pair), tokenize=False) for pair in _made()]
+    if all(text == text.rstrip() for text in texts):
+        return None
+
+    def logits(text: str) -> Tensor:
+        return model(**tokenizer(text, add_special_tokens=False, return_tensors="pt")).logits[0]
+
+    whole, cut = (
+        torch.stack(list(map(logits, some))) for some in (texts, [t.rstrip() for t in texts])
+    )
+    pairs = [
+        (i, j) for i, j in combinations(range(len(texts)), 2) if _made()[i][0] == _made()[j][0]
+    ]
+    turned = [(whole[i] > whole[j]) != (cut[i] > cut[j]) for i, j in pairs]
+    return float(torch.stack(turned).float().mean())
+
+
+# ------------------------------------------------------------------------------ The card
+
+
+def held_out(basis: Path, average: bool) -> dict[str, Any]:
+    """What the results beside a file say of it, for the card; nothing where there are none."""
+    try:
+        results = read_results(basis.parent)
+    except InputError:
+        return {}
+    fits = {
+        fit.get("file"): fit["label"]
+        for repeat in results.repeats
+        for part in repeat["methods"].values()
+        for fit in part["fits"]
+    }
+    label = fits.get(basis.name)
+    if label is None:
+        return {}
+    rows = []
+    for name, *where in columns(results):
+        control = "population" if average and results.personal(label) else ""
+        found = {m: level(results, label, control, m, *where) for m in ALWAYS}
+        if all(found.values()):
+            cells = {m: f"{MEASURES[m].text(x.mean)} {interval(m, x)}" for m, x in found.items()}
+            rows.append({"name": f"{name} users", **cells})
+    first, seeds = results.repeats[0], len(results.repeats)
+    people, counts = first["users"], first["comparisons"]
+    known = f"{counts['train']:,} comparisons of {len(people['seen'])} users"
+    new = f", then {counts['few']:,} of {len(people['unseen'])} new ones"
+    return {
+        "rows": rows, "kinds": kind_sentence(results),
+        "learned_from": known + (new if people["unseen"] else ""),
+        "seeds": f", and over {seeds} seeds" if seeds > 1 else "",
+        "of_all": "" if average else "These are of all users, not of those named here alone.",
+    }  # fmt: skip
 
 
 def card(
-    folder: str,
-    model: str,
-    offsets: list[float] | None,
-    rewards: Mapping[str, Tensor],
-    learned: Learned,
+    source: Source, model: Any, tokenizer: Any, learned: Learned, about: Mapping[str, Any]
 ) -> str:
-    """The model card."""
-    labels = list(rewards)
+    """The model card, from tools/exported/card.md."""
+    labels, local = list(model.config.id2label.values()), Path(source.model).is_dir()
+    plain, cost = _is_plain(tokenizer), strip_cost(tokenizer, model)
     what, use = "Rewards that users mix with weights.", learned.use
-    title, heads = f"{folder}: a basis of {len(labels)} rewards", f"{len(labels)} directions"
-    if len(labels) == 1:
-        what, use = f"The reward of {labels[0]}.", "A higher reward is a better response."
-        title, heads = f"{folder}: {labels[0]}", "one direction"
-    told = {key: value for key, value in learned.settings.items() if key not in PLACES}
-    rows = "\n".join(f"| {key} | {value} |" for key, value in told.items())
-    filled = {"what": what, "use": use, "title": title, "heads": heads, "settings": rows}
-    filled["method"], filled["offset"] = learned.method, _said(offsets, labels)
-    model = Path(model).resolve().name if Path(model).is_dir() else model
-    return CARD.format(model=model, folder=folder, labels=len(labels), **filled)
+    if labels != list(learned.columns()):
+        what, use = f"The reward of {', '.join(labels)}.", "A higher reward is a better response."
+    dataset = learned.settings.get("dataset")
+    filled = {
+        "what": what, "use": use, "title": what.rstrip(".").lower(), "labels": labels,
+        "heads": "one direction" if len(labels) == 1 else f"{len(labels)} directions",
+        "model": Path(source.model).resolve().name if local else source.model,
+        "base": None if local else source.model, "license": license_of(source),
+        "method": learned.method, "offset": _said(model.config.lore["offset"]),
+        "settings": {k: v for k, v in learned.settings.items() if k not in PLACES},
+        "dataset": HUB.get(str(dataset)),
+        "plain": "" if plain else ", add_special_tokens=False",
+        "plain_json": "" if plain else ', "add_special_tokens": false',
+        "strip": "The template ends in nothing that a strip takes away." if cost is None else
+        "The template ends in white space, whose last token is the one that is scored: a program "
+        f"that strips texts changes the order of {cost:.0%} of pairs of made responses. reward.py "
+        "mends the end; OpenRLHF's serve_rm strips it.",
+    }  # fmt: skip
+    options = {"trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.ChainableUndefined}
+    text = (EXPORTED / "card.md").read_text(encoding="utf-8")
+    return jinja2.Environment(**options).from_string(text).render(**filled, **about)
 
 
-def _said(offsets: list[float] | None, labels: list[str]) -> str:
+def license_of(source: Source) -> str:
+    """The model's licence as its card names it, else other."""
+    from huggingface_hub import ModelCard
+
+    readme = Path(source.model) / "README.md"
+    if Path(source.model).is_dir() and not readme.exists():
+        return "other"
+    try:
+        return ModelCard.load(readme if readme.exists() else source.model).data.license or "other"
+    except Exception:  # whatever the hub's client raises, a card without a licence can be written
+        return "other"
+
+
+def _said(offsets: list[float] | None) -> str:
     """What is to be subtracted from the logits, in words."""
     if offsets is None:
         return "They share an offset that is not known, which differences do not have."
     if not any(offsets):
         return "Their mean over the conversations that they were learned on is zero."
-    told = ", ".join(f"{x:.2f}" for x in offsets[:8]) + (" .." if len(labels) > 8 else "")
+    told = ", ".join(f"{x:.2f}" for x in offsets[:8]) + (" .." if len(offsets) > 8 else "")
     return (
         f"Their mean over the conversations that they were learned on is {told} (`lore.offset` in "
-        "config.json has all digits): subtract it where the level matters."
+        "config.json has all digits): subtract it where the level matters, as reward.py does."
     )
 
 
-def write_checkpoint(out: Path, model: Any, tokenizer: Any, text: str) -> None:
-    """Write model, tokenizer and card to a folder that appears whole or not at all.
+# ------------------------------------------------------------------------------ Writing
+
+
+def save_model(folder: Path, model: Any, _: Source) -> None:
+    """The whole model, and reward.py."""
+    model.save_pretrained(folder)
+    shutil.copyfile(EXPORTED / "reward.py", folder / "reward.py")
+
+
+def save_adapter(folder: Path, model: Any, source: Source) -> None:
+    """The score head in PEFT's format, with labels, unit and offsets in lore.json.
+
+    PEFT loads no adapter that changes no layer: the last linear one of the body is changed by zero.
+    """
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "score"}
+    name, layer = list(linear.items())[-1]
+    changed, prefix = f"base_model.model.{name}", "base_model.model.score"
+    tensors = {f"{prefix}.{key}": value for key, value in model.score.state_dict().items()}
+    tensors[f"{changed}.lora_A.weight"] = torch.zeros(1, layer.in_features)
+    tensors[f"{changed}.lora_B.weight"] = torch.zeros(layer.out_features, 1)
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    base = Path(source.model).resolve().name if Path(source.model).is_dir() else source.model
+    config = {
+        "peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": base, "r": 1,
+        "lora_alpha": 1, "target_modules": [name], "modules_to_save": ["score"],
+        "inference_mode": True,
+    }  # fmt: skip
+    about = {"labels": list(model.config.id2label.values()), **model.config.lore}
+    for file, content in (("adapter_config.json", config), ("lore.json", about)):
+        (folder / file).write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
+def write_checkpoint(out: Path, save: Callable[[Path], Any], tokenizer: Any, text: str) -> None:
+    """Write what ``save`` does, tokenizer and card to a folder that appears whole or not at all.
 
     Raises:
         InputError: it cannot be written, for want of room or of permission.
@@ -257,7 +383,7 @@ def write_checkpoint(out: Path, model: Any, tokenizer: Any, text: str) -> None:
     except OSError as error:
         raise InputError(f"--out {out}: cannot make {draft} ({error.strerror})") from error
     try:
-        model.save_pretrained(draft)
+        save(draft)
         tokenizer.save_pretrained(draft)
         (draft / "README.md").write_text(text, encoding="utf-8")
         for file in draft.iterdir():
@@ -267,6 +393,34 @@ def write_checkpoint(out: Path, model: Any, tokenizer: Any, text: str) -> None:
         raise InputError(f"--out {out}: cannot be written ({error})") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def claim(name: str) -> None:
+    """Make a private repository on the hub, or find it empty.
+
+    Raises:
+        InputError: the hub refuses, or somebody's files are there.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().create_repo(name, private=True, exist_ok=True)
+        held = set(HfApi().list_repo_files(name)) - {".gitattributes"}
+    except Exception as error:  # what the hub's client raises has no common class
+        why = f"--push {name}: {first_line(error)}; is its name right, and `hf auth login` done?"
+        raise InputError(why) from error
+    require(not held, f"--push {name}: {min(held, default='')} is there; name another repository")
+
+
+def upload(out: Path, name: str) -> None:
+    """Upload a folder to a repository; InputError if the hub refuses."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().upload_folder(folder_path=out, repo_id=name)
+    except Exception as error:
+        said = f"--push {name}: {first_line(error)}; {out} is written, `hf upload` can go on"
+        raise InputError(said) from error
 
 
 if __name__ == "__main__":
