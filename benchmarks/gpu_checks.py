@@ -209,7 +209,7 @@ def memory(device: str, tiny: bool) -> Iterator[Row]:
     enough = 1.3 * torch.cuda.max_memory_reserved()
     torch.cuda.empty_cache()
     heard = _Messages()
-    logging.getLogger("reward_model").addHandler(heard)
+    logging.getLogger("lore.embeddings.reward_model").addHandler(heard)
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(enough / total)
     try:
@@ -217,7 +217,7 @@ def memory(device: str, tiny: bool) -> Iterator[Row]:
         found = embedded(engine, tokens, "sorted")
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-        logging.getLogger("reward_model").removeHandler(heard)
+        logging.getLogger("lore.embeddings.reward_model").removeHandler(heard)
     row = line("passes are halved", apart(found, expected), OF_ROWS[torch.float32])
     halved = sum("memory is full" in each for each in heard.lines)
     row["note"] = f"halved {halved} times, to {engine.batch_tokens} tokens"
