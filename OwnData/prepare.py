@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.common.cli import cli
-from lore.common.files import InputError, digest
+from lore.common.files import InputError, digest, require
 from lore.common.settings import Fraction, PositiveInt, SeedNumber
 from lore.embeddings import store as embeddings
 from lore.preparing import hold_out, raw
@@ -20,7 +22,7 @@ from lore.preparing import tables as preparing
 from lore.preparing.facts import retest
 from lore.preparing.hold_out import Split
 from lore.preparing.own_rows import USUAL, Choice, Columns
-from lore.preparing.tables import Funnel
+from lore.preparing.tables import EXTRA, Funnel
 
 HERE = Path(__file__).resolve().parent
 SPLITS = ("train", "test")
@@ -34,6 +36,7 @@ def main(
     seen_fraction: Fraction = 0.5,
     split: Split | None = None,
     seed: SeedNumber = 0,
+    extra: tuple[str, ...] = (),
     embed: bool = True,
     **embedding: Any,
 ) -> None:
@@ -54,12 +57,14 @@ def main(
         split: what is divided into training and held out: given (the source's column, named by
             --columns.split), dialogs, prompts, responses or pairs; see above.
         seed: of the draw of seen users, and of what is for training.
+        extra: numbers of either response that are features beside the embedding, such as length,
+            read from columns named after the response's: chosen_length and rejected_length.
         embed: false writes the tables only.
     """
     if embed:
         embeddings.check_model(embedding)
     funnel = Funnel()
-    table = preparing.tabulate(read(source, columns, funnel, split), funnel)
+    table = preparing.tabulate(read(source, columns, funnel, split, extra), funnel)
     what = "users with at least {} comparisons"
     table = preparing.keep_users(table, min_comparisons, funnel, what)
     table, held_out = hold_out.hold_out(table, split, seed, funnel)
@@ -75,7 +80,7 @@ def main(
     conversations, table = preparing.number_conversations(table, funnel)
     settings = {
         "source": source, "columns": asdict(columns), "min_comparisons": min_comparisons,
-        "seen_fraction": seen_fraction, "split": split, "seed": seed,
+        "seen_fraction": seen_fraction, "split": split, "seed": seed, "extra": list(extra),
     }  # fmt: skip
     info = {"dataset": "OwnData", "settings": settings, "split": held_out, "retest": judged_again}
     preparing.finish(out, conversations, table, info, funnel, embedding.get("shard"))
@@ -84,7 +89,11 @@ def main(
 
 
 def read(
-    source: str, columns: Columns, funnel: Funnel, split: Split | None = None
+    source: str,
+    columns: Columns,
+    funnel: Funnel,
+    split: Split | None = None,
+    extra: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """The comparisons of all rows; those of a row share its weight."""
     is_given = split in (None, "given")
@@ -106,10 +115,23 @@ def read(
                 "place": row.place,
                 "time": row.time,
                 "weight": row.weight / max(len(found), 1),
+                **numbers_beside(row, extra, funnel),
             }
             comparisons += [{**same, **pair} for pair in found]
             funnel.left_out(left_out)
     return comparisons
+
+
+def numbers_beside(row: Choice, extra: Sequence[str], funnel: Funnel) -> dict[str, float]:
+    """The further features of both responses by column; those that are missing are counted."""
+    single = len(row.chosen) == len(row.rejected) == 1
+    require(not extra or single, f"{row.place}: --extra needs one response on either side")
+    found = {}
+    for name in extra:
+        values = row.extra(name)
+        found |= {f"{EXTRA[side]}{name}": v for side, v in zip(EXTRA, values, strict=True)}
+        funnel.count(f"responses without {name}", sum(map(math.isnan, values)))
+    return found
 
 
 def check_alike(first: Choice, row: Choice, columns: Columns) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 import running
+from lore.common.files import InputError
+from lore.methods.saved import load_learned
 
 WORDS = ["sun", "rain", "wind", "tea", "bread", "river", "stone", "light", "music", "paper"]
 
@@ -88,3 +90,18 @@ def test_a_single_user_is_a_seen_one(model, tmp_path):
     assert done.status == 0, done.err
     done = running.invoke("OwnData/vary_fewshot.py", given)
     assert done.status == 2 and "no user of OwnData is unseen" in done.err
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_plots")
+def test_further_features_are_learned_from_and_texts_without_them_are_refused(model, tmp_path):
+    rows = [json.loads(line) for line in choices(tmp_path / "plain.jsonl").read_text().splitlines()]
+    for row in rows:  # the embeddings of a random model hardly tell which text is long
+        row |= {f"{side}_length": len(row[side]) for side in ("chosen", "rejected")}
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    carried_out(tmp_path / "mine.jsonl", model, tmp_path, prepare={"extra": ["length"]})
+    files = list((tmp_path / "OwnData" / "fit").glob("*.safetensors"))
+    assert len(files) > 1  # LoRe's and the mixed logit's
+    for file in files:
+        with pytest.raises(InputError, match="texts do not have: .* without --extra length"):
+            load_learned(file)

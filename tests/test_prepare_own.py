@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import random
 from datetime import datetime
 from pathlib import Path
@@ -236,6 +237,66 @@ def test_what_has_no_text_is_counted(tmp_path):
     assert counts["left out: rejected responses empty"] == 1
     assert counts["left out: rejected responses equal to the chosen one"] == 1
     assert counts["comparisons"] == 72 - 3 and counts["rows"] == 72
+
+
+# ------------------------------------------------------------------------ Further features
+
+
+def extras(folder: Path, name: str) -> list[tuple[str, float, float]]:
+    """The chosen response, and the numbers beside it and beside the rejected one."""
+    table = worlds.comparisons(folder)
+    said = table.chosen.map(lambda messages: messages[-1]["content"])
+    sides = (table[f"extra {side} {name}"] for side in ("chosen", "rejected"))
+    return sorted(zip(said, *sides, strict=True))
+
+
+def test_numbers_beside_the_responses_are_kept_and_missing_ones_counted(tmp_path):
+    rows = own_rows()
+    for row in rows:
+        row |= {f"{side}_length": len(row[side]) for side in ("chosen", "rejected")}
+    rows[0] |= {"chosen_length": None, "rejected_length": ""}
+    info = prepare(own(tmp_path, rows), tmp_path / "data", extra=("length",))
+    found = extras(tmp_path / "data", "length")
+    assert len(found) == 72 and sum(math.isnan(row[1]) for row in found) == 1
+    assert all(length == len(said) for said, length, _ in found if not math.isnan(length))
+    assert info["counts"]["responses without length"] == 2
+    assert info["settings"]["extra"] == ["length"]
+    plain = prepare(own(tmp_path, rows), tmp_path / "plain")
+    assert plain["data_sha256"] != info["data_sha256"]  # by which runs are told apart
+
+
+def test_numbers_go_with_their_responses_in_every_layout(tmp_path):
+    two = {"user": "ann", "prompt": "p", "safe": 1}
+    votes = [
+        {**two, "response_a": f"a{i}", "response_b": f"b{i}", "winner": "ab"[i % 2],
+         "response_a_safe": i, "response_b_safe": "0.5"}
+        for i in range(4)
+    ]  # fmt: skip
+    prepare(own(tmp_path, votes), tmp_path / "a", extra=("safe",), split="pairs")
+    expected = [("a0", 0, 0.5), ("a2", 2, 0.5), ("b1", 0.5, 1), ("b3", 0.5, 3)]
+    assert extras(tmp_path / "a", "safe") == expected
+    ratings = [
+        {"user": "ann", "prompt": f"p{i // 2}", "response": f"r{i}", "score": i, "response_safe": i}
+        for i in range(8)
+    ]
+    prepare(own(tmp_path, ratings), tmp_path / "b", extra=("safe",), split="pairs")
+    assert extras(tmp_path / "b", "safe") == [(f"r{i}", i, i - 1) for i in (1, 3, 5, 7)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, "row 3 has no column chosen_length, which --extra length reads"),
+        ({"chosen_length": "long", "rejected_length": 1}, "row 3: chosen_length must be a number"),
+        ({"chosen_length": [1], "rejected_length": 1}, "row 3: chosen_length must be a number"),
+        ({"chosen": ["a", "b"]}, "row 3: --extra needs one response on either side"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused_by_row(tmp_path, change, message):
+    rows = [{**row, "chosen_length": 1, "rejected_length": 2} for row in own_rows()]
+    rows[2] = {**own_rows()[2], **change}
+    with pytest.raises(InputError, match=message):
+        prepare(own(tmp_path, rows), tmp_path / "data", extra=("length",))
 
 
 # ----------------------------------------------------------------------------- Bad input

@@ -354,3 +354,49 @@ def test_scores_of_another_form_are_named(simulated, name, change):
     save_file({**tensors, name: change(tensors[name])}, path)
     with pytest.raises(InputError, match=rf"{re.escape(str(path))}: {name[:4]}"):
         splits.simulated_users(simulated[0], 0.1, 6, 4, 9, 5)
+
+
+# ------------------------------------------------------------------------ Further features
+
+
+class Plain:
+    """Three conversations in the place of a store."""
+
+    num_features, head, last_linear = 2, torch.tensor([1.0, 2.0]), None
+    manifest: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        return 4
+
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        return torch.arange(8.0).reshape(4, 2)[index]
+
+
+def extended(**columns: list[float]) -> pd.DataFrame:
+    """Three training comparisons of 0, 1 and 2 with lengths, and a held-out one."""
+    table = {
+        "seen": [True] * 4, "split": ["train"] * 3 + ["test"],
+        "chosen": [0, 1, 2, 3], "rejected": [1, 2, 0, 0],
+        "extra chosen length": [5.0, 2.0, np.nan, np.nan],
+        "extra rejected length": [3.0, np.nan, 7.0, 5.0],
+    }  # fmt: skip
+    return pd.DataFrame(table | columns)
+
+
+def test_further_features_are_the_mean_of_what_is_said_standardised_on_training() -> None:
+    store = splits.Extended(Plain(), extended())
+    # 0 has 5, 7 and 5; 1 has 3 and 2; nothing is said of 2 and 3, which are the mean of the others
+    means = torch.tensor([17 / 3, 2.5, (17 / 3 + 2.5) / 2, (17 / 3 + 2.5) / 2])
+    unit = torch.stack([means[0] - means[1], means[1] - means[2], means[2] - means[0]])
+    expected = (means - means.mean()) / unit.square().mean().sqrt()
+    rows = store.rows(torch.tensor([2, 0, 1, 3]))
+    torch.testing.assert_close(rows[:, 2], expected[[2, 0, 1, 3]])
+    torch.testing.assert_close(rows[:, :2], Plain().rows(torch.tensor([2, 0, 1, 3])))
+    assert store.num_features == 3 and len(store) == 4 and store.last_linear is None
+    assert store.head.tolist() == [1, 2, 0] and store.manifest == {}
+
+
+def test_a_feature_that_never_differs_in_training_is_refused() -> None:
+    same = {"extra chosen length": [1.0, 1.0, 1.0, 9.0], "extra rejected length": [1.0] * 4}
+    with pytest.raises(InputError, match="--extra length differs in no training comparison"):
+        splits.Extended(Plain(), extended(**same))

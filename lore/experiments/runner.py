@@ -262,7 +262,7 @@ class Experiment:
             **{key: manifest[key] for key in kept if key in manifest},
             "dataset": self.dataset.dataset, "seed": task.seed,
             "users": task.train.names, "users_unseen": _new_names(task),
-            "center": _center(self.dataset.store),
+            "center": _center(self.dataset.store), "extra": self.dataset.about.get("extra", []),
         }  # fmt: skip
         new = fit.users[:0] if fit.new_users is None else fit.new_users
         if task.few is not None and (known := fit.spread(task.few)) is not None:

@@ -61,7 +61,7 @@ class Tasks:
     """
 
     info: dict[str, Any]
-    store: Store
+    store: Store | Extended
     draw: Callable[[int, torch.device], Sets]
     unit: Unit
     about: dict[str, Any]
@@ -142,6 +142,8 @@ def given_split(data: Path, dataset: str | None = None) -> Tasks:
     """
     info, store = load(data, dataset)
     table, about = _comparable(data, store)
+    if names := preparing.extra_names(table):
+        store, about = Extended(store, table), {**about, "extra": names}
     alone = not table.duplicated(["user_id", "dialog_id"]).any()
     unit: Unit = "comparisons" if alone else "dialogues"
 
@@ -287,6 +289,57 @@ def _comparable(data: Path, store: Store) -> tuple[pd.DataFrame, dict[str, Any]]
     require(not same.all(), f"{data}: no comparisons are left: {why}")
     log.warning("WARNING: left out %d of %d comparisons: %s", same.sum(), len(same), why)
     return table[~same].reset_index(drop=True), {"same_tokens": int(same.sum())}
+
+
+class Extended:
+    """A store with the further features of a table beside the embeddings, standardised.
+
+    A feature of a conversation is the mean of what the table says of it, and that of the others
+    where it says nothing; its differences in the seen users' training comparisons have a mean
+    square of one. References are zero there.
+
+    Raises:
+        InputError: no such comparison differs in a feature.
+    """
+
+    def __init__(self, store: Store, table: pd.DataFrame) -> None:
+        self._store, self._extra = store, torch.zeros(len(store), 0)
+        train = table[table["seen"] & (table["split"] == "train")]
+        for name in preparing.extra_names(table):
+            said = pd.concat(
+                table.set_index(side)[f"{start}{name}"] for side, start in preparing.EXTRA.items()
+            )
+            column = said.groupby(level=0).mean().reindex(range(len(store)))
+            column = column.fillna(column.mean()).fillna(0.0).to_numpy()
+            spread = np.sqrt(np.mean((column[train["chosen"]] - column[train["rejected"]]) ** 2))
+            require(spread > 0, f"--extra {name} differs in no training comparison; leave it out")
+            column = torch.from_numpy((column - column.mean()) / spread).float()
+            self._extra = torch.cat([self._extra, column[:, None]], 1)
+        self.num_features = store.num_features + self._extra.shape[1]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Embeddings and further features [n, F + E] of the conversations numbered ``index``."""
+        return torch.cat([self._store.rows(index), self._extra[index]], 1)
+
+    @property
+    def head(self) -> Tensor | None:
+        """The model's score head [F + E], see ``Store.head``."""
+        return self._padded(self._store.head)
+
+    @property
+    def last_linear(self) -> Tensor | None:
+        """What the published code takes for the score head [F + E], see ``Store.last_linear``."""
+        return self._padded(self._store.last_linear)
+
+    def _padded(self, head: Tensor | None) -> Tensor | None:
+        none = torch.zeros(self._extra.shape[1])
+        return None if head is None else torch.cat([head, none])
 
 
 def four_sets(table: pd.DataFrame, store: Store, device: torch.device, unit: Unit) -> Sets:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from lore.common.files import require
 from lore.learning.basis import Basis, load_basis
 from lore.methods import mixed_logit
 
@@ -13,10 +14,18 @@ Learned = Basis | mixed_logit.Saved
 
 
 def load_learned(path: str | Path) -> Learned:
-    """Read a basis file or a mixed logit's; InputError where it is missing, damaged or no such."""
+    """Read a basis file or a mixed logit's.
+
+    Raises:
+        InputError: it is missing, damaged or no such file, or was learned with further features.
+    """
     try:
         with safe_open(path, "pt") as file:
             mixed = (file.metadata() or {}).get("format") == mixed_logit.FORMAT
     except (OSError, SafetensorError):
         mixed = False  # the reader of basis files says what is wrong
-    return mixed_logit.load(Path(path)) if mixed else load_basis(path)
+    found = mixed_logit.load(Path(path)) if mixed else load_basis(path)
+    extra = found.settings.get("extra") or []
+    error = f"{path} was learned with features that texts do not have: prepare and train without "
+    require(not extra, f"{error}--extra {' '.join(map(str, extra))}")
+    return found

@@ -1,12 +1,13 @@
 """Anybody's own rows, in any of three layouts: what was preferred to what, by whom, after what.
 
-A layout is a function that turns all rows into choices; which one rows have is told by flags, else
-by the names of their columns.
+A layout is a function that turns all rows into choices; flags say which one rows have, else the
+names of their columns do.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import re
 import unicodedata
 from collections import Counter, defaultdict
@@ -18,16 +19,8 @@ from typing import Any, Literal, NamedTuple
 
 from lore.common.files import InputError, digest, require
 from lore.common.settings import NonNegativeFloat, PositiveInt
-from lore.preparing import raw
-from lore.preparing.messages import (
-    Conversation,
-    answers,
-    conversation,
-    is_texts,
-    shared_beginning,
-    structure,
-    turns,
-)
+from lore.preparing import messages, raw
+from lore.preparing.messages import Conversation, structure
 from lore.preparing.tables import HEAVIEST, LIGHTEST, draw
 
 log = logging.getLogger(__name__)
@@ -93,10 +86,7 @@ class Columns:
 
 
 USUAL = Columns()
-NAMES = (
-    *("user", "prompt", "messages", "chosen", "rejected", "first", "second", "winner"),
-    *("response", "rating", "dialog", "split", "weight", "timestamp"),
-)  # the fields that are names of columns
+NAMES = tuple(vars(USUAL))[:14]  # the fields that are names of columns
 
 
 class Choice(NamedTuple):
@@ -109,6 +99,7 @@ class Choice(NamedTuple):
         user, dialog, split: "" where the row does not say.
         weight: how much the row counts.
         time: seconds since 1970; 0 where the row does not say.
+        sources: place, row and column of the chosen and of the rejected response.
         left_out: why it does not count, such as a tie; else "".
     """
 
@@ -120,7 +111,28 @@ class Choice(NamedTuple):
     split: str
     weight: float
     time: float
+    sources: tuple[tuple[str, Mapping[str, Any], str], ...]
     left_out: str = ""
+
+    def turned(self) -> Choice:
+        """The opposite choice."""
+        sources = self.sources[::-1]
+        return self._replace(chosen=self.rejected, rejected=self.chosen, sources=sources)
+
+    def extra(self, name: str) -> list[float]:
+        """The number beside the chosen and the rejected response, such as chosen_length; or NaN.
+
+        Raises:
+            InputError: a row lacks the column, or it holds no number.
+        """
+        found = []
+        for place, row, column in self.sources:
+            column = f"{column}_{name}"
+            require(column in row, f"{place} has no column {column}, which --extra {name} reads")
+            cell = _as_number(row[column])
+            missing = cell in (None, "") or cell != cell
+            found.append(math.nan if missing else raw.number(cell, place, column))
+        return found
 
 
 def read_choices(
@@ -143,44 +155,39 @@ def read_choices(
     if not rows:
         return []
     layout, columns = find_layout(*rows[0], columns, judged)
+    needed, read = LAYOUTS[layout]
     for place, row in rows:
-        _check_columns(place, row, columns, LAYOUTS[layout].needed)
+        _check_columns(place, row, columns, needed)
     if layout == "pairs" and judged:
         _refuse_names(rows, columns)
-    found = LAYOUTS[layout].read(rows, columns)
     typed = {str(row.get(columns.user)) for _, row in rows if row.get(columns.user)}
-    joined = len(typed) - len({_same_name(name) for name in typed})
+    joined = len(typed) - len(set(map(_same_name, typed)))
     if joined:
         log.info("%d spellings of users' names were joined with others (Unicode, blanks)", joined)
-    return found
+    return read(rows, columns)
 
 
 # ------------------------------------------------------------------------- What is where
 
 # Names that tables have, in small letters and digits alone.
-USERS = (
-    "user",
-    *("username", "userid", "workerid", "worker", "turkerid", "annotator", "annotatorid", "rater"),
-    *("raterid", "participant", "participantid", "labeler", "labelerid", "judge", "judgeid"),
-)
+USERS = ("user", "username", "userid", "workerid", "worker", "turkerid", "annotator", "annotatorid",
+         "rater", "raterid", "participant", "participantid", "labeler", "labelerid", "judge",
+         "judgeid")  # fmt: skip
 PROMPTS = ("prompt", "userprompt", "question", "questiontext", "query", "instruction", "post")
 DIALOGUES = ("messages", "conversations", "conversation")
 VERDICTS = ("winner", "preferred", "preference", "label")
-WINNERS = (
-    *(*VERDICTS, "choice", "chosenresponse", "preferredresponse", "betteranswer"),
-    *("betterresponse", "better", "vote", "chosen"),
-)
+WINNERS = (*VERDICTS, "choice", "chosenresponse", "preferredresponse", "betteranswer",
+           "betterresponse", "better", "vote", "chosen")  # fmt: skip
 RATINGS = ("rating", "score", "stars")
-STEMS = (
-    *("response", "output", "text", "answer", "completion", "candidate", "reply", "summary"),
-    *("option", "generation", "modelresponse", "a"),
-)
+STEMS = ("response", "output", "text", "answer", "completion", "candidate", "reply", "summary",
+         "option", "generation", "modelresponse", "a")  # fmt: skip
 ENDS = (("a", "b"), ("1", "2"), ("0", "1"), ("left", "right"), ("first", "second"))
 
 
-def _plain(name: Any) -> str:
-    """A name in small letters and digits alone, without what crowd sites put before it."""
-    return re.sub(r"[^a-z0-9]", "", re.sub(r"^(input|answer)\.", "", str(name).lower()))
+def _plain(names: Iterable[Any]) -> dict[str, Any]:
+    """Names by their small letters and digits, without what crowd sites put before them."""
+    bare = {name: re.sub(r"^(input|answer)\.", "", str(name).lower()) for name in names}
+    return {re.sub(r"[^a-z0-9]", "", text): name for name, text in bare.items()}
 
 
 def _with_winner(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -194,17 +201,17 @@ def _with_winner(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def resolve(row: Mapping[str, Any], columns: Columns) -> Columns:
     """The columns with user, prompt and messages under the names that this row has for them."""
-    plain = {_plain(name): name for name in row}
+    plain = _plain(row)
     found = {}
     if columns.user == USUAL.user and columns.user not in row and not columns.user_name:
         found["user"] = next((plain[name] for name in USERS if name in plain), columns.user)
     named = (columns.prompt, columns.messages) != (USUAL.prompt, USUAL.messages)
     if not named and not {columns.prompt, columns.messages} & row.keys():
         has_input = bool(row.get("input"))  # an instruction is only half of the prompt then
-        asked = [name for name in PROMPTS if name in plain and not (has_input and "instr" in name)]
+        prompts = [n for n in PROMPTS if n in plain and not (has_input and "instr" in n)]
         spoken = [name for name in DIALOGUES if name in plain]
-        found |= {"messages": plain[spoken[0]]} if spoken else {}
-        found |= {"prompt": plain[asked[0]]} if asked and not spoken else {}
+        if spoken or prompts:
+            found["messages" if spoken else "prompt"] = plain[(spoken or prompts)[0]]
     return replace(columns, **found)
 
 
@@ -218,33 +225,30 @@ def find_layout(
     """
     known = resolve(row, columns)
     flags = {name for name in NAMES if getattr(columns, name) != getattr(USUAL, name)}
-    if flags & {"first", "second"} or ("winner" in flags and columns.winner != NONE):
-        layout, known = "votes", _two_and_winner(place, row, known, judged)
-    elif "rating" in flags:
-        layout = "ratings"
-    elif flags & {"chosen", "rejected"} or {known.chosen, known.rejected} <= row.keys():
-        layout = "pairs"
-        if judged and not columns.winner:
-            _refuse_verdict(place, row, known)
-    elif _pairs_of_names(row):
-        layout, known = "votes", _two_and_winner(place, row, known, judged)
-    elif columns.response in row and any(name in row for name in RATINGS):
-        layout, rating = "ratings", next(name for name in RATINGS if name in row)
-        known = replace(known, rating=rating)
-    else:
-        layout = "pairs"  # whose columns are missing, which is told by their names
-    if not judged and layout == "votes" and not known.winner:
-        known = replace(known, winner=NONE)
-    if known != columns:
-        names = {name: getattr(known, name) for name in NAMES}
-        new = [f"{name} {names[name]}" for name in NAMES if names[name] != getattr(columns, name)]
+    has_pairs = flags & {"chosen", "rejected"} or {known.chosen, known.rejected} <= row.keys()
+    ratings = [name for name in RATINGS if name in row and columns.response in row]
+    if flags & {"first", "second"} or columns.winner not in ("", NONE):
+        layout = "votes"
+    elif "rating" in flags or has_pairs:
+        layout = "ratings" if "rating" in flags else "pairs"
+    else:  # pairs in the end: which of their columns are missing is said later
+        layout = "votes" if _pairs_of_names(row) else "ratings" if ratings else "pairs"
+    if layout == "votes":
+        known = _two_and_winner(place, row, known, judged)
+    elif layout == "ratings":
+        known = replace(known, rating=columns.rating or ratings[0])
+    elif has_pairs and judged and not columns.winner:
+        _refuse_verdict(place, row, known)
+    names = {name: getattr(known, name) for name in NAMES}
+    new = [f"{name} {found}" for name, found in names.items() if found != getattr(columns, name)]
+    if new:
         log.info("columns found: %s", ", ".join(new))
     return layout, known
 
 
 def _pairs_of_names(row: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The columns whose names are those of two responses, such as response_a and response_b."""
-    plain = {_plain(name): name for name in row}
+    plain = _plain(row)
     orders = [(x + y, x + z) for x in STEMS for y, z in ENDS]
     orders += [(y + x, z + x) for x in STEMS[:-1] for y, z in ENDS]
     return [(plain[one], plain[two]) for one, two in orders if one in plain and two in plain]
@@ -257,40 +261,36 @@ def _two_and_winner(place: str, row: Mapping[str, Any], columns: Columns, judged
         require(not first and not second, "--first and --second go together; name both")
         pairs = _pairs_of_names(row)
         some = "; ".join(" and ".join(pair) for pair in pairs) or f"only {_there(row)}"
-        said = f"{place}: --first and --second must say which two responses are compared: {some}"
-        require(len(pairs) == 1, said)
+        error = f"{place}: --first and --second must say which two responses are compared: {some}"
+        require(len(pairs) == 1, error)
         first, second = pairs[0]
     if not winner and judged:
-        plain = {_plain(name): name for name in row if name not in (first, second)}
+        plain = _plain(name for name in row if name not in (first, second))
         found = [plain[name] for name in WINNERS if name in plain]
-        said = f"{place} has two responses, {first} and {second}, but --winner must say which "
-        said += f"column names the better one: {', '.join(found) or _there(row)}"
-        require(len(found) == 1, said)
+        error = f"{place} has two responses, {first} and {second}, but --winner must say which "
+        error += f"column names the better one: {', '.join(found) or _there(row)}"
+        require(len(found) == 1, error)
         winner = found[0]
-    return replace(columns, first=first, second=second, winner=winner)
+    return replace(columns, first=first, second=second, winner=winner or NONE)
 
 
 def _refuse_verdict(place: str, row: Mapping[str, Any], columns: Columns) -> None:
     used = {getattr(columns, name) for name in NAMES}
-    verdicts = [name for name in row if _plain(name) in VERDICTS and name not in used]
-    if verdicts:
-        raise InputError(
-            f"{place}: no flag uses the column {verdicts[0]}; if it says which of two responses is "
-            f"better, give --first, --second and --winner {verdicts[0]}, else --winner {NONE}"
-        )
+    verdicts = [name for plain, name in _plain(row).items() if plain in VERDICTS]
+    unused = next((name for name in verdicts if name not in used), "")
+    error = f"{place}: no flag uses the column {unused}; if it says which of two responses is "
+    error += f"better, give --first, --second and --winner {unused}, else --winner {NONE}"
+    require(not unused, error)
 
 
 def _refuse_names(rows: Sequence[Row], columns: Columns) -> None:
     """Refuse chosen or rejected responses that are names of responses, such as A and B."""
     for side in (columns.chosen, columns.rejected):
         values = {str(row[side]).strip() for _, row in rows}
-        if len(rows) >= 6 and len(values) < 4 and max(map(len, values)) < 20:
-            some = ", ".join(sorted(values))
-            raise InputError(
-                f"{_table(rows[0][0])}: {side} holds nothing but {some}, which "
-                "are no responses; if it says which of two is better, give --first, --second and "
-                f"--winner {side}"
-            )
+        error = f"{_table(rows[0][0])}: {side} holds nothing but {', '.join(sorted(values)):.80}, "
+        error += "which are no responses; if it says which of two is better, give --first, "
+        error += f"--second and --winner {side}"
+        require(len(rows) < 6 or len(values) >= 4 or max(map(len, values)) >= 20, error)
 
 
 def _check_columns(
@@ -302,14 +302,21 @@ def _check_columns(
         if column in ("", NONE) or column in row:
             continue
         if name in needed or column != getattr(USUAL, name):
-            said = f"{place} has no column {column}, only {_there(row)}; --{name} says which one"
-            other = " (or give --first, --second and --winner, or --rating)"
-            raise InputError(f"{said} holds it{other if name in needed else ''}")
+            other = " (or give --first, --second and --winner, or --rating)" * (name in needed)
+            raise InputError(
+                f"{place} has no column {column}, only {_there(row)}; --{name} says which one "
+                f"holds it{other}"
+            )
 
 
 def _there(row: Mapping[str, Any]) -> str:
     """The names of a row's columns, the first of them where there are many."""
     return ", ".join([*map(str, list(row)[:12]), *(["..."] if len(row) > 12 else [])])
+
+
+def _table(place: str) -> str:
+    """The file of a row's place."""
+    return place.rpartition(" row ")[0] or place
 
 
 # --------------------------------------------------------------------------- One row
@@ -331,26 +338,22 @@ def read_endings(
         InputError: the row has no prompt, or a cell is of another form.
     """
     prompt = structure(row.get(columns.prompt), place, columns.prompt)
-    cells = [structure(row[name], place, name) for name in names]
-    if is_texts(prompt) and all(map(is_texts, cells)):
-        found = [
-            [turns(prompt, cell, place, name)] for name, cell in zip(names, cells, strict=True)
-        ]
+    cells = [(structure(row[name], place, name), place, name) for name in names]
+    if all(map(messages.is_texts, (prompt, *(cell for cell, *_ in cells)))):
+        found = [[messages.turns(prompt, *cell)] for cell in cells]
     else:
-        found = [answers(cell, place, name) for name, cell in zip(names, cells, strict=True)]
-        every = [messages for some in found for messages in some]
-        begun = [messages[0]["role"] != "assistant" for messages in every]
-        if any(begun):
-            said = f"{place}: some of {' and '.join(names)} begin with the assistant, others not"
-            require(all(begun), said)
-            _check_prompt(place, row, columns, names, shared_beginning(every))
+        found = [messages.answers(*cell) for cell in cells]
+        every = [talk for some in found for talk in some]
+        begun = {talk[0]["role"] != "assistant" for talk in every}
+        error = f"{place}: some of {' and '.join(names)} begin with the assistant, others not"
+        require(len(begun) == 1, error)
+        if True in begun:
+            _check_prompt(place, row, columns, names, messages.shared_beginning(every))
         else:
             history = read_history(place, row, columns)
-            found = (
-                [[[*history, *messages] for messages in some] for some in found] if history else []
-            )
-    before = [messages[:-1] for some in found for messages in some]
-    return found if all(b and all(message["content"] for message in b) for b in before) else None
+            found = [[[*history, *talk] for talk in some] for some in found] if history else []
+    before = [talk[:-1] for some in found for talk in some]
+    return found if all(b and all(m["content"] for m in b) for b in before) and found else None
 
 
 def read_history(place: str, row: Mapping[str, Any], columns: Columns = USUAL) -> Conversation:
@@ -360,22 +363,20 @@ def read_history(place: str, row: Mapping[str, Any], columns: Columns = USUAL) -
         InputError: the row has neither or both, they are of another form, or the dialogue ends with
             the assistant.
     """
-    prompt, messages = row.get(columns.prompt), row.get(columns.messages)
-    if messages in (None, "", []):
-        there = columns.prompt in row or columns.messages in row
-        if not there:
-            said = f"{place} has neither {columns.prompt} nor {columns.messages}; name the column "
-            require(bool(columns.prompt_text), said + "by --prompt, or one text by --prompt-text")
+    prompt, cell, name = row.get(columns.prompt), row.get(columns.messages), columns.messages
+    if cell in (None, "", []):
+        if not {columns.prompt, columns.messages} & row.keys():
+            error = f"{place} has neither {columns.prompt} nor {columns.messages}; name the column "
+            require(bool(columns.prompt_text), f"{error}by --prompt, or one text by --prompt-text")
             prompt = columns.prompt_text
-        messages, name = structure(prompt, place, columns.prompt), columns.prompt
-        if is_texts(messages) or not isinstance(messages, list):
+        cell, name = structure(prompt, place, columns.prompt), columns.prompt
+        if messages.is_texts(cell) or not isinstance(cell, list):
             content = raw.text(prompt, place, columns.prompt)
             return [{"role": "user", "content": content}] if content else []
     else:
         both = f"{place} has both {columns.prompt} and {columns.messages}; leave one out"
         require(prompt in (None, ""), both)
-        name = columns.messages
-    history = conversation(messages, place, name)
+    history = messages.conversation(cell, place, name)
     ends = bool(history) and history[-1]["role"] == "assistant"
     require(not ends, f"{place}: {name} ends with the assistant, so that nothing is to be answered")
     return history if all(message["content"] for message in history) else []
@@ -385,33 +386,38 @@ def _check_prompt(
     place: str, row: Mapping[str, Any], columns: Columns, names: Sequence[str], shared: Conversation
 ) -> None:
     """Conversations begin alike, and with the prompt and messages of the row if it has them."""
-    asked = [message["content"].strip() for message in shared if message["role"] == "user"]
+    prompts = [message["content"].strip() for message in shared if message["role"] == "user"]
     both = " and ".join(names)
-    require(bool(asked), f"{place}: {both} do not begin with the same message of the user")
+    require(bool(prompts), f"{place}: {both} do not begin with the same message of the user")
     other = f"{place}: {both} do not begin with what %s says"
     prompt = structure(row.get(columns.prompt), place, columns.prompt)
     if isinstance(prompt, str) and prompt.strip():
-        require(prompt.strip() in asked, other % columns.prompt)
+        require(prompt.strip() in prompts, other % columns.prompt)
     for name, cell in ((columns.messages, row.get(columns.messages)), (columns.prompt, prompt)):
         if isinstance(cell, list) and cell:
-            found = conversation(cell, place, name)
+            found = messages.conversation(cell, place, name)
             number = min(len(found), len(shared))
             require(found[:number] == shared[:number], other % name)
 
 
 def _choice(place: str, row: Mapping[str, Any], columns: Columns, names: Sequence[str]) -> Choice:
-    """What a row says, with the conversations of one column as chosen, of the other as rejected."""
+    """What a row says: the first column's conversations are chosen, the second's are rejected."""
     found = read_endings(place, row, columns, names)
-    chosen, rejected = found or ([], [])
+    chosen, rejected, *_ = (*(found or []), [], [])
+    user, dialog = (
+        "" if row.get(column) in (None, "") else raw.name(row[column], place, column)
+        for column in (columns.user, columns.dialog)
+    )
     return Choice(
         place,
         chosen,
         rejected,
-        user=columns.user_name or _same_name(_name(place, row, columns.user)),
-        dialog=_name(place, row, columns.dialog),
+        user=columns.user_name or _same_name(user),
+        dialog=dialog,
         split=raw.text(row.get(columns.split), place, columns.split),
         weight=_weight(place, row, columns.weight),
         time=_time(place, row, columns.timestamp),
+        sources=tuple((place, row, name) for name in names),
         left_out="" if found else NO_PROMPT,
     )
 
@@ -421,22 +427,12 @@ def _same_name(name: str) -> str:
     return unicodedata.normalize("NFC", name).strip()
 
 
-def _name(place: str, row: Mapping[str, Any], column: str) -> str:
-    cell = row.get(column)
-    return "" if cell in (None, "") else raw.name(cell, place, column)
-
-
 def _weight(place: str, row: Mapping[str, Any], column: str) -> float:
     """One where the row does not say."""
     cell = row.get(column)
-    if cell in (None, ""):
-        return 1.0
-    weight = raw.number(_as_number(cell), place, column)
-    if not LIGHTEST <= weight <= HEAVIEST:
-        raise InputError(
-            f"{place}: {column} must be above 0, from {LIGHTEST:g} to {HEAVIEST:g}; remove the row "
-            "if it is not to count"
-        )
+    weight = 1.0 if cell in (None, "") else raw.number(_as_number(cell), place, column)
+    error = f"{place}: {column} must be above 0, from {LIGHTEST:g} to {HEAVIEST:g}; remove the row "
+    require(LIGHTEST <= weight <= HEAVIEST, f"{error}if it is not to count")
     return weight
 
 
@@ -476,17 +472,16 @@ def _pairs(rows: Sequence[Row], columns: Columns) -> list[Choice]:
 def _votes(rows: Sequence[Row], columns: Columns) -> list[Choice]:
     """Two responses and the name of the better one."""
     sides = (columns.first, columns.second)
-    said = Counter(_value(row.get(columns.winner)) for _, row in rows)
-    means = _meanings(said, columns, rows[0][0])
+    said = [_value(row.get(columns.winner)) for _, row in rows]
+    means = _meanings(Counter(said), columns, rows[0][0])
     found = []
-    for place, row in rows:
+    for value, (place, row) in zip(said, rows, strict=True):
         choice = _choice(place, row, columns, sides)
-        verdict = means[_value(row.get(columns.winner))]
-        turned = choice._replace(chosen=choice.rejected, rejected=choice.chosen)
-        if verdict != TIES or choice.left_out:
-            found.append(turned if verdict == columns.second else choice)
+        if means[value] != TIES or choice.left_out:
+            found.append(choice.turned() if means[value] == columns.second else choice)
         elif columns.ties == "half":
-            found += [each._replace(weight=choice.weight / 2) for each in (choice, turned)]
+            half = choice._replace(weight=choice.weight / 2)
+            found += [half, half.turned()]
         else:
             found.append(choice._replace(left_out=TIES))
     return found
@@ -523,36 +518,27 @@ def _meanings(said: Counter[str], columns: Columns, place: str) -> dict[str, str
     scale = next((scale for need, scale in SCALES if need <= numbers <= scale.keys()), {})
     index = {value: own.get(value, scale.get(value, _in_words(value))) for value in said}
     unknown = [f"{value!r:.40} ({said[value]})" for value in said if index[value] is None]
-    if unknown:
-        raise InputError(
-            f"{_table(place)}: {columns.winner} has values that are not understood: "
-            f"{', '.join(unknown[:8])}; --first-wins and --second-wins say what they mean"
-        )
+    error = f"{_table(place)}: {columns.winner} has values that are not understood: "
+    error += f"{', '.join(unknown[:8])}; --first-wins and --second-wins say what they mean"
+    require(not unknown, error)
     if columns.winner != NONE:
-        told = [f"{v[:40] or 'empty'} = {sides[i]} ({said[v]})" for v, i in sorted(index.items())]
-        log.info("%s: %s", columns.winner, ", ".join(told))
+        read = [f"{v[:40] or 'empty'} = {sides[i]} ({said[v]})" for v, i in sorted(index.items())]
+        log.info("%s: %s", columns.winner, ", ".join(read))
     return {value: sides[i] for value, i in index.items()}
 
 
 def _in_words(value: str) -> int | None:
     """0 for the first, 1 for the second, 2 for a tie; None for what is not understood."""
     plain = re.sub(r"(is)?(better|wins)$", "", re.sub(r"[^a-z0-9]", "", value))
-    if plain in TIED:
-        return 2
     bare = re.sub(f"^(the)?(model|{'|'.join(STEMS[:-1])})(?=.)", "", plain)
-    return None if plain.isdigit() else SIDES.get(bare)
-
-
-def _table(place: str) -> str:
-    """The file of a row's place."""
-    return place.rpartition(" row ")[0] or place
+    return 2 if plain in TIED else None if plain.isdigit() else SIDES.get(bare)
 
 
 def _ratings(rows: Sequence[Row], columns: Columns) -> list[Choice]:
     """Ratings of responses: pairs of one user's ratings after the same prompt."""
     left_out, rated, of_user = [], defaultdict(list), defaultdict(dict)
     for place, row in rows:
-        choice = _choice(place, row, columns, (columns.response, columns.response))
+        choice = _choice(place, row, columns, [columns.response])
         rating = raw.number(_as_number(row[columns.rating]), place, columns.rating)
         if choice.left_out:
             left_out.append(choice)
@@ -583,24 +569,17 @@ def _rated_pairs(rated: list[tuple[float, Choice]], margin: float) -> dict[str, 
     """A choice for each two ratings that differ enough, the higher one chosen."""
     found = {}
     for one, other in combinations(rated, 2):
-        (high, better), (low, worse) = sorted((one, other), key=lambda each: -each[0])
+        (low, worse), (high, better) = sorted((one, other), key=lambda each: each[0])
         if high > low and high - low >= margin:
             weight = (better.weight + worse.weight) / 2
-            pair = better._replace(rejected=worse.rejected, weight=weight)
-            key = digest([pair.user, pair.dialog, pair.chosen, pair.rejected])
-            found[key] = pair
+            sources = better.sources + worse.sources
+            pair = better._replace(rejected=worse.chosen, weight=weight, sources=sources)
+            found[digest([pair.user, pair.dialog, pair.chosen, pair.rejected])] = pair
     return found
 
 
-class Layout(NamedTuple):
-    """How rows are laid out: the columns that they need, and what makes choices of them."""
-
-    needed: tuple[str, ...]
-    read: Callable[[Sequence[Row], Columns], list[Choice]]
-
-
-LAYOUTS = {
-    "pairs": Layout(("chosen", "rejected"), _pairs),
-    "votes": Layout(("first", "second", "winner"), _votes),
-    "ratings": Layout(("response", "rating"), _ratings),
-}
+LAYOUTS: dict[str, tuple[tuple[str, ...], Callable[[Sequence[Row], Columns], list[Choice]]]] = {
+    "pairs": (("chosen", "rejected"), _pairs),
+    "votes": (("first", "second", "winner"), _votes),
+    "ratings": (("response", "rating"), _ratings),
+}  # the columns that a layout needs, and what makes choices of its rows

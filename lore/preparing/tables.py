@@ -52,6 +52,7 @@ COLUMNS = {
     "rejected": "int64",
     "weight": "float64",
 }
+EXTRA = {side: f"extra {side} " for side in ("chosen", "rejected")}  # columns of numbers, by name
 MARK = {b"written by": b"prepare.py"}
 MESSAGES = pa.schema(
     [("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])))], MARK
@@ -297,7 +298,9 @@ def number_conversations(
             conversations, and their names; the order of the rows does not matter.
         funnel: gets the sizes of the result.
     """
+    extra = [f"{side}{name}" for name in extra_names(comparisons) for side in EXTRA.values()]
     order = ["user_id", "dialog_id", "turn", "chosen_name", "rejected_name", "split", "weight"]
+    order += extra
     table = comparisons.sort_values(order, ignore_index=True)
     _count_sets(table, funnel)
     names, talks = (
@@ -307,7 +310,13 @@ def number_conversations(
     numbers, conversations = distinct(names, talks)
     table[["chosen", "rejected"]] = numbers.reshape(-1, 2)
     funnel.count("distinct conversations", len(conversations))
-    return conversations, table[list(COLUMNS)].astype(COLUMNS)
+    return conversations, table[[*COLUMNS, *extra]].astype(COLUMNS)
+
+
+def extra_names(comparisons: pd.DataFrame) -> list[str]:
+    """The names of further features: numbers that a table has of either response."""
+    start = EXTRA["chosen"]
+    return [name.removeprefix(start) for name in comparisons if name.startswith(start)]
 
 
 def _count_sets(comparisons: pd.DataFrame, funnel: Funnel) -> None:
@@ -531,10 +540,10 @@ def read_comparisons(folder: Path, num_rows: int) -> pd.DataFrame:
     """
     path = folder / "comparisons.parquet"
     table = _read_table(path).to_pandas()
-    missing = [column for column in COLUMNS if column not in table]
-    require(not missing, f"{path}: lacks the columns {', '.join(missing)}; {AGAIN}")
     require(not table.empty, f"{path}: has no rows; {AGAIN}")
-    for column, kind in COLUMNS.items():
+    numbers = {f"{side}{name}": float for name in extra_names(table) for side in EXTRA.values()}
+    for column, kind in {**COLUMNS, **numbers}.items():
+        require(column in table, f"{path}: lacks the column {column}; {AGAIN}")
         is_text = table[column].map(type).eq(str).all()
         right = is_text if kind is str else table[column].dtype == kind
         what = {str: "text", bool: "true or false"}.get(kind, kind)
