@@ -16,6 +16,7 @@ import worlds
 from lore.common.files import InputError, file_sha256
 from lore.embeddings.store import VERIFIED
 from lore.experiments import splits
+from lore.preparing.own_rows import USUAL
 from lore.preparing.tables import Funnel
 
 EXAMPLES = settings(
@@ -29,7 +30,8 @@ CELLS = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
     | st.sampled_from(["\ud800", 10**400, "EMPTY STRING", "response_a", "model", "user"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
-        st.sampled_from(["turn", "role", "content", "text", "id", "post", "if_chosen"]),
+        st.sampled_from(["turn", "role", "content", "from", "value", "text", "id", "post",
+                         "if_chosen"]),
         inner, max_size=4,
     ),
     max_leaves=6,
@@ -81,12 +83,28 @@ def test_mutated_files_are_read_or_refused(copied, change, which, trusted):
             file.write_bytes(content)
 
 
+def own(folder: Path, *, winner: bool) -> Path:
+    """Rows of OwnData: chosen and rejected, or two responses and the winner."""
+    sides = ("response_a", "response_b") if winner else ("chosen", "rejected")
+    rows = [
+        {"user": f"u{i}", "prompt": "p", sides[0]: f"one {i}", sides[1]: f"two {i}"}
+        | ({"preferred": "ab"[i % 2]} if winner else {})
+        for i in range(6)
+    ]
+    worlds.write(folder / "mine.jsonl", rows)
+    return folder
+
+
 RAW = {
     "RedditTLDR": (worlds.tldr, {"workers": 2, "annotations": 2}, "train.jsonl.gz", ()),
     "PRISM": (worlds.prism, {"users": 2, "dialogues": 2}, "conversations.jsonl", ("each",)),
     "PersonalLLM": (worlds.personalllm, {"train": 2, "test": 2}, "train.parquet", ()),
     "CommunityAlignment": (worlds.community, {"annotators": 2, "conversations": 2},
                            "train.parquet", ("en",)),
+    "PersonalRewardBench": (worlds.rewardbench, {"users": 2, "comparisons": 3},
+                            "train.parquet", ()),
+    "OwnData": (own, {"winner": False}, "mine.jsonl", (USUAL,)),
+    "OwnData votes": (own, {"winner": True}, "mine.jsonl", (USUAL,)),
 }  # fmt: skip
 
 
@@ -97,7 +115,8 @@ def raw_source(name: str, folder: Path) -> tuple[Any, Path, list[dict[str, Any]]
     source = write(folder / name, **size)
     rows = worlds.read(source / file)
     (source / file).unlink()
-    return worlds.script(f"{name}/prepare.py"), source / f"{file.split('.')[0]}.jsonl", rows
+    script = worlds.script(f"{name.split()[0]}/prepare.py")
+    return script, source / f"{file.split('.')[0]}.jsonl", rows
 
 
 @pytest.mark.slow
@@ -121,4 +140,5 @@ def test_mutated_raw_rows_are_read_or_refused(tmp_path_factory, name, cell, colu
         else:
             script.read(str(file.parent), *RAW[name][3], Funnel())
     except InputError as error:
-        assert "\n" not in str(error) and "row" in str(error) or "language" in str(error)
+        assert "\n" not in str(error)
+        assert str(file) in str(error) or "language" in str(error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,14 @@ def choices(path: Path, users: int = 30, rows: int = 12) -> Path:
             row = {"user": f"u{u:02d}", "prompt": prompt, "chosen": chosen, "rejected": rejected}
             lines.append(json.dumps(row))
     path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def case(name: str) -> Path:
+    """A public file of preferences."""
+    path = running.ROOT.parent / "shared" / "cases" / name
+    if not path.exists():
+        pytest.skip(f"there is no {name}")
     return path
 
 
@@ -77,6 +86,23 @@ def test_the_defaults_fit_few_users(model, tmp_path):
     carried_out(few(tmp_path / "six.jsonl", 6), model, tmp_path)
     table = (tmp_path / "OwnData" / "fit" / "table.md").read_text()
     assert "LoRe K=2" in table and "LoRe K=5" not in table  # three of them are seen
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_plots")
+def test_thirteen_votes_of_six_people_go_through_and_have_no_interval(model, tmp_path):
+    """As the file is; the defaults fit it, and so few people say too little of others."""
+    carried_out(case("C01-response-a-b-preferred.csv"), model, tmp_path)
+    table = (tmp_path / "OwnData" / "fit" / "table.md").read_text()
+    assert "LoRe K=" in table and not re.search(r"\d \[\.?\d", table)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_plots")
+def test_the_verdict_is_at_a_number_of_shots_that_users_have(model, tmp_path):
+    carried_out(case("small.jsonl"), model, tmp_path)
+    table = (tmp_path / "OwnData" / "shots" / "table.md").read_text()
+    assert "at 20 shots" not in table and "| 20" not in table.split("users with as many")[-1]
 
 
 @pytest.mark.slow

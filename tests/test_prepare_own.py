@@ -324,6 +324,17 @@ MESSAGE = {"role": "user", "content": "p"}
         ({"chosen": []}, "row 3: chosen is an empty list; give a response or remove the row"),
         ({"rejected": {"a": 1}}, "row 3: rejected must be text, not a dict"),
         ({"rejected": ["a", 5]}, "row 3: each rejected must be text, not a int"),
+        ({"chosen": 5}, "row 3: chosen must be text, not a int"),
+        ({"chosen": True}, "row 3: chosen must be text, not a bool"),
+        ({"chosen": [[]]}, "row 3: each chosen must be text, not a list"),
+        ({"chosen": [None, {"a": 1}]}, "row 3: each chosen must be text, not a dict"),
+        ({"rejected": [[MESSAGE]]}, "row 3: each rejected must end with a message of the assis"),
+        ({"prompt": MESSAGE}, "row 3: prompt must be text, not a dict"),
+        ({"prompt": [1, 2]}, "row 3: a message must have role and content, unlike 1"),
+        ({"user": {"name": "ann"}}, "row 3: user must be text, not a dict"),
+        ({"user": 1.5}, "row 3: user must be text, not a float"),
+        ({"split": ["train"]}, "row 3: split must be text, not a list"),
+        ({"weight": {"a": 1}}, "row 3: weight must be a number, not {'a': 1}"),
         ({"chosen": "\udc00"}, "row 3: chosen holds half a surrogate pair"),
         ({"weight": -1}, "row 3: weight must be above 0"),
         ({"weight": 1e30}, "row 3: weight must be .*from 1e-06 to 1e\\+06"),
@@ -372,6 +383,23 @@ def test_a_source_that_is_not_there_is_named(tmp_path):
     }.items():
         with pytest.raises(InputError, match=message):
             prepare(source, tmp_path / "data")
+
+
+def test_one_user_or_one_comparison_is_prepared_or_refused_in_one_line(tmp_path):
+    row = {"user": "ann", "prompt": "p", "chosen": "a", "rejected": "b"}
+    for least, what in {2: "0 users with at least 2 comp", 1: "0 users with comparisons"}.items():
+        with pytest.raises(InputError, match=f"^no comparisons are left: 1 rows; .*{what}[^\n]*$"):
+            prepare(own(tmp_path, [row]), tmp_path / "data", min_comparisons=least)
+    counts = prepare(own(tmp_path, [row, {**row, "chosen": "c"}]), tmp_path / "data")["counts"]
+    assert counts["training comparisons"] == counts["test comparisons"] == 1
+    assert counts["users with comparisons"] == 1
+
+
+def test_a_folder_where_nothing_can_be_written_is_one_line(tmp_path):
+    if not Path("/proc/self").exists():
+        pytest.skip("there is no folder here that takes no files from anybody")
+    with pytest.raises(InputError, match="^/proc/none[^\n]*cannot be written[^\n]*$"):
+        prepare(own(tmp_path), Path("/proc/none/data"))
 
 
 def test_one_side_alone_leaves_nothing(tmp_path):

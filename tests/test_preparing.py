@@ -110,6 +110,26 @@ def test_a_wrong_model_is_noticed_before_the_data_are_read(tmp_path, monkeypatch
         worlds.prepare(name, tmp_path, tmp_path / "data", model=str(tmp_path / "typo"))
 
 
+@pytest.mark.parametrize(
+    ("name", "write", "size"),
+    [
+        ("RedditTLDR", worlds.tldr, {"workers": 1}), ("PRISM", worlds.prism, {"users": 1}),
+        ("CommunityAlignment", worlds.community, {"annotators": 1}),
+        ("PersonalLLM", worlds.personalllm, {"train": 1, "test": 1}),
+        ("PersonalRewardBench", worlds.rewardbench, {"users": 1, "comparisons": 3}),
+    ],
+)  # fmt: skip
+def test_a_single_user_is_prepared_or_refused_in_one_line(tmp_path, name, write, size):
+    source = write(tmp_path / "raw", **size)
+    if name in ("PRISM", "CommunityAlignment"):
+        with pytest.raises(InputError, match=r"^--seen-fraction 0.5 of 1 users makes 0 [^\n]*$"):
+            prepare(name, source, tmp_path / "data")
+        assert not (tmp_path / "data").exists()
+    else:
+        prepare(name, source, tmp_path / "data")
+        assert preparing.read_info(tmp_path / "data")["dataset"] == name
+
+
 # ---------------------------------------------------------------------------------- Rows
 
 

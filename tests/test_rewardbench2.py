@@ -753,6 +753,8 @@ def test_malformed_empty_and_missing_sources(tmp_path):
         ({"users": ["ann"]}, "--users belongs to --basis"),
         ({"head_key": "a"}, "belong to --rm_head"),
         ({"save_csv": "{folder}"}, "--save-csv .* is a folder"),
+        ({"save_csv": "{wide}"}, "--save-csv .*wide.npy: is there and not what this writes"),
+        ({"save_csv": "{wide}", "rm_head": "{wide}"}, "--save-csv .*wide.npy: is what is to be"),
         ({"save_csv": "{wide}/x.csv"}, "--save-csv .*nothing can be written in .*wide.npy"),
         ({"save_csv": "{wide}"}, "--save-csv .*wide.npy: is there and not what this writes"),
         ({"save_csv": "{basis}", "basis": "{basis}"}, "--save-csv .*is what is to be read"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -119,6 +120,17 @@ def test_ties_and_what_was_judged_again_can_be_kept_and_are_counted(tmp_path):
     assert info["counts"]["left out: ties"] == 1 and info["counts"]["comparisons"] == 9
     assert info["retest"]["judged_again"] == 2 and info["retest"]["both_sides"] == 0
     assert info["retest"]["same"] == 0 == info["retest"]["others"] - 0.5  # each the first shown
+
+
+@pytest.mark.parametrize("row", ["", "[1]", '{"info": {"post": "p", "title": "p"}, "batch": "b"}'])
+def test_somebodys_rows_are_not_replaced(tmp_path, row):
+    source, theirs = corpus(tmp_path / "xml"), tmp_path / "out" / "validation.jsonl.gz"
+    theirs.parent.mkdir()
+    theirs.write_bytes(gzip.compress(row.encode()))
+    with pytest.raises(InputError, match="--out .*validation.jsonl.gz: is there and not what this"):
+        convert(source, theirs.parent, min_judgments=2)
+    assert gzip.decompress(theirs.read_bytes()).decode() == row
+    assert [path.name for path in theirs.parent.iterdir()] == [theirs.name]
 
 
 @pytest.mark.parametrize(

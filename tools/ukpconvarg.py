@@ -21,7 +21,7 @@ from xml.etree import ElementTree
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.common.cli import cli
-from lore.common.files import InputError, digest, require, write_whole
+from lore.common.files import InputError, check_output, digest, require, write_whole
 from lore.common.settings import PositiveInt, SeedNumber
 from lore.preparing.tables import Funnel, draw
 
@@ -74,6 +74,8 @@ def main(
     workers = sorted({judgment.worker for judgment in kept})
     names = {worker: f"w{number:03d}" for number, worker in enumerate(workers)}
     for split in SPLITS:
+        check_output(out / f"{split}.jsonl.gz", "--out", is_ours)
+    for split in SPLITS:
         side = [each for each in kept if (each.unit in train) == (split == "train")]
         rows = sorted((row(each, names, split) for each in side), key=json.dumps)
         funnel.count(f"judgments in {split}", len(rows))
@@ -121,15 +123,18 @@ def keep(
     sizes = Counter(judgment.worker for judgment in decided)
     some = judgments if ties else decided
     kept = [judgment for judgment in some if sizes[judgment.worker] >= min_judgments]
-    funnel.count("topics and positions", len({judgment.topic for judgment in judgments}))
-    funnel.count("judgments", len(judgments))
-    funnel.count("workers", len({judgment.worker for judgment in judgments}))
-    funnel.count("decided judgments", len(decided))
-    what = f"workers with at least {min_judgments} decided judgments"
-    funnel.count(what, len({judgment.worker for judgment in kept}))
-    funnel.count("judgments of these workers", len(kept))
-    funnel.count("argument pairs", len({judgment.pair for judgment in kept}))
-    funnel.count("arguments", len({name for judgment in kept for name in judgment.pair.split("_")}))
+    workers = f"workers with at least {min_judgments} decided judgments"
+    for what, counted in {
+        "topics and positions": {judgment.topic for judgment in judgments},
+        "judgments": judgments,
+        "workers": {judgment.worker for judgment in judgments},
+        "decided judgments": decided,
+        workers: {judgment.worker for judgment in kept},
+        "judgments of these workers": kept,
+        "argument pairs": {judgment.pair for judgment in kept},
+        "arguments": {name for judgment in kept for name in judgment.pair.split("_")},
+    }.items():
+        funnel.count(what, len(counted))
     require(bool(kept), f"no worker has {min_judgments} decided judgments; lower --min-judgments")
     return kept
 
@@ -148,6 +153,16 @@ def row(judgment: Judgment, names: dict[str, str], split: str) -> dict[str, obje
         "split": SPLITS[split],
         "extra": {"confidence": None, **({"tie": True} if judgment.choice is None else {})},
     }
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file's first row is of these; those of Reddit have a subreddit."""
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as lines:
+            first = json.loads(next(lines))
+        return first["batch"] and first["info"]["post"].startswith(f"{first['info']['title']} Pos")
+    except (OSError, EOFError, StopIteration, ValueError, LookupError, TypeError, AttributeError):
+        return False
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, object]]) -> None:
