@@ -102,7 +102,7 @@ def test_thirteen_votes_of_six_people_go_through_and_have_no_interval(model, tmp
 def test_the_verdict_is_at_a_number_of_shots_that_users_have(model, tmp_path):
     carried_out(case("small.jsonl"), model, tmp_path)
     table = (tmp_path / "OwnData" / "shots" / "table.md").read_text()
-    assert "at 20 shots" not in table and "| 20" not in table.split("users with as many")[-1]
+    assert set(re.findall(r"at (\d+) shots", table.split("Verdict:")[1])) == {"2"}  # 5 of 6 do
 
 
 @pytest.mark.slow

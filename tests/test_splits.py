@@ -332,7 +332,7 @@ def trust(data: Path, name: str) -> dict:
 
 @pytest.mark.parametrize(
     ("change", "word"),
-    [(lambda row: row.pop("weight"), "lacks the columns weight"),
+    [(lambda row: row.pop("weight"), "lacks the column weight"),
      (lambda row: row.update(chosen=10**6), "none of the"),
      (lambda row: row.update(rejected=-1), "none of the")],
 )  # fmt: skip

@@ -285,7 +285,7 @@ def text(value: Any, place: str, what: str) -> str:
         return ""
     if not isinstance(value, str):
         raise InputError(f"{place}: {what} must be text, not a {type(value).__name__}")
-    if re.search("[\ud800-\udfff]", value):
+    if not value.isascii() and re.search("[\ud800-\udfff]", value):
         raise InputError(f"{place}: {what} holds half a surrogate pair; clean the text")
     return "" if value.strip() in ("", EMPTY) else value
 
