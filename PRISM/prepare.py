@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.common.cli import cli
-from lore.common.files import InputError, require
+from lore.common.files import require
 from lore.common.settings import Fraction, PositiveInt, SeedNumber
 from lore.preparing import raw
 from lore.preparing import tables as preparing
@@ -104,49 +103,39 @@ def read_survey(source: str, funnel: Funnel) -> dict[str, bool]:
 def read_turns(place: str, row: dict[str, Any], rejected: str) -> tuple[list[Turn], str]:
     """The turns of a conversation up to one that cannot be used; and why, if there is one."""
     history = row["conversation_history"] or []
-    if not isinstance(history, list):
-        raise InputError(f"{place}: conversation_history must be a list, not {history!r:.40}")
-    messages, turns = defaultdict(list), []
+    listed = isinstance(history, list)
+    require(listed, f"{place}: conversation_history must be a list, not {history!r:.40}")
+    said: dict[int, dict[str, list[str]]] = {}
     for message in history:
-        check_message(place, message)
-        messages[message["turn"]].append(message)
-    for number in range(max(messages, default=-1) + 1):
-        if number not in messages:
+        kind = kind_of(place, message)
+        turn = said.setdefault(message["turn"], {"prompt": [], "chosen": [], "rejected": []})
+        turn[kind].append(raw.text(message["content"], place, "content"))
+    turns = []
+    for number in range(max(said, default=-1) + 1):
+        if number not in said:
             return turns, "dialogues cut at a missing turn"
-        said = read_turn(place, messages[number])
+        turn = said[number]
         for kind, what in {"prompt": "user message", "chosen": "chosen response"}.items():
-            if len(said[kind]) != 1:
-                how_many = "several" if said[kind] else "no"
+            if len(turn[kind]) != 1:
+                how_many = "several" if turn[kind] else "no"
                 return turns, f"dialogues cut at a turn with {how_many} {what}s"
-        if rejected == "list" and said["rejected"]:
-            said["rejected"] = [str(said["rejected"])]
-        turns.append(Turn(said["prompt"][0], said["chosen"][0], said["rejected"]))
+        if rejected == "list" and turn["rejected"]:
+            turn["rejected"] = [str(turn["rejected"])]
+        turns.append(Turn(turn["prompt"][0], turn["chosen"][0], turn["rejected"]))
     return turns, ""
 
 
-def check_message(place: str, message: Any) -> None:
-    """Refuse what is not a message of the raw schema."""
+def kind_of(place: str, message: Any) -> str:
+    """Whether a message is a prompt or a chosen or rejected response; InputError if it is none."""
     fields = message if isinstance(message, dict) else {}
-    turn = fields.get("turn")
+    turn, is_chosen = fields.get("turn"), fields.get("if_chosen")
     known = fields.get("role") in ("user", "model") and "content" in fields
-    is_number = isinstance(turn, int) and not isinstance(turn, bool)
-    if not known or not is_number or turn < 0:
-        raise InputError(
-            f"{place}: a message needs turn, role (user or model), content, unlike {message!r:.80}"
-        )
-
-
-def read_turn(place: str, messages: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """What was said in one turn: prompts, chosen and rejected responses."""
-    said: dict[str, list[str]] = {"prompt": [], "chosen": [], "rejected": []}
-    for message in messages:
-        is_chosen = message.get("if_chosen")
-        if is_chosen not in (True, False, None):
-            raise InputError(f"{place}: if_chosen must be true or false, not {is_chosen!r:.40}")
-        kind = "chosen" if is_chosen else "rejected"
-        kind = "prompt" if message["role"] == "user" else kind
-        said[kind].append(raw.text(message["content"], place, "content"))
-    return said
+    known = known and isinstance(turn, int) and not isinstance(turn, bool) and turn >= 0
+    error = f"{place}: a message needs turn, role (user or model), content, unlike {message!r:.80}"
+    require(known, error)
+    right = is_chosen in (True, False, None)
+    require(right, f"{place}: if_chosen must be true or false, not {is_chosen!r:.40}")
+    return "prompt" if fields["role"] == "user" else "chosen" if is_chosen else "rejected"
 
 
 if __name__ == "__main__":

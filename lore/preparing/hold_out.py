@@ -114,8 +114,9 @@ def connected(names: pd.Series, others: pd.Series) -> pd.Series:
     What one row of the source compares shares a response, and a pair that a user judged again tells
     how it was judged before, so that such comparisons must be on one side.
     """
-    one, other = pd.factorize(names)[0], pd.factorize(others)[0]
-    size = one.max() + 1 + other.max() + 1
-    edges = coo_array((np.ones(len(one)), (one, one.max() + 1 + other)), (size, size))
+    one = pd.factorize(names)[0]
+    other = pd.factorize(others)[0] + one.max() + 1
+    size = other.max() + 1
+    edges = coo_array((np.ones(len(one)), (one, other)), (size, size))
     group = connected_components(edges, directed=False)[1][one]
     return names.groupby(group).transform("min")

@@ -6,7 +6,7 @@ import ast
 import json
 import re
 import warnings
-from itertools import takewhile
+from itertools import chain, cycle, takewhile
 from typing import Any
 
 from lore.common.files import InputError, require
@@ -19,6 +19,7 @@ ROLES = {
     **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatbot"), "assistant"),
     "system": "system",
 }
+SIDES = ("user", "assistant")
 KEYS = (("role", "from"), ("content", "value"))  # of a message: who speaks, and what is said
 BROKEN = re.compile(r"\s*[\[{]+\s*['\"](role|from|content|value)['\"]\s*:")
 
@@ -80,18 +81,16 @@ def _message(message: Any, place: str) -> dict[str, str]:
     if not is_message(message):
         raise InputError(f"{place}: a message must have role and content, unlike {message!r:.60}")
     role, content = (next(message[k] for k in keys if k in message) for keys in KEYS)
-    known = ROLES.get(raw.name(role, place, "role").strip().lower())
-    if known is None:
-        raise InputError(f"{place}: the role {role!r:.40} is not known; {', '.join(ROLES)} are")
+    known = ROLES.get(raw.name(role, place, "role").strip().lower(), "")
+    error = f"{place}: the role {role!r:.40} is not known; {', '.join(ROLES)} are"
+    require(bool(known), error)
     return {"role": known, "content": raw.text(content, place, "content")}
 
 
 def answers(cell: Any, place: str, what: str) -> list[Conversation]:
     """Every response of a cell as messages: a text is one message of the assistant.
 
-    Args:
-        cell: what ``structure`` found: a text, a message, a list of messages or a list of these.
-        place, what: for messages of errors.
+    A cell is what ``structure`` finds: a text, a message, a list of messages or a list of these.
     """
     if isinstance(cell, list) and not is_message(next(iter(cell), None)):
         require(bool(cell), f"{place}: {what} is an empty list; give a response or remove the row")
@@ -114,13 +113,10 @@ def turns(prompts: list[str], replies: list[str], place: str, what: str) -> Conv
     """A dialogue whose two sides stand in lists, as in LMSYS's tables."""
     same = len(prompts) == len(replies)
     require(same, f"{place}: {what} has {len(replies)} turns, the prompt {len(prompts)}")
-    both = zip(prompts, replies, strict=True)
-    sides = ("user", "assistant")
-    return [
-        {"role": role, "content": raw.text(said, place, f"each {what}")}
-        for turn in both
-        for role, said in zip(sides, turn, strict=True)
-    ]
+    both = chain.from_iterable(zip(prompts, replies, strict=True))
+    texts = (raw.text(text, place, f"each {what}") for text in both)
+    sides = zip(cycle(SIDES), texts, strict=False)
+    return [{"role": role, "content": text} for role, text in sides]
 
 
 def shared_beginning(some: list[Conversation]) -> Conversation:

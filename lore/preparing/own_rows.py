@@ -120,11 +120,7 @@ class Choice(NamedTuple):
         return self._replace(chosen=self.rejected, rejected=self.chosen, sources=sources)
 
     def extra(self, name: str) -> list[float]:
-        """The number beside the chosen and the rejected response, such as chosen_length; or NaN.
-
-        Raises:
-            InputError: a row lacks the column, or it holds no number.
-        """
+        """The number beside the chosen and the rejected response, as in chosen_length, or NaN."""
         found = []
         for place, row, column in self.sources:
             column = f"{column}_{name}"
@@ -218,11 +214,7 @@ def resolve(row: Mapping[str, Any], columns: Columns) -> Columns:
 def find_layout(
     place: str, row: Mapping[str, Any], columns: Columns, judged: bool = True
 ) -> tuple[str, Columns]:
-    """The layout of rows by flags and the first row, and their columns; said where it is found.
-
-    Raises:
-        InputError: it is none, or more than one.
-    """
+    """The layout of rows by flags and the first row, and their columns, if they are clear."""
     known = resolve(row, columns)
     flags = {name for name in NAMES if getattr(columns, name) != getattr(USUAL, name)}
     has_pairs = flags & {"chosen", "rejected"} or {known.chosen, known.rejected} <= row.keys()
@@ -505,11 +497,7 @@ SCALES = (  # numbers that must be there, and what the numbers of such a scale m
 
 
 def _meanings(said: Counter[str], columns: Columns, place: str) -> dict[str, str]:
-    """The column that each verdict names, or TIES.
-
-    Raises:
-        InputError: some verdicts are not understood.
-    """
+    """The column that each verdict names, or TIES; InputError for what is not understood."""
     sides = (columns.first, columns.second, TIES)
     own = {_value(columns.first): 0, _value(columns.second): 1}
     own |= dict.fromkeys(map(_value, columns.first_wins), 0)

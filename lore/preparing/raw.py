@@ -11,7 +11,8 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
@@ -46,8 +47,7 @@ def read_rows(source: str, table: str, columns: Iterable[str], **hub: Any) -> Ro
 
     Args:
         source: a folder with table.jsonl, .jsonl.gz or .parquet, or the name of a hub dataset.
-        table: name of the table.
-        columns: what every row must have.
+        table, columns: its name, and what every row must have.
         hub: for a hub dataset, further arguments of ``datasets.load_dataset``, such as the
             configuration; or files, a pattern of those to read, and revision.
 
@@ -57,9 +57,11 @@ def read_rows(source: str, table: str, columns: Iterable[str], **hub: Any) -> Ro
     require(bool(source), "--source is empty; name a folder or a hub dataset")
     require(not os.path.isfile(source), f"--source {source} is a file; name its folder")
     if os.path.isdir(source):
-        rows = (row for file in table_files(Path(source), table) for row in read_file(file))
+        rows = chain.from_iterable(map(read_file, table_files(Path(source), table)))
     else:
-        rows = read_hub(source, table, hub)
+        advice = f"give a folder with {table}.jsonl or {table}.parquet"
+        load = _hub_files if "files" in hub else _hub_rows
+        rows = load(source, table, advice, **hub)
     yield from check_columns(rows, columns)
 
 
@@ -67,17 +69,15 @@ def check_columns(rows: Rows, columns: Iterable[str]) -> Rows:
     """The rows; InputError at one that lacks a column."""
     for place, row in rows:
         missing = [name for name in columns if name not in row]
-        if missing:
-            raise InputError(f"{place} has no column {', '.join(missing)}")
+        require(not missing, f"{place} has no column {', '.join(missing)}")
         yield place, row
 
 
 def table_files(folder: Path, table: str) -> list[Path]:
     """The files of a raw table, which are those of the first format that is there."""
     names = [pattern.format(table) for pattern in FILES]
-    found = next(filter(None, (sorted(folder.glob(name)) for name in names)), None)
-    if found is None:
-        raise InputError(f"--source {folder} has none of {', '.join(names)}")
+    found = next(filter(None, (sorted(folder.glob(name)) for name in names)), [])
+    require(bool(found), f"--source {folder} has none of {', '.join(names)}")
     return found
 
 
@@ -116,15 +116,13 @@ def _json_rows(file: Path) -> Numbered:
     with _open(file) as lines:
         if ".jsonl" not in file.name and lines.read(4096).lstrip().startswith("["):
             lines.seek(0)
-            found = read_json_text(lines.read(), str(file))
-            numbered = enumerate(found, start=1)
+            numbered = enumerate(read_json_text(lines.read(), str(file)), start=1)
         else:
             lines.seek(0)
             filled = ((i, line) for i, line in enumerate(lines, start=1) if line.strip())
             numbered = ((i, read_json_text(line, f"{file} row {i}")) for i, line in filled)
         for number, row in numbered:
-            if not isinstance(row, dict):
-                raise InputError(f"{file} row {number} is not a JSON object")
+            require(isinstance(row, dict), f"{file} row {number} is not a JSON object")
             yield number, row
 
 
@@ -204,33 +202,6 @@ def read_json_text(text: str, place: str) -> Any:
         raise InputError(f"{place} is not valid JSON: {first_line(error)}") from error
 
 
-def read_hub(source: str, table: str, hub: Mapping[str, Any]) -> Rows:
-    """Rows of a hub dataset, which is downloaded once and then read from a cache."""
-    advice = f"give a folder with {table}.jsonl or {table}.parquet"
-    if "files" in hub:
-        yield from _hub_files(source, advice, **hub)
-        return
-    rows = _load_hub(source, advice, hub)
-    for number, row in enumerate(rows, start=1):
-        yield f"{source} {table} row {number}", row
-
-
-def _hub_files(source: str, advice: str, files: str, revision: str) -> Rows:
-    """Rows of certain files, which ``datasets`` would not find in its cache without the hub."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = snapshot_download(
-            source, repo_type="dataset", revision=revision, allow_patterns=files
-        )
-    except Exception as error:  # its own errors have no common class
-        raise InputError(_no_source(source, error, advice)) from error
-    found = sorted(Path(folder).glob(files))
-    require(bool(found), f"--source {source} has no {files} at revision {revision}; {advice}")
-    for file in found:
-        yield from read_file(file)
-
-
 def read_all(source: str) -> Rows:
     """Rows of a file, of all the files of a folder, or of all splits of a hub dataset.
 
@@ -247,29 +218,55 @@ def read_all(source: str) -> Rows:
             yield from read_file(file)
     else:
         require(not source.endswith(ENDINGS), f"--source {source}: there is no such file")
-        splits = _load_hub(source, f"give a file that ends in {', '.join(READERS)}", {})
+        splits = _load_hub(source, f"give a file that ends in {', '.join(READERS)}")
         for split, rows in splits.items():
             more = {"split": split} if len(splits) > 1 else {}
             for number, row in enumerate(rows, start=1):
                 yield f"{source} {split} row {number}", {**more, **row}
 
 
-def _load_hub(source: str, advice: str, hub: Mapping[str, Any]) -> Any:
+# -------------------------------------------------------------------------- From the hub
+
+
+def _hub_rows(source: str, table: str, advice: str, **hub: Any) -> Rows:
+    """Rows of a hub dataset, which is downloaded once and then read from a cache."""
+    for number, row in enumerate(_load_hub(source, advice, **hub), start=1):
+        yield f"{source} {table} row {number}", row
+
+
+def _hub_files(source: str, _: str, advice: str, files: str, revision: str) -> Rows:
+    """Rows of certain files, which ``datasets`` would not find in its cache without the hub."""
+    from huggingface_hub import snapshot_download
+
+    with _one_line(source, advice):
+        folder = snapshot_download(
+            source, repo_type="dataset", revision=revision, allow_patterns=files
+        )
+    found = sorted(Path(folder).glob(files))
+    require(bool(found), f"--source {source} has no {files} at revision {revision}; {advice}")
+    for file in found:
+        yield from read_file(file)
+
+
+def _load_hub(source: str, advice: str, **hub: Any) -> Any:
     import datasets  # takes seconds, and local files do without
 
-    try:
+    with _one_line(source, advice):
         return datasets.load_dataset(source, **hub)
-    except Exception as error:  # its own errors have no common class
-        raise InputError(_no_source(source, error, advice)) from error
 
 
-def _no_source(source: str, error: Exception, advice: str) -> str:
-    why = f"is no folder here and does not load from the hub ({first_line(error)})"
-    if "gated" in str(error):
-        advice = "ask for access on its page, then log in with `hf auth login`"
-    if "connection" in str(error):
-        advice = "run it again, the download goes on where it was"
-    return f"--source {source} {why}; {advice}"
+@contextmanager
+def _one_line(source: str, advice: str) -> Iterator[None]:
+    """Any error of the hub as one line; its own have no common class."""
+    try:
+        yield
+    except Exception as error:
+        why = f"is no folder here and does not load from the hub ({first_line(error)})"
+        if "gated" in str(error):
+            advice = "ask for access on its page, then log in with `hf auth login`"
+        if "connection" in str(error):
+            advice = "run it again, the download goes on where it was"
+        raise InputError(f"--source {source} {why}; {advice}") from error
 
 
 # -------------------------------------------------------------------------------- Cells

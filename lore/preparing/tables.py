@@ -42,16 +42,8 @@ from lore.preparing.facts import count_kinds, retest
 log = logging.getLogger(__name__)
 
 Conversation = list[dict[str, str]]
-COLUMNS = {
-    "user_id": str,
-    "split": str,
-    "seen": bool,
-    "dialog_id": str,
-    "turn": "int64",
-    "chosen": "int64",
-    "rejected": "int64",
-    "weight": "float64",
-}
+COLUMNS = {"user_id": str, "split": str, "seen": bool, "dialog_id": str, "turn": "int64",
+           "chosen": "int64", "rejected": "int64", "weight": "float64"}  # fmt: skip
 EXTRA = {side: f"extra {side} " for side in ("chosen", "rejected")}  # columns of numbers, by name
 MARK = {b"written by": b"prepare.py"}
 MESSAGES = pa.schema(
@@ -162,11 +154,7 @@ def against(
 
 
 def tabulate(comparisons: Iterable[dict[str, Any]], funnel: Funnel) -> pd.DataFrame:
-    """Comparisons as a table, one a row, with names of both conversations; they are counted.
-
-    Raises:
-        InputError: there are none.
-    """
+    """Comparisons as a table, one a row, with names of both conversations; InputError if none."""
     table = pd.DataFrame(comparisons)
     funnel.count("comparisons", len(table))
     funnel.require_some(table)
@@ -178,11 +166,7 @@ def tabulate(comparisons: Iterable[dict[str, Any]], funnel: Funnel) -> pd.DataFr
 
 
 def keep(comparisons: pd.DataFrame, rows: pd.Series, funnel: Funnel, what: str) -> pd.DataFrame:
-    """The comparisons of these rows (true or false each); their users are counted as ``what``.
-
-    Raises:
-        InputError: nothing is left.
-    """
+    """The comparisons of these rows (true or false each), if any; users are counted as ``what``."""
     kept = comparisons[rows]
     funnel.count(what, kept.user_id.nunique())
     funnel.require_some(kept)
@@ -219,18 +203,12 @@ def split_dialogues(
 ) -> pd.DataFrame:
     """Add ``split``, train or test; users without comparisons on both sides are left out.
 
-    Args:
-        comparisons: with user_id and dialog_id.
-        seed: of the draw.
-        funnel: gets the number of users who are kept.
-        units: what each comparison belongs to, such as its first prompt: half of these are train,
-            so that none is on both sides. By default half of each user's dialogues are.
+    Half of each user's dialogues are train; where each comparison belongs to a unit, such as its
+    first prompt, half of the units are, so that none is on both sides.
     """
     users = comparisons.user_id
-    if units is None:
-        split = halve(users + "\n" + comparisons.dialog_id, seed, users)
-    else:
-        split = halve(units, seed)
+    own = users + "\n" + comparisons.dialog_id
+    split = halve(own, seed, users) if units is None else halve(units, seed)
     what = "users with dialogues for training and for test"
     return keep_both_sides(comparisons.assign(split=split), funnel, what)
 
@@ -277,12 +255,7 @@ def first_prompts(conversations: pd.Series) -> pd.Series:
 def distinct(
     names: Sequence[str], conversations: Iterable[Conversation]
 ) -> tuple[np.ndarray, list[Conversation]]:
-    """The number of each conversation, in the order of first use, and the distinct ones.
-
-    Args:
-        names: of the conversations; what has the same name is the same.
-        conversations: as many.
-    """
+    """The numbers of conversations in the order of first use, and those with different names."""
     numbers, first = pd.factorize(np.asarray(names, object))
     named = dict(zip(names, conversations, strict=True))
     return numbers, [named[name] for name in first]
@@ -291,12 +264,10 @@ def distinct(
 def number_conversations(
     comparisons: pd.DataFrame, funnel: Funnel
 ) -> tuple[list[Conversation], pd.DataFrame]:
-    """The distinct conversations, and the comparisons with their row numbers, in a fixed order.
+    """The distinct conversations, and the comparisons with their numbers, in a fixed order.
 
-    Args:
-        comparisons: user_id, split, seen, dialog_id, turn, weight, chosen and rejected as
-            conversations, and their names; the order of the rows does not matter.
-        funnel: gets the sizes of the result.
+    Comparisons have ``COLUMNS``, with chosen and rejected as conversations, and the names of both;
+    the order of the rows does not matter.
     """
     extra = [f"{side}{name}" for name in extra_names(comparisons) for side in EXTRA.values()]
     order = ["user_id", "dialog_id", "turn", "chosen_name", "rejected_name", "split", "weight"]
@@ -381,12 +352,9 @@ def finish(
     funnel: Funnel,
     share: str | None = None,
 ) -> None:
-    """Write a prepared folder with the funnel's counts, and print what is in it.
+    """Write a prepared folder with the counts, see ``write_prepared``, and print what it holds.
 
-    Args:
-        folder, conversations, table, info: see ``write_prepared``.
-        funnel: has the counts.
-        share: i/n where n processes are to share the embedding, each of which writes the folder.
+    Where n processes are to share the embedding (i/n), each of them writes the folder.
     """
     with lock_folder(folder, share):
         says = write_prepared(folder, conversations, table, {**info, "counts": funnel.counts})
@@ -516,11 +484,7 @@ def check_files(folder: Path, info: Mapping[str, Any]) -> None:
 
 
 def read_conversations(folder: Path) -> list[Conversation]:
-    """The conversations of a prepared dataset, row i being embedding i.
-
-    Raises:
-        InputError: the table is missing, damaged or of another form.
-    """
+    """The conversations that ``check_conversations`` finds right; row i is of embedding i."""
     check_conversations(folder)
     return _read_table(folder / "conversations.parquet")["messages"].to_pylist()
 
@@ -562,10 +526,7 @@ def read_comparisons(folder: Path, num_rows: int) -> pd.DataFrame:
 
 
 def read_scores(folder: Path, num_rows: int) -> dict[str, Tensor]:
-    """The score tensors of a prepared folder.
-
-    Returns:
-        train.scores and test.scores [P, R, M] in float32, train.rows and test.rows [P, R].
+    """train.scores and test.scores [P, R, M] in float32, train.rows and test.rows [P, R].
 
     Raises:
         InputError: the file is missing, damaged or of another form.
