@@ -25,7 +25,6 @@ from lore.preparing.own_rows import USUAL, Choice, Columns
 from lore.preparing.tables import EXTRA, Funnel
 
 HERE = Path(__file__).resolve().parent
-SPLITS = ("train", "test")
 
 
 def main(
@@ -103,20 +102,16 @@ def read(
         funnel.count("rows")
         first = first or row
         check_alike(first, row, columns)
-        if is_given and row.split and row.split not in SPLITS:
+        if is_given and row.split and row.split not in preparing.SPLITS:
             funnel.left_out([f"rows whose {columns.split} is {row.split}"])
         elif row.left_out:
             funnel.left_out([row.left_out])
         else:
             found, left_out = preparing.against(row.chosen, row.rejected)
+            weight = row.weight / max(len(found), 1)
             same = {"user_id": row.user, "dialog_id": row.dialog, "split": row.split}
-            same |= {
-                "row": number,
-                "place": row.place,
-                "time": row.time,
-                "weight": row.weight / max(len(found), 1),
-                **numbers_beside(row, extra, funnel),
-            }
+            same |= {"row": number, "place": row.place, "time": row.time, "weight": weight}
+            same |= numbers_beside(row, extra, funnel)
             comparisons += [{**same, **pair} for pair in found]
             funnel.left_out(left_out)
     return comparisons
@@ -136,11 +131,8 @@ def numbers_beside(row: Choice, extra: Sequence[str], funnel: Funnel) -> dict[st
 
 def check_alike(first: Choice, row: Choice, columns: Columns) -> None:
     """Every row names a user, and all rows or none a dialogue and a split."""
-    if not row.user:
-        raise InputError(
-            f"{row.place} has no {columns.user}; name the user, or the column by --user; "
-            "--user-name me names one user for all rows"
-        )
+    error = f"{row.place} has no {columns.user}; name the user, or the column by --user; "
+    require(bool(row.user), f"{error}--user-name me names one user for all rows")
     for what in ("dialog", "split"):
         if bool(getattr(row, what)) != bool(getattr(first, what)):
             has, lacks = (row, first) if getattr(row, what) else (first, row)
@@ -158,9 +150,8 @@ def half_ties(table: pd.DataFrame) -> pd.Series:
 
 def number_turns(table: pd.DataFrame) -> pd.DataFrame:
     """Add ``turn``, the place of each row in its dialogue: by time, then by length."""
-    length = table.chosen.map(len)
     before = table.chosen.map(lambda messages: digest(messages[:-1]))
-    order = table.assign(length=length, before=before)
+    order = table.assign(length=table.chosen.map(len), before=before)
     keys = ["user_id", "dialog_id", "time", "length", "before"]
     order = order.sort_values(keys, kind="stable")
     is_new = (order[keys] != order[keys].shift()).any(axis=1)

@@ -12,7 +12,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.common.cli import cli
-from lore.common.files import InputError, digest
+from lore.common.files import digest, require
 from lore.embeddings import store as embeddings
 from lore.preparing import raw
 from lore.preparing import tables as preparing
@@ -20,17 +20,9 @@ from lore.preparing.tables import Funnel
 
 HERE = Path(__file__).resolve().parent
 SCORERS = (
-    "gemma_2b",
-    "gemma_7b",
-    "mistral_raft",
-    "llama3_sfairx",
-    "oasst_deberta_v3",
-    "beaver_7b",
-    "oasst_pythia_7b",
-    "oasst_pythia_1b",
-    "mistral_ray",
-    "mistral_weqweasdas",
-)
+    "gemma_2b", "gemma_7b", "mistral_raft", "llama3_sfairx", "oasst_deberta_v3", "beaver_7b",
+    "oasst_pythia_7b", "oasst_pythia_1b", "mistral_ray", "mistral_weqweasdas",
+)  # fmt: skip
 RESPONSES = tuple(f"response_{i}" for i in range(1, 9))
 COLUMNS = ("prompt", *RESPONSES, *(f"{r}_{scorer}" for r in RESPONSES for scorer in SCORERS))
 
@@ -85,8 +77,7 @@ def read(source: str, split: str, funnel: Funnel) -> list[Prompt]:
     """The prompts of a split, in an order that does not depend on that of the rows."""
     rows = raw.read_rows(source, split, COLUMNS, split=split)
     prompts = [read_prompt(place, row) for place, row in rows]
-    if not prompts:
-        raise InputError(f"--source {source} has no {split} rows")
+    require(bool(prompts), f"--source {source} has no {split} rows")
     funnel.count(f"{split} prompts", len(prompts))
     empty = sum(row.responses.count("") for row in prompts)
     funnel.count(f"{split} responses without text", empty)
@@ -95,15 +86,13 @@ def read(source: str, split: str, funnel: Funnel) -> list[Prompt]:
 
 def read_prompt(place: str, row: dict[str, Any]) -> Prompt:
     """A row's prompt, its eight responses and their scores by the ten reward models."""
+    eight = "eight responses are expected"
     extra = [name for name in row if re.fullmatch(r"response_\d+", name) and name not in RESPONSES]
-    if extra:
-        raise InputError(f"{place} has {', '.join(extra)}: eight responses are expected")
+    require(not extra, f"{place} has {', '.join(extra)}: {eight}")
     prompt = raw.text(row["prompt"], place, "prompt")
-    if not prompt:
-        raise InputError(f"{place} has an empty prompt")
+    require(bool(prompt), f"{place} has an empty prompt")
     for name in RESPONSES:
-        if row[name] is None:
-            raise InputError(f"{place} has no {name}: eight responses are expected")
+        require(row[name] is not None, f"{place} has no {name}: {eight}")
     responses = [raw.text(row[name], place, name) for name in RESPONSES]
     columns = [[f"{name}_{scorer}" for scorer in SCORERS] for name in RESPONSES]
     scores = [[raw.number(row[name], place, name) for name in names] for names in columns]

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.common.cli import cli
-from lore.common.files import InputError
+from lore.common.files import require
 from lore.common.settings import PositiveInt, SeedNumber
 from lore.embeddings import store as embeddings
 from lore.preparing import hold_out, raw
@@ -65,8 +65,7 @@ def read(source: str, funnel: Funnel) -> list[dict[str, Any]]:
         hub = {"files": f"comparisons/{name}/*.parquet", "revision": PARQUET}
         for place, row in raw.read_rows(source, name, COLUMNS, **hub):
             funnel.count(f"rows of {name}")
-            if not isinstance(row["info"], dict):
-                raise InputError(f"{place}: info must hold the post")
+            require(isinstance(row["info"], dict), f"{place}: info must hold the post")
             dialog = raw.text(row["info"].get("id"), place, "info.id")
             whose = {"user_id": raw.name(row["worker"], place, "worker"), "dialog_id": dialog}
             found, left_out = preparing.compare(*read_turns(place, row))
@@ -82,8 +81,8 @@ def read_turns(place: str, row: dict[str, Any]) -> tuple[list[Turn], str]:
     extra = row.get("extra")
     if choice is None and isinstance(extra, dict) and extra.get("tie") is True:
         return [], "ties"
-    if isinstance(choice, bool) or choice not in (0, 1):  # 1.0 where some rows have no choice
-        raise InputError(f"{place}: choice must be 0 or 1, not {choice!r:.40}")
+    known = not isinstance(choice, bool) and choice in (0, 1)  # 1.0 where some rows have no choice
+    require(known, f"{place}: choice must be 0 or 1, not {choice!r:.40}")
     if not post:
         return [], "rows without a post"
     if "" in texts:
@@ -93,11 +92,11 @@ def read_turns(place: str, row: dict[str, Any]) -> tuple[list[Turn], str]:
 
 def read_summaries(place: str, summaries: Any) -> list[str]:
     """The texts of the two summaries."""
-    if not isinstance(summaries, list) or len(summaries) != 2:
-        raise InputError(f"{place}: summaries must be a list of two, not {summaries!r:.40}")
+    two = isinstance(summaries, list) and len(summaries) == 2
+    require(two, f"{place}: summaries must be a list of two, not {summaries!r:.40}")
     for summary in summaries:
-        if not isinstance(summary, dict):
-            raise InputError(f"{place}: a summary must have a text, unlike {summary!r:.40}")
+        is_summary = isinstance(summary, dict)
+        require(is_summary, f"{place}: a summary must have a text, unlike {summary!r:.40}")
     return [raw.text(summary.get("text"), place, "a summary") for summary in summaries]
 
 

@@ -73,13 +73,16 @@ def main(
     train = draw(units, (len(units) + 1) // 2, seed)
     workers = sorted({judgment.worker for judgment in kept})
     names = {worker: f"w{number:03d}" for number, worker in enumerate(workers)}
-    for split in SPLITS:
-        check_output(out / f"{split}.jsonl.gz", "--out", is_ours)
-    for split in SPLITS:
+    paths = {split: out / f"{split}.jsonl.gz" for split in SPLITS}
+    for path in paths.values():
+        check_output(path, "--out", is_ours)
+    for split, path in paths.items():
         side = [each for each in kept if (each.unit in train) == (split == "train")]
         rows = sorted((row(each, names, split) for each in side), key=json.dumps)
         funnel.count(f"judgments in {split}", len(rows))
-        write_rows(out / f"{split}.jsonl.gz", rows)
+        lines = "".join(json.dumps(each) + "\n" for each in rows).encode()
+        compressed = gzip.compress(lines, mtime=0)  # the same bytes for the same rows
+        write_whole(path, lambda draft, data=compressed: draft.write_bytes(data))
     print(funnel.lines())
     print(f"wrote {len(kept):,} judgments of {len(workers):,} workers to {out}")
 
@@ -163,12 +166,6 @@ def is_ours(path: Path) -> bool:
         return first["batch"] and first["info"]["post"].startswith(f"{first['info']['title']} Pos")
     except (OSError, EOFError, StopIteration, ValueError, LookupError, TypeError, AttributeError):
         return False
-
-
-def write_rows(path: Path, rows: Sequence[dict[str, object]]) -> None:
-    """Write rows as .jsonl.gz, the same bytes for the same rows."""
-    lines = "".join(json.dumps(each) + "\n" for each in rows).encode()
-    write_whole(path, lambda draft: draft.write_bytes(gzip.compress(lines, mtime=0)))
 
 
 if __name__ == "__main__":
