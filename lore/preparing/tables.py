@@ -107,15 +107,12 @@ class Funnel:
 
 
 def compare(turns: Sequence[Turn], end: str = "") -> tuple[list[dict[str, Any]], list[str]]:
-    """One comparison per rejected response, after the history of chosen responses.
-
-    Args:
-        turns: of one dialogue, in order.
-        end: why they end before the dialogue does, if that is so.
+    """One comparison per rejected response of a dialogue, after the history of chosen responses.
 
     Returns:
         Comparisons with turn, chosen and rejected (both whole conversations) and weight, and the
-        reason for each thing that is left out. The dialogue is cut at an empty prompt or choice.
+        reason for each thing that is left out, ``end`` among them if the dialogue goes on. It is
+        cut at an empty prompt or choice.
     """
     found: list[dict[str, Any]] = []
     left_out: list[str] = []
@@ -225,19 +222,12 @@ def on_both_sides(comparisons: pd.DataFrame) -> pd.Series:
 
 
 def split_users(comparisons: pd.DataFrame, seed: int, seen_fraction: float) -> pd.DataFrame:
-    """Add ``seen``: true for the comparisons of a drawn share of the users.
-
-    Raises:
-        InputError: a share that leaves nobody seen or nobody unseen.
-    """
+    """Add ``seen``: true for a drawn share of the users; InputError where that is nobody or all."""
     users = comparisons.user_id.nunique()
     require(0 <= seen_fraction <= 1, f"--seen-fraction {seen_fraction} must be between 0 and 1")
     count = round(seen_fraction * users)
-    require(
-        0 < count < users,
-        f"--seen-fraction {seen_fraction} of {users} users makes {count} of them seen; "
-        "there must be seen and unseen ones",
-    )
+    error = f"--seen-fraction {seen_fraction} of {users} users makes {count} of them seen; "
+    require(0 < count < users, f"{error}there must be seen and unseen ones")
     drawn = draw(comparisons.user_id, count, seed)
     return comparisons.assign(seen=comparisons.user_id.isin(drawn))
 
@@ -310,10 +300,6 @@ def _count_sets(comparisons: pd.DataFrame, funnel: Funnel) -> None:
 
 def overlap(conversations: Sequence[Conversation], comparisons: pd.DataFrame) -> dict[str, Any]:
     """How many held-out comparisons training has something of, and a sentence that says so.
-
-    Args:
-        conversations: the distinct conversations.
-        comparisons: split, and chosen and rejected as row numbers of the conversations.
 
     Returns:
         held_out, all of them; prompt: the dialogue before the response is in training; response:
@@ -423,7 +409,7 @@ def _check_folder(folder: Path, source: str | None) -> None:
             if path.suffix == ".parquet":
                 found = pq.read_schema(path)
                 marked = MARK.items() <= (found.metadata or {}).items()
-                return marked or found.names == list(COLUMNS)
+                return marked or found.names[: len(COLUMNS)] == list(COLUMNS)
             with safe_open(path, "np") as file:
                 return "train.scores" in file.keys()  # noqa: SIM118
         except (OSError, pa.ArrowException, SafetensorError):
