@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 sys.path.append(str(ROOT / "tests"))  # planted choices
 
-from comparison_data import redrawn
+from comparison_data import held_out_anew, redrawn
 from lore.experiments import splits
 from lore.experiments.splits import Tasks
 from lore.learning.comparisons import Comparisons, DenseFeatures
@@ -124,10 +124,6 @@ def with_enough(task: Task, least: int) -> Task:
     return replace(task, few=few, unseen=unseen)
 
 
-def _given(folder: Path, seed: int) -> tuple[Task, None]:
-    return _prepared(splits.given_split, folder, seed)
-
-
 def _demo(folder: Path) -> Tasks:
     """The demo's users; new ones may be asked about every training prompt."""
     prompts = splits.load(folder)[0]["counts"]["train prompts"]
@@ -138,10 +134,11 @@ TO_20 = (0, 2, 5, 7, 10, 12, 15, 20)
 CHOSEN: dict[str, Method] = {"Mixed logit": MixedLogit(), "PReF": PReF()}
 ALL_THREE = {**CHOSEN, "LoRe": Lore(ranks=(5,))}
 WORLDS = (
-    World("jokes", "People who rate jokes that training knew", "jokes", (0,), (0, 2, 5, 10, 20),
-          _given, ALL_THREE),
-    World("jokes-new", "People who rate jokes that nobody judged", "jokes-new", (0,),
-          (0, 2, 5, 10, 20), _given, ALL_THREE),
+    World("jokes", "People who rate jokes, known and met responses", "jokes", (0, 1, 2),
+          (0, 2, 5, 10, 20), partial(_prepared, partial(held_out_anew, by="pairs")), ALL_THREE),
+    World("jokes-new", "People who rate jokes, new responses", "jokes", (0, 1, 2),
+          (0, 2, 5, 10, 20), partial(_prepared, partial(held_out_anew, by="responses")),
+          ALL_THREE),
     World("ukp", f"Workers of UKPConvArg with {LEAST} and more judgments", "ukp", tuple(range(4)),
           (0, 5, 10, 13, 20, 32, 50), _workers, CHOSEN),
     World("prism", "PRISM, a slice of it; a question is a dialogue", "prism", tuple(range(10)),

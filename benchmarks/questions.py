@@ -60,7 +60,6 @@ SIGN = {"accuracy": 1, "log_loss": -1}
 
 def main(
     jokes: Path = ROOT / "OwnData" / "data-jokes",
-    jokes_new: Path = ROOT / "OwnData" / "data-new",
     ukp: Path = ROOT / "RedditTLDR" / "data-ukp",
     prism: Path = ROOT / "PRISM" / "data",
     demo: Path = ROOT / "PersonalLLM" / "data" / "demo",
@@ -75,8 +74,8 @@ def main(
     """Ask new users by every criterion; write questions.md and questions.svg.
 
     Args:
-        jokes: prepared folder of the people who rate jokes, see docs/results.md.
-        jokes_new: the same with jokes that nobody judged.
+        jokes: prepared folder of the people who rate jokes, see docs/results.md; what is held out
+            is drawn anew for every repeat.
         ukp: prepared folder of the judges of arguments, see docs/results.md.
         prism: prepared and embedded folder of PRISM; its draw is made anew for every repeat.
         demo: prepared folder of the demo.
@@ -88,8 +87,7 @@ def main(
         results: folder of finished repeats.
         out: folder of the tables and the figure.
     """
-    folders = {"ukp": ukp, "prism": prism, "demo": demo, "": ROOT}
-    folders |= {"jokes": jokes, "jokes-new": jokes_new}
+    folders = {"jokes": jokes, "ukp": ukp, "prism": prism, "demo": demo, "": ROOT}
     worlds = [world for world in WORLDS if not only or world.name in only]
     if not tables_only:
         for world in worlds:
@@ -344,7 +342,8 @@ def speed(rank: int, rounds: int) -> list[dict[str, Any]]:
     rows = []
     for count in COUNTS:
         questions = torch.randn(count, 1 + rank, generator=torch.Generator().manual_seed(0))
-        pool, prior = QuestionPool(questions), Prior(torch.zeros(rank), torch.eye(rank))
+        pool = QuestionPool(questions)
+        prior = Prior(torch.zeros(rank).double(), torch.eye(rank).double())
         posterior = UserPosterior.after(prior, questions[:5])
         for rule in CRITERIA:
             times = [1000 * _seconds(posterior, pool, rule) for _ in range(rounds)]

@@ -35,7 +35,8 @@ def questions(n: int, K: int, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("K", [1, 2, 8, 20])
 def test_a_posterior_has_no_slope_at_its_mean_and_the_curvature_there(K):
-    answers, prior = questions(12, K, seed=5), Prior(torch.ones(K).double(), 2 * torch.eye(K))
+    answers = questions(12, K, seed=5)
+    prior = Prior(torch.ones(K).double(), 2 * torch.eye(K).double())
     mean, covariance = UserPosterior.after(prior, answers)
     p = torch.sigmoid(answers[:, 0] + answers[:, 1:] @ mean)
     Z = answers[:, 1:]

@@ -69,7 +69,7 @@ def test_choices_from_elsewhere_stay_and_count_but_are_not_undone(tmp_path):
     before = {"user": "ann", "prompt": "Why?", "chosen": ["a", "b"], "rejected": "c", "note": 7}
     path = lines(tmp_path / "ann.jsonl", [before])
     answers = Answers(path)
-    assert answers.user == "ann" and len(answers.pairs) == 2 and answers.last_question == 0
+    assert answers.user == "ann" and len(answers.comparisons) == 2 and answers.last_question == 0
     assert answers.settled == {Pair(ASKED, ("a", "c")).key, Pair(ASKED, ("b", "c")).key}
     assert not answers.undo()
     answers.answer(Pair(ASKED, ("d", "e")), ("e", "d"), "a")
@@ -78,6 +78,12 @@ def test_choices_from_elsewhere_stay_and_count_but_are_not_undone(tmp_path):
     again = Answers(path)
     assert len(again) == 2 and again.undo() and not again.undo()
     assert [json.loads(line) for line in path.read_text().splitlines()] == [before]
+
+
+def test_answers_are_not_added_to_rows_of_another_layout(tmp_path):
+    row = {"user": "ann", "prompt": "Why?", "response_a": "a", "response_b": "b", "winner": "a"}
+    with pytest.raises(InputError, match="ann.jsonl row 1 lacks chosen or rejected; .* another"):
+        Answers(lines(tmp_path / "ann.jsonl", [row]))
 
 
 def test_an_answer_that_cannot_be_written_is_not_taken_for_one(tmp_path, monkeypatch):
@@ -99,7 +105,7 @@ def test_texts_of_any_kind_come_back_as_they_were(tmp_path):
     answers = Answers(tmp_path / "ann.jsonl")
     history = [*ASKED, {"role": "assistant", "content": "Because"}, *ASKED]
     answers.answer(Pair(history, texts), texts, "b")
-    liked, other = Answers(tmp_path / "ann.jsonl").pairs[0]
+    liked, other, _ = Answers(tmp_path / "ann.jsonl").comparisons[0]
     assert (other[-1]["content"], liked[-1]["content"]) == texts and liked[:-1] == history
 
 

@@ -11,7 +11,7 @@ import pytest
 
 import worlds
 from lore.common.files import InputError
-from lore.elicitation.choices import read_pool, read_user_choices
+from lore.elicitation.choices import Pair, read_pool, read_user_choices
 from lore.preparing.messages import structure
 from lore.preparing.own_rows import Choice, Columns, read_choices
 from lore.preparing.raw import Cell, read_file
@@ -352,6 +352,47 @@ def test_choices_and_pools_are_read_from_the_same_layouts(tmp_path):
     assert pair.texts == ("one", "two")
 
 
+def agree(file: Path, columns: Columns) -> None:
+    """rank_responses.py and ask.py --pool read what prepare.py reads, each row as heavy."""
+    rows = worlds.script("OwnData/prepare.py").read(str(file), columns, Funnel())
+    found = read_user_choices(file, columns)
+    assert found.chosen == [row["chosen"] for row in rows]
+    assert found.rejected == [row["rejected"] for row in rows]
+    assert found.weight.tolist() == [row["weight"] for row in rows]
+    pairs = {pair.key for pair in read_pool(file, columns)}
+    assert pairs >= {Pair.of(row["chosen"], row["rejected"]).key for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "columns"),
+    [
+        ("pairs.jsonl", [
+            {"user": "ann", "prompt": "Why?", "chosen": "so", "rejected": ["no", "or"]},
+            {"user": "ann", "prompt": "Else?", "chosen": "so", "rejected": "no", "weight": 3},
+        ], {}),
+        ("votes.csv", [{**TWO, "preferred": x} for x in ("a", "tie", "b")], {"ties": "half"}),
+        ("named.csv", [{**TWO, "best": x} for x in ("two", "one")],
+         {"first": "response_a", "second": "response_b", "winner": "best",
+          "first_wins": ("one",), "second_wins": ("two",)}),
+        ("talks.jsonl", [{"worker_id": "ann", "chosen": [message("user", "Why?"), answer],
+                          "rejected": [message("user", "Why?"), message("assistant", "no")]}
+                         for answer in (message("assistant", "so"), message("assistant", "or"))],
+         {}),
+        ("ratings.jsonl", [{"user": "ann", "prompt": "Why?", "response": f"answer {i}", "score": i}
+                           for i in range(4)], {"rating": "score", "margin": 2}),
+        ("alone.csv", [{"chosen": "so", "rejected": "no"}] * 2,
+         {"user_name": "me", "prompt_text": "Which?"}),
+    ],
+)  # fmt: skip
+def test_the_tools_read_every_layout_as_prepare_does(tmp_path, name, rows, columns):
+    file = tmp_path / name
+    if name.endswith(".csv"):
+        table(file, rows)
+    else:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    agree(file, Columns(**columns))
+
+
 # ------------------------------------------------------------------- Files that people have
 
 COUNTS = {
@@ -400,6 +441,13 @@ def test_a_file_that_people_have_goes_in(name):
     roles = {tuple(m["role"] for m in talk[-2:]) for row in found for talk in (row["chosen"],)}
     assert roles == {("user", "assistant")}
     assert not any(row["chosen"][-1]["content"].startswith(("[{", '["')) for row in found)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_the_tools_read_such_a_file_as_prepare_does(name):
+    if not (CASES / name).exists():
+        pytest.skip(f"there is no {name}")
+    agree(CASES / name, Columns(**{**COUNTS[name][0], "user_name": "me"}))
 
 
 @pytest.mark.parametrize(("name", "columns", "message"), REFUSED)

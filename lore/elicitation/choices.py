@@ -42,11 +42,13 @@ class UserChoices(NamedTuple):
     Attributes:
         chosen, rejected: conversations that end in the response [n].
         row: the number of the row that each pair comes from, from 0 [n].
+        weight: how much each pair counts [n]; pairs share the weight of their row.
     """
 
     chosen: list[Conversation]
     rejected: list[Conversation]
     row: Tensor
+    weight: Tensor
 
 
 def read_user_choices(file: Path, columns: Columns = USUAL) -> UserChoices:
@@ -65,21 +67,24 @@ def read_user_choices(file: Path, columns: Columns = USUAL) -> UserChoices:
     users = {choice.user for choice in counted}
     some = ", ".join(sorted(users)[:3])
     require(len(users) == 1, f"{file} has the choices of {len(users)} users ({some}); keep one's")
-    chosen, rejected, row = zip(*pairs, strict=True)
-    return UserChoices(list(chosen), list(rejected), torch.tensor(row))
+    chosen, rejected, weight, row = zip(*pairs, strict=True)
+    numbers = torch.tensor(row), torch.tensor(weight).double()
+    return UserChoices(list(chosen), list(rejected), *numbers)
 
 
-def _pairs(
-    choice: Choice, columns: Columns = USUAL
-) -> Iterator[tuple[Conversation, Conversation]]:
+Comparison = tuple[Conversation, Conversation, float]  # chosen, rejected, weight
+
+
+def _pairs(choice: Choice, columns: Columns = USUAL) -> Iterator[Comparison]:
     """Every chosen conversation beside every rejected one; none may be empty, no two equal."""
     require(choice.left_out != NO_PROMPT, f"{choice.place}: the prompt or a message is empty")
     names = (columns.chosen, columns.rejected)
+    weight = choice.weight / (len(choice.chosen) * len(choice.rejected))
     for pair in product(choice.chosen, choice.rejected):
         require(pair[0] != pair[1], f"{choice.place}: {' and '.join(names)} are equal")
         for conversation, name in zip(pair, names, strict=True):
             _require_text(conversation, choice.place, name)
-        yield pair
+        yield *pair, weight
 
 
 def _require_text(conversation: Conversation, place: str, what: str) -> None:
@@ -234,14 +239,15 @@ class Answers:
         return len(self.rows)
 
     @property
-    def pairs(self) -> list[tuple[Conversation, Conversation]]:
-        """Every comparison of the answers: the conversation that was preferred, and the other."""
+    def comparisons(self) -> list[Comparison]:
+        """All answers: the conversation that was preferred, the other, and how much that counts."""
         return [pair for pairs in self.pairs_of_rows for pair in pairs]
 
     @property
     def settled(self) -> set[str]:
         """Keys of the pairs that need not be asked: answered or skipped."""
-        return {Pair.of(*pair).key for pair in self.pairs} | {row["pair"] for row in self.skips}
+        answered = {Pair.of(*both).key for *both, _ in self.comparisons}
+        return answered | {row["pair"] for row in self.skips}
 
     @property
     def last_question(self) -> int:

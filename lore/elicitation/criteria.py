@@ -35,9 +35,9 @@ class UserPosterior(NamedTuple):
     covariance: Tensor
 
     @classmethod
-    def after(cls, prior: Prior, answers: Tensor) -> UserPosterior:
-        """The posterior after some answers [m, 1 + K], preferred minus other; m may be 0."""
-        return user_posteriors(prior, answers.double(), Users([len(answers)]))[0]
+    def after(cls, prior: Prior, answers: Tensor, weight: Tensor | None = None) -> UserPosterior:
+        """The posterior after m answers [m, 1 + K], preferred minus other, of some weights [m]."""
+        return user_posteriors(prior, answers.double(), Users([len(answers)], weight))[0]
 
 
 def user_posteriors(prior: Prior, answers: Tensor, users: Users) -> list[UserPosterior]:

@@ -53,7 +53,7 @@ class Material:
     candidates: list[Conversation]
     views: Mapping[str, Tensor]
 
-    def differences(self, pairs: Sequence[tuple[Conversation, Conversation]]) -> Tensor:
+    def differences(self, pairs: Sequence[Sequence[Conversation]]) -> Tensor:
         """First minus second of pairs of these conversations [n, C]."""
         rows = [self.views[digest(one)] - self.views[digest(other)] for one, other in pairs]
         return torch.stack(rows) if rows else torch.empty(0, len(next(iter(self.views.values()))))
@@ -106,7 +106,8 @@ def gather(
     texts = [*(one for pair in pairs for one in pair.conversations), *candidates]
     rows = view_conversations(found, texts, embeddings, **embedding)
     views = dict(zip(map(digest, texts), rows, strict=True))
-    others = {digest(c): c for pair in answers.pairs for c in pair if digest(c) not in views}
+    answered = [c for *both, _ in answers.comparisons for c in both]
+    others = {digest(c): c for c in answered if digest(c) not in views}
     if others:
         rows = view_conversations(found, list(others.values()), **embedding)
         views |= zip(others, rows, strict=True)
@@ -152,9 +153,11 @@ class Session:
         settled = self.answers.settled
         done = torch.tensor([pair.key in settled for pair in self.material.pairs])
         self.settled, self.left = done.nonzero()[:, 0].tolist(), (~done).nonzero()[:, 0]
-        self.choices = self.material.differences(self.answers.pairs)
+        comparisons = self.answers.comparisons
+        self.choices = self.material.differences([both for *both, _ in comparisons])
+        self.weight = torch.tensor([weight for *_, weight in comparisons])
         answered = self.fit.questions(self.choices)
-        self.posterior = UserPosterior.after(self.fit.population(), answered)
+        self.posterior = UserPosterior.after(self.fit.population(), answered, self.weight)
         left = self.questions[self.left]
         self.outlook = look_ahead(self.posterior, self.targets, left, self.tolerance)
         self._next: Question | None = None
@@ -234,7 +237,7 @@ class Session:
     @cached_property
     def user(self) -> User:
         """The person by all answers so far."""
-        return User.of(self.fit, self.choices, self.seed)
+        return User.of(self.fit, self.choices, self.weight, self.seed)
 
     def save(self, path: Path) -> dict[str, Any]:
         """Write the profile, and return it: weights and the ranking of candidates, if any."""

@@ -119,12 +119,21 @@ class User:
     posterior: UserPosterior | None
 
     @classmethod
-    def of(cls, fit: LoreFit | MixedFit, choices: Tensor, seed: int = 0) -> User:
-        """The user who made some choices, chosen minus rejected as the fit views them [n, C]."""
-        weights = fit.adapt(choices, Users([len(choices)]), seed)[0]
+    def of(
+        cls, fit: LoreFit | MixedFit, choices: Tensor, weight: Tensor | None = None, seed: int = 0
+    ) -> User:
+        """The user who made some choices.
+
+        Args:
+            fit: the fit.
+            choices: chosen minus rejected, as the fit views them [n, C].
+            weight: how much each counts [n]; one each if None.
+            seed: of the initial values of LoRe's weights.
+        """
+        weights = fit.adapt(choices, Users([len(choices)], weight), seed)[0]
         prior, posterior = fit.population(), None
         if prior is not None:
-            posterior = UserPosterior.after(prior, fit.questions(choices))
+            posterior = UserPosterior.after(prior, fit.questions(choices), weight)
         return cls(fit, weights, posterior)
 
     def known(self) -> dict[str, list[float]]:
@@ -157,23 +166,23 @@ class User:
 
 
 def leave_one_out(
-    fit: LoreFit | MixedFit, choices: Tensor, row: Tensor, seed: int = 0
-) -> Tensor:
+    fit: LoreFit | MixedFit, choices: Tensor, row: Tensor, weight: Tensor | None = None,
+    seed: int = 0,
+) -> Tensor:  # fmt: skip
     """Log odds [n] of each choice by weights from the choices of all other rows; [0] of one row.
 
     The pairs of a row share responses, so that they say too much of each other.
 
     Args:
-        fit: the fit.
-        choices: chosen minus rejected, as the fit views them [n, C].
+        fit, choices, weight, seed: as for ``User.of``.
         row: number of each choice's row, 0 to R - 1 [n].
-        seed: of the weights' initial values.
     """
     others = [(row != number).nonzero()[:, 0] for number in row.unique()]
     if len(others) < 2:
         return choices.new_zeros(0)
-    users = Users([len(some) for some in others])
-    weights = fit.adapt(choices[torch.cat(others)], users, seed)  # all at once: each is a user
+    picked = torch.cat(others)
+    users = Users(list(map(len, others)), None if weight is None else weight[picked])
+    weights = fit.adapt(choices[picked], users, seed)  # all at once: each is a user
     return fit.logits(choices, weights, row).double()
 
 
