@@ -359,6 +359,10 @@ def agree(file: Path, columns: Columns) -> None:
     assert found.chosen == [row["chosen"] for row in rows]
     assert found.rejected == [row["rejected"] for row in rows]
     assert found.weight.tolist() == [row["weight"] for row in rows]
+    if any(row["chosen"][:-1] != row["rejected"][:-1] for row in rows):
+        with pytest.raises(InputError, match="must be one message each, after the same dialogue"):
+            read_pool(file, columns)
+        return
     pairs = {pair.key for pair in read_pool(file, columns)}
     assert pairs >= {Pair.of(row["chosen"], row["rejected"]).key for row in rows}
 

@@ -42,14 +42,12 @@ class Page:
 
     Attributes:
         app: what a server runs.
-        quitter: the thread that answers the last request, once there is one.
-        closed: set once its answer was sent.
+        closed: whether the person has quit.
     """
 
     def __init__(self, session: Session, profile: Path, secret: str) -> None:
         self.session, self.profile, self.path = session, profile, f"/{secret}/"
-        self.lock, self.closed = threading.Lock(), threading.Event()
-        self.quitter: int | None = None
+        self.lock, self.closed = threading.Lock(), False
         environment = jinja2.Environment(
             loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True,
             lstrip_blocks=True, undefined=jinja2.StrictUndefined,
@@ -70,29 +68,22 @@ class Page:
         with self.lock:
             question = self.session.question()
             if key == (question.pair.key if question else ""):
-                if word == "quit":
-                    self.quitter = threading.get_ident()
-                elif word in ACTIONS:
+                self.closed |= word == "quit"
+                if word in ACTIONS:
                     self.session.do(word)
-            if self.quitter is not None:
+            if self.closed:
                 return self._render()
         return bottle.redirect(self.path, 303)
 
     def _render(self) -> str:
         for name, value in HEADERS.items():
             bottle.response.set_header(name, value)
-        session, closed = self.session, self.quitter is not None
-        question = None if closed else session.question()
-        found = None if question else session.save(self.profile)
+        question = None if self.closed else self.session.question()
+        found = None if question else self.session.save(self.profile)
         return self.template.render(
-            session=session, question=question, closed=closed, found=found, speakers=SPEAKERS,
-            profile=self.profile,
+            session=self.session, question=question, closed=self.closed, found=found,
+            speakers=SPEAKERS, profile=self.profile,
         )  # fmt: skip
-
-    def sent(self) -> None:
-        """This thread's answer is on its way."""
-        if self.quitter == threading.get_ident():
-            self.closed.set()
 
 
 def _guarded(answer: Callable[[], Any]) -> Callable[[], Any]:
@@ -109,19 +100,16 @@ def _guarded(answer: Callable[[], Any]) -> Callable[[], Any]:
 
 
 class _Server(ThreadingMixIn, WSGIServer):
-    """In threads, as a browser may open a connection and say nothing."""
+    """In threads, as a browser may open a connection and say nothing; closing waits for answers."""
 
-    daemon_threads = True
-    sent: Callable[[], None]
+    timeout = 0.2  # seconds until it looks whether the person has quit
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Answer a request, and only then say that it is answered."""
-        super().process_request_thread(request, client_address)
-        self.sent()
+    def handle_error(self, *_: Any) -> None:
+        """Nothing: a connection that stays silent is no error."""
 
 
-class _Quiet(WSGIRequestHandler):
-    """Logs no requests."""
+class _Handler(WSGIRequestHandler):
+    timeout = 2  # seconds of silence
 
     def log_message(self, *_: Any) -> None:
         """Nothing: the terminal is the person's."""
@@ -140,17 +128,14 @@ def ask_on_page(session: Session, profile: Path, port: int = 0) -> None:
     """
     page = Page(session, profile, secrets.token_urlsafe(16))
     try:
-        server = make_server(HERE, port, page.app, _Server, _Quiet)
+        server = make_server(HERE, port, page.app, _Server, _Handler)
     except OSError as error:
         raise InputError(f"--port {port} cannot be had ({error}); take another, or none") from error
-    server.sent = page.sent
     with server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
         log.info("open http://%s:%d%s in a browser of this machine; Ctrl-C ends it",
                  HERE, server.server_port, page.path)  # fmt: skip
         try:
-            page.closed.wait()
+            while not page.closed:
+                server.handle_request()
         except KeyboardInterrupt:
             log.info("interrupted")
-        server.shutdown()
