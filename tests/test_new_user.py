@@ -224,6 +224,6 @@ def test_vary_fewshot_asks_the_d_optimal_questions(run):
             order.append(run.next(own, order, np.ones(number)))
     records = people.records(run.folder / "OwnData" / "vary_fewshot")
     for size in SHOTS:
-        found = records["Mixed logit, asks d_optimal", "", "unseen", size]["log_loss"]
+        found = records["Mixed logit, shots by d_optimal", "", "unseen", size]["log_loss"]
         assert found == pytest.approx(losses[size], abs=2e-4)
     assert np.mean(losses[3]) < np.mean(losses[0])
