@@ -87,6 +87,10 @@ class Lore:
         """Bradley-Terry: rank 1, one shared direction, for every alpha."""
         return self._fit(task, grid([1], self.alpha), "shared")
 
+    def within(self, users: int) -> Lore:
+        """The same without ranks above what so many users support."""
+        return replace(self, ranks=tuple(rank for rank in self.ranks if rank <= users))
+
     def fit(self, task: Task) -> list[Fitted]:
         """A fit for every alpha, rank and shrinkage; last the chosen one, where one is chosen."""
         ranks = [rank for rank in self.ranks if rank > 1]
@@ -168,12 +172,13 @@ class LoreFit(Fitted):
         self.method, self.basis, self.tried = method, basis, []
         about = basis.settings
         self.settings = {k: about[k] for k in ("rank", "alpha", "shrinkage") if k in about}
-        name = "BT" if about["rank"] == 1 else f"LoRe K={about['rank']}"
-        keys = ("alpha", "shrinkage") if about["rank"] > 1 else ("alpha",)
+        rank = about.get("rank", basis.V.shape[1])
+        name = "BT" if rank == 1 else f"LoRe K={rank}"
+        keys = ("alpha", "shrinkage") if rank > 1 else ("alpha",)
         several = [f"{key}={about[key]:g}" for key in keys if len(getattr(method, key)) > 1]
         self.setting_label = " ".join([name, *several])
         self.label = label or self.setting_label
-        file = "-".join([f"basis-K{about['rank']:02d}", *several]).replace("=", "")
+        file = "-".join([f"basis-K{rank:02d}", *several]).replace("=", "")
         self.file = file if label is None else ""
         self.users = basis.W if basis.V.shape[1] > 1 else basis.W[:, :0]
         self.population_state = self.users.mean(0)
