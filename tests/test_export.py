@@ -162,6 +162,7 @@ def test_model_card_and_labels_say_what_it_is(tmp_path):
     one, all_of_it = ((tmp_path / name / "README.md").read_text() for name in ("ann", "all"))
     assert "The reward of ann." in one and "| estimator | LoRe |" in one
     assert str(tmp_path) not in one + all_of_it  # nobody else has this machine's folders
+    assert all(f"\n- {name}: " in one for name in ("TRL, every label", "OpenRLHF", "verl", "vLLM"))
     assert "rewards @ w" in all_of_it and "rewards @ w" not in one
     config = json.loads((tmp_path / "all" / "config.json").read_text())
     assert config["id2label"] == {"0": "basis 1", "1": "basis 2", "2": "basis 3"}

@@ -96,6 +96,10 @@ def test_texts_users_of_each_query_and_openrlhfs_labels(served):
         for given in ({"user": ["ann", "new"]}, {"labels": ["ann", "new"], "prompts": ["", ""]}):
             status, found = post(served.port, {"query": query, **given})
             assert status == 200 and found["rewards"] == pytest.approx(wanted, abs=1e-5)
+    average = served.scorer.score(rows)[0].tolist()
+    for given in ({}, {"labels": ["", ""]}, {"user": None}):
+        found = post(served.port, {"query": texts, **given})[1]
+        assert found["rewards"] == pytest.approx(average, abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -291,7 +291,9 @@ def card(
     plain, cost = _is_plain(tokenizer), strip_cost(tokenizer, model)
     what, use = "Rewards that users mix with weights.", learned.use
     if labels != list(learned.columns()):
-        what, use = f"The reward of {', '.join(labels)}.", "A higher reward is a better response."
+        more = f" and {len(labels) - 8} others" if len(labels) > 8 else ""
+        what = f"The reward of {', '.join(labels[:8])}{more}."
+        use = "A higher reward is a better response."
     dataset = learned.settings.get("dataset")
     filled = {
         "what": what, "use": use, "title": what.rstrip(".").lower(), "labels": labels,

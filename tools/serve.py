@@ -131,7 +131,7 @@ def read_request(
     users = users if isinstance(users, list) else [users] * len(queries)
     fine = len(users) == len(queries) and all(isinstance(user, str | None) for user in users)
     require(fine, f'"user" must be one name, or one for each of the {len(queries)} queries')
-    return queries, users
+    return queries, [user or None for user in users]  # OpenRLHF's labels are "" where it has none
 
 
 def _is_query(query: Any) -> bool:
