@@ -220,9 +220,16 @@ def test_another_model_of_the_same_size_is_refused_unless_it_is_insisted_on(tmp_
     assert (tmp_path / "out").exists() and "may mean nothing" in caplog.text
 
 
-def test_a_basis_of_pooled_states_is_not_exported(tmp_path):
-    path = make_basis(tmp_path, models.tiny_llama(tmp_path / "model"), pool="layer:2")
-    with pytest.raises(InputError, match="layer:2 states, .* --pool last alone can be exported"):
+@pytest.mark.parametrize(
+    ("pool", "message"),
+    [
+        ("layer:2", "layer:2 states, .* --pool last alone can be exported"),
+        (5, "--pool 5: .* has layers 1 to 3"),
+    ],
+)
+def test_a_basis_of_pooled_states_is_not_exported(tmp_path, pool, message):
+    path = make_basis(tmp_path, models.tiny_llama(tmp_path / "model"), pool=pool)
+    with pytest.raises(InputError, match=message):
         export.main(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -107,7 +107,7 @@ class ModelChoice:
             revision = revision or settings.get("revision")
             if not tokenizer and settings.get("tokenizer") not in (None, settings["model"]):
                 tokenizer = _find(settings["tokenizer"], path, "tokenizer")
-        pool = settings.get("pool", "last")
+        pool = str(settings.get("pool") or "last")
         return Source(model, tokenizer, revision, self.trust_remote_code, pool)
 
 
