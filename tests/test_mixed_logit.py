@@ -463,6 +463,16 @@ def test_intervals_with_everything_estimated_cover_less(pairs, F, taste, rank, c
 # ------------------------------------------------------------------- validation
 
 
+def test_a_choice_looks_at_500_users_at_most() -> None:
+    data, _ = world(users=600, pairs=4, F=2)
+    splits = Validation(task(data)).splits
+    assert splits[0].num_users == 500 and splits[0].fit.num_users == 400
+    again = Validation(task(data)).splits
+    assert torch.equal(splits[0].fit.features.x, again[0].fit.features.x)
+    few, _ = world(users=500, pairs=4, F=2)
+    assert Validation(task(few)).splits[0].num_users == 500
+
+
 def test_dialogues_are_held_out_whole_and_pseudo_new_users_too() -> None:
     data, _ = world(users=20, pairs=12)
     data.dialogs = torch.arange(240) // 3

@@ -37,6 +37,7 @@ FIT, HELD_OUT, NEITHER = range(3)
 ENOUGH = 2000  # comparisons: with fewer, several splits are made
 ENOUGH_NEW = 20  # pseudo-new users, over all splits
 MOST_SPLITS = 4
+MOST_USERS = 500  # whom a choice looks at: among a few strengths, more would not choose better
 FLOORS = (None, 0.1, 0.01, 0.001)  # of the whitening of features, see ``Geometry``; None is plain
 WHITER = 2.0  # standard errors by which whitened features have to be better than plain ones
 
@@ -408,15 +409,27 @@ def _gather(values: Tensor, processes: int) -> Tensor:
     return torch.where(sums[1] > 0, sums[0], math.nan)
 
 
+def _some_users(task: Task) -> Task:
+    """The task with the training comparisons of ``MOST_USERS`` random users at the most."""
+    names, data = _names(task.train), task.train
+    if data.num_users <= MOST_USERS:
+        return task
+    order = sorted(range(len(names)), key=lambda u: digest([names[u], task.seed, "choice"]))
+    kept = torch.zeros(data.num_users, dtype=torch.bool)
+    kept[order[:MOST_USERS]] = True
+    return replace(task, train=data.select(kept.to(data.device)[data.user]))
+
+
 class Validation:
     """What a choice is made on: random ``splits`` of the training comparisons, more of small data.
 
-    A candidate is fitted to each split's ``fit`` and scored by its log loss on held-out comparisons
+    Of more than ``MOST_USERS`` users some are drawn. A candidate is fitted to each split's ``fit`` and scored by its log loss on held-out comparisons
     of the users it knows, and on pseudo-new users who adapt from their first shots. Where nobody
     is new, the former are all; and with a validation set of the dataset's own there is one split.
     """
 
     def __init__(self, task: Task) -> None:
+        task = _some_users(task)
         shots = shots_of(task.few, task.shots)
         count = round(ENOUGH / len(task.train))
         if shots:
