@@ -13,7 +13,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-sys.path.append(str(ROOT / "tests"))  # planted choices
+sys.path.append(str(ROOT / "tests" / "helpers"))  # planted choices
 from safetensors.torch import load_file
 
 from lore.experiments import splits

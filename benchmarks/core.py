@@ -4,8 +4,8 @@
     python benchmarks/core.py --against ../old ../older # other commits' checkouts in the same run
     python benchmarks/core.py --device cuda
 
-The plain loops are those of tests/reference.py. Every side is a process of its own; they take
-turns, so that what else the machine does falls on all.
+The plain loops are those of tests/helpers/reference.py. Every side is a process of its own; they
+take turns, so that what else the machine does falls on all.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ import transformers
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-sys.path.append(str(ROOT / "tests"))  # plain loops and planted users
+sys.path.append(str(ROOT / "tests" / "helpers"))  # plain loops and planted users
 import gpu_checks
 import gpu_speed
 from lore.common.cli import cli

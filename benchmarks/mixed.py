@@ -15,7 +15,7 @@ import pandas as pd
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-sys.path.append(str(ROOT / "tests"))  # planted users
+sys.path.append(str(ROOT / "tests" / "helpers"))  # planted users
 import planted
 from lore.common.cli import cli
 from lore.common.settings import PositiveInt

@@ -14,7 +14,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-sys.path.append(str(ROOT / "tests"))  # planted choices
+sys.path.append(str(ROOT / "tests" / "helpers"))  # planted choices
 
 from comparison_data import held_out_anew, redrawn
 from lore.experiments import splits

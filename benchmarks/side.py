@@ -61,7 +61,7 @@ def train(case: dict[str, Any]) -> Tensor:
 
 
 def train_plainly(case: dict[str, Any]) -> Tensor:
-    """The same by the loops of tests/reference.py, for the last rank."""
+    """The same by the loops of tests/helpers/reference.py, for the last rank."""
     import reference
 
     X, model = features_of(case), models_of(case)[-1]
@@ -115,6 +115,6 @@ if __name__ == "__main__":
     root = Path(__file__).resolve().parents[1]
     checkout = root if sys.argv[1] == "plain" else Path(sys.argv[1]).resolve()
     sys.path[:0] = [str(checkout)]
-    sys.path.append(str(root / "tests"))
+    sys.path.append(str(root / "tests" / "helpers"))
     for line in sys.stdin:
         print(json.dumps(answer(json.loads(line), sys.argv[1] == "plain")), flush=True)

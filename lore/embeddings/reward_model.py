@@ -40,7 +40,7 @@ PAPERS_MODEL = "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"
 Conversation = list[dict[str, str]]
 # How far embedding @ head may be from the model's own logit, as a share of |embedding| @ |head|.
 LOGIT_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 3e-3}
-# Where tests/test_embeddings.py shows that the tree mask gives the rows of one at a time.
+# Where tests/embeddings/test_store.py shows that the tree mask gives the rows of one at a time.
 TREE_MODELS = ("llama", "qwen2", "qwen3", "mistral", "gemma")
 # Rotary embeddings that give a token the same angles whatever else is in its batch.
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")

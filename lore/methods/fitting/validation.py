@@ -423,9 +423,10 @@ def _some_users(task: Task) -> Task:
 class Validation:
     """What a choice is made on: random ``splits`` of the training comparisons, more of small data.
 
-    Of more than ``MOST_USERS`` users some are drawn. A candidate is fitted to each split's ``fit`` and scored by its log loss on held-out comparisons
-    of the users it knows, and on pseudo-new users who adapt from their first shots. Where nobody
-    is new, the former are all; and with a validation set of the dataset's own there is one split.
+    Of more than ``MOST_USERS`` users some are drawn. A candidate is fitted to each split's ``fit``
+    and scored by its log loss on held-out comparisons of the users it knows, and on pseudo-new
+    users who adapt from their first shots. Where nobody is new, the former are all; and with a
+    validation set of the dataset's own there is one split.
     """
 
     def __init__(self, task: Task) -> None:

@@ -23,7 +23,7 @@ from lore.learning.comparisons import Comparisons, RowFeatures
 from lore.learning.training import Checkpoint, Training, fit_weights
 from planted import prefer
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def users(counts, F=12, seed=0, dtype=torch.float64, scale=30.0):

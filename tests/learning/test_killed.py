@@ -19,7 +19,7 @@ from people import repeats, saved
 @pytest.fixture(scope="module")
 def ask() -> Iterator[Callable[..., Any]]:
     """Give a job to a process that kills and resumes trainings; its answer."""
-    process = running.start("tests/killed.py", {}, stderr=None)  # nobody reads it meanwhile
+    process = running.start("tests/helpers/killed.py", {}, stderr=None)  # nobody reads it meanwhile
 
     def answer(**job: Any) -> Any:
         process.stdin.write(json.dumps(job) + "\n")

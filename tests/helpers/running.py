@@ -21,7 +21,7 @@ from unittest import mock
 
 import warm
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 Flags = dict[str, Any]
 

@@ -30,7 +30,7 @@ from lore.methods.saved import load_learned
 from PRISM import eval_rb2
 from PRISM import rewardbench2 as rb2
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared real data is not here")
 

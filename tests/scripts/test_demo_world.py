@@ -21,7 +21,7 @@ from lore.embeddings import smollm2
 from lore.embeddings.store import embed
 from PersonalLLM import demo_world as world
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 WORDS = world.words()
 
 

@@ -32,7 +32,7 @@ from lore.embeddings import store as embeddings
 from lore.embeddings.reward_model import render
 from lore.embeddings.store import embed, open_store
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MODELS = {
     "llama": models.tiny_llama,
     "llama, pad is eos": lambda folder: models.tiny_llama(folder, pad_is_eos=True),
@@ -576,10 +576,10 @@ def test_a_damaged_manifest_is_written_again(finished: Path, quiet: dict) -> Non
 
 HUB = """
 import sys
-import test_embeddings
+import test_store
 from lore.embeddings import store as embeddings
 
-store = embeddings.embed(test_embeddings.some_chats(), sys.argv[1], model="some/reward-model")
+store = embeddings.embed(test_store.some_chats(), sys.argv[1], model="some/reward-model")
 assert store.manifest["revision"] == sys.argv[2] and store.manifest["weights_sha256"] is None
 """
 
@@ -765,7 +765,7 @@ FORKED = """
 import os, signal, sys, threading
 import torch
 from tqdm import tqdm
-import test_embeddings
+import test_store
 from lore.embeddings import store as embeddings
 from lore.embeddings import reward_model
 
@@ -784,7 +784,7 @@ def step(function):
     return counted
 
 def run(out):
-    embeddings.embed(test_embeddings.some_chats(), out, model=model, shard_size=4, progress=False)
+    embeddings.embed(test_store.some_chats(), out, model=model, shard_size=4, progress=False)
 
 for owner, name in [(os, "fsync"), (os, "replace"), (reward_model.Engine, "_forward")]:
     setattr(owner, name, step(getattr(owner, name)))
@@ -829,7 +829,7 @@ for point in range(points):
 
 def _python(*arguments: str, **settings: str) -> subprocess.CompletedProcess:
     """A Python process that sees the project and the tests; fails with what it wrote."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers"), str(Path(__file__).parent)])
     settings |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
         [sys.executable, *arguments], env={**os.environ, **settings}, capture_output=True, text=True

@@ -7,13 +7,13 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from test_export import load_reward
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import models
 from lore.elicitation.scoring import load_scorer
 from made_bases import CHATS, make_basis, stock_rewards
-from test_export import load_reward
 from tools import export
 
 trl = pytest.importorskip("trl")

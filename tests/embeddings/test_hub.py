@@ -194,7 +194,7 @@ def client(
     jobs: dict[str, tuple[str, running.Flags]], file: Path, env: dict[str, str]
 ) -> dict[str, running.Outcome]:
     """Run the jobs in one process of their own."""
-    script = Path(__file__).with_name("hub_client.py")
+    script = Path(hub_module.__file__).with_name("hub_client.py")
     file.write_text(json.dumps(list(jobs.values()), default=str), encoding="utf-8")
     command = [sys.executable, str(script), str(file)]
     ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)

@@ -14,7 +14,7 @@ import made_results as made
 from lore.common.files import InputError
 from lore.experiments import splits
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 import compare
 import comparison_data

@@ -13,16 +13,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from conftest import without_plots
 from safetensors.numpy import load_file
 from scipy.optimize import minimize
 from scipy.special import expit
+from test_own_data import QUICK, WORDS, choices
 
 import people
 import running
-from conftest import without_plots
 from lore.embeddings import store as embeddings
 from lore.experiments import splits
-from test_own_data import QUICK, WORDS, choices
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,7 @@ import torch
 
 import planted
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 import question_data
 import questions

@@ -19,10 +19,10 @@ from unittest import mock
 import jsonargparse
 import numpy as np
 import pytest
+from conftest import OWN_PROCESS, WORLDS, Dataset, carry_out, without_plots
 
 import models
 import running
-from conftest import OWN_PROCESS, WORLDS, Dataset, carry_out, without_plots
 from lore.learning.basis import load_basis
 from lore.methods.lore import Lore
 from people import repeats, saved

@@ -20,7 +20,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 WORDS = (
     "amber", "basil", "cedar", "delta", "ember", "fjord", "grove", "hazel", "inlet",
     "jade", "kelp", "lotus", "maple", "nectar", "olive", "pearl", "quartz", "river",

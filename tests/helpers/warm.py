@@ -1,7 +1,7 @@
 """Scripts in processes of their own that share one process's imports, which take seconds.
 
-    python tests/warm.py SOCKET                           imports, and forks for those who ask
-    python tests/warm.py SOCKET NUMBER SCRIPT [FLAGS ...]  asks, and is to its caller the script
+    python tests/helpers/warm.py SOCKET                    imports, forks for those who ask
+    python tests/helpers/warm.py SOCKET NUMBER SCRIPT ...  asks, and is to its caller the script
 
 The script has the asking process's folder, environment and files 0, 1 and 2, is sent its signals,
 and ends with it. Of several processes each has its rank, and when one fails the others are stopped,
@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 STOPS = (signal.SIGTERM, signal.SIGINT)
 
 

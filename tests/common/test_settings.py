@@ -11,13 +11,13 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from test_scripts import SCRIPTS, Parsed, parser_of
 
 import running
 from lore.common.files import InputError
 from lore.common.flags import Flags
 from lore.embeddings.reward_model import ModelChoice
 from running import Outcome
-from test_scripts import SCRIPTS, Parsed, parser_of
 
 TRAIN = "PRISM/train_basis.py"
 

@@ -17,7 +17,7 @@ from lore.preparing.own_rows import Choice, Columns, read_choices
 from lore.preparing.raw import Cell, read_file
 from lore.preparing.tables import Funnel
 
-CASES = Path(__file__).resolve().parents[2] / "shared" / "cases"
+CASES = Path(__file__).resolve().parents[3] / "shared" / "cases"
 
 
 def placed(rows: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_mixed_logit import world
 
 from lore.learning.comparisons import Comparisons, DenseFeatures, RowFeatures
 from lore.methods.fitting.score_test import score_test
-from test_mixed_logit import world
 
 
 def rejections(taste: float, worlds: int, **more: int) -> float:

@@ -25,7 +25,7 @@ from made_bases import embed, make_basis, make_mixed, stock_rewards, write_lines
 from tools import export, rank_responses
 from utils import PersonalizeBatch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def task(tmp_path):

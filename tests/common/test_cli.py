@@ -25,7 +25,7 @@ from lore.common.cli import cli
 from lore.common.files import InputError, write_whole
 from lore.methods import METHODS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def call(

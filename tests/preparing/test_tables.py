@@ -12,9 +12,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import WORLDS
 
 import worlds
-from conftest import WORLDS
 from lore.common.files import InputError
 from lore.preparing import raw
 from lore.preparing import tables as preparing
