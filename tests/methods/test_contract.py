@@ -254,7 +254,7 @@ class NoStore:
 class Made:
     """What experiments need of a dataset, made from a planted task."""
 
-    dataset, info = "Made", {}
+    dataset, info, about = "Made", {}, {}
 
     @property
     def conversations(self) -> list[Any]:
