@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lore.common.files import InputError, digest, read_json, write_text
+from lore.common.files import InputError, digest, read_json, require, write_text
 from lore.experiments.results import read_written, write_results
 
 PACKAGES = ("torch", "numpy", "pandas", "transformers", "datasets", "scipy")
@@ -45,12 +45,17 @@ class Run:
             methods: settings of every method there is, whether it is fitted or not.
 
         Raises:
-            InputError: the folder holds a run with other settings, or damaged results.
+            InputError: the folder holds a run with other settings, damaged results, or files that
+                no run wrote.
         """
         settings = json.loads(json.dumps(settings, default=str))
         folder = run_folder(results, name, settings, methods)
         found = read_written(folder)
-        for old in (found, read_json(folder / "settings.json")):
+        begun = read_json(folder / "settings.json")
+        empty = not folder.is_dir() or not any(folder.iterdir())
+        require(found or begun or empty, f"{folder} holds files that no run wrote: choose another "
+                "--name, or move them")  # fmt: skip
+        for old in (found, begun):
             if old is not None:  # either may have been copied from another run, or removed
                 _check_same(folder, old, settings)
         return cls(folder, settings, {"seeds": (found or {}).get("seeds") or []})

@@ -647,6 +647,16 @@ def test_a_run_with_other_settings_is_refused_by_their_names(world, tmp_path):
     assert (folder / "results.json").read_bytes() == before
 
 
+def test_a_folder_with_files_of_others_is_no_run(world, tmp_path):
+    _, made = fit(world, tmp_path / "elsewhere")
+    folder = tmp_path / made.relative_to(tmp_path / "elsewhere")
+    folder.mkdir(parents=True)
+    (folder / "table.md").write_text("mine", encoding="utf-8")
+    with pytest.raises(InputError, match="holds files that no run wrote: choose another --name"):
+        fit(world, tmp_path)
+    assert (folder / "table.md").read_text(encoding="utf-8") == "mine"
+
+
 @pytest.mark.slow
 def test_results_beside_missing_or_other_settings_are_not_believed(world, tmp_path):
     _, folder = fit(world, tmp_path)
