@@ -76,6 +76,7 @@ def held_out_anew(data: Path, by: Literal["pairs", "responses"]) -> Tasks:
         by: what is held out, as prepare.py's ``--split`` says it.
     """
     info, store = splits.load(data)
+    info = {k: v for k, v in info.items() if k not in ("split", "overlap")}  # of the folder's draw
     table = preparing.read_comparisons(data, len(store))
     names = {f"{side}_name": table[side].astype(str) for side in ("chosen", "rejected")}
 
