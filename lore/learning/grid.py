@@ -6,7 +6,7 @@ Shape letters: U users, F features, K rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +14,7 @@ from torch import Tensor
 from lore.common.files import require
 from lore.learning.basis import Basis
 from lore.learning.comparisons import Comparisons
-from lore.learning.training import Checkpoint, train_together
-
-if TYPE_CHECKING:
-    from utils import LoRe
+from lore.learning.training import Checkpoint, Model, train_together
 
 
 def check_reference(V_sft: Tensor | None, num_features: int) -> Tensor | None:
@@ -46,7 +43,7 @@ def grid(
 
 
 def fit_bases(
-    estimator: type[LoRe],
+    estimator: type[Model],
     points: Sequence[dict[str, Any]],
     reference: Tensor | None,
     data: Comparisons,
@@ -73,7 +70,7 @@ def fit_bases(
         InputError: rank 0 without a reference, or a negative rank.
     """
     direction = check_reference(reference, data.num_features)
-    models: list[LoRe | None] = []
+    models: list[Model | None] = []
     bases: list[Basis] = []
     for point in points:
         rank, shared = point["rank"], (direction, point["alpha"], num_users, data.num_features)
@@ -91,7 +88,7 @@ def fit_bases(
 
 def _train(
     points: Sequence[dict[str, Any]],
-    models: Sequence[LoRe | None],
+    models: Sequence[Model | None],
     reference: Tensor | None,
     data: Comparisons,
     num_users: int,

@@ -10,15 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from lore.common.files import require
 from lore.learning.comparisons import Comparisons, Pairs, Seed, Users
-
-if TYPE_CHECKING:
-    from lore.methods.fitting.posterior import Prior
 
 View = Tensor | Pairs
 
@@ -122,8 +119,9 @@ class Fitted:
         the user of each comparison of the view [N]."""
         raise NotImplementedError
 
-    def population(self) -> Prior | None:
-        """How users' tastes b [K] vary, where log odds are a + z . b; None where they are not.
+    def population(self) -> Any:
+        """How users' tastes b [K] vary, where log odds are a + z . b, as a ``posterior.Prior``;
+        None where they are not.
         With it the next question to a user can be chosen."""
         return None
 

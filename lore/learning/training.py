@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,8 +25,7 @@ from lore.common.files import InputError, require, write_whole
 from lore.common.tensors import checksum
 from lore.learning.comparisons import CACHE_BYTES, Comparisons, DenseFeatures, Users
 
-if TYPE_CHECKING:
-    from utils import LoRe
+Model = Any  # utils.LoRe or utils.LoRe_regularized, which stand above
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +166,7 @@ class Training:
         data: the comparisons of all users, or this process's share.
     """
 
-    def __init__(self, models: Sequence[LoRe], data: Comparisons) -> None:
+    def __init__(self, models: Sequence[Model], data: Comparisons) -> None:
         self.models, self.data, lead = models, data, models[0]
         require(
             data.num_features == lead.num_features,
@@ -289,7 +288,7 @@ class Training:
 
 
 def train_together(
-    models: Sequence[LoRe], data: Comparisons, checkpoint: Checkpoint | None = None
+    models: Sequence[Model], data: Comparisons, checkpoint: Checkpoint | None = None
 ) -> list[tuple[Tensor, Tensor]]:
     """Fit models of one kind, with the same iterations, learning rate and optimiser, together.
 
