@@ -334,10 +334,10 @@ def _said(offsets: list[float] | None) -> str:
         return "They share an offset that is not known, which differences do not have."
     if not any(offsets):
         return "Their mean over the conversations that they were learned on is zero."
-    told = ", ".join(f"{x:.2f}" for x in offsets[:8]) + (" .." if len(offsets) > 8 else "")
+    levels = ", ".join(f"{x:.2f}" for x in offsets[:8]) + (" .." if len(offsets) > 8 else "")
     return (
-        f"Their mean over the conversations that they were learned on is {told} (`lore.offset` in "
-        "config.json has all digits): subtract it where the level matters, as reward.py does."
+        f"Their mean over the conversations that they were learned on is {levels} (`lore.offset` "
+        "in config.json has all digits): subtract it where the level matters, as reward.py does."
     )
 
 

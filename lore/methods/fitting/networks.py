@@ -257,7 +257,7 @@ class Network(Fitted):
 
 
 class Mixing(Network):
-    """A network whose users mix K outputs: a state is weights [K] on the simplex, and nobody's is
+    """A network whose users mix K outputs: weights [K] are on the simplex, and the population's are
     the mean of the seen users'.
 
     Attributes:
@@ -374,7 +374,7 @@ def solve_weights(
     """Simplex weights of users [U, K] that minimise the mean of their losses, by full-batch Adam.
 
     Every user stops by itself, after 20 steps that gained less than the tolerance, and keeps the
-    best weights: nobody's result depends on who else is fitted.
+    best weights: no user's result depends on who else is fitted.
 
     Args:
         losses: of some comparisons, given their slice, the weights [U', K] of the users

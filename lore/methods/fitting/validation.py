@@ -28,7 +28,7 @@ Kinds = dict[str, Shares]  # of ``seen`` and ``unseen`` users
 HELD = 0.2  # of a seen user's dialogues, or of groups of responses
 RESPONSES = 0.4  # of the responses: comparisons of two of them are a sixth of all
 NEW = 0.2  # of the seen users
-SHOTS = (2, 9, 40)  # of pseudo-new users, where nobody says how many new users will have
+SHOTS = (2, 9, 40)  # of pseudo-new users, where it is not said how many new users will have
 GROUPS = 100  # of comparisons that share no response; a fifth of fewer says too little
 CLOSE = 0.15  # shares of a kind that differ by less are alike
 SOME = 0.1  # a smaller share of a kind is none
@@ -159,14 +159,14 @@ def sides(train: Comparisons, seed: int, kinds: Kinds | None) -> dict[str, NDArr
     fit, held = (Judged(*(x[rows] for x in data)) for rows in (~by_unit, by_unit))
     have, wanted = shares(held, fit, fit), kinds or {"seen": {"new": 1.0}}
     wanted = {who: wanted.get(who, wanted["seen"]) for who in plain}
-    if not any(_harder(asked, have) for asked in wanted.values()):
+    if not any(_harder(test, have) for test in wanted.values()):
         return plain
     group, grouped = _groups(data)
     share = HELD if grouped else RESPONSES
     away = (_uniform(group, seed) < share).sum(0)
     names = np.array([int(digest([name, seed])[:12], 16) for name in _names(train)])
     own = (_uniform(group, names[data.user] + seed) < RESPONSES).sum(0)
-    mixed = {who: _mixed(asked, away, own, by_unit) for who, asked in wanted.items()}
+    mixed = {who: _mixed(test, away, own, by_unit) for who, test in wanted.items()}
     enough = min(LEAST, max(train.num_users, len(train) * HELD / 4))
     if any((side == HELD_OUT).sum() < enough or not (side == FIT).any() for side in mixed.values()):
         log.warning("too few comparisons to hold out whole responses: dialogues are held out")
@@ -174,30 +174,30 @@ def sides(train: Comparisons, seed: int, kinds: Kinds | None) -> dict[str, NDArr
     return mixed
 
 
-def _harder(asked: Shares, have: Shares) -> bool:
+def _harder(wanted: Shares, have: Shares) -> bool:
     """Whether the test has more new or met comparisons than what dialogues held out would be."""
-    new = asked.get("new", 0) > have["new"] + CLOSE
-    return new or asked.get("met", 0) > have["met"] + have["new"] + 2 * CLOSE
+    new = wanted.get("new", 0) > have["new"] + CLOSE
+    return new or wanted.get("met", 0) > have["met"] + have["new"] + 2 * CLOSE
 
 
 def _mixed(
-    asked: Shares, away: NDArray[np.integer], own: NDArray[np.integer], by_unit: NDArray[np.bool_]
+    wanted: Shares, away: NDArray[np.integer], own: NDArray[np.integer], by_unit: NDArray[np.bool_]
 ) -> NDArray[np.int8]:
     """Comparisons of each kind held out [N], about in the shares asked for: of how many of the two
     responses are held out of everybody's, of the user's own, and of dialogues held out."""
-    asked = {kind: asked.get(kind, 0) * (asked.get(kind, 0) >= SOME) for kind in KINDS}
-    apart = own if asked["met"] else np.zeros_like(own)
+    wanted = {kind: wanted.get(kind, 0) * (wanted.get(kind, 0) >= SOME) for kind in KINDS}
+    apart = own if wanted["met"] else np.zeros_like(own)
     pools = {
         "new": away == 2, "met": (away == 0) & (apart == 2),
         "known": (away == 0) & (apart == 0) & by_unit,
     }  # fmt: skip
-    fit = (away == 0) & (apart == 0) & ~(by_unit & (asked["known"] > 0))
+    fit = (away == 0) & (apart == 0) & ~(by_unit & (wanted["known"] > 0))
     side = np.where(fit, FIT, NEITHER).astype(np.int8)
-    pools = {kind: pool for kind, pool in pools.items() if asked[kind]}
-    most = min(pool.sum() / asked[kind] for kind, pool in pools.items())
+    pools = {kind: pool for kind, pool in pools.items() if wanted[kind]}
+    most = min(pool.sum() / wanted[kind] for kind, pool in pools.items())
     place = np.arange(len(away))
     for kind, pool in pools.items():
-        rate = asked[kind] * most / max(1, pool.sum())
+        rate = wanted[kind] * most / max(1, pool.sum())
         side[pool & (_uniform(place, 7) < rate)] = HELD_OUT
     return side
 
@@ -233,15 +233,16 @@ def _given(train: Comparisons, validation: Comparisons) -> HeldOut:
 
 
 def pseudo_new(
-    train: Comparisons, seed: int, shots: int, kinds: Kinds | None = None
+    train: Comparisons, seed: int, shots: int, side: NDArray[np.int8] | None = None
 ) -> PseudoNew | None:
     """Set apart a fifth of the users; None where no user but one has two dialogues.
 
     Each may adapt from so many shots, dialogues or comparisons, at most; where dialogues are held
-    out at random, a user's others, at least a fifth of them, are held out.
+    out at random, a user's others, at least a fifth of them, are held out. ``side`` is that of
+    unseen users' comparisons, see ``sides``; if None, as if the test were all new.
     """
     names, units = _names(train), train.units()
-    side = torch.from_numpy(sides(train, seed, kinds)["unseen"])
+    side = torch.from_numpy(sides(train, seed, None)["unseen"] if side is None else side)
     by_unit = torch.from_numpy(_by_unit(train, seed))
     at_random = bool(((side == HELD_OUT) == by_unit).all())
     able = [u for u in range(train.num_users) if len(units[u]) > 1]
@@ -280,7 +281,7 @@ def subset(few: Comparisons, shots: int, seed: int) -> tuple[Tensor, Users]:
 
 def shots_of(few: Comparisons | None, shots: tuple[int, ...]) -> tuple[int, ...]:
     """Numbers of shots that choices are made for: those given, else ``SHOTS`` up to what new users
-    mostly have; none where nobody is new."""
+    mostly have; none where no user is new."""
     if few is None:
         return ()
     if shots:
@@ -314,7 +315,7 @@ class Scores:
 
     @property
     def loss(self) -> float:
-        """What choices go by: the mean over users; infinity if nobody's is known."""
+        """What choices go by: the mean over users; infinity if no user's is known."""
         return self.means().get("loss", math.inf)
 
     def __lt__(self, other: Scores) -> bool:
@@ -342,12 +343,13 @@ class Split(HeldOut):
         self.seed, self.shots, self.processes = seed, shots, task.processes
         train, self.num_users = task.train, task.train.num_users
         self.subsets: dict[tuple[int, ...], tuple[Tensor, Users]] = {}
-        self.new = pseudo_new(train, seed, max(shots), task.kinds) if shots else None
+        found = sides(train, seed, task.kinds)
+        self.new = pseudo_new(train, seed, max(shots), found["unseen"]) if shots else None
         known = torch.ones(self.num_users, dtype=torch.bool)
         if self.new is not None:
             known = ~self.new.chosen
         self.new_rows = (~known).nonzero()[:, 0]
-        side = torch.from_numpy(sides(train, seed, task.kinds)["seen"])
+        side = torch.from_numpy(found["seen"])
         side = torch.full_like(side, FIT) if task.validation is not None else side
         fit = (side == FIT) & known[train.user.cpu()]
         rows = torch.unique(train.user.cpu()[fit])  # of the users that candidates know
@@ -425,7 +427,7 @@ class Validation:
 
     Of more than ``MOST_USERS`` users some are drawn. A candidate is fitted to each split's ``fit``
     and scored by its log loss on held-out comparisons of the users it knows, and on pseudo-new
-    users who adapt from their first shots. Where nobody is new, the former are all; and with a
+    users who adapt from their first shots. Where no user is new, the former are all; and with a
     validation set of the dataset's own there is one split.
     """
 
