@@ -80,6 +80,47 @@ def test_a_file_becomes_a_page(model, tmp_path, monkeypatch, source):
         assert "Mixed logit" in page and "LoRe K=5" in page and "held-out comparisons" in page
 
 
+def talk(prompt: str, response: str) -> list[dict[str, str]]:
+    """A conversation as lists of messages have it."""
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+
+
+LAYOUTS = {  # what a row of the example is in other files
+    "winner": lambda row, n: [
+        {"user": row["user"], "prompt": row["prompt"], "winner": "AB"[n % 2],
+         "response_a": sides(row)[n % 2], "response_b": sides(row)[1 - n % 2]}
+    ],
+    "messages": lambda row, n: [
+        {"user": row["user"], "chosen": talk(row["prompt"], row["chosen"]),
+         "rejected": talk(row["prompt"], sides(row)[1])}
+    ],
+    "ratings": lambda row, n: [
+        {"user": row["user"], "prompt": row["prompt"], "response": text, "rating": rating}
+        for text, rating in zip(sides(row), (9, 2), strict=True)
+    ],
+}  # fmt: skip
+
+
+def sides(row: dict) -> tuple[str, str]:
+    """The chosen response and the first rejected one."""
+    rejected = row["rejected"]
+    return row["chosen"], rejected if isinstance(rejected, str) else rejected[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_file_of_another_layout_becomes_a_page(model, tmp_path, monkeypatch, layout):
+    monkeypatch.setattr("lore.experiments.report.tables.write_plots", lambda *given: [])
+    rows = [json.loads(line) for line in EXAMPLE.read_text(encoding="utf-8").splitlines()]
+    made = [each for n, row in enumerate(rows) for each in LAYOUTS[layout](row, n)]
+    file = tmp_path / "theirs.jsonl"
+    file.write_text("\n".join(map(json.dumps, made)), encoding="utf-8")
+    carried_out(file, model, tmp_path)
+    for name in ("fit", "shots"):
+        page = (tmp_path / "OwnData" / name / "report.html").read_text(encoding="utf-8")
+        assert "Mixed logit" in page and "held-out comparisons" in page
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_plots")
 def test_the_defaults_fit_few_users(model, tmp_path):
