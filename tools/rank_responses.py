@@ -7,13 +7,9 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
-from torch.nn.functional import softplus
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.common.cli import cli
@@ -22,6 +18,7 @@ from lore.common.settings import SeedNumber
 from lore.elicitation.choices import read_candidates, read_user_choices
 from lore.elicitation.user import (
     User,
+    agreement,
     as_records,
     as_text,
     leave_one_out,
@@ -68,24 +65,13 @@ def main(
     views = view_conversations(found, [*chosen, *rejected, *offered], **embedding)
     liked, disliked, views = views.split([len(chosen), len(rejected), len(offered)])
     user = User.of(found.fit, liked - disliked, weight, seed)
-    ranking = rank(offered, views, user)
+    table = rank(offered, views, user)
     left_out = leave_one_out(found.fit, liked - disliked, row, weight, seed)
-    print(*user.lines(), agreement(left_out), as_text(ranking), sep="\n")
+    print(*user.lines(), agreement(left_out), as_text(table), sep="\n")
     if save and save.suffix == ".csv":
-        write_whole(save, lambda draft: ranking.to_csv(draft, index=False))
+        write_whole(save, lambda draft: table.to_csv(draft, index=False))
     elif save:
-        write_text(save, json.dumps({**user.known(), "ranking": as_records(ranking)}, indent=2))
-
-
-def agreement(left_out: Tensor) -> str:
-    """How well each choice is predicted from the other rows, from its log odds [n] so predicted."""
-    if not len(left_out):
-        return "leave-one-out: needs two rows of choices"
-    right, loss = int((left_out > 0).sum()), float(softplus(-left_out).mean())
-    return (
-        f"leave-one-out: {right} of {len(left_out)} choices predicted from the other rows, "
-        f"log loss {loss:.3f} (by chance {math.log(2):.3f})"
-    )
+        write_text(save, json.dumps({**user.known(), "ranking": as_records(table)}, indent=2))
 
 
 if __name__ == "__main__":

@@ -18,12 +18,12 @@ from lore.common.cli import cli
 from lore.common.files import begins, check_output, check_place, require, write_whole
 from lore.elicitation.choices import read_candidates
 from lore.elicitation.scoring import Scorer, load_scorer
+from lore.elicitation.user import ranking
 from lore.embeddings.reward_model import OF_BASIS, Conversation, ModelChoice
 from lore.methods.saved import Learned, load_learned
 from lore.preparing.own_rows import USUAL, Columns
 
 AVERAGE = "average user"
-SHOWN = ("user", "line", "prompt", "place", "reward", "deviation", "response")
 
 
 def main(
@@ -106,24 +106,11 @@ def scored(
         progress: show a progress bar.
     """
     rows, tables = scorer.embed(drafts, progress), []
-    about = {
-        "line": range(1, len(drafts) + 1),
-        "prompt": [history[-1]["content"] for *history, _ in drafts],
-        "response": [answer["content"] for *_, answer in drafts],
-        "dialogue": [str(history) for *history, _ in drafts],
-    }
     for name, user in users.items():
-        rewards, deviations = scorer.score(rows, user)
-        table = pd.DataFrame({**about, "user": name, "reward": rewards.numpy()})
-        if deviations is not None:
-            table["deviation"] = deviations.numpy()
+        table = ranking(drafts, *scorer.score(rows, user)).drop(columns="p_over_next")
+        table.insert(0, "user", name)
         tables.append(table)
-    found = pd.concat(tables, ignore_index=True)
-    groups = found.groupby(["user", "dialogue"], sort=False)
-    found["place"] = groups["reward"].rank(ascending=False, method="min").astype(int)
-    found["number"] = groups.ngroup()
-    found = found.sort_values(["number", "place"], kind="stable")
-    return found[[column for column in SHOWN if column in found]]
+    return pd.concat(tables, ignore_index=True)
 
 
 if __name__ == "__main__":

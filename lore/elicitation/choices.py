@@ -33,7 +33,9 @@ from lore.preparing.raw import read_file
 log = logging.getLogger(__name__)
 
 Side = Literal["a", "b"]
-NOBODY = "me"  # the user's name where none is given
+Comparison = tuple[Conversation, Conversation, float]  # chosen, rejected, weight
+NAMELESS = "me"  # the user where no name is given
+NO_TEXT = "the prompt or a message is empty"
 
 
 class UserChoices(NamedTuple):
@@ -62,22 +64,18 @@ def read_user_choices(file: Path, columns: Columns = USUAL) -> UserChoices:
     counted = [choice for choice in choices if choice.left_out != TIES]
     if len(counted) < len(choices):
         log.info("%s: %d ties left out", file, len(choices) - len(counted))
+    require(bool(counted), f"{file}: every row is a tie, so that nothing is preferred")
     pairs = [(*pair, i) for i, choice in enumerate(counted) for pair in _pairs(choice, columns)]
-    require(bool(pairs), f"{file}: every row is a tie, so that nothing is preferred")
     users = {choice.user for choice in counted}
     some = ", ".join(sorted(users)[:3])
     require(len(users) == 1, f"{file} has the choices of {len(users)} users ({some}); keep one's")
-    chosen, rejected, weight, row = zip(*pairs, strict=True)
-    numbers = torch.tensor(row), torch.tensor(weight).double()
-    return UserChoices(list(chosen), list(rejected), *numbers)
-
-
-Comparison = tuple[Conversation, Conversation, float]  # chosen, rejected, weight
+    chosen, rejected, weight, row = map(list, zip(*pairs, strict=True))
+    return UserChoices(chosen, rejected, torch.tensor(row), torch.tensor(weight).double())
 
 
 def _pairs(choice: Choice, columns: Columns = USUAL) -> Iterator[Comparison]:
     """Every chosen conversation beside every rejected one; none may be empty, no two equal."""
-    require(choice.left_out != NO_PROMPT, f"{choice.place}: the prompt or a message is empty")
+    require(choice.left_out != NO_PROMPT, f"{choice.place}: {NO_TEXT}")
     names = (columns.chosen, columns.rejected)
     weight = choice.weight / (len(choice.chosen) * len(choice.rejected))
     for pair in product(choice.chosen, choice.rejected):
@@ -114,13 +112,10 @@ def _endings(
     """The conversations that end in the responses of a column."""
     found = read_endings(place, row, resolve(row, columns), [column])
     if found is None:
-        raise InputError(f"{place}: the prompt or a message is empty")
+        raise InputError(f"{place}: {NO_TEXT}")
     for conversation in found[0]:
         _require_text(conversation, place, column)
     return found[0]
-
-
-# ------------------------------------------------------------------------------ The pool
 
 
 @dataclass(frozen=True)
@@ -147,12 +142,9 @@ class Pair:
         return digest([self.history, *self.texts])[:16]
 
     @property
-    def conversations(self) -> tuple[Conversation, Conversation]:
+    def conversations(self) -> list[Conversation]:
         """The dialogue with either response."""
-        one, other = (
-            [*self.history, {"role": "assistant", "content": text}] for text in self.texts
-        )
-        return one, other
+        return [[*self.history, {"role": "assistant", "content": text}] for text in self.texts]
 
 
 def read_pool(file: Path, columns: Columns = USUAL) -> list[Pair]:
@@ -179,19 +171,17 @@ def read_pool(file: Path, columns: Columns = USUAL) -> list[Pair]:
 
 def _compared(file: Path, columns: Columns) -> Iterator[tuple[str, Conversation, Conversation]]:
     """Every two conversations to compare, with their place."""
-    rows = list(read_file(file))
-    for place, row in rows:
-        if "responses" in row:
-            for one, other in combinations(_endings(place, row, columns, "responses"), 2):
-                yield place, one, other
-    others = [placed for placed in rows if "responses" not in placed[1]]
+    others = []
+    for place, row in read_file(file):
+        if "responses" not in row:
+            others.append((place, row))
+            continue
+        for pair in combinations(_endings(place, row, columns, "responses"), 2):
+            yield place, *pair
     for choice in read_choices(others, columns, judged=False):
-        require(choice.left_out != NO_PROMPT, f"{choice.place}: the prompt or a message is empty")
-        for one, other in product(choice.chosen, choice.rejected):
-            yield choice.place, one, other
-
-
-# --------------------------------------------------------------------------- The answers
+        require(choice.left_out != NO_PROMPT, f"{choice.place}: {NO_TEXT}")
+        for pair in product(choice.chosen, choice.rejected):
+            yield choice.place, *pair
 
 
 class Answers:
@@ -199,13 +189,15 @@ class Answers:
 
     The file has a row for every answer. Beside what rows of choices have, ``first`` says which
     response was shown first, ``question`` counts answers and skipped questions, and ``timestamp``
-    says when. Rows of chosen and rejected responses that were in the file before stay and count
-    too. What was skipped is in a second file, ``<name>.skipped.jsonl``, as it says nothing of
-    tastes.
+    says when. Choices that were in the file before stay and count too. What was skipped says
+    nothing of tastes and is in a second file, ``<name>.skipped.jsonl``.
 
     Args:
         path: of the .jsonl file; it need not be there.
         user: whose answers they are; by default the file's user, else "me".
+
+    Attributes:
+        comparisons: the conversation that was preferred, the other, and how much that counts.
 
     Raises:
         InputError: another kind of file, a row that cannot be read, or rows of another user.
@@ -214,34 +206,32 @@ class Answers:
     def __init__(self, path: Path, user: str = "") -> None:
         require(path.suffix == ".jsonl", f"--answers {path}: end its name in .jsonl")
         require(path.parent.is_dir(), f"--answers {path}: there is no folder {path.parent}")
-        self.path, self.skipped = path, path.with_suffix(".skipped.jsonl")
-        self.rows, self.skips = _read(self.path), _read(self.skipped)
+        self.path, self.skipped, self.user = path, path.with_suffix(".skipped.jsonl"), user
+        self._load()
+
+    def _load(self) -> None:
+        """Take in both files as they are now."""
+        placed = list(read_file(self.path)) if self.path.exists() else []
+        skipped = read_file(self.skipped) if self.skipped.exists() else []
+        self.rows, self.skips = [row for _, row in placed], [row for _, row in skipped]
         for row in self.skips:
             good = isinstance(row.get("question"), int) and isinstance(row.get("pair"), str)
             require(good, f"{self.skipped}: not a file of skipped questions; move it away")
-        choices = [self._choice(i) for i in range(len(self.rows))]
-        self.pairs_of_rows = [list(_pairs(choice)) for choice in choices]
+        for place, row in placed:
+            other = "answers are kept as chosen and rejected, so name another file for --answers"
+            good = row.keys() >= {"chosen", "rejected"}
+            require(good, f"{place} lacks chosen or rejected; {other}")
+        choices = [read_choices([both])[0] for both in placed]
+        self.comparisons = [pair for choice in choices for pair in _pairs(choice)]
         users = {choice.user for choice in choices}
-        require(len(users) <= 1, f"{path} has the choices of {len(users)} users; keep one's")
+        require(len(users) <= 1, f"{self.path} has the choices of {len(users)} users; keep one's")
         found = next(iter(users), "")
-        self.user = user or found or NOBODY
-        same = found in ("", self.user)
-        require(same, f"{path} has the choices of {found}, not of {self.user}: name another file")
-
-    def _choice(self, i: int) -> Choice:
-        place = f"{self.path} row {i + 1}"
-        both = self.rows[i].keys() >= {"chosen", "rejected"}
-        other = "answers are kept as chosen and rejected, so name another file for --answers"
-        require(both, f"{place} lacks chosen or rejected; {other}")
-        return read_choices([(place, self.rows[i])])[0]
+        self.user = self.user or found or NAMELESS
+        another = f"has the choices of {found}, not of {self.user}: name another file"
+        require(found in ("", self.user), f"{self.path} {another}")
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    @property
-    def comparisons(self) -> list[Comparison]:
-        """All answers: the conversation that was preferred, the other, and how much that counts."""
-        return [pair for pairs in self.pairs_of_rows for pair in pairs]
 
     @property
     def settled(self) -> set[str]:
@@ -255,13 +245,7 @@ class Answers:
         return max(map(_number, (*self.rows, *self.skips)), default=0)
 
     def answer(self, pair: Pair, shown: tuple[str, str], side: Side) -> None:
-        """Keep an answer.
-
-        Args:
-            pair: the two responses and their dialogue.
-            shown: the two responses as a and b were.
-            side: the better one.
-        """
+        """Keep that of a pair's responses, shown as a and b, the one of a side is the better."""
         chosen, rejected = shown if side == "a" else shown[::-1]
         history = pair.history
         alone = len(history) == 1 and history[0]["role"] == "user"
@@ -274,48 +258,36 @@ class Answers:
             "first": "chosen" if side == "a" else "rejected",
             "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        _write(self.path, [*self.rows, row])
-        self.rows = [*self.rows, row]
-        self.pairs_of_rows = [*self.pairs_of_rows, list(_pairs(self._choice(-1)))]
+        self._save(self.path, [*self.rows, row])
 
     def skip(self, pair: Pair) -> None:
         """Keep that a question was not answered."""
-        skips = [*self.skips, {"question": self.last_question + 1, "pair": pair.key}]
-        _write(self.skipped, skips)
-        self.skips = skips
+        row = {"question": self.last_question + 1, "pair": pair.key}
+        self._save(self.skipped, [*self.skips, row])
 
     def undo(self) -> bool:
         """Take back the last answer or skip; False if there is none that was given here."""
-        if not (last := self.last_question):
-            return False
-        skips = [row for row in self.skips if _number(row) != last]
-        if len(skips) < len(self.skips):
-            _write(self.skipped, skips)
-            self.skips = skips
-        else:
-            kept = [i for i, row in enumerate(self.rows) if _number(row) != last]
-            rows = [self.rows[i] for i in kept]
-            _write(self.path, rows)
-            self.rows, self.pairs_of_rows = rows, [self.pairs_of_rows[i] for i in kept]
-        return True
+        last = self.last_question
+        for path, rows in ((self.skipped, self.skips), (self.path, self.rows)):
+            kept = [row for row in rows if _number(row) != last]
+            if last and len(kept) < len(rows):
+                self._save(path, kept)
+                return True
+        return False
+
+    def _save(self, path: Path, rows: list[dict[str, Any]]) -> None:
+        """Whole or not at all, so that a kill or a power cut leaves every answer but the last."""
+
+        def write(draft: Path) -> None:
+            with draft.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+                file.flush()
+                os.fsync(file.fileno())
+
+        write_whole(path, write)
+        self._load()
 
 
 def _number(row: Mapping[str, Any]) -> int:
     number = row.get("question")
     return number if isinstance(number, int) else 0
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    return [row for _, row in read_file(path)] if path.exists() else []
-
-
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Whole or not at all, so that a kill or a power cut leaves every answer but the last."""
-
-    def write(draft: Path) -> None:
-        with draft.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
-
-    write_whole(path, write)

@@ -53,52 +53,38 @@ class QuestionPool:
     Args:
         rows: the comparisons [n, 1 + K].
         sizes: how many comparisons each question has, one after the other; one each if None.
-
-    Attributes:
-        question: number of each comparison's question [n].
-        pair: a number for each distinct comparison [n]; the two orders of a pair are one.
     """
 
     def __init__(self, rows: Tensor, sizes: Sequence[int] | None = None) -> None:
         require(len(rows) > 0, "there is nothing to ask: no question in the pool")
         require(bool(torch.isfinite(rows).all()), "a question has NaN or infinity in it")
         self.rows, self.pair = rows, distinct(rows)
-        self.size = len(rows) if sizes is None else len(sizes)
-        self.question = torch.arange(len(rows))
-        if sizes is not None:
-            self.question = torch.repeat_interleave(torch.tensor(sizes))
+        self.sizes = [1] * len(rows) if sizes is None else sizes
+        self.question = torch.repeat_interleave(torch.tensor(self.sizes))  # of each comparison
 
     def __len__(self) -> int:
-        return self.size
+        return len(self.sizes)
 
     def open(self, earlier: Sequence[int]) -> Tensor:
         """Which questions [len(self)] may be asked now.
 
-        None comes up twice; one with a pair that was asked, in whichever order, comes up only when
-        no other is left.
+        None comes up twice, and one with a pair that was asked, in whichever order, only when no
+        other is left.
         """
         left = torch.ones(len(self), dtype=torch.bool)
         left[list(earlier)] = False
         require(bool(left.any()), "there is nothing left to ask: every question was asked")
-        was_asked = torch.zeros(int(self.pair.max()) + 1, dtype=torch.bool)
-        was_asked[self.pair[~left[self.question]]] = True
+        asked = torch.isin(self.pair, self.pair[~left[self.question]])
         new = left.clone()
-        new[self.question[was_asked[self.pair]]] = False
+        new[self.question[asked]] = False
         return new if new.any() else left
 
 
 def distinct(rows: Tensor) -> Tensor:
-    """A number for each distinct comparison [n]; rows that differ in sign alone are one [n, 1 + K].
-
-    Rows are told apart by a random product, formed column by column so that equal rows have equal
-    products to the last bit.
-    """
-    g = torch.Generator().manual_seed(0)
-    factors = torch.randn(rows.shape[1], generator=g, dtype=torch.float64).tolist()
-    key = rows.new_zeros(len(rows), dtype=torch.float64)
-    for column, factor in zip(rows.double().T, factors, strict=True):
-        key = key + column * factor
-    return torch.unique(key.abs(), return_inverse=True)[1]
+    """A number for each distinct row [n, 1 + K], whichever its sign [n]."""
+    first = (rows != 0).int().argmax(1, keepdim=True)
+    turned = rows * rows.gather(1, first).sign() + 0.0  # no row begins with a minus, nor has -0
+    return torch.unique(turned, dim=0, return_inverse=True)[1]
 
 
 def next_question(
@@ -123,15 +109,16 @@ def next_question(
     require(criterion in CRITERIA, f"criterion {criterion}: there are {', '.join(CRITERIA)}")
     gains = acquisition(criterion, posterior, pool.rows)
     total = gains.new_zeros(len(pool)).index_add_(0, pool.question, gains)
-    return argmax_with_ties(total, pool.open(earlier), generator)
+    total[~pool.open(earlier)] = -math.inf
+    good = (total >= total.max() - TIE * total.max().abs()).nonzero()[:, 0]
+    return int(good[torch.randint(len(good), (), generator=as_generator(generator))])
 
 
 def acquisition(criterion: str, posterior: UserPosterior, rows: Tensor) -> Tensor:
-    """How much each comparison [n, 1 + K] is worth asking [n]; more is better.
+    """How much each comparison [n, 1 + K] is worth asking [n].
 
-    - random: all the same.
-    - d_optimal: p (1 - p) z' S z with the posterior's mode and covariance S: how much an answer
-      shrinks the posterior's volume.
+    That is the same for "random", and for "d_optimal" p (1 - p) z' S z with the posterior's mode
+    and covariance S: how much an answer shrinks the posterior's volume.
     """
     if criterion == "random":
         return rows.new_zeros(len(rows))
@@ -140,22 +127,14 @@ def acquisition(criterion: str, posterior: UserPosterior, rows: Tensor) -> Tenso
     return p * (1 - p) * ((Z @ cov) * Z).sum(1).clamp(min=0)
 
 
-def argmax_with_ties(gains: Tensor, possible: Tensor, generator: Seed = None) -> int:
-    """The place of the greatest gain [n] among those possible [n], drawn among those as good."""
-    gains = gains.masked_fill(~possible, -math.inf)
-    top = gains.max()
-    good = (possible & (gains >= top - TIE * top.abs())).nonzero()[:, 0]
-    return int(good[torch.randint(len(good), (), generator=as_generator(generator))])
-
-
 def choose_shots(
     fit: Fitted, few: Comparisons, sizes: Sequence[int], criterion: str, generator: torch.Generator
 ) -> Shots:
     """New users' shots in the order in which the criterion asks for them, instead of at random.
 
-    A question is a shot: a recorded comparison, or a whole dialogue. What is asked for 5 shots is
-    the beginning of what is asked for 10. No label is used before its question is asked, as gains
-    do not depend on the order within a pair.
+    A question is a shot: a recorded comparison, or a whole dialogue. The first of 10 shots are
+    those of 5. No label is used before its question is asked, as gains do not depend on the order
+    within a pair.
 
     Args:
         fit: of which ``population`` is not None.
@@ -165,7 +144,6 @@ def choose_shots(
         generator: of the draw among equally good questions.
     """
     units, population = few.units(), fit.population()
-    assert population is not None
     prior = Prior(population.mean.double().cpu(), population.cov.double().cpu())
     questions, weight = fit.questions(fit.view(few)).cpu(), few.weight.cpu()
     orders: list[list[int]] = [[] for _ in units]

@@ -1,9 +1,8 @@
 """How sure the answers make us, and what more of them would add.
 
-What is hoped for is *expected accuracy*: the chance that the better of two responses, as the
-posterior has it, is the one that the person prefers, on average over pairs. Its future is known
-before a question is answered: an answer may move the posterior's mean either way, but how much the
-covariance shrinks does not depend, nearly, on which way.
+The measure is *expected accuracy*: the chance that the better of two responses by the posterior is
+the one that the person prefers, on average over pairs. It can be foretold: how much an answer
+shrinks the posterior's covariance hardly depends on which answer it is.
 
 Shape letters: T target pairs, N pairs of the pool, K directions of taste, H questions ahead.
 """
@@ -52,11 +51,7 @@ class Outlook(NamedTuple):
 
 
 def look_ahead(
-    posterior: UserPosterior,
-    targets: Tensor,
-    pool: Tensor,
-    tolerance: float,
-    horizon: int = HORIZON,
+    posterior: UserPosterior, targets: Tensor, pool: Tensor, tolerance: float
 ) -> Outlook:
     """The outlook of asking the D-optimal questions of a pool, one after another.
 
@@ -65,21 +60,19 @@ def look_ahead(
         targets: pairs whose order matters, as differences [T, 1 + K] of log odds.
         pool: pairs that may still be asked [N, 1 + K].
         tolerance: see ``Outlook``.
-        horizon: most questions ahead.
     """
     Z = targets[:, 1:]
     logits = targets[:, 0] + Z @ posterior.mean
-    covs = [posterior.covariance, *_shrunk(posterior, pool, min(horizon, len(pool)))]
+    covs = [posterior.covariance, *_shrunk(posterior, pool)]
     variances = [((Z @ cov) * Z).sum(1).clamp(min=0) for cov in covs]
     accuracy = [float(expected_accuracy(logits, variances[0], later)) for later in variances]
     return Outlook(accuracy, tolerance)
 
 
 def expected_accuracy(logits: Tensor, now: Tensor, later: Tensor) -> Tensor:
-    """Chance that the preferred response is foretold, averaged over pairs.
+    """Chance that the preferred response is foretold later, averaged over pairs.
 
-    Until ``later`` the mean of a pair's log odds is to move by a normal variable of variance now -
-    later; the response that is then the better one by the mean is foretold.
+    Until then the mean of a pair's log odds moves by a normal variable of variance now - later.
 
     Args:
         logits: means [T] of the log odds.
@@ -96,18 +89,18 @@ def expected_accuracy(logits: Tensor, now: Tensor, later: Tensor) -> Tensor:
 
 def _normal_parts(variance: Tensor) -> Iterator[tuple[float, Tensor]]:
     """Shares and slopes of normal distribution functions that make E sigmoid(t) for normal t."""
-    for weight, slope in zip(SHARES, SLOPES, strict=True):
-        yield weight, slope / (1 + slope**2 * variance).sqrt()
+    for share, slope in zip(SHARES, SLOPES, strict=True):
+        yield share, slope / (1 + slope**2 * variance).sqrt()
 
 
-def _shrunk(posterior: UserPosterior, pool: Tensor, steps: int) -> Iterator[Tensor]:
+def _shrunk(posterior: UserPosterior, pool: Tensor) -> Iterator[Tensor]:
     """Covariances after 1, 2, ... questions, each the D-optimal one of those that are left.
 
     An answer's information is E[p (1 - p)] over its log odds: at their mean alone it is too high.
     """
     Z, cov = pool[:, 1:], posterior.covariance
     logits, left = pool[:, 0] + Z @ posterior.mean, torch.ones(len(pool), dtype=torch.bool)
-    for _ in range(steps):
+    for _ in range(min(HORIZON, len(pool))):
         variance = ((Z @ cov) * Z).sum(1).clamp(min=0)
         information = sum(
             weight * scale * (-(scale * logits).square() / 2).exp() / math.sqrt(2 * math.pi)
@@ -122,12 +115,7 @@ def _shrunk(posterior: UserPosterior, pool: Tensor, steps: int) -> Iterator[Tens
 
 
 def same_prompt_pairs(prompts: Sequence[Hashable], generator: torch.Generator) -> Tensor:
-    """Rows of two responses to the same prompt [T, 2]: all pairs, or T drawn at random.
-
-    Args:
-        prompts: what tells each response's dialogue from others.
-        generator: of the draw where there are too many.
-    """
+    """Rows of two responses to the same prompt [T, 2]: all pairs, or ``MOST_TARGETS`` drawn."""
     groups = defaultdict(list)
     for row, prompt in enumerate(prompts):
         groups[prompt].append(row)
@@ -136,7 +124,5 @@ def same_prompt_pairs(prompts: Sequence[Hashable], generator: torch.Generator) -
 
 
 def thinned(pairs: Tensor, generator: torch.Generator) -> Tensor:
-    """The pairs [T, ...], or as many drawn from them as are quickly looked at."""
-    if len(pairs) <= MOST_TARGETS:
-        return pairs
+    """The pairs [T, ...], or ``MOST_TARGETS`` drawn from them."""
     return pairs[torch.randperm(len(pairs), generator=generator)[:MOST_TARGETS].sort().values]

@@ -7,20 +7,18 @@ import secrets
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from socketserver import ThreadingMixIn
 from typing import Any
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import bottle
 import jinja2
 
 from lore.common.files import InputError
 from lore.elicitation.session import ACTIONS, SPEAKERS, Session
+from lore.elicitation.web import listen
 
 log = logging.getLogger(__name__)
 
 TEMPLATES = Path(__file__).resolve().parent
-HERE = "127.0.0.1"
 HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -54,8 +52,9 @@ class Page:
         )  # fmt: skip
         self.template = environment.get_template("ask.html")
         self.app = bottle.Bottle()
-        self.app.route(self.path, "GET", _guarded(self.show))
-        self.app.route(self.path, "POST", _guarded(self.act))
+        self.app.install(_say_mistakes)
+        self.app.route(self.path, "GET", self.show)
+        self.app.route(self.path, "POST", self.act)
 
     def show(self) -> str:
         """The question, or what was learned once asking is over."""
@@ -71,13 +70,10 @@ class Page:
                 self.closed |= word == "quit"
                 if word in ACTIONS:
                     self.session.do(word)
-            if self.closed:
-                return self._render()
-        return bottle.redirect(self.path, 303)
+            return self._render() if self.closed else bottle.redirect(self.path, 303)
 
     def _render(self) -> str:
-        for name, value in HEADERS.items():
-            bottle.response.set_header(name, value)
+        bottle.response.headers.update(HEADERS)
         question = None if self.closed else self.session.question()
         found = None if question else self.session.save(self.profile)
         return self.template.render(
@@ -86,7 +82,7 @@ class Page:
         )  # fmt: skip
 
 
-def _guarded(answer: Callable[[], Any]) -> Callable[[], Any]:
+def _say_mistakes(answer: Callable[[], Any]) -> Callable[[], Any]:
     """The same, but a full disk is a page that says so."""
 
     def guarded() -> Any:
@@ -99,24 +95,8 @@ def _guarded(answer: Callable[[], Any]) -> Callable[[], Any]:
     return guarded
 
 
-class _Server(ThreadingMixIn, WSGIServer):
-    """In threads, as a browser may open a connection and say nothing; closing waits for answers."""
-
-    timeout = 0.2  # seconds until it looks whether the person has quit
-
-    def handle_error(self, *_: Any) -> None:
-        """Nothing: a connection that stays silent is no error."""
-
-
-class _Handler(WSGIRequestHandler):
-    timeout = 2  # seconds of silence
-
-    def log_message(self, *_: Any) -> None:
-        """Nothing: the terminal is the person's."""
-
-
 def ask_on_page(session: Session, profile: Path, port: int = 0) -> None:
-    """Serve the page on this machine until the person is done, or the program is interrupted.
+    """Serve a session's page on this machine until the person is done, or Ctrl-C.
 
     Args:
         session: to be asked.
@@ -127,13 +107,9 @@ def ask_on_page(session: Session, profile: Path, port: int = 0) -> None:
         InputError: the port is taken.
     """
     page = Page(session, profile, secrets.token_urlsafe(16))
-    try:
-        server = make_server(HERE, port, page.app, _Server, _Handler)
-    except OSError as error:
-        raise InputError(f"--port {port} cannot be had ({error}); take another, or none") from error
-    with server:
-        log.info("open http://%s:%d%s in a browser of this machine; Ctrl-C ends it",
-                 HERE, server.server_port, page.path)  # fmt: skip
+    with listen(page.app, "127.0.0.1", port) as server:
+        log.info("open http://127.0.0.1:%d%s in a browser of this machine; Ctrl-C ends it",
+                 server.server_port, page.path)  # fmt: skip
         try:
             while not page.closed:
                 server.handle_request()

@@ -45,7 +45,7 @@ class Material:
 
     Attributes:
         pairs: the pool.
-        candidates: conversations that end in responses to be put in order; may be none.
+        candidates: conversations that end in responses to be ranked; may be none.
         views: every conversation as the fit views it [C], by its digest.
     """
 
@@ -58,23 +58,22 @@ class Material:
         rows = [self.views[digest(one)] - self.views[digest(other)] for one, other in pairs]
         return torch.stack(rows) if rows else torch.empty(0, len(next(iter(self.views.values()))))
 
-    @cached_property
     def pool(self) -> Tensor:
         """The pairs of the pool, first text minus second [N, C]."""
         return self.differences([pair.conversations for pair in self.pairs])
 
-    @cached_property
-    def offered(self) -> Tensor:
-        """The candidates [M, C]."""
-        return torch.stack([self.views[digest(candidate)] for candidate in self.candidates])
-
     def targets(self, generator: torch.Generator) -> Tensor:
         """Pairs whose order matters [T, C]: of candidates, or of the pool without them."""
         prompts = [digest(history) for *history, _ in self.candidates]
-        one, other = same_prompt_pairs(prompts, generator).unbind(1)
-        if len(one):
-            return self.offered[one] - self.offered[other]
-        return thinned(self.pool, generator)
+        pairs = same_prompt_pairs(prompts, generator).tolist()
+        if not pairs:
+            return thinned(self.pool(), generator)
+        return self.differences([[self.candidates[row] for row in pair] for pair in pairs])
+
+    def ranking(self, user: User) -> list[dict[str, Any]]:
+        """The candidates in a user's order, see ``user.rank``."""
+        views = torch.stack([self.views[digest(candidate)] for candidate in self.candidates])
+        return as_records(rank(self.candidates, views, user))
 
 
 def gather(
@@ -85,9 +84,7 @@ def gather(
     embeddings: Path | None = None,
     **embedding: Any,
 ) -> Material:
-    """Embed the pool, the candidates and what was answered before.
-
-    What was answered usually stands in the pool, and is then not embedded again.
+    """Embed the pool, the candidates and, where it is not among these, what was answered before.
 
     Args:
         found: the file of a run.
@@ -106,8 +103,8 @@ def gather(
     texts = [*(one for pair in pairs for one in pair.conversations), *candidates]
     rows = view_conversations(found, texts, embeddings, **embedding)
     views = dict(zip(map(digest, texts), rows, strict=True))
-    answered = [c for *both, _ in answers.comparisons for c in both]
-    others = {digest(c): c for c in answered if digest(c) not in views}
+    answered = {digest(c): c for *both, _ in answers.comparisons for c in both}
+    others = {key: c for key, c in answered.items() if key not in views}
     if others:
         rows = view_conversations(found, list(others.values()), **embedding)
         views |= zip(others, rows, strict=True)
@@ -115,15 +112,14 @@ def gather(
 
 
 class Session:
-    """Questions to one person, one after the other; nothing is known here of how they are put.
+    """Questions to one person, one after the other, however they are put.
 
     Args:
         fit: LoRe or a mixed logit, whose ``population`` is not None.
-        material: what may be asked, and what is to be put in order.
+        material: what may be asked, and what is to be ranked.
         answers: those that were given before; new ones are kept there at once.
         criterion: by which the next question is chosen, see ``criteria.acquisition``.
-        tolerance: stop once as many questions as are looked ahead to would raise the expected
-            accuracy by less.
+        tolerance: stop once ``outlook.HORIZON`` more would raise the expected accuracy by less.
         most: stop after as many answers; 0 for no such limit.
         seed: of all that is random: which response is shown first, which of several equally good
             questions is asked, and LoRe's initial weights.
@@ -131,7 +127,6 @@ class Session:
     Attributes:
         posterior: of the person's tastes.
         outlook: how sure that is, and how sure it may become.
-        insist: ask on where the outlook says stop.
     """
 
     def __init__(
@@ -141,7 +136,7 @@ class Session:
     ) -> None:  # fmt: skip
         self.fit, self.material, self.answers = fit, material, answers
         self.criterion, self.tolerance, self.most, self.seed = criterion, tolerance, most, seed
-        self.questions = fit.questions(material.pool)
+        self.questions = fit.questions(material.pool())
         self.pool, self.insist = QuestionPool(self.questions), False
         self.targets = fit.questions(material.targets(torch.Generator().manual_seed(seed)))
         nothing = UserPosterior.after(fit.population(), self.questions[:0])
@@ -163,8 +158,6 @@ class Session:
         self._next: Question | None = None
         self.__dict__.pop("user", None)
 
-    # ------------------------------------------------------------------ Questions
-
     @property
     def reason(self) -> str:
         """Why nothing more is asked; empty while something is."""
@@ -175,9 +168,8 @@ class Session:
         if self.most and len(self.answers) >= self.most:
             return f"{len(self.answers)} answers were given, and --most is {self.most}"
         if self.tolerance and self.outlook.useful == 0:
-            ahead, little = len(self.outlook.accuracy) - 1, 100 * self.tolerance
-            gain = f"raise the expected accuracy by less than {little:g} points"
-            return f"{ahead} more answers would {gain}"
+            gain = f"raise the expected accuracy by less than {100 * self.tolerance:g} points"
+            return f"{len(self.outlook.accuracy) - 1} more answers would {gain}"
         return ""
 
     def question(self) -> Question | None:
@@ -194,14 +186,11 @@ class Session:
         return self._next
 
     def do(self, word: str) -> bool:
-        """Do what the person says about the question.
+        """Do what the person says about the question; False where there is nothing to do.
 
         Args:
             word: one of ``ACTIONS``: a or b, the better response; skip, to leave the question for
                 good; undo, to take back the last answer or skip; more, to be asked on.
-
-        Returns:
-            Whether there was something to do.
         """
         question, done = self.question(), True
         if word == "more":
@@ -217,8 +206,6 @@ class Session:
         if done:
             self._learn()
         return done
-
-    # ---------------------------------------------------------------- What is known
 
     @property
     def progress(self) -> list[str]:
@@ -253,7 +240,6 @@ class Session:
             "questions_still_useful": self.outlook.useful,
         }
         if self.material.candidates:
-            ranking = rank(self.material.candidates, self.material.offered, self.user)
-            profile["ranking"] = as_records(ranking)
+            profile["ranking"] = self.material.ranking(self.user)
         write_text(path, json.dumps(profile, indent=2))
         return profile

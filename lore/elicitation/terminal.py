@@ -30,9 +30,9 @@ class Terminal:
     ) -> None:
         self.session, self.source, self.out = session, source, out
         size = shutil.get_terminal_size()
-        self.width = min(size.columns, WIDEST)
-        usual = size.lines if source.isatty() and out.isatty() else 0
-        self.height = usual if height is None else height
+        self.width, self.height = min(size.columns, WIDEST), height
+        if height is None:
+            self.height = size.lines if source.isatty() and out.isatty() else 0
 
     def run(self) -> None:
         """Ask until the person quits, or asking is over."""
@@ -58,8 +58,6 @@ class Terminal:
         while (word := self._read(f"Enter to finish, (u)ndo{more}: ")) not in FINAL:
             pass
         return word or "quit"
-
-    # ---------------------------------------------------------------------- Pages
 
     def _lines(self, question: Question) -> Iterator[str]:
         yield f"── Question {question.number} ".ljust(self.width, "─")

@@ -5,16 +5,19 @@ Shape letters: F features, C directions, S numbers of a user's weights, n compar
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from scipy.special import expit
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from lore.common.files import require
 from lore.elicitation.criteria import UserPosterior
@@ -67,11 +70,11 @@ def view_conversations(
     lm: ModelChoice = OF_BASIS,
     **embedding: Any,
 ) -> Tensor:
-    """Conversations' embeddings along the directions of a run's file [n, C].
+    """The embeddings of n conversations along the directions of a run's file [n, C].
 
     Args:
         found: the file.
-        conversations: each ends in a response; n of them.
+        conversations: each ends in a response.
         embeddings: folder to keep the embeddings in, for another time.
         lm: the reward model.
         embedding: more arguments of ``embeddings.embed``.
@@ -81,17 +84,10 @@ def view_conversations(
     """
     source = lm.of_basis(found.settings, found.path)
     check_width(source, len(found.directions))
+    names = ("model", "tokenizer", "revision", "trust_remote_code", "pool")
+    embedding |= {name: getattr(source, name) for name in names}
     with tempfile.TemporaryDirectory() as passing:
-        store = embed(
-            conversations,
-            embeddings or passing,
-            model=source.model,
-            tokenizer=source.tokenizer,
-            revision=source.revision,
-            trust_remote_code=source.trust_remote_code,
-            pool=source.pool,
-            **embedding,
-        )
+        store = embed(conversations, embeddings or passing, **embedding)
         require(store is not None, "run this in one process, without --shard")
         rows = store.rows(torch.arange(len(conversations)))
         return rows @ found.directions.to(rows)
@@ -106,13 +102,7 @@ def check_width(source: Source, expected: int) -> None:
 
 @dataclass(frozen=True)
 class User:
-    """One user by a fit.
-
-    Attributes:
-        fit: the fit.
-        weights: the user's [S].
-        posterior: of the user's tastes; None where the fit knows none.
-    """
+    """One user by a fit: weights [S], and the posterior of tastes where the fit knows one."""
 
     fit: LoreFit | MixedFit
     weights: Tensor
@@ -125,7 +115,7 @@ class User:
         """The user who made some choices.
 
         Args:
-            fit: the fit.
+            fit: how rewards depend on a user.
             choices: chosen minus rejected, as the fit views them [n, C].
             weight: how much each counts [n]; one each if None.
             seed: of the initial values of LoRe's weights.
@@ -140,9 +130,8 @@ class User:
         """LoRe's weights, or a mixed logit's standardised tastes and their standard deviations."""
         if isinstance(self.fit, LoreFit) or self.posterior is None:
             return {"weights": self.weights.tolist()} if self.fit.personal else {}
-        places, cov = self.fit.places(), self.posterior.covariance
-        sd = deviations(places.T, cov)
-        tastes = self.weights.double() @ places
+        places = self.fit.places()
+        sd, tastes = deviations(places.T, self.posterior.covariance), self.weights.double() @ places
         return {"tastes": tastes.tolist(), "standard_deviations": sd.tolist()}
 
     def lines(self) -> list[str]:
@@ -154,8 +143,8 @@ class User:
 
     def rewards(self, views: Tensor) -> Tensor:
         """Log odds [m] of conversations, or of differences of two [m, C]."""
-        nobody_else = torch.zeros(len(views), dtype=torch.long)
-        return self.fit.logits(views, self.weights[None], nobody_else).double()
+        own = torch.zeros(len(views), dtype=torch.long)
+        return self.fit.logits(views, self.weights[None], own).double()
 
     def deviations(self, views: Tensor) -> Tensor | None:
         """Standard deviations of these rewards [m]; None for LoRe, which has no prior."""
@@ -186,56 +175,71 @@ def leave_one_out(
     return fit.logits(choices, weights, row).double()
 
 
-# ------------------------------------------------------------------------------ Ranking
+def agreement(left_out: Tensor) -> str:
+    """How well each choice is predicted from the other rows, from its log odds [n] so predicted."""
+    if not len(left_out):
+        return "leave-one-out: needs two rows of choices"
+    right, loss = int((left_out > 0).sum()), float(softplus(-left_out).mean())
+    return (
+        f"leave-one-out: {right} of {len(left_out)} choices predicted from the other rows, "
+        f"log loss {loss:.3f} (by chance {math.log(2):.3f})"
+    )
 
 
 def rank(candidates: Sequence[Conversation], views: Tensor, user: User) -> pd.DataFrame:
+    """Candidates, as a fit views them [m, C], by a user's reward; see ``ranking``.
+
+    Deviations are of a reward's distance from its prompt's mean.
+    """
+    group = torch.from_numpy(_dialogues(candidates))
+    count = torch.bincount(group)[:, None]
+    means = views.new_zeros(len(count), views.shape[1]).index_add_(0, group, views) / count
+    return ranking(candidates, user.rewards(views), user.deviations(views - means[group]))
+
+
+def ranking(
+    candidates: Sequence[Conversation], rewards: Tensor, deviations: Tensor | None = None
+) -> pd.DataFrame:
     """One row per candidate, prompts in their order, the best first within a prompt.
 
-    Args:
-        candidates: conversations that end in a response.
-        views: of each [m, C].
-        user: whose rewards rank them.
-
     Returns:
-        line in the file, prompt, place within the prompt, reward, p_over_next (probability that it
-        is preferred to the next one of its prompt, missing for the last) and response; where it is
-        known also deviation: standard deviation of the reward's distance from its prompt's mean.
+        line in the file, prompt, place within the prompt, reward, deviation (where these are
+        given), p_over_next (probability that it is preferred to the next one of its prompt,
+        missing for the last) and response.
     """
-    dialogues = pd.factorize(pd.Series([str(history) for *history, _ in candidates]))[0]
     columns = {
         "line": range(1, len(candidates) + 1),
         "prompt": [history[-1]["content"] for *history, _ in candidates],
-        "reward": user.rewards(views).numpy(),
+        "place": 0,
+        "reward": rewards.numpy(),
+        **({} if deviations is None else {"deviation": deviations.numpy()}),
+        "p_over_next": 0.0,
         "response": [answer["content"] for *_, answer in candidates],
-        "dialogue": dialogues,
+        "dialogue": _dialogues(candidates),
     }
     table = pd.DataFrame(columns)
     places = table.groupby("dialogue")["reward"].rank(ascending=False, method="min")
-    table.insert(2, "place", places.astype(int))
-    group = torch.from_numpy(dialogues)
-    count = torch.bincount(group)[:, None]
-    means = views.new_zeros(len(count), views.shape[1]).index_add_(0, group, views) / count
-    if (deviations := user.deviations(views - means[group])) is not None:
-        table.insert(4, "deviation", deviations.numpy())
+    table["place"] = places.astype(int)
     table = table.sort_values(["dialogue", "place"], kind="stable", ignore_index=True)
-    ahead = table.groupby("dialogue")["reward"].diff(-1)
-    table.insert(table.columns.get_loc("response"), "p_over_next", expit(ahead))
+    table["p_over_next"] = expit(table.groupby("dialogue")["reward"].diff(-1))
     return table.drop(columns="dialogue")
 
 
-def as_text(ranking: pd.DataFrame) -> str:
+def _dialogues(candidates: Sequence[Conversation]) -> np.ndarray:
+    """The number of each candidate's dialogue [m]."""
+    return pd.factorize(pd.Series([str(history) for *history, _ in candidates]))[0]
+
+
+def as_text(table: pd.DataFrame) -> str:
     """A ranking as a terminal shows it, and what its columns mean."""
-    names = {"deviation": "sd", "p_over_next": "P"}
-    kept = [name for name in ("prompt", "place", "reward", *names, "response") if name in ranking]
-    shown = ranking[kept].rename(columns=names)
+    shown = table.drop(columns="line").rename(columns={"deviation": "sd", "p_over_next": "P"})
     lines = ["reward: log odds; P: that the response is preferred to the next one of its prompt"]
-    if "deviation" in ranking:
+    if "sd" in shown:
         lines.append("sd: standard deviation of the reward's distance from its prompt's mean")
     text = shown.to_string(index=False, max_colwidth=60, float_format="%.3f", na_rep="")
     return "\n".join([*lines, "", text])
 
 
-def as_records(ranking: pd.DataFrame) -> list[dict[str, Any]]:
+def as_records(table: pd.DataFrame) -> list[dict[str, Any]]:
     """The rows of a ranking as JSON has them."""
-    return ranking.astype(object).where(ranking.notna(), None).to_dict("records")
+    return table.astype(object).where(table.notna(), None).to_dict("records")

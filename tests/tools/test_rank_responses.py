@@ -16,7 +16,7 @@ import models
 import running
 from lore.common.files import InputError
 from lore.elicitation.choices import read_candidates, read_user_choices
-from lore.elicitation.user import User, leave_one_out, load_fit
+from lore.elicitation.user import User, agreement, leave_one_out, load_fit
 from lore.embeddings import store as embeddings
 from lore.learning.basis import Basis, load_basis, save_basis
 from lore.methods.lore import Lore, LoreFit
@@ -81,7 +81,7 @@ def test_leave_one_out_is_the_fit_without_each_choice(tmp_path):
         odds.append((Z[i] @ w).item() / 100)
     left_out = leave_one_out(fit, Z, torch.arange(5), seed=3)
     assert left_out.tolist() == pytest.approx(odds, rel=1e-4)
-    line = rank_responses.agreement(left_out)
+    line = agreement(left_out)
     assert f"leave-one-out: {sum(x > 0 for x in odds)} of 5 " in line
     assert f"{sum(math.log1p(math.exp(-x)) for x in odds) / 5:.3f}" in line
 
@@ -123,7 +123,7 @@ def test_labels_by_chance_agree_when_fitted_and_not_when_left_out():
 @pytest.mark.parametrize("make", [make_basis, make_mixed])
 def test_a_single_choice_cannot_be_left_out(tmp_path, make):
     left_out = leave_one_out(load_fit(make(tmp_path, None)).fit, torch.ones(1, 3), torch.zeros(1))
-    assert "needs two rows" in rank_responses.agreement(left_out)
+    assert "needs two rows" in agreement(left_out)
 
 
 def test_a_mixed_logit_ranks_with_standard_deviations(task, tmp_path, capsys):
