@@ -2,9 +2,8 @@
 
     python demo_world.py
 
-Every response is put together from parts whose amounts are drawn independently (steps, layout,
-register, exclamation marks, warmth, examples, hedges, figures, first person, questions), with the
-phrases of demo_words.json. The scorers see nothing but the finished text.
+Responses are put together from the phrases of demo_words.json, in amounts that are drawn
+independently. The scorers see nothing but the finished text.
 """
 
 from __future__ import annotations
@@ -18,13 +17,15 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from lore.common.cli import cli  # before torch, so that --help does not load it
+
+# isort: split
 import numpy as np
 import pandas as pd
 import torch
 from sklearn.linear_model import LogisticRegression
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lore.common.cli import cli
 from lore.common.files import (
     check_output,
     file_sha256,
@@ -40,7 +41,7 @@ from lore.embeddings.reward_model import Conversation
 from lore.embeddings.store import embed
 
 HERE = Path(__file__).resolve().parent
-RESPONSES = 8
+NAMES = [f"response_{i}" for i in range(1, 9)]
 
 # How much of each ingredient the eight responses to a prompt hold; shuffled for each prompt.
 AMOUNTS: dict[str, tuple[int, ...]] = {
@@ -58,9 +59,6 @@ AMOUNTS: dict[str, tuple[int, ...]] = {
 REGISTERS = {-1: "casual", 0: "plain", 1: "formal"}
 
 
-# ------------------------------------------------------------------- Responses
-
-
 @cache
 def words() -> dict[str, Any]:
     """What texts are made of: topics (steps and cases of each), questions, frames and phrases."""
@@ -71,10 +69,8 @@ def write_response(topic: str, amounts: dict[str, int], rng: np.random.Generator
     """A response about a topic, with the given amount of each ingredient of AMOUNTS."""
     steps, cases = words()["topics"][topic].values()
     frames = rng.permutation(words()["frames"][REGISTERS[amounts["register"]]])
-    body = [
-        frame.format(step)
-        for frame, step in zip(frames, _some(steps, amounts["steps"], rng), strict=False)
-    ]
+    chosen = _some(steps, amounts["steps"], rng)
+    body = [frame.format(step) for frame, step in zip(frames, chosen, strict=False)]
     around = [f"For example, {case}" for case in _some(cases, amounts["cases"], rng)]
     for name, phrases in words()["phrases"].items():
         around += [p.format(rng.integers(2, 60)) for p in _some(phrases, amounts[name], rng)]
@@ -105,16 +101,11 @@ def write_prompts(number: int, rng: np.random.Generator) -> pd.DataFrame:
     rows = []
     for i in rng.permutation(len(every))[:number]:
         topic, form = every[i]
-        drawn = {name: rng.permutation(amounts) for name, amounts in AMOUNTS.items()}
-        row = {"prompt": form.format(topic)}
-        for r in range(RESPONSES):
-            amounts = {name: int(values[r]) for name, values in drawn.items()}
-            row[f"response_{r + 1}"] = write_response(topic, amounts, rng)
-        rows.append(row)
-    return pd.DataFrame(rows)
+        drawn = pd.DataFrame({name: rng.permutation(some) for name, some in AMOUNTS.items()})
+        texts = [write_response(topic, amounts, rng) for amounts in drawn.to_dict("records")]
+        rows.append([form.format(topic), *texts])
+    return pd.DataFrame(rows, columns=["prompt", *NAMES])
 
-
-# --------------------------------------------------------------------- Scorers
 
 MEASURES = {
     "words": r"\S+",
@@ -174,33 +165,22 @@ def score(train: pd.DataFrame, texts: pd.DataFrame) -> pd.DataFrame:
 
 def add_scores(table: pd.DataFrame, train: pd.DataFrame) -> pd.DataFrame:
     """The table with its columns response_{i}_{m} for every response i and scorer m."""
-    names = [f"response_{i + 1}" for i in range(RESPONSES)]
-    scale = measure(train[names].to_numpy().ravel().tolist())
-    parts = [score(scale, measure(table[name].tolist())).add_prefix(name + "_") for name in names]
+    scale = measure(train[NAMES].to_numpy().ravel().tolist())
+    parts = [score(scale, measure(table[name].tolist())).add_prefix(name + "_") for name in NAMES]
     return pd.concat([table.reset_index(drop=True), *parts], axis=1)
 
 
-# -------------------------------------------------------------- The score head
-
-
 def average_preferences(table: pd.DataFrame) -> list[Conversation]:
-    """The best and the worst response to each prompt by the mean of all scorers.
-
-    Returns:
-        Conversations with the best response to each prompt, then, in the same order, those with
-        the worst.
-    """
-    average = np.stack(
-        [table.filter(regex=f"^response_{i + 1}_").mean(axis=1) for i in range(RESPONSES)], axis=1
-    )
-    rows = table.to_dict("records")
+    """Conversations with the best response to each prompt by the mean of all scorers, then those
+    with the worst."""
+    average = pd.DataFrame({n: table.filter(regex=f"^{n}_").mean(axis=1) for n in NAMES})
     return [
         [
             {"role": "user", "content": row["prompt"]},
-            {"role": "assistant", "content": row[f"response_{i + 1}"]},
+            {"role": "assistant", "content": row[name]},
         ]
-        for places in (average.argmax(1), average.argmin(1))
-        for row, i in zip(rows, places, strict=True)
+        for names in (average.idxmax(axis=1), average.idxmin(axis=1))
+        for row, name in zip(table.to_dict("records"), names, strict=True)
     ]
 
 
@@ -211,9 +191,6 @@ def fit_head(chosen: np.ndarray, rejected: np.ndarray) -> torch.Tensor:
     model = LogisticRegression(fit_intercept=False, max_iter=1000)
     model.fit(np.concatenate([x, -x]), likes)
     return torch.from_numpy(model.coef_[0]).float()
-
-
-# ---------------------------------------------------------------------- Script
 
 
 def main(
@@ -239,8 +216,8 @@ def main(
         layers: first layers of SmolLM2 that a new reward model keeps, of 30; more take longer.
         seed: of everything that is drawn.
     """
-    enough = 0 < head_prompts <= train_prompts and test_prompts > 0
-    require(enough, "give --test-prompts, --head-prompts and at least as many --train-prompts")
+    enough = head_prompts <= train_prompts
+    require(enough, "give at least as many --train-prompts as --head-prompts")
     prompts = write_prompts(train_prompts + test_prompts, np.random.default_rng(seed))
     world = {"seed": seed, "train_prompts": train_prompts, "test_prompts": test_prompts}
     world |= {"head_prompts": head_prompts, "layers": layers}

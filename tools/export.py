@@ -18,15 +18,16 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from lore.common.cli import cli  # before torch, so that --help does not load it
+
+# isort: split
 import jinja2
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from tokenizers import processors
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lore.common.cli import cli
 from lore.common.files import UMASK, InputError, first_line, require
 from lore.embeddings.reward_model import (
     OF_BASIS,
@@ -60,6 +61,14 @@ MADE = {
         "Good question! Nobody knows for sure, but it is beautiful.", "Rayleigh scattering: 1/λ⁴.",
     ),
 }  # fmt: skip
+CHATS = [
+    [
+        [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+        for response in responses
+    ]
+    for prompt, responses in MADE.items()
+]
+FIRST = CHATS[0][0]
 
 
 def main(
@@ -109,16 +118,13 @@ def main(
     write_checkpoint(out, lambda draft: save(draft, model, source), tokenizer, text)
     print(f"{', '.join(rewards)}: {out}")
     if push:
-        upload(out, push)
+        advice = f"{out} is written, `hf upload` can go on"
+        on_hub(push, lambda hub: hub.upload_folder(folder_path=out, repo_id=push), advice)
         print(f"uploaded to {push}, which only its members can see")
 
 
 def choose_rewards(basis: Learned, users: Sequence[str], average: bool) -> dict[str, Tensor]:
-    """The directions [F] to export, in log odds, by the name of their label.
-
-    Raises:
-        InputError: both users and the average are asked for, or a user is not in the basis.
-    """
+    """The directions [F] to export, in log odds, by the name of their label."""
     require(not users or not average, "--users and --average exclude each other")
     if average:
         return {"average user": basis.direction()}
@@ -132,8 +138,8 @@ def load_model(source: Source, dtype: str) -> Any:
 
     logging.set_verbosity_error()  # that a language model has no score head does not matter here
     options = {"dtype": dtype, "num_labels": 1, "ignore_mismatched_sizes": True}
-    loader = AutoModelForSequenceClassification
-    return pretrained(loader, source.model, source, **options).eval()
+    loaded = pretrained(AutoModelForSequenceClassification, source.model, source, **options)
+    return loaded.eval()
 
 
 def replace_head(model: Any, rewards: Mapping[str, Tensor], center: Tensor | None) -> None:
@@ -151,13 +157,11 @@ def replace_head(model: Any, rewards: Mapping[str, Tensor], center: Tensor | Non
         InputError: the model has no score head to replace, or embeddings of another size.
     """
     old, head = getattr(model, "score", None), torch.stack(list(rewards.values()))
-    if not isinstance(old, nn.Linear):
-        raise InputError(f"{type(model).__name__} has no linear score head: it cannot be exported")
-    if old.in_features != head.shape[1]:
-        raise InputError(
-            f"the basis has {head.shape[1]} features, the model {old.in_features}: "
-            "name the model it was learned with by --model"
-        )
+    linear = isinstance(old, nn.Linear)
+    require(linear, f"{type(model).__name__} has no linear score head: it cannot be exported")
+    sizes = f"the basis has {head.shape[1]} features, the model {old.in_features}: "
+    same = old.in_features == head.shape[1]
+    require(same, f"{sizes}name the model it was learned with by --model")
     biased = old.bias is not None
     model.score = nn.Linear(*head.T.shape, bias=biased, dtype=old.weight.dtype)
     model.score.weight.data = head.to(old.weight)
@@ -185,7 +189,9 @@ def settle(tokenizer: Any, model: Any) -> None:
     Raises:
         InputError: the model's logits are not its head times the last hidden state even so.
     """
-    expected = render(tokenizer, _chat(*_made()[0]))
+    from tokenizers import processors
+
+    expected = render(tokenizer, FIRST)
     if _stock(tokenizer)["input_ids"][0].tolist() != expected:
         tokenizer.chat_template = "{{ bos_token }}" + tokenizer.get_chat_template()
     if not _is_plain(tokenizer) and tokenizer.is_fast:
@@ -202,24 +208,14 @@ def settle(tokenizer: Any, model: Any) -> None:
         raise InputError("stock transformers would not give this model's rewards: not exported")
 
 
-def _made() -> list[tuple[str, str]]:
-    return [(prompt, response) for prompt, some in MADE.items() for response in some]
-
-
-def _chat(prompt: str, response: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-
-
 def _stock(tokenizer: Any) -> Any:
-    chat = _chat(*_made()[0])
-    return tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)
+    return tokenizer.apply_chat_template(FIRST, return_tensors="pt", return_dict=True)
 
 
 def _is_plain(tokenizer: Any) -> bool:
     """Whether a text that the template wrote becomes the right tokens without further flags."""
-    chat = _chat(*_made()[0])
-    text = tokenizer.apply_chat_template(chat, tokenize=False)
-    return tokenizer(text)["input_ids"] == render(tokenizer, chat)
+    text = tokenizer.apply_chat_template(FIRST, tokenize=False)
+    return tokenizer(text)["input_ids"] == _stock(tokenizer)["input_ids"][0].tolist()
 
 
 @torch.inference_mode()
@@ -229,24 +225,20 @@ def strip_cost(tokenizer: Any, model: Any) -> float | None:
     Returns:
         None where the template ends in nothing that a strip takes away.
     """
-    texts = [tokenizer.apply_chat_template(_chat(*pair), tokenize=False) for pair in _made()]
-    if all(text == text.rstrip() for text in texts):
+    texts = [
+        [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats] for chats in CHATS
+    ]
+    if all(text == text.rstrip() for some in texts for text in some):
         return None
 
     def logits(text: str) -> Tensor:
         return model(**tokenizer(text, add_special_tokens=False, return_tensors="pt")).logits[0]
 
-    whole, cut = (
-        torch.stack(list(map(logits, some))) for some in (texts, [t.rstrip() for t in texts])
-    )
-    pairs = [
-        (i, j) for i, j in combinations(range(len(texts)), 2) if _made()[i][0] == _made()[j][0]
-    ]
-    turned = [(whole[i] > whole[j]) != (cut[i] > cut[j]) for i, j in pairs]
+    turned = []
+    for some in texts:
+        both = [(logits(text), logits(text.rstrip())) for text in some]
+        turned += [(i > k) != (j > m) for (i, j), (k, m) in combinations(both, 2)]
     return float(torch.stack(turned).float().mean())
-
-
-# ------------------------------------------------------------------------------ The card
 
 
 def held_out(basis: Path, average: bool) -> dict[str, Any]:
@@ -255,16 +247,11 @@ def held_out(basis: Path, average: bool) -> dict[str, Any]:
         results = read_results(basis.parent)
     except InputError:
         return {}
-    fits = {
-        fit.get("file"): fit["label"]
-        for repeat in results.repeats
-        for part in repeat["methods"].values()
-        for fit in part["fits"]
-    }
-    label = fits.get(basis.name)
-    if label is None:
+    parts = [part for repeat in results.repeats for part in repeat["methods"].values()]
+    fits = {fit.get("file"): fit["label"] for part in parts for fit in part["fits"]}
+    if basis.name not in fits:
         return {}
-    rows = []
+    label, rows = fits[basis.name], []
     for name, *where in columns(results):
         control = "population" if average and results.personal(label) else ""
         found = {m: level(results, label, control, m, *where) for m in ALWAYS}
@@ -341,9 +328,6 @@ def _said(offsets: list[float] | None) -> str:
     )
 
 
-# ------------------------------------------------------------------------------ Writing
-
-
 def save_model(folder: Path, model: Any, _: Source) -> None:
     """The whole model, and reward.py."""
     model.save_pretrained(folder)
@@ -374,11 +358,7 @@ def save_adapter(folder: Path, model: Any, source: Source) -> None:
 
 
 def write_checkpoint(out: Path, save: Callable[[Path], Any], tokenizer: Any, text: str) -> None:
-    """Write what ``save`` does, tokenizer and card to a folder that appears whole or not at all.
-
-    Raises:
-        InputError: it cannot be written, for want of room or of permission.
-    """
+    """Write what ``save`` does, tokenizer and card to a folder that appears whole or not at all."""
     draft = out.with_name(f"{out.name}.{os.getpid()}.part")
     try:
         draft.mkdir(parents=True)  # an error if it is there: what we did not make is not ours
@@ -398,31 +378,24 @@ def write_checkpoint(out: Path, save: Callable[[Path], Any], tokenizer: Any, tex
 
 
 def claim(name: str) -> None:
-    """Make a private repository on the hub, or find it empty.
+    """Make a private repository on the hub, or find it empty; InputError if it cannot be used."""
 
-    Raises:
-        InputError: the hub refuses, or somebody's files are there.
-    """
-    from huggingface_hub import HfApi
+    def make(hub: Any) -> set[str]:
+        hub.create_repo(name, private=True, exist_ok=True)
+        return set(hub.list_repo_files(name)) - {".gitattributes"}
 
-    try:
-        HfApi().create_repo(name, private=True, exist_ok=True)
-        held = set(HfApi().list_repo_files(name)) - {".gitattributes"}
-    except Exception as error:  # what the hub's client raises has no common class
-        why = f"--push {name}: {first_line(error)}; is its name right, and `hf auth login` done?"
-        raise InputError(why) from error
+    held = on_hub(name, make, "is its name right, and `hf auth login` done?")
     require(not held, f"--push {name}: {min(held, default='')} is there; name another repository")
 
 
-def upload(out: Path, name: str) -> None:
-    """Upload a folder to a repository; InputError if the hub refuses."""
+def on_hub(name: str, act: Callable[[Any], Any], advice: str) -> Any:
+    """What the hub's client gives; InputError with its first line and advice if it fails."""
     from huggingface_hub import HfApi
 
     try:
-        HfApi().upload_folder(folder_path=out, repo_id=name)
-    except Exception as error:
-        said = f"--push {name}: {first_line(error)}; {out} is written, `hf upload` can go on"
-        raise InputError(said) from error
+        return act(HfApi())
+    except Exception as error:  # what the hub's client raises has no common class
+        raise InputError(f"--push {name}: {first_line(error)}; {advice}") from error
 
 
 if __name__ == "__main__":

@@ -19,9 +19,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from socketserver import ThreadingMixIn
 from typing import Any, NamedTuple
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import bottle
 
@@ -30,10 +28,12 @@ from lore.common.cli import cli
 from lore.common.files import InputError, require
 from lore.common.settings import Port, PositiveInt
 from lore.elicitation.scoring import Scorer, load_scorer
+from lore.elicitation.web import Server, listen
 from lore.embeddings.reward_model import OF_BASIS, Conversation, ModelChoice
 
 log = logging.getLogger(__name__)
 
+Query = str | Conversation
 LARGEST = 16 << 20  # bytes of a body
 TOGETHER = 256  # queries in one pass through the model
 
@@ -60,30 +60,14 @@ def main(
             log.info("stopped")
 
 
-class _Server(ThreadingMixIn, WSGIServer):
-    """A thread for each request; the model has one of its own."""
-
-    daemon_threads, request_queue_size = True, 256
-
-
-class _Handler(WSGIRequestHandler):
-    """Waits for nobody for ever, and logs no requests."""
-
-    timeout = 60
-
-    def log_message(self, *_: Any) -> None:
-        """Nothing."""
-
-
-def start(scorer: Scorer, host: str, port: int, max_queries: int) -> WSGIServer:
+def start(scorer: Scorer, host: str, port: int, max_queries: int) -> Server:
     """A server that is bound but does not serve yet; InputError where the address is taken."""
     app, batches = bottle.Bottle(), Batches(scorer)
     app.route("/get_reward", "POST", lambda: answer(batches, max_queries))
     app.default_error_handler = _as_json
-    try:
-        return make_server(host, port, app, _Server, _Handler)
-    except OSError as error:
-        raise InputError(f"--host {host} --port {port} cannot be had ({error})") from error
+    server = listen(app, host, port)
+    server.daemon_threads, server.silence = True, 60
+    return server
 
 
 def _as_json(error: bottle.HTTPError) -> str:
@@ -113,9 +97,7 @@ def answer(batches: Batches, max_queries: int) -> dict[str, list[float]]:
         raise bottle.HTTPError(500, f"{type(error).__name__}; see the server's log") from error
 
 
-def read_request(
-    body: bytes, max_queries: int
-) -> tuple[list[str | Conversation], list[str | None]]:
+def read_request(body: bytes, max_queries: int) -> tuple[list[Query], list[str | None]]:
     """Queries, and the user of each; InputError for anything else."""
     try:
         found = json.loads(body)
@@ -144,7 +126,7 @@ def _is_query(query: Any) -> bool:
 class Waiting(NamedTuple):
     """A request that waits for its rewards."""
 
-    queries: Sequence[str | Conversation]
+    queries: Sequence[Query]
     users: Sequence[str | None]
     rewards: Future[list[float]]
 
@@ -156,10 +138,8 @@ class Batches:
         self.scorer, self.waiting = scorer, queue.SimpleQueue()
         threading.Thread(target=self._work, daemon=True).start()
 
-    def score(
-        self, queries: Sequence[str | Conversation], users: Sequence[str | None]
-    ) -> list[float]:
-        """Rewards of queries, each for its user; waits for them.
+    def score(self, queries: Sequence[Query], users: Sequence[str | None]) -> list[float]:
+        """Wait for the rewards of queries, each for its user.
 
         Raises:
             InputError: a user whom the file does not know, or a query that cannot be scored.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
@@ -32,13 +33,7 @@ SAID = "\N{WHITE SQUARE}"  # stands for what is said where a template's own end 
 
 @dataclass
 class Scorer:
-    """A file's users with the reward model loaded.
-
-    Args:
-        learned: the users' rewards.
-        engine, tokenizer: of the reward model.
-        max_length: most tokens of a conversation; the end is kept.
-    """
+    """A file's users with the reward model loaded; of a conversation's tokens the last are kept."""
 
     learned: Learned
     engine: Engine
@@ -52,7 +47,7 @@ class Scorer:
         self.end = written.rpartition(SAID)[2]
 
     def embed(self, texts: Sequence[str | Conversation], progress: bool = False) -> Tensor:
-        """Embeddings [n, F] minus the center, where the file has it.
+        """Embeddings [n, F], minus the center where the file has it.
 
         Args:
             texts: conversations that end in a response, or what the chat template makes of these,
@@ -63,19 +58,16 @@ class Scorer:
             InputError: an empty text, or a conversation that the template refuses.
         """
         bos = self.tokenizer.bos_token_id
-        written = [self._write(text) for text in texts]
-        tokens = [
-            cut_tokens(ids, bos, self.max_length, "left")
-            for ids in tokenize(self.tokenizer, written)
+        keys = [
+            tuple(cut_tokens(ids, bos, self.max_length, "left").tolist())
+            for ids in tokenize(self.tokenizer, [self._write(text) for text in texts])
         ]
-        distinct = {tuple(ids.tolist()): ids for ids in tokens}
-        order = {key: place for place, key in enumerate(sorted(distinct))}
-        rows = [order[tuple(ids.tolist())] for ids in tokens]
-        total = sum(map(len, distinct))
+        places = {key: place for place, key in enumerate(sorted(set(keys)))}
+        total = sum(map(len, places))
         with tqdm(total=total, unit="token", disable=None if progress else True) as bar:
-            found = self.engine.embed([distinct[key] for key in order], bar).float()
+            found = self.engine.embed(list(map(np.array, places)), bar).float()
         center = self.learned.center
-        return found[rows] - (0 if center is None else center)
+        return found[[places[key] for key in keys]] - (0 if center is None else center)
 
     def _write(self, text: str | Conversation) -> str:
         if not isinstance(text, str):
@@ -85,14 +77,11 @@ class Scorer:
         return text.removesuffix(self.end.rstrip()) + self.end
 
     def score(self, rows: Tensor, user: str | None = None) -> tuple[Tensor, Tensor | None]:
-        """A user's rewards [n] in log odds, and their standard deviations where they are known.
+        """Rewards [n] in log odds, and their standard deviations where they are known.
 
         Args:
             rows: what ``embed`` gave [n, F].
-            user: name of a user of the file; the average user if None.
-
-        Raises:
-            InputError: the file knows no such user.
+            user: of the file; the average user if None. InputError for one whom it does not know.
         """
         direction = self.learned.direction(user, "--user")
         return rows @ direction, self.learned.deviations(rows, user)

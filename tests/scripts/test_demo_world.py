@@ -151,7 +151,7 @@ def test_head_finds_a_planted_direction():
     assert head.shape == (16,) and cosine > 0.97
 
 
-@pytest.mark.parametrize("sizes", [{"head_prompts": 0}, {"train_prompts": 9999}])
+@pytest.mark.parametrize("sizes", [{"head_prompts": 121}, {"train_prompts": 9999}])
 def test_impossible_sizes_are_refused_before_anything_is_made(tmp_path, sizes):
     with pytest.raises(InputError, match="prompts"):
         world.main(out=tmp_path / "world", model=tmp_path / "model", **sizes)
