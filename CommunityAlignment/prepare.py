@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.common.cli import cli
-from lore.common.files import InputError
+from lore.common.files import require
 from lore.common.settings import Fraction, PositiveInt, SeedNumber
 from lore.embeddings import store as embeddings
 from lore.preparing import raw
@@ -52,31 +51,31 @@ def main(
         embeddings.check_model(embedding)
     funnel = Funnel()
     table = preparing.tabulate(read(source, language, funnel), funnel)
-    what = "annotators with at least {} comparisons"
+    what = f"annotators with at least {min_comparisons} comparisons"
     table = preparing.keep_users(table, min_comparisons, funnel, what)
     prompts = preparing.first_prompts(table.chosen) if unseen_prompts else None
     table = preparing.split_dialogues(table, seed, funnel, prompts)
     table = preparing.split_users(table, seed, seen_fraction)
-    turns = table.groupby([*WHOSE, "turn"])
-    table = table.assign(weight=1 / turns.weight.transform("size"))  # a turn weighs one
+    turns = table.groupby([*WHOSE, "turn"]).weight
+    table = table.assign(weight=1 / turns.transform("size"))  # a turn weighs one
     conversations, table = preparing.number_conversations(table, funnel)
     settings = {
         "source": source, "language": language, "min_comparisons": min_comparisons,
         "seen_fraction": seen_fraction, "seed": seed, "unseen_prompts": unseen_prompts,
     }  # fmt: skip
-    info = {"dataset": "CommunityAlignment", "settings": settings}
-    preparing.finish(out, conversations, table, info, funnel, embedding.get("shard"))
+    info, share = {"dataset": "CommunityAlignment", "settings": settings}, embedding.get("shard")
+    print(preparing.write_prepared(out, conversations, table, info, funnel, share))
     if embed:
         embeddings.embed(conversations, out / "embeddings", **embedding)
 
 
 def read(source: str, language: str, funnel: Funnel) -> list[dict[str, Any]]:
     """The comparisons of every conversation in the language."""
-    comparisons, languages = [], Counter()
+    comparisons, languages = [], set()
     for place, row in raw.read_rows(source, "train", COLUMNS, split="train"):
         funnel.count("conversations")
         spoken = raw.text(row["assigned_lang"], place, "assigned_lang")
-        languages[spoken] += 1
+        languages.add(spoken)
         if spoken != language:
             continue
         funnel.count(f"conversations in {language}")
@@ -84,22 +83,20 @@ def read(source: str, language: str, funnel: Funnel) -> list[dict[str, Any]]:
         found, left_out = preparing.compare(*read_turns(place, row))
         comparisons += [{**whose, **each} for each in found]
         funnel.left_out(left_out)
-    if language not in languages:
-        there = ", ".join(sorted(languages))
-        raise InputError(f"--language {language} is none of those there: {there}")
+    there = ", ".join(sorted(languages))
+    require(language in languages, f"--language {language} is none of those there: {there}")
     return comparisons
 
 
 def read_turns(place: str, row: dict[str, Any]) -> tuple[list[Turn], str]:
     """The turns of a conversation up to one that cannot be used; and why, if there is one."""
-    turns, is_missing = [], False
-    for turn in TURNS:
+    turns: list[Turn] = []
+    for number, turn in enumerate(TURNS):
         columns = {cell: f"{turn}_turn_{cell}" for cell in CELLS}
         cells = {cell: raw.text(row[name], place, name) for cell, name in columns.items()}
         if not any(cells.values()):
-            is_missing = True
             continue
-        if is_missing:
+        if number > len(turns):
             return turns, "dialogues cut at a missing turn"
         prompt, preferred = cells.pop("prompt"), cells.pop("preferred_response")
         if preferred not in cells:

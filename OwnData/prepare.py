@@ -16,8 +16,7 @@ from lore.common.cli import cli
 from lore.common.files import InputError, digest, require
 from lore.common.settings import Fraction, PositiveInt, SeedNumber
 from lore.embeddings import store as embeddings
-from lore.preparing import hold_out, raw
-from lore.preparing import own_rows as choices
+from lore.preparing import hold_out, own_rows, raw
 from lore.preparing import tables as preparing
 from lore.preparing.facts import retest
 from lore.preparing.hold_out import Split
@@ -64,16 +63,14 @@ def main(
         embeddings.check_model(embedding)
     funnel = Funnel()
     table = preparing.tabulate(read(source, columns, funnel, split, extra), funnel)
-    what = "users with at least {} comparisons"
+    what = f"users with at least {min_comparisons} comparisons"
     table = preparing.keep_users(table, min_comparisons, funnel, what)
     table, held_out = hold_out.hold_out(table, split, seed, funnel)
     if not table.dialog_id.iloc[0]:  # what hangs together is a dialogue of its own
         pairs = hold_out.pair_names(table)
         table = table.assign(dialog_id=hold_out.connected(pairs, table.row))
-    table = number_turns(table)
-    if table.user_id.nunique() == 1:
-        table = table.assign(seen=True)  # there is nobody else to be unseen
-    else:
+    table = number_turns(table).assign(seen=True)
+    if table.user_id.nunique() > 1:  # else there is no other to be unseen
         table = preparing.split_users(table, seed, seen_fraction)
     judged_again = retest(table[~half_ties(table)], "chosen_name", "rejected_name")
     conversations, table = preparing.number_conversations(table, funnel)
@@ -82,7 +79,8 @@ def main(
         "seen_fraction": seen_fraction, "split": split, "seed": seed, "extra": list(extra),
     }  # fmt: skip
     info = {"dataset": "OwnData", "settings": settings, "split": held_out, "retest": judged_again}
-    preparing.finish(out, conversations, table, info, funnel, embedding.get("shard"))
+    share = embedding.get("shard")
+    print(preparing.write_prepared(out, conversations, table, info, funnel, share))
     if embed:
         embeddings.embed(conversations, out / "embeddings", **embedding)
 
@@ -97,11 +95,10 @@ def read(
     """The comparisons of all rows; those of a row share its weight."""
     is_given = split in (None, "given")
     comparisons: list[dict[str, Any]] = []
-    first = None
-    for number, row in enumerate(choices.read_choices(raw.read_all(source), columns)):
+    rows = own_rows.read_choices(raw.read_all(source), columns)
+    for number, row in enumerate(rows):
         funnel.count("rows")
-        first = first or row
-        check_alike(first, row, columns)
+        check_alike(rows[0], row, columns)
         if is_given and row.split and row.split not in preparing.SPLITS:
             funnel.left_out([f"rows whose {columns.split} is {row.split}"])
         elif row.left_out:
@@ -123,9 +120,16 @@ def numbers_beside(row: Choice, extra: Sequence[str], funnel: Funnel) -> dict[st
     require(not extra or single, f"{row.place}: --extra needs one response on either side")
     found = {}
     for name in extra:
-        values = row.extra(name)
-        found |= {f"{EXTRA[side]}{name}": v for side, v in zip(EXTRA, values, strict=True)}
-        funnel.count(f"responses without {name}", sum(map(math.isnan, values)))
+        for side, (place, cells, response) in zip(EXTRA, row.sources, strict=True):
+            column = f"{response}_{name}"
+            error = f"{place} has no column {column}, which --extra {name} reads"
+            require(column in cells, error)
+            cell = own_rows.as_number(cells[column])
+            missing = cell in (None, "") or cell != cell
+            found[f"{EXTRA[side]}{name}"] = (
+                math.nan if missing else raw.number(cell, place, column)
+            )
+            funnel.count(f"responses without {name}", missing)
     return found
 
 
@@ -151,12 +155,9 @@ def half_ties(table: pd.DataFrame) -> pd.Series:
 def number_turns(table: pd.DataFrame) -> pd.DataFrame:
     """Add ``turn``, the place of each row in its dialogue: by time, then by length."""
     before = table.chosen.map(lambda messages: digest(messages[:-1]))
-    order = table.assign(length=table.chosen.map(len), before=before)
-    keys = ["user_id", "dialog_id", "time", "length", "before"]
-    order = order.sort_values(keys, kind="stable")
-    is_new = (order[keys] != order[keys].shift()).any(axis=1)
-    turn = is_new.groupby([order.user_id, order.dialog_id]).cumsum() - 1
-    return table.assign(turn=turn)
+    place = pd.Series(zip(table.time, table.chosen.map(len), before, strict=True), table.index)
+    turn = place.groupby([table.user_id, table.dialog_id]).rank("dense")
+    return table.assign(turn=turn.astype(int) - 1)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections import defaultdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,21 +58,22 @@ def main(
     }  # fmt: skip
     info = {"dataset": "PRISM", "settings": settings}
     info |= {"warning": LIST_WARNING} if rejected == "list" else {}
-    preparing.finish(out, conversations, table, info, funnel)
+    print(preparing.write_prepared(out, conversations, table, info, funnel))
 
 
 def read(source: str, rejected: str, funnel: Funnel) -> list[dict[str, Any]]:
     """The comparisons of every conversation by a participant who completed one."""
     completed = read_survey(source, funnel)
     comparisons, names = [], set()
-    for place, row in read_table(source, "conversations", CONVERSATION):
+    hub = {"name": "conversations", "split": "train"}
+    for place, row in raw.read_rows(source, "conversations", CONVERSATION, **hub):
         funnel.count("conversations")
         whose = {name: raw.name(row[column], place, column) for name, column in WHOSE.items()}
-        again = whose["dialog_id"] in names
-        require(not again, f"{place} has the conversation_id of an earlier row")
-        names.add(whose["dialog_id"])
-        if not completed.get(whose["user_id"]):
-            known = whose["user_id"] in completed
+        user, dialog = whose.values()
+        require(dialog not in names, f"{place} has the conversation_id of an earlier row")
+        names.add(dialog)
+        if not completed.get(user):
+            known = user in completed
             who = "with no completed conversation" if known else "who are not in the survey"
             funnel.left_out([f"conversations of participants {who}"])
             continue
@@ -82,15 +83,10 @@ def read(source: str, rejected: str, funnel: Funnel) -> list[dict[str, Any]]:
     return comparisons
 
 
-def read_table(source: str, table: str, columns: Iterable[str]) -> raw.Rows:
-    """Rows of survey or conversations, which are configurations of one hub dataset."""
-    return raw.read_rows(source, table, columns, name=table, split="train")
-
-
 def read_survey(source: str, funnel: Funnel) -> dict[str, bool]:
     """Whether each participant completed a conversation."""
-    completed, column = {}, "num_completed_conversations"
-    for place, row in read_table(source, "survey", ("user_id", column)):
+    completed, column, hub = {}, "num_completed_conversations", {"name": "survey", "split": "train"}
+    for place, row in raw.read_rows(source, "survey", ("user_id", column), **hub):
         name = raw.name(row["user_id"], place, "user_id")
         require(name not in completed, f"{place} has the user_id of an earlier row")
         count = 0 if row[column] is None else row[column]
@@ -105,23 +101,21 @@ def read_turns(place: str, row: dict[str, Any], rejected: str) -> tuple[list[Tur
     history = row["conversation_history"] or []
     listed = isinstance(history, list)
     require(listed, f"{place}: conversation_history must be a list, not {history!r:.40}")
-    said: dict[int, dict[str, list[str]]] = {}
+    said: dict[int, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for message in history:
         kind = kind_of(place, message)
-        turn = said.setdefault(message["turn"], {"prompt": [], "chosen": [], "rejected": []})
-        turn[kind].append(raw.text(message["content"], place, "content"))
-    turns = []
-    for number in range(max(said, default=-1) + 1):
-        if number not in said:
+        said[message["turn"]][kind].append(raw.text(message["content"], place, "content"))
+    turns: list[Turn] = []
+    for number, turn in sorted(said.items()):
+        if number != len(turns):
             return turns, "dialogues cut at a missing turn"
-        turn = said[number]
         for kind, what in {"prompt": "user message", "chosen": "chosen response"}.items():
             if len(turn[kind]) != 1:
                 how_many = "several" if turn[kind] else "no"
                 return turns, f"dialogues cut at a turn with {how_many} {what}s"
-        if rejected == "list" and turn["rejected"]:
-            turn["rejected"] = [str(turn["rejected"])]
-        turns.append(Turn(turn["prompt"][0], turn["chosen"][0], turn["rejected"]))
+        lost = turn["rejected"]
+        lost = [str(lost)] if rejected == "list" and lost else lost
+        turns.append(Turn(turn["prompt"][0], turn["chosen"][0], lost))
     return turns, ""
 
 
@@ -130,9 +124,8 @@ def kind_of(place: str, message: Any) -> str:
     fields = message if isinstance(message, dict) else {}
     turn, is_chosen = fields.get("turn"), fields.get("if_chosen")
     known = fields.get("role") in ("user", "model") and "content" in fields
-    known = known and isinstance(turn, int) and not isinstance(turn, bool) and turn >= 0
     error = f"{place}: a message needs turn, role (user or model), content, unlike {message!r:.80}"
-    require(known, error)
+    require(known and type(turn) is int and turn >= 0, error)
     right = is_chosen in (True, False, None)
     require(right, f"{place}: if_chosen must be true or false, not {is_chosen!r:.40}")
     return "prompt" if fields["role"] == "user" else "chosen" if is_chosen else "rejected"

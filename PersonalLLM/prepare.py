@@ -68,7 +68,8 @@ def main(
     funnel.count("prompts on both sides", shared["prompt"])
     funnel.count("distinct conversations", len(conversations))
     info = {"dataset": "PersonalLLM", "settings": {"source": source}, "overlap": shared}
-    preparing.finish(out, conversations, tables, info, funnel, embedding.get("shard"))
+    share = embedding.get("shard")
+    print(preparing.write_prepared(out, conversations, tables, info, funnel, share))
     if embed:
         embeddings.embed(conversations, out / "embeddings", **embedding)
 
@@ -101,16 +102,12 @@ def read_prompt(place: str, row: dict[str, Any]) -> Prompt:
 
 def overlap(prompts: dict[str, list[Prompt]]) -> dict[str, Any]:
     """How many held-out prompts training has too, also with one of the responses."""
-    asked = {split: {row.prompt for row in rows} for split, rows in prompts.items()}
-    said = {
-        split: {(row.prompt, response) for row in rows for response in row.responses}
-        for split, rows in prompts.items()
-    }
-    found = {
-        "held_out": len(asked["test"]),
-        "prompt": len(asked["train"] & asked["test"]),
-        "response": len({prompt for prompt, _ in said["train"] & said["test"]}),
-    }
+    train, test = (
+        {(row.prompt, response) for row in prompts[split] for response in row.responses}
+        for split in ("train", "test")
+    )
+    ours, held_out, both = ({prompt for prompt, _ in some} for some in (train, test, train & test))
+    found = {"held_out": len(held_out), "prompt": len(ours & held_out), "response": len(both)}
     sentence = (
         "Of {held_out:,} held-out prompts, {prompt:,} are training prompts too, {response:,} of "
         "them with a response that training has."

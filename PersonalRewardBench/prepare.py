@@ -13,7 +13,7 @@ from lore.common.files import digest, require
 from lore.embeddings import store as embeddings
 from lore.preparing import messages, raw
 from lore.preparing import tables as preparing
-from lore.preparing.tables import Conversation, Funnel
+from lore.preparing.tables import Funnel
 
 HERE = Path(__file__).resolve().parent
 COLUMNS = ("user_id", "split", "context", "chosen", "rejected")  # many judges' columns are left out
@@ -44,9 +44,9 @@ def main(
     what = "users with comparisons for training and for test"
     table = preparing.keep_both_sides(table, funnel, what).assign(seen=True)
     conversations, table = preparing.number_conversations(table, funnel)
-    settings = {"source": source}
-    info = {"dataset": "PersonalRewardBench", "settings": settings}
-    preparing.finish(out, conversations, table, info, funnel, embedding.get("shard"))
+    info = {"dataset": "PersonalRewardBench", "settings": {"source": source}}
+    share = embedding.get("shard")
+    print(preparing.write_prepared(out, conversations, table, info, funnel, share))
     if embed:
         embeddings.embed(conversations, out / "embeddings", **embedding)
 
@@ -57,44 +57,36 @@ def read(source: str, funnel: Funnel) -> list[dict[str, Any]]:
     for place, row in raw.check_columns(raw.read_all(source), COLUMNS):
         funnel.count("rows")
         user, split = (raw.name(row[column], place, column) for column in ("user_id", "split"))
-        history = read_context(place, row)
+        history = messages.conversation(row["context"], place, "context")
         if split not in SPLITS:
             funnel.left_out([f"rows whose split is {split}"])
-        elif not history or history[-1]["role"] != "user":
+        elif not (all(m["content"] for m in history) and history and history[-1]["role"] == "user"):
             funnel.left_out(["rows whose context does not end with a message of the user"])
         else:
-            dialog = dialogue(place, row, history)
+            prompts = [message["content"] for message in history if message["role"] == "user"]
+            dialog = dialogue(place, row, prompts[0])
             same = {"user_id": user, "split": split, "dialog_id": dialog, "weight": 1.0}
-            same["turn"] = sum(message["role"] == "user" for message in history) - 1
-            sides = [[response(place, row, name, history)] for name in ("chosen", "rejected")]
+            same["turn"] = len(prompts) - 1
+            sides = ([[*history, response(place, row, name)]] for name in ("chosen", "rejected"))
             pairs, left_out = preparing.against(*sides)
             comparisons += [{**same, **pair} for pair in pairs]
             funnel.left_out(left_out)
     return comparisons
 
 
-def read_context(place: str, row: Mapping[str, Any]) -> Conversation:
-    """The messages before the two responses; empty where one has no text."""
-    history = messages.conversation(row["context"], place, "context")
-    return history if all(message["content"] for message in history) else []
-
-
-def dialogue(place: str, row: Mapping[str, Any], history: Conversation) -> str:
+def dialogue(place: str, row: Mapping[str, Any], prompt: str) -> str:
     """A name for the dialogue of a row: what the data call it, else its first prompt."""
-    if row.get("conversation_id") is None:
-        return digest(next(m["content"] for m in history if m["role"] == "user"))
-    return raw.name(row["conversation_id"], place, "conversation_id")
+    name = row.get("conversation_id")
+    return digest(prompt) if name is None else raw.name(name, place, "conversation_id")
 
 
-def response(
-    place: str, row: Mapping[str, Any], column: str, history: Conversation
-) -> Conversation:
-    """A conversation with its response: the cell is a message with content, or the text itself."""
+def response(place: str, row: Mapping[str, Any], column: str) -> dict[str, str]:
+    """A response as a message: the cell is a message with content, or the text itself."""
     cell = row[column]
     if isinstance(cell, dict):
         require("content" in cell, f"{place}: {column} is a message without content")
         cell = cell["content"]
-    return [*history, {"role": "assistant", "content": raw.text(cell, place, column)}]
+    return {"role": "assistant", "content": raw.text(cell, place, column)}
 
 
 if __name__ == "__main__":

@@ -45,15 +45,14 @@ def main(
         embeddings.check_model(embedding)
     funnel = Funnel()
     table = preparing.tabulate(read(source, funnel), funnel)
-    what = "workers with at least {} annotations"
+    what = f"workers with at least {min_annotations} annotations"
     table = preparing.keep_users(table, min_annotations, funnel, what)
-    what = f"workers with at least {min_annotations} annotations, some in both splits"
-    table, held_out = hold_out.hold_out(table, split, seed, funnel, what)
+    table, held_out = hold_out.hold_out(table, split, seed, funnel, f"{what}, some in both splits")
     conversations, table = preparing.number_conversations(table, funnel)
     settings = {"source": source, "min_annotations": min_annotations, "split": split, "seed": seed}
-    info = {"dataset": "RedditTLDR", "settings": settings}
-    info["split"] = held_out
-    preparing.finish(out, conversations, table, info, funnel, embedding.get("shard"))
+    info = {"dataset": "RedditTLDR", "settings": settings, "split": held_out}
+    share = embedding.get("shard")
+    print(preparing.write_prepared(out, conversations, table, info, funnel, share))
     if embed:
         embeddings.embed(conversations, out / "embeddings", **embedding)
 
@@ -77,8 +76,7 @@ def read(source: str, funnel: Funnel) -> list[dict[str, Any]]:
 def read_turns(place: str, row: dict[str, Any]) -> tuple[list[Turn], str]:
     """The one turn of a row; or none, and why."""
     post = raw.text(row["info"].get("post"), place, "info.post")
-    texts, choice = read_summaries(place, row["summaries"]), row["choice"]
-    extra = row.get("extra")
+    texts, choice, extra = read_summaries(place, row["summaries"]), row["choice"], row.get("extra")
     if choice is None and isinstance(extra, dict) and extra.get("tie") is True:
         return [], "ties"
     known = not isinstance(choice, bool) and choice in (0, 1)  # 1.0 where some rows have no choice
@@ -95,8 +93,8 @@ def read_summaries(place: str, summaries: Any) -> list[str]:
     two = isinstance(summaries, list) and len(summaries) == 2
     require(two, f"{place}: summaries must be a list of two, not {summaries!r:.40}")
     for summary in summaries:
-        is_summary = isinstance(summary, dict)
-        require(is_summary, f"{place}: a summary must have a text, unlike {summary!r:.40}")
+        error = f"{place}: a summary must have a text, unlike {summary!r:.40}"
+        require(isinstance(summary, dict), error)
     return [raw.text(summary.get("text"), place, "a summary") for summary in summaries]
 
 

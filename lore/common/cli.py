@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from lore.common.files import InputError
-from lore.common.flags import Flags
+from lore.common.flags import Flags, Help
 
 OURS = ("lore", "utils", "__main__")  # whose messages are printed
 KEPT = "what was written whole is kept"
@@ -28,14 +28,12 @@ class _Terminated(KeyboardInterrupt):
 def cli(main: Callable[..., Any], short: str | None = None, kept: str = KEPT) -> None:
     """Run a script's typed ``main`` with settings from flags or ``--config file.yaml``.
 
-    Flags are --quiet and the arguments of ``main``, see ``flags.Flags``. A user's
-    mistake (``InputError``, a missing file, a full disk) ends in one line, status 2; Ctrl-C and
-    SIGTERM in one that says what is kept, status 130 and 143; a closed pipe in none, 141. Of
-    several processes the first says it.
+    A user's mistake (``InputError``, a missing file, a full disk) ends in one line, status 2;
+    Ctrl-C and SIGTERM in one that says what is kept, status 130 and 143; a closed pipe in none,
+    141. Of several processes the first says it.
 
     Args:
-        main: what to run.
-        short: groups of flags that may be given without their names, see ``flags.Flags``.
+        main, short: see ``flags.Flags``.
         kept: what a stopped run leaves for the same command to go on from.
     """
     logging.basicConfig(format="%(message)s", stream=sys.stderr)  # of libraries only warnings
@@ -47,6 +45,8 @@ def cli(main: Callable[..., Any], short: str | None = None, kept: str = KEPT) ->
                 logging.getLogger(name).setLevel(logging.WARNING if flags.quiet else logging.INFO)
             main(**arguments)
             sys.stdout.flush()
+    except Help as text:
+        sys.stdout.write(f"{text}\n")
     except BrokenPipeError:  # whoever read the output has what was wanted, such as head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
@@ -68,20 +68,20 @@ def _terminated() -> Iterator[None]:
     def stop(*_: object) -> None:
         raise _Terminated
 
-    ours = _process() == 0 and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if ours:
-        signal.signal(signal.SIGTERM, stop)
+    if _process() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
-        if ours:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _end(status: int, line: str) -> None:
     """End with one line; of another process than the first only if that one stays silent."""
-    if _process():
-        time.sleep(PATIENCE if status == 2 else 0)
+    if _process() and status == 2:
+        time.sleep(PATIENCE)
     if not _process() or status == 2:
         sys.stderr.write(line + "\n")
     sys.exit(status)

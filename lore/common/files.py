@@ -63,8 +63,7 @@ def check_output(
     """Refuse to replace a file that the project did not write, or that it is to read.
 
     Args:
-        path: what will be written.
-        flag: that names it, or its folder.
+        path, flag: what will be written, and the flag that names it or its folder.
         is_ours: whether a file that is there carries a mark of what is written to this place.
         inputs: what is read; None for what is not given.
     """
@@ -117,19 +116,16 @@ def read_json(path: Path) -> Any:
 
 @contextmanager
 def lock_folder(folder: Path, share: str | None = None) -> Iterator[None]:
-    """Keep a folder, or a file, to this process while it works; its lock lies beside it meanwhile.
+    """Keep a folder or file, there or not, to this process; its lock lies beside it meanwhile.
 
-    Args:
-        folder: what is worked on; it need not be there yet.
-        share: i/n where n processes share the work, each of which has a lock of its own; so have
-            the processes of torchrun.
+    Where n processes share the work (``share`` is i/n), or torchrun's do, each has its own lock.
 
     Raises:
         InputError: another process has it.
     """
-    process = os.environ.get("RANK", "0")
+    process = os.environ.get("RANK", "0").removeprefix("0")
     path = Path(os.path.abspath(folder))
-    parts = (path.name, *(share or "").split("/"), "" if process == "0" else process, "lock")
+    parts = (path.name, *(share or "").split("/"), process, "lock")
     path = path.with_name(".".join(filter(None, parts)))
     lock = FileLock(path)
     try:

@@ -1,8 +1,7 @@
 """The command line and YAML files as arguments of a typed ``main``.
 
-What a file says is taken as if it stood on the command line before the flags that do. Every
-setting therefore comes in as the value of one flag with one type, and nothing that is given can
-name something to be imported or called.
+What a file says is taken as if it stood on the command line before the flags. So every setting is
+the value of one flag with one type, and nothing that is given is imported or called.
 """
 
 from __future__ import annotations
@@ -32,6 +31,10 @@ from lore.common.settings import OptimizerChoice
 ALIASES = {"run": "name", "h": "help"}  # torchrun takes --run for an option of its own
 COLUMN = 32  # where help's explanations begin
 Given = dict[str, list[str]]  # flag -> the words after it
+
+
+class Help(Exception):
+    """The text that --help is to print."""
 
 
 class Flags:
@@ -66,11 +69,11 @@ class Flags:
 
         Raises:
             InputError: a flag that there is not, or a value that a flag does not take.
+            Help: it asks for help.
         """
         given = self._gather(words)
         if "help" in given:
-            print(self.help(*given["help"][:1]))
-            sys.exit()
+            raise Help(self.help(*given["help"][:1]))
         try:
             settings = self.parser.parse_args(self._spell(given))
         except argparse.ArgumentError as error:

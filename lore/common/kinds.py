@@ -14,12 +14,7 @@ Ints = NDArray[np.integer]
 
 
 class Judged(NamedTuple):
-    """Comparisons by numbers: whose, of which response and which other; the order is no matter.
-
-    Attributes:
-        user: of each comparison [n].
-        one, other: its two responses [n].
-    """
+    """Comparisons by numbers [n]: whose, of which response and which other, in either order."""
 
     user: Ints
     one: Ints
@@ -39,17 +34,14 @@ def kinds(held_out: Judged, own: Judged, training: Judged) -> NDArray[np.int8]:
         KNOWN where the user judged both responses in training, perhaps not with each other; NEW
         where at least one stands in no comparison of training or of the user's own; MET otherwise.
     """
-    sides = (held_out.one, held_out.other)
-    everybody = np.concatenate([training.one, training.other])
-    most = 1 + max(int(part.max(initial=0)) for part in (everybody, own.one, own.other, *sides))
+    every = (held_out, own, training)
+    most = 1 + max(int(side.max(initial=0)) for some in every for side in some[1:])
 
-    def name(user: Ints, response: Ints) -> NDArray[np.int64]:
-        return user.astype(np.int64) * most + response
+    def judged(some: Judged) -> NDArray[np.int64]:
+        """A number for the user with each of the two responses [2, n]."""
+        return some.user.astype(np.int64) * most + np.stack(some[1:])
 
-    known = np.concatenate([name(own.user, own.one), name(own.user, own.other)])
-    by_user = [np.isin(name(held_out.user, side), known) for side in sides]
-    by_any = [
-        np.isin(side, everybody) | own_one for side, own_one in zip(sides, by_user, strict=True)
-    ]
-    kind = np.where(by_user[0] & by_user[1], KNOWN, MET)
-    return np.where(by_any[0] & by_any[1], kind, NEW).astype(np.int8)
+    by_user = np.isin(judged(held_out), judged(own))
+    by_any = by_user | np.isin(np.stack(held_out[1:]), np.stack(training[1:]))
+    kind = np.where(by_user.all(axis=0), KNOWN, MET)
+    return np.where(by_any.all(axis=0), kind, NEW).astype(np.int8)

@@ -1,7 +1,4 @@
-"""What a setting may be: numbers with a range, names of folders, optimisers.
-
-A flag of such a type says in ``--help`` and in its error what it takes.
-"""
+"""What a setting may be: ``--help`` of such a flag says it, and so does its error."""
 
 from __future__ import annotations
 
@@ -58,14 +55,15 @@ Rate = _number(float, "a number from 1e-12 to 1000", 1e-12, 1e3)
 PositiveFloat = _number(float, "a number from 1e-12 to 1e12", 1e-12, 1e12)
 NonNegativeFloat = _number(float, "a number from 0 to 1e12", 0, 1e12)
 Concentration = _number(float, "a number from 1e-6 to 1e6", 1e-6, 1e6)
-POOL = re.compile(r"last|mean|layer:[1-9]\d{0,2}")
-Pool = _type(str, "last, mean or a layer such as layer:12", lambda text: bool(POOL.fullmatch(text)))
-
-
+Pool = _type(
+    str,
+    "last, mean or a layer such as layer:12",
+    re.compile(r"last|mean|layer:[1-9]\d{0,2}").fullmatch,
+)
 Name = _type(
     str,
     "name",
-    lambda name: re.fullmatch(r"\w[\w .,+=-]{0,99}", name) is not None,
+    re.compile(r"\w[\w .,+=-]{0,99}").fullmatch,
     "a name is expected, not a path: at most 100 letters, digits, spaces or _.,+=- "
     "that begin with a letter, a digit or _",
 )
@@ -79,11 +77,7 @@ class OptimizerChoice:
     """
 
     def __init__(self, path: str, arguments: Mapping[str, Any]) -> None:
-        """Find the class, and try it with its arguments on a parameter of no importance.
-
-        Args:
-            path: where the class is found, such as torch.optim.AdamW.
-            arguments: of the class, beside the parameters: numbers, truth values, lists of numbers.
+        """Of a class such as torch.optim.AdamW; arguments are numbers, truth values and lists.
 
         Raises:
             ValueError: no such class or arguments, or it cannot take a plain step.

@@ -20,12 +20,8 @@ DAMAGE = (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeEr
 def read_tensors(path: Path, remedy: str) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and memory-mapped tensors of a file.
 
-    Args:
-        path: of the file.
-        remedy: what to do where it is missing or damaged, for the message.
-
     Raises:
-        InputError: it is missing or damaged.
+        InputError: it is missing or damaged; ``remedy`` says what to do.
     """
     require(path.is_file(), f"{path} is missing: {remedy}")
     try:
@@ -44,12 +40,10 @@ def expect(
     dtype: torch.dtype,
     *shape: int | None,
 ) -> Tensor:
-    """One of a file's tensors, which has this type and shape, or an InputError.
+    """The tensor of this name among those of a file; each size of its shape may be None for any.
 
-    Args:
-        path, tensors, remedy: the file, what was read of it, and what to do if it is wrong.
-        name, dtype: of the tensor.
-        shape: size of each dimension; None where any will do.
+    Raises:
+        InputError: it is not there or has another type or shape; ``remedy`` says what to do.
     """
     require(name in tensors, f"{path}: lacks {name}; {remedy}")
     tensor = tensors[name]

@@ -35,25 +35,20 @@ def count_kinds(table: pd.DataFrame) -> dict[str, Any]:
         return Judged(users[rows], table.chosen[rows].to_numpy(), table.rejected[rows].to_numpy())
 
     found: dict[str, Any] = {}
+    shares = {}
     for name, whose in (("seen", seen), ("unseen", ~seen)):
         if (test & whose).any():
             kind = kinds(judged(test & whose), judged(train & whose), judged(train & seen))
             is_kind = pd.DataFrame({what: kind == i for i, what in enumerate(KINDS)})
-            shares = is_kind.groupby(users[test & whose]).mean().mean()
-            found[name] = {what: int(is_kind[what].sum()) for what in KINDS}
-            found[name]["by_user"] = {what: round(float(shares[what]), 4) for what in KINDS}
-    return {**found, "sentence": _sentence(found)}
-
-
-def _sentence(found: dict[str, Any]) -> str:
-    parts = []
-    for what, meaning in SAYS.items():
-        shares = [
-            f"{counts[what] / sum(counts[kind] for kind in KINDS):.1%} of {name} users'"
-            for name, counts in found.items()
-        ]
-        parts.append(f"{' and '.join(shares)} are {meaning}")
-    return f"Of the held-out comparisons, {'; '.join(parts)}."
+            by_user = is_kind.groupby(users[test & whose]).mean().mean().round(4).to_dict()
+            found[name] = {**is_kind.sum().to_dict(), "by_user": by_user}
+            shares[name] = is_kind.mean()
+    parts = [
+        " and ".join(f"{share[what]:.1%} of {name} users'" for name, share in shares.items())
+        + f" are {meaning}"
+        for what, meaning in SAYS.items()
+    ]
+    return {**found, "sentence": f"Of the held-out comparisons, {'; '.join(parts)}."}
 
 
 def retest(
@@ -70,21 +65,16 @@ def retest(
         judged_again: pairs of a user with two judgments or more; both_sides: those that training
         and the held-out comparisons share; where there are any, same: the mean over them of the
         share of their pairs of judgments that agree, with its interval (Wilson's, 95 %; None of
-        fewer than five users); others:
-        the mean share of other users' judgments of the same pairs that agree with the user's, of
-        those that others judged too; sentence.
+        fewer than five users); others: the mean share of other users' judgments of the same pairs
+        that agree with the user's; sentence.
     """
-    is_low = table[chosen] < table[rejected]
-    low, high = (
-        table[chosen].where(is_low, table[rejected]),
-        table[rejected].where(is_low, table[chosen]),
+    swap = table[chosen] > table[rejected]
+    low, high = table[chosen].mask(swap, table[rejected]), table[rejected].mask(swap, table[chosen])
+    judged = table.assign(low=low, high=high, low_wins=~swap)
+    units = judged.groupby(["user_id", "low", "high"]).agg(
+        n=("low_wins", "size"), low_wins=("low_wins", "sum"), sides=("split", "nunique")
     )
-    judged = table.assign(low=low, high=high, is_low=is_low)
-    pair, whose = ["low", "high"], ["user_id", "low", "high"]
-    units = judged.groupby(whose).agg(
-        n=("is_low", "size"), low_wins=("is_low", "sum"), sides=("split", "nunique")
-    )
-    everybody = units.groupby(pair)[["n", "low_wins"]].transform("sum")
+    everybody = units.groupby(["low", "high"])[["n", "low_wins"]].transform("sum")
     again = units.n > 1
     n, wins = units.n[again], units.low_wins[again]
     found: dict[str, Any] = {

@@ -13,12 +13,11 @@ from lore.common.files import digest, require
 from lore.preparing.tables import Funnel, draw, first_prompts, halve, keep_both_sides, on_both_sides
 
 Split = Literal["given", "dialogs", "prompts", "responses", "pairs"]
-HARDEST: tuple[Split, ...] = ("given", "dialogs", "prompts", "responses", "pairs")
 ENOUGH = 100  # comparisons for training, and as many held out, that a default split leaves
 UNITS = 20  # prompts or responses that a default split divides
 USERS = 0.8  # share of the users whom a default split leaves comparisons on both sides
 HELD_OUT = 0.4  # of the responses: of 100 comparisons about 16 are between two of these, 48 cross
-SAYS = {
+SAYS: dict[Split, str] = {  # the hardest first
     "given": "The source's own split says what is held out.",
     "dialogs": "Half of each user's dialogues are held out.",
     "prompts": "Half of the prompts are held out, with all that was compared after them.",
@@ -42,7 +41,7 @@ def hold_out(
     Args:
         table: user_id, dialog_id ("" where there are none), split ("" where the source has none),
             row of the source, chosen as a conversation, and the names of both.
-        by: what is divided; None for the hardest of ``HARDEST`` that leaves enough.
+        by: what is divided; None for the hardest that leaves enough.
         seed: of the draw.
         funnel: gets what is left out, and the number of users who are kept.
         what: these users are.
@@ -54,7 +53,7 @@ def hold_out(
     Raises:
         InputError: no split or no dialogues though ``by`` asks for them, or nothing is left.
     """
-    chosen = by or next(way for way in HARDEST if _leaves_enough(table, way, seed))
+    chosen = by or next(way for way in SAYS if _leaves_enough(table, way, seed))
     require(_is_there(table, chosen), f"--split {chosen}: the rows have none; choose another")
     split = _sides(table, chosen, seed)
     crossing = int((split == "").sum())
@@ -92,8 +91,8 @@ def _sides(table: pd.DataFrame, by: Split, seed: int) -> pd.Series:
     if by == "responses":
         names = set(table.chosen_name) | set(table.rejected_name)
         train = draw(names, round((1 - HELD_OUT) * len(names)), seed)
-        one, other = table.chosen_name.isin(train), table.rejected_name.isin(train)
-        return pd.Series(np.select([one & other, ~one & ~other], ["train", "test"], ""), one.index)
+        known = table[["chosen_name", "rejected_name"]].isin(train).sum(axis=1)
+        return known.map({2: "train", 0: "test", 1: ""})
     if by == "prompts":
         return halve(first_prompts(table.chosen), seed)
     if by == "pairs":
@@ -114,8 +113,8 @@ def connected(names: pd.Series, others: pd.Series) -> pd.Series:
     What one row of the source compares shares a response, and a pair that a user judged again tells
     how it was judged before, so that such comparisons must be on one side.
     """
-    one = pd.factorize(names)[0]
-    other = pd.factorize(others)[0] + one.max() + 1
+    one, other = pd.factorize(names)[0], pd.factorize(others)[0]
+    other += one.max() + 1
     size = other.max() + 1
     edges = coo_array((np.ones(len(one)), (one, other)), (size, size))
     group = connected_components(edges, directed=False)[1][one]

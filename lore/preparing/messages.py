@@ -6,7 +6,7 @@ import ast
 import json
 import re
 import warnings
-from itertools import chain, cycle, takewhile
+from itertools import takewhile
 from typing import Any
 
 from lore.common.files import InputError, require
@@ -19,7 +19,6 @@ ROLES = {
     **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatbot"), "assistant"),
     "system": "system",
 }
-SIDES = ("user", "assistant")
 KEYS = (("role", "from"), ("content", "value"))  # of a message: who speaks, and what is said
 BROKEN = re.compile(r"\s*[\[{]+\s*['\"](role|from|content|value)['\"]\s*:")
 
@@ -41,17 +40,17 @@ def structure(cell: Any, place: str, what: str) -> Any:
                 found = parse(cell.strip())
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
-        return found if is_structure(found) else cell
-    if BROKEN.match(cell):
-        raise InputError(f"{place}: {what} begins as messages do, but is neither JSON nor Python")
+        return found if _is_structure(found) else cell
+    broken = BROKEN.match(cell)
+    require(not broken, f"{place}: {what} begins as messages do, but is neither JSON nor Python")
     return cell
 
 
-def is_structure(found: Any) -> bool:
+def _is_structure(found: Any) -> bool:
     """Whether this is a message, or a list of messages, of such lists or of texts."""
     if not isinstance(found, list):
         return is_message(found)
-    return is_texts(found) or bool(found) and all(map(is_structure, found))
+    return is_texts(found) or bool(found) and all(map(_is_structure, found))
 
 
 def is_message(found: Any) -> bool:
@@ -92,17 +91,16 @@ def answers(cell: Any, place: str, what: str) -> list[Conversation]:
 
     A cell is what ``structure`` finds: a text, a message, a list of messages or a list of these.
     """
-    if isinstance(cell, list) and not is_message(next(iter(cell), None)):
-        require(bool(cell), f"{place}: {what} is an empty list; give a response or remove the row")
-        return [_answer(each, place, f"each {what}") for each in cell]
-    return [_answer(cell, place, what)]
+    if not isinstance(cell, list) or cell and is_message(cell[0]):
+        return [_answer(cell, place, what)]
+    require(bool(cell), f"{place}: {what} is an empty list; give a response or remove the row")
+    return [_answer(each, place, f"each {what}") for each in cell]
 
 
 def _answer(cell: Any, place: str, what: str) -> Conversation:
-    if isinstance(cell, dict) and is_message(cell):
-        cell = [cell]
-    if isinstance(cell, list) and cell and is_message(cell[0]):
-        found = conversation(cell, place, what)
+    some = [cell] if is_message(cell) else cell
+    if isinstance(some, list) and some and is_message(some[0]):
+        found = conversation(some, place, what)
         ends = found[-1]["role"] == "assistant"
         require(ends, f"{place}: {what} must end with a message of the assistant")
         return found
@@ -113,10 +111,11 @@ def turns(prompts: list[str], replies: list[str], place: str, what: str) -> Conv
     """A dialogue whose two sides stand in lists, as in LMSYS's tables."""
     same = len(prompts) == len(replies)
     require(same, f"{place}: {what} has {len(replies)} turns, the prompt {len(prompts)}")
-    both = chain.from_iterable(zip(prompts, replies, strict=True))
-    texts = (raw.text(text, place, f"each {what}") for text in both)
-    sides = zip(cycle(SIDES), texts, strict=False)
-    return [{"role": role, "content": text} for role, text in sides]
+    return [
+        {"role": role, "content": raw.text(text, place, f"each {what}")}
+        for both in zip(prompts, replies, strict=True)
+        for role, text in zip(("user", "assistant"), both, strict=True)
+    ]
 
 
 def shared_beginning(some: list[Conversation]) -> Conversation:

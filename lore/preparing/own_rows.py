@@ -7,14 +7,13 @@ names of their columns do.
 from __future__ import annotations
 
 import logging
-import math
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from itertools import combinations
+from itertools import permutations
 from typing import Any, Literal, NamedTuple
 
 from lore.common.files import InputError, digest, require
@@ -90,15 +89,14 @@ NAMES = tuple(vars(USUAL))[:14]  # the fields that are names of columns
 
 
 class Choice(NamedTuple):
-    """Some responses that were preferred to others.
+    """Some responses that were preferred to others; what a row does not say is "" or 0.
 
     Attributes:
         place: for messages, such as "mine.jsonl row 12".
         chosen, rejected: whole conversations that end in a response, each at least one; the content
             of the response is "" where it has no text.
-        user, dialog, split: "" where the row does not say.
         weight: how much the row counts.
-        time: seconds since 1970; 0 where the row does not say.
+        time: seconds since 1970.
         sources: place, row and column of the chosen and of the rejected response.
         left_out: why it does not count, such as a tie; else "".
     """
@@ -118,17 +116,6 @@ class Choice(NamedTuple):
         """The opposite choice."""
         sources = self.sources[::-1]
         return self._replace(chosen=self.rejected, rejected=self.chosen, sources=sources)
-
-    def extra(self, name: str) -> list[float]:
-        """The number beside the chosen and the rejected response, as in chosen_length, or NaN."""
-        found = []
-        for place, row, column in self.sources:
-            column = f"{column}_{name}"
-            require(column in row, f"{place} has no column {column}, which --extra {name} reads")
-            cell = _as_number(row[column])
-            missing = cell in (None, "") or cell != cell
-            found.append(math.nan if missing else raw.number(cell, place, column))
-        return found
 
 
 def read_choices(
@@ -150,7 +137,7 @@ def read_choices(
     rows = [(place, _with_winner(row)) for place, row in rows]
     if not rows:
         return []
-    layout, columns = find_layout(*rows[0], columns, judged)
+    layout, columns = _find_layout(*rows[0], columns, judged)
     needed, read = LAYOUTS[layout]
     for place, row in rows:
         _check_columns(place, row, columns, needed)
@@ -186,6 +173,12 @@ def _plain(names: Iterable[Any]) -> dict[str, Any]:
     return {re.sub(r"[^a-z0-9]", "", text): name for name, text in bare.items()}
 
 
+def _known(names: Iterable[str], among: Iterable[Any]) -> list[Any]:
+    """Which of these names there are, as they are written there."""
+    plain = _plain(among)
+    return [plain[name] for name in names if name in plain]
+
+
 def _with_winner(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """The row with a winner, where three columns say with a 1 whether each side won or none."""
     sides = {"winner_model_a": "model_a", "winner_model_b": "model_b"}
@@ -197,22 +190,21 @@ def _with_winner(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def resolve(row: Mapping[str, Any], columns: Columns) -> Columns:
     """The columns with user, prompt and messages under the names that this row has for them."""
-    plain = _plain(row)
-    found = {}
+    usual: dict[str, Sequence[str]] = {}
     if columns.user == USUAL.user and columns.user not in row and not columns.user_name:
-        found["user"] = next((plain[name] for name in USERS if name in plain), columns.user)
+        usual["user"] = USERS
     named = (columns.prompt, columns.messages) != (USUAL.prompt, USUAL.messages)
     if not named and not {columns.prompt, columns.messages} & row.keys():
-        has_input = bool(row.get("input"))  # an instruction is only half of the prompt then
-        prompts = [n for n in PROMPTS if n in plain and not (has_input and "instr" in n)]
-        spoken = [name for name in DIALOGUES if name in plain]
-        if spoken or prompts:
-            found["messages" if spoken else "prompt"] = plain[(spoken or prompts)[0]]
-    return replace(columns, **found)
+        half = "instruction" if row.get("input") else ""  # the rest of the prompt is the input then
+        usual["prompt"] = [name for name in PROMPTS if name != half]
+        if _known(DIALOGUES, row):
+            usual = {**usual, "prompt": (), "messages": DIALOGUES}
+    known = {what: _known(names, row) for what, names in usual.items()}
+    return replace(columns, **{what: names[0] for what, names in known.items() if names})
 
 
-def find_layout(
-    place: str, row: Mapping[str, Any], columns: Columns, judged: bool = True
+def _find_layout(
+    place: str, row: Mapping[str, Any], columns: Columns, judged: bool
 ) -> tuple[str, Columns]:
     """The layout of rows by flags and the first row, and their columns, if they are clear."""
     known = resolve(row, columns)
@@ -229,9 +221,12 @@ def find_layout(
         known = _two_and_winner(place, row, known, judged)
     elif layout == "ratings":
         known = replace(known, rating=columns.rating or ratings[0])
-    elif has_pairs and judged and not columns.winner:
-        _refuse_verdict(place, row, known)
     names = {name: getattr(known, name) for name in NAMES}
+    if layout == "pairs" and has_pairs and judged and not columns.winner:
+        unused = [name for name in _known(VERDICTS, row) if name not in names.values()]
+        error = "{0}: no flag uses the column {1}; if it says which of two responses is better, "
+        error += "give --first, --second and --winner {1}, else --winner {2}"
+        require(not unused, error.format(place, *unused[:1] or [""], NONE))
     new = [f"{name} {found}" for name, found in names.items() if found != getattr(columns, name)]
     if new:
         log.info("columns found: %s", ", ".join(new))
@@ -249,30 +244,20 @@ def _pairs_of_names(row: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _two_and_winner(place: str, row: Mapping[str, Any], columns: Columns, judged: bool) -> Columns:
     """The columns with first, second and winner, found where flags do not name them."""
     first, second, winner = columns.first, columns.second, columns.winner
-    if not (first and second):
-        require(not first and not second, "--first and --second go together; name both")
+    require(bool(first) == bool(second), "--first and --second go together; name both")
+    if not first:
         pairs = _pairs_of_names(row)
         some = "; ".join(" and ".join(pair) for pair in pairs) or f"only {_there(row)}"
         error = f"{place}: --first and --second must say which two responses are compared: {some}"
         require(len(pairs) == 1, error)
         first, second = pairs[0]
     if not winner and judged:
-        plain = _plain(name for name in row if name not in (first, second))
-        found = [plain[name] for name in WINNERS if name in plain]
+        found = _known(WINNERS, [name for name in row if name not in (first, second)])
         error = f"{place} has two responses, {first} and {second}, but --winner must say which "
         error += f"column names the better one: {', '.join(found) or _there(row)}"
         require(len(found) == 1, error)
         winner = found[0]
     return replace(columns, first=first, second=second, winner=winner or NONE)
-
-
-def _refuse_verdict(place: str, row: Mapping[str, Any], columns: Columns) -> None:
-    used = {getattr(columns, name) for name in NAMES}
-    verdicts = [name for plain, name in _plain(row).items() if plain in VERDICTS]
-    unused = next((name for name in verdicts if name not in used), "")
-    error = f"{place}: no flag uses the column {unused}; if it says which of two responses is "
-    error += f"better, give --first, --second and --winner {unused}, else --winner {NONE}"
-    require(not unused, error)
 
 
 def _refuse_names(rows: Sequence[Row], columns: Columns) -> None:
@@ -291,14 +276,11 @@ def _check_columns(
     """What must be there: the responses, and whatever has another name than the usual one."""
     for name in NAMES:
         column = getattr(columns, name)
-        if column in ("", NONE) or column in row:
-            continue
-        if name in needed or column != getattr(USUAL, name):
-            other = " (or give --first, --second and --winner, or --rating)" * (name in needed)
-            raise InputError(
-                f"{place} has no column {column}, only {_there(row)}; --{name} says which one "
-                f"holds it{other}"
-            )
+        must = name in needed or column != getattr(USUAL, name)
+        other = " (or give --first, --second and --winner, or --rating)" * (name in needed)
+        error = f"{place} has no column {column}, only {_there(row)}; --{name} says which one "
+        error += f"holds it{other}"
+        require(column in ("", NONE) or column in row or not must, error)
 
 
 def _there(row: Mapping[str, Any]) -> str:
@@ -342,13 +324,13 @@ def read_endings(
         if True in begun:
             _check_prompt(place, row, columns, names, messages.shared_beginning(every))
         else:
-            history = read_history(place, row, columns)
+            history = _read_history(place, row, columns)
             found = [[[*history, *talk] for talk in some] for some in found] if history else []
     before = [talk[:-1] for some in found for talk in some]
     return found if all(b and all(m["content"] for m in b) for b in before) and found else None
 
 
-def read_history(place: str, row: Mapping[str, Any], columns: Columns = USUAL) -> Conversation:
+def _read_history(place: str, row: Mapping[str, Any], columns: Columns) -> Conversation:
     """The dialogue up to the response, from prompt or messages; empty where it lacks text.
 
     Raises:
@@ -381,15 +363,14 @@ def _check_prompt(
     prompts = [message["content"].strip() for message in shared if message["role"] == "user"]
     both = " and ".join(names)
     require(bool(prompts), f"{place}: {both} do not begin with the same message of the user")
-    other = f"{place}: {both} do not begin with what %s says"
-    prompt = structure(row.get(columns.prompt), place, columns.prompt)
-    if isinstance(prompt, str) and prompt.strip():
-        require(prompt.strip() in prompts, other % columns.prompt)
-    for name, cell in ((columns.messages, row.get(columns.messages)), (columns.prompt, prompt)):
+    for name in (columns.messages, columns.prompt):
+        cell, right = structure(row.get(name), place, name), True
         if isinstance(cell, list) and cell:
             found = messages.conversation(cell, place, name)
-            number = min(len(found), len(shared))
-            require(found[:number] == shared[:number], other % name)
+            right = all(one == other for one, other in zip(found, shared, strict=False))
+        elif isinstance(cell, str) and name == columns.prompt:
+            right = cell.strip() in ("", *prompts)
+        require(right, f"{place}: {both} do not begin with what {name} says")
 
 
 def _choice(place: str, row: Mapping[str, Any], columns: Columns, names: Sequence[str]) -> Choice:
@@ -422,18 +403,16 @@ def _same_name(name: str) -> str:
 def _weight(place: str, row: Mapping[str, Any], column: str) -> float:
     """One where the row does not say."""
     cell = row.get(column)
-    weight = 1.0 if cell in (None, "") else raw.number(_as_number(cell), place, column)
+    weight = 1.0 if cell in (None, "") else raw.number(as_number(cell), place, column)
     error = f"{place}: {column} must be above 0, from {LIGHTEST:g} to {HEAVIEST:g}; remove the row "
     require(LIGHTEST <= weight <= HEAVIEST, f"{error}if it is not to count")
     return weight
 
 
 def _time(place: str, row: Mapping[str, Any], column: str) -> float:
-    """Seconds since 1970; dates without a zone are UTC."""
-    cell = _as_number(row.get(column))
-    if cell in (None, ""):
-        return 0.0
-    if isinstance(cell, str):
+    """Seconds since 1970, 0 where the row does not say; dates without a zone are UTC."""
+    cell = as_number(row.get(column))
+    if isinstance(cell, str) and cell:
         try:
             cell = datetime.fromisoformat(cell)
         except ValueError as error:
@@ -441,11 +420,11 @@ def _time(place: str, row: Mapping[str, Any], column: str) -> float:
             raise InputError(message) from error
     if isinstance(cell, datetime):
         return (cell if cell.tzinfo else cell.replace(tzinfo=UTC)).timestamp()
-    return raw.number(cell, place, column)
+    return 0.0 if cell in (None, "") else raw.number(cell, place, column)
 
 
-def _as_number(cell: Any) -> Any:
-    """The number where one stands as text, as every number does in a .csv."""
+def as_number(cell: Any) -> Any:
+    """The number where one stands as text, as every number does in a .csv; else the cell."""
     try:
         return float(cell) if isinstance(cell, str) else cell
     except ValueError:
@@ -527,7 +506,7 @@ def _ratings(rows: Sequence[Row], columns: Columns) -> list[Choice]:
     left_out, rated, of_user = [], defaultdict(list), defaultdict(dict)
     for place, row in rows:
         choice = _choice(place, row, columns, [columns.response])
-        rating = raw.number(_as_number(row[columns.rating]), place, columns.rating)
+        rating = raw.number(as_number(row[columns.rating]), place, columns.rating)
         if choice.left_out:
             left_out.append(choice)
         else:
@@ -535,8 +514,8 @@ def _ratings(rows: Sequence[Row], columns: Columns) -> list[Choice]:
             rated[choice.user, choice.dialog, choice.split, prompt].append((rating, choice))
     for (user, *_), some in rated.items():
         of_user[user] |= _rated_pairs(some, columns.margin)
-    drawn = [(pairs, draw(pairs, columns.pairs_per_user, 0)) for pairs in of_user.values()]
-    found = [pairs[key] for pairs, keys in drawn for key in sorted(keys)]
+    number = columns.pairs_per_user
+    found = [pairs[key] for pairs in of_user.values() for key in sorted(draw(pairs, number, 0))]
     log.info(
         "%d ratings make %d comparisons, %d of which follow from two others of the same user",
         len(rows), len(found), _following(found),
@@ -556,8 +535,7 @@ def _following(choices: Sequence[Choice]) -> int:
 def _rated_pairs(rated: list[tuple[float, Choice]], margin: float) -> dict[str, Choice]:
     """A choice for each two ratings that differ enough, the higher one chosen."""
     found = {}
-    for one, other in combinations(rated, 2):
-        (low, worse), (high, better) = sorted((one, other), key=lambda each: each[0])
+    for (high, better), (low, worse) in permutations(rated, 2):
         if high > low and high - low >= margin:
             weight = (better.weight + worse.weight) / 2
             sources = better.sources + worse.sources
@@ -566,8 +544,8 @@ def _rated_pairs(rated: list[tuple[float, Choice]], margin: float) -> dict[str, 
     return found
 
 
-LAYOUTS: dict[str, tuple[tuple[str, ...], Callable[[Sequence[Row], Columns], list[Choice]]]] = {
+LAYOUTS = {  # the columns that a layout needs, and what makes choices of its rows
     "pairs": (("chosen", "rejected"), _pairs),
     "votes": (("first", "second", "winner"), _votes),
     "ratings": (("response", "rating"), _ratings),
-}  # the columns that a layout needs, and what makes choices of its rows
+}

@@ -13,7 +13,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -57,7 +57,7 @@ def read_rows(source: str, table: str, columns: Iterable[str], **hub: Any) -> Ro
     require(bool(source), "--source is empty; name a folder or a hub dataset")
     require(not os.path.isfile(source), f"--source {source} is a file; name its folder")
     if os.path.isdir(source):
-        rows = chain.from_iterable(map(read_file, table_files(Path(source), table)))
+        rows = chain.from_iterable(map(read_file, _table_files(Path(source), table)))
     else:
         advice = f"give a folder with {table}.jsonl or {table}.parquet"
         load = _hub_files if "files" in hub else _hub_rows
@@ -73,12 +73,37 @@ def check_columns(rows: Rows, columns: Iterable[str]) -> Rows:
         yield place, row
 
 
-def table_files(folder: Path, table: str) -> list[Path]:
+def read_all(source: str) -> Rows:
+    """Rows of a file, of all the files of a folder, or of all splits of a hub dataset.
+
+    Rows of a hub dataset with several splits get a column split, unless they have one.
+    """
+    require(bool(source), "--source is empty; name a file, a folder or a hub dataset")
+    path, endings = Path(source), ", ".join(READERS)
+    if path.is_file():
+        yield from read_file(path)
+    elif path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.name.endswith(ENDINGS))
+        require(bool(files), f"--source {source} has no file that ends in {endings}")
+        yield from chain.from_iterable(map(read_file, files))
+    else:
+        require(not source.endswith(ENDINGS), f"--source {source}: there is no such file")
+        splits = _load_hub(source, f"give a file that ends in {endings}")
+        for split, rows in splits.items():
+            more = {"split": split} if len(splits) > 1 else {}
+            for number, row in enumerate(rows, start=1):
+                yield f"{source} {split} row {number}", {**more, **row}
+
+
+def _table_files(folder: Path, table: str) -> list[Path]:
     """The files of a raw table, which are those of the first format that is there."""
     names = [pattern.format(table) for pattern in FILES]
     found = next(filter(None, (sorted(folder.glob(name)) for name in names)), [])
     require(bool(found), f"--source {folder} has none of {', '.join(names)}")
     return found
+
+
+# -------------------------------------------------------------------------------- Files
 
 
 def read_file(file: Path) -> Rows:
@@ -89,12 +114,11 @@ def read_file(file: Path) -> Rows:
     Raises:
         InputError: another kind of file, a damaged one, or a name that stands twice in a row.
     """
-    name = file.name.removesuffix(".gz")
+    name, place = file.name.removesuffix(".gz"), str(file)
     read = next((read for ending, read in READERS.items() if name.endswith(ending)), None)
     if read is None:
         raise InputError(f"{file}: a file's name must end in {', '.join(READERS)}")
     log.info("reading %s", file)
-    place = str(file)
     try:
         for number, row in read(file):
             place = f"{file} row {number}"
@@ -114,16 +138,32 @@ def _parquet_rows(file: Path) -> Numbered:
 def _json_rows(file: Path) -> Numbered:
     """Rows of a file with an object a line, or with one list of objects."""
     with _open(file) as lines:
-        if ".jsonl" not in file.name and lines.read(4096).lstrip().startswith("["):
-            lines.seek(0)
-            numbered = enumerate(read_json_text(lines.read(), str(file)), start=1)
+        is_list = ".jsonl" not in file.name and lines.read(4096).lstrip().startswith("[")
+        lines.seek(0)
+        if is_list:
+            numbered = enumerate(_read_json(lines.read(), str(file)), start=1)
         else:
-            lines.seek(0)
             filled = ((i, line) for i, line in enumerate(lines, start=1) if line.strip())
-            numbered = ((i, read_json_text(line, f"{file} row {i}")) for i, line in filled)
+            numbered = ((i, _read_json(line, f"{file} row {i}")) for i, line in filled)
         for number, row in numbered:
             require(isinstance(row, dict), f"{file} row {number} is not a JSON object")
             yield number, row
+
+
+def _read_json(text: str, place: str) -> Any:
+    """What a JSON text says; InputError at the place where it says nothing or a name twice."""
+
+    def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) < len(pairs):
+            _refuse_twins([key for key, _ in pairs], place, "keys")
+        return found
+
+    try:
+        return json.loads(text, object_pairs_hook=no_twins)
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a ValueError
+        raise InputError(f"{place} is not valid JSON: {first_line(error)}") from error
 
 
 def _csv_rows(file: Path) -> Numbered:
@@ -132,21 +172,17 @@ def _csv_rows(file: Path) -> Numbered:
         head = next((line for line in lines if line.strip()), "")
         separator = _separator(file, head)
         lines.seek(0)
-        if separator == "\t" and "\t" not in head:  # a first line set with blanks to be read
+        rows = csv.reader(lines, delimiter=separator, strict=True)
+        names = next(filter(None, rows), [])
+        if separator not in head and separator == "\t":  # a first line set with blanks to be read
             names, rows = re.split(r"\s{2,}", head.strip()), csv.reader(lines, "excel-tab")
-            next((row for row in rows if row), None)
-        else:
-            rows = csv.reader(lines, delimiter=separator, strict=True)
-            names = next((row for row in rows if row), [])
         _refuse_twins(filter(None, names), str(file), "columns")
         for number, cells in enumerate(filter(None, rows), start=1):
-            if len(cells) > len(names):
-                raise InputError(
-                    f"{file} row {number} has {len(cells)} cells, the first line {len(names)}; "
-                    f"cells were taken to be separated by {SEPARATORS[separator]}"
-                )
-            missing = [""] * (len(names) - len(cells))  # empty ones at the end may be left out
-            yield number, dict(zip(names, map(Cell, [*cells, *missing]), strict=True))
+            error = f"{file} row {number} has {len(cells)} cells, the first line {len(names)}; "
+            error += f"cells were taken to be separated by {SEPARATORS[separator]}"
+            require(len(cells) <= len(names), error)
+            filled = zip_longest(names, cells, fillvalue="")  # empty ones at the end may be missing
+            yield number, {name: Cell(cell) for name, cell in filled}
 
 
 def _separator(file: Path, head: str) -> str:
@@ -176,53 +212,10 @@ def _refuse_twins(names: Iterable[str], place: str, what: str) -> None:
 
 
 READERS = {
-    ".jsonl": _json_rows,
-    ".ndjson": _json_rows,
-    ".json": _json_rows,
-    ".csv": _csv_rows,
-    ".tsv": _csv_rows,
-    ".parquet": _parquet_rows,
-}
+    ".jsonl": _json_rows, ".ndjson": _json_rows, ".json": _json_rows, ".csv": _csv_rows,
+    ".tsv": _csv_rows, ".parquet": _parquet_rows,
+}  # fmt: skip
 ENDINGS = (*READERS, *(f"{ending}.gz" for ending in READERS if ending != ".parquet"))
-
-
-def read_json_text(text: str, place: str) -> Any:
-    """What a JSON text says; InputError at the place where it says nothing or a name twice."""
-
-    def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(found := dict(pairs)) < len(pairs):
-            _refuse_twins([key for key, _ in pairs], place, "keys")
-        return found
-
-    try:
-        return json.loads(text, object_pairs_hook=no_twins)
-    except InputError:
-        raise
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a ValueError
-        raise InputError(f"{place} is not valid JSON: {first_line(error)}") from error
-
-
-def read_all(source: str) -> Rows:
-    """Rows of a file, of all the files of a folder, or of all splits of a hub dataset.
-
-    Rows of a hub dataset with several splits get a column split, unless they have one.
-    """
-    require(bool(source), "--source is empty; name a file, a folder or a hub dataset")
-    path = Path(source)
-    if path.is_file():
-        yield from read_file(path)
-    elif path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.name.endswith(ENDINGS))
-        require(bool(files), f"--source {source} has no file that ends in {', '.join(READERS)}")
-        for file in files:
-            yield from read_file(file)
-    else:
-        require(not source.endswith(ENDINGS), f"--source {source}: there is no such file")
-        splits = _load_hub(source, f"give a file that ends in {', '.join(READERS)}")
-        for split, rows in splits.items():
-            more = {"split": split} if len(splits) > 1 else {}
-            for number, row in enumerate(rows, start=1):
-                yield f"{source} {split} row {number}", {**more, **row}
 
 
 # -------------------------------------------------------------------------- From the hub
@@ -244,8 +237,7 @@ def _hub_files(source: str, _: str, advice: str, files: str, revision: str) -> R
         )
     found = sorted(Path(folder).glob(files))
     require(bool(found), f"--source {source} has no {files} at revision {revision}; {advice}")
-    for file in found:
-        yield from read_file(file)
+    yield from chain.from_iterable(map(read_file, found))
 
 
 def _load_hub(source: str, advice: str, **hub: Any) -> Any:
@@ -261,11 +253,11 @@ def _one_line(source: str, advice: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        why = f"is no folder here and does not load from the hub ({first_line(error)})"
         if "gated" in str(error):
             advice = "ask for access on its page, then log in with `hf auth login`"
         if "connection" in str(error):
             advice = "run it again, the download goes on where it was"
+        why = f"is no folder here and does not load from the hub ({first_line(error)})"
         raise InputError(f"--source {source} {why}; {advice}") from error
 
 

@@ -11,6 +11,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,10 +39,10 @@ from lore.common.files import (
 )
 from lore.common.tensors import expect, read_tensors, require_finite
 from lore.preparing.facts import count_kinds, retest
+from lore.preparing.messages import Conversation
 
 log = logging.getLogger(__name__)
 
-Conversation = list[dict[str, str]]
 COLUMNS = {"user_id": str, "split": str, "seen": bool, "dialog_id": str, "turn": "int64",
            "chosen": "int64", "rejected": "int64", "weight": "float64"}  # fmt: skip
 EXTRA = {side: f"extra {side} " for side in ("chosen", "rejected")}  # columns of numbers, by name
@@ -92,7 +93,7 @@ class Funnel:
 
     @property
     def counts(self) -> dict[str, int]:
-        """All numbers; what is left out comes last, by reason, whatever the order of the rows."""
+        """All numbers; what is left out comes last, in the order of the reasons."""
         left_out = {f"left out: {why}": n for why, n in sorted(self._left_out.items())}
         return {**self._kept, **left_out}
 
@@ -110,9 +111,8 @@ def compare(turns: Sequence[Turn], end: str = "") -> tuple[list[dict[str, Any]],
     """One comparison per rejected response of a dialogue, after the history of chosen responses.
 
     Returns:
-        Comparisons with turn, chosen and rejected (both whole conversations) and weight, and the
-        reason for each thing that is left out, ``end`` among them if the dialogue goes on. It is
-        cut at an empty prompt or choice.
+        Comparisons with turn, chosen and rejected (whole conversations) and weight; and why
+        something is left out, ``end`` if the dialogue goes on. An empty prompt or choice ends it.
     """
     found: list[dict[str, Any]] = []
     left_out: list[str] = []
@@ -172,20 +172,17 @@ def keep(comparisons: pd.DataFrame, rows: pd.Series, funnel: Funnel, what: str) 
 
 def keep_users(table: pd.DataFrame, least: int, funnel: Funnel, what: str) -> pd.DataFrame:
     """The comparisons of the users with at least so many, who are counted."""
-    enough = table.user_id.map(table.user_id.value_counts()) >= least
-    return keep(table, enough, funnel, what.format(least))
+    enough = table.groupby("user_id").user_id.transform("size") >= least
+    return keep(table, enough, funnel, what)
 
 
 # ------------------------------------------------------------------------------- Splits
 
 
 def draw(names: Iterable[str], count: int, seed: int) -> set[str]:
-    """A random choice of ``count`` names; their order does not matter, nor does Python's hash."""
-
-    def place(name: str) -> bytes:
-        return hashlib.sha256(f"{seed} {name}".encode()).digest()
-
-    return set(sorted(set(names), key=place)[:count])
+    """A random choice of ``count`` names; neither their order matters nor Python's hash."""
+    places = {name: hashlib.sha256(f"{seed} {name}".encode()).digest() for name in names}
+    return set(sorted(places, key=places.__getitem__)[:count])
 
 
 def halve(units: pd.Series, seed: int, users: pd.Series | None = None) -> pd.Series:
@@ -198,10 +195,10 @@ def halve(units: pd.Series, seed: int, users: pd.Series | None = None) -> pd.Ser
 def split_dialogues(
     comparisons: pd.DataFrame, seed: int, funnel: Funnel, units: pd.Series | None = None
 ) -> pd.DataFrame:
-    """Add ``split``, train or test; users without comparisons on both sides are left out.
+    """Add ``split``: train for half of each user's dialogues, or of the units, else test.
 
-    Half of each user's dialogues are train; where each comparison belongs to a unit, such as its
-    first prompt, half of the units are, so that none is on both sides.
+    A unit that comparisons belong to, such as a first prompt, is on one side. Users without
+    comparisons on both sides are left out.
     """
     users = comparisons.user_id
     own = users + "\n" + comparisons.dialog_id
@@ -222,7 +219,7 @@ def on_both_sides(comparisons: pd.DataFrame) -> pd.Series:
 
 
 def split_users(comparisons: pd.DataFrame, seed: int, seen_fraction: float) -> pd.DataFrame:
-    """Add ``seen``: true for a drawn share of the users; InputError where that is nobody or all."""
+    """Add ``seen``: true for a drawn share of the users; InputError where that is none or all."""
     users = comparisons.user_id.nunique()
     require(0 <= seen_fraction <= 1, f"--seen-fraction {seen_fraction} must be between 0 and 1")
     count = round(seen_fraction * users)
@@ -256,20 +253,17 @@ def number_conversations(
 ) -> tuple[list[Conversation], pd.DataFrame]:
     """The distinct conversations, and the comparisons with their numbers, in a fixed order.
 
-    Comparisons have ``COLUMNS``, with chosen and rejected as conversations, and the names of both;
-    the order of the rows does not matter.
+    Comparisons have ``COLUMNS``, with chosen and rejected as conversations, and the names of both.
     """
     extra = [f"{side}{name}" for name in extra_names(comparisons) for side in EXTRA.values()]
-    order = ["user_id", "dialog_id", "turn", "chosen_name", "rejected_name", "split", "weight"]
-    order += extra
+    names = ["chosen_name", "rejected_name"]
+    order = ["user_id", "dialog_id", "turn", *names, "split", "weight", *extra]
     table = comparisons.sort_values(order, ignore_index=True)
     _count_sets(table, funnel)
-    names, talks = (
-        table[list(pair)].to_numpy().ravel()
-        for pair in (("chosen_name", "rejected_name"), ("chosen", "rejected"))
-    )
-    numbers, conversations = distinct(names, talks)
-    table[["chosen", "rejected"]] = numbers.reshape(-1, 2)
+    sides = list(EXTRA)
+    numbers, conversations = distinct(table[names].to_numpy().ravel(),
+                                      table[sides].to_numpy().ravel())  # fmt: skip
+    table[sides] = numbers.reshape(-1, 2)
     funnel.count("distinct conversations", len(conversations))
     return conversations, table[[*COLUMNS, *extra]].astype(COLUMNS)
 
@@ -284,40 +278,38 @@ def _count_sets(comparisons: pd.DataFrame, funnel: Funnel) -> None:
     if comparisons.seen.nunique() == 2:
         for kind, rows in (("seen", comparisons.seen), ("unseen", ~comparisons.seen)):
             funnel.count(f"{kind} users", comparisons[rows].user_id.nunique())
-    prompts = first_prompts(comparisons.chosen)
-    train, test, val = (comparisons.split == side for side in (*SPLITS, VALIDATION))
-    for side, rows in (("training", train), ("validation", val), ("test", test)):
-        if side == "validation" and not rows.any():
-            continue
-        dialogues = comparisons.loc[rows, ["user_id", "dialog_id"]].drop_duplicates()
-        funnel.count(f"{side} comparisons", rows.sum())
-        funnel.count(f"{side} dialogues", len(dialogues))
-        funnel.count(f"first prompts of {side} dialogues", prompts[rows].nunique())
-    shared = set(prompts[train]) & set(prompts[test])
-    funnel.count("first prompts on both sides", len(shared))
-    funnel.count("test comparisons after such a prompt", prompts[test].isin(shared).sum())
+    table = comparisons.assign(prompt=first_prompts(comparisons.chosen))
+    train, test, val = (table[table.split == side] for side in (*SPLITS, VALIDATION))
+    for side, part in (("training", train), ("validation", val), ("test", test)):
+        if side != "validation" or len(part):
+            funnel.count(f"{side} comparisons", len(part))
+            funnel.count(f"{side} dialogues", part.groupby(["user_id", "dialog_id"]).ngroups)
+            funnel.count(f"first prompts of {side} dialogues", part.prompt.nunique())
+    after = test.prompt[test.prompt.isin(train.prompt)]
+    funnel.count("first prompts on both sides", after.nunique())
+    funnel.count("test comparisons after such a prompt", len(after))
 
 
 def overlap(conversations: Sequence[Conversation], comparisons: pd.DataFrame) -> dict[str, Any]:
     """How many held-out comparisons training has something of, and a sentence that says so.
 
     Returns:
-        held_out, all of them; prompt: the dialogue before the response is in training; response:
-        so is at least one of its two responses, after the same dialogue; both_responses; pair:
-        they are compared with each other there; sentence.
+        held_out, all of them; and those of which training has: prompt, the dialogue before the
+        response; response, at least one of the two after that dialogue; both_responses; pair, the
+        two compared with each other; sentence.
     """
-    before = [digest(conversation[:-1]) for conversation in conversations]
+    before = pd.Series([digest(conversation[:-1]) for conversation in conversations])
     sides = np.sort(comparisons[["chosen", "rejected"]].to_numpy(), axis=1)
-    prompts = comparisons.chosen.map(before.__getitem__)
-    pairs = pd.Series(list(map(tuple, sides)), comparisons.index)
-    train, test = (comparisons.split == side for side in SPLITS)
+    train, test = ((comparisons.split == side).to_numpy() for side in SPLITS)
+    pairs = pd.MultiIndex.from_arrays(sides.T)
+    prompts = before[comparisons.chosen].to_numpy()
     known = np.isin(sides[test], sides[train])
     shared = {
         "held_out": test,
-        "prompt": prompts[test].isin(set(prompts[train])),
+        "prompt": np.isin(prompts[test], prompts[train]),
         "response": known.any(axis=1),
         "both_responses": known.all(axis=1),
-        "pair": pairs[test].isin(set(pairs[train])),
+        "pair": pairs[test].isin(pairs[train]),
     }
     found = {what: int(rows.sum()) for what, rows in shared.items()}
     sentence = (
@@ -330,52 +322,44 @@ def overlap(conversations: Sequence[Conversation], comparisons: pd.DataFrame) ->
 # ------------------------------------------------------------ The prepared folder, written
 
 
-def finish(
+def write_prepared(
     folder: Path,
     conversations: Sequence[Conversation],
     table: pd.DataFrame | dict[str, np.ndarray],
     info: Mapping[str, Any],
     funnel: Funnel,
     share: str | None = None,
-) -> None:
-    """Write a prepared folder with the counts, see ``write_prepared``, and print what it holds.
-
-    Where n processes are to share the embedding (i/n), each of them writes the folder.
-    """
-    with lock_folder(folder, share):
-        says = write_prepared(folder, conversations, table, {**info, "counts": funnel.counts})
-    if "warning" in info:
-        says.append(f"WARNING: {info['warning']}")
-    print(funnel.lines(), *says, sep="\n")
-    what = f"{len(table):,} comparisons" if isinstance(table, pd.DataFrame) else "scores"
-    print(f"prepared {what} of {len(conversations):,} conversations in {folder}")
-
-
-def write_prepared(
-    folder: Path,
-    conversations: Sequence[Conversation],
-    table: pd.DataFrame | dict[str, np.ndarray],
-    info: Mapping[str, Any],
-) -> list[str]:
+) -> str:
     """Write a prepared dataset's tables and, last, prepare.json; what to print of its contents.
 
     Args:
         folder: where to; made if missing.
         conversations: the distinct conversations, row i being embedding i.
-        table: one row a comparison: user_id, split (train, test or val), seen, dialog_id, turn,
-            chosen, rejected, weight; or the scores, where users are simulated at training time:
-            train.scores and test.scores [prompts, responses, scorers], train.rows and test.rows the
-            conversations.
-        info: what prepare.json says: dataset, settings, counts and perhaps a warning, which every
-            later output shows. Hashes of the tables are added, and what training has of the
-            held-out comparisons (overlap and kinds), and what users judged twice (retest).
-
-    Returns:
-        The sentences of prepare.json that belong on the screen.
+        table: a row a comparison, with ``COLUMNS``; or, where users are simulated at training time,
+            train.scores and test.scores [prompts, responses, scorers] with the conversations'
+            numbers in train.rows and test.rows [prompts, responses].
+        info: what prepare.json says: dataset, settings and perhaps a warning, which every later
+            output shows. Counts, hashes and what ``overlap``, ``count_kinds`` and ``retest`` find
+            are added.
+        funnel: with the counts.
+        share: i/n where n processes are to share the embedding; each of them writes the folder.
     """
+    with lock_folder(folder, share):
+        info = _write(folder, conversations, table, {**info, "counts": funnel.counts})
+    says = [info[what]["sentence"] for what in PRINTED if info.get(what)]
+    says += [f"WARNING: {info['warning']}"] if "warning" in info else []
+    what = f"{len(table):,} comparisons" if isinstance(table, pd.DataFrame) else "scores"
+    end = f"prepared {what} of {len(conversations):,} conversations in {folder}"
+    return "\n".join([funnel.lines(), *says, end])
+
+
+def _write(
+    folder: Path, conversations: Sequence[Conversation], table: Any, info: dict[str, Any]
+) -> dict[str, Any]:
+    """The files of ``write_prepared``; what prepare.json says then."""
     has_script = (folder / "prepare.py").exists()
     require(not has_script, f"--out {folder} holds scripts; name a folder for the data alone")
-    _check_folder(folder, (info.get("settings") or {}).get("source"))
+    _check_folder(folder, info["settings"].get("source"))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "prepare.json").unlink(missing_ok=True)  # a half-written folder is not prepared
     talks = folder / "conversations.parquet"
@@ -384,16 +368,16 @@ def write_prepared(
     if isinstance(table, pd.DataFrame):
         path, content = folder / "comparisons.parquet", table.to_csv(index=False)
         write_whole(path, lambda draft: table.to_parquet(draft, index=False))
-        info = {**info, "overlap": overlap(conversations, table), "kinds": count_kinds(table)}
-        info = {"retest": retest(table), **info}
+        info = {"retest": retest(table), **info, "overlap": overlap(conversations, table)}
+        info["kinds"] = count_kinds(table)
     else:
         path = folder / "scores.safetensors"
         content = [[name, table[name].tolist()] for name in sorted(table)]
         write_whole(path, lambda draft: save_file(table, draft))
     hashes["data_sha256"] = digest([hashes["conversations_sha256"], content])
-    files = {file.name: file_sha256(file) for file in (talks, path)}
-    write_text(folder / "prepare.json", json.dumps({**info, **hashes, "files": files}, indent=2))
-    return [info[what]["sentence"] for what in PRINTED if info.get(what)]
+    info |= {**hashes, "files": {file.name: file_sha256(file) for file in (talks, path)}}
+    write_text(folder / "prepare.json", json.dumps(info, indent=2))
+    return info
 
 
 def _check_folder(folder: Path, source: str | None) -> None:
@@ -403,17 +387,16 @@ def _check_folder(folder: Path, source: str | None) -> None:
     is_prepared = says.exists()
 
     def is_ours(path: Path) -> bool:
-        if is_prepared:
-            return True
-        try:  # a run that was killed has left no prepare.json
-            if path.suffix == ".parquet":
+        with suppress(OSError, pa.ArrowException, SafetensorError):
+            if is_prepared:
+                return True
+            if path.suffix == ".parquet":  # a run that was killed has left no prepare.json
                 found = pq.read_schema(path)
                 marked = MARK.items() <= (found.metadata or {}).items()
                 return marked or found.names[: len(COLUMNS)] == list(COLUMNS)
             with safe_open(path, "np") as file:
                 return "train.scores" in file.keys()  # noqa: SIM118
-        except (OSError, pa.ArrowException, SafetensorError):
-            return False
+        return False
 
     for name in sorted(set().union(*TABLES)):
         check_output(folder / name, "--out", is_ours, [source])
@@ -435,11 +418,10 @@ def read_info(folder: Path, dataset: str | None = None) -> dict[str, Any]:
 
     Args:
         folder: the prepared folder.
-        dataset: whose script asks, which is also the name of that script's folder; None for any.
+        dataset: whose script reads it, which is also the name of that script's folder; None: any.
 
     Raises:
-        InputError: the folder is not prepared, its prepare.json is of another form, or it holds
-            another dataset.
+        InputError: the folder is not prepared, holds another dataset, or prepare.json is damaged.
     """
     path = folder / "prepare.json"
     info = read_json(path)
@@ -470,7 +452,7 @@ def check_files(folder: Path, info: Mapping[str, Any]) -> None:
 
 
 def read_conversations(folder: Path) -> list[Conversation]:
-    """The conversations that ``check_conversations`` finds right; row i is of embedding i."""
+    """The conversations, row i being of embedding i; see ``check_conversations``."""
     check_conversations(folder)
     return _read_table(folder / "conversations.parquet")["messages"].to_pylist()
 
@@ -483,10 +465,10 @@ def check_conversations(folder: Path) -> None:
 
 
 def read_comparisons(folder: Path, num_rows: int) -> pd.DataFrame:
-    """The table of comparisons of a prepared folder.
+    """The comparisons of a prepared folder, in which each conversation is one of num_rows.
 
     Raises:
-        InputError: it is missing, damaged, lacks a column, or a cell holds what cannot be.
+        InputError: the table is missing, damaged, lacks a column, or a cell holds what cannot be.
     """
     path = folder / "comparisons.parquet"
     table = _read_table(path).to_pandas()
@@ -499,13 +481,13 @@ def read_comparisons(folder: Path, num_rows: int) -> pd.DataFrame:
         what = {str: "text", bool: "true or false"}.get(kind, kind)
         require(right, f"{path}: {column} is not all {what}; {AGAIN}")
     known = (*SPLITS, VALIDATION)
-    weights = LIGHTEST / 1e3, HEAVIEST * 1e3  # shared by a row's pairs
-    inside = ((table[["chosen", "rejected"]] // num_rows) == 0).all(axis=1)
     for good, what in (
-        (inside, f"rows that are none of the {num_rows} embeddings"),
+        ((table[["chosen", "rejected"]] // num_rows == 0).all(axis=1),
+         f"rows that are none of the {num_rows} embeddings"),
         (table.split.isin(known), f"a split that is none of {', '.join(known)}"),
-        (table.weight.between(*weights), "a weight that is not a number above 0, or is far from 1"),
-    ):
+        (table.weight.between(LIGHTEST / 1e3, HEAVIEST * 1e3),  # shared by a row's pairs
+         "a weight that is not a number above 0, or is far from 1"),
+    ):  # fmt: skip
         row = int((~good).to_numpy().argmax()) + 1
         require(good.all(), f"{path} row {row}: has {what}; {AGAIN}")
     return table
@@ -522,15 +504,14 @@ def read_scores(folder: Path, num_rows: int) -> dict[str, Tensor]:
     found = {}
     for split in SPLITS:
         scores = expect(path, tensors, AGAIN, f"{split}.scores", torch.float32, None, None, None)
-        prompts, responses, _ = scores.shape
-        require(prompts > 0, f"{path}: {split}.scores has no prompt; {AGAIN}")
-        rows = expect(path, tensors, AGAIN, f"{split}.rows", torch.int64, prompts, responses)
+        require(len(scores) > 0, f"{path}: {split}.scores has no prompt; {AGAIN}")
+        rows = expect(path, tensors, AGAIN, f"{split}.rows", torch.int64, *scores.shape[:2])
         inside = bool(((rows >= 0) & (rows < num_rows)).all())
         require(inside, f"{path}: {split}.rows are none of the {num_rows} embeddings; {AGAIN}")
         found |= {f"{split}.scores": scores, f"{split}.rows": rows}
     require_finite(path, found, AGAIN)
-    scorers = {found[f"{split}.scores"].shape[2] for split in SPLITS}
-    require(len(scorers) == 1, f"{path}: train and test have other reward models; {AGAIN}")
+    alike = found["train.scores"].shape[2] == found["test.scores"].shape[2]
+    require(alike, f"{path}: train and test have other reward models; {AGAIN}")
     return found
 
 

@@ -233,7 +233,8 @@ def simulated(tmp_path, monkeypatch) -> tuple[Path, torch.Tensor, torch.Tensor]:
              "test.scores": scores[20:], "test.rows": rows[20:]}  # fmt: skip
     tables = {name: part.numpy() for name, part in parts.items()}
     talk = [[{"role": "user", "content": "a"}]]
-    preparing.write_prepared(tmp_path, talk, tables, {"dataset": "simulated"})
+    info = {"dataset": "simulated", "settings": {}}
+    preparing.write_prepared(tmp_path, talk, tables, info, preparing.Funnel())
     store = Rows(torch.zeros(27 * 8, 2), None)
     monkeypatch.setattr(splits, "load", lambda *_: ({"dataset": "simulated"}, store))
     return tmp_path, scores, rows

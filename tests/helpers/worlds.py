@@ -6,10 +6,12 @@ whose words are worth most. Users alternate between two tastes.
 
 from __future__ import annotations
 
+import functools
 import gzip
 import importlib.util
 import json
 import random
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -80,40 +82,32 @@ def tldr(
     world = _World(seed)
     texts = [f"post {number} on {world.text(4)}" for number in range(posts)]
     summaries = [world.texts(6) for _ in texts]
-    for split in ("train", "validation"):
+    for split, name in {"train": "train", "validation": "valid2"}.items():
         rows = []
         for number in range(workers * annotations):
             worker, post = number % workers, int(world.rng.integers(posts))
-            pair = list(world.rng.permutation(summaries[post])[:2])
-            rows.append(_tldr_row(split, worker, post, texts[post], pair, world))
+            pair = list(map(str, world.rng.permutation(summaries[post])[:2]))
+            rows.append({
+                "info": {"id": f"t3_{post}", "post": texts[post], "title": f"title {post}",
+                         "subreddit": "r", "site": None, "article": None},
+                "summaries": [{"text": text, "policy": "sup4", "note": None} for text in pair],
+                "choice": world.best(worker % 2, pair),
+                "worker": f"w{worker:02d}",
+                "batch": "batch0",
+                "split": name,
+                "extra": {"confidence": None},
+            })  # fmt: skip
         write(folder / f"{split}.jsonl.gz", rows)
     return folder
-
-
-def _tldr_row(
-    split: str, worker: int, number: int, post: str, pair: list[str], world: _World
-) -> dict[str, Any]:
-    info = {"id": f"t3_{number}", "post": post, "title": f"title {number}"}
-    return {
-        "info": {**info, "subreddit": "r", "site": None, "article": None},
-        "summaries": [{"text": text, "policy": "sup4", "note": None} for text in map(str, pair)],
-        "choice": world.best(worker % 2, pair),
-        "worker": f"w{worker:02d}",
-        "batch": "batch0",
-        "split": "train" if split == "train" else "valid2",
-        "extra": {"confidence": None},
-    }
 
 
 def prism(
     folder: Path, *, users: int = 8, dialogues: int = 6, turns: int = 3, seed: int = 0
 ) -> Path:
     """PRISM: survey and conversations.jsonl; user i has dialogues + i % 3 dialogues."""
-    world = _World(seed)
-    survey, conversations = [], []
+    world, survey, conversations = _World(seed), [], []
     for user in range(users):
-        count = dialogues + user % 3
-        name = f"user{user}"
+        count, name = dialogues + user % 3, f"user{user}"
         survey.append({"user_id": name, "num_completed_conversations": count, "age": "25-34"})
         for _ in range(count):
             history = _prism_history(world, user % 2, int(world.rng.integers(1, turns + 1)))
@@ -134,8 +128,7 @@ def prism(
 def _prism_history(world: _World, taste: int, turns: int) -> list[dict[str, Any]]:
     history: list[dict[str, Any]] = []
     for turn in range(turns):
-        ask = f"what of {world.text(3)}?"
-        history.append({"turn": turn, "role": "user", "content": ask})
+        history.append({"turn": turn, "role": "user", "content": f"what of {world.text(3)}?"})
         responses = world.texts(2 if turn else 4)
         best = world.best(taste, responses)
         for i, response in enumerate(responses):
@@ -224,6 +217,47 @@ def rewardbench(folder: Path, *, users: int = 6, comparisons: int = 9, seed: int
     return folder
 
 
+def own(folder: Path, *, users: int = 6, count: int = 12, winner: bool = False) -> Path:
+    """Rows of OwnData in mine.jsonl: chosen and rejected, or two responses and the winner.
+
+    Half of the users mostly like long responses; pairs recur among users, prompts among pairs.
+    """
+    rng, rows = random.Random(0), []
+    for number in range(count):
+        pair = [f"answer {number}", f"a longer answer {number}"]
+        for user in range(users):
+            best = int(rng.random() >= (0.2 if user % 2 else 0.8))
+            row = {"user": f"u{user}", "prompt": f"prompt {number % 5}"}
+            if winner:
+                row |= {"response_a": pair[0], "response_b": pair[1], "preferred": "ab"[best]}
+            else:
+                row |= {"chosen": pair[best], "rejected": pair[1 - best]}
+            rows.append(row)
+    write(folder / "mine.jsonl", rows)
+    return folder
+
+
+# The smallest worlds, for what can be wrong with a raw row.
+SMALL = {
+    "PersonalLLM": (personalllm, {"train": 3, "test": 1}),
+    "RedditTLDR": (tldr, {"workers": 2, "annotations": 2}),
+    "PRISM": (prism, {"users": 3, "dialogues": 2}),
+    "CommunityAlignment": (community, {"annotators": 2, "conversations": 3, "languages": ("en",)}),
+    "PersonalRewardBench": (rewardbench, {"users": 3, "comparisons": 3}),
+    "OwnData": (own, {"users": 2, "count": 2}),
+    "OwnData votes": (own, {"users": 2, "count": 2, "winner": True}),
+}
+
+
+@functools.cache
+def small(name: str) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each raw table of a dataset's smallest world."""
+    write, size = SMALL[name]
+    with tempfile.TemporaryDirectory() as folder:
+        files = write(Path(folder), **size).iterdir()
+        return {file.name.split(".")[0]: read(file) for file in files}
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     """The rows of a raw table."""
     if path.suffix == ".parquet":
@@ -238,14 +272,12 @@ def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     if path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(list(rows)), path)
         return
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    path.write_bytes(
-        gzip.compress(text.encode(), mtime=0) if path.suffix == ".gz" else text.encode()
-    )
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)
 
 
 def edit(path: Path, change: Callable[[list[dict[str, Any]]], Any]) -> None:
-    """Change a raw table's rows in place."""
+    """Change a raw table's rows in place, all of them by one function."""
     rows = read(path)
     change(rows)
     write(path, rows)

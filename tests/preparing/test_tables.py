@@ -431,7 +431,7 @@ def test_a_folder_that_is_not_prepared_is_refused(tmp_path, content, message):
 def test_a_folder_of_scripts_takes_no_data(tmp_path):
     (tmp_path / "prepare.py").touch()
     with pytest.raises(InputError, match="holds scripts; name a folder for the data alone"):
-        preparing.write_prepared(tmp_path, [], {}, {})
+        preparing.write_prepared(tmp_path, [], {}, {}, Funnel())
 
 
 def test_a_half_written_folder_is_not_prepared(tmp_path, monkeypatch):

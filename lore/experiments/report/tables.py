@@ -217,7 +217,9 @@ def facts(results: Results) -> list[str]:
         for fact in (repeat.get("facts") or {}).values():
             found.setdefault(str(fact), []).append(repeat["seed"])
     every = len(results.repeats)
-    return [
+    same = results.settings.get("same_tokens")
+    left_out = f"{same} comparisons are left out: the model sees the same tokens on both sides."
+    return [left_out] * bool(same) + [
         fact if len(seeds) == every else f"{fact} (seed {', '.join(map(str, seeds))})"
         for fact, seeds in found.items()
     ]
@@ -289,7 +291,8 @@ def _text(results: Results, tables: dict[str, Table]) -> str:
 def _details(results: Results) -> str:
     """How it was run: script, repeats and the script's plain settings."""
     settings, count = results.settings, len(results.repeats)
-    known = {"script", "dataset", "warning", "prepared", "embeddings", "seeds", "shots", "unit"}
+    known = {"script", "dataset", "warning", "prepared", "embeddings", "seeds", "shots", "unit",
+             "same_tokens"}  # fmt: skip
     details = [
         f"{key} {value}"
         for key, value in settings.items()
