@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import runpy
@@ -28,21 +29,33 @@ from lore.methods import METHODS
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def call(
-    main: Callable[..., None],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    line: str,
-    short: str | None = None,
-) -> tuple[int, str]:
+Call = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def call(monkeypatch, capsys) -> Call:
     """Run a function as a script with a command line; its status and what stands on stderr."""
-    monkeypatch.setattr(sys, "argv", ["script.py", *line.split()])
-    try:
-        cli(main, short)
-        status = 0
-    except SystemExit as end:
-        status = end.code
-    return status, capsys.readouterr().err
+
+    def run(main: Callable[..., None], line: str = "", short: str | None = None) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["script.py", *line.split()])
+        try:
+            cli(main, short)
+            status = 0
+        except SystemExit as end:
+            status = end.code
+        return status, capsys.readouterr().err
+
+    return run
+
+
+def fails(error: BaseException) -> Callable[[], None]:
+    """A script that ends with an error."""
+
+    def main() -> None:
+        """Nothing."""
+        raise error
+
+    return main
 
 
 DEFAULTS = {"ranks": (1,), "alpha": (0.0,), "users": (), "few_shot": 9, "learning_rate": 0.1,
@@ -67,9 +80,12 @@ DEFAULTS = {"ranks": (1,), "alpha": (0.0,), "users": (), "few_shot": 9, "learnin
         ("--embed false --few-shot -2", {"embed": False, "few_shot": -2}),
         ("--name 12", {"name": "12"}),
         ("--run 12", {"name": "12"}),
+        *((line, line.split()[0].strip("-")) for line in (
+            "--bogus 3", "--few-shot three", "--few-shot 1 2", "--ranks 0 one", "--ranks",
+            "stray")),
     ],
 )  # fmt: skip
-def test_flags_become_arguments(monkeypatch, capsys, line, expected):
+def test_flags_become_arguments_or_are_refused_by_name(call, line, expected):
     given = {}
 
     def main(
@@ -85,10 +101,13 @@ def test_flags_become_arguments(monkeypatch, capsys, line, expected):
         """Nothing."""
         given.update(locals())
 
-    status, err = call(main, monkeypatch, capsys, line)
-    assert status == 0, err
-    assert {name: given[name] for name in DEFAULTS} == {**DEFAULTS, **expected}
-    assert {type(x) for x in given["alpha"]} == {float}
+    status, err = call(main, line)
+    if isinstance(expected, str):
+        assert status == 2 and expected in err and not given
+    else:
+        assert status == 0, err
+        assert {name: given[name] for name in DEFAULTS} == {**DEFAULTS, **expected}
+        assert {type(x) for x in given["alpha"]} == {float}
 
 
 @dataclass(frozen=True)
@@ -106,46 +125,7 @@ class Lore:
     select_rank: bool = False
 
 
-@pytest.mark.parametrize(
-    ("words", "progress", "said"),
-    [([], True, "a step\na warning\n"), (["--quiet"], False, "a warning\n"),
-     (["--quiet", "false"], True, "a step\na warning\n")],
-)  # fmt: skip
-def test_quiet_leaves_warnings_and_results(words, progress, said):
-    command = [sys.executable, "-c", LOUD, *words]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert (run.returncode, run.stdout, run.stderr) == (0, f"result {progress}\n", said)
-
-
-LOUD = """
-import logging
-from lore.common.cli import cli
-def main(progress: bool = True) -> None:
-    'Say much.'
-    for name in ("lore.learning.training", "httpx"):
-        logging.getLogger(name).info("a step")
-    logging.getLogger("httpx").warning("a warning")
-    print("result", progress)
-cli(main)
-"""
 GIVEN = Lore((2, 3))
-
-
-def grouped(monkeypatch, capsys, line: str) -> tuple[int, str, dict[str, Any]]:
-    """A command with a group of flags: its status, stderr and arguments."""
-    given: dict[str, Any] = {}
-
-    def main(lore: Lore = GIVEN, shots: tuple[int, ...] = (1,)) -> None:
-        """Nothing.
-
-        Args:
-            lore: a group.
-            shots: a flag of the script's own.
-        """
-        given.update(lore=lore, shots=shots)
-
-    status, err = call(main, monkeypatch, capsys, line, "lore")
-    return status, err, given
 
 
 @pytest.mark.parametrize(
@@ -157,85 +137,92 @@ def grouped(monkeypatch, capsys, line: str) -> tuple[int, str, dict[str, Any]]:
         ("--ranks=4 --shots 2 4 --lore.iterations=7", Lore((4,), 7), (2, 4)),
         ("--select-rank --iterations 7", Lore((2, 3), 7, True), (1,)),
         ("--lore.select_rank --lore.iterations 7", Lore((2, 3), 7, True), (1,)),
+        ("--config c.yaml --iterations 8", Lore((7,), 8), (3,)),
+        *((line, None, ()) for line in ("--bogus 1", "--lore.bogus 1", "--iterations many")),
     ],
 )
-def test_a_groups_flags_may_go_without_its_name(monkeypatch, capsys, line, lore, shots):
-    status, err, given = grouped(monkeypatch, capsys, line)
-    assert status == 0, err
-    assert given == {"lore": lore, "shots": shots}
-
-
-def test_a_config_file_gives_way_to_flags(monkeypatch, capsys, tmp_path: Path):
+def test_a_groups_flags_may_go_without_its_name(call, tmp_path, monkeypatch, line, lore, shots):
     (tmp_path / "c.yaml").write_text("lore:\n  ranks: [7]\n  iterations: 9\nshots: [3]\n")
-    status, err, given = grouped(monkeypatch, capsys, f"--config {tmp_path}/c.yaml --iterations 8")
-    assert status == 0, err
-    assert given == {"lore": Lore((7,), 8), "shots": (3,)}
+    monkeypatch.chdir(tmp_path)
+    given: dict[str, Any] = {}
+
+    def main(lore: Lore = GIVEN, shots: tuple[int, ...] = (1,)) -> None:
+        """Nothing.
+
+        Args:
+            lore: a group.
+            shots: a flag of the script's own.
+        """
+        given.update(lore=lore, shots=shots)
+
+    status, err = call(main, line, "lore")
+    if lore:
+        assert status == 0 and given == {"lore": lore, "shots": shots}, err
+    else:
+        assert status == 2 and not given and line.split()[0].strip("-") in err
 
 
 @pytest.mark.parametrize(
-    ("line", "word"),
-    [("--bogus 3", "--bogus"), ("--few-shot three", "--few-shot"), ("--few-shot 1 2", "2"),
-     ("--ranks 0 one", "ranks"), ("--ranks", "--ranks"), ("stray", "stray")],
+    ("line", "progress", "said"),
+    [("", True, "a step\na warning\n"), ("--quiet", False, "a warning\n"),
+     ("--quiet false", True, "a step\na warning\n")],
 )  # fmt: skip
-def test_what_no_flag_takes_is_refused(monkeypatch, capsys, line, word):
-    def main(few_shot: int = 9, ranks: tuple[int, ...] = (1,)) -> None:
-        """Nothing."""
-        raise AssertionError("not to be reached")
+def test_quiet_leaves_warnings_and_results(call, monkeypatch, line, progress, said):
+    results = []
 
-    status, err = call(main, monkeypatch, capsys, line)
-    assert status == 2 and word in err
+    def main(progress: bool = True) -> None:
+        """Say much."""
+        for name in ("lore.learning.training", "httpx"):
+            logging.getLogger(name).info("a step")
+        logging.getLogger("httpx").warning("a warning")
+        results.append(progress)
+
+    monkeypatch.setattr(logging.root, "handlers", [])
+    for name in command.OURS:
+        monkeypatch.setattr(logging.getLogger(name), "level", 0)
+    assert call(main, line) == (0, said)
+    assert results == [progress]
 
 
-@pytest.mark.parametrize("line", ["--bogus 1", "--lore.bogus 1", "--iterations many"])
-def test_what_no_flag_of_a_group_takes_is_refused(monkeypatch, capsys, line):
-    status, err, given = grouped(monkeypatch, capsys, line)
-    assert status == 2 and not given
-    assert line.split()[0].strip("-") in err
+FULL = OSError(errno.ENOSPC, "No space left on device", "x.json")
+STOPPED = "stopped: what was written whole is kept; the same command goes on from there\n"
 
 
 @pytest.mark.parametrize(
     ("error", "line"),
     [
         (InputError("file.jsonl row 3: no text"), "error: file.jsonl row 3: no text"),
-        (OSError(errno.ENOSPC, "No space left on device", "x.json"),
-         "error: [Errno 28] No space left on device: 'x.json'"),
+        (FULL, "error: [Errno 28] No space left on device: 'x.json'"),
+        (MemoryError(), "error: not enough memory"),
     ],
-)  # fmt: skip
-def test_a_users_mistake_is_one_line(monkeypatch, capsys, error, line):
-    def main() -> None:
-        """Nothing."""
-        raise error
-
-    assert call(main, monkeypatch, capsys, "") == (2, line + "\n")
+)
+def test_a_users_mistake_is_one_line(call, error, line):
+    assert call(fails(error)) == (2, line + "\n")
 
 
-def test_a_tensor_that_does_not_fit_is_one_line(monkeypatch, capsys):
+def test_a_tensor_that_does_not_fit_is_one_line(call):
     def main() -> None:
         """Nothing."""
         torch.zeros(10**15)
 
-    assert call(main, monkeypatch, capsys, "") == (2, "error: not enough memory\n")
+    assert call(main) == (2, "error: not enough memory\n")
 
 
-def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch, capsys):
-    def main() -> None:
-        """Nothing."""
-        raise KeyError("ours")
-
-    with pytest.raises(KeyError, match="ours"):
-        call(main, monkeypatch, capsys, "")
+@pytest.mark.parametrize("error", [KeyError("ours"), RuntimeError("ours")])
+def test_a_mistake_of_ours_keeps_its_traceback(call, error):
+    with pytest.raises(type(error), match="ours"):
+        call(fails(error))
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_command_says_what_is_kept(monkeypatch, capsys, number, status):
+def test_a_stopped_command_says_what_is_kept(call, number, status):
     def main() -> None:
         """Nothing."""
         os.kill(os.getpid(), number)
         raise AssertionError("not to be reached")
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's jobs may ignore it
-    line = "stopped: what was written whole is kept; the same command goes on from there\n"
-    assert call(main, monkeypatch, capsys, "") == (status, line)
+    assert call(main) == (status, STOPPED)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
@@ -250,25 +237,14 @@ def test_a_draft_does_not_outlive_a_stopped_command(tmp_path):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_the_first_of_several_processes_speaks(monkeypatch, capsys, rank):
-    """Another one waits, in which time torchrun ends it; it speaks if nobody has."""
+def test_the_first_of_several_processes_speaks(call, monkeypatch, rank):
+    """Another one waits, in which time torchrun ends it; it speaks if it is not ended."""
     waited = []
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setattr(command.time, "sleep", waited.append)
-
-    def main() -> None:
-        """Nothing."""
-        raise InputError("a mistake")
-
-    assert call(main, monkeypatch, capsys, "") == (2, "error: a mistake\n")
+    assert call(fails(InputError("a mistake"))) == (2, "error: a mistake\n")
     assert waited == [command.PATIENCE] * rank
-
-    def stop() -> None:
-        """Nothing."""
-        raise KeyboardInterrupt
-
-    status, err = call(stop, monkeypatch, capsys, "")
-    assert status == 130 and bool(err) == (rank == 0)
+    assert call(fails(KeyboardInterrupt())) == (130, "" if rank else STOPPED)
 
 
 def test_files_are_readable_by_whoever_the_umask_lets(tmp_path):
@@ -325,26 +301,16 @@ def test_help_imports_nothing_heavy(script, tmp_path):
         assert (run.stderr, run.stdout) == ("", running.invoke(script, {}, "--help").out)
 
 
-SCRIPT = """
-import sys
-sys.path.insert(0, {root!r})
-from lore.common.cli import cli
-def main() -> None:
-    '''Print much.'''
-    print("x\\n" * 100000)
-cli(main)
-"""
+def test_a_closed_pipe_ends_without_a_word(call, monkeypatch):
+    def main() -> None:
+        """Print much."""
+        print("x\n" * 100_000)
 
-
-def test_a_closed_pipe_ends_without_a_word(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(root=str(ROOT)), encoding="utf-8")
-    writer = [sys.executable, str(script)]
-    run = subprocess.Popen(writer, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    run.stdout.read(4)
-    run.stdout.close()
-    assert (run.wait(120), run.stderr.read()) == (141, b"")
-    run.stderr.close()
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as pipe:  # what is left is written when it is closed
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert call(main) == (141, "")
 
 
 def test_an_older_python_is_told_in_one_line(monkeypatch):

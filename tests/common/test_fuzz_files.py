@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from functools import cache
@@ -83,40 +84,21 @@ def test_mutated_files_are_read_or_refused(copied, change, which, trusted):
             file.write_bytes(content)
 
 
-def own(folder: Path, *, winner: bool) -> Path:
-    """Rows of OwnData: chosen and rejected, or two responses and the winner."""
-    sides = ("response_a", "response_b") if winner else ("chosen", "rejected")
-    rows = [
-        {"user": f"u{i}", "prompt": "p", sides[0]: f"one {i}", sides[1]: f"two {i}"}
-        | ({"preferred": "ab"[i % 2]} if winner else {})
-        for i in range(6)
-    ]
-    worlds.write(folder / "mine.jsonl", rows)
-    return folder
-
-
-RAW = {
-    "RedditTLDR": (worlds.tldr, {"workers": 2, "annotations": 2}, "train.jsonl.gz", ()),
-    "PRISM": (worlds.prism, {"users": 2, "dialogues": 2}, "conversations.jsonl", ("each",)),
-    "PersonalLLM": (worlds.personalllm, {"train": 2, "test": 2}, "train.parquet", ()),
-    "CommunityAlignment": (worlds.community, {"annotators": 2, "conversations": 2},
-                           "train.parquet", ("en",)),
-    "PersonalRewardBench": (worlds.rewardbench, {"users": 2, "comparisons": 3},
-                            "train.parquet", ()),
-    "OwnData": (own, {"winner": False}, "mine.jsonl", (USUAL,)),
-    "OwnData votes": (own, {"winner": True}, "mine.jsonl", (USUAL,)),
+# Dataset -> the table that is changed, and what the script's ``read`` takes after the source.
+RAW: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "RedditTLDR": ("train", ()), "PRISM": ("conversations", ("each",)),
+    "PersonalLLM": ("train", ("train",)), "CommunityAlignment": ("train", ("en",)),
+    "PersonalRewardBench": ("train", ()), "OwnData": ("mine", (USUAL,)),
+    "OwnData votes": ("mine", (USUAL,)),
 }  # fmt: skip
 
 
 @cache
-def raw_source(name: str, folder: Path) -> tuple[Any, Path, list[dict[str, Any]]]:
-    """A dataset's script, its table as jsonl and the rows in it."""
-    write, size, file, _ = RAW[name]
-    source = write(folder / name, **size)
-    rows = worlds.read(source / file)
-    (source / file).unlink()
-    script = worlds.script(f"{name.split()[0]}/prepare.py")
-    return script, source / f"{file.split('.')[0]}.jsonl", rows
+def raw_source(name: str, folder: Path) -> tuple[Any, Path]:
+    """A dataset's script, and its raw tables as jsonl."""
+    for table, rows in worlds.small(name).items():
+        worlds.write(folder / name / f"{table}.jsonl", rows)
+    return worlds.script(f"{name.split()[0]}/prepare.py"), folder / name
 
 
 @pytest.mark.slow
@@ -124,21 +106,19 @@ def raw_source(name: str, folder: Path) -> tuple[Any, Path, list[dict[str, Any]]
 @EXAMPLES
 @given(cell=CELLS, column=st.integers(0, 100), deep=st.booleans())
 def test_mutated_raw_rows_are_read_or_refused(tmp_path_factory, name, cell, column, deep):
-    script, file, rows = raw_source(name, tmp_path_factory.getbasetemp())
-    row = json.loads(json.dumps(rows[0]))
-    columns = sorted(row)
-    key = columns[column % len(columns)]
+    script, source = raw_source(name, tmp_path_factory.getbasetemp())
+    table, more = RAW[name]
+    first, *rows = worlds.small(name)[table]
+    row, file = copy.deepcopy(first), source / f"{table}.jsonl"
+    key = sorted(row)[column % len(row)]
     inner = row[key][0] if deep and isinstance(row[key], list) and row[key] else row[key]
     if deep and isinstance(inner, dict):
         inner[sorted(inner)[column % len(inner)]] = cell
     else:
         row[key] = cell
-    file.write_text("".join(json.dumps(one) + "\n" for one in [row, *rows[1:]]))
+    worlds.write(file, [row, *rows])
     try:
-        if name == "PersonalLLM":
-            script.read(str(file.parent), "train", Funnel())
-        else:
-            script.read(str(file.parent), *RAW[name][3], Funnel())
+        script.read(str(source), *more, Funnel())
     except InputError as error:
         assert "\n" not in str(error)
         assert str(file) in str(error) or "language" in str(error)

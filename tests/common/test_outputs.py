@@ -2,55 +2,41 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
 import running
+import worlds
 from lore.common.files import InputError, check_output, has_keys
 
-ROWS = [
-    {"user": f"u{u}", "prompt": f"What of {i}?", "chosen": f"good {i}.{u}", "rejected": f"bad {i}"}
-    for u in range(6)
-    for i in range(8)
-]
+
+def prepare(source: Path, out: Path) -> running.Outcome:
+    return running.invoke("OwnData/prepare.py", {"source": source, "out": out, "embed": "false"})
 
 
 def test_a_source_is_not_replaced_by_what_is_made_of_it(tmp_path: Path) -> None:
-    folder = tmp_path / "mine"
-    folder.mkdir()
-    source = folder / "comparisons.parquet"
-    pd.DataFrame(ROWS).to_parquet(source)
+    source = tmp_path / "mine" / "comparisons.parquet"
+    worlds.write(source, worlds.own_rows())
     before = source.read_bytes()
-    flags = {"source": source, "out": folder, "embed": "false"}
-    outcome = running.invoke("OwnData/prepare.py", flags)
+    outcome = prepare(source, source.parent)
     assert outcome.status == 2 and "is what is to be read" in outcome.err, outcome.err
-    assert source.read_bytes() == before and [p.name for p in folder.iterdir()] == [source.name]
+    assert source.read_bytes() == before and list(source.parent.iterdir()) == [source]
 
 
-def test_somebodys_file_of_the_same_name_is_left_alone(tmp_path: Path) -> None:
-    source, folder = tmp_path / "mine.jsonl", tmp_path / "out"
-    source.write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8")
-    folder.mkdir()
-    theirs = folder / "conversations.parquet"
-    pd.DataFrame({"anything": [1]}).to_parquet(theirs)
+def test_only_what_the_project_wrote_is_written_again(tmp_path: Path) -> None:
+    source, out = worlds.own(tmp_path) / "mine.jsonl", tmp_path / "out"
+    theirs = out / "conversations.parquet"
+    worlds.write(theirs, [{"anything": 1}])
     before = theirs.read_bytes()
-    outcome = running.invoke(
-        "OwnData/prepare.py", {"source": source, "out": folder, "embed": "false"}
-    )
+    outcome = prepare(source, out)
     assert outcome.status == 2 and "conversations.parquet" in outcome.err, outcome.err
     assert theirs.read_bytes() == before
-
-
-def test_what_the_project_wrote_may_be_written_again(tmp_path: Path) -> None:
-    source = tmp_path / "mine.jsonl"
-    source.write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8")
-    flags = {"source": source, "out": tmp_path / "out", "embed": "false"}
-    for _ in range(2):
-        outcome = running.invoke("OwnData/prepare.py", flags)
-        assert outcome.status == 0, outcome.err
+    theirs.unlink()
+    for killed in (False, False, True, False):
+        if killed:
+            (out / "prepare.json").unlink()
+        assert prepare(source, out).status == 0
 
 
 @pytest.mark.parametrize("text", ['{"other": 1}', "[1, 2]", "no JSON", ""])

@@ -217,8 +217,8 @@ def rewardbench(folder: Path, *, users: int = 6, comparisons: int = 9, seed: int
     return folder
 
 
-def own(folder: Path, *, users: int = 6, count: int = 12, winner: bool = False) -> Path:
-    """Rows of OwnData in mine.jsonl: chosen and rejected, or two responses and the winner.
+def own_rows(users: int = 6, count: int = 12, winner: bool = False) -> list[dict[str, Any]]:
+    """Rows of OwnData: chosen and rejected, or two responses and the winner.
 
     Half of the users mostly like long responses; pairs recur among users, prompts among pairs.
     """
@@ -233,7 +233,12 @@ def own(folder: Path, *, users: int = 6, count: int = 12, winner: bool = False) 
             else:
                 row |= {"chosen": pair[best], "rejected": pair[1 - best]}
             rows.append(row)
-    write(folder / "mine.jsonl", rows)
+    return rows
+
+
+def own(folder: Path, **size: Any) -> Path:
+    """OwnData: mine.jsonl, see ``own_rows``."""
+    write(folder / "mine.jsonl", own_rows(**size))
     return folder
 
 

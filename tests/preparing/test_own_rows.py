@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 import worlds
@@ -17,6 +18,7 @@ from lore.preparing.own_rows import Choice, Columns, read_choices
 from lore.preparing.raw import Cell, read_file
 from lore.preparing.tables import Funnel
 
+SIDES = ("user", "assistant")
 CASES = Path(__file__).resolve().parents[3] / "shared" / "cases"
 
 
@@ -33,10 +35,9 @@ def said(choice: Choice) -> tuple[str, str]:
     return choice.chosen[0][-1]["content"], choice.rejected[0][-1]["content"]
 
 
-def cells(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows as a .csv has them, structure being JSON."""
-    text = {str: str}
-    return [{k: Cell(text.get(type(v), json.dumps)(v)) for k, v in row.items()} for row in rows]
+def cells(row: dict[str, Any], write: Callable[[Any], str] = json.dumps) -> dict[str, Any]:
+    """A row as a .csv has it, structure being JSON or what Python prints."""
+    return {k: Cell(v if isinstance(v, str) else write(v)) for k, v in row.items()}
 
 
 def message(role: str, content: str) -> dict[str, str]:
@@ -98,10 +99,8 @@ def test_flags_say_what_verdicts_mean():
 
 def test_ties_count_half_each_way():
     found = read([{**TWO, "preferred": "tie", "weight": 3}], ties="half")
-    assert [(said(choice), choice.weight) for choice in found] == [
-        (("one", "two"), 1.5),
-        (("two", "one"), 1.5),
-    ]
+    both = [(*said(choice), choice.weight) for choice in found]
+    assert both == [("one", "two", 1.5), ("two", "one", 1.5)]
 
 
 @pytest.mark.parametrize(
@@ -117,11 +116,9 @@ def test_ties_count_half_each_way():
     ],
 )
 def test_common_names_of_columns_are_found_and_told(caplog, names):
-    keys = ("user", "prompt", "response_a", "response_b")
-    rows = [{name: TWO[key] for name, key in zip(names, keys, strict=False)} for _ in range(2)]
-    winners = [{names[4]: names[2]}, {names[4]: names[3]}]
+    row = dict(zip(names, TWO.values(), strict=False))
     with caplog.at_level("INFO"):
-        found = read([row | winner for row, winner in zip(rows, winners, strict=True)])
+        found = read([{**row, names[4]: winner} for winner in names[2:4]])
     assert [said(choice) for choice in found] == [("one", "two"), ("two", "one")]
     assert {choice.user for choice in found} == {"ann"}
     assert found[0].chosen[0][0] == message("user", "Why?")
@@ -143,20 +140,14 @@ def test_three_columns_may_say_who_won():
         ({**TWO, "label": 1, "choice": 2}, {}, "the better one: label, choice"),
         ({**TWO, "winner": 1}, {"first": "response_a"}, "--first and --second go together"),
         ({"text": "x", "winner": 1}, {"winner": "winner"}, "--first and --second must say which"),
-        (
-            {**TWO, "text_1": "a", "text_2": "b", "winner": 1},
-            {"winner": "winner"},
-            "response_a and response_b; text_1 and text_2",
-        ),
-        (
-            {**TWO, "preferred": "A"},
-            {"chosen": "response_a", "rejected": "response_b"},
-            "no flag uses the column preferred; .* --winner preferred, else --winner none",
-        ),
+        ({**TWO, "text_1": "a", "text_2": "b", "winner": 1}, {"winner": "winner"},
+         "response_a and response_b; text_1 and text_2"),
+        ({**TWO, "preferred": "A"}, {"chosen": "response_a", "rejected": "response_b"},
+         "no flag uses the column preferred; .* --winner preferred, else --winner none"),
         ({**TWO, "preferred": "A"}, {"winner": "best"}, "row 1 has no column best, only user, "),
     ],
-)
-def test_a_layout_that_is_not_told_is_refused(row, columns, message):
+)  # fmt: skip
+def test_a_layout_that_is_not_clear_is_refused(row, columns, message):
     with pytest.raises(InputError, match=message):
         read([row] * 3, **columns)
 
@@ -200,8 +191,8 @@ SHAREGPT = [{"from": "human", "value": "Why?"}], {"from": "gpt", "value": "so"}
     ],
 )  # fmt: skip
 def test_messages_are_read_wherever_text_is(row, as_csv):
-    rows = [{"user": "ann", **row}]
-    [choice] = read(cells(rows) if as_csv else rows)
+    row = {"user": "ann", **row}
+    [choice] = read([cells(row) if as_csv else row])
     assert (choice.chosen, choice.rejected) == ([[ASKED, GOOD]], [[ASKED, BAD]])
 
 
@@ -214,8 +205,8 @@ def test_what_both_begin_with_is_the_prompt_of_longer_dialogues():
 
 def test_lists_of_texts_are_the_turns_of_both_sides():
     row = {"prompt": ["p", "q"], "chosen": ["a", "b"], "rejected": ["c", "d"]}
-    for rows in ([row], cells([row]), [{k: Cell(repr(v)) for k, v in row.items()}]):
-        [choice] = read(rows)
+    for read_as in (row, cells(row), cells(row, repr)):
+        [choice] = read([read_as])
         [talk] = choice.rejected
         assert [each["content"] for each in talk] == ["p", "c", "q", "d"]
         assert [each["role"] for each in talk] == ["user", "assistant"] * 2
@@ -234,38 +225,14 @@ def test_a_text_of_another_file_than_a_table_stays_a_text():
 
 
 @pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"messages": [message("wizard", "?")]}, "row 1: the role 'wizard' is not known; user, "),
-        ({"messages": [{"from": 5, "value": "?"}]}, "row 1: the role 5 is not known"),
-        ({"messages": [ASKED, GOOD]}, "messages ends with the assistant, so that nothing is"),
-        ({"prompt": [ASKED, GOOD]}, "prompt ends with the assistant"),
-        ({"chosen": [ASKED]}, "chosen must end with a message of the assistant"),
-        ({"chosen": [ASKED, GOOD]}, "some of chosen and rejected begin with the assistant"),
-        (
-            {"chosen": [message("user", "Else?"), GOOD], "rejected": [ASKED, BAD]},
-            "do not begin with the same message of the user",
-        ),
-        (
-            {"prompt": "Else?", "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]},
-            "chosen and rejected do not begin with what prompt says",
-        ),
-        ({"chosen": [GOOD, "x"]}, "a message must have role and content, unlike 'x'"),
-        ({"chosen": Cell('[{"role": "assistant", "content": "so"')}, ""),
-        ({"chosen": Cell("[{'role': 'user' 'x': open('f')}]")}, "is neither JSON nor Python"),
-        ({"chosen": Cell("[{'role': 'assistant', 'content': f()}]")}, "is neither JSON nor Python"),
-        ({}, "row 1 has neither prompt nor messages; name the column by --prompt, or one text"),
-    ],
+    "cell", ["[{'role': 'user' 'x': open('f')}]", "[{'role': 'assistant', 'content': f()}]"]
 )
-def test_messages_that_cannot_be_are_refused_by_row(row, message):
-    if "prompt" not in row and "messages" not in row and row and "rejected" not in row:
-        row = {"prompt": "Why?", **row}
-    row = {"chosen": "so", "rejected": "no", **row}
-    if not message:  # no list: it does not end
-        assert read([row])[0].chosen[0][-1]["content"] == row["chosen"]
-        return
-    with pytest.raises(InputError, match=message):
-        read([row])
+def test_a_cell_that_begins_as_messages_must_be_some(cell):
+    with pytest.raises(InputError, match="row 1: chosen begins as messages .*JSON nor Python"):
+        read([{"prompt": "Why?", "chosen": Cell(cell), "rejected": "no"}])
+    open_end = Cell('[{"role": "assistant", "content": "so"')  # no list: it does not end
+    [choice] = read([{"prompt": "Why?", "chosen": open_end, "rejected": "no"}])
+    assert said(choice) == (open_end, "no")
 
 
 @pytest.mark.parametrize(
@@ -332,30 +299,33 @@ def test_one_name_and_one_prompt_serve_all_rows():
 # ------------------------------------------------------------------- The tools read alike
 
 
-def table(path: Path, rows: list[dict[str, Any]]) -> Path:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), delimiter=";")
-        writer.writeheader()
-        writer.writerows(rows)
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """A file of rows, lines of JSON or a table with semicolons."""
+    if path.suffix == ".jsonl":
+        worlds.write(path, rows)
+    else:
+        pd.DataFrame(rows).to_csv(path, sep=";", index=False)
     return path
 
 
 def test_choices_and_pools_are_read_from_the_same_layouts(tmp_path):
-    rows = [{**TWO, "preferred": value} for value in ("A", "B", "tie")]
-    file = table(tmp_path / "votes.csv", rows)
+    file = write(tmp_path / "votes.csv", [{**TWO, "preferred": x} for x in ("A", "B", "tie")])
     liked = read_user_choices(file)
     assert [talk[-1]["content"] for talk in liked.chosen] == ["one", "two"]
     assert liked.row.tolist() == [0, 1]
-    [pair] = read_pool(file)
-    assert pair.texts == ("one", "two")
-    [pair] = read_pool(table(tmp_path / "pool.csv", [TWO]))  # no winner is needed
-    assert pair.texts == ("one", "two")
+    for some in (file, write(tmp_path / "pool.csv", [TWO])):  # no winner is needed
+        [pair] = read_pool(some)
+        assert pair.texts == ("one", "two")
+
+
+def prepared(file: Path, columns: Columns) -> list[dict[str, Any]]:
+    """What prepare.py makes of a file."""
+    return worlds.script("OwnData/prepare.py").read(str(file), columns, Funnel())
 
 
 def agree(file: Path, columns: Columns) -> None:
     """rank_responses.py and ask.py --pool read what prepare.py reads, each row as heavy."""
-    rows = worlds.script("OwnData/prepare.py").read(str(file), columns, Funnel())
-    found = read_user_choices(file, columns)
+    rows, found = prepared(file, columns), read_user_choices(file, columns)
     assert found.chosen == [row["chosen"] for row in rows]
     assert found.rejected == [row["rejected"] for row in rows]
     assert found.weight.tolist() == [row["weight"] for row in rows]
@@ -378,10 +348,8 @@ def agree(file: Path, columns: Columns) -> None:
         ("named.csv", [{**TWO, "best": x} for x in ("two", "one")],
          {"first": "response_a", "second": "response_b", "winner": "best",
           "first_wins": ("one",), "second_wins": ("two",)}),
-        ("talks.jsonl", [{"worker_id": "ann", "chosen": [message("user", "Why?"), answer],
-                          "rejected": [message("user", "Why?"), message("assistant", "no")]}
-                         for answer in (message("assistant", "so"), message("assistant", "or"))],
-         {}),
+        ("talks.jsonl", [{"worker_id": "ann", "chosen": [ASKED, answer], "rejected": [ASKED, BAD]}
+                         for answer in (GOOD, message("assistant", "or"))], {}),
         ("ratings.jsonl", [{"user": "ann", "prompt": "Why?", "response": f"answer {i}", "score": i}
                            for i in range(4)], {"rating": "score", "margin": 2}),
         ("alone.csv", [{"chosen": "so", "rejected": "no"}] * 2,
@@ -389,12 +357,7 @@ def agree(file: Path, columns: Columns) -> None:
     ],
 )  # fmt: skip
 def test_the_tools_read_every_layout_as_prepare_does(tmp_path, name, rows, columns):
-    file = tmp_path / name
-    if name.endswith(".csv"):
-        table(file, rows)
-    else:
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    agree(file, Columns(**columns))
+    agree(write(tmp_path / name, rows), Columns(**columns))
 
 
 # ------------------------------------------------------------------- Files that people have
@@ -430,39 +393,31 @@ REFUSED = [
 ]  # fmt: skip
 
 
-def prepared(name: str, columns: dict[str, Any]) -> list[dict[str, Any]]:
+@pytest.fixture
+def case(name: str) -> Path:
     if not (CASES / name).exists():
         pytest.skip(f"there is no {name}")
-    script = worlds.script("OwnData/prepare.py")
-    return script.read(str(CASES / name), Columns(**columns), Funnel())
+    return CASES / name
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_a_file_that_people_have_goes_in(name):
+def test_a_file_that_people_have_goes_in(case, name):
     columns, count = COUNTS[name]
-    found = prepared(name, columns)
+    found = prepared(case, Columns(**columns))
     assert len(found) == count
-    roles = {tuple(m["role"] for m in talk[-2:]) for row in found for talk in (row["chosen"],)}
-    assert roles == {("user", "assistant")}
+    assert {tuple(m["role"] for m in row["chosen"][-2:]) for row in found} == {SIDES}
     assert not any(row["chosen"][-1]["content"].startswith(("[{", '["')) for row in found)
-
-
-@pytest.mark.parametrize("name", COUNTS)
-def test_the_tools_read_such_a_file_as_prepare_does(name):
-    if not (CASES / name).exists():
-        pytest.skip(f"there is no {name}")
-    agree(CASES / name, Columns(**{**COUNTS[name][0], "user_name": "me"}))
+    agree(case, Columns(**{**columns, "user_name": "me"}))
 
 
 @pytest.mark.parametrize(("name", "columns", "message"), REFUSED)
-def test_a_file_that_does_not_say_enough_is_one_line(name, columns, message):
+def test_a_file_that_does_not_say_enough_is_one_line(case, columns, message):
     with pytest.raises(InputError, match=message) as error:
-        prepared(name, columns)
+        prepared(case, Columns(**columns))
     assert "\n" not in str(error.value) and len(str(error.value)) < 700
 
 
-def test_a_batch_of_a_crowd_site_has_rows_of_missing_cells():
-    if not (CASES / "C12-mturk-batch.csv").exists():
-        pytest.skip("there is no C12-mturk-batch.csv")
-    rows = [row for _, row in read_file(CASES / "C12-mturk-batch.csv")]
+@pytest.mark.parametrize("name", ["C12-mturk-batch.csv"])
+def test_a_batch_of_a_crowd_site_has_rows_of_missing_cells(case):
+    rows = [row for _, row in read_file(case)]
     assert len(rows) == 24 and all(row["Reject"] == "" for row in rows)

@@ -63,23 +63,18 @@ def other_format(ending: str) -> str:
     return "jsonl.gz" if ending == "parquet" else "parquet"
 
 
-@pytest.mark.parametrize("name", WORLDS)
-def test_a_table_that_was_changed_is_noticed(tmp_path, name):
+@pytest.mark.parametrize(("name", "fraction"), [("PRISM", 0.75), ("CommunityAlignment", 0.34)])
+def test_splits_are_by_dialogue_and_by_user(tmp_path, name, fraction):
     write, size, _ = WORLDS[name]
-    prepare(name, write(tmp_path / "raw", **size), tmp_path / "data")
-    info = preparing.read_info(tmp_path / "data")
-    assert set(info["files"]) == {p.name for p in (tmp_path / "data").iterdir()} - {"prepare.json"}
-    preparing.check_files(tmp_path / "data", info)
-    for file in info["files"]:
-        path = tmp_path / "data" / file
-        whole = path.read_bytes()
-        path.write_bytes(whole[:-9] + b"?" + whole[-8:])
-        with pytest.raises(InputError, match=f"{file} is not the file that prepare.py wrote"):
-            preparing.check_files(tmp_path / "data", info)
-        path.unlink()
-        with pytest.raises(InputError, match=f"{file}: not there; run prepare.py again"):
-            preparing.check_files(tmp_path / "data", info)
-        path.write_bytes(whole)
+    source = write(tmp_path / "raw", **size)
+    info = prepare(name, source, tmp_path / "data", seen_fraction=fraction)
+    table = worlds.comparisons(tmp_path / "data")
+    assert (table.groupby("dialog_id").split.nunique() == 1).all()
+    assert (table.groupby("user_id").seen.nunique() == 1).all()
+    dialogues = table.groupby(["user_id", "split"]).dialog_id.nunique().unstack()
+    assert (dialogues.train - dialogues.test).isin([0, 1]).all()
+    seen = round(fraction * table.user_id.nunique())
+    assert table[table.seen].user_id.nunique() == info["counts"]["seen users"] == seen
 
 
 @pytest.mark.parametrize("name", ["RedditTLDR", "PRISM", "CommunityAlignment"])
@@ -111,23 +106,20 @@ def test_a_wrong_model_is_noticed_before_the_data_are_read(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("name", "write", "size"),
-    [
-        ("RedditTLDR", worlds.tldr, {"workers": 1}), ("PRISM", worlds.prism, {"users": 1}),
-        ("CommunityAlignment", worlds.community, {"annotators": 1}),
-        ("PersonalLLM", worlds.personalllm, {"train": 1, "test": 1}),
-        ("PersonalRewardBench", worlds.rewardbench, {"users": 1, "comparisons": 3}),
-    ],
+    ("name", "users", "least"),
+    [("RedditTLDR", "workers", "min_annotations"), ("PersonalRewardBench", "users", None),
+     ("PRISM", "users", "min_dialogues"), ("CommunityAlignment", "annotators", "min_comparisons")],
 )  # fmt: skip
-def test_a_single_user_is_prepared_or_refused_in_one_line(tmp_path, name, write, size):
-    source = write(tmp_path / "raw", **size)
+def test_a_single_user_is_prepared_or_refused_in_one_line(tmp_path, name, users, least):
+    write, size = worlds.SMALL[name]
+    source, settings = write(tmp_path / "raw", **{**size, users: 1}), {least: 1} if least else {}
     if name in ("PRISM", "CommunityAlignment"):
         with pytest.raises(InputError, match=r"^--seen-fraction 0.5 of 1 users makes 0 [^\n]*$"):
-            prepare(name, source, tmp_path / "data")
+            prepare(name, source, tmp_path / "data", **settings)
         assert not (tmp_path / "data").exists()
     else:
-        prepare(name, source, tmp_path / "data")
-        assert preparing.read_info(tmp_path / "data")["dataset"] == name
+        counts = prepare(name, source, tmp_path / "data", **settings)["counts"]
+        assert counts["users with comparisons"] == 1
 
 
 # ---------------------------------------------------------------------------------- Rows
@@ -260,38 +252,36 @@ def test_a_source_is_a_folder_or_a_hub_dataset(tmp_path):
 
 # --------------------------------------------------------------------------------- Cells
 
+NOT = [True, ["a"], {"a": 1}, float("nan")]  # neither texts nor names nor numbers
+
 
 @pytest.mark.parametrize(
-    ("value", "found"), [(None, ""), (" \n", ""), ("EMPTY STRING", ""), (" a ", " a "), ("é", "é")]
+    ("read", "value", "found"),
+    [
+        *((raw.text, value, "") for value in (None, " \n", "EMPTY STRING")),
+        *((raw.text, value, value) for value in (" a ", "é")),
+        *((raw.name, value, str(int(value))) for value in (7, 7.0, "0")),
+        (raw.name, "a", "a"),
+        (raw.number, 2, 2.0),
+    ],
 )
-def test_what_a_text_is(value, found):
-    assert raw.text(value, "row 1", "prompt") == found
+def test_what_a_cell_holds(read, value, found):
+    assert read(value, "row 1", "score") == found
 
 
-@pytest.mark.parametrize("value", [5, 5.0, True, ["a"], {"a": 1}, b"a", float("nan")])
-def test_what_no_text_is(value):
-    with pytest.raises(
-        InputError, match=f"row 1: prompt must be text, not a {type(value).__name__}"
-    ):
-        raw.text(value, "row 1", "prompt")
-
-
-@pytest.mark.parametrize(("value", "found"), [("a", "a"), (7, "7"), (7.0, "7"), ("0", "0")])
-def test_what_a_name_is(value, found):
-    assert raw.name(value, "row 1", "worker") == found
-
-
-@pytest.mark.parametrize("value", [None, "", " ", 7.5, float("nan"), float("inf"), True, ["a"], {}])
-def test_what_no_name_is(value):
-    with pytest.raises(InputError, match="row 1.* worker"):
-        raw.name(value, "row 1", "worker")
-
-
-@pytest.mark.parametrize("value", [None, "1", True, [1], float("nan"), float("inf"), 1e39, 10**400])
-def test_what_no_number_is(value):
-    assert raw.number(2, "row 1", "score") == 2.0
-    with pytest.raises(InputError, match="row 1: score must be a number, not .{1,40}$"):
-        raw.number(value, "row 1", "score")
+@pytest.mark.parametrize(
+    ("read", "value", "message"),
+    [
+        *((raw.text, value, f"row 1: score must be text, not a {type(value).__name__}$")
+          for value in (*NOT, 5, 5.0, b"a")),
+        *((raw.name, value, "row 1.* score") for value in (*NOT, None, "", " ", 7.5, float("inf"))),
+        *((raw.number, value, "row 1: score must be a number, not .{1,40}$")
+          for value in (*NOT, None, "1", float("inf"), 1e39, 10**400)),
+    ],
+)  # fmt: skip
+def test_what_a_cell_cannot_hold(read, value, message):
+    with pytest.raises(InputError, match=message):
+        read(value, "row 1", "score")
 
 
 # --------------------------------------------------------------------------- Comparisons
@@ -313,12 +303,7 @@ def test_a_dialogue_is_compared_turn_by_turn():
     ("turns", "end", "count", "left_out"),
     [
         ([("p", "a", ["b"]), ("", "a", ["b"])], "", 1, ["dialogues cut at an empty prompt"]),
-        (
-            [("p", "", ["b"]), ("p", "a", ["b"])],
-            "",
-            0,
-            ["dialogues cut at an empty chosen response"],
-        ),
+        ([("p", "", "b"), ("p", "a", "b")], "", 0, ["dialogues cut at an empty chosen response"]),
         ([("p", "a", ["b"])], "dialogues cut here", 1, ["dialogues cut here"]),
         ([("p", "", ["b"])], "later", 0, ["dialogues cut at an empty chosen response"]),
         ([("p", "a", ["", "c"])], "", 1, ["rejected responses empty"]),
@@ -339,13 +324,8 @@ def test_a_funnel_counts_in_the_order_of_the_work():
     funnel.count("rows")
     expected = [("rows", 2_000), ("users", 1), ("left out: a", 1), ("left out: b", 2)]
     assert list(funnel.counts.items()) == expected
-    lines = [
-        "    2,000  rows",
-        "        1  users",
-        "        1  left out: a",
-        "        2  left out: b",
-    ]
-    assert funnel.lines() == "\n".join(lines)
+    lines = [f"{n:>9,}  {what}" for what, n in expected]
+    assert lines[0] == "    2,000  rows" and funnel.lines().split("\n") == lines
     with pytest.raises(InputError, match="no comparisons are left: 2000 rows; 1 users; 1 left out"):
         funnel.require_some(pd.DataFrame())
 
@@ -408,24 +388,6 @@ def test_the_first_prompt_is_the_first_thing_the_user_says():
 
 
 # ------------------------------------------------------------------- The prepared folder
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "is not a prepared dataset; run prepare.py first"),
-        ("{", "prepare.json: not readable as JSON"),
-        ("[]", "prepare.json is not as expected; run prepare.py again"),
-        ("{}", "prepare.json is not as expected"),
-        ('{"dataset": "PRISM"}', "prepare.json is not as expected"),
-        ('{"dataset": "../../x", "files": {}}', "prepare.json is not as expected"),
-    ],
-)
-def test_a_folder_that_is_not_prepared_is_refused(tmp_path, content, message):
-    if content is not None:
-        (tmp_path / "prepare.json").write_text(content)
-    with pytest.raises(InputError, match=message):
-        preparing.read_info(tmp_path)
 
 
 def test_a_folder_of_scripts_takes_no_data(tmp_path):

@@ -1,0 +1,176 @@
+"""Raw rows that cannot be: one line names file and row, and nothing is written."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+import worlds
+from lore.common.files import InputError
+
+GONE = object()  # the row lacks the column
+USER, ANSWER = {"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}
+ASK = {"turn": 0, "role": "user", "content": "a"}
+
+
+def scored(value: Any) -> dict[str, Any]:
+    return {"response_2_beaver_7b": value}
+
+
+def said(**change: Any) -> dict[str, Any]:
+    """A PRISM conversation of two messages, the second one changed."""
+    answer = {"turn": 0, "role": "model", "content": "b", "if_chosen": True}
+    history = [ASK, {**answer, **change}]
+    return {"conversation_history": [
+        {k: v for k, v in message.items() if v is not GONE} for message in history
+    ]}  # fmt: skip
+
+
+def heard(*messages: Any) -> dict[str, Any]:
+    """A row of OwnData with messages in the place of the prompt."""
+    return {"prompt": None, "messages": list(messages)}
+
+
+# Dataset and table -> what of a row is changed, and what is said after its place.
+CASES: dict[tuple[str, str], list[tuple[dict[str, Any], str]]] = {
+    ("RedditTLDR", "train"): [
+        *(({"choice": value}, f"choice must be 0 or 1, not {shown}") for value, shown in (
+            (2, "2"), (0.5, "0.5"), (None, "None"), ("1", "'1'"), (True, "True"), ([1], "[1]"))),
+        ({"worker": None}, "has an empty worker"),
+        ({"worker": ["w"]}, "worker must be text, not a list"),
+        ({"worker": "\ud800"}, "worker holds half a surrogate pair"),
+        *(({"summaries": value}, "summaries must be a list of two, not ") for value in (
+            [{"text": "one"}], None, 5, "ab", {"text": "a", "note": "b"})),
+        ({"summaries": ["a", "b"]}, "a summary must have a text, unlike 'a'"),
+        ({"summaries": [None, {"text": "b"}]}, "a summary must have a text, unlike None"),
+        ({"summaries": [{"text": ["a"]}, {"text": "b"}]}, "a summary must be text, not a list"),
+        ({"info": None}, "info must hold the post"), ({"info": "p"}, "info must hold the post"),
+        ({"info": {"id": "a", "post": 5}}, "info.post must be text, not a int"),
+        ({"worker": GONE}, "has no column worker"),
+    ],
+    ("PRISM", "conversations"): [
+        ({"conversation_history": 5}, "conversation_history must be a list, not 5"),
+        ({"conversation_history": "hello"}, "conversation_history must be a list, not 'hello'"),
+        ({"conversation_history": [5]}, "a message needs turn, role (user or model), content, unl"),
+        ({"conversation_history": GONE}, "has no column conversation_history"),
+        *((said(**change), "a message needs turn, role (user or model)") for change in (
+            {"turn": -1}, {"turn": "0"}, {"turn": True}, {"turn": GONE}, {"role": GONE},
+            {"role": "assistant"}, {"content": GONE})),
+        (said(if_chosen="False"), "if_chosen must be true or false, not 'False'"),
+        (said(content=["a", "b"]), "content must be text, not a list"),
+        ({"conversation_id": ""}, "has an empty conversation_id"),
+        ({"conversation_id": "\udfff"}, "conversation_id holds half a surrogate pair"),
+        ({"conversation_id": "c0"}, "has the conversation_id of an earlier row"),
+        ({"user_id": ["user0"]}, "user_id must be text, not a list"),
+    ],
+    ("PRISM", "survey"): [
+        ({"user_id": ["user0"]}, "user_id must be text, not a list"),
+        ({"user_id": "user0"}, "has the user_id of an earlier row"),
+        *(({"num_completed_conversations": value},
+           f"num_completed_conversations must be a number, not {value!r}") for value in ("0", {})),
+    ],
+    ("PersonalLLM", "train"): [
+        ({"prompt": ""}, "has an empty prompt"), ({"prompt": None}, "has an empty prompt"),
+        ({"prompt": ["a"]}, "prompt must be text, not a list"),
+        ({"response_5": None}, "has no response_5: eight responses are expected"),
+        ({"response_5": 5}, "response_5 must be text, not a int"),
+        ({"response_9": "one more"}, "has response_9: eight responses are expected"),
+        *((scored(value), f"response_2_beaver_7b must be a number, not {value!r:.40}") for value in
+          (None, "0.5", math.nan, math.inf, True, 1e39, -(10**400))),
+        *(({column: GONE}, f"has no column {column}") for column in (
+            "prompt", "response_8", "response_3_mistral_ray")),
+    ],
+    ("CommunityAlignment", "train"): [
+        ({"annotator_id": math.nan}, "annotator_id must be text, not a float"),
+        ({"annotator_id": {"a": 1}}, "annotator_id must be text, not a dict"),
+        ({"annotator_id": "\ud800"}, "annotator_id holds half a surrogate pair"),
+        ({"annotator_id": None}, "has an empty annotator_id"),
+        ({"conversation_id": "\udc00"}, "conversation_id holds half a surrogate"),
+        ({"conversation_id": ""}, "has an empty conversation_id"),
+        ({"assigned_lang": ["en"]}, "assigned_lang must be text, not a list"),
+        ({"first_turn_prompt": 5}, "first_turn_prompt must be text, not a int"),
+        ({"second_turn_response_c": GONE}, "has no column second_turn_response_c"),
+    ],
+    ("PersonalRewardBench", "test"): [
+        ({"user_id": None}, "has an empty user_id"),
+        ({"split": 0.5}, "split must be text, not a float"),
+        ({"context": "hello"}, "context must be a list of role and content"),
+        ({"context": [{"role": "user"}]}, "a message must have role and content"),
+        ({"chosen": {"role": "model"}}, "chosen is a message without content"),
+        ({"rejected": ["a", "b"]}, "rejected must be text, not a list"),
+        ({"conversation_id": ["c"]}, "conversation_id must be text, not a list"),
+        *(({column: GONE}, f"has no column {column}") for column in (
+            "user_id", "split", "context", "chosen", "rejected")),
+    ],
+    ("OwnData", "mine"): [
+        ({"user": None}, "has no user; name the user, or the column by --user; --user-name me"),
+        ({"user": ["a"]}, "user must be text, not a list"),
+        ({"user": {"name": "ann"}}, "user must be text, not a dict"),
+        ({"user": 1.5}, "user must be text, not a float"),
+        ({"user": "\ud800"}, "user holds half a surrogate pair"),
+        ({"prompt": 5}, "prompt must be text, not a int"),
+        ({"prompt": USER}, "prompt must be text, not a dict"),
+        ({"prompt": [1, 2]}, "a message must have role and content, unlike 1"),
+        ({"prompt": GONE}, "has neither prompt nor messages; name the column by --prompt, or one"),
+        ({"messages": [USER]}, "has both prompt and messages; leave one out"),
+        ({"prompt": None, "messages": {"a": 1}}, "messages must be a list of role and"),
+        ({"prompt": None, "messages": "[]"}, "messages must be a list of role and"),
+        (heard("hello"), "a message must have role and content"),
+        (heard({"role": "user"}), "a message must have role and"),
+        (heard({"role": "user", "content": ["p"]}), "content must be text, not a list"),
+        (heard({**USER, "role": ""}), "has an empty role"),
+        (heard({**USER, "role": "wizard"}), "the role 'wizard' is not known; user, human, "),
+        (heard({"from": 5, "value": "?"}), "the role 5 is not known"),
+        (heard(USER, ANSWER), "messages ends with the assistant, so that nothing is to be"),
+        ({"prompt": [USER, ANSWER]}, "prompt ends with the assistant"),
+        ({"chosen": []}, "chosen is an empty list; give a response or remove the row"),
+        ({"chosen": 5}, "chosen must be text, not a int"),
+        ({"chosen": True}, "chosen must be text, not a bool"),
+        ({"chosen": [[]]}, "each chosen must be text, not a list"),
+        ({"chosen": [None, {"a": 1}]}, "each chosen must be text, not a dict"),
+        ({"chosen": "\udc00"}, "chosen holds half a surrogate pair"),
+        ({"chosen": [ANSWER, "x"]}, "a message must have role and content, unlike 'x'"),
+        ({"chosen": [USER]}, "chosen must end with a message of the assistant"),
+        ({"chosen": [USER, ANSWER]}, "some of chosen and rejected begin with the assistant"),
+        ({"chosen": [{**USER, "content": "Else?"}, ANSWER], "rejected": [USER, ANSWER]},
+         "chosen and rejected do not begin with the same message of the user"),
+        ({"prompt": "Else?", "chosen": [USER, ANSWER], "rejected": [USER, ANSWER]},
+         "chosen and rejected do not begin with what prompt says"),
+        ({"prompt": None, "messages": [{**USER, "content": "Else?"}], "chosen": [USER, ANSWER],
+          "rejected": [USER, ANSWER]}, "chosen and rejected do not begin with what messages says"),
+        *(({column: GONE}, f"has no column {column}, only user, prompt, {other}; --{column} says "
+           "which one holds it (or give --first, --second and --winner, or --rating)")
+          for column, other in (("chosen", "rejected"), ("rejected", "chosen"))),
+        ({"rejected": {"a": 1}}, "rejected must be text, not a dict"),
+        ({"rejected": ["a", 5]}, "each rejected must be text, not a int"),
+        ({"rejected": [[USER]]}, "each rejected must end with a message of the assis"),
+        ({"split": ["train"]}, "split must be text, not a list"),
+        *(({"weight": value}, f"weight must be a number, not {value!r}") for value in (
+            {"a": 1}, math.nan, "much")),
+        *(({"weight": value}, "weight must be above 0, from 1e-06 to 1e+06; remove the row if it")
+          for value in (-1, 1e30, 1e-12)),
+        ({"timestamp": "yesterday"}, "timestamp must be a number or an ISO date, not 'yest"),
+        ({"timestamp": [1]}, "timestamp must be a number, not [1]"),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "change", "message"), [(*key, *case) for key in CASES for case in CASES[key]]
+)
+def test_a_row_that_cannot_be_is_named(tmp_path, name, table, change, message):
+    for file, rows in worlds.small(name).items():
+        if file == table:
+            changed = {k: v for k, v in {**rows[2], **change}.items() if v is not GONE}
+            rows = [*rows[:2], changed, *rows[3:]]
+        worlds.write(tmp_path / "raw" / f"{file}.jsonl", rows)
+    settings = {} if name == "PRISM" else {"embed": False}
+    with pytest.raises(InputError) as error:
+        worlds.prepare(name, tmp_path / "raw", tmp_path / "data", **settings)
+    said = str(error.value)
+    place = f"{tmp_path / 'raw' / table}.jsonl row 3"
+    assert said.startswith((f"{place} {message}", f"{place}: {message}")), said
+    assert "\n" not in said and len(said) < 600
+    assert not (tmp_path / "data").exists()
