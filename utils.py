@@ -1,9 +1,8 @@
 """LoRe, the learning core under its published names (arXiv 2504.14439).
 
-Shape letters: U users, N comparisons, F features, K rank, M models side by side. A comparison x is
-the difference of two embeddings, *chosen minus rejected*; its logit for a user with weights w on
-the simplex is x^T V w / 100. Nothing here reads a dataset or a language model. A script that
-begins with ``from utils import *`` also gets torch, np, nn and F from here.
+U users, N comparisons, F features, K rank, M models side by side. A comparison x is the difference
+of two embeddings, *chosen minus rejected*; its logit for a user with weights w on the simplex is
+x^T V w / 100. ``from utils import *`` gives torch, np, nn and F as well.
 """
 
 from __future__ import annotations
@@ -55,16 +54,9 @@ MIN_WEIGHT = 1e-2  # a column that no user gives more weight is dropped (LoRe_re
 
 
 def preference_loss(products: Tensor, coefficient: Tensor) -> Tensor:
-    """The loss of LoRe: sum_i c_i softplus(-x_i^T V w_u(i) / 100), for every model (eq. 10).
-
-    Args:
-        products: x^T V w of every comparison for its own user, in each model [N, M].
-        coefficient: c, what each comparison weighs [N]: 1 / m_u in equation 10, 1 / N in the
-            published scripts' second estimator.
-
-    Returns:
-        One loss for each model [M].
-    """
+    """LoRe's loss sum_i c_i softplus(-x_i^T V w_u(i) / 100) of every model [M] (eq. 10), from
+    x^T V w [N, M] of every comparison for its own user, and c [N]: 1 / m_u in equation 10, 1 / N in
+    the published scripts' second estimator."""
     return -(coefficient @ F.logsigmoid(products / TEMPERATURE))
 
 
@@ -80,17 +72,15 @@ class LoRe:
     Args:
         V_sft: reference reward direction [F] or [F, 1]; None if there is none (alpha must be 0).
         alpha: strength of the pull of the basis to the reference.
-        num_classes: users U.
-        num_features: F.
-        num_basis_vectors: K, at least 1; 1 is Bradley-Terry.
+        num_classes, num_features, num_basis_vectors: U, F and K; K = 1 is Bradley-Terry.
         num_iterations, learning_rate: of the optimiser, the paper's Adam by default.
         generator: of the initial values, a seed or generator; None for torch's global one.
-        optimizer: another optimiser, see ``make_optimizer``.
+        optimizer: another one, see ``training.make_optimizer``.
         shrinkage: pull of each user's weights towards the users' mean, in comparisons; 0 is LoRe.
         dtype: of the arithmetic; torch's default (float32) if None.
         progress: show a bar with the loss.
-        distributed: the comparisons given to ``train`` are this process's share of the U users,
-            in order of rank (torch.distributed); every process returns all weights.
+        distributed: ``train`` is given this process's share of the U users, in order of rank
+            (torch.distributed); every process returns all weights.
 
     Attributes:
         losses: the objective at every step [T], after ``train``.
@@ -152,11 +142,8 @@ class LoRe:
     def train(
         self, X: Sequence[Tensor], weights: Sequence[Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Fit on U tensors [m_u, F]; comparisons may carry weights, U tensors [m_u].
-
-        Returns:
-            W [U, K] on the simplex, and V [F, K].
-        """
+        """W [U, K] on the simplex and V [F, K], from U tensors [m_u, F], which may carry weights,
+        U tensors [m_u]."""
         return train_together([self], Comparisons.from_list(X, weights))[0]
 
     def finish(self, W: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,10 +155,10 @@ class LoRe_regularized(LoRe):
     """The published scripts' second estimator: alternating steps, cosine pull, unused columns cut.
 
     Minimises the mean over all comparisons of softplus(-logit) + alpha_t mean_k (1 - cos(V[:, k],
-    reference)): one step on the weights without the pull, then one on the basis with it at the new
-    weights. alpha_t is 0 before a fifth of the steps and alpha after four fifths, linear between.
-    Columns whose largest weight over the users stays under 0.01 are dropped at the end and the
-    remaining weights are not rescaled. Arguments as for ``LoRe``.
+    reference)): one step on the weights without the pull, then one on the basis with it. alpha_t is
+    0 before a fifth of the steps and alpha after four fifths, linear between. Columns whose largest
+    weight stays under 0.01 are dropped at the end; the others are not rescaled. Arguments as for
+    ``LoRe``.
     """
 
     alternating = True
@@ -226,10 +213,8 @@ class LoRe_regularized(LoRe):
 class PersonalizeBatch:
     """Few-shot weights of new users with the basis frozen (eq. 11).
 
-    Args:
-        generator: of the initial logits, standard normal, drawn user by user.
-        settings: of ``training.fit_weights``: optimizer, shrinkage with population, progress.
-        (others): as for ``LoRe``.
+    Initial logits are standard normal, drawn user by user. Settings are those of
+    ``training.fit_weights``: optimizer, shrinkage with population, progress.
     """
 
     def __init__(
@@ -246,9 +231,8 @@ class PersonalizeBatch:
     ) -> None:
         require(num_basis_vectors >= 1, f"the rank must be at least 1, not {num_basis_vectors}")
         self.num_classes, self.num_features = num_classes, num_features
-        self.settings = {
-            "num_iterations": num_iterations, "learning_rate": learning_rate, **settings,
-        }  # fmt: skip
+        steps = {"num_iterations": num_iterations, "learning_rate": learning_rate}
+        self.settings = steps | settings
         self.dtype = dtype or torch.get_default_dtype()
         self.logits = draw_logits(num_classes, num_basis_vectors, generator, self.dtype)
         self.losses: list[float] = []
@@ -256,22 +240,15 @@ class PersonalizeBatch:
     def train(
         self, X: Sequence[Tensor], V: Tensor, weights: Sequence[Tensor] | None = None
     ) -> list[Tensor]:
-        """Fit the weights of U users with comparisons X, U tensors [m_u, F], and V [F, K] frozen.
-
-        Args:
-            weights: how much each comparison counts, U tensors [m_u].
-
-        Returns:
-            U weight vectors [K].
-        """
+        """U weight vectors [K] for comparisons X, U tensors [m_u, F], which may carry weights, U
+        tensors [m_u]; V [F, K] is frozen."""
         require(len(X) == self.num_classes, f"{len(X)} users given, {self.num_classes} expected")
         _check_basis(V, self.num_features, self.logits.shape[1], X[0])
         data = Comparisons.from_list(X, weights)
         Z = data.project(V.detach().to(self.dtype))
         self.losses = []
-        return list(fit_weights(
-            Z, data, self.logits, preference_loss, losses=self.losses, **self.settings
-        ))  # fmt: skip
+        given = Z, data, self.logits, preference_loss
+        return list(fit_weights(*given, losses=self.losses, **self.settings))
 
 
 def draw_logits(users: int, rank: int, generator: Seed, dtype: torch.dtype | None = None) -> Tensor:
@@ -281,17 +258,12 @@ def draw_logits(users: int, rank: int, generator: Seed, dtype: torch.dtype | Non
 
 
 def _check_basis(V: Tensor, num_features: int, rank: int, *others: Tensor) -> None:
-    """Refuse a basis of another shape than [F, K], or on another device than others are."""
-    expected = num_features, rank
-    require(
-        tuple(V.shape) == expected, f"the basis has shape {tuple(V.shape)}, expected {expected}"
-    )
-    for other in others:
-        require(
-            V.device == other.device,
-            f"the basis is on {V.device}, features or weights on {other.device}: "
-            "move them to one device",
-        )
+    """Refuse a basis of another shape than [F, K], or on another device than the others."""
+    found, expected = tuple(V.shape), (num_features, rank)
+    require(found == expected, f"the basis has shape {found}, expected {expected}")
+    for there in (other.device for other in others):
+        where = f"the basis is on {V.device}, features or weights on {there}"
+        require(V.device == there, f"{where}: move them to one device")
 
 
 # --------------------------------------------------------------------- Pipeline
@@ -300,12 +272,11 @@ def _check_basis(V: Tensor, num_features: int, rank: int, *others: Tensor) -> No
 def personalize(
     basis: Basis, users: Users, Z: Tensor, start: Tensor | Seed = None, **settings: Any
 ) -> Tensor:
-    """Weights [U, K] of new users from their few comparisons (eq. 11); ones where K <= 1.
+    """Weights [U, K] of new users from their few comparisons (eq. 11); ones where K is 1.
 
     Args:
         basis: with V frozen; weights are shrunk like those of its own users, to their mean.
-        users: whose the comparisons are.
-        Z: the comparisons projected on V [N, K].
+        users, Z: whose the comparisons are, and their projections on V [N, K].
         start: initial logits [U, K], or a seed or generator of them.
         settings: of ``training.fit_weights``.
     """
@@ -314,18 +285,13 @@ def personalize(
         return torch.ones(users.num_users, 1, device=users.device)
     if not isinstance(start, Tensor):
         start = draw_logits(users.num_users, K, start, Z.dtype)
-    shrinkage = basis.settings.get("shrinkage", 0.0)
-    return fit_weights(
-        Z, users, start, preference_loss, population=basis.W.mean(0), shrinkage=shrinkage,
-        **settings,
-    )  # fmt: skip
+    shrunk = {"population": basis.W.mean(0), "shrinkage": basis.settings.get("shrinkage", 0.0)}
+    return fit_weights(Z, users, start, preference_loss, **shrunk, **settings)
 
 
 class Accuracies(NamedTuple):
-    """Accuracy of every (alpha, K), alphas outermost: means over users, then the spreads.
-
-    The spread is the standard deviation over users (dividing by U).
-    """
+    """Accuracy of every (alpha, K), alphas outermost: means, then standard deviations over users
+    (dividing by U)."""
 
     train: np.ndarray
     seen: np.ndarray
@@ -366,44 +332,30 @@ def run(
     Args:
         K_list, alpha_list: ranks (0 reference, 1 Bradley-Terry) and strengths of the pull.
         V_final: the reference [F] or [F, 1]; None if there is none.
-        train_features, test_features_sparse: comparisons of the N seen users, N tensors [m_u, F],
-            each row the chosen response's features minus the rejected one's.
-        train_features_unseen, test_features_sparse_unseen: the same of the N_unseen new users;
-            the first are the few shots.
-        N, N_unseen: numbers of users.
-        device: where to compute.
-        estimator: ``LoRe`` or ``LoRe_regularized``.
-        num_iterations, learning_rate: of the joint fit.
-        few_shot_iterations, few_shot_learning_rate: of the new users' weights.
-        optimizer: another optimiser for both, see ``training.make_optimizer``.
+        train_features, test_features_sparse: comparisons of the N seen users, N tensors [m_u, F].
+        train_features_unseen, test_features_sparse_unseen: the same of the N_unseen new users.
+        num_iterations, learning_rate: of the estimator; those of few shots of the new users.
         generator: seed or generator of all initial values; for each (alpha, K) W, V and then the
             new users' logits are drawn, as if the ranks were fitted one after the other.
-        progress: show bars.
-        save_dir: folder for one basis file per (alpha, K).
-        user_ids, unseen_user_ids: names of the users, kept in the files.
-
-    Raises:
-        InputError: unusable features, ranks, reference or numbers of users.
+        save_dir: folder for a basis file per (alpha, K), with the users' names.
     """
     generator, starts = as_generator(generator), []
     sets = _pack_all(
         (train_features, N), (test_features_sparse, N), (train_features_unseen, N_unseen),
         (test_features_sparse_unseen, N_unseen), device=device,
     )  # fmt: skip
+    how = {"optimizer": optimizer, "progress": progress}
     bases = fit_bases(
         estimator, _points(K_list, alpha_list), V_final, sets[0], N, None,
         lambda columns: starts.append(draw_logits(N_unseen, columns, generator)),
-        num_iterations=num_iterations, learning_rate=learning_rate, generator=generator,
-        optimizer=optimizer, progress=progress,
+        generator=generator, num_iterations=num_iterations, learning_rate=learning_rate, **how,
     )  # fmt: skip
+    how |= {"num_iterations": few_shot_iterations, "learning_rate": few_shot_learning_rate}
     rows = []
     for basis, start in zip(bases, starts, strict=True):
         basis.users, basis.users_unseen = list(user_ids), list(unseen_user_ids)
         projected = [data.project(basis.V) for data in sets]
-        basis.W_unseen = W = personalize(
-            basis, sets[2], projected[2], start, num_iterations=few_shot_iterations,
-            learning_rate=few_shot_learning_rate, optimizer=optimizer, progress=progress,
-        )  # fmt: skip
+        basis.W_unseen = W = personalize(basis, sets[2], projected[2], start, **how)
         four = zip(sets, projected, (basis.W, basis.W, W, W), strict=True)
         rows.append([data.accuracies(_rewards(Z, w, data)).cpu().numpy() for data, Z, w in four])
         if save_dir is not None:
@@ -430,10 +382,8 @@ def _pack_all(
 
 def _points(ranks: Sequence[int], alphas: Sequence[float]) -> list[dict[str, Any]]:
     for name, values in (("K_list", ranks), ("alpha_list", alphas)):
-        require(
-            isinstance(values, Sequence | np.ndarray) and len(values) > 0,
-            f"{name} is a list of numbers, not {values!r}",
-        )
+        some = isinstance(values, Sequence | np.ndarray) and len(values) > 0
+        require(some, f"{name} is a list of numbers, not {values!r}")
     return grid(ranks, alphas)
 
 
@@ -449,10 +399,8 @@ def _basis_name(basis: Basis, alphas: Sequence[float]) -> str:
 
 
 class ShotAccuracies(NamedTuple):
-    """Accuracy of new users per number of shots: mean and standard deviation over trials.
-
-    Arrays [S] for one (alpha, K), else [alphas * ranks, S], alphas outermost.
-    """
+    """Accuracy of new users per number of shots, over trials: arrays [S] for one (alpha, K), else
+    [alphas * ranks, S], alphas outermost."""
 
     few_shot: np.ndarray
     few_shot_std: np.ndarray
@@ -610,11 +558,8 @@ def learn_multiple(
     weights: Sequence[Tensor] | None = None,
     **settings: Any,
 ) -> list[Tensor]:
-    """Every user's own reward direction, with nothing shared: the per-user baseline.
-
-    Each user's direction starts at zero and minimises the mean of that user's losses. Comparisons
-    may carry weights, U tensors [m_u]; settings are an optimizer, and progress.
-    """
+    """Every user's own reward direction [F, 1], from zero, with nothing shared: the per-user
+    baseline. Comparisons may carry weights, U tensors [m_u]; settings: optimizer, progress."""
     data = Comparisons.from_list(train_features, weights)
     given = data, preference_loss, num_iterations, learning_rate
     return list(own_directions(*given, **settings)[:, :, None])
@@ -632,20 +577,14 @@ def learn_multiple_few_shot_weighted(
     learning_rate: float = 0.01,
     **settings: Any,
 ) -> list[Tensor]:
-    """``learn_multiple_few_shot`` where a comparison of the current dialogue counts alpha times.
-
-    Args:
-        alpha: weight of a comparison of the current dialogue; 0 leaves them out.
-        train_features, current_dialog_features: earlier comparisons, U tensors [m_u, F], and those
-            of the current dialogue, U tensors [n_u, F].
-    """
+    """``learn_multiple_few_shot`` of earlier comparisons, U tensors [m_u, F], and those of the
+    current dialogue, U tensors [n_u, F], which count alpha times; 0 leaves them out."""
     require(alpha >= 0, f"alpha must not be negative: {alpha}")
-    pairs = list(zip(train_features, current_dialog_features, strict=True))
-    X = [torch.cat(pair) if alpha else pair[0] for pair in pairs]
-    weights = [
-        torch.cat([x.new_ones(len(x)), *([x.new_full((len(now),), alpha)] if alpha else [])])
-        for x, now in pairs
-    ]
+    X, weights = [], []
+    for earlier, now in zip(train_features, current_dialog_features, strict=True):
+        now = now if alpha else now[:0]
+        X.append(torch.cat([earlier, now]))
+        weights.append(torch.tensor([1.0] * len(earlier) + [alpha] * len(now), device=now.device))
     model = PersonalizeBatch(len(X), *V.shape, num_iterations, learning_rate, **settings)
     return model.train(X, V, weights)
 
@@ -660,13 +599,8 @@ def evaluate_model(X: Tensor, V: Tensor, w: Tensor) -> float:
 def eval_multiple(
     W_list: Sequence[Tensor], V_list: Sequence[Tensor] | Tensor, test_features: Sequence[Tensor]
 ) -> np.ndarray:
-    """Accuracy of every user [U] on U tensors [m_u, F].
-
-    Args:
-        W_list: U weight vectors [K], or W [U, K].
-        V_list: a basis for each user, or one basis [F, K] for all.
-        test_features: the users' held-out comparisons.
-    """
+    """Accuracy of every user [U] on U tensors [m_u, F], with weights W [U, K] or U vectors [K], and
+    a basis [F, K] for all or one for each."""
     bases = [V_list] * len(W_list) if isinstance(V_list, Tensor) else V_list
     triples = zip(test_features, bases, W_list, strict=True)
     return np.array([evaluate_model(x, V, w) for x, V, w in triples])

@@ -1,7 +1,4 @@
-"""A learned basis, its users' weights and their names in one file.
-
-Shape letters: U users, F features, K rank.
-"""
+"""A learned basis, its users' weights and their names in one file. U users, F features, K rank."""
 
 from __future__ import annotations
 
@@ -59,15 +56,11 @@ class Basis:
         return [*self.users, *self.users_unseen]
 
     def weights_of(self, user: str, flag: str = "user") -> Tensor:
-        """A seen or unseen user's weights w [K].
-
-        Raises:
-            InputError: nobody of that name is in the basis; the message begins with ``flag``.
-        """
-        named = dict(zip(self.users, self.W, strict=True)) if self.users else {}
-        if self.users_unseen:
-            named |= zip(self.users_unseen, self.W_unseen, strict=True)
-        return look_up(named, user, flag)
+        """A seen or unseen user's weights w [K]; an InputError that begins with ``flag`` where
+        the name is not in the basis."""
+        unseen = () if self.W_unseen is None else self.W_unseen
+        named = [*zip(self.users, self.W, strict=False)]  # there may be no names
+        return look_up(dict([*named, *zip(self.users_unseen, unseen, strict=False)]), user, flag)
 
     def columns(self) -> dict[str, Tensor]:
         """The columns of V [F] in log odds, by name."""
@@ -92,11 +85,8 @@ def look_up(named: Mapping[str, Tensor], user: str, flag: str = "user") -> Tenso
 
 
 def save_basis(path: str | Path, basis: Basis) -> None:
-    """Write a basis file (safetensors), whole or not at all.
-
-    Raises:
-        InputError: names that do not match the rows of the weights.
-    """
+    """Write a basis file (safetensors), whole or not at all; InputError where the names do not
+    match the rows of the weights."""
     for names, W in ((basis.users, basis.W), (basis.users_unseen, basis.W_unseen)):
         rows = 0 if W is None else len(W)
         require(len(names) in (0, rows), f"{len(names)} user ids for {rows} rows of weights")
@@ -105,21 +95,14 @@ def save_basis(path: str | Path, basis: Basis) -> None:
         for name in TENSORS
         if (tensor := getattr(basis, name)) is not None
     }
-    metadata = {
-        "unit": UNIT,
-        "settings": json.dumps(basis.settings, default=str),
-        "users": json.dumps([str(user) for user in basis.users]),
-        "users_unseen": json.dumps([str(user) for user in basis.users_unseen]),
-    }
+    names = {name: list(map(str, getattr(basis, name))) for name in ("users", "users_unseen")}
+    metadata = {name: json.dumps(users) for name, users in names.items()}
+    metadata |= {"unit": UNIT, "settings": json.dumps(basis.settings, default=str)}
     write_whole(Path(path), lambda draft: save_file(kept, draft, metadata=metadata))
 
 
 def load_basis(path: str | Path) -> Basis:
-    """Read a basis file written by ``save_basis``.
-
-    Raises:
-        InputError: the file is missing, damaged or holds something else.
-    """
+    """Read what ``save_basis`` wrote; InputError if it is missing, damaged or something else."""
     path = Path(path)
     require(path.is_file(), f"{path}: no such basis file")
     metadata, found = read_tensors(path, REMEDY)
@@ -156,8 +139,7 @@ def _read_notes(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
             note = json.loads(metadata[name]) if name in metadata else default
         except (ValueError, RecursionError):
             note = None
-        fits = isinstance(note, type(default))
-        fits = fits and all(isinstance(key, str) for key in note)  # users, or keys of settings
+        fits = isinstance(note, type(default)) and all(isinstance(key, str) for key in note)
         require(fits, f"{path}: {name} are not as expected; {REMEDY}")
         notes[name] = note
     return notes

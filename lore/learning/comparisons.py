@@ -1,7 +1,6 @@
 """Users' comparisons as every method takes them: whose they are, what they weigh, their features.
 
-Shape letters: U users, N comparisons, F features, C columns. A comparison is the difference of
-two embeddings, chosen minus rejected.
+U users, N comparisons (chosen minus rejected), F features, C columns.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}  # features read at a time
 PART_BYTES = 128 << 20  # features worked on together on a CPU, which bounds what else is held
 CACHE_BYTES = 8 << 20  # features that a CPU's cache holds while they are worked on again and again
 Seed = int | torch.Generator | None
+Device = torch.device | str | None
 
 
 def as_generator(seed: Seed) -> torch.Generator | None:
@@ -65,7 +65,7 @@ class DenseFeatures:
         device: where the products are formed; None for where x lies.
     """
 
-    def __init__(self, x: Tensor, device: torch.device | str | None = None) -> None:
+    def __init__(self, x: Tensor, device: Device = None) -> None:
         self.x = x
         self.device = torch.device(device) if device is not None else x.device
         self.num_features = x.shape[1]
@@ -98,8 +98,7 @@ class DenseFeatures:
 class RowFeatures:
     """Differences of rows of an embedding table that stays on disk (streamed in chunks).
 
-    The products are formed from the table's distinct rows, so the differences are never held:
-    X V = (E V)[chosen] - (E V)[rejected].
+    Products are formed from the table's distinct rows: X V = (E V)[chosen] - (E V)[rejected].
 
     Args:
         rows: reads rows of the table: index [n] -> embeddings [n, F].
@@ -140,7 +139,7 @@ class RowFeatures:
     def project(self, V: Tensor) -> Tensor:
         """X V [N, C] for V [F, C]."""
         rewards = _project(self._parts(V.dtype), len(self.index), V)
-        return Pairs(rewards, self.chosen, self.rejected).difference()
+        return rewards[self.chosen] - rewards[self.rejected]
 
     def backproject(self, G: Tensor) -> Tensor:
         """X^T G [F, C] for G [N, C]."""
@@ -180,12 +179,7 @@ Features = DenseFeatures | RowFeatures
 
 @dataclass
 class Pairs:
-    """Something of the distinct rows, and which two of them each comparison is about.
-
-    Attributes:
-        values: of the distinct rows [R, ...].
-        chosen, rejected: numbers of rows [N].
-    """
+    """Values of distinct rows [R, ...], and the numbers [N] of the two of each comparison."""
 
     values: Tensor
     chosen: Tensor
@@ -216,17 +210,14 @@ class Users:
     Args:
         counts: number of comparisons of each user [U]; may be 0.
         weight: how much each comparison counts [N], all positive; one each if None.
-        device: where; by default where the weights lie.
+        device: by default where the weights lie.
 
     Attributes:
         user: whose each comparison is [N], ascending.
     """
 
     def __init__(
-        self,
-        counts: Sequence[int] | Tensor,
-        weight: Tensor | None = None,
-        device: torch.device | str | None = None,
+        self, counts: Sequence[int] | Tensor, weight: Tensor | None = None, device: Device = None
     ) -> None:
         if weight is None:
             weight = torch.ones(int(torch.as_tensor(counts).sum()), dtype=torch.float64)
@@ -259,8 +250,8 @@ class Users:
         return both.view(self.num_users, scale.shape[1], -1)
 
     def _bags(self, models: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows and models of what is summed, and where each user's sum for each model starts: all
-        of a user's models in turn, while the cache still holds that user's rows."""
+        """Rows and models of what is summed, and where each sum starts: all models of a user in
+        turn, while the cache holds that user's rows."""
         if models not in self._orders:
             order = self.user.repeat(models).argsort(stable=True)
             within = self.counts[:, None] * torch.arange(models, device=self.device)
@@ -278,7 +269,7 @@ class Users:
         return torch.sparse.sampled_addmm(pattern, x, flat.T, beta=0).values().view(-1, models)
 
     def _pattern(self, models: int) -> Tensor:
-        """Which directions each row meets: zeros [N, U M] where it does, sparse."""
+        """Which directions each row meets: sparse zeros [N, U M]."""
         if models not in self._patterns:
             n, meets = len(self), self.user[:, None] * models + torch.arange(models)
             with warnings.catch_warnings():  # torch announces that its CSR format may change
@@ -298,27 +289,20 @@ class Users:
         return self.sum((self.weight * values.double())[:, None])[:, 0] / self.user_weight()
 
     def accuracies(self, logits: Tensor) -> Tensor:
-        """Share of each user's comparisons with a positive logit [N] (eq. 15), weighted: [U].
-
-        A logit of exactly 0, as of two responses with the same embedding, counts one half.
-        """
+        """Weighted share of each user's comparisons with a logit [N] above 0 (eq. 15), where a
+        logit of exactly 0 counts one half: [U]."""
         return self.mean((logits > 0) + 0.5 * (logits == 0))
 
     def log_losses(self, logits: Tensor) -> Tensor:
-        """Mean of -log P(the choice), P being the sigmoid of the logit [N], by user: [U]."""
+        """Weighted mean of -log sigmoid(logit) over each user's comparisons [N]: [U]."""
         return self.mean(softplus(-logits.double()))
 
     def user_blocks(
         self, max_rows: int, extra_rows_per_user: int = 0, padded: bool = False
     ) -> Iterator[tuple[slice, slice]]:
-        """Consecutive users, and their comparisons, that fit into ``max_rows``; a larger user forms
-        a block alone.
-
-        Args:
-            max_rows: rows of a block: its comparisons and the extra ones.
-            extra_rows_per_user: rows that each user takes besides the comparisons.
-            padded: all users of a block count as many comparisons as the largest has.
-        """
+        """Consecutive users, and their comparisons, that fit into ``max_rows``, with the extra rows
+        of each user; a larger user forms a block alone. Padded, every user of a block counts as
+        many comparisons as the largest has."""
         counts, row = self.counts.tolist(), 0
         first = filled = longest = 0
         for user, count in enumerate([*counts, math.inf]):
@@ -342,7 +326,7 @@ class Comparisons(Users):
         features: the feature differences.
         counts: number of comparisons of each user [U]; every user has at least one.
         weight: how much each comparison counts [N]; one each if None.
-        names: of the users [U]; may be left out.
+        names: of the users [U], or none.
         dialogs: number of each comparison's dialogue [N]; None where every one stands alone.
     """
 
@@ -356,6 +340,7 @@ class Comparisons(Users):
     ) -> None:
         super().__init__(counts, weight, features.device)
         self.features, self.names, self.dialogs = features, list(names), dialogs
+        self.num_features = features.num_features
         require(self.num_users > 0, "no users: give at least one user with comparisons")
         for u, count in enumerate(self.counts.tolist()):
             require(count > 0, f"user {u} has no comparisons: leave the user out")
@@ -366,27 +351,20 @@ class Comparisons(Users):
         cls,
         X: Sequence[Tensor],
         weights: Sequence[Tensor] | None = None,
-        device: torch.device | str | None = None,
+        device: Device = None,
     ) -> Comparisons:
         """Pack a list of U tensors [m_u, F]; views of one tensor, in order, are not copied.
 
         Raises:
-            InputError: a user without comparisons, another width, NaN or infinity (with the user
-                and row), or weights that do not match.
+            InputError: as ``check_features``, or weights [m_u] that do not match.
         """
         check_features(X)
+        weight = None
         if weights is not None:
             for u, (x, w) in enumerate(zip(X, weights, strict=True)):
                 require(w.shape == (len(x),), f"user {u}: {len(x)} comparisons, {len(w)} weights")
-        weight = None if weights is None else torch.cat([w.double() for w in weights])
-        x = _pack(X)
-        x = x if device is None else x.to(device)
-        return cls(DenseFeatures(x), [len(x) for x in X], weight)
-
-    @property
-    def num_features(self) -> int:
-        """F."""
-        return self.features.num_features
+            weight = torch.cat([w.double() for w in weights])
+        return cls(DenseFeatures(_pack(X).to(device or X[0].device)), list(map(len, X)), weight)
 
     def project(self, V: Tensor) -> Tensor:
         """X V [N, C] for V [F, C]."""
@@ -411,8 +389,9 @@ class Comparisons(Users):
 
     def in_memory(self) -> Comparisons:
         """The same with the differences [N, F] held in memory."""
-        dense = isinstance(self.features, DenseFeatures)
-        return self if dense else self._with(self.features.dense())
+        if isinstance(self.features, DenseFeatures):
+            return self
+        return self._with(self.features.dense())
 
     def _with(self, features: Features) -> Comparisons:
         return Comparisons(features, self.counts, self.weight, self.names, self.dialogs)
@@ -420,11 +399,9 @@ class Comparisons(Users):
     def parts(
         self, user_rows: int = 0, size: int | None = None
     ) -> Iterator[tuple[slice, slice, Comparisons]]:
-        """Users that are worked on together: which, their rows and comparisons.
-
-        A part has at most ``size`` bytes (PART_BYTES if None), with ``user_rows`` rows of F numbers
-        for each user besides the comparisons. Streamed, or off the CPU, everything is one part.
-        """
+        """Users that are worked on together: which, their rows and comparisons. A part has at most
+        ``size`` bytes (PART_BYTES if None), with ``user_rows`` more rows for each user. Streamed,
+        or off the CPU, everything is one part."""
         if self.device.type != "cpu" or not isinstance(self.features, DenseFeatures):
             yield slice(0, self.num_users), slice(0, len(self)), self
             return
@@ -434,15 +411,12 @@ class Comparisons(Users):
             yield users, some, Comparisons(features, self.counts[users], self.weight[some])
 
     def share(self, process: int, processes: int) -> Comparisons:
-        """One process's users: consecutive ones, at least one, with about its share of comparisons.
-
-        Raises:
-            InputError: there are fewer users than processes.
-        """
+        """One process's users: consecutive ones, at least one, with about its share of comparisons;
+        InputError if there are fewer users than processes."""
         if processes == 1:
             return self
-        if processes > self.num_users:
-            raise InputError(f"{processes} processes for {self.num_users} users: start fewer")
+        fewer = f"{processes} processes for {self.num_users} users: start fewer"
+        require(processes <= self.num_users, fewer)
         middle = self.counts.cumsum(0) - self.counts / 2
         owner, last = (middle * processes / self.counts.sum()).long().tolist(), -1
         for u, wanted in enumerate(owner):  # in order, and enough users left for all who follow
@@ -460,7 +434,7 @@ class Comparisons(Users):
 
 
 def _pack(X: Sequence[Tensor]) -> Tensor:
-    """The tensors below each other [N, F]: without a copy where they already lie so."""
+    """The tensors below each other [N, F]; no copy where they already lie so."""
     first, end = X[0], X[0].data_ptr()
     for x in X:
         if x.data_ptr() != end or not x.is_contiguous() or x.dtype != first.dtype:
@@ -472,20 +446,16 @@ def _pack(X: Sequence[Tensor]) -> Tensor:
 
 
 def check_features(X: Sequence[Tensor], width: int | None = None) -> None:
-    """Refuse features of users that are not U finite tensors [m_u, F] on one device."""
+    """InputError, with the user and row, unless X is U finite tensors [m_u, F] on one device."""
     require(len(X) > 0, "no users: give a list with one tensor [comparisons, features] per user")
     for u, x in enumerate(X):
         require(isinstance(x, Tensor), f"user {u}: a torch tensor is expected, not {type(x)}")
         require(x.ndim == 2, f"user {u}: features must be [comparisons, features], not {x.ndim}-D")
         require(len(x) > 0, f"user {u} has no comparisons: leave the user out")
-        expected = width or X[0].shape[1]
-        require(
-            x.shape[1] == expected, f"user {u}: {x.shape[1]} features where {expected} are expected"
-        )
+        found, expected = x.shape[1], width or X[0].shape[1]
+        require(found == expected, f"user {u}: {found} features where {expected} are expected")
         require(x.device == X[0].device, f"user {u}: features on {x.device}, not {X[0].device}")
-        bad = ~torch.isfinite(x).all(1)
-        if bad.any():
-            row = int(bad.nonzero()[0])
+        for row in (~torch.isfinite(x).all(1)).nonzero()[:1, 0].tolist():
             raise InputError(f"user {u}, row {row}: NaN or infinity among the features")
 
 
@@ -497,9 +467,8 @@ class Shots:
     """Random shots of new users.
 
     Attributes:
-        rows: numbers of the comparisons that each fit is made on, for every trial, number of
-            shots and user, users innermost.
-        sizes: the S numbers of shots; 0 is no shot at all.
+        rows: numbers of the comparisons of each trial, number of shots and user, users innermost.
+        sizes: the S numbers of shots; may be 0.
         trials: draws per number of shots.
         users_with_that_many: how many users have that many shots [S].
     """

@@ -1,7 +1,4 @@
-"""Bases of every (alpha, rank, shrinkage), trained together; rank 0 is the reference itself.
-
-Shape letters: U users, F features, K rank.
-"""
+"""Bases of every (alpha, rank, shrinkage), trained together; rank 0 is the reference itself."""
 
 from __future__ import annotations
 
@@ -21,11 +18,9 @@ def check_reference(V_sft: Tensor | None, num_features: int) -> Tensor | None:
     """The reference as [F], from [F] or [F, 1]; InputError for another shape, NaN or infinity."""
     if V_sft is None:
         return None
-    require(
-        tuple(V_sft.shape) in {(num_features,), (num_features, 1)},
-        f"the reference has shape {tuple(V_sft.shape)}; ({num_features},) or ({num_features}, 1) "
-        "is expected",
-    )
+    found, expected = tuple(V_sft.shape), f"({num_features},) or ({num_features}, 1)"
+    fits = found in {(num_features,), (num_features, 1)}
+    require(fits, f"the reference has shape {found}; {expected} is expected")
     require(bool(torch.isfinite(V_sft).all()), "the reference holds NaN or infinity")
     return V_sft.detach().reshape(-1)
 
@@ -58,16 +53,12 @@ def fit_bases(
         estimator: ``utils.LoRe`` or ``utils.LoRe_regularized``.
         points: see ``grid``.
         reference: [F] or [F, 1]; None if there is none.
-        data: comparisons of the users, or this process's share.
-        num_users: users in all.
+        data: comparisons of the users, or this process's share of ``num_users``.
         checkpoint: where to keep the state of the training.
         then: called after the initial values of each point are drawn, to draw those of new users,
             with the number of logits that each needs (0 up to rank 1). Where columns may be dropped
             it is known after training: then one model is trained after the other.
         settings: of the estimator: num_iterations, learning_rate, generator, optimizer, ...
-
-    Raises:
-        InputError: rank 0 without a reference, or a negative rank.
     """
     direction = check_reference(reference, data.num_features)
     models: list[Model | None] = []
@@ -98,8 +89,8 @@ def _train(
     trained, bases = iter(train_together(some, data, checkpoint) if some else []), []
     for point, model in zip(points, models, strict=True):
         if model is None:
-            V, W = reference.float()[:, None].to(data.device), torch.ones(num_users, 1)
-            W, losses = W.to(data.device), torch.empty(0)
+            V, losses = reference.float()[:, None].to(data.device), torch.empty(0)
+            W = torch.ones(num_users, 1, device=data.device)
         else:
             (W, V), losses = next(trained), model.losses
         bases.append(Basis(V, W, reference, settings=dict(point), losses=losses))

@@ -1,7 +1,7 @@
 """What a method is: settings that can be fitted, and what a fit knows of users.
 
-Whatever a method knows of a user is one row of a tensor, the user's *state*, such as weights.
-Controls, sweeps over shots, choices, reports and plots only move such rows.
+What is known of a user is one row of a tensor, the user's *state*: controls, sweeps over shots,
+choices, reports and plots only move such rows.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Task:
 
     Attributes:
         train: training comparisons of the seen users.
-        few: training comparisons of the new users, their shots; None where nobody is new.
+        few: training comparisons of the new users, their shots; None where there are none.
         seen: held-out comparisons of the seen users; no method may look at them.
         unseen: the same of the new users.
         validation: comparisons of the seen users that are neither, for choices; None where the
@@ -39,8 +39,8 @@ class Task:
         checkpoint_every: steps between two kept states.
         progress: show bars.
         shots: numbers of shots that new users will have, for choices made on pseudo-new users.
-        kinds: shares of known, met and new comparisons in the test, see kinds.py; None where
-            nobody counted them. Choices hold out comparisons of the same kinds.
+        kinds: shares of known, met and new comparisons in the test, see kinds.py, or None.
+            Choices hold out comparisons of the same kinds.
     """
 
     train: Comparisons
@@ -121,8 +121,7 @@ class Fitted:
 
     def population(self) -> Any:
         """How users' tastes b [K] vary, where log odds are a + z . b, as a ``posterior.Prior``;
-        None where they are not.
-        With it the next question to a user can be chosen."""
+        None where they are not. With it the next question to a user can be chosen."""
         return None
 
     def questions(self, view: View) -> Tensor:
@@ -170,20 +169,17 @@ class Method(Protocol):
 
 
 def check(name: str, method: Method, task: Task) -> None:
-    """Refuse a method that cannot be fitted to this task, before anything is fitted.
-
-    Raises:
-        InputError: a rank beyond what users and features support, several processes where one is
-            needed, or whatever else the method refuses; the message names its flags.
-    """
+    """InputError, which names the flags, for a method that cannot be fitted to this task: a rank
+    beyond what users and features support, several processes where one is needed, and whatever
+    else the method refuses."""
     one = task.processes == 1 or not getattr(method, "alone", False)
     require(one, f"--methods {name}: one process fits this method, start it without torchrun")
     users, features = task.train.num_users, task.train.num_features
     most = min(users, features)
+    support = f"{users} seen users and {features} features support ranks up to {most}"
     for field in getattr(method, "bounded", ()):
         ranks = getattr(method, field)
         for rank in [ranks] if isinstance(ranks, int) else ranks:
-            support = f"{users} seen users and {features} features support ranks up to {most}"
             require(rank <= most, f"--{name}.{field} {rank}: {support}")
     if hasattr(method, "check"):
         method.check(task)

@@ -1,6 +1,6 @@
 """Shots, simulated users and published data layouts, as the public scripts call them.
 
-Shape letters: U users, P prompts, R responses, M reward models, F features.
+U users, P prompts, R responses, M reward models, F features.
 """
 
 from __future__ import annotations
@@ -32,17 +32,13 @@ def generate_population(
     generator: Seed = None,
     num_models: int = 10,
 ) -> Tensor:
-    """Simulated users' weights over M reward models, Dirichlet(alpha): [N, M].
-
-    ``alpha`` are the concentrations of the M models, or one number for all of ``num_models``.
-    """
+    """Simulated users' weights over M reward models, Dirichlet(alpha): [N, M]; alpha are M
+    concentrations, or one number for all of ``num_models``."""
     concentration = np.asarray(alpha, dtype=np.float64)
     if concentration.ndim == 0:
         concentration = np.full(num_models, float(concentration))
-    require(
-        concentration.ndim == 1 and bool((concentration > 0).all()),
-        f"Dirichlet alpha must be positive, not {alpha}",
-    )
+    fits = concentration.ndim == 1 and bool((concentration > 0).all())
+    require(fits, f"Dirichlet alpha must be positive, not {alpha}")
     seed = torch.randint(2**62, (1,), generator=as_generator(generator)).item()
     draws = np.random.default_rng(seed).dirichlet(concentration, N)
     return torch.from_numpy(draws).float()
@@ -54,12 +50,8 @@ Scores = Tensor | np.ndarray
 
 
 def simulate_choices(rewards: Scores, W: Scores) -> tuple[Tensor, Tensor]:
-    """Best and worst response to every prompt for simulated users, the first of equals: [U, P].
-
-    Args:
-        rewards: scores [P, R, M] of R responses to P prompts by M reward models.
-        W: users' weights [U, M].
-    """
+    """Best and worst response to every prompt for users with weights W [U, M], the first of
+    equals: [U, P]. Rewards are scores [P, R, M] of R responses to P prompts by M reward models."""
     rewards = _numbers(rewards)
     require(rewards.ndim == 3, f"rewards are [prompts, responses, models], not {rewards.ndim}-D")
     require(rewards.shape[2] == W.shape[1], "as many weights as reward models are needed")
@@ -82,12 +74,10 @@ def _numbers(values: Scores) -> Tensor:
 def simulate_user(
     reward_tensor: Scores, features: Tensor | Sequence[Sequence[Tensor]], w: Scores
 ) -> Tensor:
-    """Differences [P, F], best minus worst response of every prompt, of one simulated user.
+    """Differences [P, F], best minus worst response of every prompt, of a user with weights w [M].
 
-    Args:
-        reward_tensor: scores [P, R, M], a tensor or an array, of dtype object too.
-        features: embeddings of the responses [P, R, F], or P lists of R tensors [F].
-        w: the user's weights [M].
+    Scores are [P, R, M], a tensor or an array, of dtype object too; embeddings of the responses
+    [P, R, F], or P lists of R tensors [F].
     """
     return simulate_population(reward_tensor, features, w[None])[0]
 
@@ -104,11 +94,8 @@ def simulate_population(
 
 
 def create_sparse_tensor(dense: Tensor, fraction: float, generator: Seed = None) -> list[Tensor]:
-    """int(fraction P) random comparisons of each user, at least one, from dense [U, P, F].
-
-    Returns:
-        U tensors [int(fraction P), F] in float32.
-    """
+    """int(fraction P) random comparisons of each user, at least one, from dense [U, P, F]: U
+    tensors in float32."""
     require(0 < fraction <= 1, f"the fraction must be in (0, 1], not {fraction}")
     shots = max(1, int(fraction * dense.shape[1]))
     return [x.float() for x in sample_shots(list(dense), shots, generator)]

@@ -1,8 +1,7 @@
 """Training: models side by side on the same comparisons, and states to go on from after a kill.
 
-The models' columns form one tensor, so that one pass over the features serves them all, and each
-follows the trajectory that it follows alone. Model m has ``ranks[m]`` columns. Shape letters:
-U users, N comparisons, F features, C columns of all models, M models.
+The models' columns form one tensor, so that one pass over the features serves all. Model m has
+``ranks[m]`` columns. U users, N comparisons, F features, C columns of all models, M models.
 """
 
 from __future__ import annotations
@@ -48,28 +47,16 @@ def make_optimizer(
     parameters: Iterable[Tensor],
     learning_rate: float,
 ) -> Optimizer:
-    """The optimiser of some tensors: the paper's Adam, or a class made with lr=learning_rate, or a
-    function that brings its own settings, such as ``functools.partial(torch.optim.SGD, lr=1.0)``.
-    """
+    """The paper's Adam, or a class made with lr=learning_rate, or what a function with its own
+    settings makes, such as ``functools.partial(torch.optim.SGD, lr=1.0)``."""
     if isinstance(optimizer, type) or optimizer is None:
         return (optimizer or torch.optim.Adam)(parameters, lr=learning_rate)
     return optimizer(parameters)
 
 
-def is_elementwise(optimizer: OptimizerFactory | None) -> bool:
-    """Whether the optimiser updates each entry by that entry alone."""
-    return isinstance(make_optimizer(optimizer, [torch.zeros(1)], 0.1), ELEMENTWISE)
-
-
 def simplex(logits: Tensor, ranks: Sequence[int]) -> Tensor:
     """Weights [U, C] on the simplex: the softmax of each model's logits [U, C]."""
     return torch.cat([part.softmax(1) for part in logits.split(ranks, 1)], 1)
-
-
-def pull(W: Tensor, target: Tensor, strength: Tensor, ranks: Sequence[int]) -> Tensor:
-    """Each model's sum over users of strength [U, C] times KL(target [C] || W [U, C]): [M]."""
-    divergence = strength * target * (target.clamp_min(1e-30).log() - W.clamp_min(1e-30).log())
-    return torch.stack([part.sum() for part in divergence.split(ranks, 1)])
 
 
 # -------------------------------------------------------------------- Gradients
@@ -83,60 +70,6 @@ def loss_and_slope(loss: Loss, products: Tensor, c: Tensor) -> tuple[Tensor, Ten
     return losses.detach(), slope
 
 
-def products_of(
-    data: Comparisons, V: Tensor, W: Tensor, ranks: Sequence[int], Z: Tensor | None
-) -> Tensor:
-    """x^T V w [N, M] of every comparison for its own user in each model.
-
-    A comparison meets its own user's directions V w, one product each whatever the rank; or, for
-    features that are streamed or on a GPU, what it is multiplied by is its row of Z.
-
-    Args:
-        data: the comparisons.
-        V, W: bases [F, C] and the users' weights [U, C].
-        ranks: columns of each model [M].
-        Z: the comparisons projected, X V [N, C]; None to go by directions.
-    """
-    if Z is not None:
-        each = (Z * W.index_select(0, data.user)).split(ranks, 1)
-        return torch.stack([p.sum(1) for p in each], 1)
-    directions = V.new_empty(len(W), len(ranks), len(V))  # [U, M, F]
-    for m, (v, w) in enumerate(zip(V.split(ranks, 1), W.split(ranks, 1), strict=True)):
-        torch.mm(w, v.T, out=directions[:, m])
-    return data.dots(data.features.x.to(V.dtype), directions)
-
-
-def gradients(
-    data: Comparisons,
-    V: Tensor,
-    W: Tensor,
-    ranks: Sequence[int],
-    Z: Tensor | None,
-    slope: Tensor,
-    of_weights: bool,
-    of_basis: bool,
-) -> tuple[Tensor, Tensor]:
-    """Gradients in W [U, C] and V [F, C], or 0, of slope [N, M] times ``products_of`` the rest.
-
-    With H [U, M, F] each user's sums of slope times x they are H V and H^T W.
-    """
-    dW = dV = torch.zeros((), device=V.device)
-    if Z is not None:
-        columns = zip(slope.split(1, 1), ranks, strict=True)
-        G = torch.cat([s.expand(-1, rank) for s, rank in columns], 1)  # [N, C]: no wait on a GPU
-        if of_weights:
-            dW = data.sum(G * Z)
-        if of_basis:
-            dV = data.backproject(G * W.index_select(0, data.user))
-        return dW, dV
-    H = data.sums(data.features.x.to(V.dtype), slope).unbind(1)
-    if of_weights:
-        dW = torch.cat([h @ v for h, v in zip(H, V.split(ranks, 1), strict=True)], 1)
-    if of_basis:
-        dV = torch.cat([w.T @ h for h, w in zip(H, W.split(ranks, 1), strict=True)]).T
-    return dW, dV
-
-
 def logits_gradient(
     logits: Tensor,
     dW: Tensor,
@@ -144,13 +77,16 @@ def logits_gradient(
     target: Tensor | None = None,
     strength: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradient [U, C] through the softmax, with the pull to a target; and the pull's losses [M]."""
+    """Gradient [U, C] through the softmax of a gradient in the weights, and of the pull, which is
+    strength [U, C] times KL(target [C] || weights) summed over users; and the pull's losses [M]."""
     with torch.enable_grad():
         logits = logits.detach().requires_grad_()
         W = simplex(logits, ranks)
         pulls = W.new_zeros(len(ranks))
         if strength is not None:
-            pulls = pull(W, target, strength, ranks)
+            ratio = target.clamp_min(1e-30).log() - W.clamp_min(1e-30).log()
+            parts = (strength * target * ratio).split(ranks, 1)
+            pulls = torch.stack([part.sum() for part in parts])
         (gradient,) = torch.autograd.grad((W * dW).sum() + pulls.sum(), logits)
     return gradient, pulls.detach()
 
@@ -162,20 +98,16 @@ class Training:
     """Several models' weights and bases side by side while they are trained.
 
     Args:
-        models: of one kind, with the same iterations, learning rate and optimiser.
-        data: the comparisons of all users, or this process's share.
+        models, data: as for ``train_together``.
     """
 
     def __init__(self, models: Sequence[Model], data: Comparisons) -> None:
         self.models, self.data, lead = models, data, models[0]
-        require(
-            data.num_features == lead.num_features,
-            f"features are {data.num_features} wide, the model expects {lead.num_features}",
-        )
+        wide = f"features are {data.num_features} wide, the model expects {lead.num_features}"
+        require(data.num_features == lead.num_features, wide)
         first, users = rows_before(data.num_users, lead.processes)
-        require(
-            users == lead.num_classes, f"{users} users given, the model expects {lead.num_classes}"
-        )
+        wrong = f"{users} users given, the model expects {lead.num_classes}"
+        require(users == lead.num_classes, wrong)
         self.own_rows = slice(first, first + data.num_users)  # of W
         self.ranks = [model.rank for model in models]
         self.V = torch.cat([model.V0 for model in models], 1).to(data.device)
@@ -216,10 +148,9 @@ class Training:
         require(finite, f"by step {step} of training, {DIVERGED}")
 
     def _joint_step(self, step: int) -> Tensor:
-        def of_both() -> Tensor:
-            return self._set_gradients(step, True, True, self._projected())
-
-        return _step(self.optimizers[0], of_both)
+        return _step(
+            self.optimizers[0], lambda: self._set_gradients(step, True, True, self._projected())
+        )
 
     def _alternating_step(self, step: int) -> Tensor:
         """One step on the weights, then one on the basis at the new weights."""
@@ -243,15 +174,52 @@ class Training:
         V = self.V.detach().T.contiguous().T  # products are faster with each column in a row
         losses, dW, dV = W.new_zeros(len(self.models)), torch.zeros_like(W), torch.zeros_like(V)
         for users, rows, part in self.parts:
-            given = part, V, W[users], self.ranks, Z
-            some, slope = loss_and_slope(self.models[0].loss, products_of(*given), self.c[rows])
-            of_part = gradients(*given, slope, of_weights, of_basis)
+            given = part, V, W[users], Z
+            some, slope = loss_and_slope(self.models[0].loss, self._products(*given), self.c[rows])
+            of_part = self._gradients(*given, slope, of_weights, of_basis)
             losses += some
             dW[users] += of_part[0]
             dV += of_part[1]
         if of_weights:
             losses = losses + self._set_weights_gradient(W, dW)
         return self._set_basis_gradient(losses, dV, step) if of_basis else losses
+
+    def _products(self, data: Comparisons, V: Tensor, W: Tensor, Z: Tensor | None) -> Tensor:
+        """x^T V w [N, M] of every comparison for its own user in each model.
+
+        With Z = X V [N, C] these are sums over its rows (features that are streamed or on a GPU);
+        without, a comparison meets its user's directions V w, one product each whatever the rank.
+        """
+        if Z is not None:
+            each = (Z * W.index_select(0, data.user)).split(self.ranks, 1)
+            return torch.stack([p.sum(1) for p in each], 1)
+        directions = V.new_empty(len(W), len(self.ranks), len(V))  # [U, M, F]
+        vs, ws = V.split(self.ranks, 1), W.split(self.ranks, 1)
+        for m, (v, w) in enumerate(zip(vs, ws, strict=True)):
+            torch.mm(w, v.T, out=directions[:, m])
+        return data.dots(data.features.x.to(V.dtype), directions)
+
+    def _gradients(
+        self, data: Comparisons, V: Tensor, W: Tensor, Z: Tensor | None, slope: Tensor,
+        of_weights: bool, of_basis: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Gradients in W [U, C] and V [F, C], or 0, of slope [N, M] times ``_products``: H V and
+        H^T W, with H [U, M, F] each user's sums of slope times x."""
+        dW = dV = torch.zeros((), device=V.device)
+        if Z is not None:
+            columns = zip(slope.split(1, 1), self.ranks, strict=True)
+            G = torch.cat([s.expand(-1, rank) for s, rank in columns], 1)  # [N, C], no GPU waits
+            if of_weights:
+                dW = data.sum(G * Z)
+            if of_basis:
+                dV = data.backproject(G * W.index_select(0, data.user))
+            return dW, dV
+        H = data.sums(data.features.x.to(V.dtype), slope).unbind(1)
+        if of_weights:
+            dW = torch.cat([h @ v for h, v in zip(H, V.split(self.ranks, 1), strict=True)], 1)
+        if of_basis:
+            dV = torch.cat([w.T @ h for h, w in zip(H, W.split(self.ranks, 1), strict=True)]).T
+        return dW, dV
 
     def _set_weights_gradient(self, W: Tensor, dW: Tensor) -> Tensor:
         """Through the softmax, with the pull to the population; returns the pull's losses [M]."""
@@ -260,8 +228,8 @@ class Training:
             sums = torch.cat([W.sum(0), W.new_tensor([len(W)])])
             sums = sum_over_processes(sums, self.models[0].processes)
             mean = sums[:-1] / sums[-1]
-        gradient = logits_gradient(self.logits, dW, self.ranks, mean, self.strength)
-        self.logits.grad, pulls = gradient
+        given = self.logits, dW, self.ranks, mean, self.strength
+        self.logits.grad, pulls = logits_gradient(*given)
         return pulls
 
     def _set_basis_gradient(self, losses: Tensor, dV: Tensor, step: int) -> Tensor:
@@ -292,8 +260,8 @@ def train_together(
 ) -> list[tuple[Tensor, Tensor]]:
     """Fit models of one kind, with the same iterations, learning rate and optimiser, together.
 
-    They share each pass over the features, and each follows the trajectory that it follows alone.
-    An optimiser whose update mixes entries (LBFGS) trains them one after the other.
+    Each follows the trajectory that it follows alone; an optimiser whose update mixes entries
+    (LBFGS) trains them one after the other.
 
     Args:
         models: to fit.
@@ -303,12 +271,11 @@ def train_together(
     Returns:
         (W, V) of every model.
     """
-    if is_elementwise(models[0].optimizer) or len(models) == 1:
+    optimizer = make_optimizer(models[0].optimizer, [torch.zeros(1)], 0.1)
+    if isinstance(optimizer, ELEMENTWISE) or len(models) == 1:
         return Training(models, data).fit(checkpoint)
-    require(
-        models[0].processes == 1,
-        "this optimiser needs all users in one process: use Adam, AdamW or SGD",
-    )
+    alone = "this optimiser needs all users in one process: use Adam, AdamW or SGD"
+    require(models[0].processes == 1, alone)
     return [Training([model], data).fit(None)[0] for model in models]
 
 
@@ -340,9 +307,7 @@ def fit_weights(
     progress: bool = False,
     losses: list[float] | None = None,
 ) -> Tensor:
-    """Weights of users for a fixed basis (eq. 11), all users at once, on projected comparisons.
-
-    Each user's weights minimise the mean of that user's losses; users do not touch each other.
+    """Weights of users for a fixed basis (eq. 11): each minimise the mean of that user's losses.
 
     Args:
         Z: projected comparisons X V [N, K].
@@ -391,10 +356,8 @@ def own_directions(
     optimizer: OptimizerFactory | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """Every user's own reward direction [U, F], from zero, with nothing shared.
-
-    ``data`` is held in memory; ``loss`` is of the products x^T v; see also ``make_optimizer``.
-    """
+    """Every user's own reward direction [U, F], from zero; ``data`` is held in memory, ``loss`` is
+    of the products x^T v."""
     directions = []
     parts = list(data.parts(2, CACHE_BYTES))
     hidden = not progress or None
@@ -424,8 +387,8 @@ def _own_gradient(users: Users, x: Tensor, c: Tensor, V: Tensor, loss: Loss) -> 
 class Checkpoint:
     """The state of a training kept on disk, so that a killed one goes on where it was.
 
-    Each process keeps the last two states: where several train together, they go on from the last
-    step that all of them have. A state can be taken up on another device, or streamed.
+    Each process keeps the last two states: several go on from the last step that all have. A state
+    can be taken up on another device, or streamed.
 
     Args:
         path: the file; ``path.<process>.<step>.pt`` are written.
@@ -451,11 +414,8 @@ class Checkpoint:
             self._file(old).unlink(missing_ok=True)
 
     def restore(self, training: Training) -> int:
-        """Bring the training to the last kept state; returns the step to go on from.
-
-        Raises:
-            InputError: the state is damaged, or of other models, settings or data.
-        """
+        """Bring the training to the last kept state; returns the step to go on from. InputError if
+        the state is damaged, or of other models, settings or data."""
         step = max(self._steps(), default=0)
         if training.models[0].processes > 1:
             last = torch.tensor(step, device=training.V.device)
