@@ -43,24 +43,20 @@ def main(
 ) -> None:
     """Ask a person which of two responses is better, and learn what the person likes.
 
-    Every answer is kept at once; the same command goes on where it was stopped. Asking ends by
-    itself when more answers would hardly raise the expected accuracy: the chance that the better
-    one of two responses is foretold, on average over the pairs of candidates for the same prompt,
-    or over the pool where there are none.
+    Every answer is kept at once; the same command goes on where it was stopped. Asking ends when
+    more answers would hardly raise the expected accuracy: the chance that the better one of two
+    responses is foretold, over pairs of candidates for the same prompt, or over the pool.
 
     Args:
         basis: basis file of a run, LoRe's or the mixed logit's.
-        pool: pairs that may be asked about: rows of "prompt" (a text) or "messages" (the dialogue
-            so far, a list of role and content), with "responses" (a list); or a file of choices
-            in any layout of docs/formats.md, whose preferences are not read.
-        answers: the answers, rows as tools/rank_responses.py reads them; a .jsonl file. Choices
-            that are there already count.
+        pool: what may be asked: rows of "prompt" or "messages", and "responses" (a list), or of
+            choices in any layout of docs/formats.md, whose preferences are not read.
+        answers: a .jsonl file of choices, in which those that are there already count.
         candidates: rank these too: rows of "prompt" or "messages", and "response".
         profile: where weights and ranking go, a .json file; by default beside answers.
         user: whose answers they are; by default the user of the answers file, else "me".
         columns: what the columns of pool and candidates are called, such as --prompt question.
-        criterion: which question comes next: the one whose answer says most about the person
-            ("d_optimal"), or any ("random").
+        criterion: what is asked next: what says most ("d_optimal"), or anything ("random").
         tolerance: stop when 20 more questions would raise the expected accuracy by less than
             this many points; 0 goes on to the end of the pool.
         most: stop after this many answers; 0 for no such limit.
@@ -71,15 +67,13 @@ def main(
     profile = profile or answers.with_suffix(".profile.json")
     require(profile.suffix == ".json", f"--profile {profile}: end its name in .json")
     require(profile.parent.is_dir(), f"--profile {profile}: there is no folder {profile.parent}")
-    is_ours = has_keys("method", "answers", "weights")
-    check_output(profile, "--profile", is_ours, [basis, pool, candidates])
+    inputs = [basis, pool, candidates]
+    check_output(profile, "--profile", has_keys("method", "answers", "weights"), inputs)
     require(page or not port, "--port is the page's: give --page too")
     require(answers.parent.is_dir(), f"--answers {answers}: there is no folder {answers.parent}")
     with lock_folder(answers):
-        book = Answers(answers, user)
-        pairs = read_pool(pool, columns)
+        book, pairs, found = Answers(answers, user), read_pool(pool, columns), load_fit(basis)
         offered = read_candidates(candidates, columns) if candidates else []
-        found = load_fit(basis)
         material = gather(found, pairs, book, offered, **embedding)
         session = Session(found.fit, material, book, criterion, tolerance / 100, most, seed)
         if page:

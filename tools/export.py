@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lore.common.files import UMASK, InputError, first_line, require
+from lore.common.files import UMASK, InputError, first_line, require, write_text
 from lore.embeddings.reward_model import (
     OF_BASIS,
     ModelChoice,
@@ -42,7 +42,6 @@ from lore.experiments.report.verdict import kind_sentence
 from lore.experiments.results import ALWAYS, MEASURES, read_results
 from lore.methods.saved import Learned, load_learned
 
-UNIT = "log odds"
 PLACES = ("model", "tokenizer")  # settings that may be paths of the machine
 EXPORTED = Path(__file__).resolve().parent / "exported"
 HUB = {
@@ -174,7 +173,7 @@ def replace_head(model: Any, rewards: Mapping[str, Tensor], center: Tensor | Non
     model.config.id2label = dict(enumerate(rewards))
     model.config.label2id = {label: i for i, label in enumerate(rewards)}
     model.config.problem_type = "regression"  # pipelines and servers then leave logits as they are
-    model.config.lore = {"unit": UNIT, "offset": offsets}
+    model.config.lore = {"unit": "log odds", "offset": offsets}
     model.num_labels = len(rewards)
 
 
@@ -215,7 +214,7 @@ def _stock(tokenizer: Any) -> Any:
 def _is_plain(tokenizer: Any) -> bool:
     """Whether a text that the template wrote becomes the right tokens without further flags."""
     text = tokenizer.apply_chat_template(FIRST, tokenize=False)
-    return tokenizer(text)["input_ids"] == _stock(tokenizer)["input_ids"][0].tolist()
+    return tokenizer(text)["input_ids"] == render(tokenizer, FIRST)
 
 
 @torch.inference_mode()
@@ -258,15 +257,13 @@ def held_out(basis: Path, average: bool) -> dict[str, Any]:
         if all(found.values()):
             cells = {m: f"{MEASURES[m].text(x.mean)} {interval(m, x)}" for m, x in found.items()}
             rows.append({"name": f"{name} users", **cells})
-    first, seeds = results.repeats[0], len(results.repeats)
-    people, counts = first["users"], first["comparisons"]
+    people, counts = (results.repeats[0][name] for name in ("users", "comparisons"))
     known = f"{counts['train']:,} comparisons of {len(people['seen'])} users"
     new = f", then {counts['few']:,} of {len(people['unseen'])} new ones"
     return {
         "rows": rows, "kinds": kind_sentence(results),
         "learned_from": known + (new if people["unseen"] else ""),
-        "seeds": f", and over {seeds} seeds" if seeds > 1 else "",
-        "of_all": "" if average else "These are of all users, not of those named here alone.",
+        "seeds": len(results.repeats), "average": average,
     }  # fmt: skip
 
 
@@ -275,27 +272,14 @@ def card(
 ) -> str:
     """The model card, from tools/exported/card.md."""
     labels, local = list(model.config.id2label.values()), Path(source.model).is_dir()
-    plain, cost = _is_plain(tokenizer), strip_cost(tokenizer, model)
-    what, use = "Rewards that users mix with weights.", learned.use
-    if labels != list(learned.columns()):
-        more = f" and {len(labels) - 8} others" if len(labels) > 8 else ""
-        what = f"The reward of {', '.join(labels[:8])}{more}."
-        use = "A higher reward is a better response."
-    dataset = learned.settings.get("dataset")
     filled = {
-        "what": what, "use": use, "title": what.rstrip(".").lower(), "labels": labels,
-        "heads": "one direction" if len(labels) == 1 else f"{len(labels)} directions",
+        "labels": labels, "whole": labels == list(learned.columns()), "use": learned.use,
         "model": Path(source.model).resolve().name if local else source.model,
         "base": None if local else source.model, "license": license_of(source),
-        "method": learned.method, "offset": _said(model.config.lore["offset"]),
+        "method": learned.method, "offset": model.config.lore["offset"],
         "settings": {k: v for k, v in learned.settings.items() if k not in PLACES},
-        "dataset": HUB.get(str(dataset)),
-        "plain": "" if plain else ", add_special_tokens=False",
-        "plain_json": "" if plain else ', "add_special_tokens": false',
-        "strip": "The template ends in nothing that a strip takes away." if cost is None else
-        "The template ends in white space, whose last token is the one that is scored: a program "
-        f"that strips texts changes the order of {cost:.0%} of pairs of made responses. reward.py "
-        "mends the end; OpenRLHF's serve_rm strips it.",
+        "dataset": HUB.get(str(learned.settings.get("dataset"))),
+        "plain": _is_plain(tokenizer), "cost": strip_cost(tokenizer, model),
     }  # fmt: skip
     options = {"trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.ChainableUndefined}
     text = (EXPORTED / "card.md").read_text(encoding="utf-8")
@@ -306,26 +290,12 @@ def license_of(source: Source) -> str:
     """The model's licence as its card names it, else other."""
     from huggingface_hub import ModelCard
 
-    readme = Path(source.model) / "README.md"
-    if Path(source.model).is_dir() and not readme.exists():
-        return "other"
+    folder = Path(source.model)
     try:
-        return ModelCard.load(readme if readme.exists() else source.model).data.license or "other"
+        card = ModelCard.load(folder / "README.md" if folder.is_dir() else source.model)
+        return card.data.license or "other"
     except Exception:  # whatever the hub's client raises, a card without a licence can be written
         return "other"
-
-
-def _said(offsets: list[float] | None) -> str:
-    """What is to be subtracted from the logits, in words."""
-    if offsets is None:
-        return "They share an offset that is not known, which differences do not have."
-    if not any(offsets):
-        return "Their mean over the conversations that they were learned on is zero."
-    levels = ", ".join(f"{x:.2f}" for x in offsets[:8]) + (" .." if len(offsets) > 8 else "")
-    return (
-        f"Their mean over the conversations that they were learned on is {levels} (`lore.offset` "
-        "in config.json has all digits): subtract it where the level matters, as reward.py does."
-    )
 
 
 def save_model(folder: Path, model: Any, _: Source) -> None:
@@ -353,8 +323,8 @@ def save_adapter(folder: Path, model: Any, source: Source) -> None:
         "inference_mode": True,
     }  # fmt: skip
     about = {"labels": list(model.config.id2label.values()), **model.config.lore}
-    for file, content in (("adapter_config.json", config), ("lore.json", about)):
-        (folder / file).write_text(json.dumps(content, indent=2), encoding="utf-8")
+    write_text(folder / "adapter_config.json", json.dumps(config, indent=2))
+    write_text(folder / "lore.json", json.dumps(about, indent=2))
 
 
 def write_checkpoint(out: Path, save: Callable[[Path], Any], tokenizer: Any, text: str) -> None:
@@ -367,7 +337,7 @@ def write_checkpoint(out: Path, save: Callable[[Path], Any], tokenizer: Any, tex
     try:
         save(draft)
         tokenizer.save_pretrained(draft)
-        (draft / "README.md").write_text(text, encoding="utf-8")
+        write_text(draft / "README.md", text)
         for file in draft.iterdir():
             file.chmod(0o666 & ~UMASK)  # safetensors keeps its files from all but their owner
         os.rename(draft, out)

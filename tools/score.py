@@ -63,7 +63,10 @@ def main(
     users = asked_users(learned, user, average)
     require(texts is not None, "--texts is missing: name the file of what is to be scored")
     if out:
-        check_out(out, [basis, texts])
+        require(out.suffix in (".csv", ".jsonl"), f"--out {out}: end its name in .csv or .jsonl")
+        check_place(out, "--out")
+        head = "user,line,prompt,place" if out.suffix == ".csv" else '{"user":'
+        check_output(out, "--out", begins(head), [basis, texts])
     drafts = read_candidates(texts, columns)
     table = scored(load_scorer(basis, lm=lm, **loading), drafts, users, progress)
     if out is None:
@@ -83,27 +86,15 @@ def asked_users(learned: Learned, names: Sequence[str], average: bool) -> dict[s
     return {**{name: name for name in names}, **({AVERAGE: None} if average else {})}
 
 
-def check_out(out: Path, inputs: Sequence[Path]) -> None:
-    """Notice before the work that --out cannot be written, or is somebody's file."""
-    require(out.suffix in (".csv", ".jsonl"), f"--out {out}: end its name in .csv or .jsonl")
-    check_place(out, "--out")
-    head = "user,line,prompt,place" if out.suffix == ".csv" else '{"user":'
-    check_output(out, "--out", begins(head), inputs)
-
-
 def scored(
     scorer: Scorer,
     drafts: Sequence[Conversation],
     users: dict[str, str | None],
     progress: bool = False,
 ) -> pd.DataFrame:
-    """Rewards of every user by line, with deviations and places within a prompt.
+    """Every user's ranking of conversations that end in a response, see ``user.ranking``.
 
-    Args:
-        scorer: the file with its model.
-        drafts: conversations that end in a response.
-        users: name in the file by name in the table; None for the average user.
-        progress: show a progress bar.
+    Users are names in the file, None for the average user, by names in the table.
     """
     rows, tables = scorer.embed(drafts, progress), []
     for name, user in users.items():

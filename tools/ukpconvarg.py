@@ -28,6 +28,7 @@ from lore.preparing.tables import Funnel, draw
 HERE = Path(__file__).resolve().parent
 ANSWERS = {"a1": 0, "a2": 1, "equal": None}
 SPLITS = {"train": "train", "validation": "valid"}
+OF_A_PAIR = ("id", "debateMetaData/title", "arg1/stance", "arg1/text", "arg2/text")
 
 
 class Judgment(NamedTuple):
@@ -38,7 +39,7 @@ class Judgment(NamedTuple):
     worker: str
     title: str
     stance: str
-    texts: tuple[str, str]
+    texts: list[str]  # two
     choice: int | None
 
     @property
@@ -88,11 +89,7 @@ def main(
 
 
 def read(file: Path) -> list[Judgment]:
-    """The judgments in a file.
-
-    Raises:
-        InputError: damaged XML, or a pair that lacks something.
-    """
+    """The judgments in a file; InputError for damaged XML, or a pair that lacks something."""
     try:
         root = ElementTree.parse(file).getroot()
     except ElementTree.ParseError as error:
@@ -100,14 +97,12 @@ def read(file: Path) -> list[Judgment]:
     judgments = []
     for number, pair in enumerate(root.iter("annotatedArgumentPair"), start=1):
         place = f"{file} pair {number}"
-        shared = {"topic": file.stem, "pair": content(pair, "id", place)}
-        shared["title"] = content(pair, "debateMetaData/title", place)
-        shared["stance"] = content(pair, "arg1/stance", place)
-        texts = tuple(content(pair, f"{argument}/text", place) for argument in ("arg1", "arg2"))
+        name, title, stance, *texts = (content(pair, path, place) for path in OF_A_PAIR)
         for answer in pair.iterfind("mTurkAssignments/mTurkAssignment"):
-            worker, value = (content(answer, name, place) for name in ("turkID", "value"))
+            worker, value = (content(answer, path, place) for path in ("turkID", "value"))
             require(value in ANSWERS, f"{place}: value must be a1, a2 or equal, not {value!r:.40}")
-            judgments.append(Judgment(**shared, worker=worker, texts=texts, choice=ANSWERS[value]))
+            found = (file.stem, name, worker, title, stance, texts, ANSWERS[value])
+            judgments.append(Judgment(*found))
     return judgments
 
 
@@ -126,18 +121,16 @@ def keep(
     sizes = Counter(judgment.worker for judgment in decided)
     some = judgments if ties else decided
     kept = [judgment for judgment in some if sizes[judgment.worker] >= min_judgments]
-    workers = f"workers with at least {min_judgments} decided judgments"
-    for what, counted in {
-        "topics and positions": {judgment.topic for judgment in judgments},
-        "judgments": judgments,
-        "workers": {judgment.worker for judgment in judgments},
-        "decided judgments": decided,
-        workers: {judgment.worker for judgment in kept},
-        "judgments of these workers": kept,
-        "argument pairs": {judgment.pair for judgment in kept},
-        "arguments": {name for judgment in kept for name in judgment.pair.split("_")},
-    }.items():
-        funnel.count(what, len(counted))
+    funnel.count("topics and positions", len({judgment.topic for judgment in judgments}))
+    funnel.count("judgments", len(judgments))
+    funnel.count("workers", len({judgment.worker for judgment in judgments}))
+    funnel.count("decided judgments", len(decided))
+    busy = {judgment.worker for judgment in kept}
+    funnel.count(f"workers with at least {min_judgments} decided judgments", len(busy))
+    funnel.count("judgments of these workers", len(kept))
+    pairs = {judgment.pair for judgment in kept}
+    funnel.count("argument pairs", len(pairs))
+    funnel.count("arguments", len({name for pair in pairs for name in pair.split("_")}))
     require(bool(kept), f"no worker has {min_judgments} decided judgments; lower --min-judgments")
     return kept
 

@@ -205,7 +205,6 @@ class Answers:
 
     def __init__(self, path: Path, user: str = "") -> None:
         require(path.suffix == ".jsonl", f"--answers {path}: end its name in .jsonl")
-        require(path.parent.is_dir(), f"--answers {path}: there is no folder {path.parent}")
         self.path, self.skipped, self.user = path, path.with_suffix(".skipped.jsonl"), user
         self._load()
 
