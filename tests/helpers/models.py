@@ -69,10 +69,10 @@ def headless(folder: Path) -> Path:
     return tiny_llama(folder, form="ForCausalLM")
 
 
-def smollm2(folder: Path) -> Path:
+def smollm2(folder: Path, layers: int | None = None) -> Path:
     """The real SmolLM2-135M-Instruct without a score head, or a skip where it is missing."""
     try:
-        return reward_model(folder)
+        return reward_model(folder, layers=layers)
     except InputError as error:
         pytest.skip(str(error))
 
