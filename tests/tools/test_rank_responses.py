@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -27,34 +28,43 @@ from utils import PersonalizeBatch
 
 ROOT = Path(__file__).resolve().parents[2]
 
-@pytest.fixture
-def task(tmp_path):
-    """Choices of a user who likes what the basis' second column likes, and candidates."""
-    model = models.tiny_llama(tmp_path / "model")
-    path = make_basis(tmp_path, model)
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], list[float], Path]:
+    """Choices of a user who likes what the basis' second column likes, candidates, the model."""
+    folder = tmp_path_factory.mktemp("world")
+    model = models.tiny_llama(folder / "model")
+    path = make_basis(folder, model)
     rng = np.random.default_rng(0)
     words = [f"w{i}" for i in range(40)]
     texts = [" ".join(rng.choice(words, 4)) for _ in range(80)]
     ask = {"role": "user", "content": "Which?"}
     chats = [[ask, {"role": "assistant", "content": t}] for t in texts]
-    liking = (embed(model, tmp_path / "rows", chats) @ load_basis(path).V)[:, 1].tolist()
-    choices, rows = [], sorted(zip(liking, texts, strict=True))
-    for (_, rejected), (_, chosen) in zip(rows[:30], rows[-30:], strict=True):
-        choices.append({"prompt": "Which?", "chosen": chosen, "rejected": rejected})
+    liking = (embed(model, folder / "rows", chats) @ load_basis(path).V)[:, 1].tolist()
+    rows = sorted(zip(liking, texts, strict=True))
+    choices = [
+        {"prompt": "Which?", "chosen": chosen, "rejected": rejected}
+        for (_, rejected), (_, chosen) in zip(rows[:30], rows[-30:], strict=True)
+    ]
     choices[3]["messages"] = [{"role": "user", "content": choices[3].pop("prompt")}]
     candidates = [{"prompt": "Which?", "response": text} for _, text in rows[30:50]]
     files = {
         "basis": path,
-        "choices": write_lines(tmp_path / "choices.jsonl", choices),
-        "candidates": write_lines(tmp_path / "candidates.jsonl", candidates),
+        "choices": write_lines(folder / "choices.jsonl", choices),
+        "candidates": write_lines(folder / "candidates.jsonl", candidates),
     }
-    return files, [row[0] for row in rows[30:50]]
+    return files, [row[0] for row in rows[30:50]], model
 
 
-def test_weights_find_the_column_and_candidates_come_in_its_order(task, tmp_path, capsys):
-    files, liking = task
-    rank_responses.main(**files, save=tmp_path / "found.json", progress=False)
-    found = json.loads((tmp_path / "found.json").read_text())
+def ranked(folder: Path, files: dict[str, Path], **changes: Any) -> dict[str, Any]:
+    """What the command saves."""
+    rank_responses.main(**files | changes, save=folder / "found.json", progress=False)
+    return json.loads((folder / "found.json").read_text())
+
+
+def test_weights_find_the_column_and_candidates_come_in_its_order(world, tmp_path, capsys):
+    files, liking, _ = world
+    found = ranked(tmp_path, files)
     assert len(found["weights"]) == 3 and found["weights"][1] > 0.8
     rewards = pd.DataFrame(found["ranking"]).set_index("line")["reward"]
     assert np.corrcoef(rewards.sort_index(), liking)[0, 1] > 0.9
@@ -67,6 +77,75 @@ def test_weights_find_the_column_and_candidates_come_in_its_order(task, tmp_path
     assert best["p_over_next"] == pytest.approx(chance, rel=1e-4)
     assert found["ranking"][-1]["p_over_next"] is None
     assert f"{best['reward']:.3f}" in printed and f"{chance:.3f}" in printed
+    learned = load_basis(files["basis"])
+    learned.W, learned.users = torch.tensor([found["weights"]]), ["me"]
+    save_basis(tmp_path / "me.safetensors", learned)
+    export.main(tmp_path / "me.safetensors", tmp_path / "out", users=("me",))
+    chat = [{"role": "user", "content": best["prompt"]}]
+    chat.append({"role": "assistant", "content": best["response"]})
+    reward = stock_rewards(tmp_path / "out", False, [chat]).item()  # of the exported user
+    assert reward == pytest.approx(best["reward"], rel=1e-4, abs=1e-6)
+
+
+def test_a_mixed_logit_ranks_with_standard_deviations(world, tmp_path, capsys):
+    files, _, model = world
+    found = ranked(tmp_path, files, basis=make_mixed(tmp_path, model))
+    printed = capsys.readouterr().out
+    assert len(found["tastes"]) == len(found["standard_deviations"]) == 2
+    assert min(found["standard_deviations"]) > 0 and max(found["standard_deviations"]) < 1
+    assert "tastes: " in printed and "leave-one-out: " in printed and " sd " in printed
+    for best, second in itertools.pairwise(found["ranking"]):
+        plain = 1 / (1 + math.exp(second["reward"] - best["reward"]))
+        assert best["p_over_next"] == pytest.approx(plain, abs=1e-5)  # the mode is plugged in
+    assert all(row["deviation"] > 0 for row in found["ranking"])
+
+
+def test_ranking_is_within_a_prompt_and_a_rank_one_basis_has_no_weights_to_learn(world, tmp_path):
+    files, _, model = world
+    rows = [{"prompt": p, "response": r} for r in ("a b", "c", "d e f") for p in ("One?", "Two?")]
+    given = {"basis": make_basis(tmp_path, model, rank=1),
+             "candidates": write_lines(tmp_path / "two.jsonl", rows)}  # fmt: skip
+    rank_responses.main(**files | given, save=tmp_path / "found.csv", progress=False)
+    table = pd.read_csv(tmp_path / "found.csv")
+    assert table["prompt"].tolist() == ["One?"] * 3 + ["Two?"] * 3
+    assert table["place"].tolist() == [1, 2, 3] * 2
+    for _, part in table.groupby("prompt"):
+        assert part["reward"].is_monotonic_decreasing
+
+
+def test_responses_are_ranked_by_the_states_that_the_basis_reads(world, tmp_path):
+    model = world[2]
+    path = make_basis(tmp_path, model, pool="layer:2")
+    choice = {"prompt": "Hi", "chosen": "yes", "rejected": "no"}
+    rows = [{"prompt": "Hi", "response": text} for text in ("maybe", "yes, of course")]
+    files = {"basis": path, "choices": write_lines(tmp_path / "choices.jsonl", [choice] * 2),
+             "candidates": write_lines(tmp_path / "candidates.jsonl", rows)}  # fmt: skip
+    found = ranked(tmp_path, files)
+    chats = [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": row["response"]}]
+             for row in rows]  # fmt: skip
+    store = embeddings.embed(chats, tmp_path / "rows", model=str(model), pool="layer:2")
+    weights = torch.tensor(found["weights"])
+    expected = store.rows(torch.arange(2)) @ load_basis(path).V @ weights / 100  # log odds
+    rewards = pd.DataFrame(found["ranking"]).sort_values("line")["reward"]
+    assert rewards.to_numpy() == pytest.approx(expected.numpy(), rel=1e-3)
+
+
+def test_files_are_taken_by_their_names_and_the_model_is_found_from_anywhere(world, tmp_path):
+    """The command in its own folder; the model's name is from the basis file's folder."""
+    files, _, model = world
+    (tmp_path / "model").symlink_to(model)
+    given = {"basis": make_basis(tmp_path, Path("model")), "save": tmp_path / "found.csv"}
+    for name in ("choices", "candidates"):
+        given[name] = tmp_path / f"{name}[1]*.jsonl"
+        given[name].write_text(files[name].read_text())
+        (tmp_path / f"{name}1x.jsonl").write_text("not this one")
+    flags = {"method": "single", "dtype": "float32"}
+    done = running.invoke("tools/rank_responses.py", {**given, **flags})
+    assert done.status == 0 and done.out.startswith("weights: "), done.err
+    assert len(pd.read_csv(tmp_path / "found.csv")) == 20
+
+
+# --------------------------------------------------------------------- Leave one out
 
 
 @pytest.mark.slow
@@ -97,19 +176,8 @@ def test_what_is_left_out_is_a_whole_row_with_all_its_pairs(tmp_path, make):
         assert left_out[row == i].tolist() == pytest.approx(
             [others.rewards(noise[i : i + 1]).item()] * 3, rel=0.1, abs=0.05
         )
-
-
-@pytest.mark.slow
-def test_pairs_of_one_row_do_not_foretell_each_other(task, tmp_path, capsys):
-    files, _ = task
-    rows = [{"prompt": f"{i}?", "chosen": ["a b", "a c"], "rejected": ["d", "e f"]}
-            for i in range(3)]  # fmt: skip
-    files["choices"] = write_lines(tmp_path / "several.jsonl", rows[:1])
-    rank_responses.main(**files, progress=False)
-    assert "needs two rows" in capsys.readouterr().out  # four pairs, but nothing else to learn from
-    files["choices"] = write_lines(tmp_path / "several.jsonl", rows)
-    rank_responses.main(**files, progress=False)
-    assert "of 12 choices predicted from the other rows" in capsys.readouterr().out
+    one_row = leave_one_out(fit, Z[:3], row[:3])  # nothing else to learn from
+    assert "needs two rows" in agreement(one_row)
 
 
 def test_labels_by_chance_agree_when_fitted_and_not_when_left_out():
@@ -118,26 +186,6 @@ def test_labels_by_chance_agree_when_fitted_and_not_when_left_out():
     Z = 1000 * torch.randn(20, K, generator=rng)
     assert (User.of(fit, Z).rewards(Z) > 0).sum() >= 16
     assert (leave_one_out(fit, Z, torch.arange(20)) > 0).sum() <= 14
-
-
-@pytest.mark.parametrize("make", [make_basis, make_mixed])
-def test_a_single_choice_cannot_be_left_out(tmp_path, make):
-    left_out = leave_one_out(load_fit(make(tmp_path, None)).fit, torch.ones(1, 3), torch.zeros(1))
-    assert "needs two rows" in agreement(left_out)
-
-
-def test_a_mixed_logit_ranks_with_standard_deviations(task, tmp_path, capsys):
-    files, _ = task
-    files["basis"] = make_mixed(tmp_path, tmp_path / "model")
-    rank_responses.main(**files, save=tmp_path / "found.json", progress=False)
-    found, printed = json.loads((tmp_path / "found.json").read_text()), capsys.readouterr().out
-    assert len(found["tastes"]) == len(found["standard_deviations"]) == 2
-    assert min(found["standard_deviations"]) > 0 and max(found["standard_deviations"]) < 1
-    assert "tastes: " in printed and "leave-one-out: " in printed and " sd " in printed
-    for best, second in itertools.pairwise(found["ranking"]):
-        plain = 1 / (1 + math.exp(second["reward"] - best["reward"]))
-        assert best["p_over_next"] == pytest.approx(plain, abs=1e-5)  # the mode is plugged in
-    assert all(row["deviation"] > 0 for row in found["ranking"])
 
 
 def test_a_mixed_logit_knows_less_with_fewer_choices(tmp_path):
@@ -153,33 +201,7 @@ def test_a_mixed_logit_knows_less_with_fewer_choices(tmp_path):
     assert torch.allclose(sure.rewards(Z), Z[:, 0].double(), atol=1e-2)
 
 
-def test_rewards_are_those_of_the_exported_user(task, tmp_path):
-    files, _ = task
-    rank_responses.main(**files, save=tmp_path / "found.json", progress=False)
-    found = json.loads((tmp_path / "found.json").read_text())
-    learned = load_basis(files["basis"])
-    learned.W, learned.users = torch.tensor([found["weights"]]), ["me"]
-    save_basis(tmp_path / "me.safetensors", learned)
-    export.main(tmp_path / "me.safetensors", tmp_path / "out", users=("me",))
-    row = found["ranking"][0]
-    chat = [{"role": "user", "content": row["prompt"]}]
-    chat.append({"role": "assistant", "content": row["response"]})
-    reward = stock_rewards(tmp_path / "out", False, [chat]).item()
-    assert reward == pytest.approx(row["reward"], rel=1e-4, abs=1e-6)
-
-
-def test_ranking_is_within_a_prompt_and_a_rank_one_basis_has_no_weights_to_learn(task, tmp_path):
-    files, _ = task
-    files["basis"] = make_basis(tmp_path, tmp_path / "model", rank=1)
-    rows = [{"prompt": p, "response": r} for r in ("a b", "c", "d e f") for p in ("One?", "Two?")]
-    files["candidates"] = write_lines(tmp_path / "two.jsonl", rows)
-    rank_responses.main(**files, save=tmp_path / "found.csv", progress=False)
-    table = pd.read_csv(tmp_path / "found.csv")
-    assert table["prompt"].tolist() == ["One?"] * 3 + ["Two?"] * 3
-    assert table["place"].tolist() == [1, 2, 3] * 2
-    for _, part in table.groupby("prompt"):
-        assert part["reward"].is_monotonic_decreasing
-
+# ----------------------------------------------------------------------------- Files
 
 GOOD = {"prompt": "Which?", "chosen": "a", "rejected": "b"}
 
@@ -207,11 +229,12 @@ def test_a_bad_line_is_named_before_a_model_is_loaded(tmp_path, lines, message):
         rank_responses.main(basis, choices, choices)
 
 
-def test_a_choice_may_name_several_responses_and_columns_may_have_other_names(tmp_path):
+def test_a_row_may_name_several_responses_and_columns_may_have_other_names(
+    world, tmp_path, capsys
+):
     row = {"ask": "Which?", "chosen": ["a", "b"], "rejected": ["c", "d"]}
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
-    columns = Columns(prompt="ask")
-    found = read_user_choices(tmp_path / "rows.jsonl", columns)
+    file, columns = write_lines(tmp_path / "rows.jsonl", [row]), Columns(prompt="ask")
+    found = read_user_choices(file, columns)
     answers = [[talk[-1]["content"] for talk in side] for side in found[:2]]
     assert answers == [["a", "a", "b", "b"], ["c", "d", "c", "d"]]
     assert found.row.tolist() == [0] * 4
@@ -219,6 +242,10 @@ def test_a_choice_may_name_several_responses_and_columns_may_have_other_names(tm
     (tmp_path / "drafts.csv").write_text('ask,response\nWhich?,"[""e"", ""f""]"\n')
     drafts = read_candidates(tmp_path / "drafts.csv", columns)
     assert [talk[-1]["content"] for talk in drafts] == ["e", "f"]
+    write_lines(file, [row | {"ask": f"{i}?"} for i in range(3)])
+    given = {"choices": file, "candidates": tmp_path / "drafts.csv", "columns": columns}
+    rank_responses.main(**world[0] | given, progress=False)
+    assert "of 12 choices predicted from the other rows" in capsys.readouterr().out
 
 
 def test_candidates_may_be_whole_conversations(tmp_path):
@@ -231,53 +258,18 @@ def test_candidates_may_be_whole_conversations(tmp_path):
         read_candidates(file)
 
 
-def test_wrong_files_are_refused(task, tmp_path):
-    files, _ = task
-    with pytest.raises(InputError, match="absent.jsonl cannot be read: .*No such file"):
-        rank_responses.main(**files | {"candidates": tmp_path / "absent.jsonl"})
-    with pytest.raises(InputError, match=r"\.csv or \.json"):
-        rank_responses.main(**files, save=tmp_path / "found.txt")
-    with pytest.raises(InputError, match="there is no folder .*missing"):
-        rank_responses.main(**files, save=tmp_path / "missing" / "found.csv")
-    basis = make_basis(tmp_path, tmp_path / "model", features=31)
-    with pytest.raises(InputError, match="32 features, the basis 31"):
-        rank_responses.main(**files | {"basis": basis}, progress=False)
-
-
-def test_file_names_are_taken_as_they_are_and_the_model_is_found_from_anywhere(
-    task, tmp_path, monkeypatch
-):
-    files, _ = task
-    for name in ("choices", "candidates"):
-        odd = tmp_path / f"{name}[1]*.jsonl"
-        files[name] = files[name].rename(odd)
-        (tmp_path / f"{name}1x.jsonl").write_text("not this one")
-    files["basis"] = make_basis(tmp_path, Path("model"))  # from the basis file's folder
-    monkeypatch.chdir(ROOT)
-    rank_responses.main(**files, save=tmp_path / "found.csv", progress=False)
-    assert len(pd.read_csv(tmp_path / "found.csv")) == 20
-
-
-def test_ranking_from_the_command_line_takes_the_embedding_flags(task):
-    files, _ = task
-    flags = {**files, "method": "single", "dtype": "float32"}
-    done = running.invoke("tools/rank_responses.py", flags)
-    assert done.status == 0 and done.out.startswith("weights: "), done.err
-
-
-def test_responses_are_ranked_by_the_states_that_the_basis_reads(tmp_path):
-    model = models.tiny_llama(tmp_path / "model")
-    path = make_basis(tmp_path, model, pool="layer:2")
-    choice = {"prompt": "Hi", "chosen": "yes", "rejected": "no"}
-    rows = [{"prompt": "Hi", "response": text} for text in ("maybe", "yes, of course")]
-    files = {"basis": path, "choices": write_lines(tmp_path / "choices.jsonl", [choice] * 2),
-             "candidates": write_lines(tmp_path / "candidates.jsonl", rows)}  # fmt: skip
-    rank_responses.main(**files, save=tmp_path / "found.json", progress=False)
-    found = json.loads((tmp_path / "found.json").read_text())
-    chats = [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": row["response"]}]
-             for row in rows]  # fmt: skip
-    store = embeddings.embed(chats, tmp_path / "rows", model=str(model), pool="layer:2")
-    weights = torch.tensor(found["weights"])
-    expected = store.rows(torch.arange(2)) @ load_basis(path).V @ weights / 100  # log odds
-    ranked = pd.DataFrame(found["ranking"]).sort_values("line")["reward"]
-    assert ranked.to_numpy() == pytest.approx(expected.numpy(), rel=1e-3)
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"candidates": Path("absent.jsonl")}, "absent.jsonl cannot be read: .*No such file"),
+        ({"save": Path("found.txt")}, r"\.csv or \.json"),
+        ({"save": Path("missing/found.csv")}, "there is no folder .*missing"),
+        ({"features": 31}, "32 features, the basis 31"),
+    ],
+)
+def test_wrong_files_are_refused(world, tmp_path, given, message):
+    files, _, model = world
+    if "features" in given:
+        given = {"basis": make_basis(tmp_path, model, **given)}
+    with pytest.raises(InputError, match=message):
+        rank_responses.main(**files | given, progress=False)
