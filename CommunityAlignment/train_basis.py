@@ -18,11 +18,7 @@ HERE = Path(__file__).resolve().parent
 LORE = Lore(ranks=(0, 1, 2, 5, 10, 20))
 
 
-def main(
-    data: Path = HERE / "data",
-    lore: Lore = LORE,
-    **settings: Any,
-) -> None:
+def main(data: Path = HERE / "data", lore: Lore = LORE, **settings: Any) -> None:
     """Learn from the seen annotators' dialogues and judge every method beside its controls.
 
     Args:

@@ -20,10 +20,7 @@ SWEEP = Sweep((1, 2, 5, 10), trials=20)
 
 
 def main(
-    data: Path = HERE / "data",
-    sweep: Sweep = SWEEP,
-    lore: Lore = LORE,
-    **settings: Any,
+    data: Path = HERE / "data", sweep: Sweep = SWEEP, lore: Lore = LORE, **settings: Any
 ) -> None:
     """Learn from seen annotators, then judge every method on unseen ones with more dialogues.
 

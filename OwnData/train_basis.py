@@ -19,11 +19,9 @@ LORE = Lore(ranks=(2, 5))
 
 
 def main(
-    data: Path = HERE / "data",
-    methods: tuple[MethodName, ...] = ("lore", "mixed_logit"),
-    lore: Lore = LORE,
-    **settings: Any,
-) -> None:
+    data: Path = HERE / "data", methods: tuple[MethodName, ...] = ("lore", "mixed_logit"),
+    lore: Lore = LORE, **settings: Any,
+) -> None:  # fmt: skip
     """Learn from the seen users' choices and judge every method beside its controls.
 
     Args:

@@ -20,12 +20,9 @@ SWEEP = Sweep((0, 1, 2, 5, 10, 20), trials=5)
 
 
 def main(
-    data: Path = HERE / "data",
-    sweep: Sweep = SWEEP,
-    methods: tuple[MethodName, ...] = ("lore", "mixed_logit"),
-    lore: Lore = LORE,
-    **settings: Any,
-) -> None:
+    data: Path = HERE / "data", sweep: Sweep = SWEEP,
+    methods: tuple[MethodName, ...] = ("lore", "mixed_logit"), lore: Lore = LORE, **settings: Any,
+) -> None:  # fmt: skip
     """Learn from the seen users, then judge every method on unseen ones with ever more shots.
 
     Args:

@@ -19,11 +19,7 @@ HERE = Path(__file__).resolve().parent
 LORE = Lore(ranks=(0, 1, 5, 10, 15, 20, 25, 50), alpha=(1e4,), estimator="lore_regularized")
 
 
-def main(
-    data: Path = HERE / "data",
-    lore: Lore = LORE,
-    **settings: Any,
-) -> None:
+def main(data: Path = HERE / "data", lore: Lore = LORE, **settings: Any) -> None:
     """Learn from the seen people's dialogues and judge every method beside its controls.
 
     Args:

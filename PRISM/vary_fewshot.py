@@ -21,10 +21,7 @@ SWEEP = Sweep((1, 2, 3), trials=20)
 
 
 def main(
-    data: Path = HERE / "data",
-    sweep: Sweep = SWEEP,
-    lore: Lore = LORE,
-    **settings: Any,
+    data: Path = HERE / "data", sweep: Sweep = SWEEP, lore: Lore = LORE, **settings: Any
 ) -> None:
     """Learn from the seen people, then judge every method on unseen ones with ever more dialogues.
 

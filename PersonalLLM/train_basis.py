@@ -20,15 +20,10 @@ LORE = Lore(ranks=(0, 1, 2, 3, 4, 5))
 
 
 def main(
-    data: Path = HERE / "data",
-    dirichlet_alpha: Concentration = 0.001,
-    users: PositiveInt = 1000,
-    unseen_users: PositiveInt = 1000,
-    pairs_per_user: PositiveInt = 45,
-    few_shot_pairs: PositiveInt = 9,
-    lore: Lore = LORE,
-    **settings: Any,
-) -> None:
+    data: Path = HERE / "data", dirichlet_alpha: Concentration = 0.001,
+    users: PositiveInt = 1000, unseen_users: PositiveInt = 1000, pairs_per_user: PositiveInt = 45,
+    few_shot_pairs: PositiveInt = 9, lore: Lore = LORE, **settings: Any,
+) -> None:  # fmt: skip
     """Simulate users, learn from their choices and judge every method beside its controls.
 
     Args:

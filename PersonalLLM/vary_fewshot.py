@@ -21,16 +21,10 @@ SWEEP = Sweep((1, 3, 5, 7, 9, 15, 30, 45), trials=5)
 
 
 def main(
-    data: Path = HERE / "data",
-    dirichlet_alpha: Concentration = 0.001,
-    users: PositiveInt = 1000,
-    unseen_users: PositiveInt = 1000,
-    pairs_per_user: PositiveInt = 45,
-    sweep: Sweep = SWEEP,
-    pool: PositiveInt | None = None,
-    lore: Lore = LORE,
-    **settings: Any,
-) -> None:
+    data: Path = HERE / "data", dirichlet_alpha: Concentration = 0.001,
+    users: PositiveInt = 1000, unseen_users: PositiveInt = 1000, pairs_per_user: PositiveInt = 45,
+    sweep: Sweep = SWEEP, pool: PositiveInt | None = None, lore: Lore = LORE, **settings: Any,
+) -> None:  # fmt: skip
     """Learn from simulated users, then judge every method on new ones with ever more comparisons.
 
     Args:

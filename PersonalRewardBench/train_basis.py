@@ -22,11 +22,9 @@ LORE = Lore(ranks=(0, 1, 2, 5, 10), select_rank=True)
 
 
 def main(
-    data: Path = HERE / "data",
-    methods: tuple[MethodName, ...] = ("ridge_bt", "lore", "mixed_logit"),
-    lore: Lore = LORE,
-    **settings: Any,
-) -> None:
+    data: Path = HERE / "data", lore: Lore = LORE,
+    methods: tuple[MethodName, ...] = ("ridge_bt", "lore", "mixed_logit"), **settings: Any,
+) -> None:  # fmt: skip
     """Learn from every user's training comparisons and judge every method beside its controls.
 
     Args:

@@ -20,26 +20,21 @@ LORE = Lore(ranks=(0, 1, 2, 3, 4, 5, 6))
 
 
 def main(
-    data: Path = HERE / "data",
-    pairs_per_user: PositiveInt = 150,
-    few_shot_pairs: PositiveInt = 50,
-    seen_fraction: Fraction = 0.5,
-    lore: Lore = LORE,
+    data: Path = HERE / "data", pairs_per_user: PositiveInt = 150,
+    few_shot_pairs: PositiveInt = 50, seen_fraction: Fraction = 0.5, lore: Lore = LORE,
     **settings: Any,
-) -> None:
+) -> None:  # fmt: skip
     """Draw seen and unseen workers, learn and judge every method beside its controls.
 
     Args:
         data: folder that prepare.py wrote.
         pairs_per_user: random training comparisons of each seen worker; the paper has 100 and 150.
         few_shot_pairs: the same of each unseen worker.
-        seen_fraction: share of the workers who are seen; drawn anew for every seed.
+        seen_fraction: share of the workers who are seen; drawn again for every seed.
         lore: settings of LoRe; Bradley-Terry is fitted with the same.
     """
     chosen = Settings(lore=lore, **settings)
-    dataset = drawn_split(
-        data, seen_fraction, pairs_per_user, few_shot_pairs, dataset=HERE.name
-    )
+    dataset = drawn_split(data, seen_fraction, pairs_per_user, few_shot_pairs, HERE.name)
     with open_run("train_basis", dataset, chosen) as run:  # goes on where a killed one was
         for task, name, method in run.unfinished():  # every seed, every method
             fits = method.fit(task)  # from task.train alone; for LoRe by utils.LoRe

@@ -21,14 +21,9 @@ SWEEP = Sweep((5, 10, 15, 20, 25, 30, 35, 40, 45, 50), trials=20)
 
 
 def main(
-    data: Path = HERE / "data",
-    pairs_per_user: PositiveInt = 150,
-    seen_fraction: Fraction = 0.5,
-    sweep: Sweep = SWEEP,
-    pool: PositiveInt | None = None,
-    lore: Lore = LORE,
-    **settings: Any,
-) -> None:
+    data: Path = HERE / "data", pairs_per_user: PositiveInt = 150, seen_fraction: Fraction = 0.5,
+    sweep: Sweep = SWEEP, pool: PositiveInt | None = None, lore: Lore = LORE, **settings: Any,
+) -> None:  # fmt: skip
     """Learn from seen workers, then judge every method on unseen ones with ever more comparisons.
 
     Args:

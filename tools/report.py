@@ -1,4 +1,4 @@
-"""Tables, plots and the page of runs made anew from their results.json, without training.
+"""Tables, plots and the page of runs made again from their results.json, without training.
 
     python tools/report.py results/PRISM/train_basis-1a2b3c4d ...
 """
@@ -42,7 +42,7 @@ def _shown(results: Results, only: Sequence[str], ranks: Sequence[int]) -> list[
 def main(
     runs: tuple[Path, ...] = (), only: tuple[str, ...] = (), ranks: tuple[NonNegativeInt, ...] = ()
 ) -> None:
-    """Make the tables and plots of runs anew from their results.json, without training.
+    """Make the tables and plots of runs again from their results.json, without training.
 
     Args:
         runs: Folders of runs; several are also put side by side in one table.

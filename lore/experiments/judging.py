@@ -1,7 +1,5 @@
-"""Judging a fit: every user's accuracy and log loss on held-out comparisons, beside controls.
-
-Whatever the method, a control is another row in the place of a user's own weights.
-"""
+"""Judging a fit: every user's accuracy and log loss on held-out comparisons, beside controls,
+which have another row in the place of a user's own weights."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ from lore.common.settings import NonNegativeInt, PositiveInt
 from lore.elicitation.criteria import CRITERIA, Criterion, choose_shots
 from lore.experiments import metrics
 from lore.experiments.results import ALWAYS
-from lore.learning.comparisons import Shots, Users, draw_shots
+from lore.learning.comparisons import Comparisons, Shots, Users, draw_shots
 from lore.learning.kinds import kinds_of_test
 from lore.learning.method import Fitted, Task, View
 
@@ -32,10 +30,8 @@ BATCH = 1 << 24  # numbers of a view that few-shot fits take at once
 
 
 def judge(fits: Sequence[Fitted], task: Task) -> list[dict[str, Any]]:
-    """Records of fits and their controls, new users having all their shots.
-
-    The first process judges alone.
-    """
+    """Records of fits and their controls, new users having all their shots; of the first process
+    alone."""
     if task.process:
         return []
     records: list[dict[str, Any]] = []
@@ -62,26 +58,29 @@ class Sweep:
     ask: tuple[Criterion, ...] = ("random",)
     drawn: dict[int, Shots] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def check(self) -> None:
-        """Refuse a criterion that is not there."""
-        for name in self.ask:
-            require(name in CRITERIA, f"--ask {name}: there are {', '.join(CRITERIA)}")
-
     @property
-    def criteria(self) -> tuple[str, ...]:
+    def criteria(self) -> list[str]:
         """Those beside random."""
-        return tuple(name for name in dict.fromkeys(self.ask) if name != "random")
+        return [name for name in dict.fromkeys(self.ask) if name != "random"]
 
     def about(self) -> dict[str, Any]:
-        """What a run's settings say of it."""
-        ask = {"ask": list(self.criteria)} if self.criteria else {}
+        """What a run's settings say of it; a criterion that is not there is refused."""
+        for name in self.ask:
+            require(name in CRITERIA, f"--ask {name}: there are {', '.join(CRITERIA)}")
+        ask = {"ask": self.criteria} if self.criteria else {}
         return {"shots": list(self.shots), "trials": self.trials, **ask}
 
     def asking(self, fits: Sequence[Fitted]) -> list[Fitted]:
         """The fits, and copies whose new users' shots are picked by each criterion; those are not
         saved and have no controls."""
-        able = [fit for fit in fits if self.criteria and fit.population() is not None]
-        return [*fits, *(_with_chosen_shots(fit, c) for fit in able for c in self.criteria)]
+        found = list(fits)
+        for fit in fits if self.criteria else ():
+            for criterion in self.criteria if fit.population() is not None else ():
+                found.append(copy.copy(fit))
+                found[-1].shots_chosen_by, found[-1].random_label = criterion, fit.label
+                found[-1].label = f"{fit.label}, shots by {criterion}"
+                found[-1].file, found[-1].controlled = "", False
+        return found
 
     def judge(self, fits: Sequence[Fitted], task: Task) -> list[dict[str, Any]]:
         """Records of fits and their controls on new users, at every number of shots."""
@@ -98,22 +97,9 @@ class Sweep:
         return records
 
 
-def _with_chosen_shots(fit: Fitted, criterion: str) -> Fitted:
-    copied = copy.copy(fit)
-    copied.shots_chosen_by, copied.random_label = criterion, fit.label
-    copied.label = f"{fit.label}, shots by {criterion}"
-    copied.file, copied.controlled = "", False
-    return copied
-
-
 def evaluate(fit: Fitted, task: Task, own: Tensor) -> Iterator[dict[str, Any]]:
-    """Records of a fit and its controls on all sets there are, new users having all their shots.
-
-    Args:
-        fit: the fit.
-        task: the comparisons.
-        own: the new users' own states [U', S].
-    """
+    """Records of a fit and its controls on all sets there are, new users having all their shots
+    and their own states [U', S]."""
     states = {"train": fit.users, "seen": fit.users, "few_shot": own, "unseen": own}
     sets = {"train": task.train, "seen": task.seen, "few_shot": task.few, "unseen": task.unseen}
     sets = {name: data for name, data in sets.items() if data is not None}
@@ -123,7 +109,7 @@ def evaluate(fit: Fitted, task: Task, own: Tensor) -> Iterator[dict[str, Any]]:
         held_out = name in ("seen", "unseen")
         measured = _measure(fit, view, data, state, held_out, kinds.get(name))
         if name == "unseen" and fit.personal and fit.controlled:
-            swapped = fit.adapt(_swapped(fit, task), task.few, task.seed)
+            swapped = fit.adapt(_relabelled(fit, task.few), task.few, task.seed)
             measured |= _label_sensitivity(fit, view, data, state, swapped[None])
         yield _record(fit, "", name, measured)
     if not (fit.personal and fit.controlled):
@@ -139,10 +125,7 @@ def evaluate(fit: Fitted, task: Task, own: Tensor) -> Iterator[dict[str, Any]]:
         yield _record(fit, "another", name, _measure(fit, view, data, others))
     if task.few is None:
         return
-    shuffled = []
-    for _ in range(SHUFFLES):
-        flipped = task.few.flipped(torch.randint(2, (len(task.few),), generator=g).bool())
-        shuffled.append(fit.adapt(fit.view(flipped), task.few, g))
+    shuffled = [fit.adapt(_relabelled(fit, task.few, g), task.few, g) for _ in range(SHUFFLES)]
     measured = _measure(fit, views["unseen"], task.unseen, torch.stack(shuffled))
     yield _record(fit, "shuffled", "unseen", measured)
 
@@ -153,9 +136,10 @@ def _kinds(task: Task) -> dict[str, np.ndarray]:
     return {name: kind for name, kind in found.items() if len(np.unique(kind)) > 1}
 
 
-def _swapped(fit: Fitted, task: Task) -> View:
-    """The new users' shots with their labels swapped."""
-    return fit.view(task.few.flipped(torch.ones(len(task.few), dtype=torch.bool)))
+def _relabelled(fit: Fitted, few: Comparisons, g: torch.Generator | None = None) -> View:
+    """New users' shots with random labels or, without a generator, with all labels swapped."""
+    coin = torch.ones(len(few)) if g is None else torch.randint(2, (len(few),), generator=g)
+    return fit.view(few.flipped(coin.bool()))
 
 
 def swap(users: int, generator: torch.Generator) -> Tensor:
@@ -170,11 +154,10 @@ def _measure(
     fit: Fitted, view: View, data: Users, states: Tensor, whole: bool = False,
     kind: np.ndarray | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Figures of every user with each of the states [T, U, S]: [T, U].
+    """Figures [T, U] of every user with each of the states [T, U, S].
 
-    Args:
-        whole: with figures of all comparisons together too [T].
-        kind: of each comparison [N], as its place in ``KINDS``, for figures of each kind apart.
+    ``whole`` adds those of all comparisons together [T]; ``kind``, the place of each comparison's
+    in ``KINDS`` [N], those of each kind apart.
     """
     logits = [fit.logits(view, state, data.user) for state in states]
     found = _figures(data, logits)
@@ -193,9 +176,9 @@ def _measure(
 
 def _figures(data: Users, logits: Sequence[Tensor]) -> dict[str, Any]:
     """Figures [T, U] of every user; NaN for those without comparisons."""
-    about = {"accuracy": data.accuracies, "log_loss": data.log_losses}
-    about["brier"] = functools.partial(metrics.brier, data)
-    return {key: torch.stack([of(z) for z in logits]) for key, of in about.items()}
+    measures = {"accuracy": data.accuracies, "log_loss": data.log_losses,
+                "brier": functools.partial(metrics.brier, data)}  # fmt: skip
+    return {key: torch.stack([of(z) for z in logits]) for key, of in measures.items()}
 
 
 def _label_sensitivity(
@@ -224,11 +207,10 @@ def sweep(fit: Fitted, task: Task, draws: Shots) -> Iterator[dict[str, Any]]:
     if fit.personal and fit.controlled:
         states["population"] = fit.population_state.expand(1, len(draws.sizes), U, -1)
         states["another"] = W[:, :, swap(U, g)]
-        flipped = task.few.flipped(torch.randint(2, (len(task.few),), generator=g).bool())
-        shuffled = fit.view(flipped)
+        shuffled = _relabelled(fit, task.few, g)
         states["shuffled"] = _sweep_states(fit, shuffled, task.few, draws, trials, g, False)[0]
         # Swapped labels for the first draw of shots alone, as the sweep has a price
-        again, view = torch.Generator().manual_seed(task.seed), _swapped(fit, task)
+        again, view = torch.Generator().manual_seed(task.seed), _relabelled(fit, task.few)
         swapped = _sweep_states(fit, view, task.few, draws, 1, again, False)[0]
     knows_nothing = fit.personal and not fit.controlled and fit.random_label is None
     for control, some in states.items():
@@ -250,8 +232,7 @@ def _sweep_states(
 ) -> tuple[Tensor, dict[str, Tensor] | None]:
     """States [trials, S, U, state] from the shots; accuracy and log loss on the shots themselves.
 
-    Every trial, number of shots and user is a user of its own; as many are fitted in one batch as
-    memory holds.
+    Trials, numbers of shots and users are fitted side by side, as many as memory holds.
     """
     S, U = len(draws.sizes), few.num_users
     width = view.numel() // max(1, len(view)) if isinstance(view, Tensor) else view.num_features
@@ -278,9 +259,12 @@ def _record(
     figures = {key: _rounded(of.mean(0)) for key, of in measured.items() if key != "kinds"}
     if "kinds" in measured:
         figures["kinds"] = {
-            kind: {key: _or_none(_rounded(values.mean(0))) for key, values in part.items()}
+            kind: {
+                key: [None if math.isnan(x) else x for x in _rounded(values.mean(0))]
+                for key, values in part.items()
+            }
             for kind, part in measured["kinds"].items()
-        }
+        }  # None for users without comparisons of a kind
     return {
         "label": fit.label, "control": control, "set": name, "shots": shots, **figures,
         "trials": None if shots is None else _rounded(measured["accuracy"].mean(1)),
@@ -290,10 +274,4 @@ def _record(
 
 def _rounded(values: Tensor) -> Any:
     """Numbers, one or a list, to the fifth digit."""
-    rounded = (values.double() * 1e5).round() / 1e5
-    return rounded.tolist()
-
-
-def _or_none(values: list[float]) -> list[float | None]:
-    """None in the place of NaN, of users without comparisons of a kind."""
-    return [None if math.isnan(value) else value for value in values]
+    return ((values.double() * 1e5).round() / 1e5).tolist()

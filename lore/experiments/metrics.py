@@ -1,7 +1,6 @@
 """What is measured of predictions beside accuracy and log loss.
 
-A prediction is a log odds, above 0 where the chosen response is the one that is predicted. Shape
-letters: U users, N comparisons.
+A prediction is the log odds of the chosen response. Shapes: U users, N comparisons.
 """
 
 from __future__ import annotations
@@ -23,15 +22,10 @@ def brier(data: Users, logits: Tensor) -> Tensor:
 
 
 def calibration_error(logits: Tensor, weight: Tensor) -> float:
-    """Expected calibration error: by how much confidence and accuracy differ, from 0 to 1.
+    """Expected calibration error (Naeini et al. 2015): how far confidence and accuracy differ.
 
-    Confidence is the probability of the predicted response, from a half on. The comparisons fall
-    into 15 bins of about equal weight by their confidence; the bins' gaps are averaged by weight
-    (Naeini et al. 2015, with bins of equal mass).
-
-    Args:
-        logits: log odds that the chosen response is preferred [N].
-        weight: how much each comparison counts [N].
+    Of logits [N] with weights [N], in 15 bins of equal weight by the probability of the predicted
+    response; from 0 to 1.
     """
     order = logits.abs().argsort(stable=True)
     z, weight = logits.double()[order], weight.double()[order]
@@ -71,13 +65,8 @@ def most_confident(logits: Tensor, weight: Tensor) -> float:
 
 
 def label_sensitivity(data: Users, logits: Tensor, swapped: Tensor) -> Tensor:
-    """Share of each user's predictions [U] that change with the labels of the user's shots.
-
-    Args:
-        data: whose the predictions are.
-        logits: from the user's own shots [N].
-        swapped: from the same shots with chosen and rejected exchanged [N].
-    """
+    """Share of each user's predictions [U] that change when the shots' labels are swapped: logits
+    [N] from the user's shots, and from the same with chosen and rejected exchanged."""
     return data.mean((logits > 0) != (swapped > 0))
 
 

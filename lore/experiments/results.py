@@ -1,8 +1,4 @@
-"""A run's figures, read from results.json, as reports see them.
-
-A record holds every user's figures of one fitted label on one set of comparisons. What is said of
-a method comes from these and from the fields of its fits alone; a label is free text.
-"""
+"""A run's figures, read from results.json, as reports see them; a label is free text."""
 
 from __future__ import annotations
 
@@ -61,7 +57,6 @@ MEASURES = {
 }
 ALWAYS = ("accuracy", "log_loss")  # of every record; the others where it has them
 
-
 Sample = tuple[np.ndarray, np.ndarray]  # users, and a figure of each
 
 
@@ -94,13 +89,7 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Results:
-    """A run as reports see it.
-
-    Attributes:
-        settings, repeats: as they were written.
-        records: of all repeats, in the order written.
-        methods: label -> method, in the order written.
-    """
+    """A run: settings, repeats and records as written, and label -> method in the same order."""
 
     settings: dict[str, Any]
     repeats: list[dict[str, Any]]
@@ -130,9 +119,8 @@ class Results:
     @property
     def judged(self) -> list[str]:
         """The label that stands for each method that is no baseline."""
-        methods = dict.fromkeys(self.methods.values())
-        found = [self.label_of(m) for m in methods if not self.is_baseline(self.of_method(m)[0])]
-        return [label for label in found if label]
+        found = map(self.label_of, dict.fromkeys(self.methods.values()))
+        return [label for label in found if label and not self.is_baseline(label)]
 
     def fits(self, label: str) -> list[dict[str, Any]]:
         """What is written of a label's fit, one a repeat."""
@@ -184,11 +172,8 @@ class Results:
         self, label: str, control: str, name: str, measure: str, shots: int | None = None,
         kind: str = "",
     ) -> dict[int, Sample] | None:  # fmt: skip
-        """Repeat -> users and a measure of each; None where it was not recorded.
-
-        Args:
-            kind: of the comparisons: known, met, new; "" for all.
-        """
+        """Repeat -> users and a measure of each, of one kind of comparisons or of all; None where
+        it was not recorded."""
         found, samples = self.find(label, control, name, shots), {}
         for r in found:
             values = (r.kinds.get(kind, {}) if kind else r.values).get(measure)
@@ -280,20 +265,12 @@ def read_results(folder: Path) -> Results:
         users = {side: np.array(names, object) for side, names in repeat["users"].items()}
         for method, part in repeat["methods"].items():
             methods |= {fit["label"]: method for fit in part["fits"]}
-            records += [_record(repeat["seed"], method, users, entry) for entry in part["records"]]
+            for entry in part["records"]:
+                figures = {"users": users[SETS[entry["set"]]], "values": _figures(entry)}
+                figures["kinds"] = {k: _figures(x) for k, x in (entry.get("kinds") or {}).items()}
+                rest = {f: entry.get(f) for f in Record._fields[2:] if f not in figures}
+                records.append(Record(repeat["seed"], method, **rest, **figures))
     return Results(written["settings"], written["seeds"], records, methods)
-
-
-def _record(
-    seed: int, method: str, users: Mapping[str, np.ndarray], entry: Mapping[str, Any]
-) -> Record:
-    label, control, name = (entry[key] for key in ("label", "control", "set"))
-    trials, that_many = (entry.get(key) for key in ("trials", "users_with_that_many"))
-    kinds = {kind: _figures(part) for kind, part in (entry.get("kinds") or {}).items()}
-    whose, shots = users[SETS[name]], entry.get("shots")
-    return Record(
-        seed, method, label, control, name, shots, whose, _figures(entry), kinds, trials, that_many
-    )
 
 
 def _figures(entry: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -117,9 +119,8 @@ def command(main: Callable[..., Any]) -> None:
 def open_run(
     script: str, dataset: Tasks, settings: Settings, sweep: Sweep | None = None
 ) -> Iterator[Experiment]:
-    """A run's folder, in which no other process writes meanwhile; at the end its leftovers go.
-
-    Finished methods of finished repeats are kept: the same command goes on where a killed run was.
+    """A run's folder, in which no other process writes meanwhile; the same command goes on where a
+    killed run was.
 
     Args:
         script: train_basis or vary_fewshot.
@@ -135,7 +136,6 @@ def open_run(
     check_tracker(settings.log)
     shared = {"script": script, "reference": settings.reference, **dataset.facts()}
     if sweep is not None:
-        sweep.check()
         shared |= sweep.about()
         single = processes()[1] == 1
         require(single, "numbers of shots vary in one process: start it without torchrun")
@@ -154,38 +154,30 @@ def open_run(
 
 @dataclass
 class Timed:
-    """A method whose last fit's time is known."""
+    """A method, and the time its last fit took."""
 
     method: Method
-    seconds: float = 0.0
-    processor_seconds: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def fit(self, task: Task) -> list[Fitted]:
         """What the method fits."""
-        start, busy = time.perf_counter(), time.process_time()
+        clocks = {"seconds": time.perf_counter, "processor_seconds": time.process_time}
+        start = {name: clock() for name, clock in clocks.items()}
         fits = self.method.fit(task)
-        self.seconds = time.perf_counter() - start
-        self.processor_seconds = time.process_time() - busy
+        self.seconds = {name: round(clock() - start[name], 3) for name, clock in clocks.items()}
         return fits
 
 
 @dataclass
 class Experiment:
-    """A run at work.
-
-    Attributes:
-        run: its folder and what is finished.
-        dataset: what is learned from.
-        settings: what is fitted.
-        sweep: numbers of shots, where they vary.
-    """
+    """A run at work: what is finished, what is learned from and fitted, and how shots vary."""
 
     run: Run
     dataset: Tasks
     settings: Settings
     sweep: Sweep | None
     about: dict[str, Any] = field(default_factory=dict, init=False)
-    timed: Timed | None = field(default=None, init=False)
+    timed: Timed = field(init=False)
 
     def unfinished(self) -> Iterator[tuple[Task, str, Timed]]:
         """What is not finished yet: task, name and method, seed by seed.
@@ -210,19 +202,15 @@ class Experiment:
                     self.run.forget(seed, name)
 
     def _task(self, seed: int, here: tuple[int, int]) -> Task:
-        settings = self.settings
-        direction = self.dataset.reference(settings.reference)
-        shots = () if self.sweep is None else tuple(self.sweep.shots)
+        settings, sweep = self.settings, self.sweep
         task = self.dataset.task(
-            seed, pick_device(settings.device), direction, settings.stream, here, shots=shots,
+            seed, pick_device(settings.device), self.dataset.reference(settings.reference),
+            settings.stream, here, shots=tuple(sweep.shots) if sweep else (),
             progress=settings.progress and here[0] == 0,
             checkpoint_every=settings.checkpoint_every,
         )  # fmt: skip
-        require(
-            self.sweep is None or task.few is not None,
-            f"no user of {self.dataset.dataset} is unseen, so that no new user's shots could "
-            "vary: run train_basis.py",
-        )
+        why = f"no user of {self.dataset.dataset} is unseen, so that no new user's shots could vary"
+        require(sweep is None or task.few is not None, f"{why}: run train_basis.py")
         return task
 
     def save(
@@ -235,27 +223,24 @@ class Experiment:
         """
         if processes()[0]:
             return
-        if name != "reference":
-            _refuse_diverged(task.seed, records)
-        if self.sweep is None:
-            for fit in fits:
+        for record in records if name != "reference" else ():
+            loss = max(record["log_loss"])
+            who = f"{record['label']}, seed {task.seed}"
+            why = f"{who}: its training diverged (log loss {loss:.1e})"
+            require(loss < DIVERGED, f"{why}; lower its learning rate, or choose another optimizer")
+        for fit in fits:
+            if fit.file and self.sweep is None:
                 self._save_basis(fit, task)
-        assert self.timed is not None
         role = "baseline" if name in BASELINES else "method"
-        done = {
-            "settings": self.timed.method, "seconds": round(self.timed.seconds, 3),
-            "processor_seconds": round(self.timed.processor_seconds, 3),
-            "fits": [_describe(fit, role, task, self.dataset) for fit in fits],
-            "records": list(records),
-        }  # fmt: skip
+        described = [_describe(fit, role, task, self.dataset) for fit in fits]
+        done = {"settings": self.timed.method, **self.timed.seconds, "fits": described,
+                "records": list(records)}  # fmt: skip
         self.run.add(task.seed, self.about, name, done, list(self.settings.chosen()))
         track(self.settings.log, self.run.folder, task.seed, done)
 
     def _save_basis(self, fit: Fitted, task: Task) -> None:
-        if not fit.file:
-            return
-        several = len(self.settings.seeds) > 1
-        fit.written = f"{fit.file}{f'-seed{task.seed}' if several else ''}.safetensors"
+        seed = f"-seed{task.seed}" if len(self.settings.seeds) > 1 else ""
+        fit.written = f"{fit.file}{seed}.safetensors"
         manifest = self.dataset.store.manifest
         kept = ("model", "tokenizer", "revision", "weights_sha256", "template_sha256", "pool")
         facts = {
@@ -276,27 +261,17 @@ class Experiment:
 
 def _about(dataset: Tasks, task: Task) -> dict[str, Any]:
     """Whose comparisons a repeat has, how many, and what a reader must know of them."""
-    facts = {key: dataset.info.get(key) or {} for key in ("split", "overlap", "retest")}
     said = {"personal": score_test(task.train).sentence}
-    said |= {key: fact["sentence"] for key, fact in facts.items() if fact.get("sentence")}
-    if not facts["retest"].get("judged_again"):
-        said.pop("retest", None)
-    elif "retest" in said:
-        said["retest"] = f"The ceiling of any method: {said['retest']}"
-    sets = {name: getattr(task, name) for name in ("train", "seen", "few", "unseen")}
-    sets |= {"validation": task.validation} if task.validation is not None else {}
-    return {
-        "users": {"seen": task.train.names, "unseen": _new_names(task)}, "kinds": task.kinds,
-        "comparisons": {name: 0 if data is None else len(data) for name, data in sets.items()},
-        "facts": said,
-    }  # fmt: skip
-
-
-def _refuse_diverged(seed: int, records: Sequence[dict[str, Any]]) -> None:
-    for record in records:
-        loss = max(record["log_loss"])
-        why = f"{record['label']}, seed {seed}: its training diverged (log loss {loss:.1e})"
-        require(loss < DIVERGED, f"{why}; lower its learning rate, or choose another optimizer")
+    for key in ("split", "overlap", "retest"):
+        fact = dataset.info.get(key) or {}
+        if fact.get("sentence") and (key != "retest" or fact.get("judged_again")):
+            start = "The ceiling of any method: " if key == "retest" else ""
+            said[key] = start + fact["sentence"]
+    counts = {key: len(getattr(task, key) or ()) for key in ("train", "seen", "few", "unseen")}
+    if task.validation is not None:
+        counts["validation"] = len(task.validation)
+    users = {"seen": task.train.names, "unseen": _new_names(task)}
+    return {"users": users, "kinds": task.kinds, "comparisons": counts, "facts": said}
 
 
 def _center(store: Store) -> Tensor:
@@ -311,11 +286,8 @@ def _new_names(task: Task) -> list[str]:
 
 def _describe(fit: Fitted, role: str, task: Task, dataset: Tasks) -> dict[str, Any]:
     """What results.json says of a fit, beside its records."""
-    about = {
-        "label": fit.label, "personal": fit.personal, "settings": fit.settings, "role": role,
-        "chosen": fit.chosen, "family": fit.family, "shots_chosen_by": fit.shots_chosen_by,
-        "random_label": fit.random_label,
-    }  # fmt: skip
+    kept = ("label", "personal", "settings", "chosen", "family", "shots_chosen_by", "random_label")
+    about = {"role": role, **{key: getattr(fit, key) for key in kept}}
     if fit.random_label:  # all else is said of the fit itself
         return {**about, "file": ""}
     portrait = fit.portrait()
@@ -333,20 +305,19 @@ def _likes(directions: Tensor, task: Task, dataset: Tasks) -> list[dict[str, Any
     rows, talks = task.seen.features.index, dataset.conversations
     rewards = task.seen.features.pairs(lambda e: e @ directions.to(e)).values.cpu()  # [R, C]
     prompts = [str(talks[row][:-1]) for row in rows.tolist()]
-    number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-    prompt = torch.tensor([number[p] for p in prompts])
-    counts = torch.bincount(prompt)[:, None]
-    mean = torch.zeros(len(counts), rewards.shape[1]).index_add_(0, prompt, rewards) / counts
-    apart = rewards - mean[prompt]
+    rewards = pd.DataFrame(rewards.numpy(), rows.tolist())
+    apart = rewards - rewards.groupby(np.array(prompts)).transform("mean")
 
-    def text(row: int) -> dict[str, str]:
-        *_, prompt, response = talks[row]
-        return {"prompt": prompt["content"][:SHOWN], "response": response["content"][:SHOWN]}
+    def texts(some: Sequence[int]) -> list[dict[str, str]]:
+        ends = [talks[row][-2:] for row in some]
+        return [
+            {"prompt": prompt["content"][:SHOWN], "response": response["content"][:SHOWN]}
+            for prompt, response in ends
+        ]
 
     likes = []
-    for c, column in enumerate(apart.T, start=1):
-        order = rows[column.argsort()].tolist()
-        most, least = order[::-1][:LIKED], order[:LIKED]
-        likes.append({"direction": str(c), "most": list(map(text, most)),
-                      "least": list(map(text, least))})  # fmt: skip
+    for c in apart:
+        order = apart[c].sort_values(kind="stable").index
+        likes.append({"direction": str(c + 1), "most": texts(order[::-1][:LIKED]),
+                      "least": texts(order[:LIKED])})  # fmt: skip
     return likes

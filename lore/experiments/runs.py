@@ -19,13 +19,7 @@ PACKAGES = ("torch", "numpy", "pandas", "transformers", "datasets", "scipy")
 
 @dataclass
 class Run:
-    """Settings and results of a run.
-
-    Attributes:
-        folder: of the run.
-        settings: what all its methods share: data, script, seeds, reference.
-        results: what is finished; see ``part`` for its form.
-    """
+    """Folder of a run, the settings that its methods share, and what is finished."""
 
     folder: Path
     settings: dict[str, Any]
@@ -41,8 +35,8 @@ class Run:
         Args:
             results: folder of all results.
             name: of the run's folder; by default made of the settings, the methods' included.
-            settings: what all methods share.
-            methods: settings of every method there is, whether it is fitted or not.
+            settings: what all methods share: data, script, reference.
+            methods: settings of every method there is, fitted or not.
 
         Raises:
             InputError: the folder holds a run with other settings, damaged results, or files that
@@ -70,11 +64,7 @@ class Run:
             write_text(path, json.dumps(text, indent=2))
 
     def missing(self, seeds: Sequence[int], methods: Mapping[str, Any]) -> dict[int, list[str]]:
-        """Which methods of which repeats are not finished yet.
-
-        Args:
-            seeds: of the repeats.
-            methods: settings of the methods to fit.
+        """Methods of each repeat that are not finished, of the seeds and the methods' settings.
 
         Raises:
             InputError: a method was fitted with other settings.
@@ -100,7 +90,7 @@ class Run:
         self, seed: int, about: Mapping[str, Any], name: str, method: Mapping[str, Any],
         order: Sequence[str],
     ) -> None:  # fmt: skip
-        """Keep a finished method of a repeat: results.json anew, whole or not at all.
+        """Keep a finished method of a repeat: results.json is written again, whole or not at all.
 
         Args:
             seed, about: the repeat, its users and comparisons.
@@ -113,9 +103,7 @@ class Run:
         seeds = {p["seed"]: p for p in self.results["seeds"]}
         part = seeds.setdefault(seed, {"seed": seed, **about, "methods": {}})
         done = {**part["methods"], name: {**method, "settings": plain(method["settings"])}}
-        first = [method for method in order if method in done]
-        rest = [method for method in done if method not in first]
-        part["methods"] = {method: done[method] for method in [*first, *rest]}
+        part["methods"] = {m: done[m] for m in dict.fromkeys([*order, *done]) if m in done}
         self.results["seeds"] = list(seeds.values())
         kept = json.loads((self.folder / "settings.json").read_text(encoding="utf-8"))
         drawn = [fit.get(k) for fit in method["fits"] for k in ("losses", "spectrum", "weights")]
@@ -149,7 +137,7 @@ class Run:
 def run_folder(
     results: Path, name: str | None, settings: Mapping[str, Any], methods: Mapping[str, Any]
 ) -> Path:
-    """Where a run lies; the arguments are those of ``Run.start``."""
+    """Where a run lies, by the arguments of ``Run.start``."""
     settings = json.loads(json.dumps(settings, default=str))
     short = f"{settings['script']}-{digest([settings, plain(methods)])[:8]}"
     return results / settings["dataset"] / (name or short)
@@ -171,14 +159,10 @@ def plain(settings: Any) -> Any:
 
 def _check_same(folder: Path, kept: Any, new: dict[str, Any]) -> None:
     old = kept.get("settings") if isinstance(kept, dict) else None
-    if not isinstance(old, dict):
-        raise InputError(f"{folder}: settings.json is damaged; remove it")
-    some = {key: value for key, value in old.items() if key != "seeds"}
-    if some != {key: value for key, value in new.items() if key != "seeds"}:
-        raise InputError(
-            f"{folder}: holds a run with other settings ({differences(old, new)}); "
-            "choose another --name"
-        )
+    require(isinstance(old, dict), f"{folder}: settings.json is damaged; remove it")
+    apart = differences(old, new)
+    why = f"{folder}: holds a run with other settings ({apart}); choose another --name"
+    require(not apart, why)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> str:

@@ -1,7 +1,4 @@
-"""From a prepared folder to the comparisons of each repeat: who is seen, what is held out.
-
-The only module that looks into prepared folders after ``prepare.py``.
-"""
+"""From a prepared folder to the comparisons of each repeat: who is seen, what is held out."""
 
 from __future__ import annotations
 
@@ -35,10 +32,8 @@ SIDES = {"train": (True, "train"), "seen": (True, "test"),
 
 
 class Sets(NamedTuple):
-    """Training and held-out comparisons of seen users, shots and held-out ones of new users.
-
-    Sets that a dataset does not have are None.
-    """
+    """Training and held-out comparisons of seen users, shots and held-out ones of new users; None
+    for those that a dataset does not have."""
 
     train: Comparisons
     seen: Comparisons
@@ -94,9 +89,7 @@ class Tasks:
         """
         if which == "last_linear":
             log.warning("WARNING: the reference is the published code's mistaken one (last_linear)")
-        found = {
-            "head": self.store.head, "last_linear": self.store.last_linear, "none": None
-        }[which]  # fmt: skip
+        found = None if which == "none" else getattr(self.store, which)
         if found is not None and found.min() == found.max():
             what = "zero" if not found.any() else f"{float(found[0]):.4g} in every feature"
             log.warning("WARNING: the reference (%s) is %s and says nothing", which, what)
@@ -106,29 +99,24 @@ class Tasks:
         self, seed: int, device: torch.device, reference: Tensor | None, stream: bool | None,
         processes: tuple[int, int], **options: Any,
     ) -> Task:  # fmt: skip
-        """The task of a seed.
+        """The task of a seed, with further attributes; see ``Task``.
 
-        Args:
-            seed, device, reference, processes: see ``Task``.
-            stream: read features from disk at every pass; None where they take more than half of
-                the free memory.
-            options: further attributes of the task.
+        Features are read from disk at every pass with ``stream`` or, where that is None, if they
+        take more than half of the free memory.
         """
         sets = self.draw(seed, device)
         if stream is None:
             stream = _too_large(len(sets.train) * self.store.num_features * 4, device)
+        kinds = shares_of_test(sets.train, sets.few, sets.seen, sets.unseen)
         return Task(
-            **sets._asdict(), reference=reference, seed=seed, stream=stream,
-            process=processes[0], processes=processes[1],
-            kinds=shares_of_test(sets.train, sets.few, sets.seen, sets.unseen), **options,
+            **sets._asdict(), reference=reference, seed=seed, stream=stream, kinds=kinds,
+            process=processes[0], processes=processes[1], **options,
         )  # fmt: skip
 
 
 def _too_large(size: int, device: torch.device) -> bool:
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = psutil.virtual_memory().available
+    on_gpu = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
     return size > free / 2
 
 
@@ -136,10 +124,8 @@ def _too_large(size: int, device: torch.device) -> bool:
 
 
 def given_split(data: Path, dataset: str | None = None) -> Tasks:
-    """The four sets that prepare.py drew, the same for every seed.
-
-    A shot is a dialogue, or a comparison where no dialogue has more than one.
-    """
+    """The four sets that prepare.py drew, the same for every seed; a shot is a dialogue, or a
+    comparison where no dialogue has more than one."""
     info, store = load(data, dataset)
     table, about = _comparable(data, store)
     if names := preparing.extra_names(table):
@@ -155,15 +141,15 @@ def given_split(data: Path, dataset: str | None = None) -> Tasks:
 
 def seen_users(tasks: Tasks) -> int:
     """How many users of a prepared folder are seen, as ``given_split`` has them."""
-    users = preparing.read_comparisons(tasks.folder, len(tasks.store)).query("seen").user_id
-    return users.nunique()
+    table = preparing.read_comparisons(tasks.folder, len(tasks.store))
+    return table.user_id[table.seen].nunique()
 
 
 def drawn_split(
     data: Path, seen_fraction: float, pairs_per_user: int, few_shot_pairs: int,
     dataset: str | None = None,
 ) -> Tasks:  # fmt: skip
-    """Seen and unseen users drawn anew for every seed, with a sample of their training data.
+    """Seen and unseen users drawn again for every seed, with a sample of their training data.
 
     Args:
         data: the prepared folder, whose ``split`` says what is training and what is held out.
@@ -179,9 +165,8 @@ def drawn_split(
 
     def draw(seed: int, device: torch.device) -> Sets:
         drawn = preparing.split_users(table, seed, seen_fraction)
-        rng = np.random.default_rng(seed)
         drawn = drawn.sort_values(["user_id", "dialog_id", "chosen", "rejected"], kind="stable")
-        drawn["order"] = rng.random(len(drawn))
+        drawn["order"] = np.random.default_rng(seed).random(len(drawn))
         place = drawn.groupby(["user_id", "split"])["order"].rank(method="first")
         most = np.where(drawn["seen"], pairs_per_user, few_shot_pairs)
         kept = drawn[(drawn["split"] == "test") | (place <= most)]
@@ -203,20 +188,14 @@ def simulated_users(
         users, unseen_users: how many are simulated.
         pairs_per_user, few_shot_pairs: training prompts of each; all test prompts are held out.
         dataset: whose script it is; None for any.
-
-    Raises:
-        InputError: another dataset, no score tensors, or fewer training prompts than wanted.
     """
     about = {"dirichlet_alpha": dirichlet_alpha, "users": users, "unseen_users": unseen_users,
              "pairs_per_user": pairs_per_user, "few_shot_pairs": few_shot_pairs}  # fmt: skip
     info, store = load(data, dataset)
     tensors = preparing.read_scores(data, len(store))
     prompts, most = len(tensors["train.scores"]), max(pairs_per_user, few_shot_pairs)
-    require(
-        most <= prompts,
-        f"{most} training prompts per user are asked for and {prompts} are there; "
-        "lower --pairs-per-user or --few-shot-pairs",
-    )
+    why = f"{most} training prompts per user are wanted and {prompts} are there"
+    require(most <= prompts, f"{why}; lower --pairs-per-user or --few-shot-pairs")
 
     def draw(seed: int, device: torch.device) -> Sets:
         generator = torch.Generator().manual_seed(seed)
@@ -240,15 +219,14 @@ def _simulate(
 ) -> tuple[Tensor, Tensor]:
     """Rows chosen and rejected by users on ``count`` random prompts of a split each, or on all."""
     scores, rows = tensors[f"{split}.scores"], tensors[f"{split}.rows"]
-    chosen, rejected = [], []
+    some, pairs = torch.arange(len(scores)), []
     for w in W:
-        some = torch.arange(len(scores))
         if count is not None:
             some = torch.randperm(len(scores), generator=g)[:count]
-        best, worst = simulate_choices(scores[some], w[None])
-        chosen.append(rows[some].gather(1, best.T)[:, 0])
-        rejected.append(rows[some].gather(1, worst.T)[:, 0])
-    return torch.cat(chosen), torch.cat(rejected)
+        ends = torch.cat(simulate_choices(scores[some], w[None]))  # the best and the worst
+        pairs.append(rows[some].gather(1, ends.T))
+    chosen, rejected = torch.cat(pairs).T
+    return chosen, rejected
 
 
 # ------------------------------------------------------------------ Reading what was prepared
@@ -258,8 +236,7 @@ def load(data: Path, dataset: str | None = None) -> tuple[dict[str, Any], Store]
     """prepare.json and the embeddings of a folder that ``prepare.py`` wrote.
 
     Raises:
-        InputError: it is missing, damaged or incomplete, or its embeddings belong to other
-            conversations.
+        InputError: something is missing or damaged, or the embeddings are of other conversations.
     """
     info = preparing.read_info(data, dataset)
     preparing.check_files(data, info)
@@ -272,11 +249,8 @@ def load(data: Path, dataset: str | None = None) -> tuple[dict[str, Any], Store]
 
 
 def _comparable(data: Path, store: Store) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """A folder's comparisons whose two sides differ in tokens, and how many others there were.
-
-    Raises:
-        InputError: no comparison is left.
-    """
+    """A folder's comparisons whose two sides differ in tokens, and how many others there were;
+    one has to be left."""
     table = preparing.read_comparisons(data, len(store))
     chosen, rejected = (torch.tensor(table[side].to_numpy()) for side in ("chosen", "rejected"))
     same = store.same(chosen, rejected).numpy()
@@ -292,14 +266,11 @@ def _comparable(data: Path, store: Store) -> tuple[pd.DataFrame, dict[str, Any]]
 
 
 class Extended:
-    """A store with the further features of a table beside the embeddings, standardised.
+    """A store with the further features of a table beside the embeddings.
 
-    A feature of a conversation is the mean of what the table says of it, and that of the others
-    where it says nothing; its differences in the seen users' training comparisons have a mean
-    square of one. References are zero there.
-
-    Raises:
-        InputError: no such comparison differs in a feature.
+    A conversation's feature is the mean of what the table says of it, else the mean of the others;
+    its differences in the seen users' training comparisons have a mean square of one, and where
+    none differs it is refused. References are zero there.
     """
 
     def __init__(self, store: Store, table: pd.DataFrame) -> None:
@@ -315,7 +286,11 @@ class Extended:
             require(spread > 0, f"--extra {name} differs in no training comparison; leave it out")
             column = torch.from_numpy((column - column.mean()) / spread).float()
             self._extra = torch.cat([self._extra, column[:, None]], 1)
-        self.num_features = store.num_features + self._extra.shape[1]
+        self.num_features, none = store.num_features + self._extra.shape[1], self._extra[0] * 0
+        self.head, self.last_linear = (
+            head if head is None else torch.cat([head, none])
+            for head in (store.head, store.last_linear)
+        )
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
@@ -327,33 +302,18 @@ class Extended:
         """Embeddings and further features [n, F + E] of the conversations numbered ``index``."""
         return torch.cat([self._store.rows(index), self._extra[index]], 1)
 
-    @property
-    def head(self) -> Tensor | None:
-        """The model's score head [F + E], see ``Store.head``."""
-        return self._padded(self._store.head)
-
-    @property
-    def last_linear(self) -> Tensor | None:
-        """What the published code takes for the score head [F + E], see ``Store.last_linear``."""
-        return self._padded(self._store.last_linear)
-
-    def _padded(self, head: Tensor | None) -> Tensor | None:
-        none = torch.zeros(self._extra.shape[1])
-        return None if head is None else torch.cat([head, none])
-
 
 def four_sets(table: pd.DataFrame, store: Store, device: torch.device, unit: Unit) -> Sets:
-    """The sets of a table whose ``seen`` and ``split`` say where each comparison belongs.
-
-    Users without comparisons on both sides of the split are left out, and counted in the log.
+    """The sets of a table whose ``seen`` and ``split`` say where each comparison belongs, without
+    users who lack training or test comparisons; the log counts these.
 
     Raises:
         InputError: no seen user is left, or no unseen one though the table has some.
     """
     both = preparing.on_both_sides(table)
-    whole, lost = table[both], table["user_id"][~both].nunique()
-    if lost:
+    if lost := table["user_id"][~both].nunique():
         log.info("left out %d users without both training and test data", lost)
+    whole = table[both]
     parts: dict[str, Comparisons | None] = {}
     for name, (seen, split) in SIDES.items():
         part = whole[(whole["seen"] == seen) & (whole["split"] == split)]

@@ -22,13 +22,9 @@ def check_tracker(tracker: Tracker) -> None:
 
 
 def track(tracker: Tracker, folder: Path, seed: int, method: Mapping[str, Any]) -> None:
-    """Write down a finished method's fits, each as a run of its own; see ``scalars``.
+    """Write a finished method's fits into a run's folder, each as a run of its own.
 
-    Args:
-        tracker: that writes.
-        folder: of the results; what is written lies in it.
-        seed: the repeat.
-        method: its fits and records, as results.json has them.
+    ``method`` has its fits and records as results.json has them; see ``scalars``.
     """
     for fit in method["fits"] if tracker != "none" else ():
         name = f"{fit['label']}, seed {seed}".replace("/", " ")
@@ -54,11 +50,9 @@ def track(tracker: Tracker, folder: Path, seed: int, method: Mapping[str, Any]) 
 def scalars(
     fit: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
 ) -> Iterator[tuple[str, float, int]]:
-    """Names, values and steps of a fit's figures.
-
-    The loss of every step of the training that was kept; the validation log loss of every setting
-    tried; accuracy and log loss of every set, means over users, at each number of shots or else 0.
-    """
+    """Names, values and steps of a fit's figures: the loss of every training step kept, the
+    validation log loss of every setting tried, and the means over users of accuracy and log loss
+    on every set, at each number of shots or else 0."""
     for number, loss in enumerate(fit.get("losses", ())):
         yield "loss", loss, number * fit.get("loss_step", 1)
     tried = fit.get("tried") or ()

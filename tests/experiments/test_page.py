@@ -34,41 +34,28 @@ def page(folder: Path, results: dict[str, Any]) -> str:
     return (folder / "report.html").read_text()
 
 
-def with_texts(results: dict[str, Any]) -> dict[str, Any]:
-    """Add facts, a warning, and what the last label likes."""
-    results["settings"]["warning"] = HOSTILE
-    results["seeds"][0]["facts"] = {"personal": "score test: p = 0.2"}
-    text = {"prompt": "Why? " * 100, "response": HOSTILE}
-    fit = results["seeds"][0]["methods"]["lore"]["fits"][-1]
-    fit["likes"] = [{"direction": "1", "most": [text], "least": [text, text]}]
-    return results
-
-
 class Reader(HTMLParser):
     """What stands in a page, tag by tag."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[str] = []
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(data)
-
-    def count(self, tag: str) -> int:
-        return sum(found == tag for found, _ in self.tags)
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory, quick: None) -> Path:
     """A run with everything that a report can show, and a name that means harm."""
     labels = {**made.LABELS, f"toy {HOSTILE}": ("toy", True, {}, made.LABELS["LoRe K=5"][3])}
-    folder = tmp_path_factory.mktemp("report")
-    results = with_texts(made.results(labels, seeds=2))
+    folder, results = tmp_path_factory.mktemp("report"), made.results(labels, seeds=2)
+    results["settings"]["warning"] = HOSTILE
+    results["seeds"][0]["facts"] = {"personal": "score test: p = 0.2"}
+    text = {"prompt": "Why? " * 100, "response": HOSTILE}
+    fit = results["seeds"][0]["methods"]["lore"]["fits"][-1]
+    fit["likes"] = [{"direction": "1", "most": [text], "least": [text, text]}]
     results["seeds"][0]["users"]["seen"][0] = results["seeds"][1]["users"]["seen"][0] = HOSTILE
     page(folder, results)
     return folder / "report.html"
@@ -87,9 +74,8 @@ def test_the_page_needs_nothing_from_elsewhere(report):
 def test_all_that_was_written_is_escaped(report):
     text = report.read_text()
     assert HOSTILE not in text and text.count("<script>") == 1
-    assert (
-        text.count(html.escape(HOSTILE).replace("&#x27;", "&#39;").replace("&quot;", "&#34;")) > 5
-    )
+    escaped = html.escape(HOSTILE).replace("&#x27;", "&#39;").replace("&quot;", "&#34;")
+    assert text.count(escaped) > 5
 
 
 def test_the_verdict_comes_first_and_every_part_is_there(report):
@@ -98,40 +84,33 @@ def test_the_verdict_comes_first_and_every_part_is_there(report):
     assert parts[:4] == ["Verdict", "Accuracy and log loss", "Tables", "What was learned"]
     assert parts[4:] == ["What LoRe K=5 likes", "Users"]
     assert text.count('class="card better"') == 4 and "score test: p = 0.2" in text
-    found = Reader(text)
-    assert found.count("table") == 6 and found.count("img") == 4 + 2 + 2
-    said = " ".join(found.texts)
-    assert said.count("Liked most") == 1 and "Why? …" in said
+    tags = [tag for tag, _ in Reader(text).tags]
+    assert tags.count("table") == 6 and tags.count("img") == 4 + 2 + 2
+    assert text.count("Liked most") == 1 and "Why? …" in text
 
 
-@pytest.mark.slow
-def test_the_tables_say_what_the_text_says(tmp_path):
-    text = page(tmp_path, made.results())
-    markdown = (tmp_path / "table.md").read_text()
+def test_the_tables_say_what_the_text_says(report):
+    text, markdown = report.read_text(), (report.parent / "table.md").read_text()
     cells = re.findall(r"\| +([^|]*\[[^|]*\]) +(?=\|)", markdown)
     assert len(cells) > 60 and all(f"<td>{cell.strip()}</td>" in text for cell in cells)
 
 
-@pytest.mark.slow
-def test_users_are_listed_with_their_accuracy_under_each_method(tmp_path):
-    results = made.results()
-    text = page(tmp_path, results)
+def test_users_are_listed_with_their_accuracy_under_each_method(report):
+    text = report.read_text()
     table = text[text.index("<h2>Users") :]
-    accuracy = {
-        r["label"]: r["accuracy"][7]
-        for part in results["seeds"][0]["methods"].values()
-        for r in part["records"]
-        if r["set"] == "seen" and not r["control"]
-    }
     row = table[table.index("seen-7</th>") :].split("</tr>")[0]
-    shown = ("reference", "BT", "Ridge BT", "own model", "LoRe K=5")
-    expected = ["seen", *(f"{100 * accuracy[label]:.1f}" for label in shown)]
-    assert re.findall("<td>(.*)</td>", row) == expected
+    accuracy: dict[str, list[float]] = {}
+    for repeat in json.loads((report.parent / "results.json").read_text())["seeds"]:
+        for r in (r for part in repeat["methods"].values() for r in part["records"]):
+            if r["set"] == "seen" and not r["control"] and r["label"] != "LoRe K=2":
+                accuracy.setdefault(r["label"], []).append(r["accuracy"][7])
+    expected = ["seen", *(f"{50 * (first + second):.1f}" for first, second in accuracy.values())]
+    assert re.findall("<td>(.*)</td>", row) == expected and len(expected) == 7
 
 
 @pytest.mark.slow
 def test_a_page_is_the_same_whenever_it_is_made(tmp_path):
-    results = made.results(sweep=True)
+    results = made.results({"LoRe K=5": made.LABELS["LoRe K=5"]}, sweep=True)
     assert page(tmp_path, results) == page(tmp_path, results)
 
 

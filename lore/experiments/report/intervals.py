@@ -36,31 +36,30 @@ def _resamples(users: int) -> np.ndarray:
 
 
 def bootstrap(sums: np.ndarray, weights: np.ndarray | None = None) -> tuple[float, float]:
-    """95 % interval of a mean over users, by the percentile bootstrap with 2,000 resamples.
+    """Ends of a mean's 95 % interval over users, by the percentile bootstrap.
 
     Args:
         sums: weighted sums [U] or, for the average of S sets' means, [U, S].
         weights: of the same shape; None for ones.
 
     Returns:
-        Its ends; NaN for fewer than five users, who say too little of others.
+        NaN for fewer than five users, who say too little of others.
     """
     if len(sums) < LEAST_USERS:
         return math.nan, math.nan
     sums = np.asarray(sums, float).reshape(len(sums), -1)
     weights = np.ones_like(sums) if weights is None else weights.reshape(sums.shape)
     means = sums.sum(0) / weights.sum(0)
-    apart = sums - means * weights  # all zero where no user differs from another
+    mean, apart = float(means.mean()), sums - means * weights
     if np.abs(apart).max() < 1e-12 * max(1.0, np.abs(means).max()):
-        return float(means.mean()), float(means.mean())
+        return mean, mean  # no user differs from another
     if len(sums) > MOST_RESAMPLED:
-        error = float(np.sqrt(((apart / weights.sum(0)).mean(1) ** 2).sum()))
-        return float(means.mean()) - 1.96 * error, float(means.mean()) + 1.96 * error
+        error = 1.96 * float(np.sqrt(((apart / weights.sum(0)).mean(1) ** 2).sum()))
+        return mean - error, mean + error
     drawn = _resamples(len(sums))
     with np.errstate(invalid="ignore"):  # a small set may have no user in a resample: left out
-        draws = (drawn @ apart.astype(np.float32)) / (drawn @ weights.astype(np.float32))
-    draws = draws.mean(1)
-    low, high = means.mean() + np.quantile(draws[np.isfinite(draws)], (0.025, 0.975))
+        draws = ((drawn @ apart.astype(np.float32)) / (drawn @ weights.astype(np.float32))).mean(1)
+    low, high = mean + np.quantile(draws[np.isfinite(draws)], (0.025, 0.975))
     return float(low), float(high)
 
 
@@ -122,15 +121,12 @@ def interval(measure: str, summary: Summary) -> str:
 
 
 def shots_to_reach(shots: Sequence[float], values: Sequence[float], level: float) -> float:
-    """The least number of shots at which a curve, drawn with straight lines, reaches a level.
+    """The least number of shots at which a curve reaches a level; infinity where it stays below.
 
     Args:
-        shots: ascending.
+        shots: ascending; between two of them the curve is a straight line.
         values: of the curve at each; more is better.
         level: to be reached.
-
-    Returns:
-        The number, or infinity where the curve stays below.
     """
     for i, value in enumerate(values):
         if value >= level:
@@ -146,16 +142,14 @@ def equivalent_random_shots(
 ) -> tuple[float, float, float] | None:
     """How many random shots reach what chosen ones do, with the ends of its 95 % interval.
 
-    Users are resampled with both curves of theirs. Infinity means more than were drawn at random.
+    Users are resampled with both curves of theirs. Infinity means more than were drawn at random;
+    None, that either curve was not recorded.
 
     Args:
         results: of a sweep.
         label: of the fit whose shots a criterion chose.
         measure: accuracy or log_loss.
         shots: how many were chosen.
-
-    Returns:
-        None where either curve was not recorded.
     """
     random, curve = results.says(label, "random_label") or "", {}
     for size in results.shots():
@@ -171,24 +165,14 @@ def equivalent_random_shots(
     middle, *drawn = (shots_to_reach(list(curve), row[:-1], row[-1]) for row in every)
     if len(users) < LEAST_USERS:
         return middle, math.nan, math.nan
-    low, high = np.quantile(drawn, (0.025, 0.975), method="inverted_cdf")
-    return middle, float(low), float(high)
+    return middle, *map(float, np.quantile(drawn, (0.025, 0.975), method="inverted_cdf"))
 
 
 def by_third(results: Results, label: str, name: str, shots: int | None) -> list[Summary] | None:
-    """A label's accuracy among users in thirds, from the usual to the unusual ones.
+    """A label's held-out accuracy on a set among users in thirds, from usual to unusual ones.
 
-    A user is unusual whose own training choices BT predicts badly; held-out ones, which the
-    accuracy is of, say nothing of it.
-
-    Args:
-        results: of the run.
-        label: whose accuracy.
-        name: set of held-out comparisons, seen or unseen.
-        shots: of the new users.
-
-    Returns:
-        A summary for every third; None without BT or with fewer than three users.
+    A user is unusual whose own training choices BT predicts badly. None without BT, or with fewer
+    than three users.
     """
     training = {"seen": "train", "unseen": "few_shot"}[name]
     losses = results.figures(results.label_of(BT) or "", "", training, "log_loss", shots)
@@ -214,8 +198,7 @@ class Column(NamedTuple):
 
 
 def columns(results: Results) -> list[Column]:
-    """Seen, unseen and both, or seen alone where nobody is new; or new users at every number of
-    shots."""
+    """Seen, unseen and both, where there are both; in a sweep, each number of shots."""
     if results.sweep:
         return [Column(shots_name(s), ("unseen",), s) for s in results.shots()]
     names = held_out(results)
@@ -234,10 +217,10 @@ def main_columns(results: Results) -> list[Column]:
     found = columns(results)
     if not results.sweep:
         return found[:2]
-    few: set[int | None] = {
+    too_many = {
         r.shots
         for r in results.records
         if r.set == "unseen" and r.users_with_that_many is not None
         and 2 * r.users_with_that_many < len(r.users)
     }  # fmt: skip
-    return [c for c in found if c == found[0] or c.shots not in few][-1:]
+    return [c for c in found if c == found[0] or c.shots not in too_many][-1:]

@@ -51,18 +51,17 @@ def write_report(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True,
         lstrip_blocks=True, undefined=jinja2.StrictUndefined,
     )  # fmt: skip
+    shown = [la for la in results.labels if la in (*results.judged, results.label_of(OWN))]
+    likes = {label: results.says(label, "likes") for label in shown}
     text = environment.get_template("report.html").render(
         title=results.title, heading=heading, about=about, marks=marks, notes=notes,
         kind=kind_sentence(results), verdicts=[_card(v) for v in verdicts(results)],
         tables=[_table(results, *table) for table in tables.items()],
         plots=_pictures(measure_panels(results), caption(results)),
         learned=_pictures(learned_panels(results), "Of the first repeat."),
-        users=_users(results), likes=_likes(results),
+        users=_users(results), likes={label: found for label, found in likes.items() if found},
     )  # fmt: skip
     write_text(folder / "report.html", text)
-
-
-# ---------------------------------------------------------------------- Verdict
 
 
 def _card(verdict: Verdict) -> dict[str, Any]:
@@ -77,8 +76,7 @@ def _card(verdict: Verdict) -> dict[str, Any]:
              "outcome": CLASSES[outcome_of(measure, s)], **_bar(s, most[measure])}
             for measure, s in found.items()
         ]  # fmt: skip
-    outcome = CLASSES.get(verdict.outcome, "open")
-    return {**verdict._asdict(), "outcome": outcome, "bars": bars}
+    return {**verdict._asdict(), "outcome": CLASSES.get(verdict.outcome, "open"), "bars": bars}
 
 
 def _bar(summary: Summary, most: float) -> dict[str, float]:
@@ -86,9 +84,6 @@ def _bar(summary: Summary, most: float) -> dict[str, float]:
     ends = summary[1:3] if np.isfinite(summary.low) else (summary.mean,) * 2
     low, high, mean = (50 + 48 * value / most for value in (*ends, summary.mean))
     return {"left": low, "width": high - low, "mean": mean}
-
-
-# ----------------------------------------------------------------------- Tables
 
 
 def _table(results: Results, caption: str, table: Table) -> dict[str, Any]:
@@ -112,8 +107,7 @@ def _users(results: Results) -> dict[str, Any]:
         tables = {la: results.figures(la, "", name, "accuracy", shots) for la in shown}
         means = {la: by_user(one).mean(axis=1) for la, one in tables.items() if one}
         parts.append(pd.DataFrame(means, columns=shown).assign(side=name))
-    table = pd.concat(parts)
-    text = MEASURES["accuracy"].text
+    table, text = pd.concat(parts), MEASURES["accuracy"].text
     rows = [
         {"name": user, "control": False,
          "cells": [side, *("" if np.isnan(value) else text(value) for value in values)]}
@@ -122,31 +116,16 @@ def _users(results: Results) -> dict[str, Any]:
     return {"columns": ["set", *shown], "rows": rows, "all": len(table), "shots": shots}
 
 
-def _likes(results: Results) -> dict[str, list[dict[str, Any]]]:
-    """Per judged label that has them: the responses each direction likes most and least."""
-    shown = [la for la in results.labels if la in (*results.judged, results.label_of(OWN))]
-    found = {label: results.says(label, "likes") for label in shown}
-    return {label: likes for label, likes in found.items() if likes}
-
-
-# ------------------------------------------------------------------------ Plots
-
-
 def _pictures(panels: Sequence[Panel], note: str) -> dict[str, Any]:
-    """Every panel as a picture of its own, so that they stand in one column on a phone."""
-    drawn = []
-    for panel in panels:
-        name = f"{panel.name}: {panel.caption}"
-        drawn.append({"name": f"{name[0].upper()}{name[1:]}", "source": _svg(panel)})
-    return {"note": note, "panels": drawn}
-
-
-def _svg(panel: Panel) -> str:
-    """A panel as the address of an SVG; the same bytes whenever it is drawn."""
+    """Every panel as an SVG of its own, the same bytes whenever it is drawn."""
     from matplotlib import rc_context  # takes a second, and who draws nothing does without
 
-    picture = io.BytesIO()
-    with rc_context({"svg.hashsalt": "lore", "svg.fonttype": "path"}):
-        made = figure([panel], "", "", (4.4, 3.2))
-        made.savefig(picture, format="svg", metadata={"Date": None})
-    return f"data:image/svg+xml;base64,{base64.b64encode(picture.getvalue()).decode()}"
+    drawn = []
+    for panel in panels:
+        name, picture = f"{panel.name}: {panel.caption}", io.BytesIO()
+        with rc_context({"svg.hashsalt": "lore", "svg.fonttype": "path"}):
+            made = figure([panel], "", "", (4.4, 3.2))
+            made.savefig(picture, format="svg", metadata={"Date": None})
+        source = f"data:image/svg+xml;base64,{base64.b64encode(picture.getvalue()).decode()}"
+        drawn.append({"name": f"{name[0].upper()}{name[1:]}", "source": source})
+    return {"note": note, "panels": drawn}

@@ -1,7 +1,6 @@
 """Plots of a run: accuracy and log loss, training curves, spectrum, users' weights.
 
-A method has its colour and marker from its name, whatever else is drawn. Lines differ by marker or
-dashes as well as by colour; controls are drawn in the colour of their method, the broken lines.
+A method's colour and marker follow from its name; its controls are the broken lines.
 """
 
 from __future__ import annotations
@@ -57,19 +56,18 @@ def full_colour(results: Results, label: str) -> tuple[float, float, float]:
     return to_rgb(FIXED.get(method, PALETTE[zlib.adler32(method.encode()) % len(PALETTE)]))
 
 
-def colour(results: Results, label: str) -> tuple[float, float, float]:
+def colour(results: Results, label: str) -> tuple[float, ...]:
     """A label's colour: its method's, paler the earlier it stands among the method's labels."""
     labels = results.of_method(results.methods[label])
     paler = 0.6 * (1 - (labels.index(label) + 1) / len(labels))
-    red, green, blue = ((1 - paler) * part + paler for part in full_colour(results, label))
-    return red, green, blue
+    return tuple((1 - paler) * part + paler for part in full_colour(results, label))
 
 
 def marker(results: Results, label: str) -> str:
     """A label's marker: its method's, then the following ones for the method's other labels."""
-    labels = results.of_method(results.methods[label])
-    method, others = results.methods[label], len(MARKERS) - len(BASELINES)
-    first = len(BASELINES) + zlib.crc32(method.encode()) % others
+    method = results.methods[label]
+    labels, own = results.of_method(method), len(MARKERS) - len(BASELINES)
+    first = len(BASELINES) + zlib.crc32(method.encode()) % own
     first = BASELINES.index(method) if method in BASELINES else first
     return MARKERS[(first + len(labels) - 1 - labels.index(label)) % len(MARKERS)]
 
@@ -79,16 +77,17 @@ def marker(results: Results, label: str) -> str:
 
 def measure_panels(results: Results) -> list[Panel]:
     """Accuracy and log loss of seen and unseen users, or of new users against shots."""
-    setting = varying_setting(results)
-    draw = _draw_shots if results.sweep else _draw_setting if setting else _draw_labels
-    panels = []
-    for measure in ALWAYS:
-        for name in ("unseen",) if results.sweep else held_out(results):
-            given = {"results": results, "measure": measure, "name": name}
-            given |= {"setting": setting} if draw is _draw_setting else {}
-            caption = f"{MEASURES[measure].name} ({MEASURES[measure].unit})"
-            panels.append(Panel(f"{name} users", caption, functools.partial(draw, **given)))
-    return panels
+    setting, draw = varying_setting(results), _draw_labels
+    if results.sweep:
+        draw = _draw_shots
+    elif setting:
+        draw = functools.partial(_draw_setting, setting=setting)
+    return [
+        Panel(f"{name} users", f"{MEASURES[measure].name} ({MEASURES[measure].unit})",
+              functools.partial(draw, results=results, measure=measure, name=name))
+        for measure in ALWAYS
+        for name in (("unseen",) if results.sweep else held_out(results))
+    ]  # fmt: skip
 
 
 def varying_setting(results: Results) -> str | None:
@@ -146,14 +145,13 @@ def _draw_labels(axes: Axes, results: Results, measure: str, name: str) -> None:
     for i, control in enumerate(controls):
         found = [(x, level(results, la, control, measure, (name,))) for x, la in enumerate(labels)]
         found = [(x + 0.16 * (i - (len(controls) - 1) / 2), s) for x, s in found if s]
-        if not found:
-            continue  # labels are shuffled for new users alone
-        x, mean, low, high = _scaled(measure, found)
-        axes.errorbar(
-            x, mean, [mean - low, high - mean], fmt=SHAPES[control], ms=6 if not control else 5,
-            elinewidth=1.2, label=CONTROLS.get(control, "as fitted"),
-            mfc=None if not control else "white",
-        )  # fmt: skip
+        if found:  # labels are shuffled for new users alone
+            x, mean, low, high = _scaled(measure, found)
+            style = {"ms": 5, "mfc": "white"} if control else {"ms": 6}
+            text, errors = CONTROLS.get(control, "as fitted"), [mean - low, high - mean]
+            axes.errorbar(
+                x, mean, errors, fmt=SHAPES[control], elinewidth=1.2, label=text, **style
+            )
     long = max(map(len, labels), default=0) * len(labels) > 50
     turned = {"rotation": 35, "ha": "right"} if long else {}
     axes.set_xticks(range(len(labels)), labels, **turned)
@@ -163,8 +161,6 @@ def _draw_labels(axes: Axes, results: Results, measure: str, name: str) -> None:
 
 def _draw_shots(axes: Axes, results: Results, measure: str, name: str) -> None:
     """New users' figures against their number of shots, on a logarithmic axis that has a 0."""
-    from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
-
     shots, main = results.shots(), results.judged[-1:]
     for label in results.labels:
         if results.methods[label] == "reference":
@@ -176,9 +172,8 @@ def _draw_shots(axes: Axes, results: Results, measure: str, name: str) -> None:
             banded = label in main and not control
             _line(axes, measure, found, row_name(label, control), banded, **style)
     axes.set_xscale("symlog", linthresh=1, linscale=0.4)
-    axes.xaxis.set_major_locator(FixedLocator(shots))
-    axes.xaxis.set_major_formatter(FixedFormatter([str(s) for s in shots]))
-    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticks(shots, map(str, shots))
+    axes.set_xticks([], minor=True)
     axes.set_xlabel(f"shots: {results.settings.get('unit', 'comparisons')} of each user")
     _levels(axes, results, measure, name, shots[-1] if shots else None)
 
@@ -209,10 +204,9 @@ def _levels(
     limits, unit = axes.get_ylim(), MEASURES[measure]
     reference = results.label_of("reference")
     found = level(results, reference, "", measure, (name,), shots) if reference else None
-    for text, value, style in (("chance", CHANCE[measure], ":"),
-                               ("reference", found.mean if found else None, "-")):  # fmt: skip
-        if value is not None:
-            axes.axhline(unit.scale * value, c="0.6", lw=1, ls=style, label=text, zorder=0)
+    lines = [("chance", CHANCE[measure], ":")] + ([("reference", found.mean, "-")] if found else [])
+    for text, value, style in lines:
+        axes.axhline(unit.scale * value, c="0.6", lw=1, ls=style, label=text, zorder=0)
     axes.set_ylim(limits)
 
 
@@ -270,17 +264,15 @@ def _draw_weights(axes: Axes, results: Results, label: str) -> None:
 
 def learned_panels(results: Results) -> list[Panel]:
     """Training curves and spectra of the first repeat, and the weights of judged labels."""
-    panels, partial = [], functools.partial
-    if _drawn(results, "losses"):
-        draw = partial(_draw_training, results=results)
-        panels.append(Panel("training", "objective (1 at the start)", draw))
-    if _drawn(results, "spectrum"):
-        draw = partial(_draw_spectrum, results=results)
-        panels.append(Panel("spectrum", "value (the largest being 1)", draw))
+    panels = {
+        "losses": Panel("training", "objective (1 at the start)", _draw_training),
+        "spectrum": Panel("spectrum", "value (the largest being 1)", _draw_spectrum),
+    }
+    found = [panel for key, panel in panels.items() if _drawn(results, key)]
     for label in [la for la, _ in _drawn(results, "weights") if la in results.judged]:
-        draw = partial(_draw_weights, results=results, label=label)
-        panels.append(Panel(f"weights of {label}", "seen users", draw))
-    return panels
+        draw = functools.partial(_draw_weights, label=label)
+        found.append(Panel(f"weights of {label}", "seen users", draw))
+    return [p._replace(draw=functools.partial(p.draw, results=results)) for p in found]
 
 
 # ---------------------------------------------------------------------- Figures
@@ -294,13 +286,9 @@ def caption(results: Results) -> str:
 
 
 def figure(panels: Sequence[Panel], title: str, note: str, size: tuple[float, float]) -> Figure:
-    """Panels side by side, two a row, under one title, with one legend for all.
+    """Panels, two a row, under one title, with one legend for all below its note.
 
-    Args:
-        panels: what is drawn.
-        title: above all.
-        note: above the legend.
-        size: width and height in inches, without the legend.
+    The size in inches is without the legend.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -39,37 +38,6 @@ Table = dict[str, dict[str, str]]  # row -> column -> cell
 # ----------------------------------------------------------------------- Tables
 
 
-def measure_table(results: Results, measure: str) -> Table:
-    """A measure of every label and control: mean ± SD over repeats [95 % interval over users]."""
-    table: Table = {}
-    also = [] if results.sweep else [Column("train", ("train",))]
-    for label in results.labels:
-        for control in ("", *results.controls(label)):
-            row = {
-                column.name: _cell(measure, level(results, label, control, measure, *column[1:]))
-                for column in [*columns(results), *also]
-            }
-            if any(row.values()):
-                table[row_name(label, control)] = row
-    if results.sweep and measure == "accuracy":
-        table |= _users_with_that_many(results)
-    return table
-
-
-def _users_with_that_many(results: Results) -> Table:
-    """How many users have that many shots, in the fewest and the most of the repeats."""
-    row = {}
-    for column in columns(results):
-        counts = {
-            r.users_with_that_many
-            for r in results.records
-            if r.set == "unseen" and r.shots == column.shots and r.users_with_that_many is not None
-        }
-        if counts:
-            row[column.name] = " to ".join(map(str, sorted({min(counts), max(counts)})))
-    return {"users with at least that many shots": row} if row else {}
-
-
 def _cell(measure: str, summary: Summary | None, paired: bool = False) -> str:
     """Mean, interval over users and, but for differences, standard deviation over repeats."""
     if summary is None:
@@ -81,20 +49,47 @@ def _cell(measure: str, summary: Summary | None, paired: bool = False) -> str:
     return f"{text} {intervals.interval(measure, summary)}".rstrip()
 
 
+def _filled(table: Table) -> Table:
+    """The rows in which something stands."""
+    return {name: row for name, row in table.items() if any(row.values())}
+
+
+def measure_table(results: Results, measure: str) -> Table:
+    """A measure of every label and control: mean ± SD over repeats [95 % interval over users]."""
+    shown = [*columns(results), *([] if results.sweep else [Column("train", ("train",))])]
+    table = {
+        row_name(label, control): {
+            column.name: _cell(measure, level(results, label, control, measure, *column[1:]))
+            for column in shown
+        }
+        for label in results.labels
+        for control in ("", *results.controls(label))
+    }
+    if results.sweep and measure == "accuracy":
+        table["users with at least that many shots"] = _users_with_that_many(results)
+    return _filled(table)
+
+
+def _users_with_that_many(results: Results) -> dict[str, str]:
+    """How many users have that many shots, in the fewest and the most of the repeats."""
+    counts: dict[int, set[int]] = {}
+    for r in results.records:
+        if r.set == "unseen" and r.users_with_that_many is not None:
+            counts.setdefault(r.shots, set()).add(r.users_with_that_many)
+    found = {c.name: counts[c.shots] for c in columns(results) if c.shots in counts}
+    return {n: " to ".join(map(str, sorted({min(c), max(c)}))) for n, c in found.items()}
+
+
 def difference_table(results: Results, measure: str) -> Table:
     """Every label minus what it is held against, paired by user and repeat."""
     table: Table = {}
     for label in results.labels:
         for name, other in _others(results, label).items():
-            row = {
-                column.name: _cell(
-                    measure, intervals.difference(results, label, other, measure, *column[1:]), True
-                )
-                for column in columns(results)
-            }
-            if any(row.values()):
-                table[f"{label} minus {name}"] = row
-    return table
+            row = table.setdefault(f"{label} minus {name}", {})
+            for column in columns(results):
+                found = intervals.difference(results, label, other, measure, *column[1:])
+                row[column.name] = _cell(measure, found, paired=True)
+    return _filled(table)
 
 
 def _others(results: Results, label: str) -> dict[str, tuple[str, str]]:
@@ -118,28 +113,25 @@ def unusual_table(results: Results) -> Table:
     """Accuracy among users whom BT's shared reward describes well, less well and badly."""
     shots = max(results.shots(), default=None)
     sets = [("unseen", shots)] if results.sweep else [("seen", None), ("unseen", None)]
-    table: Table = {}
-    for label in results.labels:
-        row = {}
+    table: Table = {label: {} for label in results.labels}
+    for label, row in table.items():
         for name, count in sets:
             found = intervals.by_third(results, label, name, count) or ()
             for third, summary in zip(intervals.THIRDS, found, strict=False):  # all three or none
                 row[f"{name}, {third}"] = _cell("accuracy", summary)
-        if row:
-            table[label] = row
-    return table
+    return _filled(table)
 
 
 def kind_table(results: Results, measure: str) -> Table:
     """A measure of every label on each kind of held-out comparisons, where there are several."""
-    table: Table = {}
-    for label in results.labels:
+    table: Table = {label: {} for label in results.labels}
+    for label, row in table.items():
         for column in intervals.main_columns(results):
             for kind in results.kinds():
-                cell = _cell(measure, level(results, label, "", measure, *column[1:], kind))
-                if cell:
-                    table.setdefault(label, {})[f"{column.name}, {kind}"] = cell
-    return table
+                found = level(results, label, "", measure, *column[1:], kind)
+                if found:
+                    row[f"{column.name}, {kind}"] = _cell(measure, found)
+    return _filled(table)
 
 
 def sections(results: Results) -> dict[str, Table]:
@@ -162,13 +154,9 @@ def sections(results: Results) -> dict[str, Table]:
     return {caption: table for caption, table in found.items() if table}
 
 
-def markdown(table: Table | Any) -> str:
-    """A table in Markdown, columns aligned.
-
-    Args:
-        table: row -> column -> cell, or a data frame.
-    """
-    if not isinstance(table, dict):  # a data frame
+def markdown(table: Table | pd.DataFrame) -> str:
+    """A table in Markdown, columns aligned."""
+    if isinstance(table, pd.DataFrame):
         table = table.fillna("").astype(str).to_dict("index")
     if not table:
         return ""
@@ -176,11 +164,10 @@ def markdown(table: Table | Any) -> str:
     rows = [["", *names]] + [[key, *(row.get(n, "") for n in names)] for key, row in table.items()]
     cells = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
-        for row in cells
-    ]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+    lines = [" | ".join(map(str.ljust, row, widths)) for row in cells]
+    rule = "|".join("-" * (width + 2) for width in widths)
+    first, *others = (f"| {line} |" for line in lines)
+    return "\n".join([first, f"|{rule}|", *others])
 
 
 def results_csv(results: Results) -> str:
@@ -192,8 +179,7 @@ def results_csv(results: Results) -> str:
         for measure, values in r.values.items():
             row[measure] = values.mean() + 0.0  # not -0
             if measure in ALWAYS:
-                ends = intervals.bootstrap(values)
-                row |= dict(zip((f"{measure}_low", f"{measure}_high"), ends, strict=True))
+                row[f"{measure}_low"], row[f"{measure}_high"] = intervals.bootstrap(values)
         row |= {"num_users": len(r.users), "users_with_that_many": r.users_with_that_many}
         several = r.trials is not None and len(r.trials) > 1
         row["trials_sd"] = np.std(r.trials, ddof=1) if several else None
@@ -240,12 +226,12 @@ def notes(results: Results) -> list[str]:
         counts = Counter(fit["note"] for fit in results.fits(label) if fit.get("note"))
         for note, count in list(counts.items())[: 1 if len(counts) > 3 else None]:
             often = f" ({count} of {repeats} repeats)" if count < repeats else ""
-            lines.append(f"- {label}: {note}{often}")
+            lines.append(f"{label}: {note}{often}")
         if results.says(label, "random_label"):
             lines += _in_random_shots(results, label)
-    for method in dict.fromkeys(results.methods.values()):
-        lines += _cost(results, method)
-    return lines
+    return lines + [
+        line for m in dict.fromkeys(results.methods.values()) for line in _cost(results, m)
+    ]
 
 
 def _in_random_shots(results: Results, label: str) -> list[str]:
@@ -260,21 +246,20 @@ def _in_random_shots(results: Results, label: str) -> list[str]:
             mean, *ends = (f"{x:.1f}" if x <= sizes[-1] else f"over {sizes[-1]}" for x in found)
             between = "" if np.isnan(found[1]) else f" [{', '.join(ends)}]"
             parts.append(f"{mean}{between} by {MEASURES[measure].name}")
-    return [f"- {label}: {shots} do what this many random shots do: {', '.join(parts)}"]
+    return [f"{label}: {shots} do what this many random shots do: {', '.join(parts)}"]
 
 
 def _cost(results: Results, method: str) -> list[str]:
     """Time, size and number of settings tried of a method, the mean over repeats."""
-    parts = [r["methods"][method] for r in results.repeats if method in r["methods"]]
+    times = [r["methods"][method]["seconds"] for r in results.repeats if method in r["methods"]]
     fits = results.fits(results.label_of(method) or "")
     sizes = [fit["parameters"] for fit in fits if fit.get("parameters")]
     tried = [len(fit.get("tried") or ()) for fit in fits]
-    every = [part["seconds"] for part in parts], sizes, tried
-    seconds, size, count = (np.mean(values) if values else 0 for values in every)
+    seconds, size, count = (np.mean(values) if values else 0 for values in (times, sizes, tried))
     texts = [f"{seconds:.1f} s"] if seconds > 0.05 else []
     texts += [f"{size:,.0f} parameters"] if size else []
     texts += [f"{count:,.0f} settings tried"] if count > 1 else []
-    return [f"- {method}: {', '.join(texts)}"] if texts else []
+    return [f"{method}: {', '.join(texts)}"] if texts else []
 
 
 def _text(results: Results, tables: dict[str, Table]) -> str:
@@ -283,8 +268,8 @@ def _text(results: Results, tables: dict[str, Table]) -> str:
     blocks += [f"**WARNING: {mark}**" for mark in warnings(results)]
     for caption, table in tables.items():
         blocks += [caption, markdown(table)]
-    lines = notes(results)
-    blocks += ["Notes:\n" + "\n".join(lines)] if lines else []
+    if lines := [f"- {line}" for line in notes(results)]:
+        blocks.append("\n".join(["Notes:", *lines]))
     return "\n\n".join([*blocks, verdict(results)])
 
 
@@ -305,7 +290,7 @@ def _details(results: Results) -> str:
 
 
 def report(folder: Path, labels: Collection[str] = ()) -> str:
-    """Write a finished run's tables and plots anew from results.json; nothing is trained.
+    """Write a finished run's tables and plots again from results.json; nothing is trained.
 
     Args:
         folder: the run's folder.
@@ -323,10 +308,9 @@ def report(folder: Path, labels: Collection[str] = ()) -> str:
     text = _text(results, tables)
     write_text(folder / "table.md", text + "\n")
     names = ", ".join(f"{name}.png" for name in write_plots(folder, results))
-    about = _details(results), facts(results), warnings(results), tables
-    write_report(folder, results, *about, [line.removeprefix("- ") for line in notes(results)])
+    about = _details(results), facts(results), warnings(results), tables, notes(results)
+    write_report(folder, results, *about)
     if labels:
-        shown = [la for la in results.labels if la in labels or results.is_baseline(la)]
-        some = results.only(shown)
+        some = results.only(la for la in results.labels if la in labels or results.is_baseline(la))
         text = _text(some, sections(some))
     return f"{text}\n\nResults, table, plots ({names}) and report.html: {folder}"

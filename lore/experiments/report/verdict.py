@@ -27,22 +27,14 @@ MEANING = {
 
 
 class Verdict(NamedTuple):
-    """What a label's own weights bring on one set.
-
-    Attributes:
-        where: the users, and the number of shots.
-        outcome: better, worse or no difference detected; "" where nothing is personal.
-        claim: the outcome in words.
-        differences: against what -> measure -> difference.
-        loss: the log loss, in words.
-    """
+    """What a label's own weights bring on one set."""
 
     label: str
-    where: str
-    outcome: str
-    claim: str
-    differences: dict[str, dict[str, Summary]]
-    loss: str
+    where: str  # the users, and the number of shots
+    outcome: str  # better, worse or no difference detected; "" where nothing is personal
+    claim: str  # the outcome in words
+    differences: dict[str, dict[str, Summary]]  # against what -> measure -> difference
+    loss: str  # the log loss, in words
 
     @property
     def text(self) -> str:
@@ -71,30 +63,33 @@ def verdicts(results: Results) -> list[Verdict]:
     """
     found = []
     for label in results.judged:
-        if results.personal(label):
-            judged = [_judge(results, label, column) for column in intervals.main_columns(results)]
-            found += [one for one in judged if one.differences]
-        else:
+        if not results.personal(label):
             rank_one = any(fit["settings"].get("rank") == 1 for fit in results.fits(label))
             why = "rank 1 was chosen: " if rank_one else ""
             found.append(Verdict(label, "", "", f"{why}no personal weights to judge", {}, ""))
+            continue
+        judged = [_judge(results, label, column) for column in intervals.main_columns(results)]
+        found += [one for one in judged if one.differences]
     return found
 
 
 def _judge(results: Results, label: str, column: Column) -> Verdict:
     shared = results.label_of(RIDGE)
     others = {shared: (shared, "")} if shared else {}
-    others |= {f"the {CONTROLS['population']}": (label, "population")}
-    others |= {CONTROLS["another"]: (label, "another")}
+    others |= {f"the {CONTROLS['population']}": (label, "population"),
+               CONTROLS["another"]: (label, "another")}  # fmt: skip
     found: dict[str, dict[str, Summary]] = {}
     for against, other in others.items():
         for measure in ALWAYS:
             summary = intervals.difference(results, label, other, measure, *column[1:])
             if summary is not None:
                 found.setdefault(against, {})[measure] = summary
-    outcome = worst(found)
+    outcome, loss = worst(found), ""
     where = f"unseen users at {column.name}" if results.sweep else f"{column.name} users"
-    loss = _loss(results, label, column)
+    own = intervals.level(results, label, "", "log_loss", *column[1:])
+    if own is not None:
+        loss = f"log loss {MEASURES['log_loss'].text(own.mean)} nats"
+        loss += f", worse than chance (ln 2 = {CHANCE:.3f})" if own.mean > CHANCE else ""
     return Verdict(label, where, outcome, f"personal weights: {outcome}", found, loss)
 
 
@@ -112,20 +107,9 @@ def outcome_of(measure: str, difference: Summary) -> str:
     return BETTER if low > 0 else WORSE if high < 0 else OPEN
 
 
-def _loss(results: Results, label: str, column: Column) -> str:
-    """The log loss, and whether it is worse than chance."""
-    own = intervals.level(results, label, "", "log_loss", *column[1:])
-    if own is None:
-        return ""
-    text = f"log loss {MEASURES['log_loss'].text(own.mean)} nats"
-    return text + (f", worse than chance (ln 2 = {CHANCE:.3f})" if own.mean > CHANCE else "")
-
-
 def kind_sentence(results: Results) -> str:
-    """What kind of comparisons was held out, in a sentence; "" where it is not known.
-
-    The mean over repeats; of seen and unseen users apart where they differ.
-    """
+    """What kind of comparisons was held out, as means over repeats, of seen and unseen users apart
+    where they differ; "" where it is not known."""
     every = [repeat.get("kinds") or {} for repeat in results.repeats]
     shares: dict[str, dict[str, str]] = {}
     for name in intervals.held_out(results):
@@ -148,9 +132,8 @@ def verdict(results: Results) -> str:
     """The verdicts as one paragraph, a line for each if several."""
     found, kind = verdicts(results), kind_sentence(results)
     first = f"{kind} " if kind else ""
-    if not found:
-        return f"Verdict: {first}no personal method was fitted, so there is nothing to judge."
     lines = [f"{v.text}." for v in found]
+    lines = lines or ["no personal method was fitted, so there is nothing to judge."]
     if len(lines) == 1:
         return f"Verdict: {first}{lines[0]}"
     return "\n".join([f"Verdict: {kind}".rstrip(), *(f"- {line}" for line in lines)])
