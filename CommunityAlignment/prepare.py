@@ -80,9 +80,7 @@ def read(source: str, language: str, funnel: Funnel) -> list[dict[str, Any]]:
             continue
         funnel.count(f"conversations in {language}")
         whose = {name: raw.name(row[column], place, column) for name, column in WHOSE.items()}
-        found, left_out = preparing.compare(*read_turns(place, row))
-        comparisons += [{**whose, **each} for each in found]
-        funnel.left_out(left_out)
+        comparisons += preparing.compare(*read_turns(place, row), whose, funnel)
     there = ", ".join(sorted(languages))
     require(language in languages, f"--language {language} is none of those there: {there}")
     return comparisons

@@ -104,13 +104,11 @@ def read(
         elif row.left_out:
             funnel.left_out([row.left_out])
         else:
-            found, left_out = preparing.against(row.chosen, row.rejected)
-            weight = row.weight / max(len(found), 1)
             same = {"user_id": row.user, "dialog_id": row.dialog, "split": row.split}
-            same |= {"row": number, "place": row.place, "time": row.time, "weight": weight}
+            same |= {"row": number, "place": row.place, "time": row.time}
             same |= numbers_beside(row, extra, funnel)
-            comparisons += [{**same, **pair} for pair in found]
-            funnel.left_out(left_out)
+            found = preparing.against(row.chosen, row.rejected, same, funnel)
+            comparisons += [{**each, "weight": row.weight / len(found)} for each in found]
     return comparisons
 
 

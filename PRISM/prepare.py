@@ -77,9 +77,7 @@ def read(source: str, rejected: str, funnel: Funnel) -> list[dict[str, Any]]:
             who = "with no completed conversation" if known else "who are not in the survey"
             funnel.left_out([f"conversations of participants {who}"])
             continue
-        found, left_out = preparing.compare(*read_turns(place, row, rejected))
-        comparisons += [{**whose, **each} for each in found]
-        funnel.left_out(left_out)
+        comparisons += preparing.compare(*read_turns(place, row, rejected), whose, funnel)
     return comparisons
 
 

@@ -68,9 +68,7 @@ def read(source: str, funnel: Funnel) -> list[dict[str, Any]]:
             same = {"user_id": user, "split": split, "dialog_id": dialog, "weight": 1.0}
             same["turn"] = len(prompts) - 1
             sides = ([[*history, response(place, row, name)]] for name in ("chosen", "rejected"))
-            pairs, left_out = preparing.against(*sides)
-            comparisons += [{**same, **pair} for pair in pairs]
-            funnel.left_out(left_out)
+            comparisons += preparing.against(*sides, same, funnel)
     return comparisons
 
 

@@ -66,10 +66,9 @@ def read(source: str, funnel: Funnel) -> list[dict[str, Any]]:
             funnel.count(f"rows of {name}")
             require(isinstance(row["info"], dict), f"{place}: info must hold the post")
             dialog = raw.text(row["info"].get("id"), place, "info.id")
-            whose = {"user_id": raw.name(row["worker"], place, "worker"), "dialog_id": dialog}
-            found, left_out = preparing.compare(*read_turns(place, row))
-            comparisons += [{**whose, "split": split, "seen": True, **each} for each in found]
-            funnel.left_out(left_out)
+            user = raw.name(row["worker"], place, "worker")
+            same = {"user_id": user, "dialog_id": dialog, "split": split, "seen": True}
+            comparisons += preparing.compare(*read_turns(place, row), same, funnel)
     return comparisons
 
 

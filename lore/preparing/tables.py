@@ -107,15 +107,18 @@ class Funnel:
         require(not comparisons.empty, f"no comparisons are left: {path}")
 
 
-def compare(turns: Sequence[Turn], end: str = "") -> tuple[list[dict[str, Any]], list[str]]:
+Comparisons = list[dict[str, Any]]  # with chosen and rejected as whole conversations
+
+
+def compare(
+    turns: Sequence[Turn], end: str, same: Mapping[str, Any], funnel: Funnel
+) -> Comparisons:
     """One comparison per rejected response of a dialogue, after the history of chosen responses.
 
-    Returns:
-        Comparisons with turn, chosen and rejected (whole conversations) and weight; and why
-        something is left out, ``end`` if the dialogue goes on. An empty prompt or choice ends it.
+    Each has turn, weight and what is the ``same`` of all. What is left out is counted, with ``end``
+    as the reason why a dialogue goes on unread; an empty prompt or choice ends it too.
     """
-    found: list[dict[str, Any]] = []
-    left_out: list[str] = []
+    found: Comparisons = []
     history: Conversation = []
     for number, (prompt, chosen, rejected) in enumerate(turns):
         if not prompt or not chosen:
@@ -125,32 +128,34 @@ def compare(turns: Sequence[Turn], end: str = "") -> tuple[list[dict[str, Any]],
         won, *lost = (
             [*history, {"role": "assistant", "content": text}] for text in (chosen, *rejected)
         )
-        pairs, skipped = against([won], lost)
-        found += [{"turn": number, **pair, "weight": 1.0} for pair in pairs]
-        left_out += skipped
+        found += against([won], lost, {**same, "turn": number, "weight": 1.0}, funnel)
         history = won
-    return found, left_out + [end] * bool(end)
+    funnel.left_out([end] * bool(end))
+    return found
 
 
 def against(
-    chosen: Sequence[Conversation], rejected: Sequence[Conversation]
-) -> tuple[list[dict[str, Conversation]], list[str]]:
-    """Every chosen response against every rejected one, and why some are left out."""
-    pairs, left_out = [], []
+    chosen: Sequence[Conversation],
+    rejected: Sequence[Conversation],
+    same: Mapping[str, Any],
+    funnel: Funnel,
+) -> Comparisons:
+    """Every chosen response against every rejected one, with what is the ``same`` of all."""
+    found = []
     for won in chosen:
         if not won[-1]["content"]:
-            left_out.append("chosen responses empty")
+            funnel.left_out(["chosen responses empty"])
             continue
         for lost in rejected:
             if lost == won or not lost[-1]["content"]:
                 why = "equal to the chosen one" if lost == won else "empty"
-                left_out.append(f"rejected responses {why}")
+                funnel.left_out([f"rejected responses {why}"])
             else:
-                pairs.append({"chosen": won, "rejected": lost})
-    return pairs, left_out
+                found.append({**same, "chosen": won, "rejected": lost})
+    return found
 
 
-def tabulate(comparisons: Iterable[dict[str, Any]], funnel: Funnel) -> pd.DataFrame:
+def tabulate(comparisons: Comparisons, funnel: Funnel) -> pd.DataFrame:
     """Comparisons as a table, one a row, with names of both conversations; InputError if none."""
     table = pd.DataFrame(comparisons)
     funnel.count("comparisons", len(table))

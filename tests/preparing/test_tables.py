@@ -288,32 +288,34 @@ def test_what_a_cell_cannot_hold(read, value, message):
 
 
 def test_a_dialogue_is_compared_turn_by_turn():
-    turns = [Turn("p", "a", ["b", "c"]), Turn("q", "d", ["e"])]
-    found, left_out = preparing.compare(turns)
-    later = ("p", "a", "q")
+    turns, funnel = [Turn("p", "a", ["b", "c"]), Turn("q", "d", ["e"])], Funnel()
+    same, later = {"user_id": "ann", "weight": 1.0}, ("p", "a", "q")
+    found = preparing.compare(turns, "", {"user_id": "ann"}, funnel)
     assert found == [
-        {"turn": 0, "chosen": talk("p", "a"), "rejected": talk("p", "b"), "weight": 1.0},
-        {"turn": 0, "chosen": talk("p", "a"), "rejected": talk("p", "c"), "weight": 1.0},
-        {"turn": 1, "chosen": talk(*later, "d"), "rejected": talk(*later, "e"), "weight": 1.0},
+        {**same, "turn": 0, "chosen": talk("p", "a"), "rejected": talk("p", "b")},
+        {**same, "turn": 0, "chosen": talk("p", "a"), "rejected": talk("p", "c")},
+        {**same, "turn": 1, "chosen": talk(*later, "d"), "rejected": talk(*later, "e")},
     ]
-    assert left_out == []
+    assert not funnel.counts
 
 
 @pytest.mark.parametrize(
     ("turns", "end", "count", "left_out"),
     [
-        ([("p", "a", ["b"]), ("", "a", ["b"])], "", 1, ["dialogues cut at an empty prompt"]),
-        ([("p", "", "b"), ("p", "a", "b")], "", 0, ["dialogues cut at an empty chosen response"]),
-        ([("p", "a", ["b"])], "dialogues cut here", 1, ["dialogues cut here"]),
-        ([("p", "", ["b"])], "later", 0, ["dialogues cut at an empty chosen response"]),
-        ([("p", "a", ["", "c"])], "", 1, ["rejected responses empty"]),
-        ([("p", "a", ["a", "c"])], "", 1, ["rejected responses equal to the chosen one"]),
-        ([], "", 0, []),
+        ([("p", "a", ["b"]), ("", "a", ["b"])], "", 1, "dialogues cut at an empty prompt"),
+        ([("p", "", "b"), ("p", "a", "b")], "", 0, "dialogues cut at an empty chosen response"),
+        ([("p", "a", ["b"])], "dialogues cut here", 1, "dialogues cut here"),
+        ([("p", "", ["b"])], "later", 0, "dialogues cut at an empty chosen response"),
+        ([("p", "a", ["", "c"])], "", 1, "rejected responses empty"),
+        ([("p", "a", ["a", "c"])], "", 1, "rejected responses equal to the chosen one"),
+        ([], "", 0, ""),
     ],
 )
 def test_what_is_left_out_of_a_dialogue(turns, end, count, left_out):
-    found, reasons = preparing.compare([Turn(*turn) for turn in turns], end)
-    assert (len(found), reasons) == (count, left_out)
+    funnel = Funnel()
+    found = preparing.compare([Turn(*turn) for turn in turns], end, {}, funnel)
+    assert len(found) == count
+    assert funnel.counts == ({f"left out: {left_out}": 1} if left_out else {})
 
 
 def test_a_funnel_counts_in_the_order_of_the_work():
