@@ -84,10 +84,17 @@ def view_conversations(
     """
     source = lm.of_basis(found.settings, found.path)
     check_width(source, len(found.directions))
-    names = ("model", "tokenizer", "revision", "trust_remote_code", "pool")
-    embedding |= {name: getattr(source, name) for name in names}
     with tempfile.TemporaryDirectory() as passing:
-        store = embed(conversations, embeddings or passing, **embedding)
+        store = embed(
+            conversations,
+            embeddings or passing,
+            model=source.model,  # named here, so that these are no flags of the tools beside lm's
+            tokenizer=source.tokenizer,
+            revision=source.revision,
+            trust_remote_code=source.trust_remote_code,
+            pool=source.pool,
+            **embedding,
+        )
         require(store is not None, "run this in one process, without --shard")
         rows = store.rows(torch.arange(len(conversations)))
         return rows @ found.directions.to(rows)

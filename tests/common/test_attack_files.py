@@ -20,14 +20,13 @@ from torch import Tensor
 import running
 import utils
 import worlds
-from lore.common.files import InputError, digest, file_sha256, lock_folder
+from lore.common.files import InputError, file_sha256, lock_folder
 from lore.embeddings import store as embeddings
 from lore.embeddings.store import open_store
 from lore.experiments import splits
 from lore.experiments.splits import Tasks
 from lore.learning.comparisons import Comparisons
 from lore.learning.training import Checkpoint
-from lore.preparing.tables import read_conversations
 
 Change = Callable[[Path], Any]
 
@@ -204,44 +203,10 @@ CASES: dict[str, dict[str, Change]] = {
 }  # fmt: skip
 
 
-class Made:
-    """In the place of a reward model: random embeddings, and a random score head."""
-
-    method, tokens_computed = "made", 0
-
-    def embed(self, tokens: list[Any], *_: Any) -> Tensor:
-        """[n, 8]."""
-        return torch.randn(len(tokens), 8, generator=torch.Generator().manual_seed(len(tokens)))
-
-    def reference(self) -> dict[str, Tensor]:
-        """As ``reward_model.Engine.reference``."""
-        return {"head": torch.randn(1, 8), "last_linear": torch.randn(8)}
-
-
-def embed(data: Path) -> None:
-    """Embeddings of a prepared dataset's conversations, 40 in a file."""
-    talks = read_conversations(data)
-    known = dict.fromkeys(embeddings.FACTS, "made") | {
-        "dtype": "float32", "max_length": 9,
-        "num_conversations": len(talks), "conversations_sha256": digest(talks),
-    }  # fmt: skip
-    tokens = [(number.to_bytes(4), 0) for number in range(len(talks))]
-    counts = {"num_distinct": len(talks), "num_truncated": 0, "tokens_given": len(talks)}
-    plan = embeddings._Plan(tokens, torch.arange(len(talks)), known, counts, 40)
-    embeddings._complete(data / "embeddings", plan, Made, 0, 1, False)
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory) -> dict[str, Path]:
-    """Two prepared datasets with embeddings, made without a reward model."""
-    folder = tmp_path_factory.mktemp("made")
-    worlds.prepare("PRISM", worlds.prism(folder / "prism"), folder / "PRISM")
-    source = worlds.personalllm(folder / "personal")
-    worlds.prepare("PersonalLLM", source, folder / "PersonalLLM", embed=False)
-    found = {name: folder / name for name in ("PRISM", "PersonalLLM")}
-    for data in found.values():
-        embed(data)
-    return found
+@pytest.fixture
+def copied(dataset, tmp_path) -> Callable[[str], Path]:
+    """A copy of a prepared and embedded dataset."""
+    return lambda name: shutil.copytree(dataset(name).data, tmp_path / "data")
 
 
 def opened(data: Path) -> Tasks:
@@ -277,9 +242,8 @@ def every(cases: dict[str, dict[str, Change]]) -> pytest.MarkDecorator:
 
 
 @every(CASES)
-def test_a_file_that_is_not_as_written_is_named_and_left_alone(made, tmp_path, name, what):
-    world = "PersonalLLM" if name == SCORES else "PRISM"
-    data = shutil.copytree(made[world], tmp_path / "data")
+def test_a_file_that_is_not_as_written_is_named_and_left_alone(copied, name, what):
+    data = copied("PersonalLLM" if name == SCORES else "PRISM")
     opened(data)
     path = path_of(data, name)
     CASES[name][what](path)
@@ -294,8 +258,8 @@ def test_a_file_that_is_not_as_written_is_named_and_left_alone(made, tmp_path, n
     assert all_bytes(data) == before
 
 
-def test_a_folder_as_prepared_is_opened_twice_and_verified_once(made, tmp_path, monkeypatch):
-    data = shutil.copytree(made["PRISM"], tmp_path / "data")
+def test_a_folder_as_prepared_is_opened_twice_and_verified_once(copied, monkeypatch):
+    data = copied("PRISM")
     read: list[str] = []
 
     def note(path: Path) -> str:
@@ -311,8 +275,8 @@ def test_a_folder_as_prepared_is_opened_twice_and_verified_once(made, tmp_path, 
     assert len([name for name in read if name.startswith("embeddings-")]) == 2 * len(shards)
 
 
-def test_a_bit_that_flips_under_the_same_time_is_found_by_verify(made, tmp_path):
-    data = shutil.copytree(made["PRISM"], tmp_path / "data")
+def test_a_bit_that_flips_under_the_same_time_is_found_by_verify(copied, tmp_path):
+    data = copied("PRISM")
     store = opened(data).store
     path, times = path_of(data, SHARD), path_of(data, SHARD).stat()
     flip(path)
@@ -327,8 +291,8 @@ def test_a_bit_that_flips_under_the_same_time_is_found_by_verify(made, tmp_path)
 
 
 @pytest.mark.parametrize(("number", "word"), [(0.0, "is zero"), (0.5, "is 0.5 in every feature")])
-def test_a_reference_that_says_nothing_is_told(made, tmp_path, caplog, number, word):
-    data = shutil.copytree(made["PRISM"], tmp_path / "data")
+def test_a_reference_that_says_nothing_is_warned_of(copied, caplog, number, word):
+    data = copied("PRISM")
     tensors(head=lambda t: torch.full_like(t, number))(data / HEAD)
     opened(data).reference("head")
     assert word in caplog.text and caplog.text.count("WARNING: the reference") == 1

@@ -231,13 +231,13 @@ def test_what_the_documents_say_of_torchrun_is_a_command():
     """Every line with torchrun in README and docs keeps its flags from torchrun."""
     from torch.distributed.run import get_args_parser
 
-    texts = [running.ROOT / "README.md", *sorted((running.ROOT / "docs").glob("*.md"))]
+    texts = [running.ROOT / "README.md", *(running.ROOT / "docs").glob("*.md")]
     lines = re.findall(r"^ *torchrun .*|`torchrun [^`]*`", "\n".join(map(_read, texts)), re.M)
     assert lines
     for line in lines:
         words = line.strip("` ").replace("N", "2").split()[1:]
-        asked = get_args_parser().parse_args([*words, "--name", "a"])
-        assert asked.training_script.endswith(".py") and "--name" in asked.training_script_args
+        read = get_args_parser().parse_args([*words, "--name", "a"])
+        assert read.training_script.endswith(".py") and "--name" in read.training_script_args
 
 
 def test_what_the_page_on_clusters_says_are_flags():
@@ -272,43 +272,35 @@ def test_a_datasets_name_is_no_path(tmp_path):
 
 TOUCH = "touch ran"  # a shell command that leaves a trace
 MODULE = "from pathlib import Path\nPath('ran').touch()\nfrom torch.optim import SGD as Trap\n"
-POPEN = {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", "ran"]}}
-EVAL = {"class_path": "builtins.eval", "init_args": {"source": "open('ran', 'w')"}}
-SYSTEM = {"class_path": "os.system", "init_args": {"command": TOUCH}}
-
-
-def asked(spec: dict) -> str:
-    return f"--optimizer={json.dumps(spec)}"
-
-
-ATTACKS = {
-    "system": [asked(SYSTEM)],
-    "system by flags": ["--optimizer", "os.system", "--optimizer.command", TOUCH],
-    "Popen": [asked(POPEN)],
-    "Popen without arguments": ["--optimizer", "subprocess.Popen"],
-    "eval": [asked(EVAL)],
-    "a class that is imported": ["--optimizer", "trap.Trap", "--optimizer.lr", "0.1"],
-    "a class that is explained": ["--optimizer.help", "trap.Trap"],
-    "a class in the place of LoRe": ["--lore", "trap.Trap"],
-    "a class among LoRe's settings": ['--lore={"class_path": "trap.Trap"}'],
-    "a class in the place of a method": ["--mlp", "trap.Trap"],
-}
-FILES = {
-    "system": {"lore": {"optimizer": SYSTEM}},
-    "Popen": {"lore": {"optimizer": POPEN}},
-    "eval": {"lore": {"optimizer": EVAL}},
-    "a class that is imported": {"lore": {"optimizer": "trap.Trap"}},
-    "a class in the place of LoRe": {"lore": {"class_path": "trap.Trap"}},
-    "LoRe as a class": {"lore": "trap.Trap"},
-    "a method as a class": {"pal": {"class_path": "trap.Trap", "init_args": {}}},
-    "a class in the place of a number": {"seeds": SYSTEM, "checkpoint_every": SYSTEM},
-}
-TAGS = {
-    "apply": f"name: !!python/object/apply:os.system ['{TOUCH}']\n",
-    "new": "name: !!python/object/new:trap.Trap []\n",
-    "name": "lore:\n  optimizer: !!python/name:trap.Trap\n",
-    "module": "name: !!python/module:trap\n",
-}
+CALLS = [
+    {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", "ran"]}},
+    {"class_path": "builtins.eval", "init_args": {"source": "open('ran', 'w')"}},
+    {"class_path": "os.system", "init_args": {"command": TOUCH}},
+]
+FLAGS = [
+    *([f"--optimizer={json.dumps(call)}"] for call in CALLS),
+    ["--optimizer", "os.system", "--optimizer.command", TOUCH],
+    ["--optimizer", "subprocess.Popen"],
+    ["--optimizer", "trap.Trap", "--optimizer.lr", "0.1"],
+    ["--optimizer.help", "trap.Trap"],
+    ["--lore", "trap.Trap"],
+    ['--lore={"class_path": "trap.Trap"}'],
+    ["--mlp", "trap.Trap"],
+]
+FILES = [
+    *({"lore": {"optimizer": call}} for call in CALLS),
+    {"lore": {"optimizer": "trap.Trap"}},
+    {"lore": {"class_path": "trap.Trap"}},
+    {"lore": "trap.Trap"},
+    {"pal": {"class_path": "trap.Trap", "init_args": {}}},
+    {"seeds": CALLS[2], "checkpoint_every": CALLS[2]},
+]
+TAGS = [
+    f"name: !!python/object/apply:os.system ['{TOUCH}']\n",
+    "name: !!python/object/new:trap.Trap []\n",
+    "lore:\n  optimizer: !!python/name:trap.Trap\n",
+    "name: !!python/module:trap\n",
+]
 
 
 @pytest.fixture
@@ -322,31 +314,30 @@ def trap(dataset, tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def assert_nothing_ran(trap: Path, dataset, *words: str) -> None:
+def assert_nothing_ran(trap: Path, dataset, *words: str, config: str = "") -> None:
     """The words end in a refusal, and neither the command nor the module left its trace."""
+    (trap / "config.yaml").write_text(config)
     where = {"data": dataset("PRISM").data, "results": trap / "results", "ranks": 2}
     quick = {"iterations": 2, "few_shot_iterations": 2, "progress": "false"}
-    outcome = running.invoke(TRAIN, where | quick, *words)
+    outcome = running.invoke(TRAIN, where | quick, *words, "--config", "config.yaml")
     assert not (trap / "ran").exists() and "trap" not in sys.modules
     assert_refused(outcome)
     assert not (trap / "results").exists()
 
 
-@pytest.mark.parametrize("attack", ATTACKS)
-def test_no_flag_runs_or_imports_anything(trap, dataset, attack):
-    assert_nothing_ran(trap, dataset, *ATTACKS[attack])
+@pytest.mark.parametrize("words", FLAGS, ids=" ".join)
+def test_no_flag_runs_or_imports_anything(trap, dataset, words):
+    assert_nothing_ran(trap, dataset, *words)
 
 
-@pytest.mark.parametrize("attack", FILES)
-def test_no_config_file_runs_or_imports_anything(trap, dataset, attack):
-    (trap / "config.yaml").write_text(json.dumps(FILES[attack]))  # JSON is YAML
-    assert_nothing_ran(trap, dataset, "--config", "config.yaml")
+@pytest.mark.parametrize("tree", FILES, ids=str)
+def test_no_config_file_runs_or_imports_anything(trap, dataset, tree):
+    assert_nothing_ran(trap, dataset, config=json.dumps(tree))  # JSON is YAML
 
 
-@pytest.mark.parametrize("attack", TAGS)
-def test_no_yaml_tag_runs_or_imports_anything(trap, dataset, attack):
-    (trap / "config.yaml").write_text(TAGS[attack])
-    assert_nothing_ran(trap, dataset, "--config", "config.yaml")
+@pytest.mark.parametrize("text", TAGS)
+def test_no_yaml_tag_runs_or_imports_anything(trap, dataset, text):
+    assert_nothing_ran(trap, dataset, config=text)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
