@@ -18,6 +18,11 @@ def X() -> list[torch.Tensor]:
     return [30 * torch.randn(8, F, generator=g) for _ in range(USERS)]
 
 
+def _accuracies(parts, V):
+    """Users' accuracies on (comparisons, weights): [parts, U]."""
+    return [[reference.accuracy(x, V, w) for x, w in zip(*part, strict=True)] for part in parts]
+
+
 def _one_rank_after_the_other(X, ranks, trials=(), sizes=()):
     """The plain script: for each rank W, V, then what new users need, from the global seed."""
     few, test, results = [x[:5] for x in X], [x[5:] for x in X], []
@@ -27,49 +32,42 @@ def _one_rank_after_the_other(X, ranks, trials=(), sizes=()):
         if not sizes:
             start = [torch.randn(K) for _ in X] if K > 1 else None
             w = reference.few_shot(few, V, start, 15, 0.1) if K > 1 else [torch.ones(1)] * USERS
-            results.append([reference.accuracy(x, V, u) for x, u in zip(test, w, strict=True)])
+            results += _accuracies([(test, w)], V)
         for size in sizes:
             means = []
             for _ in range(trials):
                 some = [x[torch.randperm(len(x))[:size]] for x in few]
                 start = [torch.randn(K) for _ in X]
                 w = reference.few_shot(some, V, start, 15, 0.1)
-                accuracies = [
-                    [reference.accuracy(x, V, u) for x, u in zip(part, w, strict=True)]
-                    for part in (some, test)
-                ]
-                means.append(np.mean(accuracies, 1))
+                means.append(np.mean(_accuracies([(some, w), (test, w)], V), 1))
             results.append((np.mean(means, 0), np.std(means, 0)))
     return results
+
+
+QUICK = {"num_iterations": 20, "few_shot_iterations": 15, "progress": False}
 
 
 @pytest.mark.slow
 def test_ranks_of_one_run_draw_as_if_fitted_one_after_the_other(X):
     few, test, ranks = [x[:5] for x in X], [x[5:] for x in X], [3, 1, 2, 4]
     torch.manual_seed(3)
-    result = utils.run(ranks, [0.0], None, X, test, few, test, USERS, USERS, "cpu",
-                       num_iterations=20, few_shot_iterations=15, progress=False)  # fmt: skip
+    result = utils.run(ranks, [0.0], None, X, test, few, test, USERS, USERS, "cpu", **QUICK)
     torch.manual_seed(3)
     expected = _one_rank_after_the_other(X, ranks)
-    assert result.unseen == pytest.approx([np.mean(row) for row in expected])
+    assert result.unseen == pytest.approx(np.mean(expected, 1))
     assert result[3] is result.unseen and result[7] is result.unseen_std
-    assert result.unseen_std == pytest.approx([np.std(row) for row in expected])
+    assert result.unseen_std == pytest.approx(np.std(expected, 1))
 
 
 def test_the_sweep_returns_means_and_spreads_in_turn_from_the_draws_of_a_plain_loop(X):
-    few, test = [x[:5] for x in X], [x[5:] for x in X]
+    given = 3, [0.0], [3], [2, 4], X, [x[:5] for x in X], [x[5:] for x in X], None, USERS, USERS
     torch.manual_seed(4)
-    shown = utils.run_few_shot_vary_shots(
-        3, [0.0], [3], [2, 4], X, few, test, None, USERS, USERS, "cpu",
-        num_iterations=20, few_shot_iterations=15, progress=False,
-    )  # fmt: skip
+    found = utils.run_few_shot_vary_shots(*given, "cpu", **QUICK)
     torch.manual_seed(4)
     expected = _one_rank_after_the_other(X, [3], 3, [2, 4])
-    few_shot, few_shot_std, unseen, unseen_std = shown
-    assert few_shot == pytest.approx([mean[0] for mean, _ in expected])
-    assert few_shot_std == pytest.approx([std[0] for _, std in expected], abs=1e-6)
-    assert unseen == pytest.approx([mean[1] for mean, _ in expected])
-    assert unseen_std == pytest.approx([std[1] for _, std in expected], abs=1e-6)
+    means, spreads = zip(*expected, strict=True)  # of (few-shot, unseen), by number of shots
+    in_turn = np.stack([means, spreads], 2).reshape(2, 4).T
+    np.testing.assert_allclose(list(found), in_turn, rtol=1e-6, atol=1e-6)
 
 
 # The public PRISM/train_basis.py on made-up embeddings: as it stands, but for iterations
@@ -106,9 +104,7 @@ def _regularized_in_turn(names: dict, ranks: list[int], alpha: float) -> list[np
         W, V = W[:, kept], V[:, kept]
         start = torch.randn(len(few), V.shape[1]) if K > 1 else torch.ones(len(few), 1)
         w = reference.few_shot(few, V, start, 15, 0.5)
-        pairs = (train, W), (seen, W), (few, w), (unseen, w)
-        results.append([[reference.accuracy(x, V, u) for x, u in zip(*pair, strict=True)]
-                        for pair in pairs])  # fmt: skip
+        results.append(_accuracies([(train, W), (seen, W), (few, w), (unseen, w)], V))
         names.setdefault("columns", []).append(V.shape[1])
     return [np.mean([row[part] for row in results], 1) for part in range(4)]
 
@@ -190,19 +186,13 @@ def test_a_sparse_tensor_has_the_whole_number_of_rows(fraction, rows):
 def test_the_current_dialogue_counts_alpha_times(X):
     V = torch.randn(F, 3)
     earlier, now = [x[:5] for x in X], [x[5:] for x in X]
-    settings = {"num_iterations": 40, "learning_rate": 0.1}
-    torch.manual_seed(5)
-    weighted = utils.learn_multiple_few_shot_weighted(3.0, earlier, now, V, 40, 0.1)
-    torch.manual_seed(5)
-    repeated = utils.learn_multiple_few_shot(
-        [torch.cat([a, b, b, b]) for a, b in zip(earlier, now, strict=True)], V, **settings
-    )
-    torch.testing.assert_close(torch.stack(weighted), torch.stack(repeated), rtol=0, atol=1e-4)
-    torch.manual_seed(5)
-    without = utils.learn_multiple_few_shot_weighted(0.0, earlier, now, V, 40, 0.1)
-    torch.manual_seed(5)
-    alone = utils.learn_multiple_few_shot(earlier, V, **settings)
-    torch.testing.assert_close(torch.stack(without), torch.stack(alone))
+    thrice = [torch.cat([a, b, b, b]) for a, b in zip(earlier, now, strict=True)]
+    for alpha, plain in ((3.0, thrice), (0.0, earlier)):
+        torch.manual_seed(5)
+        weighted = utils.learn_multiple_few_shot_weighted(alpha, earlier, now, V, 40, 0.1)
+        torch.manual_seed(5)
+        expected = utils.learn_multiple_few_shot(plain, V, 40, 0.1)
+        torch.testing.assert_close(weighted, expected, rtol=0, atol=1e-4 if alpha else 1e-6)
 
 
 def test_solve_is_the_joint_fit_without_a_pull_and_every_user_can_be_fitted_alone(X):
@@ -223,21 +213,3 @@ def test_weights_and_bases_can_be_indexed_by_user(X):
     torch.testing.assert_close(W[4].sum(), torch.tensor(1.0))
     few = utils.PersonalizeBatch(USERS, F, 3, 10, 0.1).train(X, V)
     assert isinstance(few, list) and few[4].shape == (3,)
-
-
-def test_a_star_import_brings_what_scripts_use():
-    names: dict[str, object] = {}
-    exec("from utils import *", names)
-    assert names["torch"] is torch and names["np"] is np
-    assert names["nn"] is torch.nn and names["F"] is torch.nn.functional
-    published = [
-        *("LoRe", "LoRe_regularized", "PersonalizeBatch", "run", "run_regularized"),
-        *("run_few_shot_vary_shots", "solve", "solve_regularized", "solve_regularized_simplex"),
-        *("solve_multi_reward", "learn_multiple", "learn_multiple_few_shot"),
-        *("learn_multiple_few_shot_weighted", "learn_single_reward"),
-        *("learn_single_reward_regularized", "evaluate_model", "eval_multiple", "sample_shots"),
-        *("simulate_user", "simulate_population", "generate_population"),
-        *("generate_popupulation", "create_sparse_tensor", "create_dataset_prism"),
-        "create_dataset_prism_shots",
-    ]
-    assert not [name for name in published if name not in names]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
+from torch.optim import Adam, Optimizer
 
 T = 100.0
 
@@ -17,13 +18,26 @@ def ones(X: list[Tensor]) -> list[Tensor]:
     return [x.new_ones(len(x)) for x in X]
 
 
-def losses_of_user(x: Tensor, V: Tensor, w: Tensor) -> Tensor:
-    """softplus(-logit) of every comparison of one user."""
-    return torch.stack([softplus(-(row @ V @ w) / T) for row in x])
+def free(*tensors: Tensor) -> list[Tensor]:
+    """Copies to be learned."""
+    return [tensor.clone().requires_grad_() for tensor in tensors]
+
+
+def descend(optimizer: Optimizer, loss: Tensor) -> float:
+    """One step down a loss."""
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
 
 
 def mean_of_user(x: Tensor, c: Tensor, V: Tensor, w: Tensor) -> Tensor:
     return (c * softplus(-(x @ V @ w) / T)).sum() / c.sum()
+
+
+def pull(target: Tensor, w: Tensor, x: Tensor, shrinkage: float) -> Tensor:
+    """Shrinkage of a user with comparisons x to the population's weights, in comparisons."""
+    return shrinkage / len(x) * (target * (target / w).log()).sum()
 
 
 def joint_objective(X, c, V, logits, reference=None, alpha=0.0):
@@ -48,10 +62,7 @@ def pair_mean(X, c, V, logits):
 
 
 def cosine_penalty(V, reference):
-    parts = []
-    for k in range(V.shape[1]):
-        v = V[:, k]
-        parts.append(1 - (v @ reference) / (v.norm() * reference.norm()))
+    parts = [1 - (v @ reference) / (v.norm() * reference.norm()) for v in V.T]
     return torch.stack(parts).mean()
 
 
@@ -64,54 +75,56 @@ def schedule(alpha, t, steps):
     return alpha * (t - begin) / (end - begin)
 
 
-def joint(X, logits, V, steps, lr, reference=None, alpha=0.0, c=None):
+def joint(X, logits, V, steps, lr, reference=None, alpha=0.0, c=None, shrinkage=0.0):
     """Adam on weights and basis together. Returns logits, V and the losses."""
-    c = c or ones(X)
-    logits, V = (p.clone().requires_grad_() for p in (logits, V))
-    optimizer, history = torch.optim.Adam([logits, V], lr=lr), []
+    c, (logits, V) = c or ones(X), free(logits, V)
+    optimizer, history = Adam([logits, V], lr=lr), []
     for _ in range(steps):
-        optimizer.zero_grad()
         loss = joint_objective(X, c, V, logits, reference, alpha)
-        loss.backward()
-        optimizer.step()
-        history.append(loss.item())
+        if shrinkage:
+            W = logits.softmax(1)
+            loss = loss + sum(pull(W.detach().mean(0), w, x, shrinkage)
+                              for x, w in zip(X, W, strict=True))  # fmt: skip
+        history.append(descend(optimizer, loss))
     return logits.detach(), V.detach(), history
 
 
 def alternating(X, logits, V, steps, lr, reference, alpha, c=None):
     """A step on the weights, then one on the basis with the pull at the new weights."""
-    c = c or ones(X)
-    logits, V = (p.clone().requires_grad_() for p in (logits, V))
-    on_weights = torch.optim.Adam([logits], lr=lr)
-    on_basis = torch.optim.Adam([V], lr=lr)
-    history = []
+    c, (logits, V) = c or ones(X), free(logits, V)
+    on_weights, on_basis, history = Adam([logits], lr=lr), Adam([V], lr=lr), []
     for t in range(steps):
-        on_weights.zero_grad()
-        pair_mean(X, c, V.detach(), logits).backward()
-        on_weights.step()
-        on_basis.zero_grad()
+        descend(on_weights, pair_mean(X, c, V.detach(), logits))
         loss = pair_mean(X, c, V, logits.detach())
-        alpha_t = schedule(alpha, t, steps)
-        if alpha_t:
+        if alpha_t := schedule(alpha, t, steps):
             loss = loss + alpha_t * cosine_penalty(V, reference)
-        loss.backward()
-        on_basis.step()
-        history.append(loss.item())
+        history.append(descend(on_basis, loss))
     return logits.detach(), V.detach(), history
 
 
-def few_shot(X, V, logits, steps, lr, c=None):
+def few_shot(X, V, logits, steps, lr, c=None, population=None, shrinkage=0.0):
     """Each user's weights alone, the basis frozen (equation 11)."""
-    c, weights = c or ones(X), []
-    for u in range(len(X)):
-        free = logits[u].clone().requires_grad_()
-        optimizer = torch.optim.Adam([free], lr=lr)
+    weights = []
+    for x, of_user, start in zip(X, c or ones(X), logits, strict=True):
+        (own,) = free(start)
+        optimizer = Adam([own], lr=lr)
         for _ in range(steps):
-            optimizer.zero_grad()
-            mean_of_user(X[u], c[u], V, torch.softmax(free, 0)).backward()
-            optimizer.step()
-        weights.append(torch.softmax(free, 0).detach())
+            w = own.softmax(0)
+            loss = mean_of_user(x, of_user, V, w)
+            if shrinkage:
+                loss = loss + pull(population, w, x, shrinkage)
+            descend(optimizer, loss)
+        weights.append(own.softmax(0).detach())
     return weights
+
+
+def own_direction(x, c, steps, lr):
+    """One user's own reward, from zero."""
+    (v,) = free(x.new_zeros(x.shape[1], 1))
+    optimizer = Adam([v], lr=lr)
+    for _ in range(steps):
+        descend(optimizer, mean_of_user(x, c, v, x.new_ones(1)))
+    return v.detach()
 
 
 def accuracy(x, V, w):

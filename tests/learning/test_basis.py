@@ -67,6 +67,8 @@ def test_wrong_numbers_of_names_and_wrong_files_are_refused(tmp_path):
     save_file({"V": V}, tmp_path / "other.safetensors")
     with pytest.raises(InputError, match="lacks [VW]; it is no basis file"):
         load_basis(tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match="no such basis file"):
+        load_basis(tmp_path / "none.safetensors")
     (tmp_path / "junk.safetensors").write_bytes(b"junk")
     with pytest.raises(InputError, match="damaged.*it is no basis file"):
         load_basis(tmp_path / "junk.safetensors")

@@ -6,12 +6,13 @@ import json
 import re
 import signal
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from pytest import approx
 
 import running
 from lore.learning.basis import load_basis
@@ -28,11 +29,12 @@ def assert_same(a: Path, b: Path, ranks: tuple[int, ...]) -> None:
     for one, other in zip(repeats(a), repeats(b), strict=True):
         assert one["users"] == other["users"] and one["comparisons"] == other["comparisons"]
         assert list(one["methods"]) == list(other["methods"])
-        for name, method in one["methods"].items():
-            for r, s in zip(method["records"], other["methods"][name]["records"], strict=True):
-                assert all(r[key] == s[key] for key in ("label", "control", "set", "shots"))
-                for key in ("accuracy", "log_loss"):
-                    assert abs(np.mean(r[key]) - np.mean(s[key])) < 0.02, (name, r["set"], key)
+        records = [[record for method in part["methods"].values() for record in method["records"]]
+                   for part in (one, other)]  # fmt: skip
+        for r, s in zip(*records, strict=True):
+            assert all(r[key] == s[key] for key in ("label", "control", "set", "shots"))
+            for key in ("accuracy", "log_loss"):
+                assert abs(np.mean(r[key]) - np.mean(s[key])) < 0.02, (r["label"], r["set"], key)
     for rank in ranks:
         bases = [load_basis(f / f"basis-K{rank:02d}.safetensors") for f in (a, b)]
         for name in ("V", "W", "W_unseen"):
@@ -87,38 +89,20 @@ if process == 0:
 """
 
 
-def assert_close(a: Any, b: Any, place: str = "") -> None:
-    """The same JSON values, numbers within a millionth (of 1, where they are smaller)."""
-    if isinstance(a, float):
-        assert abs(a - b) <= 1e-6 * max(1, abs(a)), (place, a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), place
-        for key in a:
-            assert_close(a[key], b[key], f"{place} {key}")
-    elif isinstance(a, list):
-        assert len(a) == len(b), (place, a, b)
-        for i, pair in enumerate(zip(a, b, strict=True)):
-            assert_close(*pair, f"{place} {i}")
-    else:
-        assert a == b, place
-
-
 def test_mixed_logit_and_ridge_bt_are_the_same_in_every_form(tmp_path):
     """In memory, streamed, and spread over processes: the same choice and the same losses."""
     (tmp_path / "fits.py").write_text(FITS.format(root=str(running.ROOT)))
     found = []
     for name, processes, stream in (("one", 1, "false"), ("disk", 1, "true"), ("two", 2, "true")):
-        flags = {"results": tmp_path / name, "stream": stream}
-        if processes == 1:
-            outcome = running.invoke(str(tmp_path / "fits.py"), flags)
-        else:
-            outcome = running.run(str(tmp_path / "fits.py"), flags, processes)
+        run = running.invoke if processes == 1 else partial(running.run, processes=processes)
+        outcome = run(str(tmp_path / "fits.py"), {"results": tmp_path / name, "stream": stream})
         assert outcome.status == 0, outcome.err
-        found.append(json.loads((tmp_path / name).read_text()))
-    facts = found[0]["mixed_logit"]["facts"]
+        found.append((tmp_path / name).read_text())
+    expected = json.loads(found[0], parse_float=lambda x: approx(float(x), rel=1e-6, abs=1e-6))
+    facts = json.loads(found[0])["mixed_logit"]["facts"]
     assert facts["chosen"]["tau2"] > 0 and len(facts["tried"]) > 5
     for other in found[1:]:
-        assert_close(found[0], other)
+        assert json.loads(other) == expected
 
 
 def test_a_killed_training_goes_on_where_it_was(dataset, tmp_path, caplog):
