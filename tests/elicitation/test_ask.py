@@ -22,6 +22,7 @@ from lore.embeddings import store as embeddings
 from lore.learning.basis import Basis, save_basis
 from lore.methods.fitting.posterior import Prior
 from lore.methods.mixed_logit import MixedFit
+from made_bases import write_lines
 from tools import rank_responses
 
 PAIRS, PROMPTS, DRAFTS = 24, 4, 3
@@ -39,11 +40,6 @@ class World(NamedTuple):
     def files(self, folder: Path, **changes: Any) -> dict[str, Any]:
         """Flags of a session of its own, whose answers lie in a folder."""
         return self.flags | {"answers": folder / "ann.jsonl", "user": "ann"} | changes
-
-
-def lines(path: Path, rows: list) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +68,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     fit = MixedFit(V.mean(1).double() / 400, V[:, :2].double() / 100, prior, {})
     fit.save(folder / "mixed_logit.safetensors", fit.users, {"model": str(model)})
     flags = {
-        "basis": folder / "basis.safetensors", "pool": lines(folder / "pool.jsonl", pool),
-        "candidates": lines(folder / "drafts.jsonl", drafts), "progress": "false",
+        "basis": folder / "basis.safetensors", "pool": write_lines(folder / "pool.jsonl", pool),
+        "candidates": write_lines(folder / "drafts.jsonl", drafts), "progress": "false",
     }  # fmt: skip
     return World(folder, model, flags)
 
@@ -113,21 +109,11 @@ def test_a_person_is_asked_until_more_answers_would_hardly_matter(
     ranked = [row["response"] for row in profile["ranking"]]
     assert sorted(ranked) == sorted(r["response"] for r in rows(world.flags["candidates"]))
     assert "\x1b" not in done.out and ranked[0][:20] in done.out
-
-
-@pytest.mark.slow
-def test_the_answers_are_choices_from_which_the_same_ranking_comes(world, tmp_path, monkeypatch):
-    flags = world.files(tmp_path, most=6, tolerance=0)
-    assert ask(monkeypatch, "a\nb\n" * 4, flags).status == 0
-    profile = json.loads((tmp_path / "ann.profile.json").read_text())
-    assert profile["answers"] == 6
-    again = rank_responses.main(
-        world.flags["basis"], tmp_path / "ann.jsonl", world.flags["candidates"],
-        save=tmp_path / "found.json", progress=False,
-    )  # fmt: skip
-    assert again is None
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found["weights"] == pytest.approx(profile["weights"], abs=1e-4)
+    files = flags["basis"], flags["answers"], flags["candidates"]
+    rank_responses.main(*files, save=tmp_path / "found.json", progress=False)
+    found = json.loads((tmp_path / "found.json").read_text())  # the same from the same answers
+    known = "weights" if kind == "basis" else "tastes"
+    assert found[known] == pytest.approx(profile[known], abs=1e-4)
     for key in ("response", "place"):
         assert [r[key] for r in found["ranking"]] == [r[key] for r in profile["ranking"]]
     ours, theirs = ([r["p_over_next"] or 0 for r in p["ranking"]] for p in (profile, found))
@@ -138,9 +124,6 @@ def test_the_answers_are_choices_from_which_the_same_ranking_comes(world, tmp_pa
 def test_a_killed_session_goes_on_where_it_was(world, tmp_path, monkeypatch):
     (tmp_path / "killed").mkdir()
     flags = world.files(tmp_path / "killed", tolerance=0, most=7)
-    process = running.start("tools/ask.py", flags)
-    process.kill()
-    process.communicate()
     answers = tmp_path / "killed" / "ann.jsonl"
     process = running.start("tools/ask.py", flags)
     process.stdin.write("a\ns\nb\na\n")
@@ -181,33 +164,33 @@ def test_undo_takes_back_answers_and_skips_also_those_of_an_earlier_session(
 
 
 def test_a_basis_and_answers_that_do_not_do_are_one_line(world, tmp_path, monkeypatch):
-    def refused(message: str, **changes: Any) -> None:
-        done = ask(monkeypatch, "", world.files(tmp_path, **changes))
-        assert done.status == 2 and done.err.count("error:") == 1, done.err
-        assert re.search(message, done.err.splitlines()[-1]), done.err
+    def holds(name: str, **row: Any) -> Path:
+        return write_lines(tmp_path / name, [{"prompt": "?"} | row])
 
-    bobs = {"user": "bob", "prompt": "?", "chosen": "a", "rejected": "b"}
-    other = lines(tmp_path / "bob.jsonl", [bobs])
-    refused("has the choices of bob, not of ann", answers=other)
-    refused("end its name in .jsonl", answers=tmp_path / "ann.csv")
-    refused("there is no folder", answers=tmp_path / "no" / "ann.jsonl")
-    refused("end its name in .json", profile=tmp_path / "ann.txt")
-    refused("no such basis file", basis=tmp_path / "none.safetensors")
-    refused("it is no basis file", basis=world.flags["pool"])
-    refused("no two different responses", pool=lines(tmp_path / "same.jsonl", [
-        {"prompt": "?", "responses": ["a", "a"]}]))  # fmt: skip
-    refused("row 1: a response is empty", pool=lines(tmp_path / "empty.jsonl", [
-        {"prompt": "?", "chosen": "a", "rejected": ""}]))  # fmt: skip
-    refused("row 1 has no column chosen", pool=lines(tmp_path / "none.jsonl", [{"prompt": "?"}]))
-    refused("row 1 has no column response", candidates=world.flags["pool"])
-    refused("--tolerance -1: ", tolerance=-1)
-    refused("--port is the page's", port=80)
     one = Basis(torch.randn(32, 1), torch.ones(3, 1), settings={"model": str(world.model)})
     save_basis(tmp_path / "one.safetensors", one)
-    refused("knows no differences between users", basis=tmp_path / "one.safetensors")
     flat = MixedFit(torch.randn(32), torch.randn(32, 2), None, {})
     flat.save(tmp_path / "flat.safetensors", torch.empty(0, 0), {"model": str(world.model)})
-    refused("knows no differences between users", basis=tmp_path / "flat.safetensors")
+    bobs = holds("bob.jsonl", user="bob", chosen="a", rejected="b")
+    for flag, given, message in (
+        ("answers", bobs, "has the choices of bob, not of ann"),
+        ("answers", tmp_path / "ann.csv", "end its name in .jsonl"),
+        ("answers", tmp_path / "no" / "ann.jsonl", "there is no folder"),
+        ("profile", tmp_path / "ann.txt", "end its name in .json"),
+        ("basis", tmp_path / "none.safetensors", "no such basis file"),
+        ("basis", world.flags["pool"], "it is no basis file"),
+        ("basis", tmp_path / "one.safetensors", "knows no differences between users"),
+        ("basis", tmp_path / "flat.safetensors", "knows no differences between users"),
+        ("pool", holds("same.jsonl", responses=["a", "a"]), "no two different responses"),
+        ("pool", holds("empty.jsonl", chosen="a", rejected=""), "row 1: a response is empty"),
+        ("pool", holds("none.jsonl"), "row 1 has no column chosen"),
+        ("candidates", world.flags["pool"], "row 1 has no column response"),
+        ("tolerance", -1, "--tolerance -1: "),
+        ("port", 80, "--port is the page's"),
+    ):
+        done = ask(monkeypatch, "", world.files(tmp_path, **{flag: given}))
+        assert done.status == 2 and done.err.count("error:") == 1, done.err
+        assert message in done.err.splitlines()[-1], done.err
     assert not (tmp_path / "ann.jsonl").exists() and not list(tmp_path.glob("*.profile.json"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import urllib.parse
@@ -23,6 +24,7 @@ import people
 import running
 from lore.embeddings import store as embeddings
 from lore.experiments import splits
+from made_bases import write_lines
 
 pytestmark = pytest.mark.slow
 
@@ -99,18 +101,13 @@ def texts(seed: int, count: int) -> list[str]:
     return [" ".join(draw.choice(WORDS, size)) for size in draw.integers(3, 18, count)]
 
 
-def lines(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
 CANDIDATES = texts(1, 6)
 POOL = texts(2, 24)
 
 
 def candidates(folder: Path) -> Path:
     rows = [{"prompt": "Tell me", "response": text} for text in CANDIDATES]
-    return lines(folder / "candidates.jsonl", rows)
+    return write_lines(folder / "candidates.jsonl", rows)
 
 
 def same_ranking(run: Run, found: dict[str, Any], x: np.ndarray) -> None:
@@ -133,7 +130,7 @@ def test_rank_responses_gives_the_mode_of_the_users_deviation(run, tmp_path):
     chosen, rejected = texts(3, 5), texts(4, 5)
     rows = [{"prompt": "Why?", "chosen": a, "rejected": b}
             for a, b in zip(chosen, rejected, strict=True)]  # fmt: skip
-    given = {"basis": run.file, "choices": lines(tmp_path / "ann.jsonl", rows),
+    given = {"basis": run.file, "choices": write_lines(tmp_path / "ann.jsonl", rows),
              "candidates": candidates(tmp_path), "progress": "false"}  # fmt: skip
     done = running.invoke("tools/rank_responses.py", {**given, "save": tmp_path / "found.json"})
     assert done.status == 0, done.err
@@ -153,7 +150,7 @@ def test_rank_responses_gives_the_mode_of_the_users_deviation(run, tmp_path):
 
 def questions(folder: Path) -> Path:
     rows = [{"prompt": f"Q{i}", "responses": sorted(POOL[2 * i : 2 * i + 2])} for i in range(12)]
-    return lines(folder / "pool.jsonl", rows)
+    return write_lines(folder / "pool.jsonl", rows)
 
 
 def asked_as_planned(run: Run, folder: Path) -> None:
@@ -183,10 +180,9 @@ def flags(run: Run, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_ask_in_the_terminal_puts_the_d_optimal_questions(run, tmp_path):
-    process = running.start("tools/ask.py", flags(run, tmp_path))
-    process.stdin.write("a\nb\nb\na\n\n")
-    done = running.end(process)
+def test_ask_in_the_terminal_puts_the_d_optimal_questions(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\nb\nb\na\n\n"))
+    done = running.invoke("tools/ask.py", flags(run, tmp_path))
     assert done.status == 0, done.err
     asked_as_planned(run, tmp_path)
 

@@ -21,13 +21,13 @@ from lore.learning.comparisons import Users
 from lore.methods.fitting.posterior import Prior, posteriors
 from lore.methods.mixed_logit import MixedFit
 from lore.preparing.own_rows import Columns
+from made_bases import write_lines
 
 ASKED = [{"role": "user", "content": "Why?"}]
 
 
-def lines(path: Path, rows: list) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+def full_disk(*_: object) -> None:
+    raise OSError(28, "No space left on device")
 
 
 def session(path: Path, pairs: int = 30, K: int = 3, **changes) -> Session:
@@ -43,16 +43,13 @@ def session(path: Path, pairs: int = 30, K: int = 3, **changes) -> Session:
     return Session(fit, Material(pool, [], known), Answers(path), **changes)
 
 
-# ------------------------------------------------------------------------- The pool
-
-
 def test_a_pool_has_every_pair_once_and_does_not_tell_which_was_chosen(tmp_path):
     rows = [
         {"ask": "Why?", "responses": ["a", "b", "c", "a"]},
         {"ask": "Why?", "chosen": "b", "rejected": ["a", "d"]},
         {"ask": "Else?", "chosen": "b", "rejected": "a"},
     ]
-    pairs = read_pool(lines(tmp_path / "pool.jsonl", rows), Columns(prompt="ask"))
+    pairs = read_pool(write_lines(tmp_path / "pool.jsonl", rows), Columns(prompt="ask"))
     assert [(p.history[0]["content"], p.texts) for p in pairs] == [
         ("Why?", ("a", "b")), ("Why?", ("a", "c")), ("Why?", ("b", "c")), ("Why?", ("b", "d")),
         ("Else?", ("a", "b")),
@@ -67,7 +64,7 @@ def test_a_pool_has_every_pair_once_and_does_not_tell_which_was_chosen(tmp_path)
 
 def test_choices_from_elsewhere_stay_and_count_but_are_not_undone(tmp_path):
     before = {"user": "ann", "prompt": "Why?", "chosen": ["a", "b"], "rejected": "c", "note": 7}
-    path = lines(tmp_path / "ann.jsonl", [before])
+    path = write_lines(tmp_path / "ann.jsonl", [before])
     answers = Answers(path)
     assert answers.user == "ann" and len(answers.comparisons) == 2 and answers.last_question == 0
     assert answers.settled == {Pair(ASKED, ("a", "c")).key, Pair(ASKED, ("b", "c")).key}
@@ -83,18 +80,15 @@ def test_choices_from_elsewhere_stay_and_count_but_are_not_undone(tmp_path):
 def test_answers_are_not_added_to_rows_of_another_layout(tmp_path):
     row = {"user": "ann", "prompt": "Why?", "response_a": "a", "response_b": "b", "winner": "a"}
     with pytest.raises(InputError, match="ann.jsonl row 1 lacks chosen or rejected; .* another"):
-        Answers(lines(tmp_path / "ann.jsonl", [row]))
+        Answers(write_lines(tmp_path / "ann.jsonl", [row]))
 
 
 def test_an_answer_that_cannot_be_written_is_not_taken_for_one(tmp_path, monkeypatch):
     answers = Answers(tmp_path / "ann.jsonl")
     answers.answer(Pair(ASKED, ("a", "b")), ("a", "b"), "a")
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
     with monkeypatch.context() as patched, pytest.raises(InputError, match="No space left"):
-        patched.setattr("os.fsync", full)
+        patched.setattr("os.fsync", full_disk)
         answers.answer(Pair(ASKED, ("a", "c")), ("a", "c"), "a")
     assert len(answers) == len(Answers(tmp_path / "ann.jsonl")) == 1
     assert [file.name for file in tmp_path.iterdir()] == ["ann.jsonl"]
@@ -174,39 +168,30 @@ def test_no_pair_comes_twice_and_the_pool_has_an_end(tmp_path):
     assert len(own.answers) == 7 and own.do("undo") and own.question().number == 8
 
 
-def test_either_response_may_come_first(tmp_path):
-    own = session(tmp_path / "ann.jsonl", pairs=30, tolerance=0)
+def test_answers_move_what_is_known_and_either_response_may_come_first(tmp_path):
+    own, b = session(tmp_path / "ann.jsonl", tolerance=0), torch.tensor([2.0, -1.0, 0.5]).double()
     turned = []
     while question := own.question():
         turned.append(question.shown != question.pair.texts)
-        own.do("skip")
+        z = own.material.differences([question.pair.conversations])[0]
+        first = bool(z[0] + z[1:] @ b > 0)
+        own.do("a" if first != turned[-1] else "b")
+    assert torch.cosine_similarity(own.posterior.mean, b, dim=0) > 0.9
+    assert own.outlook.accuracy[0] > own.before + 0.1
     assert 5 < sum(turned) < 25
 
 
-@pytest.mark.slow
-def test_answers_move_what_is_known_towards_the_person(tmp_path):
-    own, b = session(tmp_path / "ann.jsonl", tolerance=0), torch.tensor([2.0, -1.0, 0.5]).double()
-    while question := own.question():
-        z = own.material.differences([question.pair.conversations])[0]
-        first = bool(z[0] + z[1:] @ b > 0)
-        own.do("a" if first == (question.shown == question.pair.texts) else "b")
-    mean = own.posterior.mean
-    assert torch.cosine_similarity(mean, b, dim=0) > 0.9
-    assert own.outlook.accuracy[0] > own.before + 0.1
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_every_criterion_asks_and_asks_the_same_after_a_restart(tmp_path, criterion):
     def start(seed: int) -> Session:
-        return session(tmp_path / "ann.jsonl", tolerance=0, criterion=criterion, seed=seed)
+        return session(tmp_path / "ann.jsonl", 10, tolerance=0, criterion=criterion, seed=seed)
 
     start(0).do("a")
     start(0).do("skip")
     start(0).do("b")
     assert start(0).question() == start(0).question()
-    keys = {start(seed).question().pair.key for seed in range(12)}
-    assert (len(keys) > 4) == (criterion == "random")
+    keys = {start(seed).question().pair.key for seed in range(8)}
+    assert (len(keys) > 2) == (criterion == "random")
 
 
 # ---------------------------------------------------------------------- The terminal
@@ -254,11 +239,8 @@ def test_a_page_whose_answer_cannot_be_written_says_so_and_keeps_the_question(
         text = b"".join(page.app(environ, lambda status, *_: said.append(status))).decode()
         return said[0], text
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
     with monkeypatch.context() as patched:
-        patched.setattr("os.fsync", full)
+        patched.setattr("os.fsync", full_disk)
         status, text = post(f"do=a&question={key}")
     assert status.startswith("500") and "No space left on device" in text
     assert len(own.answers) == 0 and own.question().pair.key == key
