@@ -68,21 +68,15 @@ def few(path: Path, users: int) -> Path:
     return path
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("source", ["example", "thirty"])
-def test_a_file_becomes_a_page(model, tmp_path, monkeypatch, source):
-    tables = "lore.experiments.report.tables"
-    monkeypatch.setattr(f"{tables}.write_plots", lambda *given: [])  # the page has its own
-    file = EXAMPLE if source == "example" else choices(tmp_path / "mine.jsonl")
-    carried_out(file, model, tmp_path)
-    for name in ("fit", "shots"):
-        page = (tmp_path / "OwnData" / name / "report.html").read_text()
-        assert "Mixed logit" in page and "LoRe K=5" in page and "held-out comparisons" in page
-
-
 def talk(prompt: str, response: str) -> list[dict[str, str]]:
     """A conversation as lists of messages have it."""
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+
+
+def sides(row: dict) -> tuple[str, str]:
+    """The chosen response and the first rejected one."""
+    rejected = row["rejected"]
+    return row["chosen"], rejected if isinstance(rejected, str) else rejected[0]
 
 
 LAYOUTS = {  # what a row of the example is in other files
@@ -101,24 +95,21 @@ LAYOUTS = {  # what a row of the example is in other files
 }  # fmt: skip
 
 
-def sides(row: dict) -> tuple[str, str]:
-    """The chosen response and the first rejected one."""
-    rejected = row["rejected"]
-    return row["chosen"], rejected if isinstance(rejected, str) else rejected[0]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_file_of_another_layout_becomes_a_page(model, tmp_path, monkeypatch, layout):
+@pytest.mark.parametrize("source", ["example", "thirty", *LAYOUTS])
+def test_a_file_becomes_a_page(model, tmp_path, monkeypatch, source):
     monkeypatch.setattr("lore.experiments.report.tables.write_plots", lambda *given: [])
-    rows = [json.loads(line) for line in EXAMPLE.read_text(encoding="utf-8").splitlines()]
-    made = [each for n, row in enumerate(rows) for each in LAYOUTS[layout](row, n)]
-    file = tmp_path / "theirs.jsonl"
-    file.write_text("\n".join(map(json.dumps, made)), encoding="utf-8")
+    if source != "example":  # whose page alone has its plots, which take longest
+        monkeypatch.setattr("lore.experiments.report.page._pictures", lambda *given: [])
+    file = EXAMPLE if source == "example" else choices(tmp_path / "mine.jsonl")
+    if source in LAYOUTS:
+        rows = map(json.loads, EXAMPLE.read_text(encoding="utf-8").splitlines())
+        made = [each for n, row in enumerate(rows) for each in LAYOUTS[source](row, n)]
+        file.write_text("\n".join(map(json.dumps, made)), encoding="utf-8")
     carried_out(file, model, tmp_path)
     for name in ("fit", "shots"):
         page = (tmp_path / "OwnData" / name / "report.html").read_text(encoding="utf-8")
-        assert "Mixed logit" in page and "held-out comparisons" in page
+        assert "Mixed logit" in page and "LoRe K=5" in page and "held-out comparisons" in page
 
 
 @pytest.mark.slow
