@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -23,6 +24,8 @@ def outcome(script: str, settings: running.Flags) -> running.Outcome:
 
 
 if __name__ == "__main__":
+    sleep = time.sleep
+    time.sleep = lambda seconds: sleep(min(seconds, 0.01))  # a second before each further try
     file = Path(sys.argv[1])
     jobs = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps([outcome(*job) for job in jobs]), encoding="utf-8")

@@ -20,8 +20,9 @@ from lore.experiments.results import read_written
 from lore.experiments.runner import Settings, open_run
 from lore.learning.comparisons import Comparisons
 from lore.methods.lore import Lore
+from lore.methods.ridge_bt import RidgeBT
 
-QUICK = {"iterations": 60, "few_shot_iterations": 60}
+QUICK = {"iterations": 20, "few_shot_iterations": 20}
 
 
 class Rows:
@@ -95,11 +96,12 @@ LORE = set(Lore.__dataclass_fields__)
 
 
 def settings(results: Path, **changes: Any) -> Settings:
-    """Settings of a quick run of rank 2; changes of LoRe's go to LoRe."""
+    """Settings of a quick run of rank 2, in which ridge BT chooses nothing; changes of LoRe's go to
+    LoRe."""
     lore = {"ranks": (2,), **QUICK, **{k: v for k, v in changes.items() if k in LORE}}
     rest = {k: v for k, v in changes.items() if k not in LORE}
-    given = {"results": results, "name": "here", "progress": False, "device": "cpu", **rest}
-    return Settings(lore=Lore(**lore), **given)
+    given = {"results": results, "name": "here", "progress": False, "device": "cpu"}
+    return Settings(**{"lore": Lore(**lore), "ridge_bt": RidgeBT(strength=1.0), **given, **rest})
 
 
 def train_basis(dataset: splits.Tasks, chosen: Settings) -> str:

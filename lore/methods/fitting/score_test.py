@@ -97,25 +97,27 @@ def _apart(data: Comparisons, Y: Tensor) -> Tensor:
     """Sum of the products of Y [N, D] over each user's pairs of comparisons with nothing in common
     [U], each pair twice."""
 
+    def squares(user: Tensor, Y: Tensor, *keys: Tensor) -> Tensor:
+        """Squared sums of Y over rows of equal keys [N], added up for each user."""
+        _, place = torch.unique(user, return_inverse=True)
+        for key in keys:  # unique(dim=1) of all of them takes many times as long
+            _, key = torch.unique(key, return_inverse=True)
+            _, place = torch.unique(place * len(key) + key, return_inverse=True)
+        owner = torch.zeros_like(user).scatter_(0, place, user)
+        each = torch.zeros_like(Y).index_add_(0, place, Y).square().sum(1)
+        return each.new_zeros(data.num_users).index_add_(0, owner, each)
+
     def alike(*keys: Tensor) -> Tensor:
-        """The same over pairs of equal keys [N], a comparison with itself included."""
-        found, place = torch.unique(torch.stack([data.user, *keys]), dim=1, return_inverse=True)
-        sums = Y.new_zeros(found.shape[1], Y.shape[1]).index_add_(0, place, Y)
-        each = sums.square().sum(1)
-        return each.new_zeros(data.num_users).index_add_(0, found[0], each)
+        """The same over pairs of equal keys, a comparison with itself included."""
+        return squares(data.user, Y, *keys)
 
     def response(*keys: Tensor) -> Tensor:
         """The same over pairs that share a response."""
         x = data.features
         assert isinstance(x, RowFeatures)
         ends = torch.stack([x.chosen, x.rejected]).sort(0).values
-        user, twice = data.user.repeat(2), [key.repeat(2) for key in keys]
-        found, place = torch.unique(
-            torch.stack([user, ends.flatten(), *twice]), dim=1, return_inverse=True
-        )
-        sums = Y.new_zeros(found.shape[1], Y.shape[1]).index_add_(0, place, Y.repeat(2, 1))
-        each = sums.square().sum(1)
-        both = each.new_zeros(data.num_users).index_add_(0, found[0], each)
+        twice = [key.repeat(2) for key in keys]
+        both = squares(data.user.repeat(2), Y.repeat(2, 1), ends.flatten(), *twice)
         return both - alike(*ends, *keys)  # those that share two were counted twice
 
     rows = isinstance(data.features, RowFeatures)
