@@ -78,12 +78,9 @@ def choices(kind: str, shared: bool, seed: int, taste: float = 0.0) -> Compariso
     elif kind == "rating":
         reward += 1.5 * torch.randn(reward.shape, generator=g)
     if shared:  # a quarter of the texts each, so that a user's comparisons share responses
-        ends = torch.cat([
-            torch.randperm(texts, generator=g)[:20][
-                torch.stack([torch.randperm(20, generator=g)[:2] for _ in range(pairs)])
-            ]
-            for _ in range(users)
-        ])
+        few = torch.rand(users, texts, generator=g).argsort(1)[:, :20]
+        two = torch.rand(users, pairs, 20, generator=g).argsort(2)[..., :2]
+        ends = few.gather(1, two.flatten(1)).view(-1, 2)
     else:
         ends = torch.arange(2 * users * pairs).view(-1, 2)
     user = torch.arange(users).repeat_interleave(pairs)
