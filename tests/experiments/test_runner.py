@@ -123,7 +123,7 @@ def test_own_models_know_their_own_user_alone(four, tmp_path):
         data = getattr(sets, fitted).in_memory()
         counts = data.counts.tolist()
         own = utils.learn_multiple(
-            data.features.x.split(counts), 60, weights=data.weight.split(counts)
+            data.features.x.split(counts), 20, weights=data.weight.split(counts)
         )
         directions = torch.cat(own, 1).T
         expected = people.plain(four.store, getattr(sets, judged), torch.eye(8), directions)
@@ -902,14 +902,14 @@ def killed(world: People, results: Path, monkeypatch: pytest.MonkeyPatch, **chan
 
     def tick(checkpoint: training.Checkpoint, fitted: Any, step: int) -> None:
         keep(checkpoint, fitted, step)
-        if step == 47 and checkpoint.path.name.endswith("ranks"):
+        if step == 17 and checkpoint.path.name.endswith("ranks"):
             raise Killed
 
     keep = training.Checkpoint.tick
     with monkeypatch.context() as patch:
         patch.setattr(training.Checkpoint, "tick", tick)
         with pytest.raises(Killed):
-            fit(world, results, checkpoint_every=10, **changes)
+            fit(world, results, checkpoint_every=5, **changes)
 
 
 @pytest.mark.slow
@@ -924,7 +924,7 @@ def test_a_killed_training_goes_on_wherever_it_computes(
         monkeypatch.setattr(comparisons, "PART_BYTES", 8 * 4 * 50)
     with caplog.at_level("INFO"):
         _, folder = fit(world, tmp_path / "killed", stream=way == "streamed", **asked)
-    assert "going on from step 40" in caplog.text
+    assert "going on from step 15" in caplog.text
     assert not list(folder.glob("state-*"))
     for name in ("basis-K02.safetensors", "basis-K03.safetensors"):
         bases = [load_basis(f / name) for f in (folder, whole)]
@@ -937,7 +937,7 @@ def test_a_killed_training_goes_on_wherever_it_computes(
 def test_a_kept_state_of_other_settings_is_not_taken_up(world, tmp_path, monkeypatch):
     killed(world, tmp_path, monkeypatch, **REGULARIZED)
     kept = sorted((tmp_path / "planted/here").glob("state-*"))
-    assert [path.name for path in kept] == [f"state-seed0-lore-ranks.0.{n}.pt" for n in (30, 40)]
+    assert [path.name for path in kept] == [f"state-seed0-lore-ranks.0.{n}.pt" for n in (10, 15)]
     other = {**REGULARIZED, "learning_rate": 0.4}
     _, second = fit(world, tmp_path / "second", **other)
     for path in kept:
