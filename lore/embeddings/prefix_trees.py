@@ -1,7 +1,6 @@
-"""Forward passes over many conversations: shared prefixes once, or padded batches.
+"""Forward passes over many conversations' token ids: shared prefixes once, or padded batches.
 
-Everything here is about token ids alone. A pass holds some of a shard's conversations; T is the
-number of tokens in a prefix tree.
+T is the number of tokens in a prefix tree.
 """
 
 from __future__ import annotations
@@ -22,26 +21,15 @@ Tokens = np.ndarray  # [length], token ids
 
 
 class Pass(NamedTuple):
-    """One forward pass over [batch, length] tokens, and where its embeddings stand.
+    """One forward pass over some of a shard's conversations, and where their embeddings stand."""
 
-    Attributes:
-        rows: numbers of its conversations in the shard.
-        ids: token ids [batch, length].
-        positions: of a tree's tokens [1, T]; None for 0, 1, 2, ...
-        mask: which tokens are real [batch, length]; None if all are.
-        ends: of a tree [T]: the descendants of a token are the tokens from it to before this place.
-        pooled: batch number and place of the tokens whose states are averaged, one conversation's
-            after the other's.
-        counts: how many of them each conversation has.
-    """
-
-    rows: list[int]
-    ids: Tensor
-    positions: Tensor | None
-    mask: Tensor | None
-    ends: Tensor | None
-    pooled: tuple[Tensor, Tensor]
-    counts: Tensor
+    rows: list[int]  # numbers of the conversations in the shard
+    ids: Tensor  # [batch, length]
+    positions: Tensor | None  # of a tree's tokens [1, T]; None for 0, 1, 2, ...
+    mask: Tensor | None  # which tokens are real [batch, length]; None if all are
+    ends: Tensor | None  # of a tree [T]: before this place a token's descendants end
+    pooled: tuple[Tensor, Tensor]  # batch number and place of the tokens whose states are averaged
+    counts: Tensor  # how many of these each conversation has, one's after the other's
 
     @property
     def num_tokens(self) -> int:
@@ -60,12 +48,8 @@ def pack(lengths: Sequence[int], shared: Sequence[int], budget: int) -> list[tup
     """Cut sorted conversations into the trees [start, stop) that cost least to compute.
 
     A pass over T tokens is taken to cost b/32 + T + T^2 / 3b for a budget of b: the overhead of a
-    pass, the linear layers, and attention (measured on a CPU with b = 1024).
-
-    Args:
-        lengths: tokens of each conversation.
-        shared: tokens that each shares with the one before it.
-        budget: most tokens in a tree; a longer conversation gets a tree of its own.
+    pass, the linear layers, and attention (measured on a CPU with b = 1024). A conversation longer
+    than the budget gets a tree of its own. ``shared``: tokens shared with the one before.
     """
     n = len(lengths)
     best, start = [0.0] + [float("inf")] * n, [0] * (n + 1)
@@ -86,10 +70,7 @@ def pack(lengths: Sequence[int], shared: Sequence[int], budget: int) -> list[tup
 
 
 def tree_passes(tokens: list[Tokens], starts: list[int], budget: int) -> Iterator[Pass]:
-    """Sorted conversations as prefix trees of at most ``budget`` tokens.
-
-    ``starts`` says from which token on each one's states are averaged.
-    """
+    """Sorted conversations as prefix trees; from token ``starts`` on, states are averaged."""
     shared = [0] + [shared_prefix(a, b) for a, b in pairwise(tokens)]
     for start, stop in pack([len(ids) for ids in tokens], shared, budget):
         rows, kept = list(range(start, stop)), [0, *shared[start + 1 : stop]]
@@ -129,12 +110,8 @@ def tree_blocks(ends: Tensor, device: torch.device | str) -> BlockMask:
     """The same mask for FlexAttention, which forms no square: its kernel skips unseen blocks.
 
     A token that any query of a later block sees is seen by the first one, and a token's descendants
-    have no gap; so the last and the first ``ends`` in a block of keys tell whether a block of
-    queries sees some of them, and whether it sees all.
-
-    Args:
-        ends: of a tree [T], on the CPU.
-        device: where attention is computed.
+    have no gap; so the last and the first ``ends`` (on the CPU) in a block of keys tell whether a
+    block of queries sees some of them, and whether it sees all.
     """
     from torch.nn.attention.flex_attention import BlockMask  # imports the compiler
 

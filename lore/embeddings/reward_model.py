@@ -1,8 +1,7 @@
 """A frozen reward model: its tokens of a conversation, and the embedding that its head scores.
 
-An embedding is the last hidden state, after the final norm, of the last token of the
-chat-templated conversation; the model's own reward is its score head times that. F is its width.
-Language models that are no reward models may say more by the mean over the response (``pool``).
+An embedding [F] is the last hidden state, after the final norm, of the rendered conversation's last
+token; the model's own reward is its score head times that.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import hashlib
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -80,12 +80,7 @@ class ModelChoice:
     any_model: bool = False
 
     def of_basis(self, settings: Mapping[str, Any], path: str | Path) -> Source:
-        """The model for a basis with these settings in this file.
-
-        Raises:
-            InputError: there is no such model, or it is not the one that the basis was learned with
-                and ``any_model`` is false.
-        """
+        """The model for a basis with these settings in this file, as ``check_model`` allows it."""
         source = self.resolve(settings, path)
         load_config(source)  # a hub model's commit is known once something of it is loaded
         check_model(settings, model_facts(source, load_tokenizer(source)), self.any_model)
@@ -95,8 +90,8 @@ class ModelChoice:
         """What is given, else what the basis was learned with; the pooling is always the basis'.
 
         Args:
-            settings: of the basis; the scalars of the embeddings' manifest among them.
-            path: of its file; a model's path that is not absolute is relative to its folder.
+            settings: of the basis; the embeddings' manifest is among them.
+            path: of its file, to whose folder a model's path is relative.
 
         Raises:
             InputError: the basis does not say its model, or the folder that it names is gone.
@@ -111,7 +106,7 @@ class ModelChoice:
         return Source(model, tokenizer, revision, self.trust_remote_code, pool)
 
 
-OF_BASIS = ModelChoice()  # the one that the basis was learned with
+OF_BASIS = ModelChoice()
 
 # -------------------------------------------------------------------------- Loading
 
@@ -141,19 +136,26 @@ def load_tokenizer(source: Source) -> Any:
 
 
 def pretrained(loader: Any, name: str, source: Source, **options: Any) -> Any:
-    """Load the source's model or tokenizer with an Auto class of transformers.
+    """The source's model or tokenizer by an Auto class of transformers; else InputError."""
+    from transformers.utils import logging as theirs
 
-    Raises:
-        InputError: it cannot be loaded.
-    """
     gone = _is_path(name) and not Path(name).exists()
     require(not gone, f"{name} cannot be loaded: there is no such folder")
     if name == source.model:
         options["revision"] = source.revision
+    logging.getLogger("transformers.modeling_utils").addFilter(_is_no_table)
+    if not sys.stderr.isatty():
+        theirs.disable_progress_bar()
     try:
         return loader.from_pretrained(name, trust_remote_code=source.trust_remote_code, **options)
     except Exception as error:  # what damaged files raise has no common class
         raise InputError(f"{name} cannot be loaded: {_why(error)}") from error
+
+
+def _is_no_table(record: logging.LogRecord) -> bool:
+    """Not transformers' table of tensors that lack or do not fit: ``_load_model`` says these."""
+    said = record.getMessage()
+    return "LOAD REPORT" not in said or "CONVERSION" in said
 
 
 def _is_path(name: str) -> bool:
@@ -176,18 +178,17 @@ def _why(error: Exception) -> str:
     if "gated" in why:
         return f"{why} Ask for access on its page, then log in with `hf auth login`"
     if "connection" in why:
-        return f"{why}; run it again, the download goes on where it was; {SMALL}"
-    if "offline mode" in why or "connect to" in why:
-        return f"{why}; {SMALL}"
-    return why
+        why += "; run it again, the download goes on where it was"
+    offline = any(words in why for words in ("connection", "offline mode", "connect to"))
+    return f"{why}; {SMALL}" if offline else why
 
 
 def model_facts(source: Source, tokenizer: Any) -> dict[str, str | None]:
-    """What tells a model from others of its name; a local folder is named by its absolute path.
+    """What tells a model from others of its name.
 
     Returns:
-        model, revision (the commit of a hub model, else None), weights_sha256 (of the files of a
-        local model, else None), tokenizer and template_sha256 (of the chat template).
+        model, tokenizer (a local folder by its absolute path), revision (a hub model's commit, else
+        None), weights_sha256 (of a local model's files, else None) and template_sha256.
     """
     from huggingface_hub import try_to_load_from_cache
 
@@ -226,27 +227,23 @@ def check_model(
 
     Args:
         settings: of the basis.
-        facts: what ``model_facts`` says of the model at hand. What either side does
-            not know, such as the hash of a hub model's weights, is not compared.
+        facts: of the model at hand (``model_facts``). What either side does not know, such as the
+            hash of a hub model's weights, is not compared.
         any_model: warn instead.
 
     Raises:
         InputError: another model, template or commit.
     """
-    what = {
-        "weights_sha256": "other weights", "revision": "another commit",
-        "template_sha256": "another chat template",
-    }  # fmt: skip
-    differs = [
-        name for key, name in what.items()
-        if settings.get(key) and facts.get(key) and settings[key] != facts[key]
-    ]  # fmt: skip
-    if not differs:
-        return
-    others = " and ".join(differs)
-    problem = f"{facts['model']} has {others} than the model the basis was learned with"
-    require(any_model, f"{problem}: name that model by --model, or insist with --any-model true")
-    log.warning("WARNING: %s; the rewards may mean nothing", problem)
+    what = {"weights_sha256": "other weights", "revision": "another commit",
+            "template_sha256": "another chat template"}  # fmt: skip
+    pairs = {name: (settings.get(key), facts.get(key)) for key, name in what.items()}
+    differs = [name for name, (one, other) in pairs.items() if one and other and one != other]
+    if differs:
+        others = " and ".join(differs)
+        problem = f"{facts['model']} has {others} than the model the basis was learned with"
+        remedy = "name that model by --model, or insist with --any-model true"
+        require(any_model, f"{problem}: {remedy}")
+        log.warning("WARNING: %s; the rewards may mean nothing", problem)
 
 
 def _from_anywhere(name: str) -> str:
@@ -281,9 +278,8 @@ def render_text(tokenizer: Any, conversation: Conversation, is_prompt: bool = Fa
     """The conversation as the tokenizer's chat template writes it.
 
     Args:
-        tokenizer: with the template.
-        conversation: to be written.
-        is_prompt: the generation prompt follows it.
+        tokenizer, conversation: what writes what.
+        is_prompt: the generation prompt follows.
 
     Raises:
         InputError: the template refuses the conversation.
@@ -340,10 +336,9 @@ class Engine:
     Args:
         model: a sequence-classification model of transformers, on its device.
         has_head: whether the score head comes from the checkpoint; else it is a random one.
-        method: tree, sorted or single.
+        method, pool: see ``store.embed``.
         batch_tokens: most tokens in one forward pass.
         flex: whether trees take FlexAttention, else the dense mask; turned off where it cannot run.
-        pool: see ``store.embed``.
     """
 
     model: Any
@@ -366,18 +361,16 @@ class Engine:
         return self.model.score.weight.detach() if self.has_head else None
 
     def reference(self) -> dict[str, Tensor]:
-        """What the model itself scores with, in float32: head, bias if any, last_linear.
+        """What the model itself scores the last token's state with: head, bias, last_linear.
 
         last_linear [F] is what the published code takes for the score head: column 0 of the last
-        nn.Linear in the model's body, if that is F long. All of them are for the last token alone.
+        nn.Linear in the model's body, if that is F long.
         """
-        tensors = {}
         if self.pool != "last":
-            return tensors
-        if self.has_head:
-            tensors = {"head": self.head}
-            if getattr(self.model.score, "bias", None) is not None:
-                tensors["bias"] = self.model.score.bias.detach()
+            return {}
+        tensors = {"head": self.head} if self.has_head else {}
+        if self.has_head and getattr(self.model.score, "bias", None) is not None:
+            tensors["bias"] = self.model.score.bias.detach()
         linear = [m for m in self.body.modules() if isinstance(m, torch.nn.Linear)]
         if linear and len(linear[-1].weight) == self.model.config.get_text_config().hidden_size:
             tensors["last_linear"] = linear[-1].weight.detach()[:, 0]
@@ -386,21 +379,17 @@ class Engine:
     def embed(self, tokens: list[Tokens], bar: tqdm, starts: list[int] | None = None) -> Tensor:
         """Embeddings [n, F] of n distinct, sorted conversations, in the model's dtype.
 
-        One is the mean of the states from the token that ``starts`` says; by default the last. The
-        bar advances by the tokens given. When GPU memory runs out, the passes are halved.
+        One is the mean of the states from the token that ``starts`` says; by default the last one's
+        alone. When GPU memory runs out, the passes are halved.
 
         Raises:
-            InputError: one conversation alone is too long for the GPU, a token is none of the
-                model's, an embedding is not finite, or the model's logit is not its score head
-                times the embedding.
+            InputError: a conversation is too long for the GPU, a token is none of the model's, an
+                embedding is not finite, or the model's logit is not its score head times it.
         """
         known = self.body.get_input_embeddings().num_embeddings
         highest = max(int(ids.max()) for ids in tokens)
-        require(
-            highest < known,
-            f"the tokenizer writes token {highest}, but the model knows {known} tokens only, from "
-            "0 on: name the model's own one with --tokenizer",
-        )
+        knows = f"the tokenizer writes token {highest}, but the model knows {known} tokens only"
+        require(highest < known, f"{knows}, from 0 on: name the model's own one with --tokenizer")
         before = bar.n, self.tokens_computed
         starts = [len(ids) - 1 for ids in tokens] if starts is None else starts
         while True:
@@ -419,8 +408,9 @@ class Engine:
 
     @torch.inference_mode()
     def _embed(self, tokens: list[Tokens], starts: list[int], bar: tqdm) -> Tensor:
-        out = None
-        for step in self._passes(tokens, starts):
+        out, cut = None, tree_passes if self.method == "tree" else padded_passes
+        budget = self.batch_tokens if self.method != "single" else 0
+        for step in cut(tokens, starts, budget):
             rows = self._forward(step)
             if not self.checked:
                 self._check(tokens[step.rows[-1]], rows[-1])
@@ -432,15 +422,9 @@ class Engine:
             raise InputError(NOT_FINITE)
         return out.cpu()
 
-    def _passes(self, tokens: list[Tokens], starts: list[int]) -> Iterator[Pass]:
-        if self.method == "tree":
-            return tree_passes(tokens, starts, self.batch_tokens)
-        return padded_passes(tokens, starts, self.batch_tokens * (self.method == "sorted"))
-
     def _forward(self, step: Pass) -> Tensor:
         """Embeddings [conversations of the pass, F]."""
-        given = {"position_ids": step.positions, "attention_mask": step.mask}
-        given["input_ids"] = step.ids
+        given = {"input_ids": step.ids, "position_ids": step.positions, "attention_mask": step.mask}
         given = {k: v.to(self.model.device) for k, v in given.items() if v is not None}
         hidden = self._hidden(given) if step.ends is None else self._tree_hidden(step.ends, given)
         states = hidden[step.pooled]
@@ -489,12 +473,10 @@ class Engine:
         places = [i for i, state in enumerate(hidden, start=1) if self._gives(state, logit)]
         if not places:
             raise InputError("this model's logit is not its score head times the last hidden state")
-        if places[-1] < len(ids):
-            raise InputError(f"this model pools token {places[-1]} of {len(ids)}, not the last")
-        raise InputError(
-            f"the {self.method} method does not give what a conversation alone gives: "
-            "use --method single"
-        )
+        pools = f"this model pools token {places[-1]} of {len(ids)}, not the last"
+        require(places[-1] == len(ids), pools)
+        wrong = f"the {self.method} method does not give what a conversation alone gives"
+        raise InputError(f"{wrong}: use --method single")
 
     def _gives(self, state: Tensor, logit: Tensor) -> bool:
         """Whether the score head makes this logit [outputs] of a hidden state [F]."""
@@ -507,12 +489,7 @@ class Engine:
 
 
 def load_engine(
-    source: Source,
-    dtype: str,
-    device: str,
-    attention: str,
-    method: str,
-    batch_tokens: int,
+    source: Source, dtype: str, device: str, attention: str, method: str, batch_tokens: int
 ) -> Engine:
     """Load a reward model; the arguments are those of ``embeddings.embed``, none of them auto.
 
@@ -523,9 +500,8 @@ def load_engine(
     log.info("embedding method: %s (%s)", method, why)
     model, has_head = _load_model(source, getattr(torch, dtype), attention)
     if has_head and source.pool != "last":
-        has_head = False
-        why = "a score head reads the last token's state: there will be no reference (rank 0)"
-        log.warning("--pool %s: %s", source.pool, why)
+        has_head, why = False, "a score head reads the last token's state"
+        log.warning("--pool %s: %s: there will be no reference (rank 0)", source.pool, why)
     # So that no token counts as padding: a model pools the last token before the padding.
     model.config.get_text_config().pad_token_id = -1
     flex = model.config._attn_implementation == "sdpa" and torch.device(device).type == "cuda"
@@ -560,49 +536,48 @@ def _load_model(source: Source, dtype: torch.dtype, attention: str) -> tuple[Any
     """The model and whether its checkpoint has a score head."""
     from transformers import AutoModel, AutoModelForSequenceClassification
 
-    options = {"dtype": dtype, "attn_implementation": attention, "output_loading_info": True}
+    name, loader = source.model, AutoModelForSequenceClassification
+    options = {"dtype": dtype, "attn_implementation": attention, "output_loading_info": True,
+               "ignore_mismatched_sizes": True}  # fmt: skip
     try:
-        loader = AutoModelForSequenceClassification
-        model, info = pretrained(loader, source.model, source, **options)
+        model, info = pretrained(loader, name, source, **options)
     except InputError as error:
         if attention == "sdpa" and "does not support an attention" in str(error.__cause__):
-            log.info("%s has no sdpa attention: it takes eager", source.model)
+            log.info("%s has no sdpa attention: it takes eager", name)
             return _load_model(source, dtype, "eager")
         if "Unrecognized configuration class" not in str(error.__cause__):
             raise
-        model, info = pretrained(AutoModel, source.model, source, **options)
+        model, info = pretrained(AutoModel, name, source, **options)
+    for key, found, wanted in sorted(info["mismatched_keys"]):
+        sizes = f"{key} is {list(found)}, but {list(wanted)} by its config.json"
+        raise InputError(f"{name} cannot be loaded: {sizes}")
     missing = sorted(info["missing_keys"])
-    lost = [name for name in missing if not name.startswith("score.")]
+    lost = [key for key in missing if not key.startswith("score.")]
     if lost or not hasattr(model, "base_model"):
         lacks = f"its checkpoint lacks {lost[0]}" if lost else "it has no body of its own"
-        raise InputError(f"{source.model} is not a decoder with a score head: {lacks}")
+        raise InputError(f"{name} is not a decoder with a score head: {lacks}")
     has_head = hasattr(model, "score") and not missing
-    _warn_of_head(source.model, model, has_head, sorted(info["unexpected_keys"]))
+    _warn_of_head(name, model, has_head, sorted(info["unexpected_keys"]))
     return model, has_head
 
 
 def _warn_of_head(name: str, model: Any, has_head: bool, unused: list[str]) -> None:
-    """Say what a checkpoint has in place of a score head with one output, and that it is not used.
-
-    Args:
-        name: of the model.
-        model: as it was loaded.
-        has_head: whether it has a score head.
-        unused: tensors of the checkpoint that the model has no place for.
-    """
-    kind, body = model.config.model_type, f"{model.base_model_prefix}."
+    """Say what a checkpoint has in place of a score head with one output, and leaves unused."""
+    body = f"{model.base_model_prefix}."
+    extra = [key for key in unused if key.startswith(body)]
+    if extra:
+        log.warning("WARNING: %s has tensors that its config.json has no place for: %s",
+                    name, ", ".join(extra[:4]))  # fmt: skip
+    if has_head and len(model.score.weight) == 1:
+        return
     others = [key for key in [*model.state_dict(), *unused] if not key.startswith(body)]
     others = [key for key in others if not key.startswith(("score.", "lm_head."))]
+    why = "no score head"
     if has_head:
-        outputs = len(model.score.weight)
-        if outputs == 1:
-            return
-        why = f"a score head of {outputs} outputs, and a reward is one number"
-    elif others and hasattr(model, "base_model_prefix") and model.base_model is not model:
+        why = f"a score head of {len(model.score.weight)} outputs, and a reward is one number"
+    elif others and model.base_model is not model:
         why = f"no linear layer called score, and {', '.join(others[:4])} is not used in its place"
-    else:
-        why = "no score head"
     log.warning("%s has %s: there will be no reference (rank 0)", name, why)
-    if ENCODERS.search(kind):
+    if ENCODERS.search(model.config.model_type):
         log.warning("WARNING: %s models are encoders, not trained to say all in the last token, "
-                    "which is what is embedded", kind)  # fmt: skip
+                    "which is what is embedded", model.config.model_type)  # fmt: skip

