@@ -1,10 +1,11 @@
-"""RewardBench 2 (allenai/reward-bench-2): its official score, its rows, and files of heads."""
+"""RewardBench 2 (allenai/reward-bench-2): its official score, its rows, rewards of these."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
+from dataclasses import dataclass
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,15 +14,25 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from tqdm import tqdm
 
 from lore.common.files import InputError, first_line, require
-from lore.embeddings.reward_model import Conversation
+from lore.embeddings.reward_model import (
+    Conversation,
+    Source,
+    cut_tokens,
+    device_and_dtype,
+    load_engine,
+    load_tokenizer,
+    render,
+)
+from lore.embeddings.store import Store
 from lore.preparing import raw
 
+Rewards = dict[str, np.ndarray]  # name -> [completions]
 NUMBERS = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.uint16,
            torch.uint32, torch.int8, torch.int16, torch.int32, torch.int64}  # fmt: skip
 COLUMNS = ("id", "prompt", "chosen", "rejected", "num_correct", "subset")
-
 # Rows of each subset in the published test split, on which alone the score is official.
 OFFICIAL = {"Factuality": 475, "Precise IF": 160, "Math": 183, "Safety": 450, "Focus": 495,
             "Ties": 102}  # fmt: skip
@@ -41,9 +52,6 @@ class Row(NamedTuple):
 
 def score(rows: Iterable[Row]) -> dict[str, float]:
     """Score of each subset present, in the leaderboard's order, and "Overall", their mean.
-
-    Args:
-        rows: (id, subset, num_correct, scores) of every prompt.
 
     Raises:
         InputError: no rows, scores that are not finite, or Ties ids other than ref:k and tied:k.
@@ -84,13 +92,13 @@ def ties_score(rows: Sequence[Row]) -> float:
     gaps: dict[str, dict[str, float]] = {"ref": {}, "tied": {}}
     spreads: dict[str, float] = {}
     for row in rows:
-        kind, k = _ties_id(row.id)
-        if k in gaps[kind]:
-            raise InputError(f"id {row.id!r} appears twice in the Ties subset")
+        kind, _, k = row.id.partition(":")
+        known = kind in gaps and bool(k)
+        require(known, f"id {row.id!r} of the Ties subset is neither ref:k nor tied:k")
+        require(k not in gaps[kind], f"id {row.id!r} appears twice in the Ties subset")
         gaps[kind][k] = margin(row.num_correct, row.scores)
         if kind == "tied":
-            correct = row.scores[: row.num_correct]
-            spreads[k] = max(correct) - min(correct)
+            spreads[k] = float(np.ptp(row.scores[: row.num_correct]))
     accurate = [_mean(np.fromiter(gaps[kind].values(), float) > 0) for kind in ("tied", "ref")]
     paired = [k for k in gaps["tied"] if k in gaps["ref"]]
     tied, ref, spread = (
@@ -112,21 +120,12 @@ def _is_ties(subset: str) -> bool:
     return subset.lower() == "ties"
 
 
-def _ties_id(name: str) -> tuple[str, str]:
-    kind, _, k = name.partition(":")
-    known = kind in ("ref", "tied") and bool(k)
-    require(known, f"id {name!r} of the Ties subset is neither ref:k nor tied:k")
-    return kind, k
-
-
 def _checked(row: Row) -> Row:
-    finite = bool(np.isfinite(row.scores).all())
-    require(finite, f"row {row.id!r} ({row.subset}) has a score that is not a finite number")
-    require(
-        1 <= row.num_correct < len(row.scores),
-        f"row {row.id!r} ({row.subset}): num_correct is {row.num_correct} of {len(row.scores)} "
-        "completions; at least one must be correct and one incorrect",
-    )
+    finite, place = bool(np.isfinite(row.scores).all()), f"row {row.id!r} ({row.subset})"
+    require(finite, f"{place} has a score that is not a finite number")
+    number = f"{place}: num_correct is {row.num_correct} of {len(row.scores)} completions"
+    both = 1 <= row.num_correct < len(row.scores)
+    require(both, f"{number}; at least one must be correct and one incorrect")
     return row
 
 
@@ -134,14 +133,7 @@ def _checked(row: Row) -> Row:
 
 
 def read_bench(source: str, split: str, subset: Sequence[str], limit: int) -> pd.DataFrame:
-    """Rows of RewardBench 2 (id, prompt, chosen, rejected, num_correct, subset), all checked.
-
-    Args:
-        source: a .jsonl or .parquet file, a folder with such a file named like the split, or a
-            hub dataset.
-        split: split of the hub dataset.
-        subset: names of the subsets to keep; empty keeps all.
-        limit: keep only the first rows, so many; 0 keeps all.
+    """Rows of RewardBench 2 with the ``COLUMNS``, all checked; the arguments are the script's.
 
     Raises:
         InputError: a missing column, a malformed line or row, or an unknown subset.
@@ -154,7 +146,14 @@ def read_bench(source: str, split: str, subset: Sequence[str], limit: int) -> pd
             raise InputError(f"{place} (id {str(row['id'])!a:.40}): {problem}")
         rows.append({**{name: row[name] for name in COLUMNS}, "id": str(row["id"])})
     require(bool(rows), f"--source {source} has no rows")
-    bench = _restrict(pd.DataFrame(rows), subset, limit)
+    bench = pd.DataFrame(rows)
+    names = {name.lower(): name for name in bench["subset"]}
+    unknown = ", ".join(name for name in subset if name.lower() not in names)
+    present = ", ".join(sorted(names.values()))
+    require(not unknown, f"--subset {unknown}: unknown; the subsets are {present}")
+    if subset:
+        bench = bench[bench["subset"].isin([names[name.lower()] for name in subset])]
+    bench = bench.head(limit) if limit else bench
     score(scored_rows(bench, length_baseline(bench)))  # refuses bad ids before any work
     return bench
 
@@ -186,17 +185,6 @@ def _problem(row: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _restrict(bench: pd.DataFrame, subset: Sequence[str], limit: int) -> pd.DataFrame:
-    names = {name.lower(): name for name in bench["subset"]}
-    unknown = [name for name in subset if name.lower() not in names]
-    if unknown:
-        present = ", ".join(sorted(names.values()))
-        raise InputError(f"--subset {', '.join(unknown)}: unknown; the subsets are {present}")
-    if subset:
-        bench = bench[bench["subset"].isin([names[name.lower()] for name in subset])]
-    return bench.head(limit) if limit else bench
-
-
 def scored_rows(bench: pd.DataFrame, rewards: np.ndarray) -> list[Row]:
     """Rows with their scores, from the rewards [completions] of ``as_conversations``."""
     values = iter(rewards.tolist())
@@ -216,9 +204,60 @@ def as_conversations(bench: pd.DataFrame) -> list[Conversation]:
     ]
 
 
+# ------------------------------------------------------------------------ Rewards
+
+
+class Head(NamedTuple):
+    """A linear reward on embeddings: weight [F] and bias."""
+
+    weight: Tensor
+    bias: float = 0.0
+
+
 def length_baseline(bench: pd.DataFrame) -> np.ndarray:
     """Rewards [completions] that prefer the shortest response, in characters."""
     return np.array([-float(len(answer["content"])) for _, answer in as_conversations(bench)])
+
+
+def head_rewards(store: Store, heads: Mapping[str, Head]) -> Rewards:
+    """Rewards [rows of the store] by every head: one matrix product on embeddings read once."""
+    if store.head is not None:
+        heads = {"reference": Head(store.head), **heads}
+    require(bool(heads), "the model has no score head: give one with --rm_head or --basis")
+    matrix = torch.stack([head.weight for head in heads.values()], dim=1)  # [F, heads]
+    bias = torch.tensor([head.bias for head in heads.values()])
+    parts = [store.rows(index) @ matrix + bias for index in torch.arange(len(store)).split(1024)]
+    return dict(zip(heads, torch.cat(parts).T.numpy(), strict=True))
+
+
+@torch.inference_mode()
+def own_rewards(
+    source: Source, conversations: Sequence[Conversation], max_length: int, truncation_side: str,
+    batch_size: int, device: str, dtype: str, progress: bool = True,
+) -> np.ndarray:  # fmt: skip
+    """Logits [conversations] of the model's own classification forward.
+
+    All conversations of a batch have one length, so nothing is padded.
+
+    Raises:
+        InputError: the model cannot be loaded or has no score head with one output.
+    """
+    device, dtype = device_and_dtype(device, dtype)
+    engine = load_engine(source, dtype, device, "sdpa", "single", max_length)
+    one = engine.head is not None and len(engine.head) == 1
+    lacks = f"{source.model} has no score head with one output"
+    require(one, f"{lacks}: give one with --rm_head or --basis")
+    tokenizer = load_tokenizer(source)
+    limits = tokenizer.bos_token_id, max_length, truncation_side
+    tokens = [cut_tokens(np.array(render(tokenizer, each)), *limits) for each in conversations]
+    longest_first = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
+    groups = [list(group) for _, group in groupby(longest_first, key=lambda i: len(tokens[i]))]
+    batches = [g[i : i + batch_size] for g in groups for i in range(0, len(g), batch_size)]
+    rewards = np.empty(len(tokens))
+    for batch in tqdm(batches, unit="batch", disable=not progress or None):
+        input_ids = torch.from_numpy(np.stack([tokens[i] for i in batch])).to(device)
+        rewards[batch] = engine.model(input_ids=input_ids).logits[:, 0].float().cpu()
+    return rewards
 
 
 # --------------------------------------------------------------------- Reporting
@@ -229,7 +268,7 @@ def is_official(bench: pd.DataFrame) -> bool:
     return bench["subset"].value_counts().to_dict() == OFFICIAL
 
 
-def score_table(bench: pd.DataFrame, rewards: Mapping[str, np.ndarray]) -> pd.DataFrame:
+def score_table(bench: pd.DataFrame, rewards: Rewards) -> pd.DataFrame:
     """One row per reward: the mean of subsets (Score if official, else Mean), then each subset."""
     scores = {name: score(scored_rows(bench, values)) for name, values in rewards.items()}
     table = pd.DataFrame.from_dict(scores, orient="index").rename_axis("reward")
@@ -262,14 +301,44 @@ def worst_failures(bench: pd.DataFrame, rewards: np.ndarray, top_k: int) -> pd.D
     return table[table["margin"] > 0].nlargest(top_k, "margin")
 
 
-# ----------------------------------------------------------------------- Heads
+# ------------------------------------------------------------------ Files of heads
 
 
-class Head(NamedTuple):
-    """A linear reward on embeddings: weight [F] and bias."""
+@dataclass(frozen=True)
+class HeadFile:
+    """Reward heads of a file.
 
-    weight: Tensor
-    bias: float = 0.0
+    Args:
+        rm_head: file with reward heads, .npy, .pt or .safetensors, of shape (F,), (F, 1), (F, B) or
+            (1, F).
+        head_bias: a number to add to the rewards of rm_head, or such a file with one per head.
+        head_key: name of the entry to take from rm_head if it holds several.
+    """
+
+    rm_head: str | None = None
+    head_bias: str | None = None
+    head_key: str | None = None
+
+    def heads(self) -> dict[str, Head]:
+        """Heads "head 1", ..., none without a file.
+
+        Raises:
+            InputError: an unreadable file, an unknown entry, another shape or number of biases.
+        """
+        if not self.rm_head:
+            alone = self.head_key or self.head_bias
+            require(not alone, "--head_key and --head_bias belong to --rm_head: give that file too")
+            return {}
+        columns = read_head(self.rm_head, self.head_key).T  # [B, F]
+        try:
+            biases = [float(self.head_bias or 0)]
+        except ValueError:
+            biases = read_head(self.head_bias).flatten().tolist()
+        flag, fits = f"--head_bias {self.head_bias}", len(biases) in (1, len(columns))
+        require(fits, f"{flag}: {len(biases)} numbers for {len(columns)} heads")
+        require(bool(np.isfinite(biases).all()), f"{flag}: a finite number is expected")
+        biases *= len(columns) // len(biases)
+        return {f"head {i + 1}": Head(columns[i], biases[i]) for i in range(len(columns))}
 
 
 def read_head(path: str, key: str | None = None) -> Tensor:
@@ -286,8 +355,7 @@ def read_head(path: str, key: str | None = None) -> Tensor:
     if isinstance(entries, dict):
         named = {str(name): entry for name, entry in entries.items()}
         key = next(iter(named)) if key is None and len(named) == 1 else key
-        if key not in named:
-            raise InputError(f"{path}: choose one of {', '.join(named)} with --head_key")
+        require(key in named, f"{path}: choose one of {', '.join(named)} with --head_key")
         entries = named[key]
     one = isinstance(entries, Tensor) and entries.dim() in (1, 2) and entries.numel() > 0
     require(one, f"{path}: a head is one tensor of shape (F,), (F, 1), (F, B) or (1, F)")
@@ -295,8 +363,7 @@ def read_head(path: str, key: str | None = None) -> Tensor:
     real = plain and entries.dtype in NUMBERS
     require(real, f"{path}: a head holds plain real numbers, not {entries.dtype}")
     head = entries.detach().float()
-    finite = bool(head.isfinite().all())
-    require(finite, f"{path}: the head holds numbers that are not finite")
+    require(bool(head.isfinite().all()), f"{path}: the head holds numbers that are not finite")
     return head.reshape(-1, 1) if head.dim() == 1 or len(head) == 1 else head
 
 
@@ -313,22 +380,3 @@ def _read_tensors(path: Path) -> Tensor | dict[str, Tensor]:
         return readers[path.suffix]()
     except Exception as bad:  # what damaged files raise has no common class
         raise InputError(f"{path}: cannot be read ({first_line(bad)})") from bad
-
-
-def file_heads(path: str, key: str | None, bias: str | None) -> dict[str, Head]:
-    """Heads "head 1", ... of a head file, plus a bias: a number, or a file with 1 or B of them."""
-    columns = read_head(path, key).T  # [B, F]
-    biases = _read_bias(bias, len(columns))
-    return {f"head {i + 1}": Head(columns[i], biases[i]) for i in range(len(columns))}
-
-
-def _read_bias(bias: str | None, count: int) -> list[float]:
-    try:
-        values = [float(bias or 0)]
-    except ValueError:
-        values = read_head(bias).flatten().tolist()
-    fits = len(values) in (1, count)
-    require(fits, f"--head_bias {bias}: {len(values)} numbers for {count} heads")
-    finite = bool(np.isfinite(values).all())
-    require(finite, f"--head_bias {bias}: a finite number is expected")
-    return values * (count // len(values))
