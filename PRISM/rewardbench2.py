@@ -140,8 +140,6 @@ def read_bench(source: str, split: str, subset: Sequence[str], limit: int) -> pd
     """
     rows = []
     for place, row in _raw_rows(source, split):
-        missing = [name for name in COLUMNS if name not in row]
-        require(not missing, f"{place} has no column {', '.join(missing)}")
         if problem := _problem(row):
             raise InputError(f"{place} (id {str(row['id'])!a:.40}): {problem}")
         rows.append({**{name: row[name] for name in COLUMNS}, "id": str(row["id"])})
@@ -162,7 +160,7 @@ def _raw_rows(source: str, split: str) -> raw.Rows:
     if not re.search(r"\.(jsonl|jsonl\.gz|parquet)$", source):
         return raw.read_rows(source, split, COLUMNS, split=split)
     require(Path(source).is_file(), f"--source {source}: there is no such file")
-    return raw.read_file(Path(source))
+    return raw.check_columns(raw.read_file(Path(source)), COLUMNS)
 
 
 def _problem(row: Mapping[str, Any]) -> str | None:

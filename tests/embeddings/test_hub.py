@@ -7,11 +7,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from test_rewardbench2 import raw_rows
 
 import hub as hub_module
 import models
@@ -98,7 +100,7 @@ def publish_datasets(hub: Hub, folder: Path) -> None:
             tables.append((name, files / f"{split}.parquet", f"data/{split}-00000-of-00001"))
     for name, table, path in tables:
         worlds.write(folder / name / f"{path}.parquet", worlds.read(raw / table))
-    worlds.write(folder / REWARDBENCH / "data/test-00000-of-00001.parquet", rewardbench_rows())
+    worlds.write(folder / REWARDBENCH / "data/test-00000-of-00001.parquet", raw_rows())
     shutil.copytree(raw / "PRISM", folder / PRISM)
     (folder / PRISM / "README.md").write_text(CARD)
     for name in (PERSONALLLM, COMMUNITY, REWARDBENCH, PRISM, PERSONAL, ARENA):
@@ -106,66 +108,30 @@ def publish_datasets(hub: Hub, folder: Path) -> None:
     hub.add("datasets", TLDR, folder / TLDR, "refs/convert/parquet")
 
 
-def rewardbench_rows() -> list[dict]:
-    """A row of each subset of RewardBench 2 but Ties, and a pair of Ties."""
-    names = ["Factuality", "Precise IF", "Math", "Safety", "Focus"]
-    shapes = [(name, str(i), 1, 3) for i, name in enumerate(names)]
-    shapes += [("Ties", "ref:0", 1, 3), ("Ties", "tied:0", 2, 3)]
-    return [
-        {
-            "id": name,
-            "prompt": f"{subset} {name}?",
-            "chosen": [f"good {i}" for i in range(correct)],
-            "rejected": [f"bad {i}" for i in range(wrong)],
-            "num_correct": correct,
-            "num_incorrect": wrong,
-            "total_completions": correct + wrong,
-            "models": ["someone"],
-            "subset": subset,
-            "additional_metadata": None,
-        }
-        for subset, name, correct, wrong in shapes
-    ]
-
-
 # -------------------------------------------------------------------------- What is run
 
 
 def online_jobs(out: Path) -> dict[str, tuple[str, running.Flags]]:
     """Scripts with their default sources and models, then with mistakes; name -> job."""
-    quiet = {"progress": "false"}
+    quiet, bench = {"progress": "false"}, "PersonalRewardBench"
 
-    def own(name: str, **settings: str) -> tuple[str, running.Flags]:
-        where = {"out": out / name, "source": "somebody/flaky-data"}
-        return "OwnData/prepare.py", {**where, **quiet, **settings}
+    def prepare(dataset: str, name: str, **settings: str) -> tuple[str, running.Flags]:
+        return f"{dataset}/prepare.py", {"out": out / name, **quiet, **settings}
 
-    def llm(name: str, **settings: str) -> tuple[str, running.Flags]:
-        return "PersonalLLM/prepare.py", {"out": out / name, **quiet, **settings}
-
+    own = partial(prepare, "OwnData", source="somebody/flaky-data")
+    llm = partial(prepare, "PersonalLLM")
     return {
+        **{name: prepare(name, name) for name in ("RedditTLDR", "CommunityAlignment", bench)},
         "PersonalLLM": llm("PersonalLLM"),
-        "RedditTLDR": ("RedditTLDR/prepare.py", {"out": out / "RedditTLDR", **quiet}),
         "PRISM": ("PRISM/prepare.py", {"out": out / "PRISM"}),
         "PRISM embeddings": (
-            "PRISM/generate-prism-embeddings.py",
-            {"data": out / "PRISM", **quiet},
+            "PRISM/generate-prism-embeddings.py", {"data": out / "PRISM", **quiet}
         ),
-        "CommunityAlignment": (
-            "CommunityAlignment/prepare.py",
-            {"out": out / "CommunityAlignment", **quiet},
-        ),
-        "PersonalRewardBench": (
-            "PersonalRewardBench/prepare.py",
-            {"out": out / "PersonalRewardBench", **quiet},
-        ),
-        "Chatbot Arena": (
-            "PersonalRewardBench/prepare.py",
-            {"source": ARENA, "out": out / "arena", **quiet},
-        ),
+        "Chatbot Arena": prepare(bench, "arena", source=ARENA),
         "personal results": (
-            "PersonalRewardBench/train_basis.py",
-            {"data": out / "PersonalRewardBench", "results": out / "results", "name": "prism",
-             "iterations": 50, "ranks": 2, **quiet},
+            f"{bench}/train_basis.py",
+            {"data": out / bench, "results": out / "results", "name": "prism", "iterations": 50,
+             "ranks": 2, **quiet},
         ),
         "RewardBench 2": (
             "PRISM/eval_rb2.py",
@@ -180,14 +146,13 @@ def online_jobs(out: Path) -> dict[str, tuple[str, running.Flags]]:
         "resumed": own("own", model="somebody/flaky"),
         "no such dataset": own("none", source="somebody/typo"),
         "gated dataset": own("none", source="somebody/gated-data"),
-    }
+    }  # fmt: skip
 
 
 def offline_jobs(out: Path) -> dict[str, tuple[str, running.Flags]]:
     """Again what is in the cache, and what is not."""
-    jobs = online_jobs(out)
     wanted = ["PersonalLLM", "RedditTLDR", "no such model", "no such dataset"]
-    return {name: jobs[name] for name in wanted}
+    return {name: online_jobs(out)[name] for name in wanted}
 
 
 def client(
@@ -218,7 +183,8 @@ def hubbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hubbed]:
 
 
 def store(hubbed: Hubbed, name: str) -> embeddings.Store:
-    """What a job embedded."""
+    """What a job, which went well, embedded."""
+    assert hubbed.online[name].status == 0, hubbed.online[name].err
     return embeddings.open_store(hubbed.folder / "out" / name / "embeddings")
 
 
@@ -226,23 +192,15 @@ def store(hubbed: Hubbed, name: str) -> embeddings.Store:
 
 
 @pytest.mark.parametrize(
-    ("name", "settings"),
-    [
-        ("PersonalLLM", {"embed": False}),
-        ("RedditTLDR", {"embed": False}),
-        ("PRISM", {}),
-        ("CommunityAlignment", {"embed": False}),
-        ("PersonalRewardBench", {"embed": False}),
-    ],
+    "name", ["PersonalLLM", "RedditTLDR", "PRISM", "CommunityAlignment", "PersonalRewardBench"]
 )
-def test_default_sources_give_what_local_files_give(hubbed, tmp_path, name, settings):
-    assert hubbed.online[name].status == 0, hubbed.online[name].err
+def test_default_sources_give_what_local_files_give(hubbed, tmp_path, name):
+    embedded, settings = store(hubbed, name), {} if name == "PRISM" else {"embed": False}
     info = worlds.prepare(name, hubbed.folder / "raw" / name, tmp_path, **settings)
     made = preparing.read_info(hubbed.folder / "out" / name)
     assert made["data_sha256"] == info["data_sha256"]
-    embedded = store(hubbed, name)
     embedded.check(preparing.read_info(tmp_path)["conversations_sha256"])
-    assert embedded.manifest["model"] == MODEL
+    assert embedded.manifest["model"] == MODEL and embedded.manifest["weights_sha256"] is None
     assert embedded.manifest["revision"] == hub_module.commit(hubbed.folder / "model")
 
 
@@ -258,7 +216,7 @@ def test_reward_bench_2_is_scored(hubbed):
     assert (hubbed.folder / "out" / "rb2" / "scores.csv").exists()
 
 
-def test_personal_reward_bench_goes_from_the_hub_to_its_table(hubbed):
+def test_personal_reward_bench_goes_from_the_hub_to_its_table_and_has_a_second_half(hubbed):
     outcome = hubbed.online["personal results"]
     assert outcome.status == 0, outcome.err
     printed = running.table(outcome.out)
@@ -270,9 +228,6 @@ def test_personal_reward_bench_goes_from_the_hub_to_its_table(hubbed):
         "train": 22, "seen": 18, "few": 0, "unseen": 0, "validation": 20
     }  # fmt: skip
     assert seed["users"] == {"seen": [f"user{u}" for u in range(6)], "unseen": []}
-
-
-def test_both_halves_of_personal_reward_bench_come_from_the_hub(hubbed):
     outcome = hubbed.online["Chatbot Arena"]
     assert outcome.status == 0, outcome.err
     info = preparing.read_info(hubbed.folder / "out" / "arena")
@@ -280,7 +235,6 @@ def test_both_halves_of_personal_reward_bench_come_from_the_hub(hubbed):
 
 
 def test_a_revision_is_pinned(hubbed):
-    assert hubbed.online["pinned"].status == 0, hubbed.online["pinned"].err
     pinned, latest = (store(hubbed, name) for name in ("pinned", "PersonalLLM"))
     assert pinned.manifest["revision"] == hub_module.commit(hubbed.folder / "older")
     assert latest.manifest["revision"] == hub_module.commit(hubbed.folder / "model")
@@ -289,12 +243,9 @@ def test_a_revision_is_pinned(hubbed):
 
 
 def test_a_connection_that_is_cut_goes_on_where_it_was(hubbed):
-    downloads = [
-        line for line in hubbed.hub.asked if line.startswith("GET") and "model.safetensors" in line
-    ]
-    ours = [line for line in downloads if MODEL in line]
-    commit = hub_module.commit(hubbed.folder / "model")
-    whole, rest, *more = [line for line in ours if commit in line]
+    file = f"/{MODEL}/resolve/{hub_module.commit(hubbed.folder / 'model')}/model.safetensors"
+    asked = [line for line in hubbed.hub.asked if line.startswith("GET") and file in line]
+    whole, rest, *more = asked
     assert "bytes=" not in whole and "bytes=10485760-" in rest  # the client keeps whole chunks
     assert not more
 
@@ -361,19 +312,11 @@ def test_a_wrong_model_is_noticed_before_the_data_are_downloaded(hubbed):
 def test_a_warm_cache_is_enough_without_the_hub(hubbed, name):
     assert hubbed.offline[name].status == 0, hubbed.offline[name].err
     one, other = (hubbed.folder / folder / name for folder in ("out", "again"))
-    for table in TABLES:
-        if (one / table).exists():
-            assert (one / table).read_bytes() == (other / table).read_bytes()
-    files = sorted(path.name for path in (one / "embeddings").glob("*.safetensors"))
-    for file in files:
-        assert (one / "embeddings" / file).read_bytes() == (
-            other / "embeddings" / file
-        ).read_bytes()
+    files = sorted((one / "embeddings").glob("*.safetensors"))
     assert files
-
-
-def test_offline_nothing_is_asked_for(hubbed):
-    assert len(hubbed.hub.asked) == hubbed.between
+    for file in files + [one / table for table in TABLES if (one / table).exists()]:
+        assert file.read_bytes() == (other / file.relative_to(one)).read_bytes()
+    assert len(hubbed.hub.asked) == hubbed.between  # nothing was asked for
 
 
 @pytest.mark.parametrize("job", ["no such model", "no such dataset"])

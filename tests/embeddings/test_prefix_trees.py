@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,6 @@ from lore.embeddings import reward_model
 from lore.embeddings.reward_model import Engine, Source, load_engine
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-KINDS = {
-    "llama": models.tiny_llama,
-    "qwen2": partial(models.tiny_qwen, kind="Qwen2"),
-    "qwen3": models.tiny_qwen,
-    "mistral": partial(models.tiny_other, kind="Mistral", sliding_window=None),
-    "gemma": partial(models.tiny_other, kind="Gemma"),
-}
 
 
 @pytest.fixture
@@ -56,6 +48,11 @@ def tree_of(tokens: list[np.ndarray]) -> passes.Pass:
     return passes.tree_pass(list(range(len(tokens))), tokens, starts, shared)
 
 
+def tree_engine(folder: Path, kind: str = "llama", batch_tokens: int = 500) -> Engine:
+    model = models.TREE_KINDS[kind](folder / "model")
+    return load_engine(Source(str(model)), "float32", "cpu", "sdpa", "tree", batch_tokens)
+
+
 def cut(ends: torch.Tensor, length: int) -> torch.Tensor:
     """The tree of the first tokens."""
     return ends[:length].clamp(max=length)
@@ -73,7 +70,7 @@ def listed_all(mask: BlockMask) -> list[set[int]]:
 
 
 @pytest.mark.parametrize("length", [1, 127, 128, 129, 256, 640, 700])
-def test_the_block_mask_is_the_dense_mask(length: int) -> None:
+def test_the_block_mask_is_the_dense_mask(length):
     for seed in range(4):
         ends = cut(tree_of(conversations(6, seed)).ends, length)
         ours, dense = passes.tree_blocks(ends, "cpu"), passes.tree_mask(ends, torch.float32)
@@ -88,7 +85,7 @@ def test_the_block_mask_is_the_dense_mask(length: int) -> None:
                 assert sees[0, 0, 128 * query :, 128 * key : 128 * key + 128][:128].all()
 
 
-def test_blocks_are_skipped_and_taken_whole() -> None:
+def test_blocks_are_skipped_and_taken_whole():
     first, second = np.full(600, 7), np.full(600, 9)
     first[300:] = 8
     tokens = sorted([first, second, np.append(first[:500], 5)], key=tuple)
@@ -99,12 +96,9 @@ def test_blocks_are_skipped_and_taken_whole() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_rows_are_those_of_one_at_a_time_and_of_the_dense_mask(
-    kind: str, tmp_path: Path, uncompiled: None
-) -> None:
-    model = str(KINDS[kind](tmp_path / "model", num_hidden_layers=2))
-    engine = load_engine(Source(model), "float32", "cpu", "sdpa", "tree", 300)
+@pytest.mark.parametrize("kind", models.TREE_KINDS)
+def test_rows_are_those_of_one_at_a_time_and_of_the_dense_mask(kind, tmp_path, uncompiled):
+    engine = tree_engine(tmp_path, kind, 300)
     tokens, rows = conversations(2), {}
     for name, method, flex in (
         ("alone", "single", False), ("dense", "tree", False), ("flex", "tree", True),
@@ -118,28 +112,22 @@ def test_rows_are_those_of_one_at_a_time_and_of_the_dense_mask(
         )
 
 
-def test_a_wrong_block_mask_stops_the_run(
-    tmp_path: Path, uncompiled: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_block_mask_stops_the_run(tmp_path, uncompiled, monkeypatch):
     right = passes.tree_blocks
     monkeypatch.setattr(
         reward_model, "tree_blocks", lambda ends, device: right(0 * ends + len(ends), device)
     )
-    model = str(models.tiny_llama(tmp_path / "model"))
-    engine = load_engine(Source(model), "float32", "cpu", "sdpa", "tree", 500)
+    engine = tree_engine(tmp_path)
     engine.flex = True
     with pytest.raises(InputError, match="does not give what"):
         engine.embed(conversations(1), tqdm(disable=True))
 
 
-def test_where_flexattention_cannot_run_trees_take_the_dense_mask(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_where_flexattention_cannot_run_trees_take_the_dense_mask(tmp_path, monkeypatch, caplog):
     def broken(*_: Any) -> None:
         raise NotImplementedError("no kernel\nfor this card")
 
-    model = str(models.tiny_llama(tmp_path / "model"))
-    engine = load_engine(Source(model), "float32", "cpu", "sdpa", "tree", 500)
+    engine = tree_engine(tmp_path)
     tokens = conversations(4)
     dense = engine.embed(tokens, tqdm(disable=True))
     monkeypatch.setattr(reward_model, "tree_blocks", broken)
@@ -150,15 +138,12 @@ def test_where_flexattention_cannot_run_trees_take_the_dense_mask(
     assert len(told) == 1 and told[0].endswith("NotImplementedError: no kernel")
 
 
-def test_full_memory_is_no_reason_for_the_dense_mask(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_memory_is_no_reason_for_the_dense_mask(tmp_path, monkeypatch):
     def full(ends: torch.Tensor, device: Any) -> None:
         raise torch.cuda.OutOfMemoryError("full")
 
     monkeypatch.setattr(reward_model, "tree_blocks", full)
-    model = str(models.tiny_llama(tmp_path / "model"))
-    engine: Engine = load_engine(Source(model), "float32", "cpu", "sdpa", "tree", 500)
+    engine = tree_engine(tmp_path)
     engine.flex = True
     with pytest.raises(InputError, match="do not fit"):
         engine.embed(conversations(2), tqdm(disable=True))

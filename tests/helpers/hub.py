@@ -113,6 +113,9 @@ class _Handler(BaseHTTPRequestHandler):
     def hub(self) -> Hub:
         return self.server.hub
 
+    def log_message(self, *args: Any) -> None:
+        """Nothing."""
+
     def do_GET(self) -> None:
         path = urlsplit(self.path).path
         self.hub.asked.append(f"{self.command} {path} {self.headers.get('Range', '')}".rstrip())
@@ -126,13 +129,13 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def do_POST(self) -> None:
-        path, match = urlsplit(self.path).path, UPLOAD.fullmatch(urlsplit(self.path).path)
+        path = urlsplit(self.path).path
+        match = UPLOAD.fullmatch(path)
         if not match and path not in ("/api/repos/create", "/api/validate-yaml"):
             self.do_GET()
             return
         self.hub.asked.append(f"POST {path}")
-        body = self.rfile.read(int(self.headers["Content-Length"])).splitlines()
-        lines = [json.loads(line) for line in body]
+        lines = [json.loads(line) for line in self._body().splitlines()]
         if path == "/api/validate-yaml":
             self._json({"errors": [], "warnings": []})
         elif not match:
@@ -160,52 +163,42 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.private.add(name)
         self._json({"url": f"{self.hub.url}/{name}"})
 
-    def log_message(self, *args: Any) -> None:
-        """Nothing."""
-
     def _api(self, kind: str, name: str, what: str | None, rest: str | None) -> None:
         """Facts of a repository; revisions in a path have their slashes quoted."""
         revision, _, below = (rest or "main").partition("/")
-        found = self._repository(kind, name, revision)
-        if not found:
+        if not (found := self._repository(kind, name, revision)):
             return
-        folder, sha = found
-        held = files(folder)
+        held = files(found[0])
         if what == "refs":
             refs = self.hub.folders[KIND[kind], name]
             heads = [{"name": r, "ref": r, "targetCommit": commit(f)} for r, f in refs.items()]
             self._json({"branches": heads, "converts": [], "tags": []})
         elif what == "paths-info":
-            length = int(self.headers["Content-Length"])
-            asked = json.loads(self.rfile.read(length))["paths"]
+            asked = json.loads(self._body())["paths"]
             self._json([item for item in listing(held) if item["path"] in asked])
         elif what == "tree":
             prefix = unquote(below).strip("/")
             below = [i for i in listing(held) if i["path"].startswith(f"{prefix}/") or not prefix]
             self._json(below) if below else self._error(404, "EntryNotFound")
         else:
-            about = {"id": name, "sha": sha, "private": False, "gated": False, "tags": []}
+            about = {"id": name, "sha": found[1], "private": False, "gated": False, "tags": []}
             about["siblings"] = [{"rfilename": file} for file in held]
             self._json({**about, "lastModified": "2025-01-01T00:00:00.000Z", "downloads": 0})
 
     def _file(self, kind: str, name: str, revision: str, path: str) -> None:
         """A file or, if so asked, the end of it."""
-        found = self._repository(kind, name, revision)
-        if not found:
+        if not (found := self._repository(kind, name, revision)):
             return
         content = files(found[0]).get(unquote(path))
         if content is None:
             self._error(404, "EntryNotFound", found[1])
             return
         start = int(re.fullmatch(r"bytes=(\d+)-.*", self.headers.get("Range", "bytes=0-"))[1])
-        self.send_response(206 if start else 200)
-        self.send_header("ETag", f'"{_etag(content)}"')
-        self.send_header("X-Repo-Commit", found[1])
-        self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(len(content) - start))
+        headers = {"ETag": f'"{_etag(content)}"', "X-Repo-Commit": found[1]}
+        headers |= {"Accept-Ranges": "bytes", "Content-Length": str(len(content) - start)}
         if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        self.end_headers()
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        self._head(206 if start else 200, headers)
         if self.command == "GET":
             self._send(f"{name}/{path}", content[start:])
 
@@ -226,19 +219,22 @@ class _Handler(BaseHTTPRequestHandler):
             return found
         return None
 
+    def _body(self) -> bytes:
+        return self.rfile.read(int(self.headers["Content-Length"]))
+
     def _json(self, value: Any) -> None:
         content = json.dumps(value).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
+        length = str(len(content))
+        self._head(200, {"Content-Type": "application/json", "Content-Length": length})
         self.wfile.write(content)
 
     def _error(self, status: int, code: str, sha: str = "") -> None:
+        self._head(status, {"X-Error-Code": code, "X-Repo-Commit": sha, "Content-Length": "0"})
+
+    def _head(self, status: int, headers: dict[str, str]) -> None:
         self.send_response(status)
-        self.send_header("X-Error-Code", code)
-        self.send_header("X-Repo-Commit", sha)
-        self.send_header("Content-Length", "0")
+        for name, value in headers.items():
+            self.send_header(name, value)
         self.end_headers()
 
 

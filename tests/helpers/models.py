@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +26,17 @@ CHATML_TEMPLATE = (
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-LLAMA_SPECIALS = ["<|begin_of_text|>", "<|eot_id|>", "<|pad|>"]
-LLAMA_SPECIALS += ["<|start_header_id|>", "<|end_header_id|>"]
+LLAMA_SPECIALS = ["<|begin_of_text|>", "<|eot_id|>", "<|pad|>", "<|start_header_id|>",
+                  "<|end_header_id|>"]  # fmt: skip
 CHATML_SPECIALS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 2048,
-}
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+         "max_position_embeddings": 2048}  # fmt: skip
 
 
 def tiny_llama(folder: Path, *, pad_is_eos: bool = False, **config: Any) -> Path:
     """A random Llama reward model with a Llama-3-like template; its tokenizer also adds a BOS."""
-    tokens = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
-    tokens["pad_token"] = "<|eot_id|>" if pad_is_eos else "<|pad|>"
-    tokenizer = _tokenizer(LLAMA_SPECIALS, LLAMA_TEMPLATE, tokens)
-    return _save(folder, "Llama", tokenizer, **config)
+    return tiny_other(folder, "Llama", "<|eot_id|>" if pad_is_eos else "<|pad|>", **config)
 
 
 def tiny_qwen(folder: Path, *, kind: str = "Qwen3", **config: Any) -> Path:
@@ -53,9 +45,9 @@ def tiny_qwen(folder: Path, *, kind: str = "Qwen3", **config: Any) -> Path:
     return _save(folder, kind, _tokenizer(CHATML_SPECIALS, CHATML_TEMPLATE, tokens), **config)
 
 
-def tiny_other(folder: Path, kind: str, **config: Any) -> Path:
+def tiny_other(folder: Path, kind: str, pad: str = "<|pad|>", **config: Any) -> Path:
     """A random reward model of another architecture ("Mistral", "Gemma"), Llama's tokenizer."""
-    tokens = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "pad_token": "<|pad|>"}
+    tokens = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "pad_token": pad}
     return _save(folder, kind, _tokenizer(LLAMA_SPECIALS, LLAMA_TEMPLATE, tokens), **config)
 
 
@@ -67,6 +59,15 @@ def sliding_window(folder: Path, window: int = 8) -> Path:
 def headless(folder: Path) -> Path:
     """A random Llama language model: no score head in its checkpoint."""
     return tiny_llama(folder, form="ForCausalLM")
+
+
+TREE_KINDS = {
+    "llama": tiny_llama,
+    "qwen2": partial(tiny_qwen, kind="Qwen2"),
+    "qwen3": tiny_qwen,
+    "mistral": partial(tiny_other, kind="Mistral", sliding_window=None),
+    "gemma": partial(tiny_other, kind="Gemma"),
+}
 
 
 def smollm2(folder: Path, layers: int | None = None) -> Path:
@@ -96,13 +97,9 @@ def _tokenizer(specials: list[str], template: str, tokens: dict[str, str]) -> An
 
 
 def _save(
-    folder: Path,
-    kind: str,
-    tokenizer: Any,
-    form: str = "ForSequenceClassification",
-    seed: int = 0,
-    **config: Any,
-) -> Path:
+    folder: Path, kind: str, tokenizer: Any, form: str = "ForSequenceClassification",
+    seed: int = 0, **config: Any,
+) -> Path:  # fmt: skip
     labels = {"num_labels": 1} if form == "ForSequenceClassification" else {}
     settings = {**SIZES, **labels, "vocab_size": len(tokenizer), **config}
     settings.setdefault("pad_token_id", tokenizer.pad_token_id)

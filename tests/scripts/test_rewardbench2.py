@@ -40,29 +40,17 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared real data 
 
 @pytest.mark.parametrize(
     ("scores", "expected"),
-    [
-        ([3, 1, 2, 0], 1.0),
-        ([1, 3, 2, 0], 0.0),
-        ([3, 3, 2, 0], 1 / 2),
-        ([3, 3, 3, 0], 1 / 3),
-        ([3, 3, 3, 3], 1 / 4),
-        ([2, 3, 3, 3], 0.0),
-        ([-1, -2, -2, -2], 1.0),
-    ],
-)
+    [([3, 1, 2, 0], 1.0), ([1, 3, 2, 0], 0.0), ([3, 3, 2, 0], 1 / 2), ([3, 3, 3, 0], 1 / 3),
+     ([3, 3, 3, 3], 1 / 4), ([2, 3, 3, 3], 0.0), ([-1, -2, -2, -2], 1.0)],
+)  # fmt: skip
 def test_a_row_shares_its_point_among_the_completions_at_the_maximum(scores, expected):
     assert rb2.row_result(scores) == expected
     assert rb2.score([("a", "Math", 1, scores)]) == {"Math": expected, "Overall": expected}
 
 
 def test_subset_is_a_mean_over_rows_and_overall_an_unweighted_mean_over_subsets():
-    rows = [
-        ("1", "Math", 1, [1, 0, 0, 0]),
-        ("2", "Math", 1, [0, 1, 0, 0]),
-        ("3", "Math", 1, [1, 1, 0, 0]),
-        ("4", "Math", 1, [0, 1, 0, 0]),
-        ("5", "Focus", 1, [2, 1, 1, 1]),
-    ]
+    maths = [[1, 0, 0, 0], [0, 1, 0, 0], [1, 1, 0, 0], [0, 1, 0, 0]]
+    rows = [("1", "Math", 1, scores) for scores in maths] + [("5", "Focus", 1, [2, 1, 1, 1])]
     result = rb2.score(rows)
     assert result == {"Math": 0.375, "Focus": 1.0, "Overall": 0.6875}
     assert list(rb2.score(rows[::-1])) == ["Math", "Focus", "Overall"]
@@ -159,26 +147,21 @@ def test_bounds_and_that_shift_scale_and_order_do_not_matter(rows, shift, scale,
 
 
 @pytest.mark.parametrize(
-    ("row", "says"),
+    ("rows", "says"),
     [
-        (("7", "Math", 1, [1.0, float("nan"), 0, 0]), "'7'.*finite"),
-        (("7", "Math", 1, [1.0, float("inf"), 0, 0]), "'7'.*finite"),
-        (("7", "Math", 0, [1.0, 0]), "num_correct is 0"),
-        (("7", "Math", 2, [1.0, 0]), "num_correct is 2"),
-        (("7", "Ties", 1, [1.0, 0]), "'7'.*ref:k"),
-        (("tied:", "Ties", 1, [1.0, 0]), "'tied:'.*ref:k"),
+        ([("7", "Math", 1, [1.0, math.nan, 0, 0])], "'7'.*finite"),
+        ([("7", "Math", 1, [1.0, math.inf, 0, 0])], "'7'.*finite"),
+        ([("7", "Math", 0, [1.0, 0])], "num_correct is 0"),
+        ([("7", "Math", 2, [1.0, 0])], "num_correct is 2"),
+        ([("7", "Ties", 1, [1.0, 0])], "'7'.*ref:k"),
+        ([("tied:", "Ties", 1, [1.0, 0])], "'tied:'.*ref:k"),
+        ([("ref:1", "Ties", 1, [1.0, 0])] * 2, "'ref:1'.*twice"),
+        ([], "no rows"),
     ],
 )
-def test_bad_rows_are_named(row, says):
+def test_bad_rows_are_named(rows, says):
     with pytest.raises(InputError, match=says):
-        rb2.score([row])
-
-
-def test_no_rows_and_double_rows():
-    with pytest.raises(InputError, match="no rows"):
-        rb2.score([])
-    with pytest.raises(InputError, match="'ref:1'.*twice"):
-        ties(("ref:1", [1], [0]), ("ref:1", [1], [0]))
+        rb2.score(rows)
 
 
 # ----------------------------------------------------------- Genuine rows and figures
@@ -196,17 +179,17 @@ def test_genuine_ties_rows():
 
     assert rb2.score(scored(lambda _: 2.0, lambda _: 1.0))["Ties"] == pytest.approx(1.01)
     assert rb2.score(scored(lambda _: 1.0, lambda _: 2.0))["Ties"] == pytest.approx(-0.01)
+    def graded(*pairs):
+        return 0.01 * sum(math.tanh(gap / spread - 1) for gap, spread in pairs) / 4
+
     # Shortest first: the tied gaps are -12, -18, -13, -16 and the spreads 10, 10, 4, 8 characters.
-    graded = [
-        math.tanh(gap / spread - 1) for gap, spread in [(-12, 10), (-18, 10), (-13, 4), (-16, 8)]
-    ]
     short = scored(lambda text: -len(text), lambda text: -len(text))
-    assert rb2.score(short)["Ties"] == pytest.approx(0.01 * sum(graded) / 4)
+    expected = graded((-12, 10), (-18, 10), (-13, 4), (-16, 8))
+    assert rb2.score(short)["Ties"] == pytest.approx(expected)
     # With 20 characters of credit for a correct one all rows are right, and one gap of four
     # (tied:49, 7 against a spread of 4) is preferred; the ref gaps are 18, 11, 11, 7.
-    graded = [math.tanh(gap / spread - 1) for gap, spread in [(8, 10), (2, 10), (7, 4), (4, 8)]]
     helped = scored(lambda text: 20 - len(text), lambda text: -len(text))
-    expected = 0.3 + 0.3 + 0.2 / 4 + 0.2 / 4 + 0.01 * sum(graded) / 4
+    expected = 0.3 + 0.3 + 0.2 / 4 + 0.2 / 4 + graded((8, 10), (2, 10), (7, 4), (4, 8))
     assert rb2.score(helped)["Ties"] == pytest.approx(expected)
 
 
@@ -406,7 +389,8 @@ def test_later_runs_use_the_embeddings_that_are_there(tmp_path, source, llama, b
 
 
 def test_the_model_is_the_one_the_basis_was_learned_with(tmp_path, source, llama, basis, capsys):
-    facts = open_store(_embedded(tmp_path / "rows", llama)).manifest
+    talk = [{"role": "user", "content": "Hi"}]
+    facts = embed([talk], tmp_path / "rows", model=llama, progress=False).manifest
     path = str(tmp_path / "basis.safetensors")
     save_basis(path, replace(basis, settings=facts))
     table = evaluate(tmp_path / "out", source=source, basis=path)
@@ -420,11 +404,6 @@ def test_the_model_is_the_one_the_basis_was_learned_with(tmp_path, source, llama
     capsys.readouterr()
     eval_rb2.main(basis=path, list_users=True)
     assert capsys.readouterr().out.split() == ["ann", "bob", "cy"]
-
-
-def _embedded(folder: Path, model: str) -> Path:
-    embed([[{"role": "user", "content": "Hi"}]], folder, model=model, progress=False)
-    return folder
 
 
 def test_a_basis_that_names_only_its_new_users_gives_them_their_own_weights(basis):
@@ -451,10 +430,9 @@ def test_model_without_a_head_takes_a_basis(tmp_path, source, basis_file):
     settings = {"source": source, "model": str(models.headless(tmp_path / "model"))}
     table = evaluate(tmp_path / "out", basis=basis_file, **settings)
     assert list(table.index) == ["basis 1", "basis 2", "average user", "shortest response"]
-    with pytest.raises(InputError, match="no score head"):
-        evaluate(tmp_path / "out", mode="lmhead", **settings)
-    with pytest.raises(InputError, match="no score head"):
-        evaluate(tmp_path / "out", mode="seqclf", **settings)
+    for mode in ("lmhead", "seqclf"):
+        with pytest.raises(InputError, match="no score head"):
+            evaluate(tmp_path / "out", mode=mode, **settings)
 
 
 def test_parquet_and_a_folder_hold_the_same_rows(tmp_path, source):
@@ -471,26 +449,29 @@ def test_subset_and_limit(source):
     assert len(rb2.read_bench(source, "test", [], 4)) == 4
 
 
+def bench(*rows: tuple[str, str, list[str]]) -> pd.DataFrame:
+    """Rows of (subset, the chosen text, the rejected ones)."""
+    texts = {"prompt": "p", "num_correct": 1}
+    return pd.DataFrame([
+        {"id": f"ref:{i}", "subset": subset, "chosen": [chosen], "rejected": rejected, **texts}
+        for i, (subset, chosen, rejected) in enumerate(rows)
+    ])  # fmt: skip
+
+
+def short_table(rows: pd.DataFrame) -> pd.DataFrame:
+    return rb2.score_table(rows, {"shortest response": rb2.length_baseline(rows)})
+
+
 def test_shortest_response_baseline():
-    rows = [
-        {"id": "1", "subset": "Focus", "chosen": ["ab"], "rejected": ["abc", "abcd", "abcde"]},
-        {"id": "2", "subset": "Focus", "chosen": ["ab"], "rejected": ["xy", "abcd", "abcde"]},
-        {"id": "3", "subset": "Focus", "chosen": ["abc"], "rejected": ["ab", "abcd", "abcde"]},
-    ]
-    bench = pd.DataFrame([{"prompt": "p", "num_correct": 1, **row} for row in rows])
-    table = rb2.score_table(bench, {"shortest response": rb2.length_baseline(bench)})
+    lengths = [("ab", ["abc", "abcd"]), ("ab", ["xy", "abcd"]), ("abc", ["ab", "abcd"])]
+    table = short_table(bench(*(("Focus", *texts) for texts in lengths)))
     assert table["Focus"].item() == pytest.approx((1 + 1 / 2 + 0) / 3)
 
 
 def test_only_the_official_rows_give_an_official_score():
-    def bench(counts):
-        rows = [("ref:" + str(i), name) for name, n in counts.items() for i in range(n)]
-        texts = {"prompt": "p", "chosen": ["a"], "rejected": ["bb"], "num_correct": 1}
-        return pd.DataFrame([{"id": i, "subset": name, **texts} for i, name in rows])
-
     def columns(counts):
-        rows = bench(counts)
-        return list(rb2.score_table(rows, {"short": rb2.length_baseline(rows)}))
+        rows = [(name, "a", ["bb"]) for name, n in counts.items() for _ in range(n)]
+        return list(short_table(bench(*rows)))
 
     assert sum(rb2.OFFICIAL.values()) == 1865
     assert columns(rb2.OFFICIAL) == ["Score", *rb2.OFFICIAL]
