@@ -285,7 +285,9 @@ def test_help_of_what_is_no_method_is_refused():
     assert "pal|vpl" in outcome.err and outcome.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("script", [TRAIN, "PersonalLLM/vary_fewshot.py", "PRISM/prepare.py"])
+@pytest.mark.parametrize(
+    "script", [TRAIN, "PersonalLLM/vary_fewshot.py", "PRISM/prepare.py", "PRISM/eval_rb2.py"]
+)
 def test_help_imports_nothing_heavy(script, tmp_path):
     """It is the same where importing any of these libraries fails."""
     for name in HEAVY:
