@@ -526,7 +526,7 @@ def choose_method(config: Any, method: str, attention: str) -> tuple[str, str]:
     if method == "tree" and reason:
         raise InputError(f"--method tree: {reason}; use --method auto")
     if method != "auto":
-        return method, "as asked"
+        return method, "as given"
     if rope not in STATIC_ROPE:
         return "single", reason
     return ("sorted", reason) if reason else ("tree", "shared prefixes are computed once")

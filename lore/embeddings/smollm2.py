@@ -57,7 +57,7 @@ def reward_model(
     folder = Path(folder)
     require(layers is None or 0 < layers <= LAYERS, f"--layers {layers}: give 1 to {LAYERS}")
     if not folder.exists():
-        package = None if HOME.exists() else _package_folder()  # a missing one is told first
+        package = None if HOME.exists() else _package_folder()  # a missing one is named first
         HOME.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(HOME.with_suffix(".lock")):  # others wait, and find it there
             if not HOME.exists():

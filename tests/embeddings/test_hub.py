@@ -176,7 +176,7 @@ def hubbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hubbed]:
     with hub_module.serve() as hub:
         publish(hub, folder)
         online = client(online_jobs(folder / "out"), folder / "jobs.json", hub.env(folder / "home"))
-        between = len(hub.asked)
+        between = len(hub.requests)
         env = hub.env(folder / "home", HF_HUB_OFFLINE="1")
         offline = client(offline_jobs(folder / "again"), folder / "jobs.json", env)
         yield Hubbed(hub, folder, online, offline, between)
@@ -205,7 +205,7 @@ def test_default_sources_give_what_local_files_give(hubbed, tmp_path, name):
 
 
 def test_reddit_tldr_comes_from_the_parquet_conversion(hubbed):
-    asked = [line for line in hubbed.hub.asked if "/summarize_from_feedback" in line]
+    asked = [line for line in hubbed.hub.requests if "/summarize_from_feedback" in line]
     assert any("refs%2Fconvert%2Fparquet" in line for line in asked)
 
 
@@ -244,7 +244,7 @@ def test_a_revision_is_pinned(hubbed):
 
 def test_a_connection_that_is_cut_goes_on_where_it_was(hubbed):
     file = f"/{MODEL}/resolve/{hub_module.commit(hubbed.folder / 'model')}/model.safetensors"
-    asked = [line for line in hubbed.hub.asked if line.startswith("GET") and file in line]
+    asked = [line for line in hubbed.hub.requests if line.startswith("GET") and file in line]
     whole, rest, *more = asked
     assert "bytes=" not in whole and "bytes=10485760-" in rest  # the client keeps whole chunks
     assert not more
@@ -299,7 +299,7 @@ def test_nothing_half_written_is_believed(hubbed):
 
 
 def test_a_wrong_model_is_noticed_before_the_data_are_downloaded(hubbed):
-    before = [line for line in hubbed.hub.asked[: hubbed.between] if "somebody/typo" in line]
+    before = [line for line in hubbed.hub.requests[: hubbed.between] if "somebody/typo" in line]
     assert before  # the model was asked for
     assert "reading" not in hubbed.online["no such model"].err
     assert "train prompts" not in hubbed.online["no such model"].out
@@ -316,7 +316,7 @@ def test_a_warm_cache_is_enough_without_the_hub(hubbed, name):
     assert files
     for file in files + [one / table for table in TABLES if (one / table).exists()]:
         assert file.read_bytes() == (other / file.relative_to(one)).read_bytes()
-    assert len(hubbed.hub.asked) == hubbed.between  # nothing was asked for
+    assert len(hubbed.hub.requests) == hubbed.between  # nothing was asked for
 
 
 @pytest.mark.parametrize("job", ["no such model", "no such dataset"])

@@ -134,8 +134,8 @@ def test_where_flexattention_cannot_run_trees_take_the_dense_mask(tmp_path, monk
     caplog.clear()
     engine.flex = True
     assert torch.equal(engine.embed(tokens, tqdm(disable=True)), dense)
-    told = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
-    assert len(told) == 1 and told[0].endswith("NotImplementedError: no kernel")
+    warned = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert len(warned) == 1 and warned[0].endswith("NotImplementedError: no kernel")
 
 
 def test_full_memory_is_no_reason_for_the_dense_mask(tmp_path, monkeypatch):

@@ -580,9 +580,9 @@ def test_a_row_more_embeds_its_texts_alone(quiet, finished, tmp_path, embedded, 
     assert {name: after[name] for name in shards_of(finished) if name in before} == {
         name: data for name, data in before.items() if name.startswith("embeddings-")
     }
-    anew = embed(more, tmp_path / "anew", **quiet)
+    again = embed(more, tmp_path / "again", **quiet)
     assert embedded == [2, 4, 4, 4, 4]
-    assert distance(all_rows(store), all_rows(anew)) < 1e-5
+    assert distance(all_rows(store), all_rows(again)) < 1e-5
     assert torch.equal(all_rows(store)[1:-1], all_rows(embed(some_chats(), finished, **quiet)))
     assert embedded == [2, 4, 4, 4, 4] and contents(finished) == after | {
         name: before[name] for name in ("index.safetensors", "manifest.json")
@@ -898,7 +898,7 @@ def test_a_read_only_disk_that_was_never_opened_is_read(finished, tmp_path):
     mount = f"mount --bind {folder} {folder} && mount -o remount,bind,ro {folder}"
     alone = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
     if shutil.which("unshare") is None or subprocess.run([*alone, mount]).returncode:
-        pytest.skip("this machine lets nobody make a read-only mount")
+        pytest.skip("read-only mounts cannot be made here")
     code = f"from lore.embeddings.store import *; print(len(open_store({str(folder)!r})))"
     (tmp_path / "script.py").write_text(code, encoding="utf-8")
     run = [*alone, f"{mount} && PYTHONPATH={ROOT} {sys.executable} {tmp_path}/script.py"]

@@ -36,7 +36,7 @@ class Hub:
         folders: (kind, name) -> revision -> folder, the first revision being main.
         gated: names of repositories that need a token.
         cut: repository/file -> how many of its next downloads are cut in the middle.
-        asked: paths of all requests, with the range of a file where there is one.
+        requests: their paths, with the range of a file where there is one.
         private: names of repositories that were made private.
         full: names of repositories that take no files.
     """
@@ -45,7 +45,7 @@ class Hub:
         self.folders: dict[tuple[str, str], dict[str, Path]] = {}
         self.gated: set[str] = set()
         self.cut: dict[str, int] = {}
-        self.asked: list[str] = []
+        self.requests: list[str] = []
         self.url, self.private, self.full = "", set(), set()
         self.uploaded = tempfile.TemporaryDirectory()
 
@@ -118,7 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = urlsplit(self.path).path
-        self.hub.asked.append(f"{self.command} {path} {self.headers.get('Range', '')}".rstrip())
+        self.hub.requests.append(f"{self.command} {path} {self.headers.get('Range', '')}".rstrip())
         if match := API.fullmatch(path):
             self._api(*match.groups())
         elif match := FILE.fullmatch(path):
@@ -134,7 +134,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not match and path not in ("/api/repos/create", "/api/validate-yaml"):
             self.do_GET()
             return
-        self.hub.asked.append(f"POST {path}")
+        self.hub.requests.append(f"POST {path}")
         lines = [json.loads(line) for line in self._body().splitlines()]
         if path == "/api/validate-yaml":
             self._json({"errors": [], "warnings": []})
@@ -153,13 +153,13 @@ class _Handler(BaseHTTPRequestHandler):
             url = f"{self.hub.url}/{match[1]}/commit/main"
             self._json({"success": True, "commitUrl": url, "commitOid": "0" * 40})
 
-    def _create(self, asked: dict[str, Any]) -> None:
-        name = "/".join(filter(None, (asked.get("organization"), asked["name"])))
+    def _create(self, wanted: dict[str, Any]) -> None:
+        name = "/".join(filter(None, (wanted.get("organization"), wanted["name"])))
         if ("models", name) in self.hub.folders:
             self._error(409, "RepoExists")
             return
         self.hub.commit(name, {".gitattributes": b""})
-        if asked.get("private") or asked.get("visibility") == "private":
+        if wanted.get("private") or wanted.get("visibility") == "private":
             self.hub.private.add(name)
         self._json({"url": f"{self.hub.url}/{name}"})
 
@@ -174,8 +174,8 @@ class _Handler(BaseHTTPRequestHandler):
             heads = [{"name": r, "ref": r, "targetCommit": commit(f)} for r, f in refs.items()]
             self._json({"branches": heads, "converts": [], "tags": []})
         elif what == "paths-info":
-            asked = json.loads(self._body())["paths"]
-            self._json([item for item in listing(held) if item["path"] in asked])
+            wanted = json.loads(self._body())["paths"]
+            self._json([item for item in listing(held) if item["path"] in wanted])
         elif what == "tree":
             prefix = unquote(below).strip("/")
             below = [i for i in listing(held) if i["path"].startswith(f"{prefix}/") or not prefix]
@@ -186,7 +186,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._json({**about, "lastModified": "2025-01-01T00:00:00.000Z", "downloads": 0})
 
     def _file(self, kind: str, name: str, revision: str, path: str) -> None:
-        """A file or, if so asked, the end of it."""
+        """A file or, where a range is given, the end of it."""
         if not (found := self._repository(kind, name, revision)):
             return
         content = files(found[0]).get(unquote(path))
