@@ -20,8 +20,7 @@ def main(data: Path = HERE / "data", **embedding: Any) -> None:
     Args:
         data: folder that prepare.py wrote; the embeddings lie in its subfolder embeddings.
     """
-    info = preparing.read_info(data, HERE.name)  # shows a warning that prepare.py left
-    preparing.check_files(data, info)
+    preparing.read_info(data, HERE.name)  # shows a warning that prepare.py left
     conversations = preparing.read_conversations(data)
     embeddings.embed(conversations, data / "embeddings", **embedding)
     print(f"embedded {len(conversations):,} conversations in {data / 'embeddings'}")

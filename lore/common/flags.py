@@ -143,7 +143,7 @@ class Flags:
                 path, others = OptimizerChoice.parts(" ".join(given[name]))
             except ValueError as error:
                 raise InputError(f"{self.flag(name)}: {error}") from None
-            given[name] = [json.dumps(OptimizerChoice.spec(path, others | some))]
+            given[name] = [json.dumps({"class_path": path, "init_args": others | some})]
         return given
 
     def _full_name(self, flag: str) -> str:

@@ -132,14 +132,9 @@ class OptimizerChoice:
                 return path, arguments
         raise ValueError("the path of an optimiser is expected, such as torch.optim.AdamW")
 
-    @staticmethod
-    def spec(path: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """What ``read`` makes a choice of."""
-        return {"class_path": path, "init_args": arguments}
-
 
 register_type(
     OptimizerChoice,
-    serializer=lambda choice: OptimizerChoice.spec(choice.path, choice.arguments),
+    serializer=lambda choice: {"class_path": choice.path, "init_args": choice.arguments},
     deserializer=OptimizerChoice.read,
 )

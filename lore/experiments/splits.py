@@ -239,11 +239,9 @@ def load(data: Path, dataset: str | None = None) -> tuple[dict[str, Any], Store]
         InputError: something is missing or damaged, or the embeddings are of other conversations.
     """
     info = preparing.read_info(data, dataset)
-    preparing.check_files(data, info)
     folder = data / "embeddings"
     require(folder.exists(), f"{folder}: not there; embed the conversations first")
     store = open_store(folder)
-    preparing.check_conversations(data)
     store.check(info["conversations_sha256"])
     return info, store
 

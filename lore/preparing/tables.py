@@ -426,7 +426,8 @@ def read_info(folder: Path, dataset: str | None = None) -> dict[str, Any]:
         dataset: whose script reads it, which is also the name of that script's folder; None: any.
 
     Raises:
-        InputError: the folder is not prepared, holds another dataset, or prepare.json is damaged.
+        InputError: the folder is not prepared, holds another dataset, or a file in it is not the
+            one that prepare.py wrote.
     """
     path = folder / "prepare.json"
     info = read_json(path)
@@ -444,29 +445,20 @@ def read_info(folder: Path, dataset: str | None = None) -> dict[str, Any]:
     require(own, f"{folder} holds {found}, not {dataset}: use the scripts in the folder {found}")
     if info.get("warning"):
         log.warning("WARNING: %s", info["warning"])
-    return info
-
-
-def check_files(folder: Path, info: Mapping[str, Any]) -> None:
-    """Raise InputError if a table is not the one that prepare.json was written with."""
     for file, sha256 in info["files"].items():
         path = folder / file
         require(path.is_file(), f"{path}: not there; {AGAIN}")
         same = file_sha256(path) == sha256
         require(same, f"{path} is not the file that prepare.py wrote; run it again")
-
-
-def read_conversations(folder: Path) -> list[Conversation]:
-    """The conversations, row i being of embedding i; see ``check_conversations``."""
-    check_conversations(folder)
-    return _read_table(folder / "conversations.parquet")["messages"].to_pylist()
-
-
-def check_conversations(folder: Path) -> None:
-    """Raise InputError if the conversations are missing, damaged or of another form; reads none."""
     path = folder / "conversations.parquet"
     schema = _read_table(path, pq.read_schema)
     require(schema.equals(MESSAGES), f"{path}: has other columns than messages; {AGAIN}")
+    return info
+
+
+def read_conversations(folder: Path) -> list[Conversation]:
+    """The conversations, row i being of embedding i."""
+    return _read_table(folder / "conversations.parquet")["messages"].to_pylist()
 
 
 def read_comparisons(folder: Path, num_rows: int) -> pd.DataFrame:
