@@ -1,8 +1,6 @@
-"""LoRe on a shallow network: reward basis R = A2 g(A1 e) (eq. 9), weights on the simplex.
+"""LoRe on a shallow network: a reward basis R = A2 g(A1 e), weights on the simplex.
 
-Bose et al., "LoRe: Personalizing LLMs via Low-Rank Reward Modeling" (arXiv 2504.14439), equation 9.
-The paper names this form and reports nothing of it.
-
+Equation 9 of arXiv 2504.14439, which names this form and reports nothing of it.
 Shape letters: U users, N comparisons, F features, K rank, H hidden units.
 """
 
@@ -18,15 +16,8 @@ from torch import Tensor, nn
 from lore.common.settings import Epochs, PositiveWidth, Rank
 from lore.learning.comparisons import Comparisons, Pairs, Users
 from lore.learning.method import Task
-from lore.methods.fitting.networks import (
-    RIDGES,
-    Grid,
-    Mixing,
-    Networked,
-    linear,
-    pair_weights,
-    solve_weights,
-)
+from lore.methods.fitting import networks
+from lore.methods.fitting.networks import Grid, Mixing, Networked, linear
 from lore.methods.fitting.validation import HeldOut
 
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "identity": nn.Identity}
@@ -57,7 +48,7 @@ class MLP(Networked):
     @property
     def grid(self) -> Grid:
         """Ranks, and ridges of new users' weights."""
-        return ("rank", self.ranks), ("ridge", RIDGES)
+        return ("rank", self.ranks), ("ridge", networks.RIDGES)
 
     def train(
         self, data: Comparisons, held: HeldOut | None, model: int, task: Task, epochs: int = 0
@@ -71,7 +62,8 @@ class MLP(Networked):
         weights = {"params": [fit.free], "lr": 0.5 if self.faithful else 0.05, "weight_decay": 0.0}
         optimizer = torch.optim.AdamW([layers, weights])
         size = len(data) if self.faithful else 64
-        fit.train(data, pair_weights(data, True), optimizer, size, generator, held, epochs)
+        weight = networks.pair_weights(data, True)
+        fit.train(data, weight, optimizer, size, generator, held, epochs)
         fit.finish(fit.layers)
         return fit
 
@@ -87,11 +79,12 @@ class FittedMLP(Mixing):
         second = linear(method.hidden, K, generator, bias=False)
         self.layers = nn.Sequential(first, ACTIVATIONS[method.activation](), second)
         self.layers.to(data.device)
-        self.draw(data, K, generator)
+        free = torch.randn(data.num_users, K, generator=generator)
+        self.free = free.to(data.device).requires_grad_()
 
-    def values(self, e: Tensor) -> Tensor:
+    def outputs(self, rows: Tensor) -> Tensor:
         """The K rewards of scaled rows: [n, K]."""
-        return self.layers(e) / self.temperature
+        return self.layers(rows) / self.temperature
 
     def logits(self, view: Pairs, state: Tensor, user: Tensor) -> Tensor:
         """The user's mixture of the differences of rewards [N]."""
@@ -100,5 +93,6 @@ class FittedMLP(Mixing):
     def published(self, view: Pairs, users: Users, generator: torch.Generator) -> Tensor:
         """LoRe's fit: from N(0, 1), 500 steps of Adam."""
         start = torch.randn(users.num_users, len(self.population_state), generator=generator)
-        losses = partial(self.losses, view)
-        return solve_weights(losses, users, start.to(users.device), steps=500, tolerance=-1.0)
+        return networks.solve_weights(
+            partial(self.losses_of, view), users, start.to(users.device), steps=500, tolerance=-1.0
+        )

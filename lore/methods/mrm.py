@@ -13,17 +13,10 @@ from torch.nn.functional import softplus
 from lore.common.settings import PositiveFloat, Rate, Steps
 from lore.learning.comparisons import Comparisons, Seed, Users
 from lore.learning.method import Task
+from lore.methods.fitting import linear
 from lore.methods.fitting.geometry import Geometry
-from lore.methods.fitting.linear import (
-    HALVINGS,
-    LinearFitted,
-    LinearPeer,
-    backproject,
-    fit_together,
-    project,
-    ridge_directions,
-    slopes,
-)
+from lore.methods.fitting.linear import LinearFitted, LinearPeer, backproject, project
+from lore.methods.fitting.networks import cosine
 from lore.methods.ridge_bt import ROUGH, fit_shared, inverse_curvature
 
 K = 2
@@ -36,27 +29,22 @@ INNER_RATE = 1.0  # converged; rewards further apart do what a larger rate does
 MIX = torch.tensor([[1.0, 1.0], [1.0, -1.0]])  # a mean and a contrast make two rewards
 
 
-def tail_loss(losses: Tensor, tail: float = TAIL, sharpness: float = SHARPNESS) -> Tensor:
-    """Sum of sigmoid((L - tau) / sharpness) L: users with losses above tau count more.
-
-    Tau is the losses' quantile 1 - tail. Weights and tau are differentiated through, as published.
-    At sharpness 0 only losses above tau count.
-    """
-    tau = torch.quantile(losses, 1 - tail)
-    if sharpness <= 0:
-        return ((losses > tau).to(losses) * losses).sum()
-    return (torch.sigmoid((losses - tau) / sharpness) * losses).sum()
+def tail_loss(losses: Tensor) -> Tensor:
+    """Sum of sigmoid((L - tau) / sharpness) L, tau being the losses' quantile 1 - tail: users with
+    larger losses count more. Weights and tau are differentiated through, as published."""
+    tau = torch.quantile(losses, 1 - TAIL)
+    return (torch.sigmoid((losses - tau) / SHARPNESS) * losses).sum()
 
 
-def tail_loss_of_pairs(losses: Tensor, sharpness: float = SHARPNESS) -> Tensor:
+def tail_loss_of_pairs(losses: Tensor) -> Tensor:
     """Mean of ``tail_loss`` over all pairs of users, whose tau is the mean of the two losses.
 
     What the published steps, on two users at a time, descend on average; smooth, which the
     quantile of many losses is not. One user alone is a step of its own, as there.
     """
     if len(losses) == 1:
-        return tail_loss(losses, sharpness=sharpness)
-    above = torch.sigmoid((losses[:, None] - losses[None, :]) / (2 * sharpness))
+        return tail_loss(losses)
+    above = torch.sigmoid((losses[:, None] - losses[None, :]) / (2 * SHARPNESS))
     others = above.sum(1) - 0.5  # less the user's own
     return 2 / (len(losses) * (len(losses) - 1)) * (others * losses).sum()
 
@@ -71,20 +59,15 @@ def mean_losses(Z: Tensor, users: Users, s: Tensor) -> Tensor:
 def inner_gradient(Z: Tensor, users: Users, s: Tensor) -> Tensor:
     """Gradient of each user's mean loss by the user's logits s [U, 2]; 0 without comparisons."""
     p = s.softmax(1)
-    by_p = users.sum(Z * slopes(users, (Z * p[users.user]).sum(1))[:, None])
+    by_p = users.sum(Z * linear.slopes(users, (Z * p[users.user]).sum(1))[:, None])
     by_p = by_p / users.user_weight().clamp(min=1e-300)[:, None]
     return p * (by_p - (p * by_p).sum(1, keepdim=True))
 
 
-def adam_steps(Z: Tensor, users: Users, s: Tensor, rate: float, steps: int) -> Tensor:
-    """Logits s [U, 2] after steps of Adam on every user's mean loss, each user alone."""
-    first, second = torch.zeros_like(s), torch.zeros_like(s)
-    for t in range(1, steps + 1):
-        g = inner_gradient(Z, users, s)
-        first, second = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g * g
-        size = (second / (1 - 0.999**t)).sqrt() + EPSILON
-        s = s - rate * (first / (1 - 0.9**t)) / size
-    return s
+def adam_step(Z: Tensor, users: Users, s: Tensor, rate: float) -> Tensor:
+    """Logits s [U, 2] after Adam's first step on every user's mean loss, each user alone."""
+    g = inner_gradient(Z, users, s)
+    return s - rate * g / (g.abs() + EPSILON)
 
 
 def gradient_steps(Z: Tensor, users: Users, s: Tensor, rate: float, steps: int) -> Tensor:
@@ -99,13 +82,14 @@ class MRMFitted(LinearFitted):
 
     start: Tensor  # logits of the weights that everyone begins with [2]
     inner: tuple[float, int]  # rate and number of the steps from there
-    adam: bool  # whether they are Adam's or plain
+    adam: bool  # whether it is one of Adam, or they are plain
 
     def adapt(self, view: Tensor, users: Users, seed: Seed) -> Tensor:
         """Weights [U', 2] after the inner steps from the common start."""
-        s = self.start.expand(users.num_users, K)
-        steps = adam_steps if self.adam else gradient_steps
-        return steps(view, users, s, *self.inner).softmax(1)
+        s, (rate, steps) = self.start.expand(users.num_users, K), self.inner
+        if self.adam:
+            return adam_step(view, users, s, rate).softmax(1)
+        return gradient_steps(view, users, s, rate, steps).softmax(1)
 
 
 @dataclass(frozen=True)
@@ -118,13 +102,11 @@ class MRM(LinearPeer):
     ``faithful`` follows the published training: 200 epochs of Adam on two users at a time, nine
     tenths of a user's dialogues as query, one inner Adam step. Such a step is the rate times the
     gradient's sign, so a weight moves by at most half the rate, and nothing of the outer gradient
-    passes through it. The published choice of the best epoch on test users is left out: the last
-    one is kept.
+    passes through it. The last epoch is kept, not the best on test users.
 
     ``converged``: the same episodes, one a user and fixed, and the tail loss's mean over all pairs
     of users; inner steps of plain gradient descent, differentiated through; and a ridge, among
-    features of mean square length 1, on mean and half difference of A's columns. L-BFGS finds the
-    minimum.
+    features of mean square length 1, on mean and half difference of A's columns; by L-BFGS.
 
     Args:
         rate: of the outer Adam; published 1e-3 (PRISM) and 5e-3 (TL;DR). Faithful only.
@@ -136,7 +118,7 @@ class MRM(LinearPeer):
     rate: Rate = 1e-3
     inner_rate: Rate = 1e-3
     inner_steps: Steps = 5
-    strengths: tuple[PositiveFloat, ...] = HALVINGS
+    strengths: tuple[PositiveFloat, ...] = linear.HALVINGS
 
     def converged(
         self, data: Comparisons, geometry: Geometry, strength: float, warm: Any, tolerance: float
@@ -157,7 +139,7 @@ class MRM(LinearPeer):
 
         if warm is None:
             shared = fit_shared(data, geometry, 2 * strength, tolerance=ROUGH).x.double()
-            own = geometry.stretched(ridge_directions(data).T).T
+            own = geometry.stretched(linear.ridge_directions(data).T).T
             _, size, right = torch.linalg.svd(own - own.mean(0), full_matrices=False)
             away = right[:1].T * size[0] / math.sqrt(data.num_users)
             start = [torch.cat([shared, away], 1), shared.new_zeros(K)]
@@ -166,9 +148,9 @@ class MRM(LinearPeer):
         share = start[1].new_tensor([0.5, 0.05])  # of the curvature by the two columns
         curve = inverse_curvature(geometry, strength / share)
         inverses = [lambda G: curve(G) / share, lambda g: 10 * g / len(data)]
-        (B, s), losses = fit_together(objective, start, inverses, tolerance)
+        (B, s), losses = linear.fit_together(objective, start, inverses, tolerance, len(data))
         B, s = geometry.raw(B.detach()), s.detach()
-        losses, inner = [loss / len(data) for loss in losses], (INNER_RATE, self.inner_steps)
+        inner = INNER_RATE, self.inner_steps
         fitted = self._fitted(data, B @ MIX.to(B) / SCALE, s, inner, losses)
         fitted.settings["ridge"] = strength
         return fitted, [B, s]
@@ -179,31 +161,31 @@ class MRM(LinearPeer):
         rate, steps = inner
         settings, s = {"inner_rate": rate, "inner_steps": steps}, s.detach()
         mean, size = s.softmax(0), A.numel() + K
-        fitted = MRMFitted(self, "MRM", settings, SCALE * A, mean.expand(1, K), mean, size)
+        note = f"{steps} inner step(s) at {rate:g}; {len(losses)} outer steps."
+        users = mean.expand(data.num_users, K)  # until they have adapted
+        fitted = MRMFitted(self, "MRM", settings, SCALE * A, users, mean, size, losses, note)
         fitted.start, fitted.inner, fitted.adam = s, inner, self.faithful
         fitted.users = fitted.adapt(fitted.view(data), data, 0)
-        note = f"{steps} inner step(s) at {rate:g}; {len(losses)} outer steps."
-        return fitted.with_curve(losses, note)
+        return fitted
 
     def published(self, task: Task) -> MRMFitted:
         """The published epochs of Adam."""
         data, generator = task.local_train, torch.Generator().manual_seed(task.seed)
-        bound = data.num_features**-0.5
-        A = bound * (2 * torch.rand(data.num_features, K, generator=generator) - 1)
-        A, s = A.double().to(data.device), torch.randn(K, generator=generator).double()
-        given = [A, s.to(data.device)]
+        A = 2 * torch.rand(data.num_features, K, generator=generator) - 1
+        A, s = data.num_features**-0.5 * A, torch.randn(K, generator=generator)
+        given = [A.double().to(data.device), s.double().to(data.device)]
         adam, losses = torch.optim.Adam(given, lr=self.rate), []
         planned = max(1, data.num_users * EPOCHS // USERS)
         for _ in range(EPOCHS):
             for some in torch.randperm(data.num_users, generator=generator).split(USERS):
-                few = some.sort().values
-                batch = data.select(torch.isin(data.user, few.to(data.device)))
+                batch = data.select(torch.isin(data.user, some.to(data.device)))
                 episode = _episode(batch.units(), generator)
                 loss, gradients = _outer_gradients(batch, *given, self.inner_rate, episode)
                 for parameter, gradient in zip(given, gradients, strict=True):
                     parameter.grad = gradient
                 torch.nn.utils.clip_grad_norm_(given, CLIP)
-                adam.param_groups[0]["lr"] = self.rate * _schedule(len(losses), planned)
+                share = cosine(len(losses), WARM_UP * planned, planned)
+                adam.param_groups[0]["lr"] = self.rate * share
                 adam.step()
                 losses.append(loss)
         return self._fitted(data, *given, (self.inner_rate, 1), losses)
@@ -218,10 +200,9 @@ def _episode(units: list[list[Tensor]], generator: torch.Generator | None = None
     sides: tuple[list[Tensor], list[Tensor]] = ([], [])
     for dialogues in units:
         count = len(dialogues)
-        order = list(range(count))
+        order, last = list(range(count)), max(1, int(QUERY * count))
         if generator is not None:
             order = torch.randperm(count, generator=generator).tolist()
-        last = max(1, int(QUERY * count))
         query = [rows for rows, place in zip(dialogues, order, strict=True) if place < last]
         support = [rows for rows, place in zip(dialogues, order, strict=True) if place >= last]
         for side, parts in zip(sides, (query, support or query), strict=True):
@@ -240,17 +221,8 @@ def _outer_gradients(
     (query, counts), (support, few) = episode
     Z, s = (SCALE * project(batch, A)).requires_grad_(), s.clone().requires_grad_()
     start = s.expand(batch.num_users, K)
-    step = adam_steps(
-        Z.detach()[support], batch.pick(support, few), start.detach(), inner_rate, 1
-    ) - start.detach()  # fmt: skip
+    known, fixed = batch.pick(support, few), start.detach()
+    step = adam_step(Z.detach()[support], known, fixed, inner_rate) - fixed
     loss = tail_loss(mean_losses(Z[query], batch.pick(query, counts), start + step))
     by_Z, by_s = torch.autograd.grad(loss, [Z, s])
     return float(loss.detach()), [SCALE * backproject(batch, by_Z), by_s]
-
-
-def _schedule(step: int, planned: int) -> float:
-    """Share of the rate: linear for a twentieth of the steps, then half a cosine down to 0."""
-    warm = WARM_UP * planned
-    if step < warm:
-        return step / max(1.0, warm)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1.0, planned - warm))))

@@ -17,15 +17,8 @@ from lore.common.files import require
 from lore.common.settings import Epochs, Layers, Rank, Width
 from lore.learning.comparisons import Comparisons, Pairs, Users
 from lore.learning.method import Task
-from lore.methods.fitting.networks import (
-    RIDGES,
-    Grid,
-    Mixing,
-    Networked,
-    blocks,
-    linear,
-    pair_weights,
-)
+from lore.methods.fitting import networks
+from lore.methods.fitting.networks import Grid, Mixing, Networked, linear
 from lore.methods.fitting.validation import HeldOut, hold_out
 
 NEW_USER_RATE, NEW_USER_EPOCHS = 5e-3, 20  # published, as are:
@@ -39,10 +32,10 @@ class PAL(Networked):
 
     ``faithful`` keeps the published constants: rows as they are, f of width 512, batches of 4,
     Adam (f: 1e-4, weight decay .01; prototypes and weights: 5e-3), 20 passes, the best by held-out
-    log loss kept; new users from random weights with 20 passes at 5e-3. The published code picks
-    new users' best pass on their test comparisons; here the last one counts. ``converged`` scales
-    rows, trains at ten times the rates until the held-out log loss falls no more, and solves new
-    users' weights, from the seen users' mean, to 1e-4.
+    log loss kept; new users from random weights with 20 passes at 5e-3, the last one of which
+    counts, not the best on their test comparisons. ``converged`` scales rows, trains at ten times
+    the rates until the held-out log loss falls no more, and solves new users' weights, from the
+    seen users' mean, to 1e-4.
 
     Args:
         prototypes: numbers of prototypes K to try; ``faithful`` takes the first.
@@ -61,7 +54,7 @@ class PAL(Networked):
     @property
     def grid(self) -> Grid:
         """Prototypes, and ridges of new users' weights."""
-        return ("prototypes", self.prototypes), ("ridge", RIDGES)
+        return ("prototypes", self.prototypes), ("ridge", networks.RIDGES)
 
     def published(self, task: Task, model: int) -> FittedPAL:
         """Stopped, as published, on held-out comparisons."""
@@ -77,14 +70,11 @@ class PAL(Networked):
         generator = torch.Generator().manual_seed(task.seed)
         fit = FittedPAL(self, data, model, generator)
         faster = 1 if self.faithful else 10
-        optimizer = torch.optim.Adam(
-            [
-                {"params": fit.f.parameters(), "lr": RATE * faster, "weight_decay": DECAY},
-                {"params": [fit.prototypes, fit.free], "lr": WEIGHT_RATE * faster},
-            ]
-        )
-        weight = pair_weights(data, not self.faithful)
+        f = {"params": fit.f.parameters(), "lr": RATE * faster, "weight_decay": DECAY}
+        others = {"params": [fit.prototypes, fit.free], "lr": WEIGHT_RATE * faster}
+        weight = networks.pair_weights(data, not self.faithful)
         size, patience = (BATCH, {"patience": epochs}) if self.faithful else (64, {})
+        optimizer = torch.optim.Adam([f, others])
         fit.train(data, weight, optimizer, size, generator, held, epochs, **patience)
         fit.prototypes = fit.prototypes.detach()
         fit.finish(fit.f, fit.prototypes)
@@ -92,14 +82,8 @@ class PAL(Networked):
 
 
 class FittedPAL(Mixing):
-    """A fitted PAL: the network f [*, F] -> [*, D], prototypes [K, F], and as a user's state their
-    weights [K] in that user's ideal point.
-
-    Initial values are torch's own for f, unit vectors for prototypes, and N(0, 1) for the logits of
-    weights.
-    """
-
-    hinge = True
+    """A fitted PAL: the network f [*, F] -> [*, D], prototypes [K, F], at first unit vectors, and
+    as a user's state their weights [K] in that user's ideal point."""
 
     def __init__(self, method: PAL, data: Comparisons, K: int, generator: torch.Generator) -> None:
         super().__init__("PAL", method, data)
@@ -111,21 +95,25 @@ class FittedPAL(Mixing):
         self.f = nn.Sequential(*layers[:-1]).to(data.device)
         P = torch.randn(K, F, generator=generator)
         self.prototypes = (P / P.norm(dim=1, keepdim=True)).to(data.device).requires_grad_()
-        self.draw(data, K, generator)
+        free = torch.randn(data.num_users, K, generator=generator)
+        self.free = free.to(data.device).requires_grad_()
 
-    def values(self, e: Tensor) -> Tensor:
+    def outputs(self, rows: Tensor) -> Tensor:
         """f of scaled rows [n, D]."""
-        return self.f(e)
+        return self.f(rows)
+
+    def loss(self, logits: Tensor) -> Tensor:
+        """The hinge loss of margin 1 of each logit [n]."""
+        return (1 - logits).clamp(min=0)
 
     def logits(self, view: Pairs, state: Tensor, user: Tensor) -> Tensor:
-        """How much farther the rejected response lies from the user's ideal point f(w P): [N]."""
+        """How much farther the rejected response lies from the user's ideal point f(w P) [N]."""
         ideal = self.f(state @ self.prototypes)
         parts = []
         for some in torch.arange(len(view), device=user.device).split(1 << 16):
             part, point = view[some], ideal[user[some]]
-            far, near = (
-                (view.values[side] - point).norm(dim=1) for side in (part.rejected, part.chosen)
-            )
+            far, near = (view.values[side] - point for side in (part.rejected, part.chosen))
+            far, near = far.norm(dim=1), near.norm(dim=1)
             parts.append(far.square() - near.square() if self.squared else far - near)
         return torch.cat(parts)
 
@@ -137,7 +125,7 @@ class FittedPAL(Mixing):
         """
         start = torch.randn(users.num_users, len(self.population_state), generator=generator)
         found = start.to(users.device)
-        for who, rows in blocks(users):
+        for who, rows in networks.blocks(users):
             order = _orders(users.counts[who], generator) + rows.start
             free = found[who].clone().requires_grad_()
             optimizer = torch.optim.Adam([free], lr=NEW_USER_RATE)
@@ -148,7 +136,7 @@ class FittedPAL(Mixing):
                     pairs = view[order[active, step]]
                     logits = self.logits(pairs, free[active].softmax(1), own)
                     optimizer.zero_grad()
-                    (1 - logits).clamp(min=0).sum().backward()
+                    self.loss(logits).sum().backward()
                 optimizer.step()
                 found[who][active] = free.detach()[active]
         return found.softmax(1)

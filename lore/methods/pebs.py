@@ -12,13 +12,7 @@ from lore.common.settings import PositiveFloat
 from lore.learning.comparisons import Comparisons, Seed, Users
 from lore.learning.method import Task
 from lore.methods.fitting.geometry import Geometry, measure
-from lore.methods.fitting.linear import (
-    LinearFitted,
-    LinearPeer,
-    project,
-    slopes,
-    solve_users,
-)
+from lore.methods.fitting.linear import LinearFitted, LinearPeer, project, slopes, solve_users
 from lore.methods.fitting.validation import hold_out
 from lore.methods.ridge_bt import ROUGH, STRENGTHS, fit_shared
 
@@ -28,8 +22,8 @@ LEAST = 0.01  # of the prior's mean: no slope is below, so that none reverses a 
 
 @dataclass
 class Prior:
-    """What users' slopes are like: the common one that suits all comparisons best, from which they
-    are measured, their mean, and their variance tau^2."""
+    """Users' slopes: the common one that suits all comparisons best, from which they are measured,
+    their mean, and their variance tau^2."""
 
     common: float
     mean: float
@@ -37,11 +31,10 @@ class Prior:
 
 
 def own_slopes(t: Tensor, users: Users, common: float) -> tuple[Tensor, Tensor]:
-    """Each user's own slope, by one step of Fisher scoring from the common one, and its variance.
+    """Each user's own slope [U] from shared reward differences [N], by one step of Fisher scoring
+    from the common one, and its sampling variance [U], infinite without comparisons.
 
-    The step is finite where a user's comparisons all agree with the reward, whose best slope is
-    infinite. From shared reward differences [N]: slopes [U] and sampling variances [U], infinite
-    for users without comparisons.
+    The step is finite where all comparisons agree with the reward, whose best slope is infinite.
     """
     logits = common * t
     score = -users.sum((slopes(users, logits) * t)[:, None])[:, 0]
@@ -55,9 +48,8 @@ def empirical_prior(t: Tensor, users: Users) -> Prior:
 
     Var_u being the sampling variance of a user's own slope a_u, the sum of (a_u - a)^2 / Var_u
     around the common slope a is U - 1 on average if all slopes are the same, and what it has beyond
-    that tells tau^2 (DerSimonian and Laird 1986). The mean weighs slopes by 1 / (Var_u + tau^2).
-    One user alone tells nothing of tau^2, which is then 0; rewards of zero leave the common slope.
-    The reward differences [N] are of a reward not fitted to these comparisons.
+    that tells tau^2 (DerSimonian and Laird 1986), which is 0 for one user alone. The mean weighs
+    slopes by 1 / (Var_u + tau^2). Reward differences [N] are of a reward not fitted to these.
     """
     everyone = Users([len(t)], users.weight)
     weak = t.new_full((1, 1), 1e-9 * float(t.square().sum()) + 1e-30)
@@ -129,7 +121,10 @@ class PEBS(LinearPeer):
         if self.faithful:
             return self._apart(data, strength, tolerance), None
         v, losses = _reward(data, strength, tolerance)
-        fold = _folds(data)
+        fold = torch.zeros(len(data), dtype=torch.long, device=data.device)
+        for units in data.units():  # a user's dialogues in turn
+            for place, rows in enumerate(units):
+                fold[rows.to(fold.device)] = place % FOLDS
         others = [fold != k if (fold != k).any() else fold == k for k in range(FOLDS)]
         parts = [_reward(data.select(rows), strength, ROUGH)[0] for rows in others]
         unseen = project(data, torch.cat(parts, 1)).gather(1, fold[:, None])[:, 0]
@@ -139,12 +134,12 @@ class PEBS(LinearPeer):
     def _apart(self, data: Comparisons, strength: float, tolerance: float) -> PEBSFitted:
         split = hold_out(data, 0)
         v, losses = _reward(split.fit, strength, tolerance)
-        if split.held is None:
-            prior, users = Prior(1.0, 1.0, 0.0), v.new_ones(data.num_users, 1)
-        else:
+        prior = Prior(1.0, 1.0, 0.0)
+        users = v.new_ones(data.num_users, 1)
+        if split.held is not None:
             t = project(split.held, v)[:, 0]
             prior = empirical_prior(t, split.held)
-            users = v.new_full((data.num_users, 1), prior.mean)
+            users.fill_(prior.mean)
             users[split.whose.to(v.device)] = shrunk_slopes(t, split.held, prior)
         return self._fitted(v, users, prior, strength, losses)
 
@@ -152,11 +147,12 @@ class PEBS(LinearPeer):
         self, v: Tensor, users: Tensor, prior: Prior, strength: float, losses: list[float]
     ) -> PEBSFitted:
         mean, size = v.new_tensor([max(prior.mean, LEAST * LEAST)]), len(v) + len(users) + 2
-        fitted = PEBSFitted(self, "PEBS", {"strength": strength}, v, users, mean, size)
+        spread = f"{prior.mean:.2f}, standard deviation {prior.variance**0.5:.2f} between users"
+        settings, note = {"strength": strength}, f"ridge {strength:g}; slopes {spread}."
+        fitted = PEBSFitted(self, "PEBS", settings, v, users, mean, size, losses, note)
         fitted.prior = prior
         fitted.facts["slopes"] = users[:, 0].tolist()
-        slopes = f"{prior.mean:.2f}, standard deviation {prior.variance**0.5:.2f} between users"
-        return fitted.with_curve(losses, f"ridge {strength:g}; slopes {slopes}.")
+        return fitted
 
 
 def _reward(data: Comparisons, strength: float, tolerance: float) -> tuple[Tensor, list[float]]:
@@ -164,12 +160,3 @@ def _reward(data: Comparisons, strength: float, tolerance: float) -> tuple[Tenso
     geometry = measure(data)
     found = fit_shared(data, geometry, strength, tolerance=tolerance)
     return geometry.raw(found.x).double(), [value / len(data) for value in found.values]
-
-
-def _folds(data: Comparisons) -> Tensor:
-    """Which fold each comparison is in [N]: a user's dialogues in turn."""
-    fold = torch.zeros(len(data), dtype=torch.long)
-    for units in data.units():
-        for place, rows in enumerate(units):
-            fold[rows] = place % FOLDS
-    return fold.to(data.device)

@@ -11,19 +11,9 @@ from torch import Tensor
 from lore.common.settings import PositiveFloat, Rank
 from lore.learning.comparisons import Comparisons, Users
 from lore.learning.method import Task
+from lore.methods.fitting import linear
 from lore.methods.fitting.geometry import Geometry
-from lore.methods.fitting.linear import (
-    HALVINGS,
-    LinearFitted,
-    LinearPeer,
-    backproject,
-    basis_inverses,
-    fit_together,
-    pair_loss,
-    project,
-    ridge_directions,
-    slopes,
-)
+from lore.methods.fitting.linear import LinearFitted, LinearPeer, project
 
 NORM_PENALTY = 0.02  # per comparison, on the length of x' A
 COLLAPSED = 1e-2  # mean length of x' A below which nothing is left
@@ -34,10 +24,10 @@ USER_STEPS, USER_RATE = 1000, 0.01  # published SGD for a new user
 def svd_start(data: Comparisons, rank: int) -> tuple[Tensor, Tensor]:
     """A [F, K] and W [U, K] from the leading singular vectors of the users' own directions.
 
-    The published start factorises a matrix of comparisons by users, which needs users who judged
-    the same comparisons. Here users' directions [U, F] are factorised; as there, not centred.
+    The published start factorises, not centred either, a matrix of comparisons by users, which
+    needs users who judged the same comparisons.
     """
-    left, values, right = torch.linalg.svd(ridge_directions(data), full_matrices=False)
+    left, values, right = torch.linalg.svd(linear.ridge_directions(data), full_matrices=False)
     root = values[:rank].sqrt()
     return right[:rank].T * root, left[:, :rank] * root
 
@@ -45,20 +35,13 @@ def svd_start(data: Comparisons, rank: int) -> tuple[Tensor, Tensor]:
 def objective(
     data: Comparisons, A: Tensor, W: Tensor, ridge: float = 0.0, penalty: float = NORM_PENALTY
 ) -> tuple[Tensor, list[Tensor]]:
-    """Sum of c (softplus(-x' A w_u) + penalty |x' A|) + ridge / 2 |W|^2, and its gradients.
-
-    Args:
-        data: comparisons of U users, of weights c.
-        A: features' loadings [F, K].
-        W: users' weights [U, K].
-        ridge: of the weights.
-        penalty: of the lengths, not squared.
-    """
-    loss, by_A, by_W, Z = pair_loss(data, A, W)
+    """Sum of c (softplus(-x' A w_u) + penalty |x' A|) + ridge / 2 |W|^2, and its gradients by the
+    loadings A [F, K] and users' weights W [U, K]."""
+    loss, by_A, by_W, Z = linear.pair_loss(data, A, W)
     lengths = Z.square().sum(1).add(1e-12).sqrt()
     loss = loss + penalty * (data.weight @ lengths) + ridge / 2 * W.square().sum()
     if penalty:
-        by_A = by_A + backproject(data, (penalty * data.weight / lengths)[:, None] * Z)
+        by_A = by_A + linear.backproject(data, (penalty * data.weight / lengths)[:, None] * Z)
     return loss, [by_A, by_W + ridge * W]
 
 
@@ -71,7 +54,7 @@ class PReFFitted(LinearFitted):
         w, mass = start.to(view), users.user_weight().clamp(min=1e-300)[:, None]
         for _ in range(USER_STEPS):
             logits = (view * w[users.user]).sum(1)
-            w = w - USER_RATE * users.sum(view, slopes(users, logits)) / mass
+            w = w - USER_RATE * users.sum(view, linear.slopes(users, logits)) / mass
         return w
 
 
@@ -83,14 +66,12 @@ class PReF(LinearPeer):
     start amounts to, would call every comparison a tie.
 
     ``faithful`` follows the published training, 500 SGD steps of 64 comparisons, and 1,000 steps
-    from a random draw for a new user. Left out: the language model's own training, the fit of A to
-    the start (A is the start here, and its 50 steps of 1e-6 hardly moved it), and the threshold
-    chosen on test data. No shots give the mean, not a random draw.
+    from a random draw for a new user with shots. Left out: the language model's own training, the
+    fit of A to the start, which hardly moved it, and the threshold chosen on test data.
 
-    ``converged``: the published objective has no minimum, since A may shrink while W grows until
-    the penalty is gone. A ridge on W and, among features of mean square length 1, on A makes it
-    one; L-BFGS finds it. New users are solved exactly, with the same ridge, but about the seen
-    users' mean.
+    ``converged``: A may shrink while W grows until the penalty is gone, so the published objective
+    has no minimum. A ridge on W and, among features of mean square length 1, on A makes it one;
+    L-BFGS finds it. New users are solved exactly, their ridge being about the seen users' mean.
 
     Args:
         rank: columns of A.
@@ -98,7 +79,7 @@ class PReF(LinearPeer):
     """
 
     rank: Rank = 5
-    strengths: tuple[PositiveFloat, ...] = HALVINGS
+    strengths: tuple[PositiveFloat, ...] = linear.HALVINGS
     bounded = ("rank",)  # ranks that users or features limit
 
     def converged(
@@ -114,15 +95,16 @@ class PReF(LinearPeer):
             A, W = geometry.stretched(warm[0]), warm[1]
         lengths = project(data, geometry.raw(A)).norm(dim=1)
         extra = 5 * NORM_PENALTY / float(lengths.mean())
-        inverses = basis_inverses(data, geometry, A, W, (strength, strength), extra)
+        inverses = linear.basis_inverses(data, geometry, A, W, (strength, strength), extra)
 
         def stretched(A: Tensor, W: Tensor) -> tuple[Tensor, list[Tensor]]:
             loss, (by_A, by_W) = objective(data, geometry.raw(A), W, strength)
             loss = loss + strength / 2 * A.square().sum()
             return loss, [geometry.raw(by_A) + strength * A, by_W]
 
-        (A, W), losses = fit_together(stretched, [A, W], inverses, tolerance)
-        A, losses = geometry.raw(A), [loss / len(data) for loss in losses]
+        start = [A, W]
+        (A, W), losses = linear.fit_together(stretched, start, inverses, tolerance, len(data))
+        A = geometry.raw(A)
         # A ridge that shrinks all to nothing, a saddle for weaker ones, is no start for them
         collapsed = float(project(data, A).norm(dim=1).mean()) < COLLAPSED
         note = f"ridge {strength:g}, {len(losses)} steps of L-BFGS."
@@ -138,8 +120,7 @@ class PReF(LinearPeer):
             if len(order) < BATCH:
                 order = torch.cat([order, torch.randperm(len(data), generator=generator)])
             rows, order = order[:BATCH].sort().values, order[BATCH:]
-            keep = torch.zeros(len(data), dtype=torch.bool)
-            keep[rows] = True
+            keep = torch.zeros(len(data), dtype=torch.bool).index_fill(0, rows, True)
             batch, here = data.select(keep), data.user[rows.to(data.device)].unique()
             loss, (by_A, by_W) = objective(batch, A, W[here])
             mass = batch.weight.sum()
@@ -154,6 +135,7 @@ class PReF(LinearPeer):
     ) -> PReFFitted:
         settings = {"rank": self.rank} | ({} if ridge is None else {"ridge": ridge})
         size = A.numel() + W.numel()
-        fitted = PReFFitted(self, f"PReF K={self.rank}", settings, A, W, W.mean(0), size)
+        label = f"PReF K={self.rank}"
+        fitted = PReFFitted(self, label, settings, A, W, W.mean(0), size, losses, note)
         fitted.ridge = None if ridge is None else ridge * torch.eye(W.shape[1]).to(W)
-        return fitted.with_curve(losses, note)
+        return fitted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,18 +14,9 @@ from lore.common.files import require
 from lore.common.settings import PositiveFloat, Rank
 from lore.learning.comparisons import Comparisons, Users
 from lore.learning.method import Task
+from lore.methods.fitting import linear
 from lore.methods.fitting.geometry import Geometry
-from lore.methods.fitting.linear import (
-    LinearFitted,
-    LinearPeer,
-    basis_inverses,
-    fit_together,
-    pair_loss,
-    project,
-    ridge_directions,
-    slopes,
-    solve_users,
-)
+from lore.methods.fitting.linear import LinearFitted, LinearPeer, project
 from lore.methods.fitting.validation import hold_out
 from lore.methods.ridge_bt import ROUGH, fit_shared
 
@@ -33,26 +25,17 @@ POPULATION, DEVIATION = 0.01, 10.0  # published strengths, of means
 USER_RATE, USER_STEPS, USER_PATIENCE = 1e-2, 1000, 50  # published adaptation
 START = 1e-3  # size of the first deviations
 
-Parameters = tuple[Tensor, Tensor, Tensor]  # V [F, K], mean weights [K], deviations [U, K]
+Parameters = Sequence[Tensor]  # V [F, K], mean weights w [K], deviations d [U, K]
 
 
 def objective(
     data: Comparisons, given: Parameters, population: float, deviation: float,
     geometry: Geometry | None = None,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
-    """The loss and ridges on directions, and the gradients.
-
-    Sum of c softplus(-y' V w_u) + population / 2 |V w|^2 + deviation / 2 sum_u |V d_u|^2, where
-    w_u = w + d_u and y are the features, stretched.
-
-    Args:
-        data: comparisons of U users, of weights c.
-        given: V, the mean weights w and the deviations d.
-        population, deviation: strengths.
-        geometry: that stretches the features; they are as they are if None.
-    """
+    """Sum of c softplus(-y' V w_u) + population / 2 |V w|^2 + deviation / 2 sum_u |V d_u|^2, where
+    w_u = w + d_u and y are the features, stretched if there is a geometry; and its gradients."""
     (V, mean, away), raw = given, geometry.raw if geometry else lambda V: V
-    loss, by_V, by_W, _ = pair_loss(data, raw(V), mean + away)
+    loss, by_V, by_W, _ = linear.pair_loss(data, raw(V), mean + away)
     gram = V.T @ V
     ridge_mean, ridge_away = population * gram @ mean, deviation * away @ gram
     loss = loss + (mean @ ridge_mean + (away * ridge_away).sum()) / 2
@@ -64,18 +47,15 @@ def svd_start(
     data: Comparisons, geometry: Geometry, rank: int, strengths: tuple[float, float]
 ) -> Parameters:
     """The ridge Bradley-Terry direction, the leading ones of the users' own beside it, and the best
-    deviations that these allow.
-
-    V [F, K] is among stretched features, and orthonormal; the strengths are those of the ridges on
-    the population's direction and on users'.
-    """
+    deviations that these allow, given the ridges' strengths; V is orthonormal, among stretched
+    features."""
     shared = fit_shared(data, geometry, strengths[0], tolerance=ROUGH).x.double()
-    own = geometry.stretched(ridge_directions(data).T).T
+    own = geometry.stretched(linear.ridge_directions(data).T).T
     first = shared / shared.norm().clamp(min=1e-12)
     beside = own - own @ first @ first.T
     V = torch.cat([first, torch.linalg.svd(beside, full_matrices=False)[2][: rank - 1].T], 1)
     mean, ridge = V.T @ shared[:, 0], strengths[1] * torch.eye(rank).to(V)
-    return V, mean, solve_users(project(data, geometry.raw(V)), data, ridge, mean) - mean
+    return V, mean, linear.solve_users(project(data, geometry.raw(V)), data, ridge, mean) - mean
 
 
 class RBDFitted(LinearFitted):
@@ -89,7 +69,7 @@ class RBDFitted(LinearFitted):
         adam, best, waited = torch.optim.Adam([away], lr=USER_RATE), float("inf"), 0
         for _ in range(USER_STEPS):
             logits = (view * (self.population_state + away)[users.user]).sum(1)
-            slope = slopes(users, logits) / total
+            slope = linear.slopes(users, logits) / total
             lost = float(users.weight @ softplus(-logits) / total)
             lost += float((away @ ridge * away).sum()) / 2
             best, waited = (lost, 0) if lost < best - LEAST else (best, waited + 1)
@@ -107,10 +87,10 @@ class RBD(LinearPeer):
     The population's state is w.
 
     ``faithful`` follows the published training as tuned: Adam at 1e-4 from random values, strengths
-    .01 and 10 on the means over comparisons and over users, stopped once the log loss of held-out
-    dialogues has not fallen for 100 steps, the best step kept; new users by Adam at 1e-2, all
+    .01 and 10 on the means over comparisons and over users, the best step by the log loss of
+    held-out dialogues kept, 100 steps after which it stops; new users by Adam at 1e-2, all
     together. The stop on test data that the public code has for PRISM is left out, and so are the
-    rotated axes, which change no reward. No shots give w itself.
+    rotated axes, which change no reward.
 
     ``converged`` minimises the same objective by L-BFGS. The strengths are precisions of Gaussian
     priors on directions among features of mean square length 1, so a new user's ridge fades with
@@ -133,7 +113,7 @@ class RBD(LinearPeer):
         """The objective's minimum, always from the same start; see ``LinearPeer``."""
         start = svd_start(data, geometry, self.rank, strength)
         V, mean, away = start
-        by_V, by_W = basis_inverses(data, geometry, V, mean + away, strength)
+        by_V, by_W = linear.basis_inverses(data, geometry, V, mean + away, strength)
 
         def by_mean(gradient: Tensor) -> Tensor:  # everyone's curvature, not one user's
             return by_W(gradient) / data.num_users
@@ -141,14 +121,13 @@ class RBD(LinearPeer):
         def stretched(*given: Tensor) -> tuple[Tensor, list[Tensor]]:
             return objective(data, given, *strength, geometry)
 
-        (V, mean, away), losses = fit_together(stretched, start, [by_V, by_mean, by_W], tolerance)
+        inverses = [by_V, by_mean, by_W]
+        found, losses = linear.fit_together(stretched, start, inverses, tolerance, len(data))
+        V, mean, away = found
         population, deviation = strength
-        note = (
-            f"strengths {population:g} (population) and {deviation:g} (users), "
-            f"{len(losses)} steps of L-BFGS."
-        )
+        strengths = f"{population:g} (population) and {deviation:g} (users)"
+        note = f"strengths {strengths}, {len(losses)} steps of L-BFGS."
         settings = {"population": population, "deviation": deviation}
-        losses = [loss / len(data) for loss in losses]
         fitted = self._fitted((geometry.raw(V), mean, away), settings, losses, note)
         floor = 1e-6 * V.square().sum() * torch.eye(self.rank).to(V)
         fitted.ridge = deviation * (V.T @ V + floor)
@@ -160,37 +139,36 @@ class RBD(LinearPeer):
         V, mean, away = found
         size, label = sum(x.numel() for x in found), f"RBD K={self.rank}"
         settings = {"rank": self.rank, **settings}
-        return RBDFitted(self, label, settings, V, mean + away, mean, size).with_curve(losses, note)
+        return RBDFitted(self, label, settings, V, mean + away, mean, size, losses, note)
 
     def published(self, task: Task) -> RBDFitted:
         """The published Adam, stopped on held-out dialogues."""
-        data = task.local_train
-        split = hold_out(data, task.seed, task.kinds, task.validation)
-        K, U = self.rank, data.num_users
+        split = hold_out(task.local_train, task.seed, task.kinds, task.validation)
         require(split.held is not None, "no user has two dialogues: RBD cannot stop on validation")
+        data, held, K = split.fit, split.held, self.rank
         generator = torch.Generator().manual_seed(task.seed)
         V, mean, away = (
             torch.randn(*size, generator=generator).double().to(data.device)
-            for size in ((data.num_features, K), (K,), (U, K))
+            for size in ((data.num_features, K), (K,), (task.local_train.num_users, K))
         )
         V, mean, away = V / V.norm(dim=0), mean / K**0.5, START * away
-        Z = project(split.fit, V)
-        V = V / (Z * (mean + away)[split.fit.user]).sum(1).std().clamp(min=1e-12)
-        given, best, kept, waited, losses = [V, mean, away], float("inf"), (V, mean, away), 0, []
-        total = split.fit.weight.sum()
-        ridges = float(2 * POPULATION * total), float(2 * DEVIATION * total / U)
+        first = (project(data, V) * (mean + away)[data.user]).sum(1)
+        given = [V / first.std().clamp(min=1e-12), mean, away]
+        best, kept, waited, losses = float("inf"), given, 0, []
+        total = data.weight.sum()
+        ridges = float(2 * POPULATION * total), float(2 * DEVIATION * total / len(away))
         adam = torch.optim.Adam(given, lr=RATE)
-        held_user = split.whose.to(data.device)[split.held.user]
+        user = split.whose.to(data.device)[held.user]
         for _ in range(STEPS):
             V, mean, away = given
-            logits = (project(split.held, V) * (mean + away)[held_user]).sum(1)
-            lost = float(split.held.weight @ softplus(-logits) / split.held.weight.sum())
+            logits = (project(held, V) * (mean + away)[user]).sum(1)
+            lost = float(held.weight @ softplus(-logits) / held.weight.sum())
             losses.append(lost)
             if lost < best - LEAST:
-                best, kept, waited = lost, (V.clone(), mean.clone(), away.clone()), 0
+                best, kept, waited = lost, [x.clone() for x in given], 0
             elif (waited := waited + 1) >= PATIENCE:
                 break
-            _, gradients = objective(split.fit, (V, mean, away), *ridges)
+            _, gradients = objective(data, (V, mean, away), *ridges)
             for parameter, gradient in zip(given, gradients, strict=True):
                 parameter.grad = gradient / total
             adam.step()

@@ -13,31 +13,18 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import leaky_relu
+from torch.nn.functional import leaky_relu, softplus
 
 from lore.common.settings import Epochs, Latent, NonNegativeFloat, Width
 from lore.learning.comparisons import Comparisons, Pairs, Seed, Users
 from lore.learning.method import Task
-from lore.methods.fitting.networks import (
-    Grid,
-    Network,
-    Networked,
-    add_losses,
-    batches,
-    blocks,
-    descend,
-    distinct,
-    frozen,
-    linear,
-    pair_weights,
-    rows_of,
-    scaled_pairs,
-    where_known,
-)
+from lore.methods.fitting import networks
+from lore.methods.fitting.networks import Grid, Network, Networked, batches, linear, outputs
 from lore.methods.fitting.validation import HeldOut, hold_out
 
 ACTIVE = 0.005  # variance over users from which a unit of the latent is active
@@ -53,9 +40,9 @@ class VPL(Networked):
     ``faithful`` keeps the published constants: rows as they are, H = L = 512, contexts of 8,
     batches of 32, AdamW (1e-4, weight decay .001, cosine with 3 % warm-up), 2 passes, the KL term
     times the first of ``betas`` on a rising cycle; the latent lies on a sphere in training and not
-    afterwards. ``converged`` scales rows, draws contexts of 0 to the largest number of shots
-    (without one the latent is 0), lets up to 16 comparisons share a context, trains until the
-    held-out log loss falls no more, and tries the sphere afterwards too.
+    afterwards. ``converged`` scales rows, draws contexts of 0 to the largest number of shots, which
+    up to 16 comparisons share, trains until the held-out log loss falls no more, and tries the
+    sphere afterwards too. Without a context the latent is 0.
 
     Args:
         betas: weights of the KL term to try; ``faithful`` takes the first.
@@ -83,41 +70,35 @@ class VPL(Networked):
         epochs = epochs or self.epochs or (EPOCHS if self.faithful else 60)
         longest = max(1, *task.shots) if task.shots else 50
         faithful = self.faithful
+        most, sizes, batch = (1, (1, CONTEXT), BATCH) if faithful else (16, (0, longest), 8)
         generator = torch.Generator().manual_seed(task.seed)
         fit = FittedVPL(self, data, generator)
-        groups = Groups(data, 1 if faithful else 16, (1, CONTEXT) if faithful else (0, longest))
         rate, decay = (RATE, DECAY) if faithful else (3e-3, 1e-2)
         optimizer = torch.optim.AdamW(fit.net.parameters(), lr=rate, weight_decay=decay)
         total, step = epochs * math.ceil(len(data) / BATCH), itertools.count()
         schedule = None  # making one sets the rate of the first step
         if faithful:
-            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: _cosine(t, total))
-        pairs, weight = scaled_pairs(data, fit.scale), pair_weights(data, not faithful)
+            share = partial(networks.cosine, warm=max(1, round(WARM_UP * total)), total=total)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+        pairs, weight = fit.scaled(data), networks.pair_weights(data, not faithful)
 
         def epoch() -> Iterator[Tensor]:
             if not fit.net.latent:
                 for some in batches(len(data), BATCH if faithful else 64, generator):
                     some = some.to(data.device)
-                    yield add_losses(fit.net.plain(pairs[some]), weight[some])
+                    logits = fit.net.decode(outputs(fit.net.first, pairs[some]), None, None)
+                    yield weight[some] @ softplus(-logits) / len(some)
                 return
-            size = BATCH if faithful else 8
-            for targets, group, contexts, counts in groups.epoch(size, generator):
-                logits, kl = fit.net(pairs, targets, group, contexts, counts, generator)
+            for targets, *others in grouped(data, most, sizes, batch, generator):
+                logits, kl = fit.net(pairs, targets, *others, generator)
                 slope = _cycle(next(step)) if faithful else 1.0
-                yield add_losses(logits, weight[targets]) + model * slope * kl
+                lost = weight[targets] @ softplus(-logits) / len(targets)
+                yield lost + model * slope * kl
 
-        held_out = fit.held_out(held, lambda: fit.adapt(fit.view(data), data, 0))
-        fit.course = descend(optimizer, epoch, epochs, held_out, schedule)
+        held_out = held and (lambda: held.losses(fit, fit.adapt(fit.view(data), data, 0)))
+        fit.losses, fit.epochs = networks.descend(optimizer, epoch, epochs, held_out, schedule)
         fit.finish(data, task.seed)
         return fit
-
-
-def _cosine(step: int, total: int) -> float:
-    """Learning rate over its largest: 3 % warm-up, then a cosine to 0."""
-    warm = max(1, round(WARM_UP * total))
-    if step < warm:
-        return step / warm
-    return (1 + math.cos(math.pi * min(1, (step - warm) / max(1, total - warm)))) / 2
 
 
 def _cycle(step: int) -> float:
@@ -138,14 +119,13 @@ class FittedVPL(Network):
 
     def finish(self, data: Comparisons, seed: int) -> None:
         """Nothing is trained any more: read the seen users' contexts, and look for a collapse."""
-        frozen(self.net)
+        self.net.eval().requires_grad_(False)
         self.parameters = sum(p.numel() for p in self.net.parameters())
         view = self.view(data)
         self.users = self.adapt(view, data, seed)
         self.latents = {}
         if self.net.latent:
-            parts = [self._encode(view, data, *part)[1] for part in blocks(data)]
-            kl = divergence(self.users, torch.cat(parts)).mean()
+            kl = divergence(*self._latents(view, data)).mean()
             active = (self.users.var(0) > ACTIVE).sum() if len(self.users) > 1 else 0
             self.latents = {"active_units": int(active), "units": self.net.latent, "kl": float(kl)}
             self.latents |= self._collapse(hold_out(data, seed), seed)
@@ -166,38 +146,36 @@ class FittedVPL(Network):
         return found
 
     def describe(self) -> dict[str, Any]:
-        """As every network, and what the latent carries."""
+        """As of every network, and what the latent carries."""
         return super().describe() | self.latents
 
     def note(self) -> str:
         """A line for the report."""
         if "accuracy_own_context" not in self.latents:
             return super().note()
-        own, swapped = (self.latents[f"accuracy_{name}_context"] for name in ("own", "swapped"))
-        return (
-            f"{super().note()}; {self.latents['active_units']} of {self.net.latent} latent units "
-            f"active, training accuracy {own:.1%} with a user's context, {swapped:.1%} with it "
-            "swapped"
-        )
+        return super().note() + (
+            "; {active_units} of {units} latent units active, training accuracy "
+            "{accuracy_own_context:.1%} with a user's context, {accuracy_swapped_context:.1%} with "
+            "it swapped"
+        ).format(**self.latents)
 
-    @torch.no_grad()
-    def view(self, data: Comparisons) -> Pairs:
-        """First-layer products of the distinct rows [R, 3 H]."""
-        return rows_of(data).pairs(lambda e: self.net.first(e / self.scale))
-
-    def _encode(
-        self, view: Pairs, users: Users, who: slice, rows: slice
-    ) -> tuple[Tensor, Tensor]:
-        some = Pairs(view.values, view.chosen[rows], view.rejected[rows])
-        return self.net.encode(some, users.counts[who])
+    def outputs(self, rows: Tensor) -> Tensor:
+        """First-layer products of scaled rows [n, 3 H]."""
+        return self.net.first(rows)
 
     @torch.no_grad()
     def adapt(self, view: Pairs, users: Users, seed: Seed) -> Tensor:
         """Means [U', L] of the latents, by one pass through the encoder."""
         if not self.net.latent or len(users) == 0:
             return self.population_state.repeat(users.num_users, 1)
-        means = torch.cat([self._encode(view, users, *part)[0] for part in blocks(users)])
-        return where_known(means, users, self.population_state)
+        return torch.where(
+            users.counts[:, None] > 0, self._latents(view, users)[0], self.population_state
+        )
+
+    def _latents(self, view: Pairs, users: Users) -> list[Tensor]:
+        some = networks.blocks(users)
+        parts = [self.net.encode(view[rows], users.counts[who]) for who, rows in some]
+        return [torch.cat(part) for part in zip(*parts, strict=True)]
 
     @torch.no_grad()
     def logits(self, view: Pairs, state: Tensor, user: Tensor) -> Tensor:
@@ -212,48 +190,44 @@ class FittedVPL(Network):
 # ------------------------------------------------------- The network and its contexts
 
 
-class Groups:
-    """Training comparisons of one user at a time, ``most`` or a quarter of the user's, with a
-    context of the same user's others, whose size is between the two of ``sizes``."""
+def grouped(
+    data: Comparisons, most: int, sizes: tuple[int, int], batch: int, generator: torch.Generator
+) -> Iterator[list[Tensor]]:
+    """Every comparison once, ``batch`` groups at a time: targets [n], their groups [n], contexts
+    [c] and the sizes of these [G].
 
-    def __init__(self, data: Comparisons, most: int, sizes: tuple[int, int]) -> None:
-        self.rows = torch.arange(len(data)).split(data.counts.tolist())
-        self.dialogs = None if data.dialogs is None else data.dialogs.cpu()
-        self.most, self.sizes, self.device = most, sizes, data.device
+    A group are at most ``most`` comparisons, or a quarter, of a user; its context are others of the
+    same user, from the first to the second of ``sizes`` many.
+    """
+    groups = [
+        (rows, rows[places])
+        for rows in torch.arange(len(data)).split(data.counts.tolist())
+        for places in batches(len(rows), max(1, min(most, len(rows) // 4)), generator)
+    ]
+    dialogs = torch.arange(len(data)) if data.dialogs is None else data.dialogs.cpu()
+    for some in batches(len(groups), batch, generator):
+        picked = [groups[i] for i in some.tolist()]
+        targets = [own for _, own in picked]
+        contexts = [_context(*group, dialogs, sizes, generator) for group in picked]
+        group, counts = Users(list(map(len, targets))).user, list(map(len, contexts))
+        parts = torch.cat(targets), group, torch.cat(contexts), torch.tensor(counts)
+        yield [part.to(data.device) for part in parts]
 
-    def epoch(self, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, ...]]:
-        """Every comparison once, so many groups a batch: targets [n], their groups [n], contexts
-        [c], sizes [G] of these."""
-        groups = [
-            (rows, rows[places])
-            for rows in self.rows
-            for places in batches(len(rows), max(1, min(self.most, len(rows) // 4)), generator)
-        ]
-        for some in batches(len(groups), size, generator):
-            picked = [groups[i] for i in some.tolist()]
-            targets = [own for _, own in picked]
-            contexts = [self._context(rows, own, generator) for rows, own in picked]
-            group, counts = Users(list(map(len, targets))).user, list(map(len, contexts))
-            parts = torch.cat(targets), group, torch.cat(contexts), torch.tensor(counts)
-            yield tuple(part.to(self.device) for part in parts)
 
-    def _context(self, rows: Tensor, targets: Tensor, generator: torch.Generator) -> Tensor:
-        """Some of a user's comparisons, of other dialogues than the targets' if there are any."""
-        low, high = self.sizes
-        size = int(torch.randint(low, high + 1, (1,), generator=generator))
-        others = rows[~torch.isin(rows, targets)]
-        if self.dialogs is not None:
-            apart = ~torch.isin(self.dialogs[others], self.dialogs[targets])
-            others = others[apart] if bool(apart.any()) else others
-        return others[torch.randperm(len(others), generator=generator)[:size]]
+def _context(
+    rows: Tensor, targets: Tensor, dialogs: Tensor, sizes: tuple[int, int], g: torch.Generator
+) -> Tensor:
+    """Some of a user's comparisons, of other dialogues than the targets' if there are any."""
+    size = int(torch.randint(sizes[0], sizes[1] + 1, (1,), generator=g))
+    others = rows[~torch.isin(rows, targets)]
+    apart = others[~torch.isin(dialogs[others], dialogs[targets])]
+    others = apart if len(apart) else others
+    return others[torch.randperm(len(others), generator=g)[:size]]
 
 
 class Net(nn.Module):
-    """Encoder of contexts, where there is a latent, and decoder of rewards.
-
-    Each begins with a layer that is linear in the embedding; ``first`` forms these products for
-    distinct rows, and everything else starts from them.
-    """
+    """Encoder of contexts, where there is a latent, and decoder of rewards. Each begins with a
+    layer that is linear in the embedding, whose products ``first`` forms."""
 
     def __init__(self, F: int, H: int, L: int, g: torch.Generator) -> None:
         super().__init__()
@@ -269,8 +243,8 @@ class Net(nn.Module):
             self.mean, self.log_variance = linear(L, L, g), linear(L, L, g)
 
     def first(self, e: Tensor) -> Tensor:
-        """First-layer products of rows e [R, F]: item, chosen and rejected below each other
-        [R, 3 H]; of the item alone [R, H] without a latent."""
+        """First-layer products of rows e [R, F]: of item, chosen and rejected [R, 3 H]; of the item
+        alone [R, H] without a latent."""
         layers = [self.item, self.chosen, self.rejected] if self.latent else [self.item]
         return torch.cat([layer(e) for layer in layers], 1)
 
@@ -299,26 +273,18 @@ class Net(nn.Module):
         )
         return chosen - rejected
 
-    def plain(self, pairs: Pairs) -> Tensor:
-        """Logits [n] without a latent, from scaled rows."""
-        rows, (chosen, rejected) = distinct(pairs.chosen, pairs.rejected)
-        return self.decode(Pairs(self.first(pairs.values[rows]), chosen, rejected), None, None)
-
     def forward(
         self, pairs: Pairs, targets: Tensor, group: Tensor, contexts: Tensor, counts: Tensor,
         generator: torch.Generator,
     ) -> tuple[Tensor, Tensor]:
         """Logits [n] of targets with latents drawn from their contexts, and the mean KL term."""
-        some = pairs[torch.cat([targets, contexts])]
-        rows, (chosen, rejected) = distinct(some.chosen, some.rejected)
-        first, n = Pairs(self.first(pairs.values[rows]), chosen, rejected), len(targets)
-        place = torch.arange(len(chosen), device=chosen.device)
-        mean, log_variance = self.encode(first[place[n:]], counts)
+        first, n = outputs(self.first, pairs[torch.cat([targets, contexts])]), len(targets)
+        mean, log_variance = self.encode(first[n:], counts)
         noise = torch.randn(mean.shape, generator=generator).to(mean.device)
         known = (counts > 0).float()[:, None]
         z = on_sphere(mean + (log_variance / 2).exp() * noise) * known
         kl = divergence(mean, log_variance) * known[:, 0]
-        return self.decode(first[place[:n]], z, group), kl[group].mean()
+        return self.decode(first[:n], z, group), kl[group].mean()
 
 
 def on_sphere(z: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""PAL, VPL and LoRe on a shallow network: equalities, planted worlds, and what all must pass."""
+"""PAL, VPL and LoRe on a shallow network: equalities, and worlds of their own kind."""
 
 from __future__ import annotations
 
@@ -15,21 +15,17 @@ from lore.learning.comparisons import Comparisons, DenseFeatures, Pairs, RowFeat
 from lore.learning.kinds import shares_of_test
 from lore.learning.method import Fitted, Task
 from lore.methods import mlp, pal, vpl
-from lore.methods.fitting.linear import TRIES
-from lore.methods.fitting.networks import batches, blocks, row_scale, solve_weights
-from lore.methods.vpl import Groups
+from lore.methods.fitting.geometry import measure
+from lore.methods.fitting.networks import blocks, row_scale, solve_weights
+from lore.methods.ridge_bt import fit_shared
+from planted import prefer
 
 pytestmark = pytest.mark.slow
 F, ROWS, SEEN, NEW = 8, 300, 40, 16
 METHODS = {
-    "pal": pal.PAL(prototypes=(2, 3), width=32, epochs=12),
-    "vpl": vpl.VPL(betas=(3e-6, 1e-4), hidden=32, latent=8, epochs=12),
-    "mlp": mlp.MLP(ranks=(2, 3), hidden=32, epochs=24),
-}
-BRIEF = {
-    "pal": {"epochs": 2, "prototypes": (2,)},
-    "vpl": {"epochs": 2, "betas": (1e-4,)},
-    "mlp": {"epochs": 2, "ranks": (2,)},
+    "pal": pal.PAL(prototypes=(2,), width=32, epochs=12),
+    "vpl": vpl.VPL(betas=(1e-4,), hidden=32, latent=8, epochs=12),
+    "mlp": mlp.MLP(ranks=(2,), hidden=32, epochs=24),
 }
 
 
@@ -50,19 +46,14 @@ def taste(world: str, user: int, E: Tensor) -> Tensor:
 def comparisons(world: str, E: Tensor, users: range, pairs: int, seed: int) -> Comparisons:
     """Random pairs of rows, each chosen by the logistic model of its user's taste."""
     g = torch.Generator().manual_seed(seed)
-    chosen, rejected = [], []
+    parts = []
     for user in users:
         a, b = torch.stack([torch.randperm(len(E), generator=g)[:2] for _ in range(pairs)]).T
         value = taste(world, user, E)
-        first = torch.rand(pairs, generator=g) < (value[a] - value[b]).sigmoid()
-        chosen.append(torch.where(first, a, b))
-        rejected.append(torch.where(first, b, a))
-    return of_rows(E, torch.cat(chosen), torch.cat(rejected), [pairs] * len(users))
-
-
-def of_rows(E: Tensor, chosen: Tensor, rejected: Tensor, counts: list[int]) -> Comparisons:
+        parts.append(prefer(value[a] - value[b], a, b, g))
+    chosen, rejected = map(torch.cat, zip(*parts, strict=True))
     features = RowFeatures(lambda i: E[i], E.shape[1], chosen, rejected)
-    return Comparisons(features, counts)
+    return Comparisons(features, [pairs] * len(users))
 
 
 @cache
@@ -90,22 +81,6 @@ def accuracy(fit: Fitted, data: Comparisons, state: Tensor) -> float:
     return float(data.accuracies(fit.logits(fit.view(data), state, data.user)).mean())
 
 
-def shared_direction(data: Comparisons) -> Tensor:
-    """Bradley-Terry's direction [F, 1]."""
-    x = data.features.dense().x
-    v = torch.zeros(x.shape[1], 1, requires_grad=True)
-    optimizer = torch.optim.LBFGS([v], max_iter=100)
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = softplus(-(x @ v)[:, 0]).mean()
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    return v.detach()
-
-
 # ---------------------------------------------------------------- What all must
 
 
@@ -115,79 +90,28 @@ every = pytest.mark.parametrize("name", METHODS)
 @every
 def test_a_world_of_its_own_kind_is_recovered_where_bradley_terry_fails(name: str) -> None:
     task, fit = planted(name), fitted(name)
-    v = shared_direction(task.train)
-    for data, state in ((task.seen, fit.users), (task.unseen, adapted(fit, task))):
-        shared = float(data.accuracies(data.project(v)[:, 0]).mean())
-        assert accuracy(fit, data, state) > shared + 0.1
-
-
-@every
-def test_own_state_beats_nobodys_and_anothers(name: str) -> None:
-    task, fit = planted(name), fitted(name)
+    geometry = measure(task.train)
+    v = geometry.raw(fit_shared(task.train, geometry, 1e-3).x).float()
     for data, own in ((task.seen, fit.users), (task.unseen, adapted(fit, task))):
         mine = accuracy(fit, data, own)
+        assert mine > float(data.accuracies(data.project(v)[:, 0]).mean()) + 0.1
         # a choice counts every user once, so that the few pseudo-new ones weigh less than by halves
         assert mine > accuracy(fit, data, fit.population_state.expand_as(own)) + 0.05
         assert mine > accuracy(fit, data, own.roll(1, 0)) + 0.1
 
 
 @every
-def test_the_same_seed_gives_the_same_fit_and_another_does_not(name: str) -> None:
-    task, method = planted(name), METHODS[name]
-    short = replace(method, **BRIEF[name])
-    one, again = (short.fit(task)[0].users for _ in range(2))
-    other = Task(task.train, task.few, task.seen, task.unseen, seed=4, shots=task.shots)
-    assert torch.equal(one, again)
-    different = short.fit(other)[0].users
-    assert one.shape != different.shape or not torch.allclose(one, different, atol=1e-3)
-
-
-@every
-def test_users_without_shots_get_nobodys_state(name: str) -> None:
+def test_a_users_state_does_not_depend_on_whom_it_is_fitted_with(name: str) -> None:
     task, fit = planted(name), fitted(name)
-    view = fit.view(task.few)
-    none = fit.adapt(view[torch.arange(0)], Users([0, 0, 0]), 0)
-    assert torch.equal(none, fit.population_state.expand(3, -1))
-    rows = torch.arange(20)  # the first user's
-    some = fit.adapt(view[rows], Users([0, 20, 0]), 0)
-    assert torch.equal(some[[0, 2]], fit.population_state.expand(2, -1))
+    some = fit.adapt(fit.view(task.few)[torch.arange(20)], Users([0, 20, 0]), 0)  # the first user's
     torch.testing.assert_close(some[1], adapted(fit, task)[0], rtol=1e-3, atol=1e-3)
 
 
 @every
-def test_the_order_of_users_and_comparisons_does_not_matter(name: str) -> None:
-    task, fit = planted(name), fitted(name)
-    own, view = adapted(fit, task), fit.view(task.few)
-    g = torch.Generator().manual_seed(0)
-    order = torch.randperm(NEW, generator=g)
-    rows = torch.arange(len(task.few)).view(NEW, -1)[order]
-    rows = torch.stack([row[torch.randperm(len(row), generator=g)] for row in rows]).flatten()
-    other = fit.adapt(view[rows], task.few.pick(rows, [20] * NEW), 0)
-    torch.testing.assert_close(other, own[order], rtol=0, atol=0.02)  # a step more or less
-    assert not torch.allclose(own, own[order], atol=0.1)  # users do differ
-
-
-@every
-def test_swapped_labels_negate_the_logits_and_mirror_the_accuracy(name: str) -> None:
-    task, fit = planted(name), fitted(name)
-    data, own = task.unseen, adapted(fit, task)
-    flipped = data.flipped(torch.ones(len(data)).bool())
-    logits = fit.logits(fit.view(data), own, data.user)
-    mirrored = fit.logits(fit.view(flipped), own, data.user)
-    torch.testing.assert_close(mirrored, -logits)
-    assert accuracy(fit, flipped, own) == pytest.approx(1 - accuracy(fit, data, own), abs=1e-6)
-
-
-@every
-def test_a_fit_describes_itself_and_every_method_has_as_many_tries(name: str) -> None:
-    about = fitted(name).describe()
-    assert len(about["losses"]) <= 400 and about["loss_step"] >= 1
-    assert about["losses"][-1] < about["losses"][0]
-    losses = [one["loss"] for one in about["tried"]]
-    given = {"pal": pal.PAL().prototypes, "vpl": vpl.VPL().betas, "mlp": mlp.MLP().ranks}
-    variants = len(losses) // 2  # two models here
-    assert len(given[name]) * variants == TRIES and len(set(losses)) > 1
-    assert name.upper() in about["note"] and f"{about['parameters']:,}" in about["note"]
+def test_all_candidates_are_tried(name: str) -> None:
+    losses = [one["loss"] for one in fitted(name).describe()["tried"]]
+    (_, models), (_, variants) = METHODS[name].grid
+    assert len(losses) == len(models) * len(variants) and len(set(losses)) > 1
 
 
 @every
@@ -196,17 +120,6 @@ def test_differences_alone_are_refused_in_one_line(name: str) -> None:
     dense = Comparisons(DenseFeatures(torch.randn(len(task.train), F)), task.train.counts)
     with pytest.raises(InputError, match="both embeddings"):
         METHODS[name].fit(Task(dense, task.few, task.seen, task.unseen))
-
-
-@every
-def test_the_faithful_setting_runs_and_knows_new_users(name: str) -> None:
-    task, method = planted(name), METHODS[name]
-    small = {"setting": "faithful", "epochs": 2}
-    (fit,) = type(method)(**(vars(method) | small)).fit(task)
-    own = adapted(fit, task)
-    assert own.shape == (NEW, fit.users.shape[1])
-    assert torch.isfinite(fit.logits(fit.view(task.unseen), own, task.unseen.user)).all()
-    assert not torch.allclose(own, own.roll(1, 0), atol=1e-4)
 
 
 # -------------------------------------------------------------------------- PAL
@@ -220,14 +133,12 @@ def test_linear_pal_with_squared_distances_is_lore_plus_a_quadratic_of_all_users
     f = E.values / fit.scale @ layer.weight.T + layer.bias
     # ||f_r - a||^2 - ||f_c - a||^2 = 2 a.(f_c - f_r) - (||f_c||^2 - ||f_r||^2), a = A P'w + b.
     V = 2 * layer.weight.T @ (layer.weight @ fit.prototypes.T + layer.bias[:, None]) / fit.scale
-    lore = (data.project(V) * state[data.user]).sum(1)
     square = f.square().sum(1)
     quadratic = square[E.chosen] - square[E.rejected]
-    logits = fit.logits(fit.view(data), state, data.user)
-    torch.testing.assert_close(logits, lore - quadratic, rtol=1e-4, atol=1e-4)
-    other = fit.logits(fit.view(data), state.roll(1, 0), data.user)
-    lore = (data.project(V) * state.roll(1, 0)[data.user]).sum(1)
-    torch.testing.assert_close(other, lore - quadratic, rtol=1e-4, atol=1e-4)
+    for some in (state, state.roll(1, 0)):
+        lore = (data.project(V) * some[data.user]).sum(1)
+        logits = fit.logits(fit.view(data), some, data.user)
+        torch.testing.assert_close(logits, lore - quadratic, rtol=1e-4, atol=1e-4)
     assert lore.std() > 1e-3  # the users' part is no rounding
 
 
@@ -247,49 +158,41 @@ def test_pals_published_fit_moves_a_new_users_logits_by_about_its_rate_a_step() 
 # -------------------------------------------------------------------------- VPL
 
 
-def plain_network(method: vpl.VPL, data: Comparisons, seed: int, epochs: int) -> list[Tensor]:
-    """Parameters of an MLP Bradley-Terry after training, written out."""
-    g = torch.Generator().manual_seed(seed)
-    H, parameters = method.hidden, []
-    for inputs, outputs in ((F, H), (H, H), (H, 1)):
-        bound = inputs**-0.5
-        for shape in ((outputs, inputs), (outputs,)):
-            drawn = torch.empty(shape).uniform_(-bound, bound, generator=g)
-            parameters.append(drawn.requires_grad_())
-    optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=1e-2)
-    scale = row_scale(data)
-    chosen, rejected = sides(data)
-    for _ in range(epochs):
-        for some in batches(len(data), 64, g):
-            logits = plain_reward(parameters, chosen[some] / scale) - plain_reward(
-                parameters, rejected[some] / scale
-            )
-            loss = softplus(-logits).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    return parameters
-
-
-def sides(data: Comparisons) -> tuple[Tensor, Tensor]:
-    E = data.features.pairs()
-    return E.values[E.chosen], E.values[E.rejected]
-
-
 def plain_reward(parameters: list[Tensor], e: Tensor) -> Tensor:
     A, a, B, b, c, d = parameters
     return (leaky_relu(leaky_relu(e @ A.T + a, 0.2) @ B.T + b, 0.2) @ c.T + d)[:, 0]
 
 
+def plain_logits(parameters: list[Tensor], data: Comparisons, scale: float) -> Tensor:
+    E = data.features.pairs()
+    chosen, rejected = (E.values[side] / scale for side in (E.chosen, E.rejected))
+    return plain_reward(parameters, chosen) - plain_reward(parameters, rejected)
+
+
+def plain_network(H: int, data: Comparisons, seed: int, epochs: int) -> list[Tensor]:
+    """Parameters of an MLP Bradley-Terry after training, written out."""
+    g, parameters = torch.Generator().manual_seed(seed), []
+    for inputs, outputs in ((F, H), (H, H), (H, 1)):
+        for shape in ((outputs, inputs), (outputs,)):
+            drawn = torch.empty(shape).uniform_(-(inputs**-0.5), inputs**-0.5, generator=g)
+            parameters.append(drawn.requires_grad_())
+    optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=1e-2)
+    for _ in range(epochs):
+        for some in torch.randperm(len(data), generator=g).split(64):
+            logits = plain_logits(parameters, data, row_scale(data))[some]
+            optimizer.zero_grad()
+            softplus(-logits).mean().backward()
+            optimizer.step()
+    return parameters
+
+
 def test_vpl_without_a_latent_is_bradley_terry_on_a_network() -> None:
     task, method = planted("vpl"), vpl.VPL(hidden=16, latent=0)
     fit = method.train(task.train, None, 0.0, replace(task, seed=11), 3)
-    parameters = plain_network(method, task.train, 11, 3)
-    chosen, rejected = sides(task.unseen)
-    scale = row_scale(task.train)
-    wanted = plain_reward(parameters, chosen / scale) - plain_reward(parameters, rejected / scale)
+    parameters = plain_network(16, task.train, 11, 3)
+    wanted = plain_logits(parameters, task.unseen, row_scale(task.train)).detach()
     logits = fit.logits(fit.view(task.unseen), adapted(fit, task), task.unseen.user)
-    torch.testing.assert_close(logits, wanted.detach(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(logits, wanted, rtol=1e-3, atol=1e-4)
     assert logits.std() > 0.01 and not fit.personal
 
 
@@ -325,7 +228,7 @@ def test_a_context_shares_no_comparison_nor_dialogue_with_its_targets() -> None:
     dialogs = torch.arange(60) // 2
     data = Comparisons(data.features, data.counts, dialogs=dialogs)
     g, targeted = torch.Generator().manual_seed(0), []
-    for targets, group, contexts, counts in Groups(data, 5, (1, 8)).epoch(4, g):
+    for targets, group, contexts, counts in vpl.grouped(data, 5, (1, 8), 4, g):
         targeted.append(targets)
         for number, context in enumerate(contexts.split(counts.tolist())):
             own = targets[group == number]
@@ -369,15 +272,11 @@ def test_weights_are_solved_to_the_minimum_that_a_grid_finds() -> None:
 
 
 def test_a_ridge_holds_weights_at_the_start_and_fades_with_shots() -> None:
-    Z = torch.tensor([[2.0, -2.0]])
-    moved = []
-    for shots in (1, 100):
-        rows = Z.expand(shots, 2)
-        weights = solve_weights(
-            lambda part, w, user, rows=rows: softplus(-(rows[part] * w[user]).sum(1)),
-            Users([shots]), torch.zeros(1, 2), ridge=1.0,
-        )  # fmt: skip
-        moved.append(float(weights[0, 0] - 0.5))
+    Z = torch.tensor([[2.0, -2.0]]).expand(101, 2)
+    moved = solve_weights(
+        lambda part, w, user: softplus(-(Z[part] * w[user]).sum(1)),
+        Users([1, 100]), torch.zeros(2, 2), ridge=1.0,
+    )[:, 0] - 0.5  # fmt: skip
     assert 0.05 < moved[0] < moved[1] - 0.1
 
 
@@ -402,10 +301,10 @@ def test_a_view_of_pairs_swaps_by_its_places() -> None:
 def test_pal_has_the_hinge_loss_of_margin_1_and_the_mlp_the_log_loss() -> None:
     task = planted("pal")
     for name, loss in (("pal", lambda x: (1 - x).clamp(min=0)), ("mlp", lambda x: softplus(-x))):
-        (fit,) = replace(METHODS[name], setting="faithful", epochs=1).fit(task)
+        fit = fitted(name)
         view, rows = fit.view(task.few), slice(0, 20)  # the first user's
         logits = fit.logits(view[rows], fit.users[:1], torch.zeros(20, dtype=torch.long))
-        found = fit.losses(view, rows, fit.users[:1], torch.zeros(20, dtype=torch.long))
+        found = fit.losses_of(view, rows, fit.users[:1], torch.zeros(20, dtype=torch.long))
         torch.testing.assert_close(found, loss(logits))
         assert found.std() > 1e-4
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ class LinearFitted(Fitted):
         label, settings, users, population_state: see ``Fitted``; the method's setting is added.
         basis: V.
         parameters: how many numbers were fitted.
+        losses: of every step; at most 400 are kept.
+        note: a line for the report.
 
     Attributes:
         ridge: of a new user's state about the population's, a matrix [K, K]; None where users are
@@ -45,19 +47,16 @@ class LinearFitted(Fitted):
 
     def __init__(
         self, method: Peer, label: str, settings: dict[str, Any], basis: Tensor, users: Tensor,
-        population_state: Tensor, parameters: int,
+        population_state: Tensor, parameters: int, losses: Sequence[float], note: str,
     ) -> None:  # fmt: skip
         self.label = method.named(label)
         self.settings = {"setting": method.setting, **settings}
         self.basis, self.users, self.population_state = basis, users, population_state
-        self.facts: dict[str, Any] = {"parameters": parameters, "tried": []}
-
-    def with_curve(self, losses: Sequence[float], note: str) -> Self:
-        """The same with its training curve, at most 400 points of it, and a line for the report."""
         step = max(1, math.ceil(len(losses) / 400))
-        self.facts |= {"losses": list(losses[::step]), "loss_step": step}
-        self.facts["note"] = f"{self.label}: {note}"
-        return self
+        self.facts: dict[str, Any] = {
+            "parameters": parameters, "tried": [], "losses": list(losses[::step]),
+            "loss_step": step, "note": f"{self.label}: {note}",
+        }  # fmt: skip
 
     def view(self, data: Comparisons) -> Tensor:
         """X V [N, K] in float64."""
@@ -87,14 +86,11 @@ class LinearFitted(Fitted):
         return pad(view, (1, 0))
 
     def describe(self) -> dict[str, Any]:
-        """The facts given, with the singular values of the users' directions V s_u, centred."""
-        return {**self.facts, "spectrum": spectrum(self.basis, self.users)}
-
-
-def spectrum(V: Tensor, W: Tensor) -> list[float]:
-    """Singular values of the directions V w_u [F, U] less their mean, root mean square."""
-    triangle = torch.linalg.qr(V.double()).R
-    return torch.linalg.svdvals((W - W.mean(0)) @ triangle.T / math.sqrt(len(W))).tolist()
+        """The facts given, with the singular values of the users' directions V s_u less their mean,
+        root mean square."""
+        away = self.users - self.users.mean(0)
+        directions = away @ torch.linalg.qr(self.basis.double()).R.T / math.sqrt(len(away))
+        return {**self.facts, "spectrum": torch.linalg.svdvals(directions).tolist()}
 
 
 # ---------------------------------------------------------------------- Products
@@ -116,16 +112,8 @@ def slopes(users: Users, logits: Tensor) -> Tensor:
 
 
 def pair_loss(data: Comparisons, V: Tensor, W: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sum of c softplus(-x_i' V w_u) over all comparisons, and what it is made of.
-
-    Args:
-        data: the comparisons of U users, of weights c.
-        V: basis [F, K].
-        W: weights [U, K].
-
-    Returns:
-        The sum, its gradients by V [F, K] and W [U, K], and Z = X V [N, K].
-    """
+    """Sum of c softplus(-x_i' V w_u) over all comparisons, for a basis V [F, K] and users' weights
+    W [U, K]; its gradients by V and W, and Z = X V [N, K]."""
     Z, own = project(data, V), W[data.user]
     logits = (Z * own).sum(1)
     slope = slopes(data, logits)
@@ -134,11 +122,8 @@ def pair_loss(data: Comparisons, V: Tensor, W: Tensor) -> tuple[Tensor, Tensor, 
 
 
 def ridge_directions(data: Comparisons) -> Tensor:
-    """Every user's own direction [U, F]: least squares to log odds of 1, with a ridge.
-
-    The ridge is the mean squared length of the user's features, so that a user of few comparisons
-    gets a direction near their mean.
-    """
+    """Every user's own direction [U, F]: least squares to log odds of 1, with a ridge of the mean
+    squared length of the user's features: of few comparisons it is near their mean."""
     found = []
     for u in range(data.num_users):
         own = data.select(data.user == u)
@@ -154,7 +139,7 @@ def ridge_directions(data: Comparisons) -> Tensor:
 
 def fit_together(
     objective: Callable[..., tuple[Tensor, Sequence[Tensor]]], start: Sequence[Tensor],
-    inverses: Sequence[Callable[[Tensor], Tensor]], tolerance: float, iterations: int = 1000,
+    inverses: Sequence[Callable[[Tensor], Tensor]], tolerance: float, count: int,
 ) -> tuple[list[Tensor], list[float]]:  # fmt: skip
     """Minimise a smooth objective of several tensors by L-BFGS.
 
@@ -162,10 +147,11 @@ def fit_together(
         objective: of the tensors; returns its value and its gradient by each of them.
         start: the tensors' first values.
         inverses: for each tensor, an estimate of its inverse curvature, applied to a gradient.
-        tolerance, iterations: see ``minimise``.
+        tolerance: see ``minimise``.
+        count: of comparisons.
 
     Returns:
-        The tensors, in float64, and the objective after every step.
+        The tensors, in float64, and the objective over ``count`` after every step.
     """
     sizes = [tensor.numel() for tensor in start]
 
@@ -183,23 +169,17 @@ def fit_together(
     def inverse(flat: Tensor) -> Tensor:
         return pack([apply(g) for apply, g in zip(inverses, unpack(flat), strict=True)])
 
-    flat = pack([tensor.double() for tensor in start])
-    found = minimise(value, flat, inverse, tolerance, iterations)
-    return unpack(found.x), found.values
+    found = minimise(value, pack([t.double() for t in start]), inverse, tolerance, 1000)
+    return unpack(found.x), [loss / count for loss in found.values]
 
 
 def basis_inverses(
     data: Comparisons, geometry: Geometry, V: Tensor, W: Tensor, strengths: tuple[float, float],
     extra: float = 0.0,
 ) -> list[Callable[[Tensor], Tensor]]:  # fmt: skip
-    """Estimates of the inverse curvature of ``pair_loss`` with ridges, by V and by W.
-
-    Args:
-        data, geometry: the comparisons, and of their features.
-        V, W: basis among stretched features [F, K] and weights [U, K], near which it is estimated.
-        strengths: of the ridges on V and on W.
-        extra: squared weights to which another term's curvature by V amounts.
-    """
+    """Estimates of the inverse curvature of ``pair_loss`` with ridges of these strengths, near V
+    [F, K] (among stretched features) and W [U, K]; ``extra`` squared weights stand for another
+    term's curvature by V."""
     squares = W.square().mean(0) + extra + 1e-12
     by_V = inverse_curvature(geometry, strengths[0] / squares + 1e-3)
     lengths = project(data, geometry.raw(V)).square().mean(0)
@@ -243,25 +223,24 @@ class LinearPeer(Peer):
 
     def chosen(self, task: Task) -> LinearFitted:
         """The fit with the strength, and whitening, that is best on validation."""
+
+        def fit(
+            data: Comparisons, geometry: Geometry, candidate: Any, warm: Any, tolerance: float
+        ) -> tuple[LinearFitted, Any]:
+            strength, floor = candidate
+            geometry = replace(geometry, floor=floor)
+            fitted, warm = self.converged(data, geometry, strength, warm, tolerance)
+            fitted.settings |= {"floor": floor} if self.whitens else {}
+            return fitted, warm
+
+        def roughly(split: Split, candidate: Any, warm: Any) -> tuple[LinearFitted, Any]:
+            return fit(split.fit, split.geometry, candidate, warm, ROUGH)
+
         best, tried, data = (self.strengths[0], None), [], task.local_train
-
-        def fit(split: Split, candidate: Any, warm: Any) -> tuple[LinearFitted, Any]:
-            return self._fit(split.fit, split.geometry, candidate, warm, ROUGH)
-
         if len(self.strengths) > 1:
             floors = FLOORS if self.whitens else FLOORS[:1]
-            found = choose_whitened(Validation(task), self.strengths, fit, floors=floors)
+            found = choose_whitened(Validation(task), self.strengths, roughly, floors=floors)
             best, tried = found.candidate, found.tried
-        fitted, _ = self._fit(data, measure(data), best, None, FINE)
+        fitted, _ = fit(data, measure(data), best, None, FINE)
         fitted.facts["tried"] = tried
         return fitted
-
-    def _fit(
-        self, data: Comparisons, geometry: Geometry, candidate: Any, warm: Any, tolerance: float
-    ) -> tuple[LinearFitted, Any]:
-        strength, floor = candidate
-        geometry = replace(geometry, floor=floor)
-        fitted, warm = self.converged(data, geometry, strength, warm, tolerance)
-        fitted.settings |= {"floor": floor} if self.whitens else {}
-        return fitted, warm
-

@@ -1,14 +1,13 @@
 """What methods with a network share: rows at one scale, early stopping, choosing, users' weights.
 
-A network sees the two embeddings of a comparison apart. It is evaluated on the distinct rows of a
-batch or pass; comparisons only gather from them.
+A network sees the two embeddings of a comparison apart, and each distinct row once.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from lore.common.files import InputError, require
+from lore.common.files import require
 from lore.learning.comparisons import Comparisons, Pairs, RowFeatures, Seed, Users, as_generator
 from lore.learning.method import Fitted, Task, View
 from lore.methods.fitting.validation import HeldOut, Peer, Split, Validation, choose
@@ -30,21 +29,17 @@ BLOCK = 1 << 15  # comparisons of users who are fitted together, padded to the l
 RIDGES = (0.0, 0.3, 1.0, 3.0)  # pulls of new users' logits towards the seen users' mean
 
 
-# ------------------------------------------------------------------------- Rows
+# ---------------------------------------------------------------- Rows and networks
 
 
 def rows_of(data: Comparisons) -> RowFeatures:
-    """The features, if they are rows of a table.
-
-    Raises:
-        InputError: only differences are known.
-    """
-    if isinstance(data.features, RowFeatures):
-        return data.features
-    raise InputError(
+    """The features, if they are rows of a table; InputError if only differences are held."""
+    require(
+        isinstance(data.features, RowFeatures),
         "this method needs both embeddings of a comparison, but only differences are held: "
-        "give RowFeatures (a prepared folder with embeddings has them)"
+        "give RowFeatures (a prepared folder with embeddings has them)",
     )
+    return data.features
 
 
 def row_scale(data: Comparisons) -> float:
@@ -53,18 +48,10 @@ def row_scale(data: Comparisons) -> float:
     return float(norms.mean()) / math.sqrt(data.num_features)
 
 
-def scaled_pairs(data: Comparisons, scale: float) -> Pairs:
-    """The distinct rows divided by the scale, in memory, and the comparisons' places in them."""
-    return rows_of(data).pairs(lambda e: e / scale)
-
-
-def distinct(*numbers: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The distinct ones among numbers of rows, and the place of each number among them."""
-    found, places = torch.unique(torch.cat(numbers), return_inverse=True)
-    return found, list(places.split([len(part) for part in numbers]))
-
-
-# --------------------------------------------------------------------- Networks
+def outputs(network: Callable[[Tensor], Tensor], pairs: Pairs) -> Pairs:
+    """What a network makes of the rows that the pairs are of, each evaluated once."""
+    rows, places = torch.unique(torch.stack([pairs.chosen, pairs.rejected]), return_inverse=True)
+    return Pairs(network(pairs.values[rows]), *places)
 
 
 def linear(
@@ -80,54 +67,41 @@ def linear(
     return layer
 
 
-def frozen(module: nn.Module) -> nn.Module:
-    """The module, never to be trained again."""
-    return module.eval().requires_grad_(False)
+def batches(total: int, size: int, generator: torch.Generator) -> Sequence[Tensor]:
+    """The numbers below ``total`` in random order, some at a time."""
+    return torch.randperm(total, generator=generator).split(size)
 
 
-def batches(total: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """One pass over the numbers below ``total`` in random order, some at a time."""
-    return iter(torch.randperm(total, generator=generator).split(size))
-
-
-# --------------------------------------------------------------------- Training
-
-
-@dataclass
-class Course:
-    """How a training went: the loss of every step, and how many passes over the data the kept
-    parameters have seen."""
-
-    losses: list[float] = field(default_factory=list)
-    epochs: int = 0
-
-    def curve(self) -> dict[str, Any]:
-        """At most ``CURVE`` means of successive losses, and the steps each stands for."""
-        step = max(1, math.ceil(len(self.losses) / CURVE))
-        parts = (self.losses[i : i + step] for i in range(0, len(self.losses), step))
-        return {"losses": [sum(part) / len(part) for part in parts], "loss_step": step}
+def cosine(step: int, warm: float, total: int) -> float:
+    """Share of the largest rate: a linear warm-up, then half a cosine down to 0."""
+    if step < warm:
+        return step / max(1, warm)
+    return (1 + math.cos(math.pi * min(1, (step - warm) / max(1, total - warm)))) / 2
 
 
 def descend(
     optimizer: torch.optim.Optimizer,
     epoch: Callable[[], Iterable[Tensor]],
     epochs: int,
-    held: Callable[[], float] | None = None,
+    held: Callable[[], Tensor] | None = None,
     schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
     patience: int = PATIENCE,
-) -> Course:
+) -> tuple[list[float], int]:
     """Train until the held-out log loss stops falling, and keep the best parameters.
 
     Args:
         optimizer, schedule: of the parameters, and of its rate, by step.
-        epoch: yields the loss of one batch after the other; a step is made at each.
-        epochs: passes over the data, at most.
-        held: held-out log loss of the present parameters; None to make all passes.
+        epoch: yields the loss of every batch of a pass; a step is made at each.
+        epochs: passes, at most.
+        held: the present held-out log losses; None to make all passes.
         patience: epochs without an improvement of ``TOLERANCE`` after which to stop, though not
             within the first ``PLATEAU`` steps.
+
+    Returns:
+        The loss of every step, and passes until the parameters that are kept.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    course, losses, best, kept = Course(), [], math.inf, None
+    losses, best, passes, kept = [], math.inf, 0, []
     for number in range(1, epochs + 1):
         for loss in epoch():
             optimizer.zero_grad(set_to_none=True)
@@ -137,17 +111,18 @@ def descend(
                 schedule.step()
             losses.append(loss.detach())
         if held is None:
-            course.epochs = number
+            passes = number
             continue
-        if (now := held()) < best - TOLERANCE:
-            best, course.epochs = now, number
+        with torch.no_grad():
+            now = float(held().mean())
+        if now < best - TOLERANCE:
+            best, passes = now, number
             kept = [p.detach().clone() for p in parameters]
-        elif number - course.epochs >= patience and len(losses) >= PLATEAU:
+        elif number - passes >= patience and len(losses) >= PLATEAU:
             break
-    for parameter, value in zip(parameters, kept or [], strict=bool(kept)):
+    for parameter, value in zip(parameters, kept, strict=bool(kept)):
         parameter.data.copy_(value)
-    course.losses = torch.stack(losses).tolist()
-    return course
+    return torch.stack(losses).tolist(), passes
 
 
 # ---------------------------------------------------------------------- Methods
@@ -162,15 +137,14 @@ class Networked(Peer):
 
     @property
     def grid(self) -> Grid:
-        """What is tried: names and values of a setting that needs a training for each, and of one
-        that needs none."""
+        """What is tried: a setting that needs a training for each value, and one that does not."""
         raise NotImplementedError
 
     def train(
         self, data: Comparisons, held: HeldOut | None, model: Any, task: Task, epochs: int = 0
     ) -> Network:
-        """A fit of one of the models that are tried, stopped by held-out comparisons if there are
-        any; the task gives seed and shots, and the method the most passes if ``epochs`` is 0."""
+        """A fit of a model to try, stopped by held-out comparisons if there are any; the task gives
+        seed and shots, and the method the most passes if ``epochs`` is 0."""
         raise NotImplementedError
 
     def published(self, task: Task, model: Any) -> Network:
@@ -178,11 +152,8 @@ class Networked(Peer):
         return self.train(task.train, None, model, task)
 
     def fit(self, task: Task) -> list[Fitted]:
-        """Learn from the task's training comparisons.
-
-        Raises:
-            InputError: only differences of embeddings are held, or nothing can be held out.
-        """
+        """Learn from the training comparisons; InputError if only differences of embeddings are
+        held, or nothing can be held out."""
         rows_of(task.train)
         if task.process:
             return []  # the first process judges alone
@@ -199,31 +170,25 @@ class Networked(Peer):
                 require(split.held is not None, "no user has two dialogues: nothing to stop by")
                 last = self.train(split.fit, split, model, task)
             last.variant = variant
-            last.settings = {kind: model, name: variant, "epochs": last.course.epochs}
+            last.settings = {kind: model, name: variant, "epochs": last.epochs}
             return last, last
 
         apart = Validation(replace(task, stream=True))  # networks read the two responses apart
         found = choose(apart, [(m, v) for m in models for v in variants], fit)
-        (model, variant), passes = found.candidate, [fit.course.epochs for fit in found.kept]
+        (model, variant), passes = found.candidate, [fit.epochs for fit in found.kept]
         chosen = self.train(task.train, None, model, task, round(sum(passes) / len(passes)))
         chosen.variant, chosen.tried = variant, found.tried
         return chosen
 
 
 class Network(Fitted):
-    """A fitted method with a network.
+    """A fitted method with a network; rows are divided by ``scale``, which is 1 if faithful."""
 
-    Attributes:
-        scale: what rows are divided by; 1 if faithful.
-        variant: a setting of new users' fits or of scoring that needs no other training.
-        tried: configurations that were tried, with held-out log losses.
-        parameters: number of trained numbers, the seen users' own included.
-    """
-
-    course: Course
-    variant: float = 0.0
+    losses: list[float]  # of training, and passes over the data
+    epochs: int
+    variant: float = 0.0  # of the setting that needs no other training
     tried: Sequence[dict[str, Any]] = ()
-    parameters: int = 0
+    parameters: int = 0  # trained numbers, the seen users' own included
 
     def __init__(self, name: str, method: Networked, data: Comparisons) -> None:
         self.faithful = method.faithful
@@ -231,85 +196,64 @@ class Network(Fitted):
         self.scale = 1.0 if self.faithful else row_scale(data)
 
     def describe(self) -> dict[str, Any]:
-        """Parameters, configurations tried, training curve and a line for the report."""
+        """Parameters, configurations tried, at most ``CURVE`` means of successive losses."""
+        step = max(1, math.ceil(len(self.losses) / CURVE))
+        parts = [self.losses[i : i + step] for i in range(0, len(self.losses), step)]
         return {
-            "parameters": self.parameters,
-            "tried": list(self.tried),
-            "epochs": self.course.epochs,
-            **self.course.curve(),
+            "parameters": self.parameters, "tried": list(self.tried), "epochs": self.epochs,
+            "losses": [sum(part) / len(part) for part in parts], "loss_step": step,
             "note": self.note(),
-        }
+        }  # fmt: skip
 
     def note(self) -> str:
         """A line for the report."""
-        return f"{self.label}: {self.parameters:,} parameters, {self.course.epochs} epochs"
+        return f"{self.label}: {self.parameters:,} parameters, {self.epochs} epochs"
 
-    def held_out(
-        self, held: HeldOut | None, users: Callable[[], Tensor]
-    ) -> Callable[[], float] | None:
-        """Gives the present mean log loss of held-out comparisons, from the users' states."""
-
-        @torch.no_grad()
-        def loss() -> float:
-            return float(held.losses(self, users()).mean())
-
-        return None if held is None else loss
-
-
-class Mixing(Network):
-    """A network whose users mix K outputs: weights [K] are on the simplex, and the population's are
-    the mean of the seen users'.
-
-    Attributes:
-        free: logits [U, K] of the seen users' weights.
-        variant: ridge of new users' weights.
-        hinge: the loss is the hinge loss of margin 1, not the log loss.
-    """
-
-    free: Tensor
-    hinge: bool = False
-
-    def draw(self, data: Comparisons, K: int, generator: torch.Generator) -> None:
-        """The first logits of the users' weights, N(0, 1)."""
-        self.free = torch.randn(data.num_users, K, generator=generator)
-        self.free = self.free.to(data.device).requires_grad_()
-
-    def values(self, e: Tensor) -> Tensor:
-        """The network's outputs [n, *] for scaled rows [n, F]."""
+    def outputs(self, rows: Tensor) -> Tensor:
+        """What ``view`` keeps of scaled rows [n, F]: [n, *]."""
         raise NotImplementedError
 
     @torch.no_grad()
     def view(self, data: Comparisons) -> Pairs:
         """The network's outputs for the distinct rows."""
-        return rows_of(data).pairs(lambda e: self.values(e / self.scale))
+        return rows_of(data).pairs(lambda e: self.outputs(e / self.scale))
+
+    def scaled(self, data: Comparisons) -> Pairs:
+        """The distinct rows divided by the scale, in memory."""
+        return rows_of(data).pairs(lambda e: e / self.scale)
+
+
+class Mixing(Network):
+    """A network whose users mix K outputs: weights [K] are on the simplex, and the population's are
+    the mean of the seen users'; ``variant`` is the ridge of new users'."""
+
+    free: Tensor  # logits [U, K] of the seen users' weights, at first N(0, 1)
+
+    def loss(self, logits: Tensor) -> Tensor:
+        """The log loss of each logit [n]."""
+        return softplus(-logits)
 
     def train(
         self, data: Comparisons, weight: Tensor, optimizer: torch.optim.Optimizer, size: int,
         generator: torch.Generator, held: HeldOut | None, epochs: int, **settings: Any,
     ) -> None:  # fmt: skip
         """Descend, a batch of so many comparisons, which weigh ``weight`` [N], after the other."""
-        pairs = scaled_pairs(data, self.scale)
+        pairs = self.scaled(data)
 
         def epoch() -> Iterator[Tensor]:
             for some in batches(len(data), size, generator):
                 some = some.to(data.device)
-                logits = self.batch_logits(pairs[some], data.user[some])
-                yield add_losses(logits, weight[some], self.hinge)
+                who, own = data.user[some].unique(return_inverse=True)
+                view = outputs(self.outputs, pairs[some])
+                logits = self.logits(view, self.free[who].softmax(1), own)
+                yield weight[some] @ self.loss(logits) / len(some)
 
-        self.course = descend(
-            optimizer, epoch, epochs, self.held_out(held, lambda: self.free.softmax(1)), **settings
-        )
-
-    def batch_logits(self, pairs: Pairs, user: Tensor) -> Tensor:
-        """Logits [n] of training comparisons, from scaled rows, at the present parameters."""
-        rows, (chosen, rejected) = distinct(pairs.chosen, pairs.rejected)
-        who, (own,) = distinct(user)
-        view = Pairs(self.values(pairs.values[rows]), chosen, rejected)
-        return self.logits(view, self.free[who].softmax(1), own)
+        held_out = held and (lambda: held.losses(self, self.free.softmax(1)))
+        self.losses, self.epochs = descend(optimizer, epoch, epochs, held_out, **settings)
 
     def finish(self, network: nn.Module, *own: Tensor) -> None:
         """Nothing is trained any more: read the states, and count all parameters."""
-        frozen(network)
+        network.eval().requires_grad_(False)
         self.free = self.free.detach()
         self.users = self.free.softmax(1)
         self.population_state = self.users.mean(0)
@@ -323,19 +267,21 @@ class Mixing(Network):
             found = self.published(view, users, as_generator(seed))
         else:
             start = self.population_state.log().repeat(users.num_users, 1)
-            found = solve_weights(partial(self.losses, view), users, start, self.variant)
-        return where_known(found, users, self.population_state)
+            found = solve_weights(partial(self.losses_of, view), users, start, self.variant)
+        return torch.where(users.counts[:, None] > 0, found, self.population_state)
 
-    def losses(self, view: View, rows: slice, weights: Tensor, user: Tensor) -> Tensor:
+    def losses_of(self, view: View, rows: slice, weights: Tensor, user: Tensor) -> Tensor:
         """Losses [n] of some comparisons, given weights [U', K] and whose they are [n]."""
-        return losses_of(self.logits(view[rows], weights, user), self.hinge)
+        return self.loss(self.logits(view[rows], weights, user))
 
     def published(self, view: View, users: Users, generator: torch.Generator) -> Tensor:
         """Weights [U', K] of users by the published fit."""
         raise NotImplementedError
 
 
-# ----------------------------------------------------------------------- Losses
+# --------------------------------------------------------------- Users' weights
+
+Losses = Callable[[slice, Tensor, Tensor], Tensor]
 
 
 def pair_weights(users: Users, by_user: bool) -> Tensor:
@@ -347,21 +293,6 @@ def pair_weights(users: Users, by_user: bool) -> Tensor:
     return (weight / weight.mean()).float()
 
 
-def losses_of(logits: Tensor, hinge: bool = False) -> Tensor:
-    """The log loss, or the hinge loss of margin 1, of each of the logits [n]."""
-    return (1 - logits).clamp(min=0) if hinge else softplus(-logits)
-
-
-def add_losses(logits: Tensor, weight: Tensor, hinge: bool = False) -> Tensor:
-    """Weighted mean of the losses of logits [n]."""
-    return weight @ losses_of(logits, hinge) / len(logits)
-
-
-# --------------------------------------------------------------- Users' weights
-
-Losses = Callable[[slice, Tensor, Tensor], Tensor]
-
-
 def blocks(users: Users) -> Iterator[tuple[slice, slice]]:
     """Users, and their comparisons, that are at most ``BLOCK`` when padded to the longest."""
     return users.user_blocks(BLOCK, padded=True)
@@ -369,7 +300,7 @@ def blocks(users: Users) -> Iterator[tuple[slice, slice]]:
 
 def solve_weights(
     losses: Losses, users: Users, start: Tensor, ridge: float = 0.0, steps: int = 300,
-    tolerance: float = TOLERANCE, rate: float = 0.1,
+    tolerance: float = TOLERANCE,
 ) -> Tensor:  # fmt: skip
     """Simplex weights of users [U, K] that minimise the mean of their losses, by full-batch Adam.
 
@@ -377,12 +308,12 @@ def solve_weights(
     best weights: no user's result depends on who else is fitted.
 
     Args:
-        losses: of some comparisons, given their slice, the weights [U', K] of the users
-            they belong to and whose they are [n]: [n].
+        losses: of some comparisons [n], given their slice, the weights [U', K] of the users they
+            belong to and whose they are [n].
         users: whose the comparisons are.
         start: initial logits [U, K] of the weights.
         ridge: pull of the logits towards the start, as a share of one comparison each.
-        steps, rate: of Adam, at most so many.
+        steps: of Adam, at most.
         tolerance: of the objective; negative to make all steps and keep the last.
     """
     found = torch.empty_like(start)
@@ -396,16 +327,16 @@ def solve_weights(
             mean = each.new_zeros(part.num_users).index_add(0, part.user, each)  # noqa: B023
             return mean + pull * (logits - centre).square().sum(1)  # noqa: B023
 
-        found[who] = _least(objective, centre, steps, tolerance, rate)
+        found[who] = _least(objective, centre, steps, tolerance)
     return found.softmax(1)
 
 
 def _least(
-    objective: Callable[[Tensor], Tensor], start: Tensor, steps: int, tolerance: float, rate: float
+    objective: Callable[[Tensor], Tensor], start: Tensor, steps: int, tolerance: float
 ) -> Tensor:
     """Where each row's own objective is least [U, K], by Adam on all rows at a time."""
     logits = start.detach().clone().requires_grad_()
-    optimizer = torch.optim.Adam([logits], lr=rate)
+    optimizer = torch.optim.Adam([logits], lr=0.1)
     best = torch.full((len(start),), math.inf, device=start.device)
     kept, waited = logits.detach().clone(), torch.zeros_like(best)
     for _ in range(steps):
@@ -422,8 +353,3 @@ def _least(
                 break
         optimizer.step()
     return kept if tolerance >= 0 else logits.detach()
-
-
-def where_known(states: Tensor, users: Users, population_state: Tensor) -> Tensor:
-    """States [U, S] of users with comparisons; population average [S] of the others."""
-    return torch.where(users.counts[:, None] > 0, states, population_state)
