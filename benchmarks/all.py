@@ -1,12 +1,13 @@
 """Every benchmark, one table (make bench).
 
-    python benchmarks/all.py                  # about ten minutes on two cores
+    python benchmarks/all.py                  # about four minutes on two cores
     python benchmarks/all.py --device cuda
 """
 
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import core
 import embedding
 import mixed
-import scaling as growth
 from lore.common.cli import cli
 from lore.common.settings import NonNegativeInt as Count
 from lore.common.settings import PositiveInt
@@ -34,32 +34,34 @@ NOTE = (
 
 def main(
     device: str = "cpu",
-    rounds: PositiveInt = 3,
+    rounds: PositiveInt = 2,
     against: tuple[Path, ...] = (),
-    scaling: bool = False,
     model: str | None = None,
-    texts: tuple[Count, Count, Count, Count] = (50, 25, 50, 100),
+    texts: tuple[Count, Count, Count, Count] = (12, 6, 12, 24),
     **sizes: Any,
 ) -> None:
     """Print one table: the core, the embedding engine and the mixed logit, each beside the floor of
-    this machine and the plain way of computing.
+    this machine and the plain way of computing; and what each part took.
 
     Args:
         device: cpu or cuda.
         rounds: how often all sides of the core take their turn.
         against: folders of other commits' checkouts, whose core is timed in the same run.
-        scaling: also show how an iteration grows with users, pairs, rank and features.
         model: whose embeddings are timed, see embedding.py.
         texts: posts, dialogues, prompts and PRISM's dialogues that are embedded.
     """
-    engine = [embedding_row(row) for row in embedding.measure(model, device, texts)]
-    rows = core.measure(core.cases(device, **sizes), rounds, against)
-    rows = [*rows, *engine, mixed_row(core.cases(device, **sizes)[0], rows[0])]
+    cases, laps = core.cases(device, **sizes), [time.monotonic()]
+    engine = [embedding_row(row) for row in embedding.measure(model, device, texts, parts=3)]
+    laps.append(time.monotonic())
+    rows = core.measure(cases, rounds, against)
+    laps.append(time.monotonic())
+    rows = [*rows, *engine, mixed_row(cases[0], rows[0])]
+    laps.append(time.monotonic())
     print(markdown(pd.DataFrame(rows).fillna("").set_index("case")))
     print(core.note())
     print(NOTE)
-    if scaling:
-        growth.main(device=device)
+    took = zip(("embedding", "core", "mixed logit"), laps[1:], laps, strict=False)
+    print("Seconds:", ", ".join(f"{name} {end - begin:.0f}" for name, end, begin in took))
 
 
 def embedding_row(row: dict[str, Any]) -> dict[str, str]:

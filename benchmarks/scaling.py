@@ -2,8 +2,6 @@
 
     python benchmarks/scaling.py                          # users, pairs, rank, features: a decade
     python benchmarks/scaling.py --million --gigabytes 16 # streamed from a file of that size
-
-The table and the plot are also left in benchmarks/out.
 """
 
 from __future__ import annotations
@@ -19,7 +17,6 @@ import numpy as np
 import pandas as pd
 import psutil
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
@@ -60,7 +57,7 @@ def main(
         features: F at the start.
         steps: iterations in a row; the first one is not counted, the median counts.
         device: cpu or cuda.
-        out: folder for the table and the plot; with million, for the file while it is used.
+        out: with million, the folder of the file while it is used.
         million: instead, stream as many users as a file of gigabytes holds, and extrapolate.
         target: users, comparisons of each, features and rank to extrapolate to; all but the users
             are also the measured run's.
@@ -69,31 +66,15 @@ def main(
         device_gigabytes: memory of a device of the extrapolation.
         seed: of everything random.
     """
-    out.mkdir(parents=True, exist_ok=True)
     if million:
+        out.mkdir(parents=True, exist_ok=True)
         print(markdown(_million(target, gigabytes, dtype, device_gigabytes, device, steps, out)))
         return
     base = {"users": users, "pairs": pairs, "rank": rank, "features": features}
-    costs = _costs(base, device, steps, seed)
-    costs.to_csv(out / "scaling.csv", index=False)
-    print(markdown(_table(costs)))
-    for suffix in ("png", "pdf"):
-        _plot(costs).savefig(out / f"scaling.{suffix}", dpi=150, metadata={})
-    print(f"{out / 'scaling.png'}, .pdf and .csv hold the same")
+    print(markdown(_growth_table(base, device, steps, seed)))
 
 
 # -------------------------------------------------------------- One size at a time
-
-
-def _costs(base: dict[str, int], device: str, steps: int, seed: int) -> pd.DataFrame:
-    """Median seconds of an iteration: a row for each quantity and value."""
-    rows = []
-    for what, first in base.items():
-        for factor in FACTORS:
-            sizes = {**base, what: first * factor}
-            seconds = _seconds(**sizes, device=device, steps=steps, seed=seed)
-            rows.append({"grows": what, "value": sizes[what], "seconds": seconds})
-    return pd.DataFrame(rows)
 
 
 def _seconds(
@@ -104,36 +85,24 @@ def _seconds(
     return float(np.median(iteration_seconds(partial(model.train, X), device, steps)))
 
 
-def _growth(rows: pd.DataFrame) -> float:
-    """Exponent p of seconds ~ value^p over the whole decade."""
-    return float(np.polyfit(np.log(rows["value"]), np.log(rows["seconds"]), 1)[0])
+def _exponent(values: list[int], seconds: list[float]) -> float:
+    """p of seconds ~ value^p over the whole decade."""
+    return float(np.polyfit(np.log(values), np.log(seconds), 1)[0])
 
 
-def _table(costs: pd.DataFrame) -> pd.DataFrame:
-    rows = []
-    for what, some in costs.groupby("grows", sort=False):
-        first = some["seconds"].iloc[0]
-        grown = [f"{value}: {1000 * s:.3g} ms ({s / first:.1f}x)"
-                 for _, value, s in some.itertuples(index=False)]  # fmt: skip
-        rows.append([what, *grown, f"{_growth(some):.2f}"])
-    names = ["grows", *(f"x{factor}" for factor in FACTORS), "exponent"]
-    return pd.DataFrame(rows, columns=names).set_index("grows")
-
-
-def _plot(costs: pd.DataFrame) -> Figure:
-    figure = Figure(figsize=(9, 2.8), layout="constrained")
-    panels = figure.subplots(1, costs["grows"].nunique(), sharey=True)
-    for axes, (what, some) in zip(panels, costs.groupby("grows", sort=False), strict=True):
-        value, seconds = some["value"].to_numpy(), 1000 * some["seconds"].to_numpy()
-        axes.loglog(value, seconds, "o-", c="0.1", label=f"measured, exponent {_growth(some):.2f}")
-        axes.loglog(value, seconds[0] * value / value[0], "--", c="0.6", label="in proportion")
-        axes.set_xticks(value, [str(v) for v in value])
-        axes.set_xticks([], minor=True)
-        axes.set_xlabel(what)
-        axes.legend(fontsize=7, frameon=False)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("ms per iteration")
-    return figure
+def _growth_table(base: dict[str, int], device: str, steps: int, seed: int) -> pd.DataFrame:
+    """Median seconds of an iteration: a row for each quantity, a column for each value."""
+    rows = {}
+    for what, first in base.items():
+        values = [first * factor for factor in FACTORS]
+        given = [{**base, what: value} for value in values]
+        seconds = [_seconds(**sizes, device=device, steps=steps, seed=seed) for sizes in given]
+        cells = {
+            f"x{factor}": f"{value}: {1000 * s:.3g} ms ({s / seconds[0]:.1f}x)"
+            for factor, value, s in zip(FACTORS, values, seconds, strict=True)
+        }
+        rows[what] = {**cells, "exponent": f"{_exponent(values, seconds):.2f}"}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("grows")
 
 
 # ------------------------------------------------------------------- A million users

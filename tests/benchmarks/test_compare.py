@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import functools
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
-import made_results as made
-from lore.common.files import InputError
-from lore.experiments import splits
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "benchmarks"))
 import compare
 import comparison_data
+import made_results as made
 from comparison_data import WORLDS, choose, plant
+from lore.common.files import InputError
+from lore.experiments import splits
 
 CPU = torch.device("cpu")
 NONE = {name: Path("nowhere") for name in ("jokes", "ukp", "prism", "demo")}

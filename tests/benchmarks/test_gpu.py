@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,6 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "benchmarks"))
 import gpu
 import gpu_checks
 import gpu_speed
@@ -24,7 +22,7 @@ from lore.embeddings import reward_model
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_every_part_runs_and_is_saved(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_every_part_runs_and_is_saved(tmp_path, capsys):
     page = ROOT / "docs" / "gpu.md"
     before = page.read_bytes() if page.exists() else None
     gpu.main(device="cpu", tiny=True, seconds=3600, out=tmp_path, page_file=tmp_path / "page.md")
@@ -41,7 +39,7 @@ def test_every_part_runs_and_is_saved(tmp_path: Path, capsys: pytest.CaptureFixt
     assert (page.read_bytes() if page.exists() else None) == before
 
 
-def test_a_wrong_row_misses_its_aim(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_row_misses_its_aim(monkeypatch):
     right = passes.tree_mask
     monkeypatch.setattr(
         reward_model, "tree_mask", lambda ends, dtype: right(0 * ends + len(ends), dtype)
@@ -52,34 +50,29 @@ def test_a_wrong_row_misses_its_aim(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu_checks.line("nothing", float("nan"), 1.0)["met"] == "no"
 
 
-def parts(monkeypatch: pytest.MonkeyPatch, seconds: int = 60) -> None:
-    def one(device: str, tiny: bool) -> Iterator[dict[str, Any]]:
-        yield {"case": "quick"}
-        until = time.monotonic() + 30
-        while time.monotonic() < until:
-            try:
-                time.sleep(0.01)
-            except Exception:  # a fallback that must not swallow the limit
-                continue
-        yield {"case": "never"}
+def _slow(device: str, tiny: bool) -> Iterator[dict[str, Any]]:
+    yield {"case": "quick"}
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        try:
+            time.sleep(0.01)
+        except Exception:  # a fallback that must not swallow the limit
+            continue
+    yield {"case": "never"}
 
-    def two(device: str, tiny: bool) -> Iterator[dict[str, Any]]:
-        yield {"case": "before"}
-        raise RuntimeError("broken\nkernel")
 
-    made = {"slow": gpu.Part("Slow", one, seconds), "bad": gpu.Part("Bad", two, 9)}
-    monkeypatch.setattr(gpu, "PARTS", made)
+def _broken(device: str, tiny: bool) -> Iterator[dict[str, Any]]:
+    yield {"case": "before"}
+    raise RuntimeError("broken\nkernel")
 
 
 @pytest.mark.slow
-def test_what_stops_a_part_loses_the_rest_of_it_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    parts(monkeypatch)
-    kept: list[dict[str, Any]] = []
-    ended = gpu.carry_out(gpu.PARTS["slow"], "cpu", False, 0.3, kept.append)
+def test_what_stops_a_part_loses_the_rest_of_it_alone(tmp_path, monkeypatch):
+    slow, kept = gpu.Part("Slow", _slow, 60), []
+    ended = gpu.carry_out(slow, "cpu", False, 0.3, kept.append)
     assert kept == [{"case": "quick"}] and ended.startswith("stopped after")
-    assert gpu.carry_out(gpu.PARTS["slow"], "cpu", False, -1, kept.append).startswith("left out")
+    assert gpu.carry_out(slow, "cpu", False, -1, kept.append).startswith("left out")
+    monkeypatch.setattr(gpu, "PARTS", {"bad": gpu.Part("Bad", _broken, 9)})
     with pytest.raises(SystemExit):
         gpu.main(device="cpu", parts=("bad",), tiny=True, out=tmp_path)
     (part,) = json.loads((tmp_path / "gpu.json").read_text())["parts"]
@@ -87,18 +80,18 @@ def test_what_stops_a_part_loses_the_rest_of_it_alone(
     assert part["ended"] == "failed: RuntimeError: broken"
 
 
-def test_the_limits_of_all_parts_are_under_nine_minutes() -> None:
+def test_the_limits_of_all_parts_are_under_nine_minutes():
     assert sum(part.seconds for part in gpu.PARTS.values()) < 540
 
 
-def test_full_sizes_take_a_gpu(tmp_path: Path) -> None:
+def test_full_sizes_take_a_gpu(tmp_path):
     with pytest.raises(InputError, match="--tiny"):
         gpu.main(device="cpu", out=tmp_path)
     with pytest.raises(InputError, match="--parts speeed"):
         gpu.main(device="cpu", tiny=True, parts=("speeed",), out=tmp_path)
 
 
-def test_operations_are_those_of_the_weights() -> None:
+def test_operations_are_those_of_the_weights():
     sizes = {**gpu_speed.TINY, "intermediate_size": 128}
     engine = gpu_checks.random_engine("Llama", torch.float32, "cpu", 100, **sizes)
     row = gpu_speed._row("case", engine, 2.0, 8.0, 600, 200, 1e9)
