@@ -11,11 +11,12 @@ from lore.experiments.report.intervals import equivalent_random_shots, shots_to_
 from lore.experiments.results import Record, Results
 
 
-def test_a_level_is_reached_on_a_straight_line_between_two_numbers():
-    assert shots_to_reach([0, 10, 20], [0.5, 0.6, 0.7], 0.65) == pytest.approx(15)
-    assert shots_to_reach([0, 10, 20], [0.5, 0.6, 0.7], 0.4) == 0
-    assert shots_to_reach([0, 10, 20], [0.5, 0.6, 0.7], 0.71) == math.inf
-    assert shots_to_reach([0, 10, 20], [0.5, 0.7, 0.6], 0.65) == pytest.approx(7.5)
+@pytest.mark.parametrize(("curve", "level", "shots"), [
+    ([0.5, 0.6, 0.7], 0.65, 15), ([0.5, 0.6, 0.7], 0.4, 0), ([0.5, 0.6, 0.7], 0.71, math.inf),
+    ([0.5, 0.7, 0.6], 0.65, 7.5),
+])  # fmt: skip
+def test_a_level_is_reached_on_a_straight_line_between_two_numbers(curve, level, shots):
+    assert shots_to_reach([0, 10, 20], curve, level) == pytest.approx(shots)
 
 
 def results(gain: float, users: int = 40) -> Results:
@@ -40,10 +41,7 @@ def test_ten_chosen_ones_equal_what_reaches_their_level(measure, gain, expected)
     assert found == pytest.approx((expected,) * 3)  # users differ by a constant, so no spread
 
 
-def test_four_users_have_no_interval():
+def test_four_users_have_no_interval_and_more_than_was_drawn_at_random_is_infinite():
     middle, *ends = equivalent_random_shots(results(1.5, users=4), "B", "accuracy", 10)
     assert middle == pytest.approx(15) and all(map(math.isnan, ends))
-
-
-def test_more_than_was_drawn_at_random_is_infinite():
     assert equivalent_random_shots(results(3.0), "B", "accuracy", 10)[0] == math.inf

@@ -6,8 +6,9 @@ import copy
 import csv
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -17,76 +18,99 @@ from hypothesis import strategies as st
 import made_results as made
 import running
 from lore.common.files import InputError
-from lore.experiments import results as records
-from lore.experiments.report import intervals as summaries
-from lore.experiments.report import page as html_report
-from lore.experiments.report import plots, verdict
-from lore.experiments.report import tables as reports
+from lore.experiments.report import intervals, plots, tables, verdict
+from lore.experiments.results import Results, read_results
 
-TOY = ("toy", True, {"strength": 3.0}, {"train": 0.9, "seen": 0.8, "unseen": 0.77})
-
-
+MEANS = {"train": 0.9, "seen": 0.8, "unseen": 0.77}
+TOY = ("toy", True, {"strength": 3.0}, MEANS)
 WRITE_PLOTS = plots.write_plots
+Rows = dict[str, dict[str, str]]
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def quick() -> Iterator[None]:
     """Reports without plots and pages, which take most of the time and have their own tests."""
-    for module in (plots, reports):
-        monkeypatch.setattr(module, "write_plots", lambda *_: ["no-plot"])
-    monkeypatch.setattr(html_report, "write_report", lambda *_: None)
-    monkeypatch.setattr(reports, "write_report", lambda *_: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables, "write_plots", lambda *_: ["no-plot"])
+        patch.setattr(tables, "write_report", lambda *_: None)
+        yield
 
 
-def blocks(text: str) -> dict[str, dict[str, dict[str, str]]]:
-    """Every table of a report by the line above it."""
+class Report(NamedTuple):
+    """What a report says, its tables by the line above each, and where it lies."""
+
+    text: str
+    blocks: dict[str, Rows]
+    folder: Path
+
+    def table(self, start: str) -> Rows:
+        return next(rows for caption, rows in self.blocks.items() if caption.startswith(start))
+
+    @property
+    def verdict(self) -> str:
+        return self.text[self.text.index("Verdict") : self.text.index("\n\nResults, table")]
+
+    @property
+    def read(self) -> Results:
+        return read_results(self.folder)
+
+    @property
+    def csv(self) -> list[dict[str, str]]:
+        with (self.folder / "results.csv").open() as file:
+            return list(csv.DictReader(file))
+
+
+def report(results: dict[str, Any], folder: Path, *labels: str) -> Report:
+    text = tables.report(made.write(results, folder), labels)
     parts = text.split("\n\n")
-    return {
-        above: running.table(f"\n{part}")
-        for above, part in zip(parts, parts[1:], strict=False)
-        if part.startswith("|")
-    }
+    pairs = zip(parts, parts[1:], strict=False)
+    blocks = {above: running.table(f"\n{part}") for above, part in pairs if part.startswith("|")}
+    return Report(text, blocks, folder)
 
 
-def tables(text: str) -> tuple[dict, dict, dict, dict]:
-    """Accuracy, log loss, and their differences."""
-    found = {name: block for name, block in blocks(text).items() if "how unusual" not in name}
-    assert [name.split(" (")[0] for name in found] == [
-        "Accuracy", "Log loss", "Differences of accuracy", "Differences of log loss"
-    ]  # fmt: skip
-    return tuple(found.values())
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, quick) -> Report:
+    """A run of one repeat as it is made."""
+    return report(made.results(), tmp_path_factory.mktemp("plain"))
 
 
-def report_of(results: dict[str, Any], folder: Path, *labels: str) -> str:
-    return reports.report(made.write(results, folder), labels)
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory, quick) -> Report:
+    """A sweep of sixty users as it is made."""
+    return report(made.results(sweep=True, users=60), tmp_path_factory.mktemp("swept"))
+
+
+def every_record(results: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for repeat in results["seeds"]:
+        for part in repeat["methods"].values():
+            yield from part["records"]
 
 
 def mean(results: dict[str, Any], label: str, name: str, key: str, seed: int = 0) -> np.ndarray:
     """The users' figures under a label's own states."""
-    return next(
-        np.array(r[key])
-        for part in results["seeds"][seed]["methods"].values()
-        for r in part["records"]
-        if (r["label"], r["control"], r["set"]) == (label, "", name)
-    )
+    some = every_record({"seeds": [results["seeds"][seed]]})
+    place = (label, "", name)
+    return next(np.array(r[key]) for r in some if (r["label"], r["control"], r["set"]) == place)
 
 
 def change(results: dict[str, Any], label: str, control: str, accuracy: float) -> None:
     """Shift a record's accuracies to a mean."""
-    for repeat in results["seeds"]:
-        for part in repeat["methods"].values():
-            for r in part["records"]:
-                if (r["label"], r["control"]) == (label, control):
-                    users = np.array(r["accuracy"])
-                    r["accuracy"] = (users + accuracy - users.mean()).clip(0, 1).tolist()
+    for r in every_record(results):
+        if (r["label"], r["control"]) == (label, control):
+            users = np.array(r["accuracy"])
+            r["accuracy"] = (users + accuracy - users.mean()).clip(0, 1).tolist()
 
 
 # ----------------------------------------------------------------------- Tables
 
 
-def test_every_label_and_control_has_its_figures_in_the_order_written(tmp_path):
+def test_every_label_and_control_has_its_figures_in_the_order_written(plain):
     results = made.results()
-    accuracy, log_loss, *_ = tables(report_of(results, tmp_path))
+    assert [name.split(" (")[0] for name in plain.blocks] == [
+        "Accuracy", "Log loss", "Differences of accuracy", "Differences of log loss",
+        "Accuracy by how unusual a user is",
+    ]  # fmt: skip
+    accuracy, log_loss, differences, losses, _ = plain.blocks.values()
     controls = [": population average", ": another user's weights", ": shuffled labels"]
     expected = ["reference", "BT", "Ridge BT", "own model"]
     expected += [f"LoRe K={k}{c}" for k in (2, 5) for c in ("", *controls)]
@@ -98,140 +122,124 @@ def test_every_label_and_control_has_its_figures_in_the_order_written(tmp_path):
         assert log_loss["LoRe K=5"][name].startswith(f"{users.mean():.3f} [")
     both = [mean(results, "BT", name, "accuracy").mean() for name in ("seen", "unseen")]
     assert accuracy["BT"]["overall"].startswith(f"{100 * np.mean(both):.1f} [")
+    against = ("BT", "population average", "another user's weights", "reference")
+    expected = ["BT minus reference", "Ridge BT minus BT", "Ridge BT minus reference"]
+    expected += ["own model minus BT", "own model minus reference"]
+    expected += [f"LoRe K={k} minus {other}" for k in (2, 5) for other in (*against, "Ridge BT")]
+    assert list(differences) == list(losses) == expected
+    assert any("ln 2 = 0.693" in name for name in plain.blocks)  # the coin's log loss
+    assert {line["shots"] for line in plain.csv} == {""}
 
 
-def only_seen(results: dict[str, Any]) -> dict[str, Any]:
-    """The same run without unseen users."""
+def test_baselines_are_not_judged(plain):
+    read = plain.read
+    found = [label for label in read.labels if read.is_baseline(label)]
+    assert found == ["reference", "BT", "Ridge BT", "own model"]
+    assert read.judged == ["LoRe K=5"] and read.title == "Toy, Tiny-Reward: LoRe"
+
+
+def test_where_nobody_is_new_a_report_is_of_seen_users_alone(tmp_path):
+    results = made.results()
     for repeat in results["seeds"]:
         repeat["users"]["unseen"] = []
         for part in repeat["methods"].values():
             part["records"] = [r for r in part["records"] if r["set"] in ("train", "seen")]
-    return results
-
-
-def test_where_nobody_is_new_a_report_is_of_seen_users_alone(tmp_path):
-    results = only_seen(made.results())
-    text = report_of(results, tmp_path)
-    accuracy, log_loss, differences, _ = tables(text)
+    found = report(results, tmp_path)
+    accuracy, log_loss, differences, *_ = found.blocks.values()
     assert all(set(row) <= {"seen", "train"} for row in (accuracy | log_loss).values())
     assert all(set(row) == {"seen"} for row in differences.values())
-    assert "unseen" not in text and "overall" not in text
-    read = records.read_results(tmp_path)
-    (verdict_of_seen,) = [v for v in verdict.verdicts(read) if v.label == "LoRe K=5"]
-    assert verdict_of_seen.where == "seen users"
-    panels = plots.measure_panels(read)
-    assert [panel.name for panel in panels] == ["seen users"] * 2
+    assert "unseen" not in found.text and "overall" not in found.text
+    (of_seen,) = [v for v in verdict.verdicts(found.read) if v.label == "LoRe K=5"]
+    assert of_seen.where == "seen users"
+    assert [panel.name for panel in plots.measure_panels(found.read)] == ["seen users"] * 2
 
 
-def test_the_coin_is_said_beside_the_log_loss(tmp_path):
-    assert any("ln 2 = 0.693" in name for name in blocks(report_of(made.results(), tmp_path)))
-
-
-def test_a_sweep_has_a_column_for_each_number_of_shots(tmp_path):
-    results = made.results(sweep=True, users=60)
-    text = report_of(results, tmp_path)
-    accuracy, _, differences, _ = tables(text)
+def test_a_sweep_has_a_column_for_each_number_of_shots(swept):
+    accuracy, differences = swept.table("Accuracy (percent)"), swept.table("Differences of acc")
     assert list(accuracy["BT"]) == ["0 shots", "1 shot", "5 shots", "50 shots"]
     enough = {"0 shots": "60", "1 shot": "59", "5 shots": "55", "50 shots": "10"}
     assert accuracy["users with at least that many shots"] == enough
     assert all(re.search(r" \[[\d.]+, [\d.]+\]$", cell) for cell in accuracy["LoRe K=5"].values())
     assert list(differences["LoRe K=5 minus BT"]) == list(enough)
-    assert "a shot is one of a user's dialogues" in text.splitlines()[0]
-    assert "unseen users at 5 shots" in text  # 10 of 60 users have 50
+    assert "a shot is one of a user's dialogues" in swept.text.splitlines()[0]
+    assert "unseen users at 5 shots" in swept.text  # 10 of 60 users have 50
 
 
 def test_users_with_that_many_shots_may_differ_between_repeats(tmp_path):
     results = made.results(sweep=True, seeds=2)
-    for part in results["seeds"][1]["methods"].values():
-        for r in part["records"]:
-            r["users_with_that_many"] += 3
-    accuracy, *_ = tables(report_of(results, tmp_path))
-    assert accuracy["users with at least that many shots"]["5 shots"] == "35 to 38"
+    for r in every_record({"seeds": results["seeds"][1:]}):
+        r["users_with_that_many"] += 3
+    found = tables.measure_table(read_results(made.write(results, tmp_path)), "accuracy")
+    assert found["users with at least that many shots"]["5 shots"] == "35 to 38"
 
 
-def test_further_measures_have_tables_where_they_were_recorded(tmp_path):
+def test_further_measures_and_kinds_have_tables_where_they_were_recorded(tmp_path, plain):
     results = made.results()
     for r in results["seeds"][0]["methods"]["lore"]["records"]:
-        r["brier"] = [0.25] * 40
-        r["ece"] = 0.0625
-    found = blocks(report_of(results, tmp_path))
-    brier = next(table for name, table in found.items() if name.startswith("Brier score"))
+        r["brier"], r["ece"] = [0.25] * 40, 0.0625
+        if r["set"] == "seen" and not r["control"]:
+            known = {"accuracy": [0.9] * 36 + [None] * 4, "log_loss": [0.25] * 36 + [None] * 4}
+            new = {"accuracy": [0.6] * 3 + [None] * 37, "log_loss": [0.75] * 3 + [None] * 37}
+            r["kinds"] = {"known": known, "new": new}
+    found = report(results, tmp_path)
+    brier = found.table("Brier score")
     assert list(brier)[0] == "LoRe K=2" and brier["LoRe K=5"]["seen"] == "0.250 [0.250, 0.250]"
-    error = next(t for name, t in found.items() if name.startswith("Expected calibration"))
-    assert error["LoRe K=5"]["unseen"] == "0.062"
-    head = (tmp_path / "results.csv").read_text().splitlines()[0]
-    assert head.endswith(",brier,ece")
-
-
-def test_figures_by_kind_have_tables_where_there_are_several(tmp_path):
-    results = made.results()
-    assert not any("by kind" in name for name in blocks(report_of(results, tmp_path)))
-    part = results["seeds"][0]["methods"]["lore"]
-    for r in (r for r in part["records"] if r["set"] == "seen" and not r["control"]):
-        known = {"accuracy": [0.9] * 36 + [None] * 4, "log_loss": [0.25] * 36 + [None] * 4}
-        new = {"accuracy": [0.6] * 3 + [None] * 37, "log_loss": [0.75] * 3 + [None] * 37}
-        r["kinds"] = {"known": known, "new": new}
-    found = blocks(report_of(results, tmp_path))
-    accuracy, log_loss = (table for name, table in found.items() if "by kind" in name)
+    assert found.table("Expected calibration")["LoRe K=5"]["unseen"] == "0.062"
+    assert not any("by kind" in name for name in plain.blocks)
+    accuracy, log_loss = (table for name, table in found.blocks.items() if "by kind" in name)
     assert accuracy["LoRe K=5"] == {"seen, known": "90.0 [90.0, 90.0]", "seen, new": "60.0"}
     assert log_loss["LoRe K=5"] == {"seen, known": "0.250 [0.250, 0.250]", "seen, new": "0.750"}
     assert list(accuracy) == list(log_loss) == ["LoRe K=2", "LoRe K=5"]
-    line = next(line for line in rows(tmp_path) if line["accuracy_known"])
+    line = next(line for line in found.csv if line["accuracy_known"])
     assert (line["accuracy_known"], line["log_loss_new"]) == ("0.9", "0.75")
+    assert list(line)[-2:] == ["brier", "ece"]
 
 
 def test_repeats_give_a_spread_and_users_count_once(tmp_path):
     results = made.results()
     second = copy.deepcopy(results["seeds"][0])
     second["seed"] = 1
-    for part in second["methods"].values():
-        for r in part["records"]:
-            r["accuracy"] = [max(0.0, a - 0.1) for a in r["accuracy"]]
     results["seeds"].append(second)
+    for r in every_record({"seeds": [second]}):
+        r["accuracy"] = [max(0.0, a - 0.1) for a in r["accuracy"]]
     first, later = (mean(results, "BT", "seen", "accuracy", seed) for seed in (0, 1))
-    accuracy, *_ = tables(report_of(results, tmp_path))
     means = 100 * first.mean(), 100 * later.mean()
-    low, high = summaries.bootstrap((first + later) / 2)  # 40 users, not 80
-    assert accuracy["BT"]["seen"] == (
+    low, high = intervals.bootstrap((first + later) / 2)  # 40 users, not 80
+    found = tables.measure_table(read_results(made.write(results, tmp_path)), "accuracy")
+    assert found["BT"]["seen"] == (
         f"{np.mean(means):.1f} ± {np.std(means, ddof=1):.1f} [{100 * low:.1f}, {100 * high:.1f}]"
     )
 
 
-def test_a_user_who_is_in_more_repeats_counts_in_each(tmp_path):
+def test_a_user_who_is_in_more_repeats_counts_in_each():
     more = list("defgh")
     samples = {
         0: (["a", "b", *more], np.array([1.0, 0.0, *[0.5] * 5])),
         1: (["a", "c", *more], np.array([0.5, 0.0, *[0.5] * 5])),
     }
-    summary = summaries.summarise([samples])
+    summary = intervals.summarise([samples])
     assert summary.repeats == pytest.approx([3.5 / 7, 3 / 7])
     assert summary.low < summary.mean < summary.high <= 0.75
 
 
-def test_only_the_labels_asked_for_are_shown_and_the_files_have_all(tmp_path):
-    text = report_of(made.results(), tmp_path, "LoRe K=5")
-    assert "LoRe K=2" not in text and "LoRe K=5" in text and "own model" in text
-    assert "LoRe K=2" in (tmp_path / "table.md").read_text()
-
-
-def test_facts_and_warnings_come_before_the_figures(tmp_path):
-    results = made.results(seeds=2)
-    results["settings"] |= {"warning": "made up", "reference": "last_linear"}
-    for part, p in zip(results["seeds"], (0.01, 0.4), strict=True):
+def test_facts_and_warnings_come_before_the_figures_and_notes_say_how_often(tmp_path):
+    results = made.results(seeds=3)
+    results["settings"] |= {"warning": "made up", "reference": "last_linear", "same_tokens": 24}
+    for part, p in zip(results["seeds"], (0.01, 0.4, 0.4), strict=True):
         part["facts"] = {"personal": f"score test: p = {p}", "overlap": "no pair is on both sides"}
-    lines = report_of(results, tmp_path).split("\n\n")[1:6]
-    assert lines[:3] == [
-        "score test: p = 0.01 (seed 0)", "no pair is on both sides", "score test: p = 0.4 (seed 1)",
+    results["seeds"][2]["methods"]["lore"]["fits"][1]["note"] = "another note"
+    text = report(results, tmp_path).text
+    assert text.split("\n\n")[1:5] == [
+        "24 comparisons are left out: the model sees the same tokens on both sides.",
+        "score test: p = 0.01 (seed 0)", "no pair is on both sides",
+        "score test: p = 0.4 (seed 1, 2)",
     ]  # fmt: skip
-    assert lines[3] == "**WARNING: made up**" and "last_linear" in lines[4]
-
-
-def test_a_runs_baselines_are_no_methods_to_be_judged(tmp_path):
-    read = records.read_results(made.write(made.results(), tmp_path))
-    assert [label for label in read.labels if read.is_baseline(label)] == [
-        "reference", "BT", "Ridge BT", "own model",
-    ]  # fmt: skip
-    assert read.judged == ["LoRe K=5"] and read.title == "Toy, Tiny-Reward: LoRe"
+    marks = text.split("\n\n")[5:7]
+    assert marks[0] == "**WARNING: made up**" and "last_linear" in marks[1]
+    assert "same_tokens" not in text
+    assert "- LoRe K=2: a note on LoRe K=2\n" in text
+    assert "- LoRe K=5: a note on LoRe K=5 (2 of 3 repeats)" in text
+    assert "- LoRe K=5: another note (1 of 3 repeats)" in text
 
 
 def test_labels_are_free_text(tmp_path):
@@ -241,31 +249,19 @@ def test_labels_are_free_text(tmp_path):
     labels = {label: (method, True, {}, means) for label, method in names.items()}
     results = made.results(made.LABELS | labels, sweep=True)
     lore = results["seeds"][0]["methods"]["lore"]
-    lore["fits"].append(lore["fits"][-1] | {
-        "label": "ask me", "shots_chosen_by": "information", "random_label": "LoRe K=5",
-    })  # fmt: skip
+    about = {"label": "ask me", "shots_chosen_by": "information", "random_label": "LoRe K=5"}
+    lore["fits"].append(lore["fits"][-1] | about)
     lore["records"] += [{**r, "label": "ask me"} for r in lore["records"]
                         if (r["label"], r["control"]) == ("LoRe K=5", "")]  # fmt: skip
-    text = report_of(results, tmp_path)
-    read = records.read_results(tmp_path)
-    assert read.judged == ["LoRe K=5", "reference, chosen", "A, asks B"]
-    same = {"0 shots": "+0.0 [0.0, 0.0]", "1 shot": "+0.0 [0.0, 0.0]"}
-    row = tables(text)[2]["ask me minus the same with random shots"]
-    assert {column: row[column] for column in same} == same
-    assert "- ask me: 5 do what this many random shots do: " in text
-
-
-def test_notes_stand_once_with_how_often(tmp_path):
-    results = made.results(seeds=3)
-    results["seeds"][2]["methods"]["lore"]["fits"][1]["note"] = "another note"
-    text = report_of(results, tmp_path)
-    assert "- LoRe K=2: a note on LoRe K=2\n" in text
-    assert "- LoRe K=5: a note on LoRe K=5 (2 of 3 repeats)" in text
-    assert "- LoRe K=5: another note (1 of 3 repeats)" in text
+    found = report(results, tmp_path)
+    assert found.read.judged == ["LoRe K=5", "reference, chosen", "A, asks B"]
+    row = found.table("Differences of accuracy")["ask me minus the same with random shots"]
+    assert [row[column] for column in ("0 shots", "1 shot")] == ["+0.0 [0.0, 0.0]"] * 2
+    assert "- ask me: 5 do what this many random shots do: " in found.text
 
 
 def test_a_label_with_a_bar_does_not_break_the_table():
-    lines = reports.markdown({"a|b": {"x": "1"}, "c": {}}).splitlines()
+    lines = tables.markdown({"a|b": {"x": "1"}, "c": {}}).splitlines()
     assert lines[2].startswith("| a\\|b ") and len({len(line) for line in lines}) == 1
 
 
@@ -275,39 +271,37 @@ def test_a_label_with_a_bar_does_not_break_the_table():
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.floats(0, 1), min_size=5, max_size=50))
 def test_an_interval_holds_the_mean_and_stays_within_the_values(values):
-    low, high = summaries.bootstrap(np.array(values))
+    low, high = intervals.bootstrap(np.array(values))
     assert min(values) - 1e-6 <= low <= np.mean(values) + 1e-6
     assert np.mean(values) - 1e-6 <= high <= max(values) + 1e-6
 
 
-@pytest.mark.parametrize("users", [100, 1600, summaries.MOST_RESAMPLED + 1])
+@pytest.mark.parametrize("users", [100, intervals.MOST_RESAMPLED + 1])
 def test_an_interval_is_two_standard_errors_wide(users):
     values = np.random.default_rng(0).normal(0.6, 0.2, users)
-    low, high = summaries.bootstrap(values)
+    low, high = intervals.bootstrap(values)
     assert high - low == pytest.approx(2 * 1.96 * values.std() / users**0.5, rel=0.1)
 
 
 def test_intervals_hold_the_truth_about_as_often_as_they_say():
     rng = np.random.default_rng(1)
-    held = 0
-    for _ in range(400):
-        low, high = summaries.bootstrap(rng.beta(3, 2, 60))
-        held += low <= 0.6 <= high
-    assert 0.92 <= held / 400 <= 0.975
+    ends = np.array([intervals.bootstrap(rng.beta(3, 2, 60)) for _ in range(400)])
+    held = (ends[:, 0] <= 0.6) & (ends[:, 1] >= 0.6)
+    assert 0.92 <= held.mean() <= 0.975
 
 
 @pytest.mark.parametrize("users", [1, 4])
 def test_so_few_users_have_no_interval(tmp_path, users):
-    accuracy, *_ = tables(report_of(made.results(users=users), tmp_path))
-    assert "[" not in accuracy["BT"]["seen"]
-    assert "no difference detected" in verdict_of(made.results(users=users), tmp_path)
+    found = report(made.results(users=users), tmp_path)
+    assert "[" not in found.table("Accuracy (percent)")["BT"]["seen"]
+    assert "no difference detected" in found.verdict
 
 
 def test_the_average_of_two_sets_varies_less_than_either():
     rng = np.random.default_rng(0)
     samples = [{0: ([f"x{i}" for i in range(50)], rng.normal(0.8, 0.1, 50))},
                {0: ([f"y{i}" for i in range(50)], rng.normal(0.4, 0.1, 50))}]  # fmt: skip
-    one, two, both = (summaries.summarise(s) for s in (samples[:1], samples[1:], samples))
+    one, two, both = (intervals.summarise(s) for s in (samples[:1], samples[1:], samples))
     assert both.mean == pytest.approx((one.mean + two.mean) / 2)
     assert both.high - both.low == pytest.approx((one.high - one.low) / 2**0.5, rel=0.15)
 
@@ -317,44 +311,30 @@ def test_the_average_of_two_sets_varies_less_than_either():
 
 def test_differences_are_paired_by_user_over_repeats(tmp_path):
     results = made.results(seeds=2)
-    *_, differences, losses = tables(report_of(results, tmp_path))
-    apart = np.mean(
-        [
-            mean(results, "LoRe K=5", "seen", "accuracy", seed)
-            - mean(results, "BT", "seen", "accuracy", seed)
-            for seed in (0, 1)
-        ],
-        axis=0,
+    read = read_results(made.write(results, tmp_path))
+    differences, losses = (tables.difference_table(read, key) for key in ("accuracy", "log_loss"))
+    own, rest = (
+        np.mean([mean(results, label, "seen", "accuracy", seed) for seed in (0, 1)], axis=0)
+        for label in ("LoRe K=5", "BT")
     )
-    low, high = summaries.bootstrap(apart)
+    low, high = intervals.bootstrap(own - rest)
     assert differences["LoRe K=5 minus BT"]["seen"] == (
-        f"{100 * apart.mean():+.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+        f"{100 * (own - rest).mean():+.1f} [{100 * low:.1f}, {100 * high:.1f}]"
     )
     assert 100 * (high - low) < 2  # while each of the two alone is uncertain by several points
     assert losses["LoRe K=5 minus BT"]["seen"].startswith("-0.0")
 
 
-def test_a_users_figures_are_matched_by_name_and_repeat_not_by_place(tmp_path):
-    results = made.results()
-    twin = copy.deepcopy(results)
-    second = copy.deepcopy(results["seeds"][0])
+def test_a_users_figures_are_matched_by_name_and_repeat_not_by_place(tmp_path, plain):
+    twin = made.results()
+    second = copy.deepcopy(twin["seeds"][0])
     second["seed"] = 1
     second["users"] = {side: names[::-1] for side, names in second["users"].items()}
-    for part in second["methods"].values():
-        for r in part["records"]:
-            r["accuracy"], r["log_loss"] = r["accuracy"][::-1], r["log_loss"][::-1]
+    for r in every_record({"seeds": [second]}):
+        r["accuracy"], r["log_loss"] = r["accuracy"][::-1], r["log_loss"][::-1]
     twin["seeds"].append(second)
-    once, twice = (tables(report_of(r, tmp_path))[2] for r in (results, twin))
-    assert once == twice
-
-
-def test_every_difference_asked_for_is_there(tmp_path):
-    *_, differences, losses = tables(report_of(made.results(), tmp_path))
-    against = ("BT", "population average", "another user's weights", "reference")
-    expected = ["BT minus reference", "Ridge BT minus BT", "Ridge BT minus reference"]
-    expected += ["own model minus BT", "own model minus reference"]
-    expected += [f"LoRe K={k} minus {other}" for k in (2, 5) for other in (*against, "Ridge BT")]
-    assert list(differences) == list(losses) == expected
+    read = read_results(made.write(twin, tmp_path))
+    assert tables.difference_table(read, "accuracy") == plain.table("Differences of accuracy")
 
 
 def test_methods_are_held_against_ridge_bt_and_lore_where_those_were_fitted(tmp_path):
@@ -362,7 +342,8 @@ def test_methods_are_held_against_ridge_bt_and_lore_where_those_were_fitted(tmp_
     labels = made.LABELS | {
         "Ridge BT": ("ridge_bt", False, {}, means), "Mixed logit": ("mixed_logit", True, {}, means),
     }
-    *_, differences, _ = tables(report_of(made.results(labels, noise=0.0), tmp_path))
+    results = made.results(labels, noise=0.0)
+    differences = tables.difference_table(read_results(made.write(results, tmp_path)), "accuracy")
     mutual = [row for row in differences if row.endswith(("Ridge BT", "LoRe K=5", "Mixed logit"))]
     assert mutual == [
         "LoRe K=2 minus Ridge BT", "LoRe K=5 minus Ridge BT",
@@ -376,7 +357,7 @@ def test_no_figure_is_minus_zero(tmp_path):
     results = made.results(noise=0.0)
     change(results, "LoRe K=5", "", 0.69997)
     change(results, "BT", "", 0.7)
-    text = report_of(results, tmp_path)
+    text = report(results, tmp_path).text
     assert "+0.0 [" in text and not re.search(r"-0\.0+\b(?!\d)", text)
 
 
@@ -384,51 +365,49 @@ def test_no_figure_is_minus_zero(tmp_path):
 
 
 def verdict_of(results: dict[str, Any], folder: Path) -> str:
-    text = report_of(results, folder)
-    return text[text.index("Verdict") : text.index("\n\nResults, table")]
+    return verdict.verdict(read_results(made.write(results, folder)))
 
 
-def test_personal_weights_are_better_where_all_three_are_beaten(tmp_path):
-    lines = verdict_of(made.results(), tmp_path).splitlines()
+def test_personal_weights_are_better_where_all_three_are_beaten(plain):
+    lines = plain.verdict.splitlines()
     assert [line.split(":")[0] for line in lines[1:]] == [
         "- LoRe K=5, seen users", "- LoRe K=5, unseen users"
     ]  # fmt: skip
     for line in lines[1:]:
-        assert "personal weights: better: +" in line
+        assert "personal weights: better: +" in line and "chance" not in line
         others = ("Ridge BT", "the population average", "another user's weights")
         assert all(f"against {other}" in line for other in others)
 
 
-@pytest.mark.parametrize("control", ["population", "another"])
-def test_one_control_that_is_not_beaten_leaves_it_open(tmp_path, control):
-    results = made.results(noise=0.1)
-    change(results, "LoRe K=5", "", 0.75)
-    change(results, "LoRe K=5", control, 0.745)
+OWN = ("LoRe K=5", "")
+
+
+@pytest.mark.parametrize(("noise", "means", "outcome"), [
+    (0.1, {OWN: 0.75, ("LoRe K=5", "population"): 0.745}, "no difference detected: +"),
+    (0.1, {OWN: 0.75, ("LoRe K=5", "another"): 0.745}, "no difference detected: +"),
+    (0.02, {OWN: 0.65}, "worse: -"),
+    (0.2, {OWN: 0.7, ("Ridge BT", ""): 0.71}, "no difference detected: -"),
+])  # fmt: skip
+def test_what_is_not_beaten_leaves_it_open_and_below_ridge_bt_is_worse(
+    tmp_path, noise, means, outcome
+):
+    results = made.results(noise=noise)
+    for place, accuracy in means.items():
+        change(results, *place, accuracy)
     text = verdict_of(results, tmp_path)
-    assert text.count("personal weights: no difference detected: +") == 2
-    assert "better" not in text
+    assert text.count(f"personal weights: {outcome}") == 2 and "better" not in text
 
 
-def test_personal_weights_are_worse_where_they_are_below_ridge_bt(tmp_path):
+@pytest.mark.parametrize(("more", "words"), [
+    (0.5, "personal weights: worse: +"), (1.5, "worse than chance (ln 2 = 0.693)")
+])  # fmt: skip
+def test_a_worse_log_loss_is_the_headline_though_accuracy_is_better(tmp_path, more, words):
     results = made.results()
-    change(results, "LoRe K=5", "", 0.65)
-    assert verdict_of(results, tmp_path).count("personal weights: worse: -") == 2
-
-
-def test_below_bt_within_the_interval_is_open(tmp_path):
-    results = made.results(noise=0.2)
-    change(results, "LoRe K=5", "", 0.70)
-    change(results, "Ridge BT", "", 0.71)
-    assert verdict_of(results, tmp_path).count("no difference detected: -") == 2
-
-
-def test_a_worse_log_loss_is_the_headline_though_accuracy_is_better(tmp_path):
-    results = made.results()
-    for r in results["seeds"][0]["methods"]["lore"]["records"]:
-        if (r["label"], r["control"]) == ("LoRe K=5", ""):
-            r["log_loss"] = [loss + 0.5 for loss in r["log_loss"]]
+    for r in every_record(results):
+        if (r["label"], r["control"]) == OWN:
+            r["log_loss"] = [loss + more for loss in r["log_loss"]]
     text = verdict_of(results, tmp_path)
-    assert text.count("personal weights: worse: +") == 2 and "better" not in text
+    assert text.count(words) == 2 and "better" not in text
 
 
 def test_the_first_sentence_of_the_verdict_says_the_kind(tmp_path):
@@ -446,16 +425,9 @@ def test_the_first_sentence_of_the_verdict_says_the_kind(tmp_path):
     assert "20% of seen users' and 75% of unseen users' are new" in first
 
 
-def test_a_log_loss_above_the_coins_is_said(tmp_path):
-    results = made.results()
-    assert "chance" not in verdict_of(results, tmp_path)
-    for r in results["seeds"][0]["methods"]["lore"]["records"]:
-        r["log_loss"] = [2.0 + i / 100 for i in range(40)]
-    assert verdict_of(results, tmp_path).count("worse than chance (ln 2 = 0.693)") == 2
-
-
-def chosen(results: dict[str, Any], ranks: list[int]) -> dict[str, Any]:
-    """Add a chosen fit to every repeat: of rank 1 it is BT, else LoRe K=2."""
+def chosen(ranks: list[int]) -> dict[str, Any]:
+    """A run with a chosen fit in every repeat: of rank 1 it is BT, else LoRe K=2."""
+    results = made.results(seeds=len(ranks))
     for repeat, rank in zip(results["seeds"], ranks, strict=True):
         methods = repeat["methods"]
         source, label = (("bt", "BT"), ("lore", "LoRe K=2"))[rank > 1]
@@ -466,86 +438,69 @@ def chosen(results: dict[str, Any], ranks: list[int]) -> dict[str, Any]:
     return results
 
 
-def test_where_rank_one_was_chosen_nothing_is_personal(tmp_path):
-    text = verdict_of(chosen(made.results(), [1]), tmp_path)
+def test_the_chosen_fit_is_judged_and_rank_one_is_not_personal(tmp_path):
+    text = verdict_of(chosen([1]), tmp_path)
     assert text == "Verdict: LoRe's best: rank 1 was chosen: no personal weights to judge."
-
-
-def test_the_chosen_fit_is_judged_before_the_last(tmp_path):
-    text = verdict_of(chosen(made.results(), [2]), tmp_path)
+    text = verdict_of(chosen([2]), tmp_path)
     assert text.count("LoRe's best, ") == 2 and "K=5" not in text
-
-
-@pytest.mark.slow
-def test_repeats_in_which_rank_one_was_chosen_count_as_no_difference(tmp_path):
-    results = chosen(made.results(seeds=2), [2, 1])
-    *_, differences, _ = tables(report_of(results, tmp_path))
-    cell = differences["LoRe's best minus population average"]["seen"]
-    alone = chosen(made.results(seeds=2), [2, 2])
-    del alone["seeds"][1]
-    *_, differences, _ = tables(report_of(alone, tmp_path / "alone"))
-    whole = differences["LoRe's best minus population average"]["seen"]
-    assert float(cell.split(" [")[0]) == pytest.approx(float(whole.split(" [")[0]) / 2, abs=0.1)
-
-
-def test_without_a_personal_method_there_is_nothing_to_judge(tmp_path):
     labels = {name: made.LABELS[name] for name in ("reference", "BT", "own model")}
     assert "no personal method was fitted" in verdict_of(made.results(labels), tmp_path)
+
+
+def test_repeats_in_which_rank_one_was_chosen_count_as_no_difference(tmp_path):
+    both, alone = chosen([2, 1]), chosen([2, 2])
+    del alone["seeds"][1]
+    read = [read_results(made.write(results, tmp_path)) for results in (both, alone)]
+    other = ("LoRe's best", "population")
+    half, whole = (
+        intervals.difference(r, "LoRe's best", other, "accuracy", ("seen",)).mean for r in read
+    )
+    assert half == pytest.approx(whole / 2, abs=0.001)
 
 
 # -------------------------------------------------------------------------- CSV
 
 
-def rows(folder: Path) -> list[dict[str, str]]:
-    with (folder / "results.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
 def test_unusual_users_are_those_whose_training_choices_bt_predicts_badly(tmp_path):
     results = made.results(seeds=2)
-    for r in (r for s in results["seeds"] for m in s["methods"].values() for r in m["records"]):
+    for r in every_record(results):
         if (r["label"], r["set"]) == ("BT", "train"):
             r["log_loss"] = [0.1 * (i % 3) for i in range(40)]  # every third user is unusual
-        if (r["label"], r["control"], r["set"]) == ("LoRe K=5", "", "seen"):
+        if (r["label"], r["control"], r["set"]) == (*OWN, "seen"):
             r["accuracy"] = [0.9 - 0.2 * (i % 3) for i in range(40)]
-    found = records.read_results(made.write(results, tmp_path))
-    thirds = summaries.by_third(found, "LoRe K=5", "seen", None)
+    found = read_results(made.write(results, tmp_path))
+    thirds = intervals.by_third(found, "LoRe K=5", "seen", None)
     assert [round(s.mean, 1) for s in thirds] == [0.9, 0.7, 0.5]
-    assert summaries.by_third(found.only(["LoRe K=5"]), "LoRe K=5", "seen", None) is None
-    table = reports.unusual_table(found)
+    assert intervals.by_third(found.only(["LoRe K=5"]), "LoRe K=5", "seen", None) is None
+    table = tables.unusual_table(found)
     assert table["LoRe K=5"]["seen, usual"].startswith("90.0")
     assert "unseen, usual" not in table["LoRe K=5"]  # the made-up runs have no few_shot set
 
 
-def test_the_csv_has_one_row_for_each_record(tmp_path):
+def test_the_csv_has_one_row_for_each_record_and_a_run_read_twice_is_the_same(tmp_path):
     results = made.results(seeds=2, sweep=True)
-    report_of(results, tmp_path)
-    lines = rows(tmp_path)
-    assert list(lines[0]) == [
+    found = report(results, tmp_path)
+    assert list(found.csv[0]) == [
         "seed", "method", "label", "control", "set", "shots", "accuracy", "accuracy_low",
         "accuracy_high", "log_loss", "log_loss_low", "log_loss_high", "num_users",
         "users_with_that_many", "trials_sd",
     ]  # fmt: skip
     written = [
-        (part["seed"], method, r)
+        (str(part["seed"]), method, r["label"], r["control"], r["set"], str(r["shots"]), "40", r)
         for part in results["seeds"]
         for method, fitted in part["methods"].items()
         for r in fitted["records"]
     ]
-    assert len(lines) == len(written)
-    for line, (seed, method, r) in zip(lines, written, strict=True):
-        assert (line["seed"], line["method"], line["label"]) == (str(seed), method, r["label"])
-        assert (line["control"], line["set"]) == (r["control"], r["set"])
-        assert line["shots"] == str(r["shots"]) and line["num_users"] == "40"
+    keys = ("seed", "method", "label", "control", "set", "shots", "num_users")
+    for line, (*expected, r) in zip(found.csv, written, strict=True):
+        assert [line[key] for key in keys] == expected
         assert float(line["accuracy"]) == pytest.approx(np.mean(r["accuracy"]))
         assert float(line["accuracy_low"]) < float(line["accuracy"]) < float(line["accuracy_high"])
         assert float(line["log_loss"]) == pytest.approx(np.mean(r["log_loss"]))
         assert float(line["trials_sd"]) == pytest.approx(0.02 / 2**0.5)
-
-
-def test_without_shots_that_column_is_empty(tmp_path):
-    report_of(made.results(), tmp_path)
-    assert {line["shots"] for line in rows(tmp_path)} == {""}
+    files = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.suffix in (".csv", ".md")}
+    assert report(json.loads(json.dumps(results)), tmp_path).text == found.text
+    assert all((tmp_path / name).read_bytes() == held for name, held in files.items())
 
 
 # ------------------------------------------------------------ Any method; plots
@@ -553,84 +508,73 @@ def test_without_shots_that_column_is_empty(tmp_path):
 
 def drawn(results: dict[str, Any], folder: Path) -> set[str]:
     """Names in the legends and along the axes of the main plot."""
-    read = records.read_results(made.write(results, folder))
-    panels = plots.measure_panels(read)
+    panels = plots.measure_panels(read_results(made.write(results, folder)))
     figure = plots.figure(panels, "a title", "a note", (9, 7))
     names = {text.get_text() for text in figure.legends[0].get_texts()}
     return names | {tick.get_text() for axes in figure.axes for tick in axes.get_xticklabels()}
 
 
+def test_a_method_that_is_new_appears_in_every_table(tmp_path):
+    found = report(made.results(made.LABELS | {"Toy model": TOY}), tmp_path)
+    accuracy, log_loss, *differences, _ = found.blocks.values()
+    for table in (accuracy, log_loss):
+        assert {"Toy model", "Toy model: population average"} <= set(table)
+    for table in differences:
+        assert "Toy model minus BT" in table and "Toy model minus another user's weights" in table
+    assert "Toy model, unseen users" in found.verdict
+    assert "Toy model" in found.text.splitlines()[0]
+    assert "toy" in {line["method"] for line in found.csv}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sweep", [False, True])
-def test_a_method_nobody_has_heard_of_appears_everywhere(tmp_path, sweep, monkeypatch):
-    monkeypatch.setattr(reports, "write_plots", WRITE_PLOTS)
-    results = made.results({**made.LABELS, "Toy model": TOY}, sweep=sweep)
-    text = report_of(results, tmp_path)
-    for table in tables(text)[:2]:
-        assert {"Toy model", "Toy model: population average"} <= set(table)
-    for table in tables(text)[2:]:
-        assert "Toy model minus BT" in table and "Toy model minus another user's weights" in table
-    assert "Toy model, unseen users" in text[text.index("Verdict") :]
-    assert "Toy model" in text.splitlines()[0]
-    assert "Toy model" in drawn(results, tmp_path)
-    assert "toy" in {line["method"] for line in rows(tmp_path)}
+def test_a_method_that_is_new_appears_in_every_plot(tmp_path, sweep):
+    """Its name, and the dataset's, may have dollars, which are no formulas."""
+    results = made.results({"BT": made.LABELS["BT"], "a $x^ label": TOY}, sweep=sweep)
+    results["settings"]["dataset"] = "$\\nothing$"
+    assert "a $x^ label" in drawn(results, tmp_path)
     main = "shots" if sweep else "accuracy"
-    for name in (main, "training", "spectrum", "weights-of-toy-model"):
+    names = WRITE_PLOTS(tmp_path, read_results(tmp_path))
+    assert names == [main, "training", "spectrum", "weights-of-a-x-label"]
+    for name in names:
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
         assert (tmp_path / f"{name}.pdf").read_bytes()[:4] == b"%PDF"
 
 
-def test_the_axis_is_the_one_setting_that_varies(tmp_path):
-    assert records_setting(made.results(), tmp_path) == "rank"
-    assert {"2", "5", "LoRe", "LoRe: population average", "BT"} <= drawn(made.results(), tmp_path)
-    two = {**made.LABELS, "LoRe K=5 again": ("lore", True, {"rank": 5}, TOY[3])}
-    assert records_setting(made.results(two), tmp_path) is None
-    assert {"LoRe K=5 again", "population average"} <= drawn(made.results(two), tmp_path)
-    one = {label: made.LABELS[label] for label in ("reference", "BT", "LoRe K=5")}
-    assert records_setting(made.results(one), tmp_path) is None
-
-
-def records_setting(results: dict[str, Any], folder: Path) -> str | None:
-    return plots.varying_setting(records.read_results(made.write(results, folder)))
+@pytest.mark.parametrize(("labels", "setting", "names"), [
+    (made.LABELS, "rank", {"2", "5", "LoRe", "LoRe: population average", "BT"}),
+    (made.LABELS | {"LoRe K=5 again": ("lore", True, {"rank": 5}, MEANS)}, None,
+     {"LoRe K=5 again", "population average"}),
+    ({label: made.LABELS[label] for label in ("reference", "BT", "LoRe K=5")}, None, {"BT"}),
+])  # fmt: skip
+def test_the_axis_is_the_one_setting_that_varies(tmp_path, labels, setting, names):
+    results = made.results(labels)
+    assert names <= drawn(results, tmp_path)
+    assert plots.varying_setting(read_results(tmp_path)) == setting
 
 
 def test_a_method_keeps_its_colour_whatever_else_is_drawn(tmp_path):
-    crowd = {"Toy model": TOY, **made.LABELS, "Other": ("other", True, {}, TOY[3])}
+    crowd = {"Toy model": TOY, **made.LABELS, "Other": ("other", True, {}, MEANS)}
     alone = {label: made.LABELS[label] for label in ("reference", "LoRe K=5")}
-    found = [records.read_results(made.write(made.results(s), tmp_path)) for s in (crowd, alone)]
+    found = [read_results(made.write(made.results(s), tmp_path)) for s in (crowd, alone)]
     first, second = (plots.colour(results, "LoRe K=5") for results in found)
     assert first == second == pytest.approx((1.0, 0.498, 0.055), abs=0.002)  # orange
     assert plots.colour(found[0], "Toy model") != first
     assert plots.marker(found[0], "LoRe K=5") == plots.marker(found[1], "LoRe K=5")
 
 
-def test_lines_of_reference_and_chance_do_not_stretch_the_axis(tmp_path):
-    read = records.read_results(made.write(made.results(sweep=True), tmp_path))
-    panel = plots.measure_panels(read)[0]
-    axes = plots.figure([panel], "", "", (5, 4)).axes[0]
-    assert axes.get_ylim()[0] > 52
-    levels = {line.get_label(): set(line.get_ydata()) for line in axes.lines}
-    assert levels["chance"] == {50} and len(levels["reference"]) == 1
-
-
-@pytest.mark.parametrize("sweep", [False, True])
-def test_lines_differ_by_marker_as_well_as_colour_and_one_has_a_band(tmp_path, sweep):
-    read = records.read_results(made.write(made.results(sweep=sweep), tmp_path))
-    for panel in plots.measure_panels(read):
+@pytest.mark.parametrize("of", ["plain", "swept"])
+def test_lines_differ_by_marker_as_well_as_colour_and_one_has_a_band(request, of):
+    for panel in plots.measure_panels(request.getfixturevalue(of).read):
         axes = plots.figure([panel], "", "", (5, 4)).axes[0]
-        labels = ("BT", "Ridge BT", "own model", "LoRe K=5" if sweep else "LoRe")
+        labels = ("BT", "Ridge BT", "own model", "LoRe K=5" if of == "swept" else "LoRe")
         found = {line.get_label(): line.get_marker() for line in axes.lines}
         assert len({found[label] for label in labels}) == len(labels)
         assert len(axes.collections) == 1
-
-
-@pytest.mark.slow
-def test_dollars_in_names_are_no_formulas(tmp_path):
-    labels = {**made.LABELS, "a $x^ label": TOY}
-    results = made.results(labels)
-    results["settings"]["dataset"] = "$\\nothing$"
-    read = records.read_results(made.write(results, tmp_path))
-    assert WRITE_PLOTS(tmp_path, read)[0] == "accuracy"
+        levels = {line.get_label(): set(line.get_ydata()) for line in axes.lines}
+        assert len(levels["reference"]) == len(levels["chance"]) == 1
+        if panel.caption.startswith("accuracy"):
+            assert levels["chance"] == {50} and axes.get_ylim()[0] > 52  # axis is not stretched
 
 
 # -------------------------------------------------------------- Damage, command
@@ -639,10 +583,17 @@ def test_dollars_in_names_are_no_formulas(tmp_path):
 def refused(folder: Path) -> str:
     """The one line by which a report refuses a folder."""
     with pytest.raises(InputError) as error:
-        reports.report(folder)
+        tables.report(folder)
     message = str(error.value)
     assert str(folder) in message and "\n" not in message
     return message
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> bytes:
+    labels = {name: made.LABELS[name] for name in ("BT", "LoRe K=5")}
+    folder = made.write(made.results(labels, users=3), tmp_path_factory.mktemp("written"))
+    return (folder / "results.json").read_bytes()
 
 
 @settings(deadline=None, max_examples=40)
@@ -659,13 +610,6 @@ def test_a_byte_that_changed_is_one_clear_line_and_the_file_is_kept(
     assert (folder / "results.json").read_bytes() == damaged
 
 
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    labels = {name: made.LABELS[name] for name in ("BT", "LoRe K=5")}
-    folder = made.write(made.results(labels, users=3), tmp_path_factory.mktemp("written"))
-    return (folder / "results.json").read_bytes()
-
-
 def _content(text: bytes) -> Any:
     try:
         return json.loads(text.decode())
@@ -679,16 +623,13 @@ def test_a_file_that_was_cut_is_one_clear_line(tmp_path, written, share):
     assert "not readable as JSON" in refused(tmp_path)
 
 
-def test_a_figure_that_was_edited_is_one_clear_line(tmp_path):
-    made.write(made.results(), tmp_path)
-    content = json.loads((tmp_path / "results.json").read_text())
-    content["seeds"][0]["methods"]["bt"]["records"][1]["accuracy"][0] = 1.0
+def test_a_figure_that_was_edited_is_one_clear_line(tmp_path, written):
+    content = json.loads(written)
+    content["seeds"][0]["methods"]["bt"]["records"][1]["accuracy"][0] = 0.123
     (tmp_path / "results.json").write_text(json.dumps(content))
     assert "checksum does not match" in refused(tmp_path)
-
-
-def test_results_of_an_earlier_version_are_one_clear_line(tmp_path):
-    (tmp_path / "results.json").write_text(json.dumps(made.results()))
+    del content["format"], content["sha256"]
+    (tmp_path / "results.json").write_text(json.dumps(content))
     message = refused(tmp_path)
     assert "has format 1, this version of the project reads format 2" in message
     assert "another --name" in message
@@ -709,9 +650,9 @@ def test_without_a_finished_seed_there_is_nothing_to_report(tmp_path):
     assert "no seed of this run has finished" in refused(tmp_path)
 
 
-def test_the_command_makes_everything_anew_and_puts_runs_side_by_side(tmp_path):
+def test_the_command_makes_everything_again_and_puts_runs_side_by_side(tmp_path):
     runs = [made.write(made.results(seeds=seeds), tmp_path / f"run{seeds}") for seeds in (1, 2)]
-    text = reports.report(runs[0])
+    text = tables.report(runs[0])
     before = (runs[0] / "table.md").read_bytes()
     made_before = {path.name for path in runs[0].iterdir()}
     for path in runs[0].glob("*.[!j]*"):
@@ -721,30 +662,20 @@ def test_the_command_makes_everything_anew_and_puts_runs_side_by_side(tmp_path):
     assert {path.name for path in runs[0].iterdir()} == made_before
     assert (runs[0] / "table.md").read_bytes() == before and outcome.out.startswith(text)
     together = running.table("\n" + outcome.out.strip().split("\n\n")[-1])
-    alone = tables(text)[0]
+    alone = running.table(text)
     for label, row in together.items():
         assert row["run1 seen"] == alone[label]["seen"].split(" [")[0]
         assert " ± " in row["run2 unseen"]
 
 
-def test_the_command_shows_only_the_ranks_or_labels_asked_for(tmp_path):
-    run = made.write(made.results(), tmp_path)
-    shown = running.invoke("tools/report.py", {}, str(run), "--ranks", "5").out
+def test_the_command_shows_only_the_ranks_or_labels_that_are_named(plain):
+    run = str(plain.folder)
+    shown = running.invoke("tools/report.py", {}, run, "--ranks", "5").out
     assert "LoRe K=5" in shown and "LoRe K=2" not in shown and "own model" in shown
-    shown = running.invoke("tools/report.py", {}, str(run), "--only", "LoRe K=2").out
+    shown = running.invoke("tools/report.py", {}, run, "--only", "LoRe K=2").out
     assert "LoRe K=2" in shown and "LoRe K=5" not in shown
-    outcome = running.invoke("tools/report.py", {}, str(run), "--only", "LoRa")
+    assert "LoRe K=5" in (plain.folder / "table.md").read_text()  # the files have all
+    outcome = running.invoke("tools/report.py", {}, run, "--only", "LoRa")
     assert outcome.status == 2 and "LoRa" in outcome.err and "LoRe K=5" in outcome.err
-
-
-def test_the_command_without_a_run_says_what_is_missing():
     outcome = running.invoke("tools/report.py", {})
     assert outcome.status == 2 and "name at least one run's folder" in outcome.err
-
-
-def test_a_run_read_twice_is_the_same_text_and_csv(tmp_path):
-    results = made.results(seeds=2)
-    first = report_of(results, tmp_path)
-    files = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.suffix in (".csv", ".md")}
-    assert report_of(json.loads(json.dumps(results)), tmp_path) == first
-    assert all((tmp_path / name).read_bytes() == held for name, held in files.items())

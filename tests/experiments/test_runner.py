@@ -1,9 +1,10 @@
-"""experiments.py and runs.py: fits and their controls against plain loops; what a run keeps."""
+"""Fits and their controls against plain loops, and what a run's folder keeps."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import re
 import resource
@@ -25,8 +26,7 @@ import utils
 import worlds
 from lore.common.files import InputError
 from lore.common.settings import OptimizerChoice
-from lore.experiments import judging, runs
-from lore.experiments import metrics as panel
+from lore.experiments import judging, metrics, runs
 from lore.experiments import runner as experiments
 from lore.experiments.report import tables as reports
 from lore.experiments.results import write_results
@@ -43,6 +43,8 @@ from people import People, fit, records, repeats, saved, settings
 
 CPU = torch.device("cpu")
 SETS = (("train", "train"), ("seen", "seen"), ("few_shot", "few"), ("unseen", "unseen"))
+TINY = {"iterations": 10, "few_shot_iterations": 3}  # where it does not matter what is learned
+tiny = functools.partial(fit, **TINY)
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +72,19 @@ def run(world, tmp_path_factory) -> tuple[str, Path]:
     return fit(world, tmp_path_factory.mktemp("run"))
 
 
-def slow(value: Any) -> Any:
-    """A parameter of a test that takes its time."""
-    return pytest.param(value, marks=pytest.mark.slow)
+@pytest.fixture(scope="module")
+def of_four(four, tmp_path_factory) -> Path:
+    """A finished run on four users; not to be changed."""
+    return fit(four, tmp_path_factory.mktemp("four"))[1]
 
 
-def task_of(world: People, unit: str = "dialogues", seed: int = 0) -> Task:
-    return world.tasks(unit).task(seed, CPU, world.store.head, False, (0, 1))
+@pytest.fixture(scope="module")
+def task(world) -> Task:
+    return task_of(world)
+
+
+def task_of(world: People, unit: str = "dialogues") -> Task:
+    return world.tasks(unit).task(0, CPU, world.store.head, False, (0, 1))
 
 
 def same(record: dict[str, Any], expected: tuple[np.ndarray, np.ndarray]) -> None:
@@ -88,14 +96,12 @@ def same(record: dict[str, Any], expected: tuple[np.ndarray, np.ndarray]) -> Non
 # --------------------------------------------------------------------- Judging a fit
 
 
-@pytest.mark.slow
-def test_results_are_those_of_the_saved_bases(four, tmp_path):
-    _, folder = fit(four, tmp_path)
-    sets, found = four.tasks().draw(0, CPU), records(folder)
+def test_results_are_those_of_the_saved_bases(four, of_four):
+    sets, found = four.tasks().draw(0, CPU), records(of_four)
     files = {"reference": "basis-K00", "BT": "basis-K01", "Ridge BT": "ridge_bt",
              "LoRe K=2": "basis-K02"}  # fmt: skip
     for label, file in files.items():
-        basis = load_basis(folder / f"{file}.safetensors")
+        basis = load_basis(of_four / f"{file}.safetensors")
         rank = basis.settings["rank"]
         weights = {"train": basis.W, "seen": basis.W, "few": basis.W_unseen,
                    "unseen": basis.W_unseen}  # fmt: skip
@@ -103,21 +109,17 @@ def test_results_are_those_of_the_saved_bases(four, tmp_path):
             expected = people.plain(four.store, getattr(sets, part), basis.V, weights[part])
             same(found.pop((label, "", name, None)), expected)
         for part in ("seen", "unseen") if rank == 2 else ():
-            data, W = getattr(sets, part), weights[part]
             mean = basis.W.mean(0).expand(2, 2)
-            nobodys = people.plain(four.store, data, basis.V, mean)
-            same(found.pop((label, "population", part, None)), nobodys)
-            anothers = people.plain(four.store, data, basis.V, W[[1, 0]])
-            same(found.pop((label, "another", part, None)), anothers)
-    assert torch.equal(load_basis(folder / "basis-K00.safetensors").V[:, 0], four.store.head)
+            for control, W in (("population", mean), ("another", weights[part][[1, 0]])):
+                expected = people.plain(four.store, getattr(sets, part), basis.V, W)
+                same(found.pop((label, control, part, None)), expected)
+    assert torch.equal(load_basis(of_four / "basis-K00.safetensors").V[:, 0], four.store.head)
     assert found.pop(("LoRe K=2", "shuffled", "unseen", None))
     assert set(found) == {("own model", "", name, None) for name, _ in SETS}
 
 
-@pytest.mark.slow
-def test_own_models_know_their_own_user_alone(four, tmp_path):
-    _, folder = fit(four, tmp_path)
-    sets, found = four.tasks().draw(0, CPU), records(folder)
+def test_own_models_know_their_own_user_alone(four, of_four):
+    sets, found = four.tasks().draw(0, CPU), records(of_four)
     both = (("train", "train"), ("train", "seen"), ("few", "few"), ("few", "unseen"))
     for fitted, judged in both:
         data = getattr(sets, fitted).in_memory()
@@ -127,8 +129,7 @@ def test_own_models_know_their_own_user_alone(four, tmp_path):
         )
         directions = torch.cat(own, 1).T
         expected = people.plain(four.store, getattr(sets, judged), torch.eye(8), directions)
-        name = "few_shot" if judged == "few" else judged
-        record = found["own model", "", name, None]
+        record = found["own model", "", "few_shot" if judged == "few" else judged, None]
         assert np.allclose(record["accuracy"], expected[0], atol=2e-5)
         assert np.allclose(record["log_loss"], expected[1], rtol=1e-3, atol=2e-5)
 
@@ -141,6 +142,8 @@ class Sum(Fitted):
     def __init__(self, task: Task) -> None:
         self.population_state, self.shown = torch.arange(8.0), []
         self.users = self.adapt(self.view(task.train), task.train, 0)
+        self.own = self.adapt(self.view(task.few), task.few, 0)
+        self.shown.clear()
 
     def view(self, data: Comparisons) -> Tensor:
         return data.in_memory().features.x
@@ -152,6 +155,16 @@ class Sum(Fitted):
 
     def logits(self, view: Tensor, state: Tensor, user: Tensor) -> Tensor:
         return (view * state[user]).sum(1) / 1e4
+
+    def judged(self, task: Task) -> dict[tuple[str, str], dict[str, Any]]:
+        """Control and set -> record."""
+        return {(r["control"], r["set"]): r for r in judging.evaluate(self, task, self.own)}
+
+    def swept(self, task: Task, sizes: tuple[int, ...], trials: int) -> dict[tuple, dict[str, Any]]:
+        """Control, set and number of shots -> record."""
+        draws = draw_shots(task.few, sizes, trials, 0)
+        every = judging.sweep(self, task, draws)
+        return {(r["control"], r["set"], r["shots"]): r for r in every}
 
 
 def means(data: Comparisons, x: Tensor, states: list[Tensor]) -> tuple[np.ndarray, np.ndarray]:
@@ -184,13 +197,10 @@ def of_all_kinds(world: People) -> People:
 def test_figures_by_kind_are_those_of_a_plain_loop(world):
     task = task_of(of_all_kinds(world))
     toy = Sum(task)
-    own = toy.adapt(toy.view(task.few), task.few, 0)
-    judged = {r["set"]: r for r in judging.evaluate(toy, task, own) if not r["control"]}
-    draws = draw_shots(task.few, (99,), 1, 0)
-    swept = [r for r in judging.sweep(toy, task, draws) if r["set"] == "unseen"]
+    judged = {name: r for (control, name), r in toy.judged(task).items() if not control}
     training = set(ends(task.train))
     for name, train, test, state in (("seen", task.train, task.seen, toy.users),
-                                     ("unseen", task.few, task.unseen, own)):  # fmt: skip
+                                     ("unseen", task.few, task.unseen, toy.own)):  # fmt: skip
         z, pairs = toy.logits(toy.view(test), state, test.user), pairs_of(test)
         known = [set(ends(train, u)) for u in range(train.num_users)]
         kind = [
@@ -209,7 +219,8 @@ def test_figures_by_kind_are_those_of_a_plain_loop(world):
                 for values, key in ((right, "accuracy"), (loss.double(), "log_loss")):
                     expected = float(weight @ values / weight.sum())
                     assert figures[key][u] == pytest.approx(expected, abs=2e-5)
-    assert swept[0]["kinds"] == judged["unseen"]["kinds"]
+    swept = toy.swept(task, (99,), 1)
+    assert swept["", "unseen", 99]["kinds"] == judged["unseen"]["kinds"]
     assert "kinds" not in judged["train"] and None in judged["seen"]["kinds"]["known"]["accuracy"]
 
 
@@ -223,35 +234,27 @@ def ends(data: Comparisons, user: int | None = None) -> list[int]:
     return [row for pair in pairs_of(data, user) for row in pair]
 
 
-def test_where_people_repeat_themselves_the_report_says_how_often(world, tmp_path):
-    again = {"judged_again": 9, "sentence": "Users judged 9 pairs again and chose as before in 8."}
-    split = {"by": "pairs", "sentence": "Pairs were held out."}
-    named = world._replace(info={**world.info, "retest": again, "split": split})
-    _, folder = fit(named, tmp_path, methods=())
+@pytest.mark.parametrize("again", [9, 0])
+def test_where_people_repeat_themselves_the_report_says_how_often(four, tmp_path, again):
+    info = {"retest": {"judged_again": again, "sentence": "Users chose as before in 8."},
+            "split": {"by": "pairs", "sentence": "Pairs were held out."}}  # fmt: skip
+    _, folder = tiny(four._replace(info={**four.info, **info}), tmp_path, methods=())
     facts = saved(folder)["seeds"][0]["facts"]
-    assert facts["retest"] == f"The ceiling of any method: {again['sentence']}"
-    assert facts["split"] == "Pairs were held out."
-    never = world._replace(info={**world.info, "retest": {"judged_again": 0, "sentence": "None."}})
-    _, folder = fit(never, tmp_path / "never", methods=())
-    assert "retest" not in saved(folder)["seeds"][0]["facts"]
+    ceiling = "The ceiling of any method: Users chose as before in 8." if again else None
+    assert facts.get("retest") == ceiling and facts["split"] == "Pairs were held out."
 
 
-def test_shuffled_labels_are_coins_for_every_comparison_and_fitted_anew(world):
-    task = task_of(world)
+def test_shuffled_labels_are_coins_for_every_comparison_and_fitted_again(task):
     toy = Sum(task)
-    own, x = toy.adapt(toy.view(task.few), task.few, 0), toy.view(task.few)
-    toy.shown.clear()
-    found = {(r["control"], r["set"]): r for r in judging.evaluate(toy, task, own)}
-    (swapped, _), *toy.shown = toy.shown  # all of them first, for the flip rate
-    assert torch.equal(swapped, -x) and len(toy.shown) == judging.SHUFFLES
-    coins = []
-    for view, users in toy.shown:
-        swapped = (view == -x).all(1)
-        assert ((view == x).all(1) | swapped).all() and 0.3 < swapped.float().mean() < 0.7
+    x, found = toy.view(task.few), toy.judged(task)
+    (swapped, _), *shown = toy.shown  # all of them first, for the label sensitivity
+    assert torch.equal(swapped, -x) and len(shown) == judging.SHUFFLES
+    coins = [(view == -x).all(1) for view, _ in shown]
+    for coin, (view, users) in zip(coins, shown, strict=True):
+        assert ((view == x).all(1) | coin).all() and 0.3 < coin.float().mean() < 0.7
         assert torch.equal(users.user, task.few.user) and torch.equal(users.weight, task.few.weight)
-        coins.append(swapped)
     assert not torch.equal(coins[0], coins[1])
-    states = [toy.adapt(view, users, 0) for view, users in list(toy.shown)]
+    states = [toy.adapt(view, users, 0) for view, users in shown]
     same(found["shuffled", "unseen"], means(task.unseen, toy.view(task.unseen), states))
     assert ("shuffled", "seen") not in found
 
@@ -267,10 +270,10 @@ def test_responses_that_a_direction_likes_are_those_of_a_plain_loop(run, world):
         apart = {r: reward[r] - (reward[r] + reward[r ^ 1]) / 2 for r in rows}
         order = sorted(rows, key=apart.get)
         for key, expected in (("most", order[::-1]), ("least", order)):
-            told = [like["response"] for like in likes[key]]
-            assert told == [f"answer {row}" for row in expected[: experiments.LIKED]]
+            said = [like["response"] for like in likes[key]]
+            assert said == [f"answer {row}" for row in expected[: experiments.LIKED]]
             assert likes[key][0]["prompt"] == f"what of {expected[0] // 2}?"
-    assert len(fit["likes"]) == 2
+    assert [likes["direction"] for likes in fit["likes"]] == ["1", "2"]
 
 
 @given(st.integers(2, 40), st.integers(0, 1000))
@@ -280,22 +283,18 @@ def test_a_swap_gives_every_user_another_ones_place(users, seed):
     assert not (other == torch.arange(users)).any()
 
 
-def test_anothers_state_is_the_mean_over_several_others(world):
-    task = task_of(world)
-    toy = Sum(task)
-    own = toy.adapt(toy.view(task.few), task.few, 0)
-    swaps, draw = [], judging.swap
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(judging, "swap", lambda *given: swaps.append(draw(*given)) or swaps[-1])
-        found = {(r["control"], r["set"]): r for r in judging.evaluate(toy, task, own)}
+def test_another_users_figures_are_the_mean_over_several_others(task, monkeypatch):
+    toy, swaps, draw = Sum(task), [], judging.swap
+    monkeypatch.setattr(judging, "swap", lambda *given: swaps.append(draw(*given)) or swaps[-1])
+    found = toy.judged(task)
     assert len(swaps) == 2 * judging.PERMUTATIONS
     assert len({tuple(order.tolist()) for order in swaps}) > judging.PERMUTATIONS
-    for part, state, orders in (("seen", toy.users, swaps[::2]), ("unseen", own, swaps[1::2])):
+    for part, state, orders in (("seen", toy.users, swaps[::2]), ("unseen", toy.own, swaps[1::2])):
         data = getattr(task, part)
         expected = means(data, toy.view(data), [state[order] for order in orders])
         same(found["another", part], expected)
-        nobody = toy.population_state.expand_as(state)
-        same(found["population", part], means(data, toy.view(data), [nobody]))
+        population = toy.population_state.expand_as(state)
+        same(found["population", part], means(data, toy.view(data), [population]))
 
 
 def test_controls_lose_what_is_personal(run):
@@ -309,20 +308,16 @@ def test_controls_lose_what_is_personal(run):
             assert mean["LoRe K=2", "", part] - mean[(*other, part)] > 0.2
             assert loss["LoRe K=2", "", part] < loss[(*other, part)]
     assert mean["LoRe K=2", "", "unseen"] - mean["LoRe K=2", "shuffled", "unseen"] > 0.2
-
-
-def test_what_is_not_personal_has_no_controls(run):
-    controls = {key[:2] for key in records(run[1]) if key[1]}
+    controls = {key[:2] for key in mean if key[1]}
     assert controls == {("LoRe K=2", c) for c in ("population", "another", "shuffled")}
-    for part in saved(run[1])["seeds"]:
-        fits = [f for method in part["methods"].values() for f in method["fits"]]
-        assert {f["label"]: f["personal"] for f in fits} == {
-            "reference": False, "BT": False, "own model": True, "Ridge BT": False, "LoRe K=2": True
-        }  # fmt: skip
+    (part,) = saved(folder)["seeds"]
+    fits = [f for method in part["methods"].values() for f in method["fits"]]
+    assert {f["label"]: f["personal"] for f in fits} == {
+        "reference": False, "BT": False, "own model": True, "Ridge BT": False, "LoRe K=2": True
+    }  # fmt: skip
 
 
-def test_a_basis_is_described(world):
-    task = task_of(world)
+def test_a_basis_is_described(task):
     lore = Lore(ranks=(2,))
 
     def described(V: Tensor, W: Tensor) -> dict[str, Any]:
@@ -343,7 +338,7 @@ def test_a_basis_is_described(world):
 
 def test_one_seen_user_has_nobody_to_differ_from(four, tmp_path):
     alone = four._replace(table=four.table[four.table.user_id.isin(["p00", "p02"])])
-    _, folder = fit(alone, tmp_path, ranks=(0, 1))
+    _, folder = tiny(alone, tmp_path, ranks=(0, 1))
     assert {key[0] for key in records(folder)} == {"reference", "BT", "own model", "Ridge BT"}
     with pytest.raises(InputError, match="--lore.ranks 2: .* ranks up to 1"):
         fit(alone, tmp_path, ranks=(2,), name="other")
@@ -355,40 +350,21 @@ def test_one_seen_user_has_nobody_to_differ_from(four, tmp_path):
 # --------------------------------------------------------------------- Choosing a rank
 
 
-@pytest.mark.slow
-def test_the_choice_never_reads_a_test_comparison(world, tmp_path):
-    table = world.table.copy()
-    test = table.split == "test"
-    table.loc[test, ["chosen", "rejected"]] = table.loc[test, ["rejected", "chosen"]].to_numpy()
-    choices = {"ranks": (2, 3), "shrinkage": (0.0, 5.0), "select_rank": True}
-    both = world, world._replace(table=table)
-    folders = [fit(p, tmp_path / str(i), **choices)[1] for i, p in enumerate(both)]
-    chosen = [
-        next(f for f in saved(folder)["seeds"][0]["methods"]["lore"]["fits"] if f["tried"])
-        for folder in folders
-    ]
-    assert chosen[0] == chosen[1] and chosen[0]["label"] == "LoRe, chosen"
-    assert chosen[0]["settings"]["rank"] > 1  # one reward for all gets half right
-    assert len(chosen[0]["tried"]) == 5
-    for name in ("basis-K02-shrinkage0.safetensors", "basis-K03-shrinkage5.safetensors"):
-        assert torch.equal(*(load_basis(folder / name).V for folder in folders))
-    right, wrong = (
-        np.array(records(folder)["LoRe, chosen", "", "unseen", None]["accuracy"])
-        for folder in folders
-    )
-    assert np.allclose(right, 1 - wrong, atol=2e-5)
-
-
-def test_the_choice_is_made_on_whole_dialogues_that_were_not_fitted(world, monkeypatch):
-    fit_bases, fitted = lore_method.fit_bases, []
+@pytest.fixture
+def fitted(monkeypatch) -> list[Comparisons]:
+    """What bases are fitted to, in turn."""
+    fit_bases, seen = lore_method.fit_bases, []
 
     def remember(estimator, points, direction, data, *rest, **settings):
-        fitted.append(data)
+        seen.append(data)
         return fit_bases(estimator, points, direction, data, *rest, **settings)
 
     monkeypatch.setattr(lore_method, "fit_bases", remember)
-    task = task_of(world)
-    Lore(ranks=(2,), select_rank=True, **people.QUICK).fit(task)
+    return seen
+
+
+def test_the_choice_is_made_on_whole_dialogues_that_were_not_fitted(task, fitted):
+    Lore(ranks=(2,), select_rank=True, **TINY).fit(task)
     everything, *rest = fitted
     assert torch.equal(everything.features.x, task.local_train.features.x)
     for part, split in zip(rest, Validation(task).splits, strict=True):
@@ -412,8 +388,8 @@ def all_seen(world) -> People:
     return world._replace(table=world.table.assign(seen=True, split=split))
 
 
-def test_nobody_unseen_means_no_records_of_new_users(all_seen, tmp_path):
-    _, folder = fit(all_seen, tmp_path)
+def test_where_nobody_is_unseen_there_are_no_records_of_new_users(all_seen, tmp_path):
+    _, folder = tiny(all_seen, tmp_path)
     sets, found = all_seen.tasks().draw(0, CPU), records(folder)
     assert {(name, control) for label, control, name, _ in found if label == "LoRe K=2"} == {
         ("train", ""), ("seen", ""), ("seen", "population"), ("seen", "another")
@@ -428,23 +404,13 @@ def test_nobody_unseen_means_no_records_of_new_users(all_seen, tmp_path):
     assert part["comparisons"] == {
         "train": 12 * 24, "seen": 12 * 12, "few": 0, "unseen": 0, "validation": 12 * 12
     }  # fmt: skip
-
-
-def test_shots_of_new_users_need_new_users(all_seen, tmp_path):
     with pytest.raises(InputError, match="no user of planted is unseen.*run train_basis.py"):
-        people.vary_fewshot(all_seen.tasks(), settings(tmp_path), (1, 2), 2)
+        people.vary_fewshot(all_seen.tasks(), settings(tmp_path / "sweep"), (1, 2), 2)
 
 
-def test_settings_are_chosen_on_the_validation_comparisons(all_seen, monkeypatch):
-    fit_bases, fitted = lore_method.fit_bases, []
-
-    def remember(estimator, points, direction, data, *rest, **settings):
-        fitted.append(data)
-        return fit_bases(estimator, points, direction, data, *rest, **settings)
-
-    monkeypatch.setattr(lore_method, "fit_bases", remember)
+def test_settings_are_chosen_on_the_validation_comparisons(all_seen, fitted):
     task = task_of(all_seen)
-    *fits, chosen = Lore(ranks=(2, 3), select_rank=True, **people.QUICK).fit(task)
+    *fits, chosen = Lore(ranks=(2, 3), select_rank=True, **TINY).fit(task)
     for data in fitted:  # nothing is held out of the training comparisons
         assert torch.equal(data.features.x, task.local_train.features.x)
     assert [one["rank"] for one in chosen.tried] == [1, 2, 3]
@@ -452,17 +418,12 @@ def test_settings_are_chosen_on_the_validation_comparisons(all_seen, monkeypatch
     for one in fits:
         expected = people.plain(all_seen.store, task.validation, one.basis.V, one.basis.W)
         assert losses[one.settings["rank"]] == pytest.approx(expected[1].mean(), abs=2e-5)
-
-
-def test_one_split_holds_the_validation_comparisons_where_nobody_is_new(all_seen):
-    task = task_of(all_seen)
     (split,) = Validation(task).splits
     assert split.new is None and len(split.fit) == len(task.train)
     assert split.seen_rows.tolist() == list(range(12))
     assert torch.equal(split.held.features.x, task.validation.in_memory().features.x)
-    fitted = Lore(ranks=(2,), **people.QUICK).fit(task)[0]
-    scores = Validation(task).score([fitted])
-    expected = people.plain(all_seen.store, task.validation, fitted.basis.V, fitted.basis.W)
+    scores = Validation(task).score([fits[0]])
+    expected = people.plain(all_seen.store, task.validation, fits[0].basis.V, fits[0].basis.W)
     assert np.allclose(scores.seen, expected[1], atol=2e-5) and scores.new.isnan().all()
     assert scores.loss == pytest.approx(expected[1].mean(), abs=2e-5)
 
@@ -472,12 +433,12 @@ def test_validation_comparisons_go_to_the_process_that_has_their_users(all_seen)
     keep = task.validation.user != 1  # who has none
     validation = task.validation.select(keep)
     for process in (0, 1):
-        mine = task.train.share(process, 2)
-        split = hold_out(mine, 0, None, validation)
-        names = [name for name in mine.names if name != task.train.names[1]]
+        local = task.train.share(process, 2)
+        split = hold_out(local, 0, None, validation)
+        names = [name for name in local.names if name != task.train.names[1]]
         assert split.held.names == names
-        assert [mine.names[u] for u in split.whose.tolist()] == names
-        assert split.fit is mine
+        assert [local.names[u] for u in split.whose.tolist()] == names
+        assert split.fit is local
 
 
 # ------------------------------------------------------------------- Shots of new users
@@ -504,8 +465,9 @@ def test_a_sweep_is_one_fit_after_the_other(four):
     weights = [task.few.weight[row].float() for row in some]
     W = iter(reference.few_shot([x[row] for row in some], V, start, 20, 0.1, weights))
     states = torch.stack([next(W) if len(row) else fit.users.mean(0) for row in draws.rows])
+    states = states.view(trials, len(sizes), 2, 3)
     for s, size in enumerate(sizes):
-        own = list(states.view(trials, len(sizes), 2, 3)[:, s])
+        own = list(states[:, s])
         each = [people.plain(four.store, task.unseen, V, w) for w in own]
         record = found["", "unseen", size]
         same(record, np.mean(each, 0))
@@ -513,62 +475,55 @@ def test_a_sweep_is_one_fit_after_the_other(four):
         assert record["users_with_that_many"] == 2
         swapped = [people.plain(four.store, task.unseen, V, w[[1, 0]]) for w in own]
         same(found["another", "unseen", size], np.mean(swapped, 0))
-        nobodys = people.plain(four.store, task.unseen, V, fit.users.mean(0).expand(2, 3))
-        same(found["population", "unseen", size], nobodys)
+        population = people.plain(four.store, task.unseen, V, fit.users.mean(0).expand(2, 3))
+        same(found["population", "unseen", size], population)
     assert ("", "few_shot", 0) not in found
     for s, size in enumerate(sizes[1:], 1):
         right = []
         for t in range(trials):
             for u in range(2):
-                i = (t * len(sizes) + s) * 2 + u
-                c, logits = task.few.weight[draws.rows[i]], x[draws.rows[i]] @ V @ states[i]
+                row = draws.rows[(t * len(sizes) + s) * 2 + u]
+                c, logits = task.few.weight[row], x[row] @ V @ states[t, s, u]
                 right.append(float((c * (logits > 0)).sum() / c.sum()))
-        same_as = np.array(right).reshape(trials, 2).mean(0)
-        assert np.allclose(found["", "few_shot", size]["accuracy"], same_as, atol=2e-5)
+        expected = np.array(right).reshape(trials, 2).mean(0)
+        assert np.allclose(found["", "few_shot", size]["accuracy"], expected, atol=2e-5)
 
 
-def test_no_shots_give_nobodys_figures(world):
-    task = task_of(world)
+def test_no_shots_give_the_population_averages_figures(task):
     draws = draw_shots(task.few, (0, 2), 2, 0)
-    (fit,) = Lore(ranks=(2,), **people.QUICK).fit(task)
+    (fit,) = Lore(ranks=(2,), **TINY).fit(task)
     by = {(r["control"], r["set"], r["shots"]): r for r in judging.sweep(fit, task, draws)}
-    own, nobody = by["", "unseen", 0], fit.population_state.expand(6, -1)
-    logits = fit.logits(fit.view(task.unseen), nobody, task.unseen.user)
+    own, population = by["", "unseen", 0], fit.population_state.expand(6, -1)
+    logits = fit.logits(fit.view(task.unseen), population, task.unseen.user)
     same(own, (task.unseen.accuracies(logits), task.unseen.log_losses(logits)))
     for key in ("accuracy", "log_loss"):
         assert own[key] == by["population", "unseen", 0][key] == by["another", "unseen", 0][key]
     assert by["", "unseen", 2]["log_loss"] != own["log_loss"]
-    (alone,) = Own(Lore(**people.QUICK)).fit(task)
+    (alone,) = Own(Lore(**TINY)).fit(task)
     shots = {r["shots"] for r in judging.sweep(alone, task, draws)}
     assert shots == {2}  # nothing is known of a user without comparisons
 
 
-def test_label_sensitivity_is_of_predictions_that_follow_the_swapped_shots(world):
-    task = task_of(world)
-    toy, x = Sum(task), Sum(task).view(task.unseen)
-    own = toy.adapt(toy.view(task.few), task.few, 0)
-    draws = draw_shots(task.few, (0, 2), 2, 0)
-    by_set = {(r["control"], r["set"]): r for r in judging.evaluate(toy, task, own)}
-    assert by_set["", "unseen"]["label_sensitivity"] == [1.0] * 6  # nothing but labels is summed
-    assert [name for (c, name), r in by_set.items() if "label_sensitivity" in r] == ["unseen"]
-    swept = {r["shots"]: r for r in judging.sweep(toy, task, draws)
-             if (r["control"], r["set"]) == ("", "unseen")}  # fmt: skip
-    assert swept[0]["label_sensitivity"] == [0.0] * 6 and swept[2]["label_sensitivity"] == [1.0] * 6
-    z = (x * own[task.unseen.user]).sum(1) / 1e4
+def test_label_sensitivity_is_of_predictions_that_follow_the_swapped_shots(task):
+    toy = Sum(task)
+    judged, swept = toy.judged(task), toy.swept(task, (0, 2), 2)
+    whole = judged["", "unseen"]
+    assert whole["label_sensitivity"] == [1.0] * 6  # nothing but labels is summed
+    assert [name for (c, name), r in judged.items() if "label_sensitivity" in r] == ["unseen"]
+    for shots, expected in ((0, 0.0), (2, 1.0)):
+        assert swept["", "unseen", shots]["label_sensitivity"] == [expected] * 6
+    z = toy.logits(toy.view(task.unseen), toy.own, task.unseen.user)
     c, user, lost = task.unseen.weight, task.unseen.user, (1 - z.double().sigmoid()) ** 2
     brier = [float((c * lost)[user == u].sum() / c[user == u].sum()) for u in range(6)]
-    assert np.allclose(by_set["", "unseen"]["brier"], brier, atol=2e-5)
-    for key, value in panel.pooled(task.unseen, z).items():
-        assert by_set["", "unseen"][key] == pytest.approx(value, abs=1e-4)
-    assert "ece" not in by_set["population", "unseen"] and "ece" not in by_set["", "train"]
+    assert np.allclose(whole["brier"], brier, atol=2e-5)
+    for key, value in metrics.pooled(task.unseen, z).items():
+        assert whole[key] == pytest.approx(value, abs=1e-4)
+    assert "ece" not in judged["population", "unseen"] and "ece" not in judged["", "train"]
 
 
-def test_a_sweep_shuffles_labels_and_then_draws_the_same_shots(world):
-    task = task_of(world)
+def test_a_sweep_shuffles_labels_and_then_draws_the_same_shots(task):
     toy = Sum(task)
-    draws = draw_shots(task.few, (1, 3), 2, 0)
-    toy.shown.clear()
-    found = {(r["control"], r["set"], r["shots"]): r for r in judging.sweep(toy, task, draws)}
+    found = toy.swept(task, (1, 3), 2)
     (view, users), (shuffled, again), (turned, first) = toy.shown
     assert torch.equal(turned, -view[: len(turned)]) and first.num_users == users.num_users // 2
     swapped = (shuffled == -view).all(1)
@@ -581,10 +536,9 @@ def test_a_sweep_shuffles_labels_and_then_draws_the_same_shots(world):
         same(found["shuffled", "unseen", size], expected)
 
 
-def sweep(those: People, results: Path, unit: str = "dialogues", **changes: Any) -> Path:
+def sweep(those: People, results: Path) -> Path:
     """A run of vary_fewshot: 0, 1, 3 and 8 shots, twice each; its folder."""
-    chosen = settings(results, name="shots", **changes)
-    people.vary_fewshot(those.tasks(unit), chosen, [0, 1, 3, 8], 2)
+    people.vary_fewshot(those.tasks(), settings(results, name="shots"), [0, 1, 3, 8], 2)
     return results / "planted" / "shots"
 
 
@@ -630,76 +584,71 @@ def test_a_sweep_of_several_processes_is_refused(world, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------ Run folders
 
 
-def test_a_run_with_other_settings_is_refused_by_their_names(world, tmp_path):
-    _, folder = fit(world, tmp_path)
+def test_a_run_with_other_settings_is_refused_by_their_names(four, tmp_path):
+    _, folder = tiny(four, tmp_path)
     before = (folder / "results.json").read_bytes()
     with pytest.raises(InputError, match=r"bt .*\(lore\.learning_rate, lore\.ranks\); choose"):
-        fit(world, tmp_path, learning_rate=0.1, ranks=(3,))
-    other = world._replace(info={**world.info, "data_sha256": "2" * 64})
+        tiny(four, tmp_path, learning_rate=0.1, ranks=(3,))
+    other = four._replace(info={**four.info, "data_sha256": "2" * 64})
     with pytest.raises(InputError, match=r"\(prepared\.data_sha256\); choose another --name"):
-        fit(other, tmp_path)
+        tiny(other, tmp_path)
     with pytest.raises(InputError, match=r"\(reference\)"):
-        fit(world, tmp_path, reference="none")
+        tiny(four, tmp_path, reference="none")
     with pytest.raises(InputError, match=r"\(script, shots, trials\)"):
-        people.vary_fewshot(world.tasks(), settings(tmp_path), [1], 1)
+        people.vary_fewshot(four.tasks(), settings(tmp_path), [1], 1)
     assert (folder / "results.json").read_bytes() == before
-    fit(world, tmp_path, checkpoint_every=7, stream=True)  # which change no result
+    tiny(four, tmp_path, checkpoint_every=7, stream=True)  # which change no result
     assert (folder / "results.json").read_bytes() == before
 
 
-def test_a_folder_with_files_of_others_is_no_run(world, tmp_path):
-    _, made = fit(world, tmp_path / "elsewhere")
-    folder = tmp_path / made.relative_to(tmp_path / "elsewhere")
+def test_a_folder_with_files_of_others_is_no_run(four, tmp_path):
+    folder = tmp_path / "planted" / "here"
     folder.mkdir(parents=True)
     (folder / "table.md").write_text("mine", encoding="utf-8")
     with pytest.raises(InputError, match="holds files that no run wrote: choose another --name"):
-        fit(world, tmp_path)
+        tiny(four, tmp_path)
     assert (folder / "table.md").read_text(encoding="utf-8") == "mine"
 
 
-@pytest.mark.slow
-def test_results_beside_missing_or_other_settings_are_not_believed(world, tmp_path):
-    _, folder = fit(world, tmp_path)
+def test_results_beside_missing_or_other_settings_are_not_believed(four, tmp_path):
+    _, folder = tiny(four, tmp_path, methods=())
     before = (folder / "results.json").read_bytes()
     (folder / "settings.json").unlink()
-    with pytest.raises(InputError, match=r"\(reference\)"):
-        fit(world, tmp_path, reference="none")
-    with pytest.raises(InputError, match=r"lore\.ranks"):
-        fit(world, tmp_path, ranks=(3,))
+    for changes, word in (({"reference": "none"}, r"\(reference\)"),
+                          ({"learning_rate": 3.0}, r"lore\.learning_rate")):  # fmt: skip
+        with pytest.raises(InputError, match=word):
+            tiny(four, tmp_path, methods=(), **changes)
     assert not (folder / "settings.json").exists()
-    fit(world, tmp_path)  # its own settings are written again
+    tiny(four, tmp_path, methods=())  # its own settings are written again
     kept = json.loads((folder / "settings.json").read_text())["settings"]
     assert kept == saved(folder)["settings"]
-    _, other = fit(world, tmp_path, reference="none", name="other")
+    _, other = tiny(four, tmp_path, methods=(), reference="none", name="other")
     shutil.copy(folder / "results.json", other)
     for which in ("none", "head"):  # as its settings.json says, and as its results.json does
         with pytest.raises(InputError, match=r"other: holds a run with .*\(reference\)"):
-            fit(world, tmp_path, reference=which, name="other")
+            tiny(four, tmp_path, methods=(), reference=which, name="other")
     assert (folder / "results.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("refused", [{"alpha": (1.0,), "reference": "none"}, {"ranks": (99,)}])
-def test_a_refused_run_leaves_no_folder(world, tmp_path, refused):
+def test_a_refused_run_leaves_no_folder(four, tmp_path, refused):
     with pytest.raises(InputError, match="^--"):
-        fit(world, tmp_path, **refused)
+        fit(four, tmp_path, **refused)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-    fit(world, tmp_path, methods=())  # under the same name
+    tiny(four, tmp_path, methods=())  # under the same name
 
 
 def test_a_training_that_diverges_is_one_line_and_leaves_no_state(world, tmp_path):
     with pytest.raises(InputError, match=r"by step 10 of training, .*--learning-rate"):
         fit(world, tmp_path, learning_rate=1e30, alpha=(1.0,), checkpoint_every=10)
     assert not list(tmp_path.rglob("state-*"))
-
-
-def test_a_training_that_diverges_to_large_numbers_is_one_line(world, tmp_path):
-    sgd = OptimizerChoice("torch.optim.SGD", {"lr": 1e30})
+    sgd = OptimizerChoice("torch.optim.SGD", {"lr": 1e30})  # to large numbers
     with pytest.raises(InputError, match="BT, seed 0: its training diverged .*learning rate"):
-        fit(world, tmp_path, optimizer=sgd)
+        fit(world, tmp_path, optimizer=sgd, name="sgd")
 
 
-def test_figures_that_are_no_numbers_are_never_written(world, tmp_path):
-    _, folder = fit(world, tmp_path, methods=())
+def test_figures_that_are_no_numbers_are_never_written(four, tmp_path):
+    _, folder = tiny(four, tmp_path, methods=())
     run = runs.Run.start(tmp_path, "here", saved(folder)["settings"], {})
     before = (folder / "results.json").read_bytes()
     bad = {"settings": {}, "fits": [{"losses": [float("nan")]}], "records": []}
@@ -711,37 +660,29 @@ def test_figures_that_are_no_numbers_are_never_written(world, tmp_path):
 
 
 @pytest.mark.parametrize(("damage", "word"), [
-    ("a figure", "its checksum does not match"), ("a setting", "its checksum does not match"),
-    ("a half", "not readable as JSON"), ("an earlier version", "has format 1"),
+    (lambda text: text.replace('"accuracy": [', '"accuracy": [0.5, ', 1), "its checksum does not"),
+    (lambda text: text[: len(text) // 2], "not readable as JSON"),
+    (lambda text: '{"settings": 3}', "has format 1"),
 ])  # fmt: skip
 def test_results_that_no_run_has_written_are_refused_before_work(
-    world, run, tmp_path, damage, word
+    four, of_four, tmp_path, damage, word
 ):
-    folder = Path(shutil.copytree(run[1].parents[1], tmp_path / "results")) / run[1].parent.name
-    file = folder / run[1].name / "results.json"
-    text = file.read_text()
-    written = json.loads(text)
-    if damage == "a figure":
-        written["seeds"][0]["methods"]["lore"]["records"][0]["accuracy"][0] = 1.0
-    elif damage == "a setting":
-        del written["seeds"][0]["methods"]["lore"]["settings"]
-    elif damage == "an earlier version":
-        del written["format"], written["sha256"]
-    spoilt = text[: len(text) // 2] if damage == "a half" else json.dumps(written)
+    shutil.copytree(of_four.parents[1], tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "planted" / "here" / "results.json"
+    spoilt = damage(file.read_text())
     file.write_text(spoilt)
-    with pytest.raises(InputError, match=rf"results\.json: .*{word}"):
-        fit(world, tmp_path / "results")
+    with pytest.raises(InputError, match=rf"{re.escape(str(file))}: .*{word}"):
+        fit(four, tmp_path)
     assert file.read_text() == spoilt
 
 
-def test_without_a_name_other_settings_have_another_folder(world, tmp_path):
-    steps = {"iterations": 2, "few_shot_iterations": 2}
+def test_without_a_name_other_settings_have_another_folder(four, tmp_path):
     for changes in ({}, {"seeds": (1,)}, {"alpha": (1.0,)}, {"reference": "none"}):
-        chosen = settings(tmp_path, **steps, **changes)
+        chosen = settings(tmp_path, methods=(), **TINY, **changes)
         chosen.name = None
-        people.train_basis(world.tasks(), chosen)
-    found = {len(saved(folder)["seeds"]) for folder in (tmp_path / "planted").iterdir()}
-    assert len(list((tmp_path / "planted").iterdir())) == 3 and found == {1, 2}
+        people.train_basis(four.tasks(), chosen)
+    found = sorted(len(saved(folder)["seeds"]) for folder in (tmp_path / "planted").iterdir())
+    assert found == [1, 1, 2]
 
 
 class Fits:
@@ -771,61 +712,57 @@ class Fits:
 NAMES = ("bt", "own", "lore")
 
 
-@pytest.mark.slow
-def test_an_interrupted_run_keeps_finished_methods_and_repeats(world, tmp_path, monkeypatch):
-    asked = {"seeds": (0, 1, 2), "estimator": "lore_regularized", "alpha": (0.0, 10.0)}
-    _, whole = fit(world, tmp_path / "whole", **asked)
+def test_finished_methods_and_repeats_are_kept_and_the_missing_ones_fitted(
+    four, tmp_path, monkeypatch
+):
+    given = {"estimator": "lore_regularized", "alpha": (0.0, 10.0)}
+    _, whole = tiny(four, tmp_path / "whole", seeds=(0, 1), **given)
     fits = Fits(monkeypatch)
-    fits.stop = (2, "lore")
+    fits.stop = (1, "lore")
     with pytest.raises(KeyboardInterrupt):
-        fit(world, tmp_path / "part", **asked)
-    assert fits.pop() == [(seed, name) for seed in (0, 1, 2) for name in NAMES]
-    _, part = fit(world, tmp_path / "part", **asked)
-    assert fits.pop() == [(2, "lore")]
+        tiny(four, tmp_path / "part", seeds=(0, 1), **given)
+    assert fits.pop() == [(seed, name) for seed in (0, 1) for name in NAMES]
+    _, part = tiny(four, tmp_path / "part", seeds=(0, 1), **given)
+    assert fits.pop() == [(1, "lore")]
     assert repeats(part) == repeats(whole)
-    fit(world, tmp_path / "part", **asked)
+    tiny(four, tmp_path / "part", seeds=(0, 1), **given)
     assert not fits.pop()
     assert sorted(p.name for p in part.iterdir()) == sorted(p.name for p in whole.iterdir())
-
-
-@pytest.mark.slow
-def test_methods_and_seeds_that_are_added_later_are_all_that_is_fitted(
-    world, tmp_path, monkeypatch
-):
-    _, whole = fit(world, tmp_path / "whole", seeds=(0, 1))
-    fits = Fits(monkeypatch)
-    _, part = fit(world, tmp_path / "part", methods=())
+    _, later = tiny(four, tmp_path / "later", methods=(), **given)
     assert fits.pop() == [(0, "bt"), (0, "own")]
-    assert not any(key[0].startswith("LoRe") for key in records(part))
-    fit(world, tmp_path / "part")
+    assert not any(key[0].startswith("LoRe") for key in records(later))
+    tiny(four, tmp_path / "later", **given)
     assert fits.pop() == [(0, "lore")]
-    fit(world, tmp_path / "part", seeds=(0, 1))
+    tiny(four, tmp_path / "later", seeds=(0, 1), **given)
     assert fits.pop() == [(1, name) for name in NAMES]
-    for one, other in zip(repeats(part), repeats(whole), strict=True):
+    for one, other in zip(repeats(later), repeats(whole), strict=True):
         for name, method in other["methods"].items():
             assert one["methods"][name]["records"] == method["records"]
         assert list(one["methods"]) == list(other["methods"])
 
 
-def test_methods_that_are_not_asked_for_again_keep_their_order(tmp_path):
+def test_methods_of_earlier_commands_keep_their_order(tmp_path):
     (tmp_path / "settings.json").write_text("{}")
     run = runs.Run(tmp_path, {}, {"seeds": []})
     names = [f"method {letter}" for letter in "abcdefgh"]
     for name in names:
         run.add(0, {}, name, {"settings": {}, "fits": [], "records": []}, [name])
-    assert list(run.part(0)["methods"]) == names[::-1]  # those asked for come first
+    assert list(run.part(0)["methods"]) == names[::-1]  # those of this command come first
 
 
-def test_an_unknown_method_is_refused_before_anything_is_made(world, tmp_path):
+def test_an_unknown_method_is_refused_before_anything_is_made(four, tmp_path):
     with pytest.raises(InputError, match="--methods lore2: there are .*lore"):
-        fit(world, tmp_path, methods=("lore", "lore2"))
+        fit(four, tmp_path, methods=("lore", "lore2"))
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
-def test_basis_files_are_named_as_written_and_hold_their_repeat(world, tmp_path):
-    _, one = fit(world, tmp_path / "one", alpha=(0.0, 1.0))
-    _, two = fit(world, tmp_path / "two", seeds=(0, 1))
+def test_basis_files_are_named_as_written_and_hold_their_repeat(four, tmp_path):
+    _, one = tiny(four, tmp_path / "one", alpha=(0.0, 1.0))
+    _, shrunk = tiny(four, tmp_path / "shrunk", shrinkage=(0.0, 5.0))
+    assert {f"basis-K02-shrinkage{s}.safetensors" for s in (0, 5)} <= {
+        path.name for path in shrunk.iterdir()
+    }
+    _, two = tiny(four, tmp_path / "two", seeds=(0, 1))
     alphas = {f"basis-K{rank:02d}-alpha{alpha}" for rank in (1, 2) for alpha in (0, 1)}
     seeds = {f"basis-K{rank:02d}-seed{seed}" for rank in (0, 1, 2) for seed in (0, 1)}
     for folder, names in ((one, alphas | {"basis-K00"}), (two, seeds)):
@@ -841,15 +778,6 @@ def test_basis_files_are_named_as_written_and_hold_their_repeat(world, tmp_path)
                 assert basis.users_unseen == part["users"]["unseen"]
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"settings": 3}'])
-def test_a_damaged_results_file_is_named(world, tmp_path, content):
-    folder = tmp_path / "planted" / "here"
-    folder.mkdir(parents=True)
-    (folder / "results.json").write_text(content)
-    with pytest.raises(InputError, match=re.escape(str(folder))):
-        fit(world, tmp_path)
-
-
 @contextlib.contextmanager
 def small_disk(size: int) -> Iterator[None]:
     """No file can grow past so many bytes."""
@@ -862,9 +790,9 @@ def small_disk(size: int) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def reported(world, run, tmp_path_factory) -> Path:
+def reported(four, tmp_path_factory) -> Path:
     """A finished run with its tables, plots aside."""
-    folder = shutil.copytree(run[1], tmp_path_factory.mktemp("reported") / "here")
+    _, folder = tiny(four, tmp_path_factory.mktemp("reported"), checkpoint_every=4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reports, "write_plots", lambda *_: [])
         reports.report(folder)
@@ -872,19 +800,18 @@ def reported(world, run, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [100, 2_500, *(slow(n) for n in (1_100, 8_000, 30_000))])
-def test_a_full_disk_loses_nothing(world, reported, tmp_path, monkeypatch, size):
+@pytest.mark.parametrize("size", [100, 1_100, 2_500, 5_000, 20_000])
+def test_a_full_disk_loses_nothing(four, reported, tmp_path, monkeypatch, size):
     monkeypatch.setattr(reports, "write_plots", lambda *_: [])
     monkeypatch.setattr(experiments, "report", reports.report)
-    whole = reported
-    files = {path.name: path.stat().st_size for path in whole.iterdir()}
+    files = {path.name: path.stat().st_size for path in reported.iterdir()}
     with small_disk(size), pytest.raises(InputError, match="cannot be written") as error:
-        fit(world, tmp_path / "full", checkpoint_every=10)
+        tiny(four, tmp_path / "full", checkpoint_every=4)
     name = Path(str(error.value).split(": cannot")[0]).name
     assert files.get(name, size + 1) > size or name.startswith("state-seed0")
     assert not list(tmp_path.rglob("*.part"))
-    _, full = fit(world, tmp_path / "full", checkpoint_every=10)
-    assert repeats(full) == repeats(whole)
+    _, full = tiny(four, tmp_path / "full", checkpoint_every=4)
+    assert repeats(full) == repeats(reported)
 
 
 # ------------------------------------------------------------------ Killed while training
@@ -894,10 +821,12 @@ class Killed(Exception):
     """In the middle of a training."""
 
 
-REGULARIZED = {"estimator": "lore_regularized", "alpha": (10.0,), "ranks": (2, 3)}
+QUICK = {"iterations": 20, "few_shot_iterations": 3, "ranks": (2, 3)}
+REGULARIZED = {**QUICK, "estimator": "lore_regularized", "alpha": (10.0,)}
+KINDS = {"regularized": REGULARIZED, "joint": {**QUICK, "alpha": (0.1,)}}
 
 
-def killed(world: People, results: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+def killed(world: People, results: Path, **changes: Any) -> None:
     """A run that is killed while LoRe is trained, after its state was kept twice."""
 
     def tick(checkpoint: training.Checkpoint, fitted: Any, step: int) -> None:
@@ -906,24 +835,32 @@ def killed(world: People, results: Path, monkeypatch: pytest.MonkeyPatch, **chan
             raise Killed
 
     keep = training.Checkpoint.tick
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training.Checkpoint, "tick", tick)
         with pytest.raises(Killed):
             fit(world, results, checkpoint_every=5, **changes)
 
 
+@pytest.fixture(scope="module", params=KINDS)
+def undisturbed_and_killed(request, world, tmp_path_factory) -> tuple[dict[str, Any], Path, Path]:
+    """Settings, the folder of a whole run with them, and the results of one that was killed."""
+    given, results = KINDS[request.param], tmp_path_factory.mktemp("killed")
+    _, whole = fit(world, tmp_path_factory.mktemp("whole"), **given)
+    killed(world, results, **given)
+    return given, whole, results
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("way", [slow("in memory"), "streamed", slow("in other parts")])
-@pytest.mark.parametrize("asked", [REGULARIZED, slow({"ranks": (2, 3), "alpha": (0.1,)})])
+@pytest.mark.parametrize("way", ["in memory", "streamed", "in other parts"])
 def test_a_killed_training_goes_on_wherever_it_computes(
-    world, tmp_path, monkeypatch, caplog, asked, way
+    world, undisturbed_and_killed, tmp_path, monkeypatch, caplog, way
 ):
-    _, whole = fit(world, tmp_path / "whole", **asked)
-    killed(world, tmp_path / "killed", monkeypatch, **asked)
+    given, whole, results = undisturbed_and_killed
+    shutil.copytree(results, tmp_path, dirs_exist_ok=True)
     if way == "in other parts":
         monkeypatch.setattr(comparisons, "PART_BYTES", 8 * 4 * 50)
     with caplog.at_level("INFO"):
-        _, folder = fit(world, tmp_path / "killed", stream=way == "streamed", **asked)
+        _, folder = fit(world, tmp_path, stream=way == "streamed", **given)
     assert "going on from step 15" in caplog.text
     assert not list(folder.glob("state-*"))
     for name in ("basis-K02.safetensors", "basis-K03.safetensors"):
@@ -933,9 +870,8 @@ def test_a_killed_training_goes_on_wherever_it_computes(
         torch.testing.assert_close(bases[0].W, bases[1].W, **exact)
 
 
-@pytest.mark.slow
-def test_a_kept_state_of_other_settings_is_not_taken_up(world, tmp_path, monkeypatch):
-    killed(world, tmp_path, monkeypatch, **REGULARIZED)
+def test_a_kept_state_of_other_settings_is_not_taken_up(world, tmp_path):
+    killed(world, tmp_path, **REGULARIZED)
     kept = sorted((tmp_path / "planted/here").glob("state-*"))
     assert [path.name for path in kept] == [f"state-seed0-lore-ranks.0.{n}.pt" for n in (10, 15)]
     other = {**REGULARIZED, "learning_rate": 0.4}
@@ -949,25 +885,19 @@ def test_a_kept_state_of_other_settings_is_not_taken_up(world, tmp_path, monkeyp
         fit(world, tmp_path / "second", **other)
 
 
-def test_a_states_identity_says_nothing_of_where_it_computes(world, monkeypatch):
-    streamed = task_of(world).train
+def test_a_states_identity_says_nothing_of_where_it_computes(world, task, monkeypatch):
+    streamed = task.train
     model = utils.LoRe_regularized(world.store.head, 1.0, 6, 8, 2, 5, generator=0)
     found = []
     for data, size in ((streamed, 1), (streamed.in_memory(), 1), (streamed.in_memory(), 1 << 20)):
         monkeypatch.setattr(comparisons, "PART_BYTES", size)
-        one = training.Training([model], data)
-        found.append(training._identity(one))
+        found.append(training._identity(training.Training([model], data)))
     assert found[0] == found[1] == found[2]
     other = streamed.select(torch.arange(len(streamed)) > 0)
-    changed = training.Training([model], other)
-    assert training._identity(changed) != found[0]
+    assert training._identity(training.Training([model], other)) != found[0]
 
 
-# ----------------------------------------------------------------------- Twin scripts
-
-
-@pytest.mark.parametrize("dataset", ["PRISM"])
-def test_both_scripts_of_a_dataset_fit_alike(dataset):
-    both = [worlds.script(f"{dataset}/{name}.py").LORE for name in ("train_basis", "vary_fewshot")]
+def test_both_scripts_of_a_dataset_fit_alike():
+    both = [worlds.script(f"PRISM/{name}.py").LORE for name in ("train_basis", "vary_fewshot")]
     assert dataclasses.replace(both[0], ranks=()) == dataclasses.replace(both[1], ranks=())
     assert both[0].estimator == "lore_regularized" and both[0].alpha == (1e4,)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lore.experiments.results import BASELINES, write_results
+from lore.experiments.results import BASELINES, SETS, write_results
 
 Made = dict[str, Any]
 
@@ -19,7 +19,7 @@ class Figures:
     have far less noise than the labels.
     """
 
-    def __init__(self, users: int = 40, noise: float = 0.02, seed: int = 0) -> None:
+    def __init__(self, users: int, noise: float, seed: int) -> None:
         self.users, self.noise = users, noise
         self.rng = np.random.default_rng(seed)
         self.ability = {side: self.rng.normal(0, 0.1, users) for side in ("seen", "unseen")}
@@ -28,20 +28,14 @@ class Figures:
         self, label: str, control: str, name: str, accuracy: float, shots: int | None = None
     ) -> Made:
         """One record; the log loss is 1.2 less the accuracy."""
-        side = "seen" if name in ("train", "seen") else "unseen"
         noise = self.rng.normal(0, self.noise, self.users)
-        users = np.clip(accuracy + self.ability[side] + noise, 0, 1)
-        record = {
+        users = np.clip(accuracy + self.ability[SETS[name]] + noise, 0, 1)
+        return {
             "label": label, "control": control, "set": name, "shots": shots,
             "accuracy": users.tolist(), "log_loss": (1.2 - users).tolist(),
-            "trials": None, "users_with_that_many": None,
+            "trials": None if shots is None else [accuracy - 0.01, accuracy + 0.01],
+            "users_with_that_many": None if shots is None else max(0, self.users - shots),
         }  # fmt: skip
-        if shots is not None:
-            record |= {
-                "trials": [accuracy - 0.01, accuracy + 0.01],
-                "users_with_that_many": max(0, self.users - shots),
-            }
-        return record
 
 
 def fit(label: str, personal: bool, role: str = "method", **settings: Any) -> Made:
@@ -84,18 +78,13 @@ def results(
     return {"settings": settings, "command": ["python"], "versions": {}, "seeds": parts}
 
 
-def role(method: str) -> str:
-    """What a run says of a method."""
-    return "baseline" if method in BASELINES else "method"
-
-
 def _repeat(seed: int, labels: Made, users: int, sweep: bool, noise: float) -> Made:
     figures, methods = Figures(users, noise, seed), {}
     for label, (method, personal, settings, means) in labels.items():
-        part = methods.setdefault(method, {"settings": {}, "seconds": 1.5,
-                                           "processor_seconds": 1.5,
-                                           "fits": [], "records": []})  # fmt: skip
-        part["fits"].append(fit(label, personal, role(method), **settings))
+        new = {"settings": {}, "seconds": 1.5, "processor_seconds": 1.5, "fits": [], "records": []}
+        part = methods.setdefault(method, new)
+        role = "baseline" if method in BASELINES else "method"
+        part["fits"].append(fit(label, personal, role, **settings))
         controls = CONTROLS if personal and label != "own model" else {}
         for name in ("unseen",) if sweep else ("train", "seen", "unseen"):
             for shots in SHOTS if sweep else (None,):
