@@ -1,7 +1,6 @@
 """Anybody's own rows, in any of three layouts: what was preferred to what, by whom, after what.
 
-A layout is a function that turns all rows into choices; flags say which one rows have, else the
-names of their columns do.
+Flags say which layout rows have, else the names of their columns do.
 """
 
 from __future__ import annotations

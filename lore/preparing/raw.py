@@ -60,8 +60,10 @@ def read_rows(source: str, table: str, columns: Iterable[str], **hub: Any) -> Ro
         rows = chain.from_iterable(map(read_file, _table_files(Path(source), table)))
     else:
         advice = f"give a folder with {table}.jsonl or {table}.parquet"
-        load = _hub_files if "files" in hub else _hub_rows
-        rows = load(source, table, advice, **hub)
+        if "files" in hub:
+            rows = _hub_files(source, advice, **hub)
+        else:
+            rows = _numbered(f"{source} {table}", _load_hub(source, advice, **hub))
     yield from check_columns(rows, columns)
 
 
@@ -91,8 +93,8 @@ def read_all(source: str) -> Rows:
         splits = _load_hub(source, f"give a file that ends in {endings}")
         for split, rows in splits.items():
             more = {"split": split} if len(splits) > 1 else {}
-            for number, row in enumerate(rows, start=1):
-                yield f"{source} {split} row {number}", {**more, **row}
+            for place, row in _numbered(f"{source} {split}", rows):
+                yield place, {**more, **row}
 
 
 def _table_files(folder: Path, table: str) -> list[Path]:
@@ -221,13 +223,11 @@ ENDINGS = (*READERS, *(f"{ending}.gz" for ending in READERS if ending != ".parqu
 # -------------------------------------------------------------------------- From the hub
 
 
-def _hub_rows(source: str, table: str, advice: str, **hub: Any) -> Rows:
-    """Rows of a hub dataset, which is downloaded once and then read from a cache."""
-    for number, row in enumerate(_load_hub(source, advice, **hub), start=1):
-        yield f"{source} {table} row {number}", row
+def _numbered(table: str, rows: Iterable[dict[str, Any]]) -> Rows:
+    return ((f"{table} row {number}", row) for number, row in enumerate(rows, start=1))
 
 
-def _hub_files(source: str, _: str, advice: str, files: str, revision: str) -> Rows:
+def _hub_files(source: str, advice: str, files: str, revision: str) -> Rows:
     """Rows of certain files, which ``datasets`` would not find in its cache without the hub."""
     from huggingface_hub import snapshot_download
 
@@ -241,6 +241,7 @@ def _hub_files(source: str, _: str, advice: str, files: str, revision: str) -> R
 
 
 def _load_hub(source: str, advice: str, **hub: Any) -> Any:
+    """A hub dataset, which is downloaded once and then read from a cache."""
     import datasets  # takes seconds, and local files do without
 
     with _one_line(source, advice):

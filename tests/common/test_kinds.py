@@ -61,11 +61,9 @@ def test_counts_are_those_made_by_hand():
 @pytest.mark.parametrize("seed", range(3))
 def test_labels_and_the_order_of_rows_change_no_kind(seed):
     table, rng = ratings(), np.random.default_rng(seed)
-    swapped = rng.random(len(table)) < 0.5
-    other = table.assign(
-        chosen=np.where(swapped, table.rejected, table.chosen),
-        rejected=np.where(swapped, table.chosen, table.rejected),
-    )
+    swapped, sides = rng.random(len(table)) < 0.5, ["chosen", "rejected"]
+    other = table.copy()
+    other.loc[swapped, sides] = table.loc[swapped, sides[::-1]].to_numpy()
     other = other.sample(frac=1, random_state=seed)
     assert facts.count_kinds(other) == facts.count_kinds(table)
 
@@ -103,7 +101,7 @@ def test_how_often_five_users_choose_as_before_has_its_interval():
     assert "in 50.0% (95 % interval 23.7% to 76.3%); others agree" in found["sentence"]
 
 
-def test_without_repeats_nothing_is_told_of_them():
+def test_without_repeats_nothing_is_said_of_them():
     found = facts.retest(twice([("a", 0, 1), ("b", 1, 0)]))
     assert found == {"judged_again": 0, "both_sides": 0, "sentence": "No user judged a pair twice."}
 

@@ -378,11 +378,6 @@ COUNTS = {
     "C18-roles-human-gpt.jsonl": ({}, 36),
 }
 REFUSED = [
-    ("C01-response-a-b-preferred.csv",
-     {"user": "annotator_id", "chosen": "preferred", "rejected": "response_b"},
-     "preferred holds nothing but A, B, tie, which are no responses"),
-    ("C01-response-a-b-preferred.csv", {"chosen": "response_a", "rejected": "response_b"},
-     "no flag uses the column preferred"),
     ("C03-lmsys-lists-in-cells.csv", {}, "row 1 has no user; .* --user-name me names one"),
     ("C04-json-list-annotator-columns.json", {}, "response1 and response2, but --winner must say"),
     ("C10-sharegpt-conversations.json", {}, "row 1 has no user; .* --user-name me names one"),

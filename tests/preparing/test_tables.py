@@ -149,26 +149,19 @@ def test_a_damaged_line_is_named(tmp_path, line, message, ending):
         list(raw.read_file(file))
 
 
-def test_a_damaged_file_is_named(tmp_path):
-    whole = gzip.compress(b'{"a": 1}\n' * 1000)
-    cut = write_bytes(tmp_path / "cut.jsonl.gz", whole[:-10])
-    plain = write_bytes(tmp_path / "plain.jsonl.gz", b"plain text")
-    parquet = write_bytes(tmp_path / "p.parquet", b"PAR1 and nothing else")
-    for file in (cut, plain, parquet):
-        with pytest.raises(InputError, match=f"{file} cannot be read"):
-            list(raw.read_file(file))
-    with pytest.raises(InputError, match="a file's name must end in .jsonl, .ndjson, .json, .csv"):
-        list(raw.read_file(tmp_path / "t.txt"))
-
-
-def test_a_spreadsheet_is_read(tmp_path):
-    content = '\ufeffuser,prompt\na,"two\nlines, and a comma"\nb,' + "x" * 200_000 + "\n"
-    file = write_bytes(tmp_path / "t.csv", content.encode())
-    rows = [row for _, row in raw.read_file(file)]
-    assert rows[0] == {"user": "a", "prompt": "two\nlines, and a comma"}
-    assert rows[1] == {"user": "b", "prompt": "x" * 200_000}
-    write_bytes(tmp_path / "t.csv", b"user,prompt\na,b,c\n")
-    with pytest.raises(InputError, match="row 1 has 3 cells, the first line 2; .* by commas"):
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("cut.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 1000)[:-10], " cannot be read"),
+        ("plain.jsonl.gz", b"plain text", " cannot be read"),
+        ("p.parquet", b"PAR1 and nothing else", " cannot be read"),
+        ("t.csv", b"a,b\n1,2,3\n", " row 1 has 3 cells, the first line 2; .* by commas"),
+        ("t.txt", b"", ": a file's name must end in .jsonl, .ndjson, .json, .csv"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, name, content, message):
+    file = write_bytes(tmp_path / name, content)
+    with pytest.raises(InputError, match=f"^{file}{message}"):
         list(raw.read_file(file))
 
 
@@ -210,19 +203,24 @@ def test_a_separator_that_is_found_is_told(tmp_path, caplog):
     assert f"{file}: cells are separated by semicolons" in caplog.messages
 
 
-def test_cells_that_are_missing_at_the_end_are_empty(tmp_path):
-    file = write_bytes(tmp_path / "t.csv", b"a,b,c\n1,2\n\n3\n")
-    assert [row for _, row in raw.read_file(file)] == [
-        {"a": "1", "b": "2", "c": ""},
-        {"a": "3", "b": "", "c": ""},
-    ]
+LONG = "x" * 200_000
 
 
-def test_a_first_line_set_with_blanks_names_tabbed_columns(tmp_path):
-    file = write_bytes(tmp_path / "t.tsv", b"# #id    label    a1\n5\tx\tsome  text\n")
-    assert [row for _, row in raw.read_file(file)] == [
-        {"# #id": "5", "label": "x", "a1": "some  text"}
-    ]
+@pytest.mark.parametrize(
+    ("name", "content", "rows"),
+    [
+        ("t.csv", "a,b,c\n1,2\n\n3\n",  # cells that are missing at the end are empty
+         [{"a": "1", "b": "2", "c": ""}, {"a": "3", "b": "", "c": ""}]),
+        ("t.tsv", "# #id    label    a1\n5\tx\tsome  text\n",  # a first line set with blanks
+         [{"# #id": "5", "label": "x", "a1": "some  text"}]),
+        ("t.csv", f'\ufeffuser,prompt\na,"two\nlines, and a comma"\nb,{LONG}\n',
+         [{"user": "a", "prompt": "two\nlines, and a comma"}, {"user": "b", "prompt": LONG}]),
+    ],
+    ids=("missing", "blanks", "spreadsheet"),
+)  # fmt: skip
+def test_what_a_table_holds(tmp_path, name, content, rows):
+    file = write_bytes(tmp_path / name, content.encode())
+    assert [row for _, row in raw.read_file(file)] == rows
 
 
 def test_a_name_that_stands_twice_is_refused(tmp_path):
