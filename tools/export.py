@@ -135,7 +135,7 @@ def load_model(source: Source, dtype: str) -> Any:
     from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging
 
-    logging.set_verbosity_error()  # that a language model has no score head does not matter here
+    logging.set_verbosity_error()  # that a language model has no score head does not matter
     options = {"dtype": dtype, "num_labels": 1, "ignore_mismatched_sizes": True}
     loaded = pretrained(AutoModelForSequenceClassification, source.model, source, **options)
     return loaded.eval()

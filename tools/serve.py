@@ -157,7 +157,7 @@ class Batches:
                 batch.append(self.waiting.get())
             try:
                 self._answer(batch)
-            except Exception:  # one after the other, so that nobody suffers from another's mistake
+            except Exception:  # one by one, so that a mistake harms no other request
                 for one in batch:
                     try:
                         self._answer([one])

@@ -39,18 +39,12 @@ NO_TEXT = "the prompt or a message is empty"
 
 
 class UserChoices(NamedTuple):
-    """One person's choices, a pair for every chosen and rejected response of a row.
+    """One person's choices, a pair for every chosen and rejected response of a row."""
 
-    Attributes:
-        chosen, rejected: conversations that end in the response [n].
-        row: the number of the row that each pair comes from, from 0 [n].
-        weight: how much each pair counts [n]; pairs share the weight of their row.
-    """
-
-    chosen: list[Conversation]
+    chosen: list[Conversation]  # that end in the response [n]
     rejected: list[Conversation]
-    row: Tensor
-    weight: Tensor
+    row: Tensor  # the number of the row that each pair comes from, from 0 [n]
+    weight: Tensor  # how much each pair counts [n]; pairs share the weight of their row
 
 
 def read_user_choices(file: Path, columns: Columns = USUAL) -> UserChoices:
@@ -120,15 +114,10 @@ def _endings(
 
 @dataclass(frozen=True)
 class Pair:
-    """A dialogue and two responses to it.
-
-    Attributes:
-        history: the dialogue so far.
-        texts: the responses, in alphabetical order, which says nothing of which was preferred.
-    """
+    """A dialogue and two responses to it."""
 
     history: Conversation
-    texts: tuple[str, str]
+    texts: tuple[str, str]  # in alphabetical order, which says nothing of which was preferred
 
     @classmethod
     def of(cls, one: Conversation, other: Conversation) -> Pair:

@@ -94,7 +94,7 @@ def next_question(
     earlier: Sequence[int] = (),
     generator: Seed = None,
 ) -> int:
-    """The number of the question of a pool to ask next.
+    """The number of the question of a pool to ask next; InputError if nothing is left to ask.
 
     Args:
         posterior: what is known of the user.
@@ -102,9 +102,6 @@ def next_question(
         criterion: see ``acquisition``, whose values are summed over a question's comparisons.
         earlier: numbers of the questions that were asked before, answered or not.
         generator: of the draw among questions that are equally good.
-
-    Raises:
-        InputError: nothing is left to ask, or there is no such criterion.
     """
     require(criterion in CRITERIA, f"criterion {criterion}: there are {', '.join(CRITERIA)}")
     gains = acquisition(criterion, posterior, pool.rows)

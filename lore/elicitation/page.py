@@ -98,13 +98,7 @@ def _say_mistakes(answer: Callable[[], Any]) -> Callable[[], Any]:
 def ask_on_page(session: Session, profile: Path, port: int = 0) -> None:
     """Serve a session's page on this machine until the person is done, or Ctrl-C.
 
-    Args:
-        session: to be asked.
-        profile: where the profile is written.
-        port: of the server; 0 for a free one.
-
-    Raises:
-        InputError: the port is taken.
+    Port 0 is a free one; InputError if the port is taken.
     """
     page = Page(session, profile, secrets.token_urlsafe(16))
     with listen(page.app, "127.0.0.1", port) as server:

@@ -49,13 +49,9 @@ class Scorer:
     def embed(self, texts: Sequence[str | Conversation], progress: bool = False) -> Tensor:
         """Embeddings [n, F], minus the center where the file has it.
 
-        Args:
-            texts: conversations that end in a response, or what the chat template makes of these,
-                whose end is mended where it was stripped.
-            progress: show a progress bar.
-
-        Raises:
-            InputError: an empty text, or a conversation that the template refuses.
+        A text is a conversation that ends in a response, or what the chat template makes of one,
+        whose end is mended where it was stripped. InputError for an empty one, or where the
+        template refuses.
         """
         bos = self.tokenizer.bos_token_id
         keys = [

@@ -26,32 +26,20 @@ ACTIONS = ("a", "b", "skip", "undo", "more")
 
 
 class Question(NamedTuple):
-    """What a person is shown.
+    """What a person is shown: a dialogue, and its two responses as a and b."""
 
-    Attributes:
-        number: of the question, from 1.
-        pair: the dialogue and its two responses.
-        shown: the responses a and b.
-    """
-
-    number: int
+    number: int  # from 1
     pair: Pair
     shown: tuple[str, str]
 
 
 @dataclass
 class Material:
-    """All that a session is about.
+    """All that a session is about."""
 
-    Attributes:
-        pairs: the pool.
-        candidates: conversations that end in responses to be ranked; may be none.
-        views: every conversation as the fit views it [C], by its digest.
-    """
-
-    pairs: list[Pair]
-    candidates: list[Conversation]
-    views: Mapping[str, Tensor]
+    pairs: list[Pair]  # the pool
+    candidates: list[Conversation]  # that end in responses to be ranked; may be none
+    views: Mapping[str, Tensor]  # every conversation as the fit views it [C], by its digest
 
     def differences(self, pairs: Sequence[Sequence[Conversation]]) -> Tensor:
         """First minus second of pairs of these conversations [n, C]."""
@@ -86,16 +74,8 @@ def gather(
 ) -> Material:
     """Embed the pool, the candidates and, where it is not among these, what was answered before.
 
-    Args:
-        found: the file of a run.
-        pairs: the pool.
-        answers: those that were given before.
-        candidates: conversations that end in a candidate.
-        embeddings: folder to keep the embeddings of pool and candidates in, for another time.
-        embedding: more arguments of ``view_conversations``.
-
-    Raises:
-        InputError: the file knows no differences between people.
+    The folder embeddings keeps those of pool and candidates; further arguments are those of
+    ``view_conversations``. InputError where the file knows no differences between people.
     """
     alike = "knows no differences between users, so that there is nothing to ask: it has rank 1, "
     alike += "one user, or no personal part"

@@ -33,27 +33,16 @@ from lore.preparing.messages import Conversation
 
 
 class FittedFile(NamedTuple):
-    """What a run's file holds: the basis of LoRe, or a mixed logit.
-
-    Attributes:
-        path: of the file.
-        fit: as it was fitted.
-        directions: on which its ``view`` projects embeddings [F, C].
-        settings: of the run, such as the model.
-    """
+    """What a run's file holds: the basis of LoRe, or a mixed logit."""
 
     path: Path
     fit: LoreFit | MixedFit
-    directions: Tensor
-    settings: Mapping[str, Any]
+    directions: Tensor  # on which its ``view`` projects embeddings [F, C]
+    settings: Mapping[str, Any]  # of the run, such as the model
 
 
 def load_fit(path: Path) -> FittedFile:
-    """Read a run's basis file or mixed logit.
-
-    Raises:
-        InputError: no such file, or a damaged one, or of another kind.
-    """
+    """Read a basis file or a mixed logit; InputError for no such file, a damaged or another one."""
     learned = load_learned(path)
     if not isinstance(learned, Basis):
         directions = learned.fit.all_directions().float()
@@ -167,11 +156,8 @@ def leave_one_out(
 ) -> Tensor:  # fmt: skip
     """Log odds [n] of each choice by weights from the choices of all other rows; [0] of one row.
 
-    The pairs of a row share responses, so that they say too much of each other.
-
-    Args:
-        fit, choices, weight, seed: as for ``User.of``.
-        row: number of each choice's row, 0 to R - 1 [n].
+    The pairs of a row share responses, so that they say too much of each other. Arguments are as
+    for ``User.of``, and the number of each choice's row, 0 to R - 1 [n].
     """
     others = [(row != number).nonzero()[:, 0] for number in row.unique()]
     if len(others) < 2:

@@ -148,7 +148,7 @@ def home(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def converted(home, monkeypatch) -> Path:
-    """The same with a conversion that takes no time: weights that nobody reads."""
+    """The same with a conversion that takes no time: weights that are never read."""
 
     def convert(source: Path, folder: Path) -> None:
         (folder / smollm2.BODY).write_bytes(b"weights")
