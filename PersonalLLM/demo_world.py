@@ -26,15 +26,7 @@ import pandas as pd
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from lore.common.files import (
-    check_output,
-    file_sha256,
-    has_keys,
-    read_json,
-    require,
-    write_text,
-    write_whole,
-)
+from lore.common import files
 from lore.common.settings import PositiveInt, SeedNumber
 from lore.embeddings import smollm2
 from lore.embeddings.reward_model import Conversation
@@ -97,7 +89,7 @@ def write_prompts(number: int, rng: np.random.Generator) -> pd.DataFrame:
     """Distinct prompts with eight responses each: prompt, response_1 .. response_8."""
     every = [(topic, form) for topic in words()["topics"] for form in words()["questions"]]
     possible = 0 < number <= len(every)
-    require(possible, f"{number} prompts asked for: there can be 1 to {len(every)}")
+    files.require(possible, f"{number} prompts asked for: there can be 1 to {len(every)}")
     rows = []
     for i in rng.permutation(len(every))[:number]:
         topic, form = every[i]
@@ -171,8 +163,7 @@ def add_scores(table: pd.DataFrame, train: pd.DataFrame) -> pd.DataFrame:
 
 
 def average_preferences(table: pd.DataFrame) -> list[Conversation]:
-    """Conversations with the best response to each prompt by the mean of all scorers, then those
-    with the worst."""
+    """Conversations with each prompt's best response by the mean of all scorers, then the worst."""
     average = pd.DataFrame({n: table.filter(regex=f"^{n}_").mean(axis=1) for n in NAMES})
     return [
         [
@@ -217,24 +208,24 @@ def main(
         seed: of everything that is drawn.
     """
     enough = head_prompts <= train_prompts
-    require(enough, "give at least as many --train-prompts as --head-prompts")
+    files.require(enough, "give at least as many --train-prompts as --head-prompts")
     prompts = write_prompts(train_prompts + test_prompts, np.random.default_rng(seed))
     world = {"seed": seed, "train_prompts": train_prompts, "test_prompts": test_prompts}
     world |= {"head_prompts": head_prompts, "layers": layers}
     world |= {"measures": MEASURES, "tastes": TASTES}
     if not already_made(out, model, world):
         made = (out / "world.json").exists()
-        check_output(out / "world.json", "--out", has_keys("measures"))
+        files.check_output(out / "world.json", "--out", files.has_keys("measures"))
         for split in ("train", "test"):
-            check_output(out / f"{split}.parquet", "--out", lambda _: made)
-        write_text(out / "world.json", json.dumps(world))  # not whole, but ours
+            files.check_output(out / f"{split}.parquet", "--out", lambda _: made)
+        files.write_text(out / "world.json", json.dumps(world))  # not whole, but ours
         train, test = prompts[:train_prompts], prompts[train_prompts:]
         tables = {"train": add_scores(train, train), "test": add_scores(test, train)}
         for split, table in tables.items():
-            write_whole(out / f"{split}.parquet", partial(table.to_parquet, index=False))
+            files.write_whole(out / f"{split}.parquet", partial(table.to_parquet, index=False))
         fit_model(smollm2.reward_model(model, layers=layers), tables["train"][:head_prompts])
-        head = {"head_sha256": file_sha256(model / smollm2.HEAD)}
-        write_text(out / "world.json", json.dumps(world | head, indent=2))
+        head = {"head_sha256": files.file_sha256(model / smollm2.HEAD)}
+        files.write_text(out / "world.json", json.dumps(world | head, indent=2))
     print(f"{train_prompts} train and {test_prompts} test prompts: {out}, reward model: {model}")
 
 
@@ -243,7 +234,7 @@ def already_made(out: Path, model: Path, world: dict[str, Any]) -> bool:
     head = model / smollm2.HEAD
     if not head.exists():
         return False
-    return read_json(out / "world.json") == world | {"head_sha256": file_sha256(head)}
+    return files.read_json(out / "world.json") == world | {"head_sha256": files.file_sha256(head)}
 
 
 def fit_model(model: Path, table: pd.DataFrame) -> None:

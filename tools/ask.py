@@ -10,8 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.common.cli import cli
 from lore.common.files import check_output, has_keys, lock_folder, require
@@ -83,7 +81,7 @@ def main(
         kept = session.save(profile)
     print(*session.progress, *session.user.lines(), sep="\n")
     if "ranking" in kept:
-        print(as_text(pd.DataFrame(kept["ranking"])))
+        print(as_text(kept["ranking"]))
     print(f"answers in {answers}, profile in {profile}")
 
 

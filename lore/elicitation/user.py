@@ -223,9 +223,10 @@ def _dialogues(candidates: Sequence[Conversation]) -> np.ndarray:
     return pd.factorize(pd.Series([str(history) for *history, _ in candidates]))[0]
 
 
-def as_text(table: pd.DataFrame) -> str:
-    """A ranking as a terminal shows it, and what its columns mean."""
-    shown = table.drop(columns="line").rename(columns={"deviation": "sd", "p_over_next": "P"})
+def as_text(table: pd.DataFrame | list[dict[str, Any]]) -> str:
+    """A ranking, or its records, as a terminal shows it, and what its columns mean."""
+    names = {"deviation": "sd", "p_over_next": "P"}
+    shown = pd.DataFrame(table).drop(columns="line").rename(columns=names)
     lines = ["reward: log odds; P: that the response is preferred to the next one of its prompt"]
     if "sd" in shown:
         lines.append("sd: standard deviation of the reward's distance from its prompt's mean")

@@ -286,7 +286,7 @@ def test_help_of_what_is_no_method_is_refused():
 
 
 @pytest.mark.parametrize(
-    "script", [TRAIN, "PersonalLLM/vary_fewshot.py", "PRISM/prepare.py", "PRISM/eval_rb2.py"]
+    "script", [TRAIN, "PRISM/eval_rb2.py", "PersonalLLM/demo_world.py", "tools/export.py"]
 )
 def test_help_imports_nothing_heavy(script, tmp_path):
     """It is the same where importing any of these libraries fails."""

@@ -20,11 +20,12 @@ from made_bases import CHATS, embed, make_basis, make_mixed, write_lines
 from tools import score
 
 
-@pytest.fixture
-def world(tmp_path: Path) -> tuple[Path, Path]:
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A model, and a mixed logit's file with all that it may have."""
-    model = models.tiny_qwen(tmp_path / "model")
-    return model, make_mixed(tmp_path, model, known=True)
+    folder = tmp_path_factory.mktemp("world")
+    model = models.tiny_qwen(folder / "model")
+    return model, make_mixed(folder, model, known=True)
 
 
 def test_rewards_and_deviations_are_the_equations(world, tmp_path):
@@ -56,8 +57,7 @@ def test_a_text_is_scored_as_its_conversation_whatever_was_stripped_from_its_end
         scorer.embed([" \n"])
 
 
-def test_a_llamas_text_has_one_bos_and_a_long_one_keeps_it_and_its_end(tmp_path):
-    model = models.tiny_llama(tmp_path / "model")
+def test_a_llamas_text_has_one_bos_and_a_long_one_keeps_it_and_its_end(model, tmp_path):
     scorer = load_scorer(make_basis(tmp_path, model), max_length=20)
     text = render_text(scorer.tokenizer, CHATS[0])
     rows = scorer.embed([CHATS[0], text, text.removeprefix("<|begin_of_text|>")])
@@ -68,8 +68,7 @@ def test_a_llamas_text_has_one_bos_and_a_long_one_keeps_it_and_its_end(tmp_path)
     torch.testing.assert_close(rows[0], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_basis_has_weights_and_no_deviations(tmp_path):
-    model = models.tiny_llama(tmp_path / "model")
+def test_a_basis_has_weights_and_no_deviations(model, tmp_path):
     path = make_basis(tmp_path, model)
     rows = embed(model, tmp_path / "rows")
     learned = load_basis(path)
@@ -105,14 +104,14 @@ def test_the_command_ranks_within_a_prompt_for_every_user(world, tmp_path):
     assert [line["place"] for line in lines] == [1, 2, 3] * 2 and lines[0]["user"] == "ann"
 
 
-def test_score_from_the_command_line(world, tmp_path):
+def test_score_from_the_command_line(world, tmp_path, capsys):
     _, path = world
     texts = write_lines(tmp_path / "texts.jsonl", [{"messages": chat} for chat in CHATS])
     flags = {"basis": path, "user": ["ann", "17"], "texts": texts, "dtype": "float32"}
     done = running.invoke("tools/score.py", flags)
     assert done.status == 0 and done.out.count("Sing!") == 6 and " deviation " in done.out, done.err
-    listed = running.invoke("tools/score.py", {"basis": path, "list_users": "true"})
-    assert listed.out.split() == ["ann", "17", "new"]
+    score.main(path, list_users=True)
+    assert capsys.readouterr().out.split() == ["ann", "17", "new"]
 
 
 @pytest.mark.parametrize(
@@ -141,7 +140,7 @@ def test_somebodys_file_and_the_input_are_not_replaced(world, tmp_path):
         assert out.read_bytes() == before
 
 
-def test_a_basis_of_pooled_states_is_refused(tmp_path):
-    path = make_basis(tmp_path, models.tiny_llama(tmp_path / "model"), pool="layer:2")
+def test_a_basis_of_pooled_states_is_refused(model, tmp_path):
+    path = make_basis(tmp_path, model, pool="layer:2")
     with pytest.raises(InputError, match="reads layer:2 states: .*by the last token's alone"):
         load_scorer(path)

@@ -29,19 +29,21 @@ class Served(NamedTuple):
     port: int
     scorer: Scorer
     passes: list[int]
+    basis: Path
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A server of a basis with users ann, 17 and new, whose passes are counted."""
     folder = tmp_path_factory.mktemp("served")
-    scorer = load_scorer(make_basis(folder, models.tiny_qwen(folder / "model")))
+    basis = make_basis(folder, models.tiny_qwen(folder / "model"))
+    scorer = load_scorer(basis)
     passes, embed = [], scorer.embed
     scorer.embed = lambda texts: (passes.append(len(texts)), embed(texts))[1]
     server = serve.start(scorer, "127.0.0.1", 0, max_queries=100)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    yield Served(server.server_port, scorer, passes)
+    yield Served(server.server_port, scorer, passes, basis)
     server.shutdown()
     server.server_close()
 
@@ -65,9 +67,8 @@ def test_sixty_four_clients_at_once_lose_nothing_and_mix_no_users(served):
     ]
     rows = served.scorer.embed(chats)
     users = ("ann", "17", "new", None)
-    expected = {user: served.scorer.score(rows, user)[0].tolist() for user in users}
-    gaps = [max(abs(a - b) for a, b in zip(expected["ann"], expected[u], strict=True))
-            for u in users[1:]]  # fmt: skip
+    expected = {user: served.scorer.score(rows, user)[0] for user in users}
+    gaps = [(expected["ann"] - expected[user]).abs().max() for user in users[1:]]
     assert min(gaps) > 1e-3  # or else a mixture would go unnoticed
     served.passes.clear()
     together = threading.Barrier(64)
@@ -78,7 +79,7 @@ def test_sixty_four_clients_at_once_lose_nothing_and_mix_no_users(served):
         for _ in range(2):
             status, found = post(served.port, {"query": [chats[i] for i in own], "user": user})
             assert status == 200
-            wanted = [expected[user][i] for i in own]
+            wanted = expected[user][own].tolist()
             assert found["rewards"] == pytest.approx(wanted, abs=1e-5, rel=1e-4)
 
     with ThreadPoolExecutor(64) as pool:
@@ -154,18 +155,14 @@ def test_a_request_that_the_template_refuses_spoils_no_other_of_its_batch(served
     assert failed == [asked[3]] and "cannot write this" in str(asked[3].exception())
 
 
-def test_a_port_that_is_taken_is_one_line(served, tmp_path: Path):
-    path = make_basis(tmp_path, models.tiny_qwen(tmp_path / "model"))
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        flags = {"basis": path, "port": taken.getsockname()[1]}
-        done = running.invoke("tools/serve.py", flags)
+def test_a_port_that_is_taken_is_one_line(served):
+    done = running.invoke("tools/serve.py", {"basis": served.basis, "port": served.port})
     assert done.status == 2 and "cannot be had" in done.err and done.err.count("error: ") == 1
 
 
 @pytest.mark.slow
-def test_the_command_serves_until_it_is_ended(tmp_path: Path):
-    path = make_basis(tmp_path, models.tiny_qwen(tmp_path / "model"))
-    process = running.start("tools/serve.py", {"basis": path, "port": 0})
+def test_the_command_serves_until_it_is_ended(served):
+    process = running.start("tools/serve.py", {"basis": served.basis, "port": 0})
     line = next(line for line in process.stderr if "/get_reward" in line)
     port = int(line.split(":")[2].split("/")[0])
     try:
