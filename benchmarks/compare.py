@@ -63,10 +63,10 @@ def main(
     """Fit all methods on all datasets that are there; write comparison.md and comparison.svg.
 
     Args:
-        jokes: prepared folder of people who rate jokes, see docs/results.md; its draw is made anew
+        jokes: prepared folder of people who rate jokes, see docs/results.md; its draw is made again
             for every repeat.
         ukp: prepared folder of the judges of arguments, see docs/results.md.
-        prism: prepared and embedded folder of PRISM; its draw is made anew for every repeat.
+        prism: prepared and embedded folder of PRISM; its draw is made again for every repeat.
         demo: prepared folder of the demo, for the demo's users and the planted ones.
         only: datasets by name; all by default.
         methods: to fit; the reference, BT and own models always are. Those that were fitted before

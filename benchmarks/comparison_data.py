@@ -51,7 +51,7 @@ class World(NamedTuple):
 
 
 def redrawn(data: Path, seen_fraction: float = 0.5) -> Tasks:
-    """PRISM's draw of seen people and of everybody's training dialogues, anew for every seed.
+    """PRISM's draw of seen people and everybody's training dialogues, drawn again for every seed.
 
     Args:
         data: a prepared folder whose own draw is forgotten.
@@ -69,7 +69,7 @@ def redrawn(data: Path, seen_fraction: float = 0.5) -> Tasks:
 
 
 def held_out_anew(data: Path, by: Literal["pairs", "responses"]) -> Tasks:
-    """A draw of seen people and of what is held out, anew for every seed.
+    """A draw of seen people and of what is held out, drawn again for every seed.
 
     Args:
         data: a prepared folder of OwnData with all its comparisons (``--split pairs``).

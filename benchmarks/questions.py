@@ -75,9 +75,9 @@ def main(
 
     Args:
         jokes: prepared folder of the people who rate jokes, see docs/results.md; what is held out
-            is drawn anew for every repeat.
+            is drawn again for every repeat.
         ukp: prepared folder of the judges of arguments, see docs/results.md.
-        prism: prepared and embedded folder of PRISM; its draw is made anew for every repeat.
+        prism: prepared and embedded folder of PRISM; its draw is made again for every repeat.
         demo: prepared folder of the demo.
         only: worlds by name; all by default.
         repeats: at most so many of each world; 0 for the full number.

@@ -14,7 +14,7 @@ import models
 import running
 import worlds
 
-# How a world is written, and what its scripts are told.
+# How a world is written, and settings of its scripts.
 WORLDS = {
     "PersonalLLM": (worlds.personalllm, {}, {}),
     "RedditTLDR": (worlds.tldr, {"workers": 12, "annotations": 40}, {"min_annotations": 20}),
@@ -22,7 +22,7 @@ WORLDS = {
     "CommunityAlignment": (worlds.community, {"annotators": 10}, {"min_comparisons": 10}),
     "PersonalRewardBench": (worlds.rewardbench, {"users": 12}, {}),
 }
-# Scripts that run as a user runs them, although that takes their imports anew.
+# Scripts that run as a user runs them, although their imports take seconds.
 OWN_PROCESS = {("RedditTLDR", "prepare"), ("RedditTLDR", "vary_fewshot")}
 
 
