@@ -46,8 +46,7 @@ SWEEP = {
     "CommunityAlignment": {"shots": [1, 3], "trials": 3, "ranks": 3},
 }  # fmt: skip
 # Plots and pages take longer than all else, and are drawn from a run's results alone.
-DRAWN = [("CommunityAlignment", "train_basis")]
-DRAWN += [(name, "vary_fewshot") for name, script in OWN_PROCESS if script == "vary_fewshot"]
+DRAWN = [("CommunityAlignment", "train_basis"), OWN_PROCESS]
 SEEN_ONLY = WORLDS.keys() - SWEEP.keys()  # datasets in which nobody is new
 
 
