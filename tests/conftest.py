@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,11 @@ class Dataset(NamedTuple):
     source: Path
     data: Path
     outcomes: list[running.Outcome]
+
+
+def pytest_collection_finish() -> None:
+    """Every round of the garbage collector would look at half a million imported objects."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
