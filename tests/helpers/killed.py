@@ -6,6 +6,7 @@ As a program it answers jobs, a line of JSON each, so that the imports are paid 
 from __future__ import annotations
 
 import faulthandler
+import gc
 import json
 import os
 import random
@@ -165,6 +166,7 @@ def main() -> None:
     for case in CASES.values():  # what is imported late, is imported here
         with tempfile.TemporaryDirectory() as folder:
             people.fit(PEOPLE, Path(folder), **QUICK, **case)
+    gc.freeze()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:

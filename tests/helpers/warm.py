@@ -11,6 +11,7 @@ as by torchrun. Plots and pages are not drawn: they are made from a run's result
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import runpy
@@ -73,6 +74,7 @@ def warm_up() -> None:
     tqdm.set_lock(threading.RLock())  # its own is shared by all children: who is killed keeps it
     torch.optim.Adam([torch.zeros(1, requires_grad=True)]).zero_grad()  # imports torch._dynamo
     reports.write_plots = reports.write_report = lambda *given: []
+    gc.freeze()  # in a child, the collector's rounds would copy the pages of all that is imported
 
 
 def fork(work: Callable[[], int | None]) -> int:
