@@ -70,15 +70,14 @@ class LoRe:
     optimiser over weights and basis, on all comparisons at every step.
 
     Args:
-        V_sft: reference reward direction [F] or [F, 1]; None if there is none (alpha must be 0).
-        alpha: strength of the pull of the basis to the reference.
+        V_sft, alpha: reference direction [F] or [F, 1], and how strongly the basis is pulled to it;
+            None and 0 if there is none.
         num_classes, num_features, num_basis_vectors: U, F and K; K = 1 is Bradley-Terry.
         num_iterations, learning_rate: of the optimiser, the paper's Adam by default.
         generator: of the initial values, a seed or generator; None for torch's global one.
         optimizer: another one, see ``training.make_optimizer``.
         shrinkage: pull of each user's weights towards the users' mean, in comparisons; 0 is LoRe.
-        dtype: of the arithmetic; torch's default (float32) if None.
-        progress: show a bar with the loss.
+        dtype: of the arithmetic; torch's default if None.
         distributed: ``train`` is given this process's share of the U users, in order of rank
             (torch.distributed); every process returns all weights.
 
@@ -437,7 +436,6 @@ def run_few_shot_vary_shots(
         num_shots: numbers of comparisons drawn from each new user's ``train_features_unseen``.
         generator: after each (alpha, K)'s initial W and V, every number of shots and trial draws
             its shots user by user, then the users' logits.
-        (others): as for ``run``.
     """
     require(trials >= 1 and min(num_shots) >= 1, "trials and shots start at 1")
     generator, draws = as_generator(generator), []

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,6 +79,7 @@ def statements(tree: ast.AST) -> Iterator[ast.AST]:
             yield from statements(node)
 
 
+@functools.cache
 def imported(module: str) -> set[str]:
     """The product's modules that a module imports, anywhere in it."""
     names: set[str] = set()

@@ -33,9 +33,6 @@ def as_generator(seed: Seed) -> torch.Generator | None:
     return torch.Generator().manual_seed(int(seed))
 
 
-# --------------------------------------------------------------------- Features
-
-
 def _chunks(rows: int, columns: int, device: torch.device) -> Iterator[slice]:
     size = max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // (4 * columns))
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
@@ -58,12 +55,8 @@ def _backproject(parts: Iterator[tuple[slice, Tensor]], G: Tensor, num_features:
 
 
 class DenseFeatures:
-    """Differences held as one tensor [N, F], in memory or memory-mapped, of any float type.
-
-    Args:
-        x: the differences; may lie on another device than the one that computes.
-        device: where the products are formed; None for where x lies.
-    """
+    """Differences x [N, F] of any float type, in memory or memory-mapped; products are formed on
+    ``device``, by default where x lies."""
 
     def __init__(self, x: Tensor, device: Device = None) -> None:
         self.x = x
@@ -102,7 +95,6 @@ class RowFeatures:
 
     Args:
         rows: reads rows of the table: index [n] -> embeddings [n, F].
-        num_features: F.
         chosen, rejected: row numbers [N] in the table.
         device: where the products are formed.
     """
@@ -129,10 +121,8 @@ class RowFeatures:
             yield part, self.rows(self.index[part]).to(self.device, dtype)
 
     def pairs(self, of: Callable[[Tensor], Tensor] | None = None) -> Pairs:
-        """The two embeddings of every comparison, or what a function makes of rows e [n, F].
-
-        The function is called on the distinct rows, a chunk at a time, in float32.
-        """
+        """The two embeddings of every comparison, or what a function makes of distinct rows
+        e [n, F] in float32, a chunk at a time."""
         parts = [e if of is None else of(e) for _, e in self._parts(torch.float32)]
         return Pairs(torch.cat(parts), self.chosen, self.rejected)
 
@@ -482,10 +472,8 @@ class Shots:
 def draw_shots(
     few: Comparisons, sizes: Sequence[int], trials: int, generator: Seed = None
 ) -> Shots:
-    """Draw new users' shots from their comparisons, for every trial and size; all where too few.
-
-    A shot is a comparison, or a whole dialogue where the comparisons have dialogues.
-    """
+    """Draw new users' shots for every trial and size, all where there are too few: comparisons, or
+    whole dialogues where the comparisons have dialogues."""
     require(trials >= 1 and all(size >= 0 for size in sizes), "at least one trial is needed")
     generator, units = as_generator(generator), few.units()
     warn_of_short_users(min(map(len, units)), sizes)

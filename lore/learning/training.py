@@ -95,11 +95,7 @@ def logits_gradient(
 
 
 class Training:
-    """Several models' weights and bases side by side while they are trained.
-
-    Args:
-        models, data: as for ``train_together``.
-    """
+    """Several models' weights and bases while they are trained side by side."""
 
     def __init__(self, models: Sequence[Model], data: Comparisons) -> None:
         self.models, self.data, lead = models, data, models[0]
@@ -185,11 +181,8 @@ class Training:
         return self._set_basis_gradient(losses, dV, step) if of_basis else losses
 
     def _products(self, data: Comparisons, V: Tensor, W: Tensor, Z: Tensor | None) -> Tensor:
-        """x^T V w [N, M] of every comparison for its own user in each model.
-
-        With Z = X V [N, C] these are sums over its rows (features that are streamed or on a GPU);
-        without, a comparison meets its user's directions V w, one product each whatever the rank.
-        """
+        """x^T V w [N, M] of every comparison for its own user in each model: sums over rows of
+        Z = X V [N, C] (streamed or on a GPU), or without Z one product with its user's V w."""
         if Z is not None:
             each = (Z * W.index_select(0, data.user)).split(self.ranks, 1)
             return torch.stack([p.sum(1) for p in each], 1)
@@ -258,7 +251,7 @@ class Training:
 def train_together(
     models: Sequence[Model], data: Comparisons, checkpoint: Checkpoint | None = None
 ) -> list[tuple[Tensor, Tensor]]:
-    """Fit models of one kind, with the same iterations, learning rate and optimiser, together.
+    """(W, V) of models of one kind, with the same iterations, learning rate and optimiser.
 
     Each follows the trajectory that it follows alone; an optimiser whose update mixes entries
     (LBFGS) trains them one after the other.
@@ -267,9 +260,6 @@ def train_together(
         models: to fit.
         data: the comparisons of all users, or this process's share.
         checkpoint: where to keep the state, to go on after a kill.
-
-    Returns:
-        (W, V) of every model.
     """
     optimizer = make_optimizer(models[0].optimizer, [torch.zeros(1)], 0.1)
     if isinstance(optimizer, ELEMENTWISE) or len(models) == 1:
@@ -307,20 +297,15 @@ def fit_weights(
     progress: bool = False,
     losses: list[float] | None = None,
 ) -> Tensor:
-    """Weights of users for a fixed basis (eq. 11): each minimise the mean of that user's losses.
+    """Weights [U, K] on the simplex for a fixed basis (eq. 11): each user's minimise the mean of
+    that user's losses.
 
     Args:
-        Z: projected comparisons X V [N, K].
-        users: whose they are.
+        Z, users: projected comparisons X V [N, K], and whose they are.
         logits: initial logits [U, K]; not changed.
         loss: of the products z^T w.
-        num_iterations, learning_rate, optimizer: see ``make_optimizer``.
         shrinkage: pull towards ``population`` [K], the population's weights, in comparisons.
-        progress: show a bar.
         losses: a list to which the sum over users is appended at every step.
-
-    Returns:
-        W [U, K] on the simplex.
     """
     require(not shrinkage or population is not None, "shrinkage needs the population's weights")
     logits, ranks = logits.detach().to(Z, copy=True), [Z.shape[1]]
@@ -385,18 +370,14 @@ def _own_gradient(users: Users, x: Tensor, c: Tensor, V: Tensor, loss: Loss) -> 
 
 @dataclass
 class Checkpoint:
-    """The state of a training kept on disk, so that a killed one goes on where it was.
+    """The state of a training in ``path.<process>.<step>.pt``, so that a killed one goes on.
 
     Each process keeps the last two states: several go on from the last step that all have. A state
     can be taken up on another device, or streamed.
-
-    Args:
-        path: the file; ``path.<process>.<step>.pt`` are written.
-        every: steps between two states.
     """
 
     path: Path
-    every: int = 200
+    every: int = 200  # steps
 
     def tick(self, training: Training, step: int) -> None:
         """Keep the state after a step, if it is time; InputError if it holds NaN or infinity."""

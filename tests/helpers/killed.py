@@ -28,6 +28,7 @@ import people
 from lore.experiments import judging
 from lore.experiments import runner as experiments
 from lore.methods.mixed_logit import MixedLogit
+from lore.methods.ridge_bt import RidgeBT
 
 MOMENTS = 20
 CASES: dict[str, dict[str, Any]] = {
@@ -37,7 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
                     "mixed_logit": MixedLogit(floor=0.1, l_mu=1.0, tau2=1.0, pi=3.0)},
 }  # fmt: skip
 PEOPLE = people.planted(users=8, dialogues=4, F=5)
-QUICK = {"checkpoint_every": 2, "few_shot_iterations": 2}
+QUICK = {"checkpoint_every": 2, "few_shot_iterations": 2, "ridge_bt": RidgeBT(strength=1.0)}
 PATIENCE = 120  # seconds after which a child is taken to hang
 WRITES = {"open", "write", "write_record", "write_end_of_file", "serialize_file",
           "replace", "unlink", "mkdir"}  # fmt: skip

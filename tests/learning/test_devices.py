@@ -17,8 +17,7 @@ from lore.learning.method import Task
 from lore.methods import mrm, pal, pref, rbd, ridge_bt
 from lore.methods.fitting import lbfgs, linear, networks
 
-# Steps enough for every line to run.
-STEPS = 4
+STEPS = 3  # enough for every line to run
 FEW: dict[str, list[dict[str, Any]]] = {
     "ridge_bt": [{}],
     "lore": [
@@ -28,13 +27,13 @@ FEW: dict[str, list[dict[str, Any]]] = {
          "estimator": "lore_regularized", "alpha": (1.0,)},
     ],
     "mixed_logit": [{"floor": 0.1, "l_mu": 0.3, "tau2": 1.0, "pi": 10.0}],
-    "pal": [{"prototypes": (3,), "epochs": 2}, {"setting": "faithful", "epochs": 1}],
-    "vpl": [{"betas": (1e-4,), "hidden": 8, "epochs": 2}, {"setting": "faithful", "epochs": 1}],
+    "pal": [{"prototypes": (3,), "epochs": 1}, {"setting": "faithful", "epochs": 1}],
+    "vpl": [{"betas": (1e-4,), "hidden": 8, "epochs": 1}, {"setting": "faithful", "epochs": 1}],
     "pref": [{"strengths": (1.0,)}, {"setting": "faithful"}],
-    "mrm": [{"strengths": (1.0, 0.3)}, {"setting": "faithful"}],
+    "mrm": [{"strengths": (1.0, 0.3), "inner_steps": 2}, {"setting": "faithful"}],
     "rbd": [{"rank": 2, "strengths": ((1.0, 1.0),)}, {"rank": 2, "setting": "faithful"}],
     "pebs": [{"strengths": (1.0,)}],
-    "mlp": [{"ranks": (2,), "hidden": 8, "epochs": 2}, {"setting": "faithful", "epochs": 2}],
+    "mlp": [{"ranks": (2,), "hidden": 8, "epochs": 1}, {"setting": "faithful", "epochs": 1}],
 }  # fmt: skip
 
 

@@ -285,7 +285,7 @@ def test_the_planted_subspace_is_recovered_as_comparisons_grow():
     angles = []
     for m in (10, 60, 360):
         X, V, _ = planted([m] * 80)
-        _, learned = utils.solve_regularized(None, 0, X, 3, 600, 0.5, generator=0)
+        learned = utils.solve_regularized(None, 0, X, 3, 600, 0.5, generator=0)[1]
         angles.append(largest_angle(learned, V))
     assert angles[0] > angles[1] > angles[2]
     assert angles[2] < 0.35
@@ -295,11 +295,12 @@ def test_the_planted_subspace_is_recovered_as_comparisons_grow():
 def test_new_users_come_within_two_points_of_the_planted_model():
     X, V, W = planted([300] * 120)
     few, test = [x[:150] for x in X[80:]], [x[150:] for x in X[80:]]
-    _, learned = utils.solve_regularized(None, 0, X[:80], 3, 600, 0.5, generator=0)
+    learned, alone = (
+        utils.solve_regularized(None, 0, X[:80], K, 600, 0.5, generator=0)[1] for K in (3, 1)
+    )
     fitted = utils.learn_multiple_few_shot(few, learned, 500, 0.1, generator=1)
     ours = utils.eval_multiple(fitted, learned, test).mean()
     theirs = utils.eval_multiple(W[80:], V, test).mean()
-    alone = utils.solve_regularized(None, 0, X[:80], 1, 600, 0.5, generator=0)[1]
     shared = utils.eval_multiple(torch.ones(40, 1), alone, test).mean()
     assert ours > theirs - 0.02
     assert ours > shared + 0.02
@@ -351,20 +352,16 @@ def test_run_equals_its_parts_and_saves_what_it_reports(tmp_path):
                        [x[5:] for x in X[:6]], [x[:5] for x in X[6:]], [x[5:] for x in X[6:]],
                        6, 3, "cpu", generator=7, num_iterations=40, progress=False,
                        save_dir=tmp_path, user_ids=names)  # fmt: skip
-    assert len(result) == 8
-    assert all(len(column) == 6 for column in result)
-    train, seen, *_, few_std, unseen_std = result
+    assert [len(column) for column in result] == [6] * 8
     base = [reference.accuracy(x[5:], direction[:, None], torch.ones(1)) for x in X[:6]]
-    assert seen[0] == pytest.approx(np.mean(base)) == pytest.approx(result.seen[3])
+    assert result[1][0] == pytest.approx(np.mean(base)) == pytest.approx(result.seen[3])
     assert result.seen_std[0] == pytest.approx(np.std(base))
     basis = load_basis(tmp_path / "basis-K03-alpha0.1.safetensors")
-    assert basis.users == names
-    assert basis.settings["rank"] == 3
+    assert basis.users == names and basis.settings["rank"] == 3
     torch.testing.assert_close(basis.reference, direction)
-    again = [reference.accuracy(X[u][5:], basis.V, basis.W[u]) for u in range(6)]
-    assert result.seen[5] == pytest.approx(np.mean(again))
-    again = [reference.accuracy(X[6 + u][5:], basis.V, basis.W_unseen[u]) for u in range(3)]
-    assert result.unseen[5] == pytest.approx(np.mean(again))
+    for found, W, some in ((result.seen, basis.W, X[:6]), (result.unseen, basis.W_unseen, X[6:])):
+        again = [reference.accuracy(x[5:], basis.V, w) for x, w in zip(some, W, strict=True)]
+        assert found[5] == pytest.approx(np.mean(again))
     assert len(list(tmp_path.iterdir())) == 6
 
 
@@ -379,14 +376,12 @@ def test_own_rewards_follow_each_users_plain_fit():
 @pytest.mark.slow
 def test_own_and_shared_rewards():
     X = users([20] * 6, F=16, dtype=torch.float32)  # more comparisons than features, just
-    directions = utils.learn_multiple(X, 200)
-    one = utils.learn_multiple([X[2]], 200)
-    close(directions[2], one[0], 1e-4)
-    accuracy = utils.eval_multiple([torch.ones(1)] * 6, directions, X)
-    shared = utils.learn_single_reward(X, 200, generator=0)
-    assert accuracy.min() > 0.8
-    assert accuracy.mean() > utils.eval_multiple([torch.ones(1)] * 6, shared, X).mean() + 0.1
+    directions, w = utils.learn_multiple(X, 200), torch.ones(6, 1)
+    close(directions[2], utils.learn_multiple([X[2]], 200)[0], 1e-4)
+    accuracy = utils.eval_multiple(w, directions, X)
     shared = utils.learn_single_reward(X, 100, generator=0)
+    assert accuracy.min() > 0.8
+    assert accuracy.mean() > utils.eval_multiple(w, shared, X).mean() + 0.1
     close(shared, utils.solve_regularized(None, 0, X, 1, 100, 0.5, generator=0)[1], 1e-6)
     pulled = utils.learn_single_reward_regularized(torch.ones(16), 1e4, X, 100, generator=0)
     assert torch.nn.functional.cosine_similarity(pulled[:, 0], torch.ones(16), dim=0) > 0.95
@@ -430,12 +425,9 @@ def test_simulated_users_choose_best_and_worst():
             assert scores[chosen[u, p]] == max(scores)
             assert scores[rejected[u, p]] == min(scores)
     dense = utils.simulate_population(rewards, features, W)
-    assert dense.shape == (3, 7, 5)
     expected = features[2, chosen[1, 2]] - features[2, rejected[1, 2]]
     torch.testing.assert_close(dense[1, 2], expected)
     torch.testing.assert_close(utils.simulate_user(rewards, features, W[1]), dense[1])
-    sparse = utils.create_sparse_tensor(dense, 0.5, generator=2)
-    assert [x.shape for x in sparse] == [(3, 5)] * 3
 
 
 def test_populations_are_on_the_simplex_and_sparser_for_small_alpha():
