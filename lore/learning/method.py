@@ -128,9 +128,9 @@ class Fitted:
         """a and z of comparisons [N, 1 + K], in float64; only where there is a ``population``."""
         raise NotImplementedError
 
-    def spread(self, data: Comparisons) -> Tensor | None:
-        """How uncertain users' states are given their comparisons: covariances [U', S, S]; None
-        where that is not known."""
+    def spread(self, data: Comparisons) -> Any:
+        """What users' comparisons add to the precision of their states, as a
+        ``posterior.Evidence``; None where that is not known."""
         return None
 
     def tastes(self) -> Tensor | None:

@@ -1,15 +1,8 @@
 """The mixed logit: everyone shares a reward and departs from it as far as the choices warrant.
 
-A binary logit with random coefficients: the log odds of user u's choice are y . (mu + d_u), where y
-are the features, whitened partly, and d_u ~ N(0, S) in their D leading directions. mu is that of
-ridge Bradley-Terry, S is estimated by EM (Yu, Tresp and Schwaighofer 2005), d_u is the posterior's
-mode and predictions plug it in. Four strengths say how far users may depart, chosen on validation:
-
-- floor f: features are y = (C + f e_max I)^(-1/2) x; none is plain features.
-- l_mu: precision of the prior of mu.
-- tau2: variance of the deviations, before the users say more; 0 is ridge BT.
-- pi: how many users' worth of prior holds S to tau2 I; infinity is an isotropic S.
-
+The log odds of user u's choice are y . (mu + d_u), where y are the features, whitened partly, and
+d_u ~ N(0, S) in their D leading directions. mu is that of ridge Bradley-Terry, S is estimated by EM
+(Yu, Tresp and Schwaighofer 2005), d_u is the posterior's mode, which predictions plug in.
 Shape letters: U users, N comparisons, F features, D directions.
 """
 
@@ -19,9 +12,10 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -37,12 +31,13 @@ from lore.learning.method import Fitted, Task, View
 from lore.methods.fitting.geometry import Geometry, measure
 from lore.methods.fitting.posterior import (
     TOLERANCE,
+    Evidence,
     Prior,
-    covariances,
+    covariance,
     deviations,
     posteriors,
 )
-from lore.methods.fitting.validation import Scores, Split, Validation
+from lore.methods.fitting.validation import Split, Tries, Validation
 from lore.methods.ridge_bt import FINE, ROUGH, choose_ridge, fit_shared, precision
 
 log = logging.getLogger(__name__)
@@ -53,19 +48,19 @@ FIRST_TAU2, FIRST_PI = 3.0, 10.0
 # A deviation of 100 standard log odds is a choice without noise, and more says no more.
 RANGES = {"l_mu": (1e-3, 1e3), "tau2": (1e-3, 1e4), "pi": (1.0, 300.0)}
 ROUNDS, FEW_ROUNDS = 8, 3  # of EM: at the end, and from a neighbour's S while choosing
-WHILE_FITTING = 1e-4  # tolerance of the log odds in EM
+WHILE_FITTING = 1e-2  # the last Newton step of the log odds in EM; what is left is its square
 SCALES = (0.8, 0.9, 1.1, 1.25)  # of all log odds, beside 1
 # Standard errors by which validation has to be better: a personal part than none, EM than an
 # isotropic S, another scale of the log odds than 1.
 PERSONAL, RICHER, SCALED = 2.0, 1.0, 2.0
 SHOWN = 8  # directions in reports
-MOST = 1 << 25  # numbers of users' covariances that a file keeps; of more users it keeps none
+MOST = 1 << 25  # numbers of users' evidence that a file keeps; of more it keeps none
 FORMAT = "mixed-logit 2"
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """The strengths of a fit, see the module's first lines; EM begins with ``start`` times I."""
+    """The strengths of a fit, see ``MixedLogit``; EM begins with ``start`` times I."""
 
     floor: float | None
     l_mu: float
@@ -80,9 +75,9 @@ class MixedLogit:
 
     Args:
         directions: D, leading directions of the features in which users may differ.
-        floor: of the whitening, as a share of the greatest eigenvalue; 0 is plain features.
+        floor: f of the whitening y = (C + f e_max I)^(-1/2) x; 0 is plain features.
         l_mu: precision of the shared reward's prior; all four strengths are given, or none.
-        tau2: variance of the users' deviations; 0 is ridge BT.
+        tau2: variance of the users' deviations, before they say more; 0 is ridge BT.
         pi: how many users' worth of prior holds their covariance to tau2; 1e9 is isotropic.
     """
 
@@ -100,49 +95,42 @@ class MixedLogit:
 
     def fit(self, task: Task) -> list[Fitted]:
         """Choose the strengths, then fit all training comparisons."""
-        tried: list[dict[str, Any]] = []
-        chosen, scale = self._given(), 1.0
-        if chosen is None:
-            chosen, scale = self._choose(task, tried)
+        chosen, scale, tried = self._strengths(task)
         data, processes = task.local_train, task.processes
         geometry = replace(measure(data, processes, self.directions), floor=chosen.floor)
         shared = fit_shared(data, geometry, chosen.l_mu, processes=processes, tolerance=FINE)
         facts = {
             "chosen": vars(chosen) | {"scale": scale}, "tried": tried, "scale": geometry.scale,
             "losses": [value / geometry.count for value in shared.values],
-            "parameters": data.num_features,
+            "parameters": data.num_features, "note": _note(chosen, scale, bool(tried)),
         }  # fmt: skip
         fit = MixedFit(geometry.raw(shared.x)[:, 0], leading(geometry), None, facts, scale)
+        fit.users = fit.mu.new_zeros(task.train.num_users, 0)
         if chosen.tau2:
             view = fit.view(data)
             fit.prior, push = estimate(view, data, chosen, processes=processes)
             found = posteriors(view, data, fit.prior, start=push)
             fit.users = gather_rows(found.mode, processes).float()
-            if len(fit.users) * fit.users.shape[1] ** 2 <= MOST:
-                known = covariances(view, data, fit.prior, found)
-                fit.known = gather_rows(known, processes).float()
+            if len(task.train) * fit.users.shape[1] <= MOST:
+                known = Evidence.of(view, data, found)
+                fit.evidence = Evidence(*(gather_rows(part, processes) for part in known))
             facts["spectrum"] = fit.spectrum().tolist()
-            facts["parameters"] += task.train.num_users * fit.users.shape[1]
-        else:
-            fit.users = fit.mu.new_zeros(task.train.num_users, 0)
+            facts["parameters"] += fit.users.numel()
         fit.reset_population()
-        facts["note"] = _note(chosen, scale, bool(tried))
         log.info("mixed logit: %s", facts["note"])
         return [fit]
 
-    def _given(self) -> Candidate | None:
-        if self.l_mu is None:
-            return None
-        assert self.tau2 is not None and self.pi is not None
-        return Candidate(self.floor or None, self.l_mu, self.tau2, self.pi)
-
-    def _choose(self, task: Task, tried: list[dict[str, Any]]) -> tuple[Candidate, float]:
-        data = Validation(task)
-        if not data.possible:
-            log.warning("no user has two dialogues: the strengths are not chosen, as nothing can "
-                        "be held out")  # fmt: skip
-            return Candidate(None, 1.0, 1.0), 1.0
-        return Search(data, self.directions, tried).run()
+    def _strengths(self, task: Task) -> tuple[Candidate, float, list[dict[str, Any]]]:
+        """Those given or chosen, the scale of the log odds, and a record of every candidate."""
+        if self.l_mu is not None:
+            assert self.tau2 is not None and self.pi is not None
+            return Candidate(self.floor or None, self.l_mu, self.tau2, self.pi), 1.0, []
+        data = Validation(task, self.directions)
+        if data.possible:
+            return Search(data).run()
+        log.warning("no user has two dialogues: the strengths are not chosen, as nothing can be "
+                    "held out")  # fmt: skip
+        return Candidate(None, 1.0, 1.0), 1.0, []
 
 
 def leading(geometry: Geometry) -> Tensor:
@@ -151,14 +139,9 @@ def leading(geometry: Geometry) -> Tensor:
 
 
 def estimate(
-    view: Tensor,
-    users: Users,
-    strengths: Candidate,
-    start: Prior | None = None,
-    push: Tensor | None = None,
-    rounds: int = ROUNDS,
-    processes: int = 1,
-) -> tuple[Prior, Tensor | None]:
+    view: Tensor, users: Users, strengths: Candidate, start: Prior | None = None,
+    push: Tensor | None = None, rounds: int = ROUNDS, processes: int = 1,
+) -> tuple[Prior, Tensor | None]:  # fmt: skip
     """The users' distribution of tastes N(0, S), by EM with Laplace's posteriors.
 
     S maximises the probability of the users' choices times an inverse Wishart prior:
@@ -177,151 +160,66 @@ def estimate(
         The prior, and where the users' posteriors may begin.
     """
     D = view.shape[1] - 1
-    isotropic = strengths.tau2 * torch.eye(D, dtype=torch.float64, device=view.device)
-    prior = Prior(isotropic.new_zeros(D), isotropic)
+    eye = torch.eye(D, dtype=torch.float64, device=view.device)
+    isotropic, mean = strengths.tau2 * eye, eye.new_zeros(D)
     if math.isinf(strengths.pi):
-        return prior, push
-    first = isotropic * ((strengths.start or strengths.tau2) / strengths.tau2)
-    prior = Prior(prior.mean, first) if start is None else start
-    count = sum_over_processes(isotropic.new_tensor(float(users.num_users)), processes)
+        return Prior(mean, isotropic), push
+    prior = start or Prior(mean, (strengths.start or strengths.tau2) * eye)
+    count = sum_over_processes(eye.new_tensor(float(users.num_users)), processes)
     for _ in range(rounds):
         found = posteriors(view, users, prior, WHILE_FITTING, push, moment=True)
         push = found.push
         assert found.moment is not None
         moments = sum_over_processes(found.moment, processes)
         S = (moments + strengths.pi * isotropic) / (count + strengths.pi)
-        prior = Prior(prior.mean, (S + S.T) / 2)
+        prior = Prior(mean, (S + S.T) / 2)
     return prior, push
 
 
 # --------------------------------------------------------------------------- The choice
 
 
-@dataclass
-class Known:
-    """What one split's fits share: its features' geometry, and all that was found on the way.
+class Rough(NamedTuple):
+    """A candidate fitted to a split: its strengths, shared reward among raw features [F], prior,
+    and where the posteriors of a neighbour may begin."""
 
-    Attributes:
-        split: the split.
-        geometry: of the features that are fitted, plain.
-        projected: the features along the directions, by set of comparisons.
-        shared: the shared reward among raw features [F], by floor and l_mu.
-        personal: the prior and the posteriors' ``push``, by strengths.
-    """
-
-    split: Split
-    geometry: Geometry
-    projected: dict[int, Tensor] = field(default_factory=dict)
-    shared: dict[tuple[float | None, float], Tensor] = field(default_factory=dict)
-    personal: dict[Candidate, tuple[Prior, Tensor]] = field(default_factory=dict)
-
-    def fit(self, candidate: Candidate) -> MixedFit:
-        """The candidate fitted to the split's comparisons, roughly."""
-        geometry = replace(self.geometry, floor=candidate.floor)
-        factors = geometry.stretch()[:-1]
-        mu = self._shared(geometry, candidate)
-        fit = MixedFit(mu, leading(geometry), None, {}, read=self._projections(factors))
-        data = self.split.fit
-        if not candidate.tau2:
-            fit.users = mu.new_zeros(data.num_users, 0)
-            return fit
-        view, processes = fit.view(data), self.split.processes
-        start, push = self._near(candidate)
-        rounds = ROUNDS if start is None else FEW_ROUNDS
-        fit.prior, push = estimate(view, data, candidate, start, push, rounds, processes)
-        found = posteriors(view, data, fit.prior, WHILE_FITTING, push)
-        self.personal[candidate] = fit.prior, found.push
-        fit.users, fit.tolerance = found.mode, WHILE_FITTING
-        fit.reset_population()
-        return fit
-
-    def _shared(self, geometry: Geometry, candidate: Candidate) -> Tensor:
-        key = candidate.floor, candidate.l_mu
-        if key not in self.shared:
-            near = min(self.shared, default=None,
-                       key=lambda k: (k[0] != key[0], abs(math.log(k[1] / key[1]))))  # fmt: skip
-            start = None if near is None else geometry.stretched(self.shared[near][:, None])
-            data, processes = self.split.fit, self.split.processes
-            found = fit_shared(data, geometry, candidate.l_mu, start, processes, ROUGH)
-            self.shared[key] = geometry.raw(found.x)[:, 0]
-        return self.shared[key]
-
-    def _near(self, candidate: Candidate) -> tuple[Prior | None, Tensor | None]:
-        """S and posteriors of the fit with the nearest strengths; S of one by EM for EM alone."""
-
-        def apart(other: Candidate) -> float:
-            pi = min(candidate.pi, 1e3) / min(other.pi, 1e3)
-            far = abs(math.log(other.tau2 / candidate.tau2)) + abs(math.log(pi))
-            return far + 10 * (other.floor != candidate.floor)
-
-        near = min(self.personal, key=apart, default=None)
-        if near is None:
-            return None, None
-        prior, push = self.personal[near]
-        alike = near.floor == candidate.floor and max(near.pi, candidate.pi) < math.inf
-        return (prior if alike else None), push
-
-    def _projections(self, factors: Tensor) -> Callable[[Comparisons], Tensor]:
-        """Reads features along the stretched directions from memory, the first time from data."""
-
-        def read(data: Comparisons) -> Tensor:
-            if id(data) not in self.projected:
-                Q = self.geometry.directions.to(precision(data))
-                self.projected[id(data)] = data.project(Q)
-            return self.projected[id(data)] * factors.to(self.projected[id(data)])
-
-        return read
+    candidate: Candidate
+    mu: Tensor
+    prior: Prior | None = None
+    push: Tensor | None = None
 
 
 class Search:
     """The choice of the strengths: each walks by half decades to where validation is best.
 
-    Ridge BT comes first, then an isotropic S on all floors, then EM. Differences are paired by
-    user; by how much a richer model has to be better is said above.
+    Ridge BT comes first, then an isotropic S on all floors, then EM; by how much a richer model has
+    to be better is said above.
 
     Args:
         data: what the choice is made on.
-        directions: D.
-        tried: gets a record of every candidate and its log losses.
     """
 
-    def __init__(self, data: Validation, directions: int, tried: list[dict[str, Any]]) -> None:
-        self.data, self.tried = data, tried
-        self.known = [
-            Known(split, measure(split.fit, split.processes, directions)) for split in data.splits
-        ]
-        self.scores: dict[Candidate, Scores] = {}
+    def __init__(self, data: Validation) -> None:
+        self.data = data
+        self.tries = Tries(data, self._fit, _apart)
+        self.plain: dict[int, Tensor] = {}  # shared rewards of plain features, by split
+        self.projected: dict[int, Tensor] = {}  # features along the directions, by set
 
-    def run(self) -> tuple[Candidate, float]:
-        """The chosen strengths, and the scale of the log odds."""
-        found = choose_ridge(self.data, [known.geometry for known in self.known])
-        self.tried += found.tried
+    def run(self) -> tuple[Candidate, float, list[dict[str, Any]]]:
+        """The chosen strengths, the scale of the log odds, and a record of every candidate."""
+        found = choose_ridge(self.data)
         l_mu = found.candidate
         ridge = best = Candidate(None, l_mu)
-        self.scores[ridge] = found.scores
-        for known, mu in zip(self.known, found.kept, strict=True):
-            known.shared[None, l_mu] = mu[:, 0]
+        kept = [Rough(ridge, mu[:, 0]) for mu in found.kept]
+        self.tries.found[ridge] = kept, found.scores
+        self.plain = {id(s): each.mu for s, each in zip(self.data.splits, kept, strict=True)}
         isotropic = self._isotropic(l_mu)
-        if self.loss(isotropic) < self.loss(ridge):
+        if self.tries(isotropic) < self.tries(ridge):
             rich = replace(isotropic, pi=FIRST_PI, start=isotropic.tau2)
             rich = self._walk(rich, ("pi", "tau2"))
             best = rich if self._earns(rich, isotropic, RICHER) else isotropic
             best = best if self._earns(best, ridge, PERSONAL) else ridge
-        return best, self._scale(best)
-
-    def loss(self, candidate: Candidate) -> float:
-        """Log loss on validation."""
-        return self._score(candidate).loss
-
-    def _score(self, candidate: Candidate) -> Scores:
-        if candidate not in self.scores:
-            self.scores[candidate] = self.data.score(self._fits(candidate))
-            record = {**vars(candidate), **self.scores[candidate].means()}
-            self.tried.append({k: None if v == math.inf else v for k, v in record.items()})
-        return self.scores[candidate]
-
-    def _fits(self, candidate: Candidate) -> list[MixedFit]:
-        return [known.fit(candidate) for known in self.known]
+        return best, self._scale(best), found.tried + self.tries.tried
 
     def _isotropic(self, l_mu: float) -> Candidate:
         """The best floor, tau2 and l_mu of an isotropic S."""
@@ -331,7 +229,7 @@ class Search:
         return best if other == best else self._walk(other, ("tau2", "l_mu"))
 
     def _floor(self, best: Candidate) -> Candidate:
-        return min((replace(best, floor=floor) for floor in FLOORS), key=self.loss)
+        return min((replace(best, floor=floor) for floor in FLOORS), key=self.tries)
 
     def _walk(self, best: Candidate, names: Sequence[str]) -> Candidate:
         """From a candidate to one whose neighbours in each strength are no better."""
@@ -341,26 +239,68 @@ class Search:
             for name in names:
                 for factor in (STEP, 1 / STEP):
                     while (other := _stepped(best, name, factor)) is not None:
-                        if self.loss(other) >= self.loss(best):
+                        if not self.tries(other) < self.tries(best):
                             break
                         best, moved = other, True
             moved = moved and len(names) > 1
         return best
 
     def _earns(self, richer: Candidate, simpler: Candidate, errors: float) -> bool:
-        gain, error = self._score(richer).gain(self._score(simpler))
+        gain, error = self.tries(richer).gain(self.tries(simpler))
         return gain > errors * error
 
     def _scale(self, best: Candidate) -> float:
         """A factor of all log odds, 1 unless another is better by two standard errors."""
-        fits, scored = self._fits(best), {}
+        fits, scored = self.tries.fits(best, self.tries.found[best][0])[0], {}
         for scale in SCALES:
             for fit in fits:
                 fit.scale = scale
             scored[scale] = self.data.score(fits)
-        scale = min(scored, key=lambda s: scored[s].loss)
-        gain, error = scored[scale].gain(self._score(best))
+        scale = min(scored, key=lambda s: scored[s])
+        gain, error = scored[scale].gain(self.tries(best))
         return scale if gain > SCALED * error else 1.0
+
+    def _fit(self, split: Split, candidate: Candidate, near: Rough) -> tuple[MixedFit, Rough]:
+        """The candidate fitted to a split's comparisons, roughly, from the nearest one's fit."""
+        geometry = replace(split.geometry, floor=candidate.floor)
+        data, processes = split.fit, split.processes
+        alike = near.candidate.floor == candidate.floor
+        mu = near.mu if alike else self.plain[id(split)]
+        if not alike or near.candidate.l_mu != candidate.l_mu:
+            start = geometry.stretched(mu[:, None])
+            mu = fit_shared(data, geometry, candidate.l_mu, start, processes, ROUGH).x
+            mu = geometry.raw(mu)[:, 0]
+        read = partial(self._read, geometry.directions, geometry.stretch()[:-1])
+        fit = MixedFit(mu, leading(geometry), None, {}, read=read)
+        fit.users = mu.new_zeros(data.num_users, 0)
+        fit.settings = {k: None if v == math.inf else v for k, v in vars(candidate).items()}
+        if not candidate.tau2:
+            return fit, Rough(candidate, mu)
+        start = near.prior if alike and max(near.candidate.pi, candidate.pi) < math.inf else None
+        rounds = FEW_ROUNDS if start else ROUNDS
+        view = fit.view(data)
+        fit.prior, push = estimate(view, data, candidate, start, near.push, rounds, processes)
+        found = posteriors(view, data, fit.prior, WHILE_FITTING, push)
+        fit.users, fit.tolerance = found.mode, WHILE_FITTING
+        fit.reset_population()
+        return fit, Rough(candidate, mu, fit.prior, found.push)
+
+    def _read(self, directions: Tensor, factors: Tensor, data: Comparisons) -> Tensor:
+        """Features along stretched directions [N, D], from memory, the first time from data."""
+        if id(data) not in self.projected:
+            self.projected[id(data)] = data.project(directions.to(precision(data)))
+        return self.projected[id(data)] * factors.to(self.projected[id(data)])
+
+
+def _apart(one: Candidate, other: Candidate) -> float:
+    """How far two candidates are apart, for the choice of where a fit begins."""
+
+    def steps(name: str, low: float, high: float) -> float:
+        a, b = (min(max(getattr(x, name), low), high) for x in (one, other))
+        return abs(math.log(a / b))
+
+    far = steps("tau2", 1e-9, 1e9) + steps("pi", 1.0, 1e3) + steps("l_mu", 1e-9, 1e9)
+    return far + 100 * (one.floor != other.floor)
 
 
 def _stepped(candidate: Candidate, name: str, factor: float) -> Candidate | None:
@@ -395,7 +335,7 @@ class MixedFit(Fitted):
         read: gives comparisons' features along the directions [N, D]; by a product if None.
 
     Attributes:
-        known: the seen users' posterior covariances [U, D, D], where they are not too many.
+        evidence: the seen users', where there is not too much of it.
     """
 
     def __init__(
@@ -405,7 +345,7 @@ class MixedFit(Fitted):
         self.label, self.settings, self.file = "Mixed logit", {}, "mixed_logit"
         self.mu, self.directions, self.prior = mu, directions, prior
         self.facts, self.scale, self.read = facts, scale, read
-        self.tolerance, self.known = TOLERANCE, None
+        self.tolerance, self.evidence = TOLERANCE, None
         self.users = mu.new_zeros(0, 0 if prior is None else directions.shape[1])
         self.reset_population()
 
@@ -416,10 +356,9 @@ class MixedFit(Fitted):
     def view(self, data: Comparisons) -> Tensor:
         """Shared reward difference, then the features along the directions [N, 1 + D]."""
         dtype = precision(data)
-        if self.read is not None:
-            shared = data.project(self.mu[:, None].to(dtype))
-            return torch.cat([shared, self.read(data).to(dtype)], 1)
-        return data.project(self.all_directions().to(dtype))
+        if self.read is None:
+            return data.project(self.all_directions().to(dtype))
+        return torch.cat([data.project(self.mu[:, None].to(dtype)), self.read(data).to(dtype)], 1)
 
     def all_directions(self) -> Tensor:
         """mu and the directions [F, 1 + D]."""
@@ -432,14 +371,12 @@ class MixedFit(Fitted):
             return view.new_zeros(users.num_users, 0)
         return posteriors(view, users, self.prior, self.tolerance).mode
 
-    def spread(self, data: Comparisons) -> Tensor | None:
-        """Posterior covariances [U', D, D] of the deviations; None where nothing is personal."""
-        D = self.users.shape[1]
-        if self.prior is None or data.num_users * D**2 > MOST:
+    def spread(self, data: Comparisons) -> Evidence | None:
+        """Users' evidence; None where nothing is personal or there is too much of it."""
+        if self.prior is None or len(data) * self.users.shape[1] > MOST:
             return None
         view = self.view(data)
-        found = posteriors(view, data, self.prior, self.tolerance)
-        return covariances(view, data, self.prior, found).float()
+        return Evidence.of(view, data, posteriors(view, data, self.prior, self.tolerance))
 
     def logits(self, view: View, state: Tensor, user: Tensor) -> Tensor:
         """Log odds [N] that the chosen response is preferred, the deviation plugged in."""
@@ -466,11 +403,9 @@ class MixedFit(Fitted):
         """Orthogonal directions of reward [F, D] with their standard deviations [D], the widest
         first, and their weights in a deviation [D, D]."""
         assert self.prior is not None
-        B = self.directions @ self.prior.factor.to(self.directions)
-        left, sizes, right = torch.linalg.svd(B, full_matrices=False)
-        whole = torch.linalg.solve_triangular(
-            self.prior.factor.to(right).T, right, upper=True, left=False
-        )
+        L = self.prior.factor.to(self.directions)
+        left, sizes, right = torch.linalg.svd(self.directions @ L, full_matrices=False)
+        whole = torch.linalg.solve_triangular(L.T, right, upper=True, left=False)
         return left * sizes, sizes, whole.T
 
     def spectrum(self) -> Tensor:
@@ -495,12 +430,14 @@ class MixedFit(Fitted):
 
     def save(self, path: Path, new: Tensor, facts: Mapping[str, Any]) -> None:
         """Keep mu, directions, prior and every user's deviation by name in a safetensors file."""
+        facts = dict(facts)
         tensors = {"mu": self.mu, "directions": self.directions, "users": self.users}
         tensors["users_unseen"] = new
-        facts = dict(facts)
-        kept = {"known": self.known}
-        kept |= {name: facts.pop(name, None) for name in ("center", "known_unseen")}
-        tensors |= {name: tensor for name, tensor in kept.items() if tensor is not None}
+        for end, known in (("", self.evidence), ("_unseen", facts.pop("known_unseen", None))):
+            if known is not None:
+                tensors |= {f"evidence{end}": known.rows, f"evidence_counts{end}": known.counts}
+        if (center := facts.pop("center", None)) is not None:
+            tensors["center"] = center
         if self.prior is not None:
             tensors["covariance"] = self.prior.cov
         about = {"format": FORMAT, "facts": json.dumps(facts), "scale": repr(self.scale)}
@@ -518,7 +455,7 @@ class Saved:
     Attributes:
         fit: as it was fitted.
         new: deviations of the new users [U', D].
-        known: posterior covariances [D, D] of users' deviations, by name, where the file has them.
+        known: rows of users' evidence [n, D], by name, where the file has it.
         facts: dataset, model, seed and more.
         center: mean embedding [F] of the conversations, see ``Basis``.
         settings: of the fit, and the facts but for users' names.
@@ -529,17 +466,17 @@ class Saved:
 
     def __init__(
         self, fit: MixedFit, new: Tensor, facts: dict[str, Any], center: Tensor | None = None,
-        known_unseen: Tensor | None = None,
+        known_unseen: Evidence | None = None,
     ) -> None:  # fmt: skip
         self.fit, self.new, self.facts, self.center = fit, new, facts, center
-        names = [*facts.get("users", ()), *facts.get("users_unseen", ())]
-        parts = [fit.users] * ("users" in facts) + [new] * ("users_unseen" in facts)
-        states = torch.cat([*parts, fit.users[:0]])
-        self.states = dict(zip(names, states, strict=True))
+        self.states: dict[str, Tensor] = {}
         self.known: dict[str, Tensor] = {}
-        for key, covs in (("users", fit.known), ("users_unseen", known_unseen)):
-            self.known |= {} if covs is None else zip(facts.get(key, ()), covs, strict=False)
-        about = {key: facts[key] for key in facts if key not in ("users", "users_unseen")}
+        people = {"users": (fit.users, fit.evidence), "users_unseen": (new, known_unseen)}
+        for key, (states, evidence) in people.items():
+            self.states |= zip(facts.get(key, ()), states, strict=False)
+            if evidence is not None:
+                self.known |= zip(facts.get(key, ()), evidence.by_user(), strict=False)
+        about = {key: facts[key] for key in facts if key not in people}
         self.settings = {"estimator": "mixed logit", **fit.facts.get("chosen", {}), **about}
 
     @property
@@ -569,12 +506,12 @@ class Saved:
 
         Those of the average user are how far users' rewards lie apart.
         """
-        prior = self.fit.prior if user is None else None
-        cov = self.known.get(user) if prior is None else prior.cov
-        if cov is None or self.center is None:
+        prior = self.fit.prior
+        if prior is None or self.center is None or (user is not None and user not in self.known):
             return None
+        cov = prior.cov if user is None else covariance(prior, self.known[user])
         z = self.fit.scale * (rows.double() @ self.fit.directions.double())
-        return deviations(z, cov.double()).float()
+        return deviations(z, cov).float()
 
 
 def load(path: Path) -> Saved:
@@ -598,24 +535,28 @@ def load(path: Path) -> Saved:
     if "covariance" in found:
         size = directions.shape[1]
         prior = Prior(mu.new_zeros(size).double(), _covariance(path, tensor, size))
-    users, new = (tensor(name, None, size) for name in ("users", "users_unseen"))
-    known, known_unseen = (
-        tensor(name, len(states), size, size) if name in found else None
-        for name, states in (("known", users), ("known_unseen", new))
-    )
     fit, facts = (_read_note(path, text, name) for name in ("fit", "facts"))
-    for name, states in (("users", users), ("users_unseen", new)):
-        fits = name not in facts or _are_names(facts[name], len(states))
-        require(fits, f"{path}: its {name} are not as expected; {remedy}")
+    states, evidence = [], []
+    for end in ("", "_unseen"):
+        states.append(tensor(f"users{end}", None, size))
+        names = facts.get(f"users{end}")
+        fits = names is None or _are_names(names, len(states[-1]))
+        require(fits, f"{path}: its users{end} are not as expected; {remedy}")
+        evidence.append(None)
+        if f"evidence{end}" in found:
+            counts = tensor(f"evidence_counts{end}", len(states[-1]))
+            total = int(counts.sum()) if counts.dtype == torch.long and (counts >= 0).all() else -1
+            require(total >= 0, f"{path}: evidence_counts{end} are no counts; {remedy}")
+            evidence[-1] = Evidence(tensor(f"evidence{end}", total, size), counts)
     try:
         scale = float(text.get("scale", ""))
     except ValueError:
         scale = math.nan
     require(0 < scale < math.inf, f"{path}: its scale is not a positive number; {remedy}")
     mixed = MixedFit(mu, directions, prior, fit, scale)
-    mixed.users, mixed.known = users, known
+    mixed.users, mixed.evidence = states[0], evidence[0]
     mixed.reset_population()
-    return Saved(mixed, new, facts, center, known_unseen)
+    return Saved(mixed, states[1], facts, center, evidence[1])
 
 
 def _covariance(path: Path, tensor: Callable[..., Tensor], size: int) -> Tensor:

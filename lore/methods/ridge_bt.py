@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -124,25 +124,20 @@ class SharedFit(Fitted):
         save_basis(path, basis)
 
 
-def choose_ridge(data: Validation, geometries: Sequence[Geometry]) -> Chosen:
+def choose_ridge(data: Validation) -> Chosen:
     """The best strength on validation, in five tries; kept are the shared rewards [F, 1]."""
-    return choose(data, STRENGTHS, _rough_fit(data, geometries), _valley)
+    return choose(data, STRENGTHS, _rough_fit, _valley)
 
 
-def _rough_fit(data: Validation, geometries: Sequence[Geometry]) -> Callable[..., Any]:
+def _rough_fit(split: Split, candidate: Any, start: Tensor | None) -> tuple[SharedFit, Tensor]:
     """Fits a strength, or a strength and a floor, to a split, see ``choose``."""
-    geometry_of = dict(zip(map(id, data.splits), geometries, strict=True))
-
-    def fit(split: Split, candidate: Any, start: Tensor | None) -> tuple[SharedFit, Tensor]:
-        strength, floor = candidate if isinstance(candidate, tuple) else (candidate, None)
-        geometry = replace(geometry_of[id(split)], floor=floor)
-        start = None if start is None else geometry.stretched(start)
-        mu = fit_shared(split.fit, geometry, strength, start, split.processes, ROUGH).x
-        fitted = SharedFit(geometry.raw(mu)[:, 0], split.fit.num_users, {})
-        fitted.settings = {"floor": floor, "l_mu": strength, "tau2": 0.0}
-        return fitted, geometry.raw(mu)
-
-    return fit
+    strength, floor = candidate if isinstance(candidate, tuple) else (candidate, None)
+    geometry = replace(split.geometry, floor=floor)
+    start = None if start is None else geometry.stretched(start)
+    mu = fit_shared(split.fit, geometry, strength, start, split.processes, ROUGH).x
+    fitted = SharedFit(geometry.raw(mu)[:, 0], split.fit.num_users, {})
+    fitted.settings = {"floor": floor, "l_mu": strength, "tau2": 0.0}
+    return fitted, geometry.raw(mu)
 
 
 def _valley(scores: Callable[[int], Scores]) -> int:
@@ -200,6 +195,5 @@ class RidgeBT:
         if not data.possible:
             log.warning("no user has two dialogues: a ridge of 1, as nothing can be held out")
             return (1.0, None), []
-        fit = _rough_fit(data, [split.geometry for split in data.splits])
-        found = choose_whitened(data, STRENGTHS, fit, _valley)
+        found = choose_whitened(data, STRENGTHS, _rough_fit, _valley)
         return found.candidate, found.tried

@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lore.embeddings import store as embeddings
 from lore.learning.basis import Basis, save_basis
-from lore.methods.fitting.posterior import Prior
+from lore.methods.fitting.posterior import Evidence, Prior
 from lore.methods.mixed_logit import MixedFit
 
 CHATS = [
@@ -39,7 +39,7 @@ def make_mixed(
 ) -> Path:
     """A mixed logit's file with the same people: tastes along two directions, half known.
 
-    The file may have a center, and how well the tastes are known: of new the less.
+    The file may have a center, and how well the tastes are known: those of ann not at all.
     """
     rng = torch.Generator().manual_seed(2)
     directions = torch.randn(features, 3, generator=rng).double() / 100
@@ -50,8 +50,10 @@ def make_mixed(
     facts = {"users": ["ann", "17"], "users_unseen": ["new"]}
     facts |= {"model": str(model)} if model else {}
     if known:
-        fit.known = torch.stack([torch.eye(2), torch.tensor([[0.5, 0.1], [0.1, 0.2]])])
-        facts |= {"known_unseen": 3 * torch.eye(2)[None], "center": torch.ones(features)}
+        more = torch.tensor([[0.5, 0.1], [0.1, 0.2]]).inverse() - torch.eye(2)
+        fit.evidence = Evidence(torch.linalg.cholesky(more).T, torch.tensor([0, 2]))
+        unseen = Evidence((0.3**-1 - 1) ** 0.5 * torch.eye(2), torch.tensor([2]))
+        facts |= {"known_unseen": unseen, "center": torch.ones(features)}
     fit.save(folder / "mixed_logit.safetensors", states[2:], facts)
     return folder / "mixed_logit.safetensors"
 

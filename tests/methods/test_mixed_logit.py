@@ -350,11 +350,11 @@ def test_a_file_knows_how_uncertain_each_users_reward_is(tmp_path: Path) -> None
     torch.testing.assert_close(saved.deviations(x).double(), apart, rtol=1e-3, atol=0)
 
 
-def test_of_too_many_users_no_file_keeps_covariances(tmp_path: Path, monkeypatch) -> None:
+def test_of_too_many_comparisons_no_file_keeps_the_evidence(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("lore.methods.mixed_logit.MOST", 10)
     data, _ = world(users=10)
     fit = given(data)
-    assert fit.known is None and fit.spread(data) is None
+    assert fit.evidence is None and fit.spread(data) is None
     fit.save(tmp_path / "m.safetensors", fit.users[:0], {"users": data.names})
     assert load(tmp_path / "m.safetensors").deviations(torch.eye(6), data.names[0]) is None
 

@@ -34,7 +34,7 @@ def test_rewards_and_deviations_are_the_equations(world, tmp_path):
     rows = embed(model, tmp_path / "rows").double() - 1  # the center
     z = fit.scale * rows @ fit.directions
     covariances = {"ann": torch.eye(2), "17": torch.tensor([[0.5, 0.1], [0.1, 0.2]])}
-    covariances |= {"new": 3 * torch.eye(2), None: fit.prior.cov}
+    covariances |= {"new": 0.3 * torch.eye(2), None: fit.prior.cov}
     states = dict(zip(("ann", "17"), fit.users, strict=True)) | {None: torch.zeros(2)}
     found = scorer.embed(CHATS)
     for user, cov in covariances.items():

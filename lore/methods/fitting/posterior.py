@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ ITERATIONS = 60  # of Newton's method; few users need ten
 HALVINGS = 30
 TOLERANCE = 1e-8  # of the log odds, in the last step
 LEAST = 1e-10  # added to the prior's variances, as a share of their mean
-CELLS = 1 << 16  # padded comparisons of the users that are worked on together
+CELLS = 1 << 12  # padded comparisons of the users that are worked on together
 
 
 @dataclass
@@ -101,9 +102,9 @@ def posteriors(
     push, slope = L.new_zeros(2, len(users))
     inverses = (users.counts == 0).sum() * torch.eye(len(L)).to(L)
     for who, rows, there in blocks(users):
-        Z = view[rows].to(L) * there[..., None]
+        Z = view[rows].to(L)
         a, Z = Z[..., 0] + Z[..., 1:] @ mean, Z[..., 1:] @ L
-        w = users.weight.to(L)[rows] * there
+        w = users.weight.to(L)[rows] * there  # 0 where padded
         first = None if start is None else start[rows] * there
         latent[who], p = _modes(a, Z, w, tolerance, first)
         push[rows[there]], slope[rows[there]] = (w * (1 - p))[there], (w * p * (1 - p))[there]
@@ -186,7 +187,7 @@ def _dual_step(G: Tensor, slope: Tensor, rise: Tensor, t: Tensor) -> Tensor:
     """Newton's next c [B, n]: algorithm 3.1's a, from curvature, gradient and log odds."""
     root = slope.sqrt()
     b = slope * t + rise
-    inner = _plus_one(root[:, :, None] * G * root[:, None])
+    inner = _plus_one((root[:, :, None] * G).mul_(root[:, None]))
     return b - root * _solve(inner, root * _times(G, b))
 
 
@@ -200,7 +201,9 @@ def _solve(matrix: Tensor, vector: Tensor) -> Tensor:
 
 
 def _plus_one(matrix: Tensor) -> Tensor:
-    return matrix + torch.eye(matrix.shape[-1]).to(matrix)
+    """I + the matrix [..., K, K], in its place."""
+    matrix.diagonal(dim1=-2, dim2=-1).add_(1)
+    return matrix
 
 
 def covariances(view: Tensor, users: Users, prior: Prior, found: Posterior) -> Tensor:
@@ -216,6 +219,33 @@ def covariances(view: Tensor, users: Users, prior: Prior, found: Posterior) -> T
         root = (found.slope[rows] * there).sqrt()[..., None]
         cov[who] = L @ _inverses(root * (view[rows][..., 1:].to(L) @ L)) @ L.T
     return cov
+
+
+class Evidence(NamedTuple):
+    """What users' comparisons add to the precision of their tastes: R^T R of a user's rows R.
+
+    Attributes:
+        rows: of all users [N, K].
+        counts: of each user [U].
+    """
+
+    rows: Tensor
+    counts: Tensor
+
+    @classmethod
+    def of(cls, view: Tensor, users: Users, found: Posterior) -> Evidence:
+        """At the modes, from what ``posteriors`` had; written into the view, which may be large."""
+        return cls(view[:, 1:].mul_(found.slope.sqrt().to(view)[:, None]), users.counts)
+
+    def by_user(self) -> tuple[Tensor, ...]:
+        """Each user's rows [n, K]."""
+        return self.rows.split(self.counts.tolist())
+
+
+def covariance(prior: Prior, rows: Tensor) -> Tensor:
+    """A posterior's covariance [K, K] given the user's rows of evidence [n, K]."""
+    L = prior.factor.to(rows.device)
+    return L @ _inverses((rows.to(L) @ L)[None])[0] @ L.T
 
 
 def deviations(z: Tensor, cov: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +20,7 @@ from lore.common.kinds import KINDS, Judged
 from lore.learning.comparisons import Comparisons, RowFeatures, Users
 from lore.learning.kinds import Shares, judged, shares
 from lore.learning.method import Fitted, Task
-from lore.methods.fitting.geometry import Geometry, measure
+from lore.methods.fitting.geometry import DIRECTIONS, Geometry, measure
 
 log = logging.getLogger(__name__)
 Kinds = dict[str, Shares]  # of ``seen`` and ``unseen`` users
@@ -44,11 +44,11 @@ WHITER = 2.0  # standard errors by which whitened features have to be better tha
 
 @dataclass
 class HeldOut:
-    """Seen users' training comparisons, some dialogues of each held out.
+    """Seen users' training comparisons, some of each held out.
 
     Attributes:
         fit: what is left of all users.
-        held: held-out comparisons of those users who had at least two dialogues; None if none had.
+        held: held-out comparisons of those who have any; None if none has.
         whose: row among ``fit``'s users of each user of ``held``.
     """
 
@@ -58,10 +58,10 @@ class HeldOut:
 
     def losses(self, fitted: Fitted, users: Tensor) -> Tensor:
         """Mean log loss of each user of ``held``, given the states [U, S] of ``fit``'s users."""
-        logits = fitted.logits(
-            fitted.view(self.held), users[self.whose.to(users.device)], self.held.user
+        states = users[self.whose.to(users.device)]
+        return self.held.log_losses(
+            fitted.logits(fitted.view(self.held), states, self.held.user)
         )
-        return self.held.log_losses(logits)
 
 
 @dataclass
@@ -106,11 +106,9 @@ def _uniform(numbers: NDArray[np.integer], seed: NDArray[np.uint64] | int) -> ND
 
 
 def _groups(data: Judged) -> tuple[NDArray[np.integer], bool]:
-    """What is held out whole, by a number for each of the responses ``one`` and ``other`` [2, N].
-
-    Groups of responses that are compared with each other, such as those of a prompt, where there
-    are enough and none is large; else every response by itself. And whether they are groups.
-    """
+    """What is held out whole, a number for each response [2, N], and whether these are groups:
+    responses that are compared with each other, such as those of a prompt, where there are enough
+    and none is large; else every response by itself."""
     from scipy.sparse import coo_array  # slow to import, and plain LoRe chooses nothing here
     from scipy.sparse.csgraph import connected_components
 
@@ -146,8 +144,7 @@ def sides(train: Comparisons, seed: int, kinds: Kinds | None) -> dict[str, NDArr
     two other responses, judged are those of two held-out ones, and the rest is neither.
 
     Args:
-        train: comparisons of the seen users, by rows of the embeddings; others cannot be told
-            apart, and whole dialogues are held out.
+        train: of the seen users; where not by rows of the embeddings, dialogues are held out.
         seed: of the draws.
         kinds: shares of the test's kinds, see ``Task``; all new if None, the most careful.
     """
@@ -183,8 +180,8 @@ def _harder(wanted: Shares, have: Shares) -> bool:
 def _mixed(
     wanted: Shares, away: NDArray[np.integer], own: NDArray[np.integer], by_unit: NDArray[np.bool_]
 ) -> NDArray[np.int8]:
-    """Comparisons of each kind held out [N], about in the shares asked for: of how many of the two
-    responses are held out of everybody's, of the user's own, and of dialogues held out."""
+    """The sides [N] for wanted shares, given how many of the two responses are held out of
+    everybody's comparisons and of the user's own, and whether the dialogue is."""
     wanted = {kind: wanted.get(kind, 0) * (wanted.get(kind, 0) >= SOME) for kind in KINDS}
     apart = own if wanted["met"] else np.zeros_like(own)
     pools = {
@@ -215,8 +212,8 @@ def _split(train: Comparisons, fit: Tensor, held: Tensor) -> HeldOut:
 def hold_out(
     train: Comparisons, seed: int, kinds: Kinds | None = None, validation: Comparisons | None = None
 ) -> HeldOut:
-    """Hold out some of the seen users' comparisons, as ``sides`` says; or hold out the validation
-    comparisons, which are outside ``train``, so that all of it is left."""
+    """Hold out some comparisons, as ``sides`` says; or those of the dataset's validation set, so
+    that all of ``train`` is left."""
     if validation is not None:
         return _given(train, validation)
     side = torch.from_numpy(sides(train, seed, kinds)["seen"])
@@ -237,9 +234,9 @@ def pseudo_new(
 ) -> PseudoNew | None:
     """Set apart a fifth of the users; None where no user but one has two dialogues.
 
-    Each may adapt from so many shots, dialogues or comparisons, at most; where dialogues are held
-    out at random, a user's others, at least a fifth of them, are held out. ``side`` is that of
-    unseen users' comparisons, see ``sides``; if None, as if the test were all new.
+    Each may adapt from so many shots at most; where dialogues are held out at random, a user's
+    others, at least a fifth, are held out. ``side`` is of unseen users, see ``sides``; if None, as
+    if the test were all new.
     """
     names, units = _names(train), train.units()
     side = torch.from_numpy(sides(train, seed, None)["unseen"] if side is None else side)
@@ -255,15 +252,14 @@ def pseudo_new(
     few, held = [], []
     for u in chosen:
         order = torch.randperm(len(units[u]), generator=_draw(names[u], seed)).tolist()
-        if at_random:
-            count = min(max(shots, 1), len(order) - max(1, round(HELD * len(order))))
-            few += [units[u][i] for i in order[:count]]
-            held += [units[u][i] for i in order[count:]]
-            continue
         rows = [units[u][i] for i in order]
-        fit = [row[side[row] == FIT] for row in rows]
-        few += [row for row in fit if len(row)][: max(shots, 1)]
-        held += [row[side[row] == HELD_OUT] for row in rows]
+        if at_random:
+            count = min(max(shots, 1), len(rows) - max(1, round(HELD * len(rows))))
+            few, held = few + rows[:count], held + rows[count:]
+        else:
+            fit = [row[side[row] == FIT] for row in rows]
+            few += [row for row in fit if len(row)][: max(shots, 1)]
+            held += [row[side[row] == HELD_OUT] for row in rows]
     apart = torch.zeros(train.num_users, dtype=torch.bool)
     apart[chosen] = True
     return PseudoNew(_pick(train, few), _pick(train, held), apart)
@@ -282,10 +278,8 @@ def subset(few: Comparisons, shots: int, seed: int) -> tuple[Tensor, Users]:
 def shots_of(few: Comparisons | None, shots: tuple[int, ...]) -> tuple[int, ...]:
     """Numbers of shots that choices are made for: those given, else ``SHOTS`` up to what new users
     mostly have; none where no user is new."""
-    if few is None:
-        return ()
-    if shots:
-        return tuple(sorted(set(shots)))
+    if few is None or shots:
+        return () if few is None else tuple(sorted(set(shots)))
     most = int(torch.tensor([len(unit) for unit in few.units()]).median())
     return tuple(sorted({min(size, most) for size in SHOTS}))
 
@@ -315,7 +309,7 @@ class Scores:
 
     @property
     def loss(self) -> float:
-        """What choices go by: the mean over users; infinity if no user's is known."""
+        """What choices go by: the mean over users; infinity if there is none."""
         return self.means().get("loss", math.inf)
 
     def __lt__(self, other: Scores) -> bool:
@@ -330,50 +324,49 @@ class Scores:
 
 
 class Split(HeldOut):
-    """One random split of the training comparisons for a choice.
-
-    ``fit`` is this process's, in memory unless streamed.
+    """One random split of the training comparisons; ``fit`` is this process's, in memory unless
+    streamed.
 
     Attributes:
         new: the users set apart, the same on every process; None where there are none.
         seen_rows, new_rows: numbers of the users of ``held`` and ``new`` among all seen users.
     """
 
-    def __init__(self, task: Task, seed: int, shots: tuple[int, ...]) -> None:
+    def __init__(self, task: Task, seed: int, shots: tuple[int, ...], directions: int) -> None:
         self.seed, self.shots, self.processes = seed, shots, task.processes
+        self.directions = directions
         train, self.num_users = task.train, task.train.num_users
         self.subsets: dict[tuple[int, ...], tuple[Tensor, Users]] = {}
-        found = sides(train, seed, task.kinds)
+        found, user = sides(train, seed, task.kinds), train.user.cpu()
         self.new = pseudo_new(train, seed, max(shots), found["unseen"]) if shots else None
         known = torch.ones(self.num_users, dtype=torch.bool)
         if self.new is not None:
             known = ~self.new.chosen
         self.new_rows = (~known).nonzero()[:, 0]
         side = torch.from_numpy(found["seen"])
-        side = torch.full_like(side, FIT) if task.validation is not None else side
-        fit = (side == FIT) & known[train.user.cpu()]
-        rows = torch.unique(train.user.cpu()[fit])  # of the users that candidates know
+        fit = known[user] if task.validation is not None else (side == FIT) & known[user]
+        rows = torch.unique(user[fit])  # of the users that candidates know
         whole = train.select(fit).share(task.process, task.processes)
         first = rows_before(whole.num_users, task.processes)[0]
         rows = rows[first : first + whole.num_users]
         if task.validation is not None:
             own = _given(whole, task.validation)
         else:
-            there = torch.isin(train.user.cpu(), rows)
+            there = torch.isin(user, rows)
             own = _split(train, fit & there, (side == HELD_OUT) & there)
-        super().__init__(own.fit, own.held, own.whose)
-        self.seen_rows = rows[self.whose]
+        held, new = own.held, self.new
         if not task.stream:
-            self.fit = self.fit.in_memory()
-            self.held = None if self.held is None else self.held.in_memory()
-            if self.new is not None:
-                few, held = self.new.few.in_memory(), self.new.held.in_memory()
-                self.new = replace(self.new, few=few, held=held)
+            own.fit = own.fit.in_memory()
+            held = None if held is None else held.in_memory()
+            if new is not None:
+                self.new = replace(new, few=new.few.in_memory(), held=new.held.in_memory())
+        super().__init__(own.fit, held, own.whose)
+        self.seen_rows = rows[self.whose]
 
     @cached_property
     def geometry(self) -> Geometry:
         """Of the features that are fitted."""
-        return measure(self.fit, self.processes)
+        return measure(self.fit, self.processes, self.directions)
 
     def score(self, fitted: Fitted) -> Scores:
         """Log losses of a candidate fitted to ``fit``, whose users it knows, in that order."""
@@ -386,6 +379,7 @@ class Split(HeldOut):
         return Scores(seen, new)
 
     def _new(self, fitted: Fitted, new: PseudoNew) -> Tensor:
+        """Of the users set apart, means over the numbers of shots."""
         few, held = fitted.view(new.few), fitted.view(new.held)
         rows, users = self._subsets(new, self.shots if fitted.personal else self.shots[:1])
         states = fitted.adapt(few[rows], users, self.seed).split(new.few.num_users)
@@ -425,13 +419,12 @@ def _some_users(task: Task) -> Task:
 class Validation:
     """What a choice is made on: random ``splits`` of the training comparisons, more of small data.
 
-    Of more than ``MOST_USERS`` users some are drawn. A candidate is fitted to each split's ``fit``
-    and scored by its log loss on held-out comparisons of the users it knows, and on pseudo-new
-    users who adapt from their first shots. Where no user is new, the former are all; and with a
-    validation set of the dataset's own there is one split.
+    A candidate is fitted to each split's ``fit`` and scored by its log loss on held-out comparisons
+    of the users it knows and, where users are new, of pseudo-new ones who adapt from their first
+    shots. Of more than ``MOST_USERS`` users some are drawn; ``directions`` are the geometry's.
     """
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, directions: int = DIRECTIONS) -> None:
         task = _some_users(task)
         shots = shots_of(task.few, task.shots)
         count = round(ENOUGH / len(task.train))
@@ -440,7 +433,9 @@ class Validation:
         count = min(MOST_SPLITS, max(1, count))
         if task.validation is not None and task.few is None:
             count = 1  # others would be the same
-        self.splits = [Split(task, task.seed + 10007 * i, shots) for i in range(count)]
+        self.splits = [
+            Split(task, task.seed + 10007 * i, shots, directions) for i in range(count)
+        ]
 
     @property
     def possible(self) -> bool:
@@ -456,17 +451,14 @@ class Validation:
 
 # ------------------------------------------------------------------------- The choice
 
+Fit = Callable[[Split, Any, Any], tuple[Fitted, Any]]
+Search = Callable[[Callable[[int], Scores]], int]  # finds the best one's place from the scores
+
 
 @dataclass
 class Chosen:
-    """What a choice ends with.
-
-    Attributes:
-        candidate: the best one.
-        scores: its log losses.
-        kept: what its fit to each split returned beside the fit.
-        tried: settings and log losses of every candidate that was fitted.
-    """
+    """The best candidate, its log losses, what its fits to the splits returned beside themselves,
+    and settings and log losses of all that were tried."""
 
     candidate: Any
     scores: Scores
@@ -477,8 +469,8 @@ class Chosen:
 def choose(
     data: Validation,
     candidates: Sequence[Any],
-    fit: Callable[[Split, Any, Any], tuple[Fitted, Any]],
-    search: Callable[[Callable[[int], Scores]], int] | None = None,
+    fit: Fit,
+    search: Search | None = None,
 ) -> Chosen:
     """The candidate with the lowest log loss on validation; every method chooses by this.
 
@@ -487,55 +479,77 @@ def choose(
         candidates: in such an order that one fit is a good start for its neighbours.
         fit: of a split, a candidate, and what the nearest candidate's fit to that split returned
             beside its fit (None at first).
-        search: finds the best one's place from the scores by place; tries all if None.
+        search: finds the best one; tries all if None.
 
     Raises:
         InputError: nothing can be held out, or all losses are NaN.
     """
     require(data.possible, "no user has two dialogues, so nothing can be held out to choose by: "
             "give one value to choose from, not several")  # fmt: skip
-    found: dict[int, tuple[Sequence[Any], Scores]] = {}
-    tried: list[dict[str, Any]] = []
-
-    def scores(place: int) -> Scores:
-        if place not in found:
-            near = min(found, key=lambda other: abs(other - place), default=None)
-            begin = [None] * len(data.splits) if near is None else found[near][0]
-            pairs = zip(data.splits, begin, strict=True)
-            fits, kept = zip(*(fit(s, candidates[place], b) for s, b in pairs), strict=True)
-            found[place] = kept, data.score(fits)
-            tried.append({**fits[0].settings, **found[place][1].means()})
-        return found[place][1]
-
-    best = (search or every(len(candidates)))(scores)
-    require(scores(best).loss < math.inf, "every candidate's log loss on validation is NaN: are "
+    tries = Tries(data, lambda split, place, begin: fit(split, candidates[place], begin))
+    best = _best(tries, len(candidates), search)
+    require(tries(best).loss < math.inf, "every candidate's log loss on validation is NaN: are "
             "the weights of the comparisons very small?")  # fmt: skip
-    return Chosen(candidates[best], scores(best), found[best][0], tried)
+    return Chosen(candidates[best], tries(best), tries.found[best][0], tries.tried)
 
 
-def every(count: int) -> Callable[[Callable[[int], Scores]], int]:
-    """A search that tries all."""
-    return lambda scores: min(range(count), key=scores)
+def _best(scores: Callable[[int], Scores], count: int, search: Search | None) -> int:
+    return min(range(count), key=scores) if search is None else search(scores)
+
+
+class Tries:
+    """Log losses of candidates, each fitted to every split once.
+
+    Args:
+        data, fit: as for ``choose``.
+        apart: how far two candidates are apart: a fit begins where the nearest one's ended.
+
+    Attributes:
+        found: what each candidate's fits returned beside them, and its log losses.
+        tried: settings and log losses of every candidate that was fitted.
+    """
+
+    def __init__(
+        self, data: Validation, fit: Fit,
+        apart: Callable[[Any, Any], float] = lambda one, other: abs(one - other),
+    ) -> None:  # fmt: skip
+        self.data, self.fit, self.apart = data, fit, apart
+        self.found: dict[Any, tuple[Sequence[Any], Scores]] = {}
+        self.tried: list[dict[str, Any]] = []
+
+    def __call__(self, candidate: Any) -> Scores:
+        if candidate not in self.found:
+            near = min(self.found, key=partial(self.apart, candidate), default=None)
+            begin = [None] * len(self.data.splits) if near is None else self.found[near][0]
+            fits, kept = self.fits(candidate, begin)
+            self.found[candidate] = kept, self.data.score(fits)
+            self.tried.append({**fits[0].settings, **self.found[candidate][1].means()})
+        return self.found[candidate][1]
+
+    def fits(self, candidate: Any, begin: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+        """A candidate's fits to the splits, and what they returned beside them."""
+        pairs = zip(self.data.splits, begin, strict=True)
+        return tuple(zip(*(self.fit(s, candidate, b) for s, b in pairs), strict=True))
 
 
 def choose_whitened(
     data: Validation,
     strengths: Sequence[Any],
-    fit: Callable[[Split, Any, Any], tuple[Fitted, Any]],
-    search: Callable[[Callable[[int], Scores]], int] | None = None,
+    fit: Fit,
+    search: Search | None = None,
     floors: Sequence[float | None] = FLOORS,
 ) -> Chosen:
     """Choose (strength, floor of the features' whitening): the floor may be None, plain features.
 
     A strength is chosen on plain features, the best floor at that strength, and on it strengths to
-    either side as long as the loss falls. Whitening is taken if it is better by ``WHITER`` standard
-    errors. ``strengths`` are in order; for all else see ``choose``.
+    either side while the loss falls; whitening is taken if better by ``WHITER`` standard errors.
+    ``strengths`` are in order; for all else see ``choose``.
     """
     wide = len(floors)
     grid = [(strength, floor) for strength in strengths for floor in floors]
 
     def walk(scores: Callable[[int], Scores]) -> int:
-        plain = wide * (search or every(len(strengths)))(lambda place: scores(wide * place))
+        plain = wide * _best(lambda place: scores(wide * place), len(strengths), search)
         if wide == 1:
             return plain
         white = min(range(plain + 1, plain + wide), key=scores)
