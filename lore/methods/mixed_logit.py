@@ -48,7 +48,7 @@ FIRST_TAU2, FIRST_PI = 3.0, 10.0
 # A deviation of 100 standard log odds is a choice without noise, and more says no more.
 RANGES = {"l_mu": (1e-3, 1e3), "tau2": (1e-3, 1e4), "pi": (1.0, 300.0)}
 ROUNDS, FEW_ROUNDS = 8, 3  # of EM: at the end, and from a neighbour's S while choosing
-WHILE_FITTING = 1e-2  # the last Newton step of the log odds in EM; what is left is its square
+WHILE_FITTING = 1e-4  # tolerance of the log odds in EM
 SCALES = (0.8, 0.9, 1.1, 1.25)  # of all log odds, beside 1
 # Standard errors by which validation has to be better: a personal part than none, EM than an
 # isotropic S, another scale of the log odds than 1.

@@ -542,7 +542,7 @@ def test_new_users_are_scored_with_each_number_of_shots_as_if_it_were_the_only_o
     fit, few = given(split.fit), split.new.few
     losses = []
     for count in (0, 2, 7):
-        rows, users = subset(few, count, split.seed)
+        rows, users = subset(few, (count,), split.seed)
         state = fit.adapt(fit.view(few)[rows], users)
         logits = fit.logits(fit.view(split.new.held), state, split.new.held.user)
         losses.append(split.new.held.log_losses(logits))

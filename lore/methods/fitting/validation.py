@@ -87,6 +87,14 @@ def _draw(name: str, seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(digest([name, seed])[:12], 16))
 
 
+def _shuffled(data: Comparisons, seed: int) -> list[list[Tensor]]:
+    """Every user's dialogues or comparisons, in a random order that goes by the user's name."""
+    return [
+        [units[i] for i in torch.randperm(len(units), generator=_draw(name, seed)).tolist()]
+        for name, units in zip(_names(data), data.units(), strict=True)
+    ]
+
+
 def _pick(data: Comparisons, rows: list[Tensor]) -> Comparisons:
     keep = torch.zeros(len(data), dtype=torch.bool)
     keep[torch.cat(rows)] = True
@@ -127,10 +135,9 @@ def _groups(data: Judged) -> tuple[NDArray[np.integer], bool]:
 def _by_unit(train: Comparisons, seed: int) -> NDArray[np.bool_]:
     """A fifth of each user's dialogues, at least one of those who have two [N]."""
     held = np.zeros(len(train), dtype=bool)
-    for name, units in zip(_names(train), train.units(), strict=True):
-        order = torch.randperm(len(units), generator=_draw(name, seed)).tolist()
-        for i in order[: max(1, round(HELD * len(units))) if len(units) > 1 else 0]:
-            held[units[i].numpy()] = True
+    for units in _shuffled(train, seed):
+        count = max(1, round(HELD * len(units))) if len(units) > 1 else 0
+        held[torch.cat([*units[:count], units[0][:0]]).numpy()] = True
     return held
 
 
@@ -238,7 +245,7 @@ def pseudo_new(
     others, at least a fifth, are held out. ``side`` is of unseen users, see ``sides``; if None, as
     if the test were all new.
     """
-    names, units = _names(train), train.units()
+    names, units = _names(train), _shuffled(train, seed)
     side = torch.from_numpy(sides(train, seed, None)["unseen"] if side is None else side)
     by_unit = torch.from_numpy(_by_unit(train, seed))
     at_random = bool(((side == HELD_OUT) == by_unit).all())
@@ -251,8 +258,7 @@ def pseudo_new(
         return None
     few, held = [], []
     for u in chosen:
-        order = torch.randperm(len(units[u]), generator=_draw(names[u], seed)).tolist()
-        rows = [units[u][i] for i in order]
+        rows = units[u]
         if at_random:
             count = min(max(shots, 1), len(rows) - max(1, round(HELD * len(rows))))
             few, held = few + rows[:count], held + rows[count:]
@@ -265,12 +271,11 @@ def pseudo_new(
     return PseudoNew(_pick(train, few), _pick(train, held), apart)
 
 
-def subset(few: Comparisons, shots: int, seed: int) -> tuple[Tensor, Users]:
-    """Each user's first so many shots in a random order: their numbers, and whose they are."""
-    rows, none = [], torch.empty(0, dtype=torch.long)
-    for name, units in zip(_names(few), few.units(), strict=True):
-        order = torch.randperm(len(units), generator=_draw(name, seed)).tolist()[:shots]
-        rows.append(torch.cat([none, *(units[i] for i in order)]))
+def subset(few: Comparisons, sizes: Sequence[int], seed: int) -> tuple[Tensor, Users]:
+    """Everybody's first shots in a random order, as those of a user for each number of shots: the
+    comparisons' numbers, and whose they are."""
+    units, none = _shuffled(few, seed), torch.empty(0, dtype=torch.long)
+    rows = [torch.cat([none, *own[:shots]]) for shots in sizes for own in units]
     picked = torch.cat(rows)
     return picked, few.pick(picked, [len(x) for x in rows])
 
@@ -381,19 +386,13 @@ class Split(HeldOut):
     def _new(self, fitted: Fitted, new: PseudoNew) -> Tensor:
         """Of the users set apart, means over the numbers of shots."""
         few, held = fitted.view(new.few), fitted.view(new.held)
-        rows, users = self._subsets(new, self.shots if fitted.personal else self.shots[:1])
+        sizes = self.shots if fitted.personal else self.shots[:1]
+        if sizes not in self.subsets:
+            self.subsets[sizes] = subset(new.few, sizes, self.seed)
+        rows, users = self.subsets[sizes]
         states = fitted.adapt(few[rows], users, self.seed).split(new.few.num_users)
         logits = [fitted.logits(held, state, new.held.user) for state in states]
         return torch.stack([new.held.log_losses(each) for each in logits]).mean(0)
-
-    def _subsets(self, new: PseudoNew, sizes: tuple[int, ...]) -> tuple[Tensor, Users]:
-        """Everybody's first shots, as those of a user for each number of shots."""
-        if sizes not in self.subsets:
-            rows, users = zip(*(subset(new.few, shots, self.seed) for shots in sizes), strict=True)
-            counts = torch.cat([some.counts for some in users])
-            picked = torch.cat(rows)
-            self.subsets[sizes] = picked, new.few.pick(picked, counts.tolist())
-        return self.subsets[sizes]
 
 
 def _gather(values: Tensor, processes: int) -> Tensor:
