@@ -182,37 +182,16 @@ def test_the_ridge_is_that_of_scikit_learn(F: int, strength: float) -> None:
     assert found.values[-1] <= wanted + 1e-5 * max(1, abs(wanted) if F == 576 else 1)
 
 
-def test_an_ascent_is_no_convergence() -> None:
-    """A first curvature that points uphill is not believed."""
-    size = torch.logspace(0, 1, 5, dtype=DOUBLE)
-
-    def bowl(x: Tensor) -> tuple[float, Tensor]:
-        return float((size * (x - 1) ** 2).sum() / 2), size * (x - 1)
-
-    found = minimise(bowl, torch.zeros(5).double(), lambda g: -g, 1e-14, 200)
-    assert found.values[-1] < 1e-8
-
-
-@pytest.mark.parametrize("factor", (1e-4, 1.0, 1e4))
-def test_a_first_curvature_of_the_wrong_size_costs_the_minimiser_little(factor: float) -> None:
+@pytest.mark.parametrize(("factor", "most"), [(1e-4, 40), (1.0, 40), (1e4, 40), (-1.0, 100)])
+def test_a_wrong_first_curvature_costs_the_minimiser_little(factor: float, most: int) -> None:
+    """One of the wrong size is corrected (else 49 to 197 evaluations); one uphill is dropped."""
     size = torch.logspace(0, 1, 50, dtype=DOUBLE)
 
     def bowl(x: Tensor) -> tuple[float, Tensor]:
         return float((size * (x - 1) ** 2).sum() / 2), size * (x - 1)
 
     found = minimise(bowl, torch.zeros(50).double(), lambda g: factor * g, 1e-12, 300)
-    assert found.evaluations < 40  # 49 to 197 without the correction
-
-
-def test_the_minimiser_finds_a_known_minimum() -> None:
-    scales = torch.tensor([1.0, 10.0, 100.0]).double()
-
-    def bowl(x: Tensor) -> tuple[float, Tensor]:
-        off = x - 1
-        return float((scales * off**2).sum() + (off**4).sum()), 2 * scales * off + 4 * off**3
-
-    found = minimise(bowl, torch.zeros(3).double(), lambda g: g, 1e-14, 100)
-    torch.testing.assert_close(found.x, torch.ones(3).double(), atol=1e-5, rtol=0)
+    assert found.values[-1] < 1e-8 and found.evaluations < most
 
 
 def test_scale_and_leading_directions_are_those_of_the_features() -> None:
