@@ -63,28 +63,21 @@ Sample = tuple[np.ndarray, np.ndarray]  # users, and a figure of each
 class Record(NamedTuple):
     """One label's figures on one set in one repeat.
 
-    Attributes:
-        control: what users' weights were exchanged for; "" for their own.
-        shots: of every user; None where there is no such number.
-        users: whose the figures are, U names.
-        values: measure -> figure of every user [U], or one for all of them.
-        kinds: known, met or new -> the same of such comparisons alone, where there are several;
-            NaN for users without any.
-        trials: mean accuracy of each draw of shots.
-        users_with_that_many: how many users have that many shots.
+    ``kinds`` has, for known, met and new comparisons, the values of these alone, where there are
+    several kinds; NaN for users without any.
     """
 
     seed: int
     method: str
     label: str
-    control: str
+    control: str  # what users' weights were exchanged for; "" for their own
     set: str
-    shots: int | None
-    users: np.ndarray
-    values: dict[str, np.ndarray]
+    shots: int | None  # of every user; None where there is no such number
+    users: np.ndarray  # whose the figures are, U names
+    values: dict[str, np.ndarray]  # measure -> figure of every user [U], or one for all of them
     kinds: dict[str, dict[str, np.ndarray]]
-    trials: list[float] | None
-    users_with_that_many: int | None
+    trials: list[float] | None  # mean accuracy of each draw of shots
+    users_with_that_many: int | None  # how many users have that many shots
 
 
 @dataclass(frozen=True)

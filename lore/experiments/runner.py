@@ -124,8 +124,7 @@ def open_run(
 
     Args:
         script: train_basis or vary_fewshot.
-        dataset: what is learned from and judged on.
-        settings: what is fitted.
+        dataset, settings: what is learned from, and what is fitted.
         sweep: numbers of shots, where they vary.
 
     Raises:

@@ -44,22 +44,13 @@ class Sets(NamedTuple):
 
 @dataclass
 class Tasks:
-    """A prepared and embedded dataset, and how the repeats of an experiment are drawn from it.
+    """A prepared and embedded dataset, and how the repeats of an experiment are drawn from it."""
 
-    Attributes:
-        info: what prepare.json says.
-        store: the embeddings on disk.
-        draw: the four sets of a seed, on a device.
-        unit: what a shot is.
-        about: the script's own settings, recorded with the results.
-        folder: where it was prepared.
-    """
-
-    info: dict[str, Any]
+    info: dict[str, Any]  # what prepare.json says
     store: Store | Extended
-    draw: Callable[[int, torch.device], Sets]
-    unit: Unit
-    about: dict[str, Any]
+    draw: Callable[[int, torch.device], Sets]  # the sets of a seed, on a device
+    unit: Unit  # what a shot is
+    about: dict[str, Any]  # the script's own settings, recorded with the results
     folder: Path
 
     @property

@@ -37,16 +37,8 @@ def write_report(
     folder: Path, results: Results, heading: str, about: Sequence[str], marks: Sequence[str],
     tables: Mapping[str, Table], notes: Sequence[str],
 ) -> None:  # fmt: skip
-    """Write report.html into a run's folder.
-
-    Args:
-        folder, results: of the run.
-        heading: what was run.
-        about: sentences about the data.
-        marks: what must be known before the figures are believed.
-        tables: by caption.
-        notes: lines on the fits.
-    """
+    """Write report.html into a run's folder: under its heading ``marks``, what must be known before
+    the figures are believed, sentences about the data, tables by caption and notes on the fits."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True,
         lstrip_blocks=True, undefined=jinja2.StrictUndefined,
