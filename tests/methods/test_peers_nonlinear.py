@@ -207,8 +207,7 @@ def test_vpls_collapse_shows_where_users_are_alike() -> None:
     world = planted("mlp")
     alike = comparisons("mlp", torch.randn(100, F), range(0, 24, 2), 30, 0)
     task = Task(alike, world.few, world.seen, world.unseen, shots=(10,))
-    (fit,) = vpl.VPL(betas=(1e-2, 1e-1), hidden=16, latent=8, epochs=30).fit(task)
-    about = fit.describe()
+    about = vpl.VPL(hidden=16, latent=8).train(alike, None, 0.1, task, 20).describe()
     assert about["active_units"] == 0
     assert abs(about["accuracy_own_context"] - about["accuracy_another_context"]) < 0.02
 
