@@ -27,7 +27,7 @@ ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "identity": nn.Identity}
 class MLP(Networked):
     """LoRe with a shallow network on the embedding.
 
-    Nobody has published constants for it. ``faithful`` therefore takes LoRe's: rows as they are,
+    No constants of it are published. ``faithful`` therefore takes LoRe's: rows as they are,
     rewards divided by 100, full batch, 1000 Adam steps (weights at LoRe's rate of 0.5, layers at
     Adam's usual 1e-3, since 0.5 suits a linear basis only); new users from random weights, 500
     steps at 0.1. ``converged`` scales rows, trains on batches until the held-out log loss falls no
