@@ -100,7 +100,8 @@ LAYOUTS = {  # what a row of the example is in other files
 def test_a_file_becomes_a_page(model, tmp_path, monkeypatch, source):
     monkeypatch.setattr("lore.experiments.report.tables.write_plots", lambda *given: [])
     if source != "example":  # whose page alone has its plots, which take longest
-        monkeypatch.setattr("lore.experiments.report.page._pictures", lambda *given: [])
+        none = {"note": "", "panels": []}
+        monkeypatch.setattr("lore.experiments.report.page._pictures", lambda *given: none)
     file = EXAMPLE if source == "example" else choices(tmp_path / "mine.jsonl")
     if source in LAYOUTS:
         rows = map(json.loads, EXAMPLE.read_text(encoding="utf-8").splitlines())
