@@ -26,7 +26,7 @@ def main(data: Path = HERE / "data", lore: Lore = LORE, **settings: Any) -> None
         lore: settings of LoRe; Bradley-Terry is fitted with the same.
     """
     chosen = Settings(lore=lore, **settings)
-    dataset = given_split(data, HERE.name)  # who is seen, and what is held out
+    dataset = given_split(data, HERE.name, chosen.features)  # who is seen, and what is held out
     with open_run("train_basis", dataset, chosen) as run:  # goes on where a killed one was
         for task, name, method in run.unfinished():  # every seed, every method
             fits = method.fit(task)  # from task.train alone; for LoRe by utils.LoRe

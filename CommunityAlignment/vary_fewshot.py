@@ -30,7 +30,7 @@ def main(
         lore: settings of LoRe; Bradley-Terry is fitted with the same.
     """
     chosen = Settings(lore=lore, **settings)
-    dataset = given_split(data, HERE.name)  # who is seen, and what is held out
+    dataset = given_split(data, HERE.name, chosen.features)  # who is seen, and what is held out
     with open_run("vary_fewshot", dataset, chosen, sweep) as run:  # goes on where a killed one was
         for task, name, method in run.unfinished():  # every seed, every method
             fits = sweep.asking(method.fit(task))  # from task.train alone

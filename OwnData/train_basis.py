@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,10 @@ def main(
         methods: methods to fit, by name; --help NAME shows one's settings.
         lore: settings of LoRe; Bradley-Terry is fitted with the same.
     """
-    dataset = given_split(data, HERE.name)  # who is seen, and what is held out
-    if lore.ranks == LORE.ranks:
-        lore = lore.within(seen_users(dataset))
     chosen = Settings(methods=methods, lore=lore, **settings)
+    dataset = given_split(data, HERE.name, chosen.features)  # who is seen, and what is held out
+    if lore.ranks == LORE.ranks:
+        chosen = replace(chosen, lore=lore.within(seen_users(dataset)))
     with open_run("train_basis", dataset, chosen) as run:  # goes on where a killed one was
         for task, name, method in run.unfinished():  # every seed, every method
             fits = method.fit(task)  # from task.train alone; for LoRe by utils.LoRe

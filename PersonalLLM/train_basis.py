@@ -38,8 +38,9 @@ def main(
     """
     chosen = Settings(lore=lore, **settings)
     dataset = simulated_users(
-        data, dirichlet_alpha, users, unseen_users, pairs_per_user, few_shot_pairs, HERE.name
-    )
+        data, dirichlet_alpha, users, unseen_users, pairs_per_user, few_shot_pairs, HERE.name,
+        chosen.features,
+    )  # fmt: skip
     with open_run("train_basis", dataset, chosen) as run:  # goes on where a killed one was
         for task, name, method in run.unfinished():  # every seed, every method
             fits = method.fit(task)  # from task.train alone; for LoRe by utils.LoRe

@@ -42,8 +42,9 @@ def main(
     chosen = Settings(lore=lore, **settings)
     most = pool or max(1, *sweep.shots)
     dataset = simulated_users(
-        data, dirichlet_alpha, users, unseen_users, pairs_per_user, most, HERE.name
-    )
+        data, dirichlet_alpha, users, unseen_users, pairs_per_user, most, HERE.name,
+        chosen.features,
+    )  # fmt: skip
     with open_run("vary_fewshot", dataset, chosen, sweep) as run:  # goes on where a killed one was
         for task, name, method in run.unfinished():  # every seed, every method
             fits = sweep.asking(method.fit(task))  # from task.train alone

@@ -34,7 +34,9 @@ def main(
         lore: settings of LoRe; Bradley-Terry is fitted with the same.
     """
     chosen = Settings(lore=lore, **settings)
-    dataset = drawn_split(data, seen_fraction, pairs_per_user, few_shot_pairs, HERE.name)
+    dataset = drawn_split(
+        data, seen_fraction, pairs_per_user, few_shot_pairs, HERE.name, chosen.features
+    )
     with open_run("train_basis", dataset, chosen) as run:  # goes on where a killed one was
         for task, name, method in run.unfinished():  # every seed, every method
             fits = method.fit(task)  # from task.train alone; for LoRe by utils.LoRe

@@ -37,7 +37,7 @@ def main(
     """
     chosen = Settings(lore=lore, **settings)
     most = pool or max(1, *sweep.shots)
-    dataset = drawn_split(data, seen_fraction, pairs_per_user, most, dataset=HERE.name)
+    dataset = drawn_split(data, seen_fraction, pairs_per_user, most, HERE.name, chosen.features)
     with open_run("vary_fewshot", dataset, chosen, sweep) as run:  # goes on where a killed one was
         for task, name, method in run.unfinished():  # every seed, every method
             fits = sweep.asking(method.fit(task))  # from task.train alone

@@ -74,8 +74,11 @@ def gather(
 ) -> Material:
     """Embed the pool, the candidates and, where it is not among these, what was answered before.
 
-    The folder embeddings keeps those of pool and candidates; further arguments are those of
-    ``view_conversations``. InputError where the file knows no differences between people.
+    Args:
+        found: what the file holds; InputError where it knows no differences between people.
+        pairs, answers, candidates: what may be asked, what was answered, what is to be ranked.
+        embeddings: folder to keep those of pool and candidates in, for another time.
+        embedding: more arguments of ``view_conversations``.
     """
     alike = "knows no differences between users, so that there is nothing to ask: it has rank 1, "
     alike += "one user, or no personal part"

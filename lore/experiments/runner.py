@@ -23,7 +23,7 @@ from lore.experiments.judging import Sweep
 from lore.experiments.report.tables import report
 from lore.experiments.results import BASELINES
 from lore.experiments.runs import Run, run_folder
-from lore.experiments.splits import Tasks
+from lore.experiments.splits import Feature, Tasks
 from lore.experiments.trackers import Tracker, check_tracker, track
 from lore.learning.method import Fitted, Method, Task, check
 from lore.methods import METHODS
@@ -56,6 +56,7 @@ class Settings:
             are always fitted beside them.
         reference: The reference reward: the model's score head; or "last_linear", the vector that
             the published code took for it; or none.
+        features: Numbers beside the embedding: length, the logarithm of a response's characters.
         seeds: One repeat of the experiment for each.
         device: Where to compute: auto, cpu, cuda.
         stream: Read features from disk in every step instead of holding them; by default where
@@ -72,6 +73,7 @@ class Settings:
 
     methods: tuple[MethodName, ...] = ("lore",)
     reference: Literal["head", "last_linear", "none"] = "head"
+    features: tuple[Feature, ...] = ()
     seeds: tuple[SeedNumber, ...] = (0,)
     device: str = "auto"
     stream: bool | None = None

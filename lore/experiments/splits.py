@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ from lore.preparing import tables as preparing
 log = logging.getLogger(__name__)
 
 Unit = Literal["comparisons", "dialogues"]
+Feature = Literal["length"]
 SIDES = {"train": (True, "train"), "seen": (True, "test"),
          "few": (False, "train"), "unseen": (False, "test"),
          "validation": (True, preparing.VALIDATION)}  # fmt: skip
@@ -114,13 +115,12 @@ def _too_large(size: int, device: torch.device) -> bool:
 # ---------------------------------------------------------------------- Kinds of split
 
 
-def given_split(data: Path, dataset: str | None = None) -> Tasks:
+def given_split(data: Path, dataset: str | None = None, features: Sequence[Feature] = ()) -> Tasks:
     """The four sets that prepare.py drew, the same for every seed; a shot is a dialogue, or a
-    comparison where no dialogue has more than one."""
+    comparison where no dialogue has more than one. ``features`` stand beside the embeddings."""
     info, store = load(data, dataset)
     table, about = _comparable(data, store)
-    if names := preparing.extra_names(table):
-        store, about = Extended(store, table), {**about, "extra": names}
+    store, about = _extended(data, store, table, about, features)
     alone = not table.duplicated(["user_id", "dialog_id"]).any()
     unit: Unit = "comparisons" if alone else "dialogues"
 
@@ -138,7 +138,7 @@ def seen_users(tasks: Tasks) -> int:
 
 def drawn_split(
     data: Path, seen_fraction: float, pairs_per_user: int, few_shot_pairs: int,
-    dataset: str | None = None,
+    dataset: str | None = None, features: Sequence[Feature] = (),
 ) -> Tasks:  # fmt: skip
     """Seen and unseen users drawn again for every seed, with a sample of their training data.
 
@@ -148,9 +148,11 @@ def drawn_split(
         pairs_per_user: random training comparisons of each seen user; all where there are fewer.
         few_shot_pairs: the same of each unseen user.
         dataset: whose script it is; None for any.
+        features: what stands beside the embeddings.
     """
     info, store = load(data, dataset)
     table, about = _comparable(data, store)
+    store, about = _extended(data, store, table, about, features)
     about |= {"pairs_per_user": pairs_per_user, "few_shot_pairs": few_shot_pairs,
               "seen_fraction": seen_fraction}  # fmt: skip
 
@@ -168,7 +170,7 @@ def drawn_split(
 
 def simulated_users(
     data: Path, dirichlet_alpha: float, users: int, unseen_users: int, pairs_per_user: int,
-    few_shot_pairs: int, dataset: str | None = None,
+    few_shot_pairs: int, dataset: str | None = None, features: Sequence[Feature] = (),
 ) -> Tasks:  # fmt: skip
     """Users simulated for every seed: their best response of a prompt against their worst.
 
@@ -179,6 +181,7 @@ def simulated_users(
         users, unseen_users: how many are simulated.
         pairs_per_user, few_shot_pairs: training prompts of each; all test prompts are held out.
         dataset: whose script it is; None for any.
+        features: what stands beside the embeddings.
     """
     about = {"dirichlet_alpha": dirichlet_alpha, "users": users, "unseen_users": unseen_users,
              "pairs_per_user": pairs_per_user, "few_shot_pairs": few_shot_pairs}  # fmt: skip
@@ -187,6 +190,12 @@ def simulated_users(
     prompts, most = len(tensors["train.scores"]), max(pairs_per_user, few_shot_pairs)
     why = f"{most} training prompts per user are wanted and {prompts} are there"
     require(most <= prompts, f"{why}; lower --pairs-per-user or --few-shot-pairs")
+    rows = {split: tensors[f"{split}.rows"].numpy() for split in preparing.SPLITS}
+    pairs = [pd.DataFrame({"chosen": each[:, :-1].ravel(), "rejected": each[:, 1:].ravel(),
+                           "split": split, "seen": True})
+             for split, each in rows.items()]  # fmt: skip
+    table = pd.concat(pairs, ignore_index=True)
+    store, about = _extended(data, store, table, about, features)
 
     def draw(seed: int, device: torch.device) -> Sets:
         generator = torch.Generator().manual_seed(seed)
@@ -254,6 +263,20 @@ def _comparable(data: Path, store: Store) -> tuple[pd.DataFrame, dict[str, Any]]
     return table[~same].reset_index(drop=True), {"same_tokens": int(same.sum())}
 
 
+def _extended(
+    data: Path, store: Store, table: pd.DataFrame, about: dict[str, Any],
+    features: Sequence[Feature],
+) -> tuple[Store | Extended, dict[str, Any]]:  # fmt: skip
+    """The store with the numbers of a table, and with ``features``; and what is recorded of it."""
+    if "length" in features:  # of the response, logarithm of its characters
+        talks = preparing.read_conversations(data)
+        length = np.log1p([len(talk[-1]["content"]) for talk in talks])
+        table = table.assign(**{f"{start}log length": length[table[side]]
+                                for side, start in preparing.EXTRA.items()})  # fmt: skip
+    names = preparing.extra_names(table)
+    return (Extended(store, table), {**about, "extra": names}) if names else (store, about)
+
+
 class Extended:
     """A store with the further features of a table beside the embeddings.
 
@@ -272,7 +295,9 @@ class Extended:
             column = said.groupby(level=0).mean().reindex(range(len(store)))
             column = column.fillna(column.mean()).fillna(0.0).to_numpy()
             spread = np.sqrt(np.mean((column[train["chosen"]] - column[train["rejected"]]) ** 2))
-            require(spread > 0, f"--extra {name} differs in no training comparison; leave it out")
+            require(
+                spread > 0, f"the feature {name} differs in no training comparison; leave it out"
+            )
             column = torch.from_numpy((column - column.mean()) / spread).float()
             self._extra = torch.cat([self._extra, column[:, None]], 1)
         self.num_features, none = store.num_features + self._extra.shape[1], self._extra[0] * 0

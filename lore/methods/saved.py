@@ -26,6 +26,6 @@ def load_learned(path: str | Path) -> Learned:
         mixed = False  # the reader of basis files says what is wrong
     found = mixed_logit.load(Path(path)) if mixed else load_basis(path)
     extra = found.settings.get("extra") or []
-    error = f"{path} was learned with features that texts do not have: prepare and train without "
-    require(not extra, f"{error}--extra {' '.join(map(str, extra))}")
+    what = f"{path} was learned with features that texts do not have ({', '.join(map(str, extra))})"
+    require(not extra, f"{what}: prepare without --extra and train without --features")
     return found

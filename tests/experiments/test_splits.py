@@ -376,7 +376,28 @@ def test_further_features_are_the_mean_of_what_is_said_standardised_on_training(
     assert store.head.tolist() == [1, 2, 0] and store.manifest == {}
 
 
+@pytest.mark.parametrize(("name", "tasks"), [
+    ("PRISM", splits.given_split),
+    ("RedditTLDR", lambda data, **more: splits.drawn_split(data, 0.5, 9, 9, **more)),
+    ("PersonalLLM", lambda data, **more: splits.simulated_users(data, 1, 2, 2, 2, 2, **more)),
+])  # fmt: skip
+def test_the_length_of_a_response_is_a_feature_of_every_kind_of_split(dataset, name, tasks):
+    data = dataset(name).data
+    plain, more = tasks(data), tasks(data, features=("length",))
+    rows, every = more.store.rows, torch.arange(len(more.store))
+    assert torch.equal(rows(every)[:, :-1], plain.store.rows(every))
+    length = [len(talk[-1]["content"]) for talk in preparing.read_conversations(data)]
+    log_length = torch.tensor(length, dtype=torch.float64).log1p()
+    column = rows(every)[:, -1].double()
+    used = column != column.median()  # what no comparison has is the mean of the others
+    both = torch.stack([log_length[used], column[used]])
+    assert used.sum() > len(used) / 2 and torch.corrcoef(both)[0, 1] > 0.99999
+    train = more.draw(0, CPU).train.features
+    assert train.num_features == plain.draw(0, CPU).train.features.num_features + 1
+    assert more.about["extra"] == ["log length"] and "extra" not in plain.about
+
+
 def test_a_feature_that_never_differs_in_training_is_refused() -> None:
     same = {"extra chosen length": [1.0, 1.0, 1.0, 9.0], "extra rejected length": [1.0] * 4}
-    with pytest.raises(InputError, match="--extra length differs in no training comparison"):
+    with pytest.raises(InputError, match="the feature length differs in no training comparison"):
         splits.Extended(Plain(), extended(**same))
