@@ -582,7 +582,7 @@ def learn_multiple_few_shot_weighted(
     for earlier, now in zip(train_features, current_dialog_features, strict=True):
         now = now if alpha else now[:0]
         X.append(torch.cat([earlier, now]))
-        weights.append(torch.tensor([1.0] * len(earlier) + [alpha] * len(now), device=now.device))
+        weights.append(earlier.new_tensor([1.0] * len(earlier) + [alpha] * len(now)))
     model = PersonalizeBatch(len(X), *V.shape, num_iterations, learning_rate, **settings)
     return model.train(X, V, weights)
 

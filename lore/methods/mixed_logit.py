@@ -538,16 +538,19 @@ def load(path: Path) -> Saved:
     fit, facts = (_read_note(path, text, name) for name in ("fit", "facts"))
     states, evidence = [], []
     for end in ("", "_unseen"):
-        states.append(tensor(f"users{end}", None, size))
-        names = facts.get(f"users{end}")
-        fits = names is None or _are_names(names, len(states[-1]))
-        require(fits, f"{path}: its users{end} are not as expected; {remedy}")
+        key = f"users{end}"
+        states.append(tensor(key, None, size))
+        fits = key not in facts or _are_names(facts[key], len(states[-1]))
+        require(fits, f"{path}: its {key} are not as expected; {remedy}")
         evidence.append(None)
         if f"evidence{end}" in found:
             counts = tensor(f"evidence_counts{end}", len(states[-1]))
             total = int(counts.sum()) if counts.dtype == torch.long and (counts >= 0).all() else -1
             require(total >= 0, f"{path}: evidence_counts{end} are no counts; {remedy}")
             evidence[-1] = Evidence(tensor(f"evidence{end}", total, size), counts)
+    if "known" in found:
+        log.warning("%s keeps its users' covariances, which are no longer read: their standard "
+                    "deviations are left out; fit again to have them", path)  # fmt: skip
     try:
         scale = float(text.get("scale", ""))
     except ValueError:

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from scipy.optimize import minimize
 from scipy.special import expit, log_expit, logsumexp
 from sklearn.linear_model import LogisticRegression
@@ -346,6 +348,37 @@ def test_a_covariance_that_is_none_is_refused(tmp_path: Path, damage: str) -> No
     fit.save(tmp_path / "m.safetensors", fit.users[:0], {})
     with pytest.raises(InputError, match="not symmetric and positive definite"):
         load(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"facts": {"users": None}}, "its users are not as expected"),
+    ({"facts": {"users": ["one"]}}, "its users are not as expected"),
+    ({"evidence_counts": torch.tensor([-1] * 10)}, "evidence_counts are no counts"),
+    ({"evidence_counts": torch.ones(10)}, "evidence_counts are no counts"),
+    ({"evidence_counts": torch.tensor([1] * 10)}, "evidence"),
+    ({"evidence_counts": None}, "lacks evidence_counts"),
+])  # fmt: skip
+def test_a_file_that_was_changed_is_refused(tmp_path: Path, change: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load(changed_file(tmp_path, **change))
+
+
+def test_covariances_of_an_earlier_file_are_left_out_in_plain_words(tmp_path: Path, caplog) -> None:
+    gone = {"evidence": None, "evidence_counts": None, "known": torch.eye(6).repeat(10, 1, 1)}
+    saved = load(changed_file(tmp_path, {"users": list("abcdefghij")}, **gone))
+    assert saved.deviations(torch.eye(6), "a") is None and saved.direction("a").shape == (6,)
+    assert "standard deviations are left out; fit again" in caplog.text
+
+
+def changed_file(folder: Path, facts: dict | None = None, **tensors: Tensor | None) -> Path:
+    """A fit's file with other facts and tensors, a center among them; None takes one out."""
+    fit, path = given(world(users=10)[0]), folder / "m.safetensors"
+    fit.save(path, fit.users[:0], {"center": torch.zeros(6), **(facts or {})})
+    with safe_open(path, "pt") as file:
+        note = file.metadata()
+        found = {name: file.get_tensor(name) for name in file.keys()} | tensors  # noqa: SIM118
+    save_file({name: x for name, x in found.items() if x is not None}, path, note)
+    return path
 
 
 def test_strengths_are_given_together() -> None:
