@@ -13,9 +13,7 @@ from lore.experiments.splits import given_split
 from lore.methods.lore import Lore
 
 HERE = Path(__file__).resolve().parent
-
-# No published settings: the paper's objective at ranks up to 20.
-LORE = Lore(ranks=(0, 1, 2, 5, 10, 20))
+LORE = Lore(ranks=(0, 1, 2, 5, 10, 20))  # no published settings: the paper's objective
 
 
 def main(data: Path = HERE / "data", lore: Lore = LORE, **settings: Any) -> None:

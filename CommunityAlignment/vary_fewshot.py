@@ -13,9 +13,7 @@ from lore.experiments.splits import given_split
 from lore.methods.lore import Lore
 
 HERE = Path(__file__).resolve().parent
-
-# The paper's objective, with the steps of its few-shot curves.
-LORE = Lore(ranks=(5,), iterations=500)
+LORE = Lore(ranks=(5,), iterations=500)  # steps of the paper's few-shot curves
 SWEEP = Sweep((1, 2, 5, 10), trials=20)
 
 

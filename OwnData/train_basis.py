@@ -14,9 +14,7 @@ from lore.experiments.splits import given_split, seen_users
 from lore.methods.lore import Lore
 
 HERE = Path(__file__).resolve().parent
-
-# LoRe as the paper has it, and the mixed logit, which is what we would use.
-LORE = Lore(ranks=(2, 5))
+LORE = Lore(ranks=(2, 5))  # as the paper has it, beside the mixed logit, which we would use
 
 
 def main(

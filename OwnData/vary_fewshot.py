@@ -14,9 +14,7 @@ from lore.experiments.splits import given_split, seen_users
 from lore.methods.lore import Lore
 
 HERE = Path(__file__).resolve().parent
-
-# LoRe as the paper has it, and the mixed logit, which is what we would use.
-LORE = Lore(ranks=(5,), iterations=500)
+LORE = Lore(ranks=(5,), iterations=500)  # as the paper has it
 SWEEP = Sweep((0, 1, 2, 5, 10, 20), trials=5)
 
 

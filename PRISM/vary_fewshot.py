@@ -13,7 +13,6 @@ from lore.experiments.splits import given_split
 from lore.methods.lore import Lore
 
 HERE = Path(__file__).resolve().parent
-
 # The published scripts' estimator and pull, for both experiments alike; the paper's equation 10 is
 # --estimator lore --alpha 0.
 LORE = Lore(ranks=(5,), alpha=(1e4,), estimator="lore_regularized")

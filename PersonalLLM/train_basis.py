@@ -14,9 +14,7 @@ from lore.experiments.splits import simulated_users
 from lore.methods.lore import Lore
 
 HERE = Path(__file__).resolve().parent
-
-# Ranks, steps and rates of the paper's Table 1.
-LORE = Lore(ranks=(0, 1, 2, 3, 4, 5))
+LORE = Lore(ranks=(0, 1, 2, 3, 4, 5))  # ranks, steps and rates of the paper's Table 1
 
 
 def main(
@@ -37,10 +35,8 @@ def main(
         lore: settings of LoRe; Bradley-Terry is fitted with the same.
     """
     chosen = Settings(lore=lore, **settings)
-    dataset = simulated_users(
-        data, dirichlet_alpha, users, unseen_users, pairs_per_user, few_shot_pairs, HERE.name,
-        chosen.features,
-    )  # fmt: skip
+    numbers = users, unseen_users, pairs_per_user, few_shot_pairs
+    dataset = simulated_users(data, dirichlet_alpha, *numbers, HERE.name, chosen.features)
     with open_run("train_basis", dataset, chosen) as run:  # goes on where a killed one was
         for task, name, method in run.unfinished():  # every seed, every method
             fits = method.fit(task)  # from task.train alone; for LoRe by utils.LoRe

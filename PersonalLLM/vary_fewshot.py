@@ -14,9 +14,7 @@ from lore.experiments.splits import simulated_users
 from lore.methods.lore import Lore
 
 HERE = Path(__file__).resolve().parent
-
-# Rank and steps of the paper's few-shot curves.
-LORE = Lore(ranks=(5,), iterations=500)
+LORE = Lore(ranks=(5,), iterations=500)  # rank and steps of the paper's few-shot curves
 SWEEP = Sweep((1, 3, 5, 7, 9, 15, 30, 45), trials=5)
 
 
@@ -40,11 +38,8 @@ def main(
         lore: settings of LoRe; Bradley-Terry is fitted with the same.
     """
     chosen = Settings(lore=lore, **settings)
-    most = pool or max(1, *sweep.shots)
-    dataset = simulated_users(
-        data, dirichlet_alpha, users, unseen_users, pairs_per_user, most, HERE.name,
-        chosen.features,
-    )  # fmt: skip
+    numbers = users, unseen_users, pairs_per_user, pool or max(1, *sweep.shots)
+    dataset = simulated_users(data, dirichlet_alpha, *numbers, HERE.name, chosen.features)
     with open_run("vary_fewshot", dataset, chosen, sweep) as run:  # goes on where a killed one was
         for task, name, method in run.unfinished():  # every seed, every method
             fits = sweep.asking(method.fit(task))  # from task.train alone

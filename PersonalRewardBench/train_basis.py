@@ -16,9 +16,7 @@ from lore.experiments.splits import given_split
 from lore.methods.lore import Lore
 
 HERE = Path(__file__).resolve().parent
-
-# No published settings of LoRe's: its objective at ranks up to 10, one chosen on validation.
-LORE = Lore(ranks=(0, 1, 2, 5, 10), select_rank=True)
+LORE = Lore(ranks=(0, 1, 2, 5, 10), select_rank=True)  # none are published
 
 
 def main(

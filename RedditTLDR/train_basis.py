@@ -14,9 +14,7 @@ from lore.experiments.splits import drawn_split
 from lore.methods.lore import Lore
 
 HERE = Path(__file__).resolve().parent
-
-# Ranks, steps and rates as published.
-LORE = Lore(ranks=(0, 1, 2, 3, 4, 5, 6))
+LORE = Lore(ranks=(0, 1, 2, 3, 4, 5, 6))  # ranks, steps and rates as published
 
 
 def main(
@@ -34,9 +32,8 @@ def main(
         lore: settings of LoRe; Bradley-Terry is fitted with the same.
     """
     chosen = Settings(lore=lore, **settings)
-    dataset = drawn_split(
-        data, seen_fraction, pairs_per_user, few_shot_pairs, HERE.name, chosen.features
-    )
+    numbers = seen_fraction, pairs_per_user, few_shot_pairs
+    dataset = drawn_split(data, *numbers, HERE.name, chosen.features)
     with open_run("train_basis", dataset, chosen) as run:  # goes on where a killed one was
         for task, name, method in run.unfinished():  # every seed, every method
             fits = method.fit(task)  # from task.train alone; for LoRe by utils.LoRe

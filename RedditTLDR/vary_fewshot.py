@@ -14,9 +14,7 @@ from lore.experiments.splits import drawn_split
 from lore.methods.lore import Lore
 
 HERE = Path(__file__).resolve().parent
-
-# Rank and steps of the paper's few-shot curve.
-LORE = Lore(ranks=(5,), iterations=500)
+LORE = Lore(ranks=(5,), iterations=500)  # rank and steps of the paper's few-shot curve
 SWEEP = Sweep((5, 10, 15, 20, 25, 30, 35, 40, 45, 50), trials=20)
 
 
@@ -36,8 +34,8 @@ def main(
         lore: settings of LoRe; Bradley-Terry is fitted with the same.
     """
     chosen = Settings(lore=lore, **settings)
-    most = pool or max(1, *sweep.shots)
-    dataset = drawn_split(data, seen_fraction, pairs_per_user, most, HERE.name, chosen.features)
+    numbers = seen_fraction, pairs_per_user, pool or max(1, *sweep.shots)
+    dataset = drawn_split(data, *numbers, HERE.name, chosen.features)
     with open_run("vary_fewshot", dataset, chosen, sweep) as run:  # goes on where a killed one was
         for task, name, method in run.unfinished():  # every seed, every method
             fits = sweep.asking(method.fit(task))  # from task.train alone

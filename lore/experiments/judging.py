@@ -1,5 +1,5 @@
-"""Judging a fit: every user's accuracy and log loss on held-out comparisons, beside controls,
-which have another row in the place of a user's own weights."""
+"""Judging a fit: every user's accuracy and log loss on held-out comparisons, beside controls that
+have another row in the place of a user's own weights."""
 
 from __future__ import annotations
 
@@ -34,9 +34,8 @@ def judge(fits: Sequence[Fitted], task: Task) -> list[dict[str, Any]]:
     alone."""
     if task.process:
         return []
-    records: list[dict[str, Any]] = []
+    records, few = [], task.few
     for fit in fits:
-        few = task.few
         fit.new_users = fit.users[:0] if few is None else fit.adapt(fit.view(few), few, task.seed)
         records += evaluate(fit, task, fit.new_users)
     return records
@@ -87,7 +86,7 @@ class Sweep:
         assert task.few is not None
         if task.seed not in self.drawn:
             self.drawn[task.seed] = draw_shots(task.few, self.shots, self.trials, task.seed)
-        records: list[dict[str, Any]] = []
+        records = []
         for fit in fits:
             draws = self.drawn[task.seed]
             if fit.shots_chosen_by != "random":
@@ -154,11 +153,8 @@ def _measure(
     fit: Fitted, view: View, data: Users, states: Tensor, whole: bool = False,
     kind: np.ndarray | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Figures [T, U] of every user with each of the states [T, U, S].
-
-    ``whole`` adds those of all comparisons together [T]; ``kind``, the place of each comparison's
-    in ``KINDS`` [N], those of each kind apart.
-    """
+    """Figures [T, U] of every user with each of the states [T, U, S]; ``whole`` adds those of all
+    comparisons together [T], and ``kind``, places in ``KINDS`` [N], those of each kind apart."""
     logits = [fit.logits(view, state, data.user) for state in states]
     found = _figures(data, logits)
     if whole:
@@ -185,10 +181,10 @@ def _label_sensitivity(
     fit: Fitted, view: View, data: Users, states: Tensor, swapped: Tensor
 ) -> dict[str, Tensor]:
     """Of states [T, U, S] and those from the same shots with labels swapped: [T, U]."""
-    rates = [
-        metrics.label_sensitivity(data, *(fit.logits(view, state, data.user) for state in pair))
-        for pair in zip(states, swapped, strict=True)
-    ]
+    rates = []
+    for pair in zip(states, swapped, strict=True):
+        logits = (fit.logits(view, state, data.user) for state in pair)
+        rates.append(metrics.label_sensitivity(data, *logits))
     return {"label_sensitivity": torch.stack(rates)}
 
 
@@ -230,10 +226,8 @@ def sweep(fit: Fitted, task: Task, draws: Shots) -> Iterator[dict[str, Any]]:
 def _sweep_states(
     fit: Fitted, view: View, few: Users, draws: Shots, trials: int, g: torch.Generator, judge: bool
 ) -> tuple[Tensor, dict[str, Tensor] | None]:
-    """States [trials, S, U, state] from the shots; accuracy and log loss on the shots themselves.
-
-    Trials, numbers of shots and users are fitted side by side, as many as memory holds.
-    """
+    """States [trials, S, U, state] from the shots, fitted side by side as memory allows; accuracy
+    and log loss on the shots themselves."""
     S, U = len(draws.sizes), few.num_users
     width = view.numel() // max(1, len(view)) if isinstance(view, Tensor) else view.num_features
     at_once = max(1, BATCH // (len(few) * S * max(width, 1))) * U * S
@@ -257,14 +251,10 @@ def _record(
 ) -> dict[str, Any]:  # fmt: skip
     """One line of the results: means over trials of every user's figures [T, U], or of [T]."""
     figures = {key: _rounded(of.mean(0)) for key, of in measured.items() if key != "kinds"}
-    if "kinds" in measured:
-        figures["kinds"] = {
-            kind: {
-                key: [None if math.isnan(x) else x for x in _rounded(values.mean(0))]
-                for key, values in part.items()
-            }
-            for kind, part in measured["kinds"].items()
-        }  # None for users without comparisons of a kind
+    for kind, part in measured.get("kinds", {}).items():  # None for users without any
+        means = {key: _rounded(values.mean(0)) for key, values in part.items()}
+        known = {key: [None if math.isnan(x) else x for x in some] for key, some in means.items()}
+        figures.setdefault("kinds", {})[kind] = known
     return {
         "label": fit.label, "control": control, "set": name, "shots": shots, **figures,
         "trials": None if shots is None else _rounded(measured["accuracy"].mean(1)),

@@ -1,7 +1,5 @@
-"""What is measured of predictions beside accuracy and log loss.
-
-A prediction is the log odds of the chosen response. Shapes: U users, N comparisons.
-"""
+"""What is measured of predictions, the log odds of the chosen responses, beside accuracy and log
+loss. Shapes: U users, N comparisons."""
 
 from __future__ import annotations
 
@@ -22,11 +20,8 @@ def brier(data: Users, logits: Tensor) -> Tensor:
 
 
 def calibration_error(logits: Tensor, weight: Tensor) -> float:
-    """Expected calibration error (Naeini et al. 2015): how far confidence and accuracy differ.
-
-    Of logits [N] with weights [N], in 15 bins of equal weight by the probability of the predicted
-    response; from 0 to 1.
-    """
+    """Expected calibration error (Naeini et al. 2015), from 0 to 1, of logits and weights [N]: how
+    far confidence and accuracy differ in 15 bins of equal weight by confidence."""
     order = logits.abs().argsort(stable=True)
     z, weight = logits.double()[order], weight.double()[order]
     share = (weight.cumsum(0) - weight / 2) / weight.sum()
@@ -66,7 +61,7 @@ def most_confident(logits: Tensor, weight: Tensor) -> float:
 
 def label_sensitivity(data: Users, logits: Tensor, swapped: Tensor) -> Tensor:
     """Share of each user's predictions [U] that change when the shots' labels are swapped: logits
-    [N] from the user's shots, and from the same with chosen and rejected exchanged."""
+    [N] from the shots as they are and as they were swapped."""
     return data.mean((logits > 0) != (swapped > 0))
 
 

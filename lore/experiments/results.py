@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import json
 from collections.abc import Iterable, Mapping
@@ -61,11 +62,7 @@ Sample = tuple[np.ndarray, np.ndarray]  # users, and a figure of each
 
 
 class Record(NamedTuple):
-    """One label's figures on one set in one repeat.
-
-    ``kinds`` has, for known, met and new comparisons, the values of these alone, where there are
-    several kinds; NaN for users without any.
-    """
+    """One label's figures on one set in one repeat."""
 
     seed: int
     method: str
@@ -75,19 +72,19 @@ class Record(NamedTuple):
     shots: int | None  # of every user; None where there is no such number
     users: np.ndarray  # whose the figures are, U names
     values: dict[str, np.ndarray]  # measure -> figure of every user [U], or one for all of them
-    kinds: dict[str, dict[str, np.ndarray]]
+    kinds: dict[str, dict[str, np.ndarray]]  # known, met, new -> values, NaN for users without any
     trials: list[float] | None  # mean accuracy of each draw of shots
     users_with_that_many: int | None  # how many users have that many shots
 
 
 @dataclass(frozen=True)
 class Results:
-    """A run: settings, repeats and records as written, and label -> method in the same order."""
+    """A run as it was written."""
 
     settings: dict[str, Any]
     repeats: list[dict[str, Any]]
     records: list[Record]
-    methods: dict[str, str]
+    methods: dict[str, str]  # of every label
 
     @property
     def sweep(self) -> bool:
@@ -144,16 +141,14 @@ class Results:
 
     @functools.cached_property
     def _found(self) -> dict[tuple[str, str, str], list[Record]]:
-        found: dict[tuple[str, str, str], list[Record]] = {}
+        found = collections.defaultdict(list)
         for r in self.records:
-            found.setdefault((r.label, r.control, r.set), []).append(r)
-        return found
+            found[r.label, r.control, r.set].append(r)
+        return dict(found)
 
     def find(self, label: str, control: str, name: str, shots: int | None = None) -> list[Record]:
-        """The records of a label, one a repeat; those for any number of shots if none fits.
-
-        In a repeat in which users have no weights of their own, every control is the label itself.
-        """
+        """The records of a label, one a repeat; those for any number of shots if none fits. A
+        control is the label itself in repeats in which users have no weights of their own."""
         found = self._found.get((label, control, name), [])
         found = [r for r in found if r.shots == shots] or [r for r in found if r.shots is None]
         if control and found and not all(fit["personal"] for fit in self.fits(label)):
@@ -212,9 +207,6 @@ def shots_name(shots: int) -> str:
     return f"{shots} shot" if shots == 1 else f"{shots} shots"
 
 
-# ---------------------------------------------------------------------- results.json
-
-
 def write_results(folder: Path, content: Mapping[str, Any]) -> None:
     """Write results.json whole or not at all, with its format and a checksum of the content."""
     sealed = {"format": FORMAT, "sha256": digest(content), **content}
@@ -222,11 +214,8 @@ def write_results(folder: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_written(folder: Path) -> dict[str, Any] | None:
-    """What ``write_results`` has written into a folder; None where there is no such file.
-
-    Raises:
-        InputError: another version has written it, or it was changed since.
-    """
+    """What ``write_results`` has written into a folder; None where there is no such file, and
+    InputError where another version has written it, or it was changed since."""
     path = folder / "results.json"
     found = read_json(path)
     if found is None:
@@ -234,22 +223,17 @@ def read_written(folder: Path) -> dict[str, Any] | None:
     remedy = "restore it, or move it away and run the script again"
     require(isinstance(found, dict), f"{path}: is no object, so no run has written it; {remedy}")
     version, checksum = found.pop("format", 1), found.pop("sha256", None)
-    require(
-        version == FORMAT,
-        f"{path}: has format {version!r}, this version of the project reads format {FORMAT}; run "
-        "the script again under another --name, or use the version that wrote it",
-    )
+    require(version == FORMAT, f"{path}: has format {version!r}, this version of the project reads "
+            f"format {FORMAT}; run the script again under another --name, or use the version that "
+            "wrote it")  # fmt: skip
     intact = checksum == digest(found)
     require(intact, f"{path}: its checksum does not match, it is damaged or was edited; {remedy}")
     return found
 
 
 def read_results(folder: Path) -> Results:
-    """A run's results.json.
-
-    Raises:
-        InputError: it is missing or damaged, another version's, or has no finished repeat.
-    """
+    """A run's results.json; InputError if it is missing or damaged, another version's, or has no
+    finished repeat."""
     written = read_written(folder)
     if written is None or not written["seeds"]:
         raise InputError(f"{folder}: no seed of this run has finished; start the script again")

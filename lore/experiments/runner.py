@@ -95,20 +95,12 @@ class Settings:
     mlp: MLP = field(default_factory=MLP)
 
     def chosen(self) -> dict[str, Method]:
-        """The methods to fit, those first that are always there.
-
-        Raises:
-            InputError: no method of that name.
-        """
+        """The methods to fit, those first that are always there; InputError for an unknown name."""
         for name in self.methods:
             require(name in METHODS, f"--methods {name}: there are {', '.join(METHODS)}")
         every = Reference(), BradleyTerry(self.lore), Own(self.lore), self.ridge_bt
         always = dict(zip(BASELINES, every, strict=True))
         return always | {name: getattr(self, name) for name in self.methods}
-
-    def all_methods(self) -> dict[str, Method]:
-        """The settings of every method there is."""
-        return {name: getattr(self, name) for name in METHODS}
 
 
 def command(main: Callable[..., Any]) -> None:
@@ -121,17 +113,9 @@ def command(main: Callable[..., Any]) -> None:
 def open_run(
     script: str, dataset: Tasks, settings: Settings, sweep: Sweep | None = None
 ) -> Iterator[Experiment]:
-    """A run's folder, in which no other process writes meanwhile; the same command goes on where a
-    killed run was.
-
-    Args:
-        script: train_basis or vary_fewshot.
-        dataset, settings: what is learned from, and what is fitted.
-        sweep: numbers of shots, where they vary.
-
-    Raises:
-        InputError: settings that the data do not support, or the folder holds another run.
-    """
+    """A run of a script, train_basis or vary_fewshot, in whose folder no other process writes
+    meanwhile; the same command goes on where a killed run was. InputError for settings that the
+    data do not support, and where the folder holds another run."""
     settings.chosen()  # refuses what there is not before anything is made, as the next lines do
     pick_device(settings.device)
     check_tracker(settings.log)
@@ -143,7 +127,8 @@ def open_run(
     if settings.verify:
         dataset.store.verify()
     first = processes()[0] == 0
-    where = (settings.results, settings.name, shared, settings.all_methods())
+    every = {name: getattr(settings, name) for name in METHODS}
+    where = settings.results, settings.name, shared, every
     with lock_folder(run_folder(*where)) if first else nullcontext():
         run = Run.start(*where)
         wait_for_all()  # the first one writes only when all have read what is there
@@ -162,10 +147,10 @@ class Timed:
 
     def fit(self, task: Task) -> list[Fitted]:
         """What the method fits."""
-        clocks = {"seconds": time.perf_counter, "processor_seconds": time.process_time}
-        start = {name: clock() for name, clock in clocks.items()}
+        wall, processor = time.perf_counter(), time.process_time()
         fits = self.method.fit(task)
-        self.seconds = {name: round(clock() - start[name], 3) for name, clock in clocks.items()}
+        self.seconds = {"seconds": round(time.perf_counter() - wall, 3),
+                        "processor_seconds": round(time.process_time() - processor, 3)}  # fmt: skip
         return fits
 
 
@@ -181,11 +166,8 @@ class Experiment:
     timed: Timed = field(init=False)
 
     def unfinished(self) -> Iterator[tuple[Task, str, Timed]]:
-        """What is not finished yet: task, name and method, seed by seed.
-
-        Raises:
-            InputError: a mistake in the settings of any of a seed's methods, before the first fit.
-        """
+        """What is not finished yet: task, name and method, seed by seed. A mistake in the settings
+        of any of a seed's methods is an InputError before the first fit."""
         methods, here = self.settings.chosen(), processes()
         for seed, names in self.run.missing(self.settings.seeds, methods).items():
             task = self._task(seed, here)
@@ -206,9 +188,8 @@ class Experiment:
         settings, sweep = self.settings, self.sweep
         task = self.dataset.task(
             seed, pick_device(settings.device), self.dataset.reference(settings.reference),
-            settings.stream, here, shots=tuple(sweep.shots) if sweep else (),
-            progress=settings.progress and here[0] == 0,
-            checkpoint_every=settings.checkpoint_every,
+            settings.stream, here, checkpoint_every=settings.checkpoint_every,
+            progress=settings.progress and here[0] == 0, shots=tuple(sweep.shots) if sweep else (),
         )  # fmt: skip
         why = f"no user of {self.dataset.dataset} is unseen, so that no new user's shots could vary"
         require(sweep is None or task.few is not None, f"{why}: run train_basis.py")
@@ -217,11 +198,8 @@ class Experiment:
     def save(
         self, task: Task, name: str, fits: Sequence[Fitted], records: Sequence[dict[str, Any]]
     ) -> None:
-        """Keep what a method fitted in a repeat, and its figures from ``judge``.
-
-        Raises:
-            InputError: the training has diverged.
-        """
+        """Keep what a method fitted in a repeat, and its figures from ``judge``; InputError if the
+        training has diverged."""
         if processes()[0]:
             return
         for record in records if name != "reference" else ():
@@ -291,18 +269,16 @@ def _describe(fit: Fitted, role: str, task: Task, dataset: Tasks) -> dict[str, A
     about = {"role": role, **{key: getattr(fit, key) for key in kept}}
     if fit.random_label:  # all else is said of the fit itself
         return {**about, "file": ""}
-    portrait = fit.portrait()
-    if portrait is not None:
+    if (portrait := fit.portrait()) is not None:
         about["weights"] = [[round(x, 3) for x in row] for row in portrait.tolist()]
-    directions = fit.tastes()
-    if directions is not None:
+    if (directions := fit.tastes()) is not None:
         about["likes"] = _likes(directions[:, :LIKED_DIRECTIONS], task, dataset)
     return {**about, "file": fit.written, **fit.describe()}
 
 
 def _likes(directions: Tensor, task: Task, dataset: Tasks) -> list[dict[str, Any]]:
-    """For each direction of V [F, C], the seen users' held-out responses with the most extreme
-    rewards, compared with the mean of the responses to the same prompt."""
+    """The held-out responses of most extreme reward, compared with the prompt's mean, along each
+    direction of V [F, C]."""
     rows, talks = task.seen.features.index, dataset.conversations
     rewards = task.seen.features.pairs(lambda e: e @ directions.to(e)).values.cpu()  # [R, C]
     prompts = [str(talks[row][:-1]) for row in rows.tolist()]
@@ -310,15 +286,11 @@ def _likes(directions: Tensor, task: Task, dataset: Tasks) -> list[dict[str, Any
     apart = rewards - rewards.groupby(np.array(prompts)).transform("mean")
 
     def texts(some: Sequence[int]) -> list[dict[str, str]]:
-        ends = [talks[row][-2:] for row in some]
-        return [
-            {"prompt": prompt["content"][:SHOWN], "response": response["content"][:SHOWN]}
-            for prompt, response in ends
-        ]
+        ends = [[turn["content"][:SHOWN] for turn in talks[row][-2:]] for row in some]
+        return [{"prompt": prompt, "response": response} for prompt, response in ends]
 
-    likes = []
-    for c in apart:
-        order = apart[c].sort_values(kind="stable").index
-        likes.append({"direction": str(c + 1), "most": texts(order[::-1][:LIKED]),
-                      "least": texts(order[:LIKED])})  # fmt: skip
-    return likes
+    orders = {str(c + 1): apart[c].sort_values(kind="stable").index for c in apart}
+    return [
+        {"direction": c, "most": texts(order[::-1][:LIKED]), "least": texts(order[:LIKED])}
+        for c, order in orders.items()
+    ]

@@ -32,15 +32,9 @@ class Run:
     ) -> Run:  # fmt: skip
         """Go on with what is there, if anything; nothing is written yet.
 
-        Args:
-            results: folder of all results.
-            name: of the run's folder; by default made of the settings, the methods' included.
-            settings: what all methods share: data, script, reference.
-            methods: settings of every method there is, fitted or not.
-
-        Raises:
-            InputError: the folder holds a run with other settings, damaged results, or files that
-                no run wrote.
+        ``results`` is the folder of all results, in which a run without a name is named after the
+        settings that all methods share and those of every method there is. InputError if the
+        run's folder holds other settings, damaged results, or files that no run wrote.
         """
         settings = json.loads(json.dumps(settings, default=str))
         folder = run_folder(results, name, settings, methods)
@@ -49,9 +43,14 @@ class Run:
         empty = not folder.is_dir() or not any(folder.iterdir())
         require(found or begun or empty, f"{folder} holds files that no run wrote: choose another "
                 "--name, or move them")  # fmt: skip
-        for old in (found, begun):
-            if old is not None:  # either may have been copied from another run, or removed
-                _check_same(folder, old, settings)
+        for kept in (found, begun):
+            if kept is None:  # either may have been removed, or copied from another run
+                continue
+            old = kept.get("settings") if isinstance(kept, dict) else None
+            require(isinstance(old, dict), f"{folder}: settings.json is damaged; remove it")
+            apart = differences(old, settings)
+            why = f"{folder}: holds a run with other settings ({apart}); choose another --name"
+            require(not apart, why)
         return cls(folder, settings, {"seeds": (found or {}).get("seeds") or []})
 
     def begin(self) -> None:
@@ -64,21 +63,16 @@ class Run:
             write_text(path, json.dumps(text, indent=2))
 
     def missing(self, seeds: Sequence[int], methods: Mapping[str, Any]) -> dict[int, list[str]]:
-        """Methods of each repeat that are not finished, of the seeds and the methods' settings.
-
-        Raises:
-            InputError: a method was fitted with other settings.
-        """
+        """Seed -> methods that are not finished; InputError if one was fitted with other settings
+        than those in ``methods``."""
         missing = {}
         for seed in seeds:
             done = self.part(seed)["methods"]
             for name in [name for name in methods if name in done]:
                 old, new = done[name].get("settings"), plain(methods[name])
                 if old != new:
-                    raise InputError(
-                        f"{self.folder}: {name} was fitted with other settings "
-                        f"({differences(old, new)}); choose another --name"
-                    )
+                    why = f"{name} was fitted with other settings ({differences(old, new)})"
+                    raise InputError(f"{self.folder}: {why}; choose another --name")
             missing[seed] = [name for name in methods if name not in done]
         return {seed: names for seed, names in missing.items() if names}
 
@@ -90,15 +84,10 @@ class Run:
         self, seed: int, about: Mapping[str, Any], name: str, method: Mapping[str, Any],
         order: Sequence[str],
     ) -> None:  # fmt: skip
-        """Keep a finished method of a repeat: results.json is written again, whole or not at all.
+        """Keep a finished method of a repeat: results.json is written again, whole or not at all,
+        with its methods in the ``order`` given. InputError for a figure that is NaN or infinite.
 
-        Args:
-            seed, about: the repeat, its users and comparisons.
-            name, method: the method, its settings, fits and records.
-            order: of the methods in the file.
-
-        Raises:
-            InputError: a figure is NaN or infinite.
+        ``about`` has the repeat's users and comparisons, ``method`` its settings, fits, records.
         """
         seeds = {p["seed"]: p for p in self.results["seeds"]}
         part = seeds.setdefault(seed, {"seed": seed, **about, "methods": {}})
@@ -110,10 +99,9 @@ class Run:
         try:  # elsewhere infinity is a strength: that of what a fit goes without
             json.dumps([method["records"], drawn], allow_nan=False)
         except ValueError:
-            raise InputError(
-                f"{name}, seed {seed}: its figures hold NaN or infinity, so that nothing of it is "
-                "kept; fit it with other settings, such as a lower learning rate"
-            ) from None
+            why = "its figures hold NaN or infinity, so that nothing of it is kept; fit it with "
+            why += "other settings, such as a lower learning rate"
+            raise InputError(f"{name}, seed {seed}: {why}") from None
         write_results(self.folder, {**kept, **self.results})
 
     def state(self, seed: int, name: str) -> Path:
@@ -144,10 +132,8 @@ def run_folder(
 
 
 def plain(settings: Any) -> Any:
-    """Settings as JSON values; a dataclass as its fields, anything else unknown as its text.
-
-    A function's text has its address, which differs from process to process and is left out.
-    """
+    """Settings as JSON values; a dataclass as its fields, anything else unknown as its text, of
+    which a function's address, another one in every process, is left out."""
 
     def fallback(value: Any) -> Any:
         fields = getattr(value, "__dataclass_fields__", None)
@@ -155,14 +141,6 @@ def plain(settings: Any) -> Any:
         return {k: getattr(value, k) for k in fields} if fields else text
 
     return json.loads(json.dumps(settings, default=fallback))
-
-
-def _check_same(folder: Path, kept: Any, new: dict[str, Any]) -> None:
-    old = kept.get("settings") if isinstance(kept, dict) else None
-    require(isinstance(old, dict), f"{folder}: settings.json is damaged; remove it")
-    apart = differences(old, new)
-    why = f"{folder}: holds a run with other settings ({apart}); choose another --name"
-    require(not apart, why)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> str:

@@ -33,8 +33,7 @@ SIDES = {"train": (True, "train"), "seen": (True, "test"),
 
 
 class Sets(NamedTuple):
-    """Training and held-out comparisons of seen users, shots and held-out ones of new users; None
-    for those that a dataset does not have."""
+    """The sets of a ``Task``; None for those that a dataset does not have."""
 
     train: Comparisons
     seen: Comparisons
@@ -75,10 +74,8 @@ class Tasks:
         }  # fmt: skip
 
     def reference(self, which: str) -> Tensor | None:
-        """The reference direction [F]: the model's score head, the published code's, or none.
-
-        One that cannot tell responses apart is warned of.
-        """
+        """The reference direction [F]: the model's score head, the published code's, or none; one
+        that cannot tell responses apart is warned of."""
         if which == "last_linear":
             log.warning("WARNING: the reference is the published code's mistaken one (last_linear)")
         found = None if which == "none" else getattr(self.store, which)
@@ -91,14 +88,14 @@ class Tasks:
         self, seed: int, device: torch.device, reference: Tensor | None, stream: bool | None,
         processes: tuple[int, int], **options: Any,
     ) -> Task:  # fmt: skip
-        """The task of a seed, with further attributes; see ``Task``.
-
-        Features are read from disk at every pass with ``stream`` or, where that is None, if they
-        take more than half of the free memory.
-        """
+        """The task of a seed, with further attributes; see ``Task``. Where ``stream`` is None,
+        features are read from disk at every pass if they take more than half the free memory."""
         sets = self.draw(seed, device)
         if stream is None:
-            stream = _too_large(len(sets.train) * self.store.num_features * 4, device)
+            free = psutil.virtual_memory().available
+            if device.type == "cuda":
+                free = torch.cuda.mem_get_info(device)[0]
+            stream = len(sets.train) * self.store.num_features * 4 > free / 2
         kinds = shares_of_test(sets.train, sets.few, sets.seen, sets.unseen)
         return Task(
             **sets._asdict(), reference=reference, seed=seed, stream=stream, kinds=kinds,
@@ -106,21 +103,10 @@ class Tasks:
         )  # fmt: skip
 
 
-def _too_large(size: int, device: torch.device) -> bool:
-    on_gpu = device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
-    return size > free / 2
-
-
-# ---------------------------------------------------------------------- Kinds of split
-
-
 def given_split(data: Path, dataset: str | None = None, features: Sequence[Feature] = ()) -> Tasks:
     """The four sets that prepare.py drew, the same for every seed; a shot is a dialogue, or a
     comparison where no dialogue has more than one. ``features`` stand beside the embeddings."""
-    info, store = load(data, dataset)
-    table, about = _comparable(data, store)
-    store, about = _extended(data, store, table, about, features)
+    info, store, table, about = _read(data, dataset, features)
     alone = not table.duplicated(["user_id", "dialog_id"]).any()
     unit: Unit = "comparisons" if alone else "dialogues"
 
@@ -140,19 +126,9 @@ def drawn_split(
     data: Path, seen_fraction: float, pairs_per_user: int, few_shot_pairs: int,
     dataset: str | None = None, features: Sequence[Feature] = (),
 ) -> Tasks:  # fmt: skip
-    """Seen and unseen users drawn again for every seed, with a sample of their training data.
-
-    Args:
-        data: the prepared folder, whose ``split`` says what is training and what is held out.
-        seen_fraction: share of the users who are seen.
-        pairs_per_user: random training comparisons of each seen user; all where there are fewer.
-        few_shot_pairs: the same of each unseen user.
-        dataset: whose script it is; None for any.
-        features: what stands beside the embeddings.
-    """
-    info, store = load(data, dataset)
-    table, about = _comparable(data, store)
-    store, about = _extended(data, store, table, about, features)
+    """Seen users, a fraction of all, and unseen ones drawn again for every seed, with that many of
+    their training comparisons (or all, if fewer); what is held out is as prepare.py split it."""
+    info, store, table, about = _read(data, dataset, features)
     about |= {"pairs_per_user": pairs_per_user, "few_shot_pairs": few_shot_pairs,
               "seen_fraction": seen_fraction}  # fmt: skip
 
@@ -174,14 +150,9 @@ def simulated_users(
 ) -> Tasks:  # fmt: skip
     """Users simulated for every seed: their best response of a prompt against their worst.
 
-    Args:
-        data: the prepared folder, with scores.safetensors: scores [P, R, M] by M reward models of
-            R responses, and the responses' rows [P, R] among the embeddings, of both splits.
-        dirichlet_alpha: the users' weights over the reward models are Dirichlet(alpha * 1).
-        users, unseen_users: how many are simulated.
-        pairs_per_user, few_shot_pairs: training prompts of each; all test prompts are held out.
-        dataset: whose script it is; None for any.
-        features: what stands beside the embeddings.
+    Their weights over M reward models are Dirichlet(alpha * 1). scores.safetensors has the scores
+    [P, R, M] of R responses to each prompt and their rows [P, R] among the embeddings, by split.
+    Seen and unseen users see that many training prompts each, and all test prompts.
     """
     about = {"dirichlet_alpha": dirichlet_alpha, "users": users, "unseen_users": unseen_users,
              "pairs_per_user": pairs_per_user, "few_shot_pairs": few_shot_pairs}  # fmt: skip
@@ -229,15 +200,9 @@ def _simulate(
     return chosen, rejected
 
 
-# ------------------------------------------------------------------ Reading what was prepared
-
-
 def load(data: Path, dataset: str | None = None) -> tuple[dict[str, Any], Store]:
-    """prepare.json and the embeddings of a folder that ``prepare.py`` wrote.
-
-    Raises:
-        InputError: something is missing or damaged, or the embeddings are of other conversations.
-    """
+    """prepare.json and the embeddings of a folder that ``prepare.py`` wrote; InputError if one is
+    missing or damaged, or the embeddings are of other conversations."""
     info = preparing.read_info(data, dataset)
     folder = data / "embeddings"
     require(folder.exists(), f"{folder}: not there; embed the conversations first")
@@ -246,21 +211,21 @@ def load(data: Path, dataset: str | None = None) -> tuple[dict[str, Any], Store]
     return info, store
 
 
-def _comparable(data: Path, store: Store) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """A folder's comparisons whose two sides differ in tokens, and how many others there were;
-    one has to be left."""
-    table = preparing.read_comparisons(data, len(store))
-    chosen, rejected = (torch.tensor(table[side].to_numpy()) for side in ("chosen", "rejected"))
-    same = store.same(chosen, rejected).numpy()
-    if not same.any():
-        return table, {}
-    why = (
-        "their two sides have the same tokens, either cut (--max_length, --truncation_side) or "
-        "because the chat template leaves the responses out"
-    )
-    require(not same.all(), f"{data}: no comparisons are left: {why}")
-    log.warning("WARNING: left out %d of %d comparisons: %s", same.sum(), len(same), why)
-    return table[~same].reset_index(drop=True), {"same_tokens": int(same.sum())}
+def _read(
+    data: Path, dataset: str | None, features: Sequence[Feature]
+) -> tuple[dict[str, Any], Store | Extended, pd.DataFrame, dict[str, Any]]:
+    """prepare.json, store, the comparisons whose sides differ in tokens, and what to record."""
+    info, store = load(data, dataset)
+    table, about = preparing.read_comparisons(data, len(store)), {}
+    same = store.same(*(torch.tensor(table[side].to_numpy()) for side in preparing.EXTRA)).numpy()
+    if same.any():
+        why = "their two sides have the same tokens, either cut (--max_length, --truncation_side) "
+        why += "or because the chat template leaves the responses out"
+        require(not same.all(), f"{data}: no comparisons are left: {why}")
+        log.warning("WARNING: left out %d of %d comparisons: %s", same.sum(), len(same), why)
+        table, about = table[~same].reset_index(drop=True), {"same_tokens": int(same.sum())}
+    store, about = _extended(data, store, table, about, features)
+    return info, store, table, about
 
 
 def _extended(
@@ -278,26 +243,23 @@ def _extended(
 
 
 class Extended:
-    """A store with the further features of a table beside the embeddings.
+    """A store with the further features of a table beside the embeddings, where references are 0.
 
-    A conversation's feature is the mean of what the table says of it, else the mean of the others;
-    its differences in the seen users' training comparisons have a mean square of one, and where
-    none differs it is refused. References are zero there.
+    A conversation's feature is the mean of what the table says of it, else of the others; scaled to
+    differences of mean square one in the seen users' training comparisons, and refused without any.
     """
 
     def __init__(self, store: Store, table: pd.DataFrame) -> None:
         self._store, self._extra = store, torch.zeros(len(store), 0)
         train = table[table["seen"] & (table["split"] == "train")]
         for name in preparing.extra_names(table):
-            said = pd.concat(
-                table.set_index(side)[f"{start}{name}"] for side, start in preparing.EXTRA.items()
-            )
+            sides = preparing.EXTRA.items()
+            said = pd.concat(table.set_index(side)[f"{start}{name}"] for side, start in sides)
             column = said.groupby(level=0).mean().reindex(range(len(store)))
             column = column.fillna(column.mean()).fillna(0.0).to_numpy()
             spread = np.sqrt(np.mean((column[train["chosen"]] - column[train["rejected"]]) ** 2))
-            require(
-                spread > 0, f"the feature {name} differs in no training comparison; leave it out"
-            )
+            why = f"the feature {name} differs in no training comparison; leave it out"
+            require(spread > 0, why)
             column = torch.from_numpy((column - column.mean()) / spread).float()
             self._extra = torch.cat([self._extra, column[:, None]], 1)
         self.num_features, none = store.num_features + self._extra.shape[1], self._extra[0] * 0
@@ -318,12 +280,8 @@ class Extended:
 
 
 def four_sets(table: pd.DataFrame, store: Store, device: torch.device, unit: Unit) -> Sets:
-    """The sets of a table whose ``seen`` and ``split`` say where each comparison belongs, without
-    users who lack training or test comparisons; the log counts these.
-
-    Raises:
-        InputError: no seen user is left, or no unseen one though the table has some.
-    """
+    """The sets of a table by its ``seen`` and ``split``, without users who lack training or test
+    comparisons; InputError if no seen user is left, or no unseen one though the table has some."""
     both = preparing.on_both_sides(table)
     if lost := table["user_id"][~both].nunique():
         log.info("left out %d users without both training and test data", lost)
@@ -331,25 +289,21 @@ def four_sets(table: pd.DataFrame, store: Store, device: torch.device, unit: Uni
     parts: dict[str, Comparisons | None] = {}
     for name, (seen, split) in SIDES.items():
         part = whole[(whole["seen"] == seen) & (whole["split"] == split)]
-        if not part.empty:
-            parts[name] = _comparisons(part, store, device)
-        elif name == "validation" or not (seen or (~table["seen"]).any()):
-            parts[name] = None  # a set that this dataset does not have
-        else:
+        needed = name != "validation" and (seen or not table["seen"].all())
+        if part.empty and needed:
             kind = "seen" if seen else "unseen"
             raise InputError(f"no {kind} users are left; loosen the filters of prepare.py")
+        parts[name] = None if part.empty else _comparisons(part, store, device)
     if unit == "comparisons" and parts["few"] is not None:
         parts["few"].dialogs = None
     return Sets(**parts)
 
 
 def _comparisons(table: pd.DataFrame, store: Store, device: torch.device) -> Comparisons:
-    """Rows with user_id, dialog_id, turn, chosen, rejected, weight as comparisons; users sorted."""
+    """A table's rows as comparisons, users sorted."""
     table = table.sort_values(["user_id", "dialog_id", "turn", "rejected"], kind="stable")
-    sizes = table.groupby("user_id", sort=True).size()
-    chosen, rejected, weight = (
-        torch.tensor(table[column].to_numpy()) for column in ("chosen", "rejected", "weight")
-    )
+    sizes, numbers = table.groupby("user_id", sort=True).size(), ("chosen", "rejected", "weight")
+    chosen, rejected, weight = (torch.tensor(table[column].to_numpy()) for column in numbers)
     dialogs = torch.from_numpy(pd.factorize(table["dialog_id"])[0].astype(np.int64))
     features = RowFeatures(store.rows, store.num_features, chosen, rejected, device)
     return Comparisons(features, sizes.tolist(), weight, sizes.index.tolist(), dialogs)

@@ -22,10 +22,8 @@ def check_tracker(tracker: Tracker) -> None:
 
 
 def track(tracker: Tracker, folder: Path, seed: int, method: Mapping[str, Any]) -> None:
-    """Write a finished method's fits into a run's folder, each as a run of its own.
-
-    ``method`` has its fits and records as results.json has them; see ``scalars``.
-    """
+    """Write a finished method, as results.json has it, into a run's folder, each of its fits as a
+    run of its own; see ``scalars``."""
     for fit in method["fits"] if tracker != "none" else ():
         name = f"{fit['label']}, seed {seed}".replace("/", " ")
         found = list(scalars(fit, method["records"]))

@@ -36,15 +36,8 @@ def _resamples(users: int) -> np.ndarray:
 
 
 def bootstrap(sums: np.ndarray, weights: np.ndarray | None = None) -> tuple[float, float]:
-    """Ends of a mean's 95 % interval over users, by the percentile bootstrap.
-
-    Args:
-        sums: weighted sums [U] or, for the average of S sets' means, [U, S].
-        weights: of the same shape; None for ones.
-
-    Returns:
-        NaN for fewer than five users, who say too little of others.
-    """
+    """Ends of a mean's 95 % interval over users, by the percentile bootstrap; NaN for fewer than
+    five users. Weighted sums and weights are [U] or, for the average of S sets' means, [U, S]."""
     if len(sums) < LEAST_USERS:
         return math.nan, math.nan
     sums = np.asarray(sums, float).reshape(len(sums), -1)
@@ -64,11 +57,8 @@ def bootstrap(sums: np.ndarray, weights: np.ndarray | None = None) -> tuple[floa
 
 
 def summarise(sets: Sequence[Mapping[int, Sample]]) -> Summary:
-    """The mean over repeats of the means over users; a user counts once, whatever the repeats.
-
-    Args:
-        sets: for every set (their means are averaged), a sample for every repeat.
-    """
+    """The mean over sets, each with a sample for every repeat, of the means over repeats and users;
+    a user counts once, whatever the repeats."""
     every = [users for samples in sets for users, _ in samples.values()]
     number = {user: row for row, user in enumerate(dict.fromkeys(itertools.chain(*every)))}
     sums, weights = np.zeros((2, len(number), len(sets)))
@@ -121,13 +111,8 @@ def interval(measure: str, summary: Summary) -> str:
 
 
 def shots_to_reach(shots: Sequence[float], values: Sequence[float], level: float) -> float:
-    """The least number of shots at which a curve reaches a level; infinity where it stays below.
-
-    Args:
-        shots: ascending; between two of them the curve is a straight line.
-        values: of the curve at each; more is better.
-        level: to be reached.
-    """
+    """The least number of shots at which a curve, straight between its values at ascending shots,
+    reaches a level; infinity where it stays below."""
     for i, value in enumerate(values):
         if value >= level:
             if not i:
@@ -140,17 +125,9 @@ def shots_to_reach(shots: Sequence[float], values: Sequence[float], level: float
 def equivalent_random_shots(
     results: Results, label: str, measure: str, shots: int
 ) -> tuple[float, float, float] | None:
-    """How many random shots reach what chosen ones do, with the ends of its 95 % interval.
-
-    Users are resampled with both curves of theirs. Infinity means more than were drawn at random;
-    None, that either curve was not recorded.
-
-    Args:
-        results: of a sweep.
-        label: of the fit whose shots a criterion chose.
-        measure: accuracy or log_loss.
-        shots: how many were chosen.
-    """
+    """How many random shots reach what so many chosen ones of a label do, with the ends of its 95 %
+    interval, users being resampled with both curves of theirs. Infinity means more than were drawn
+    at random; None, that either curve was not recorded."""
     random, curve = results.says(label, "random_label") or "", {}
     for size in results.shots():
         samples = results.figures(random, "", "unseen", measure, size)
@@ -169,11 +146,8 @@ def equivalent_random_shots(
 
 
 def by_third(results: Results, label: str, name: str, shots: int | None) -> list[Summary] | None:
-    """A label's held-out accuracy on a set among users in thirds, from usual to unusual ones.
-
-    A user is unusual whose own training choices BT predicts badly. None without BT, or with fewer
-    than three users.
-    """
+    """A label's held-out accuracy on a set among users in thirds, from usual to unusual ones, whose
+    own training choices BT predicts badly. None without BT, or with fewer than three users."""
     training = {"seen": "train", "unseen": "few_shot"}[name]
     losses = results.figures(results.label_of(BT) or "", "", training, "log_loss", shots)
     own = results.figures(label, "", name, "accuracy", shots)
@@ -217,10 +191,7 @@ def main_columns(results: Results) -> list[Column]:
     found = columns(results)
     if not results.sweep:
         return found[:2]
-    too_many = {
-        r.shots
-        for r in results.records
-        if r.set == "unseen" and r.users_with_that_many is not None
-        and 2 * r.users_with_that_many < len(r.users)
-    }  # fmt: skip
+    unseen = [r for r in results.records if r.set == "unseen"]
+    counted = [(r.shots, r.users_with_that_many, len(r.users)) for r in unseen]
+    too_many = {shots for shots, have, of in counted if have is not None and 2 * have < of}
     return [c for c in found if c == found[0] or c.shots not in too_many][-1:]

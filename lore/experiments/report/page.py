@@ -13,23 +13,14 @@ import numpy as np
 import pandas as pd
 
 from lore.common.files import write_text
+from lore.experiments.report import verdict
 from lore.experiments.report.intervals import Summary, by_user, main_columns
 from lore.experiments.report.plots import Panel, caption, figure, learned_panels, measure_panels
-from lore.experiments.report.verdict import (
-    BETTER,
-    OPEN,
-    WORSE,
-    Verdict,
-    difference_text,
-    kind_sentence,
-    outcome_of,
-    verdicts,
-)
 from lore.experiments.results import MEASURES, OWN, Results, row_name
 
 TEMPLATES = Path(__file__).resolve().parent
 MOST_USERS = 2000  # lines of the table of users
-CLASSES = {BETTER: "better", WORSE: "worse", OPEN: "open"}
+CLASSES = {verdict.BETTER: "better", verdict.WORSE: "worse", verdict.OPEN: "open"}
 Table = Mapping[str, Mapping[str, str]]
 
 
@@ -47,7 +38,7 @@ def write_report(
     likes = {label: results.says(label, "likes") for label in shown}
     text = environment.get_template("report.html").render(
         title=results.title, heading=heading, about=about, marks=marks, notes=notes,
-        kind=kind_sentence(results), verdicts=[_card(v) for v in verdicts(results)],
+        kind=verdict.kind_sentence(results), verdicts=list(map(_card, verdict.verdicts(results))),
         tables=[_table(results, *table) for table in tables.items()],
         plots=_pictures(measure_panels(results), caption(results)),
         learned=_pictures(learned_panels(results), "Of the first repeat."),
@@ -56,19 +47,19 @@ def write_report(
     write_text(folder / "report.html", text)
 
 
-def _card(verdict: Verdict) -> dict[str, Any]:
+def _card(found: verdict.Verdict) -> dict[str, Any]:
     """A verdict with its intervals as bars on a scale that has zero in the middle."""
-    bars, most = [], {}
-    for found in verdict.differences.values():
-        for measure, s in found.items():
-            most[measure] = np.nanmax(np.abs([*s[:3], most.get(measure, 1e-3)]))
-    for against, found in verdict.differences.items():
-        bars += [
-            {"against": against, "text": difference_text(measure, s),
-             "outcome": CLASSES[outcome_of(measure, s)], **_bar(s, most[measure])}
-            for measure, s in found.items()
-        ]  # fmt: skip
-    return {**verdict._asdict(), "outcome": CLASSES.get(verdict.outcome, "open"), "bars": bars}
+    most: dict[str, float] = {}
+    parts = found.differences.items()
+    every = [(against, measure, s) for against, part in parts for measure, s in part.items()]
+    for _, measure, s in every:
+        most[measure] = np.nanmax(np.abs([*s[:3], most.get(measure, 1e-3)]))
+    bars = [
+        {"against": against, "text": verdict.difference_text(measure, s),
+         "outcome": CLASSES[verdict.outcome_of(measure, s)], **_bar(s, most[measure])}
+        for against, measure, s in every
+    ]  # fmt: skip
+    return {**found._asdict(), "outcome": CLASSES.get(found.outcome, "open"), "bars": bars}
 
 
 def _bar(summary: Summary, most: float) -> dict[str, float]:

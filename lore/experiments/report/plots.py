@@ -1,7 +1,5 @@
-"""Plots of a run: accuracy and log loss, training curves, spectrum, users' weights.
-
-A method's colour and marker follow from its name; its controls are the broken lines.
-"""
+"""Plots of a run: accuracy and log loss, training curves, spectrum, users' weights. A method's
+colour and marker follow from its name; its controls are the broken lines."""
 
 from __future__ import annotations
 
@@ -45,9 +43,6 @@ class Panel(NamedTuple):
     draw: Callable[[Axes], None]
 
 
-# ----------------------------------------------------------------------- Styles
-
-
 def full_colour(results: Results, label: str) -> tuple[float, float, float]:
     """The colour of a label's method."""
     from matplotlib.colors import to_rgb
@@ -70,9 +65,6 @@ def marker(results: Results, label: str) -> str:
     first = len(BASELINES) + zlib.crc32(method.encode()) % own
     first = BASELINES.index(method) if method in BASELINES else first
     return MARKERS[(first + len(labels) - 1 - labels.index(label)) % len(MARKERS)]
-
-
-# ------------------------------------------------------- Accuracy and log loss
 
 
 def measure_panels(results: Results) -> list[Panel]:
@@ -125,10 +117,8 @@ def _draw_setting(axes: Axes, results: Results, measure: str, name: str, setting
     for line in lines:
         last = line[-1][0]
         for control in ("", *dict.fromkeys(c for la, _ in line for c in results.controls(la))):
-            found = [
-                (places.index(settings[setting]), level(results, la, control, measure, (name,)))
-                for la, settings in line
-            ]
+            means = [level(results, la, control, measure, (name,)) for la, _ in line]
+            found = [(places.index(s[setting]), m) for (_, s), m in zip(line, means, strict=True)]
             style = {"color": full_colour(results, last), "ls": BROKEN[control]}
             style |= {} if control else {"marker": marker(results, last)}
             text = row_name(results.family(results.methods[last]), control)
@@ -148,10 +138,8 @@ def _draw_labels(axes: Axes, results: Results, measure: str, name: str) -> None:
         if found:  # labels are shuffled for new users alone
             x, mean, low, high = _scaled(measure, found)
             style = {"ms": 5, "mfc": "white"} if control else {"ms": 6}
-            text, errors = CONTROLS.get(control, "as fitted"), [mean - low, high - mean]
-            axes.errorbar(
-                x, mean, errors, fmt=SHAPES[control], elinewidth=1.2, label=text, **style
-            )
+            style |= {"fmt": SHAPES[control], "label": CONTROLS.get(control, "as fitted")}
+            axes.errorbar(x, mean, [mean - low, high - mean], elinewidth=1.2, **style)
     long = max(map(len, labels), default=0) * len(labels) > 50
     turned = {"rotation": 35, "ha": "right"} if long else {}
     axes.set_xticks(range(len(labels)), labels, **turned)
@@ -210,9 +198,6 @@ def _levels(
     axes.set_ylim(limits)
 
 
-# ------------------------------------------------------------- What was learned
-
-
 def _drawn(results: Results, key: str) -> list[tuple[str, dict[str, Any]]]:
     """The last labels that have something in their first fit."""
     found = [(label, results.fits(label)[0]) for label in results.labels]
@@ -252,11 +237,10 @@ def _draw_weights(axes: Axes, results: Results, label: str) -> None:
     weights = np.array(results.fits(label)[0]["weights"])
     order = np.lexsort((-np.abs(weights).max(1), np.abs(weights).argmax(1)))
     most, signed = np.abs(weights).max() or 1, (weights < 0).any()
-    image = axes.imshow(
-        weights[order], extent=(0.5, weights.shape[1] + 0.5, len(weights), 0), aspect="auto",
-        interpolation="none", cmap="RdBu" if signed else "Greys", vmin=-most if signed else 0,
-        vmax=most,
-    )  # fmt: skip
+    scale = {"cmap": "RdBu", "vmin": -most} if signed else {"cmap": "Greys", "vmin": 0}
+    extent = 0.5, weights.shape[1] + 0.5, len(weights), 0
+    shape = {"extent": extent, "aspect": "auto", "interpolation": "none"}
+    image = axes.imshow(weights[order], vmax=most, **shape, **scale)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="number of the weight", yticks=[])
     axes.figure.colorbar(image, ax=axes).ax.tick_params(labelsize=8)
@@ -275,9 +259,6 @@ def learned_panels(results: Results) -> list[Panel]:
     return [p._replace(draw=functools.partial(p.draw, results=results)) for p in found]
 
 
-# ---------------------------------------------------------------------- Figures
-
-
 def caption(results: Results) -> str:
     """What the band or the bars mean."""
     if results.sweep or varying_setting(results):
@@ -286,10 +267,8 @@ def caption(results: Results) -> str:
 
 
 def figure(panels: Sequence[Panel], title: str, note: str, size: tuple[float, float]) -> Figure:
-    """Panels, two a row, under one title, with one legend for all below its note.
-
-    The size in inches is without the legend.
-    """
+    """Panels, two a row, under one title, with one legend for all below its note; the size in
+    inches is without the legend."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

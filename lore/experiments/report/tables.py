@@ -14,28 +14,13 @@ from lore.experiments.report import intervals
 from lore.experiments.report.intervals import Column, Summary, columns, level
 from lore.experiments.report.page import write_report
 from lore.experiments.report.plots import write_plots
-from lore.experiments.report.verdict import CHANCE, verdict
-from lore.experiments.results import (
-    ALWAYS,
-    BT,
-    CONTROLS,
-    MEASURES,
-    OWN,
-    REFERENCE,
-    RIDGE,
-    Results,
-    read_results,
-    row_name,
-)
+from lore.experiments.report.verdict import CHANCE, others, verdict
+from lore.experiments.results import ALWAYS, MEASURES, Results, read_results, row_name
 
 INTERVAL = "mean [95 % interval over users]"
-HELD_AGAINST = (RIDGE, "lore")  # methods that those after them and all others are held against
 ABOUT = 10  # chosen shots that are counted in random ones
 
 Table = dict[str, dict[str, str]]  # row -> column -> cell
-
-
-# ----------------------------------------------------------------------- Tables
 
 
 def _cell(measure: str, summary: Summary | None, paired: bool = False) -> str:
@@ -84,29 +69,12 @@ def difference_table(results: Results, measure: str) -> Table:
     """Every label minus what it is held against, paired by user and repeat."""
     table: Table = {}
     for label in results.labels:
-        for name, other in _others(results, label).items():
+        for name, other in others(results, label).items():
             row = table.setdefault(f"{label} minus {name}", {})
             for column in columns(results):
                 found = intervals.difference(results, label, other, measure, *column[1:])
                 row[column.name] = _cell(measure, found, paired=True)
     return _filled(table)
-
-
-def _others(results: Results, label: str) -> dict[str, tuple[str, str]]:
-    """What a label is held against, as label and control, by name."""
-    method = results.methods[label]
-    if method == REFERENCE:
-        return {}
-    place = 0 if method in (BT, OWN) else [*HELD_AGAINST, method].index(method)
-
-    def whole(*methods: str) -> dict[str, tuple[str, str]]:
-        labels = [results.label_of(m) for m in methods]
-        return {la: (la, "") for la in labels if la and la != label}
-
-    found = whole(BT) | {CONTROLS[c]: (label, c) for c in ("population", "another")}
-    found |= whole(REFERENCE, *HELD_AGAINST[:place])
-    random = results.says(label, "random_label")
-    return found | ({"the same with random shots": (random, "")} if random else {})
 
 
 def unusual_table(results: Results) -> Table:
@@ -166,8 +134,8 @@ def markdown(table: Table | pd.DataFrame) -> str:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [" | ".join(map(str.ljust, row, widths)) for row in cells]
     rule = "|".join("-" * (width + 2) for width in widths)
-    first, *others = (f"| {line} |" for line in lines)
-    return "\n".join([first, f"|{rule}|", *others])
+    first, *rest = (f"| {line} |" for line in lines)
+    return "\n".join([first, f"|{rule}|", *rest])
 
 
 def results_csv(results: Results) -> str:
@@ -191,9 +159,6 @@ def results_csv(results: Results) -> str:
     frame = frame[[name for name in frame if name not in last] + last]
     whole = {name: "Int64" for name in ("shots", "users_with_that_many")}
     return frame.astype(whole).to_csv(index=False, float_format="%.10g", lineterminator="\n")
-
-
-# ------------------------------------------------------------------------- Text
 
 
 def facts(results: Results) -> list[str]:
@@ -229,9 +194,9 @@ def notes(results: Results) -> list[str]:
             lines.append(f"{label}: {note}{often}")
         if results.says(label, "random_label"):
             lines += _in_random_shots(results, label)
-    return lines + [
-        line for m in dict.fromkeys(results.methods.values()) for line in _cost(results, m)
-    ]
+    for method in dict.fromkeys(results.methods.values()):
+        lines += _cost(results, method)
+    return lines
 
 
 def _in_random_shots(results: Results, label: str) -> list[str]:
@@ -278,11 +243,8 @@ def _details(results: Results) -> str:
     settings, count = results.settings, len(results.repeats)
     known = {"script", "dataset", "warning", "prepared", "embeddings", "seeds", "shots", "unit",
              "same_tokens"}  # fmt: skip
-    details = [
-        f"{key} {value}"
-        for key, value in settings.items()
-        if key not in known and isinstance(value, int | float | str) and value != ""
-    ]
+    others = {key: value for key, value in settings.items() if key not in known and value != ""}
+    details = [f"{k} {v}" for k, v in others.items() if isinstance(v, int | float | str)]
     if results.sweep:
         details.append(f"a shot is one of a user's {settings.get('unit', 'comparisons')}")
     repeats = f"{count} repeat{'s' if count > 1 else ''}"
@@ -292,15 +254,8 @@ def _details(results: Results) -> str:
 def report(folder: Path, labels: Collection[str] = ()) -> str:
     """Write a finished run's tables and plots again from results.json; nothing is trained.
 
-    Args:
-        folder: the run's folder.
-        labels: show only these in the text returned, beside the baselines; the files have all.
-
-    Returns:
-        What was run, tables, paired differences, notes, the verdict and where the files lie.
-
-    Raises:
-        InputError: there is no results.json, no finished repeat in it, or it is damaged.
+    Returns what was run, tables, notes, the verdict and where the files lie, of some labels and the
+    baselines if any are given. InputError without a whole results.json with a finished repeat.
     """
     results = read_results(folder)
     write_text(folder / "results.csv", results_csv(results))

@@ -1,12 +1,11 @@
 """The verdict: do users' own weights beat ridge BT, the population average and another user's?
 
-A difference counts where its 95 % interval over users leaves zero out, which is about two standard
-errors. Accuracy and log loss both count, and the worst outcome is the headline.
+A difference in accuracy or log loss counts where its 95 % interval over users leaves zero out; the
+worst outcome is the headline.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -14,10 +13,11 @@ import numpy as np
 from lore.common.kinds import KINDS
 from lore.experiments.report import intervals
 from lore.experiments.report.intervals import Column, Summary
-from lore.experiments.results import ALWAYS, CONTROLS, MEASURES, RIDGE, Results
+from lore.experiments.results import ALWAYS, BT, CONTROLS, MEASURES, OWN, REFERENCE, RIDGE, Results
 
 CHANCE = float(np.log(2))  # log loss of a coin
 BETTER, WORSE, OPEN = "better", "worse", "no difference detected"
+HELD_AGAINST = (RIDGE, "lore")  # methods that those after them and all others are held against
 SIGN = {"accuracy": 1, "log_loss": -1}  # of what is better
 MEANING = {
     "known": "between responses that the same user had judged in training",
@@ -56,11 +56,8 @@ def difference_text(measure: str, summary: Summary) -> str:
 
 
 def verdicts(results: Results) -> list[Verdict]:
-    """Of every method with weights of users: do they beat what they are held against?
-
-    A method is judged by its chosen label, else by its last one, on the held-out comparisons; in
-    a sweep at the largest number of shots that at least half of the users have.
-    """
+    """Of every method by its chosen or last label on the held-out comparisons; in a sweep at the
+    largest number of shots that at least half of the users have."""
     found = []
     for label in results.judged:
         if not results.personal(label):
@@ -73,32 +70,42 @@ def verdicts(results: Results) -> list[Verdict]:
     return found
 
 
+def others(results: Results, label: str) -> dict[str, tuple[str, str]]:
+    """What tables hold a label against, as label and control, by name."""
+    method = results.methods[label]
+    if method == REFERENCE:
+        return {}
+    place = 0 if method in (BT, OWN) else [*HELD_AGAINST, method].index(method)
+    controls = {CONTROLS[c]: (label, c) for c in ("population", "another")}
+    before, after = (
+        {la: (la, "") for la in map(results.label_of, methods) if la and la != label}
+        for methods in ([BT], [REFERENCE, *HELD_AGAINST[:place]])
+    )
+    random = results.says(label, "random_label")
+    last = {"the same with random shots": (random, "")} if random else {}
+    return before | controls | after | last
+
+
 def _judge(results: Results, label: str, column: Column) -> Verdict:
     shared = results.label_of(RIDGE)
-    others = {shared: (shared, "")} if shared else {}
-    others |= {f"the {CONTROLS['population']}": (label, "population"),
+    rivals = {shared: (shared, "")} if shared else {}
+    rivals |= {f"the {CONTROLS['population']}": (label, "population"),
                CONTROLS["another"]: (label, "another")}  # fmt: skip
     found: dict[str, dict[str, Summary]] = {}
-    for against, other in others.items():
+    for against, other in rivals.items():
         for measure in ALWAYS:
             summary = intervals.difference(results, label, other, measure, *column[1:])
             if summary is not None:
                 found.setdefault(against, {})[measure] = summary
-    outcome, loss = worst(found), ""
+    outcomes = [outcome_of(m, s) for one in found.values() for m, s in one.items()]
+    better = outcomes == [BETTER] * 3 * len(ALWAYS)  # one that is missing leaves it open
+    outcome, loss = WORSE if WORSE in outcomes else BETTER if better else OPEN, ""
     where = f"unseen users at {column.name}" if results.sweep else f"{column.name} users"
     own = intervals.level(results, label, "", "log_loss", *column[1:])
     if own is not None:
         loss = f"log loss {MEASURES['log_loss'].text(own.mean)} nats"
         loss += f", worse than chance (ln 2 = {CHANCE:.3f})" if own.mean > CHANCE else ""
     return Verdict(label, where, outcome, f"personal weights: {outcome}", found, loss)
-
-
-def worst(differences: Mapping[str, Mapping[str, Summary]]) -> str:
-    """The worst outcome of all differences in accuracy and log loss; one missing leaves it open."""
-    found = [outcome_of(m, s) for one in differences.values() for m, s in one.items()]
-    if WORSE in found:
-        return WORSE
-    return BETTER if found == [BETTER] * 3 * len(ALWAYS) else OPEN
 
 
 def outcome_of(measure: str, difference: Summary) -> str:
@@ -108,8 +115,8 @@ def outcome_of(measure: str, difference: Summary) -> str:
 
 
 def kind_sentence(results: Results) -> str:
-    """What kind of comparisons was held out, as means over repeats, of seen and unseen users apart
-    where they differ; "" where it is not known."""
+    """Which kinds of comparisons were held out, of seen and unseen users apart where they differ;
+    "" where it is not known."""
     every = [repeat.get("kinds") or {} for repeat in results.repeats]
     shares: dict[str, dict[str, str]] = {}
     for name in intervals.held_out(results):
