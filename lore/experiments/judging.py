@@ -104,13 +104,11 @@ def evaluate(fit: Fitted, task: Task, own: Tensor) -> Iterator[dict[str, Any]]:
     sets = {name: data for name, data in sets.items() if data is not None}
     views, kinds = {name: fit.view(data) for name, data in sets.items()}, _kinds(task)
     for name, data in sets.items():
-        state, view = states[name][None], views[name]
-        held_out = name in ("seen", "unseen")
-        measured = _measure(fit, view, data, state, held_out, kinds.get(name))
+        held_out, swapped = name in ("seen", "unseen"), ()
         if name == "unseen" and fit.personal and fit.controlled:
-            swapped = fit.adapt(_relabelled(fit, task.few), task.few, task.seed)
-            measured |= _label_sensitivity(fit, view, data, state, swapped[None])
-        yield _record(fit, "", name, measured)
+            swapped = fit.adapt(_relabelled(fit, task.few), task.few, task.seed)[None]
+        more = held_out, kinds.get(name), swapped
+        yield _record(fit, "", name, _measure(fit, views[name], data, states[name][None], *more))
     if not (fit.personal and fit.controlled):
         return
     g = torch.Generator().manual_seed(task.seed)
@@ -144,17 +142,16 @@ def _relabelled(fit: Fitted, few: Comparisons, g: torch.Generator | None = None)
 def swap(users: int, generator: torch.Generator) -> Tensor:
     """A random permutation that gives every user another one's place (where there are two)."""
     order = torch.randperm(users, generator=generator)
-    other = torch.empty_like(order)
-    other[order] = order.roll(1)
-    return other
+    return torch.empty_like(order).scatter_(0, order, order.roll(1))
 
 
 def _measure(
     fit: Fitted, view: View, data: Users, states: Tensor, whole: bool = False,
-    kind: np.ndarray | None = None,
+    kind: np.ndarray | None = None, swapped: Sequence[Tensor] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Figures [T, U] of every user with each of the states [T, U, S]; ``whole`` adds those of all
-    comparisons together [T], and ``kind``, places in ``KINDS`` [N], those of each kind apart."""
+    comparisons together [T], ``kind``, places in ``KINDS`` [N], those of each kind apart, and
+    ``swapped``, states from swapped labels for the first of ``states``, the label sensitivity."""
     logits = [fit.logits(view, state, data.user) for state in states]
     found = _figures(data, logits)
     if whole:
@@ -167,6 +164,10 @@ def _measure(
             counts = torch.bincount(data.user[rows], minlength=data.num_users)
             part = _figures(data.pick(rows, counts), [z[rows] for z in logits])
             found["kinds"][KINDS[place]] = {key: part[key] for key in ALWAYS}
+    if len(swapped):
+        pairs = [(z, fit.logits(view, s, data.user)) for z, s in zip(logits, swapped, strict=False)]
+        rates = [metrics.label_sensitivity(data, *pair) for pair in pairs]
+        found["label_sensitivity"] = torch.stack(rates)
     return found
 
 
@@ -175,17 +176,6 @@ def _figures(data: Users, logits: Sequence[Tensor]) -> dict[str, Any]:
     measures = {"accuracy": data.accuracies, "log_loss": data.log_losses,
                 "brier": functools.partial(metrics.brier, data)}  # fmt: skip
     return {key: torch.stack([of(z) for z in logits]) for key, of in measures.items()}
-
-
-def _label_sensitivity(
-    fit: Fitted, view: View, data: Users, states: Tensor, swapped: Tensor
-) -> dict[str, Tensor]:
-    """Of states [T, U, S] and those from the same shots with labels swapped: [T, U]."""
-    rates = []
-    for pair in zip(states, swapped, strict=True):
-        logits = (fit.logits(view, state, data.user) for state in pair)
-        rates.append(metrics.label_sensitivity(data, *logits))
-    return {"label_sensitivity": torch.stack(rates)}
 
 
 def sweep(fit: Fitted, task: Task, draws: Shots) -> Iterator[dict[str, Any]]:
@@ -199,7 +189,7 @@ def sweep(fit: Fitted, task: Task, draws: Shots) -> Iterator[dict[str, Any]]:
         if size and fitted is not None:
             judged = {key: x[:, s] for key, x in fitted.items()}
             yield _record(fit, "", "few_shot", judged, size, counts[s])
-    states, swapped, kind = {"": W}, None, _kinds(task).get("unseen")
+    states, swapped, kind = {"": W}, [()] * len(draws.sizes), _kinds(task).get("unseen")
     if fit.personal and fit.controlled:
         states["population"] = fit.population_state.expand(1, len(draws.sizes), U, -1)
         states["another"] = W[:, :, swap(U, g)]
@@ -207,7 +197,7 @@ def sweep(fit: Fitted, task: Task, draws: Shots) -> Iterator[dict[str, Any]]:
         states["shuffled"] = _sweep_states(fit, shuffled, task.few, draws, trials, g, False)[0]
         # Swapped labels for the first draw of shots alone, as the sweep has a price
         again, view = torch.Generator().manual_seed(task.seed), _relabelled(fit, task.few)
-        swapped = _sweep_states(fit, view, task.few, draws, 1, again, False)[0]
+        swapped = _sweep_states(fit, view, task.few, draws, 1, again, False)[0].unbind(1)
     knows_nothing = fit.personal and not fit.controlled and fit.random_label is None
     for control, some in states.items():
         measured = None
@@ -215,11 +205,8 @@ def sweep(fit: Fitted, task: Task, draws: Shots) -> Iterator[dict[str, Any]]:
             if not size and knows_nothing:
                 continue  # each user's own model says nothing yet
             if measured is None or (fit.personal and control != "population"):
-                own = (True, kind) if not control else ()
+                own = (True, kind, swapped[s]) if not control else ()
                 measured = _measure(fit, unseen, task.unseen, some[:, s], *own)
-            if not control and swapped is not None:
-                pair = some[:1, s], swapped[:, s]
-                measured |= _label_sensitivity(fit, unseen, task.unseen, *pair)
             yield _record(fit, control, "unseen", measured, size, counts[s])
 
 

@@ -19,11 +19,8 @@ FORMAT = 2  # of results.json
 SETS = {"train": "seen", "seen": "seen", "few_shot": "unseen", "unseen": "unseen"}  # whose they are
 REFERENCE, BT, OWN, RIDGE = "reference", "bt", "own", "ridge_bt"  # methods of every run
 BASELINES = (REFERENCE, BT, OWN, RIDGE)
-CONTROLS = {
-    "population": "population average",
-    "another": "another user's weights",
-    "shuffled": "shuffled labels",
-}
+CONTROLS = {"population": "population average", "another": "another user's weights",
+            "shuffled": "shuffled labels"}  # fmt: skip
 
 
 class Measure(NamedTuple):

@@ -225,7 +225,7 @@ class Experiment:
         facts = {
             **{key: manifest[key] for key in kept if key in manifest},
             "dataset": self.dataset.dataset, "seed": task.seed,
-            "users": task.train.names, "users_unseen": _new_names(task),
+            "users": task.train.names, "users_unseen": getattr(task.few, "names", []),
             "center": _center(self.dataset.store), "extra": self.dataset.about.get("extra", []),
         }  # fmt: skip
         new = fit.users[:0] if fit.new_users is None else fit.new_users
@@ -249,7 +249,7 @@ def _about(dataset: Tasks, task: Task) -> dict[str, Any]:
     counts = {key: len(getattr(task, key) or ()) for key in ("train", "seen", "few", "unseen")}
     if task.validation is not None:
         counts["validation"] = len(task.validation)
-    users = {"seen": task.train.names, "unseen": _new_names(task)}
+    users = {"seen": task.train.names, "unseen": getattr(task.few, "names", [])}
     return {"users": users, "kinds": task.kinds, "comparisons": counts, "facts": said}
 
 
@@ -257,10 +257,6 @@ def _center(store: Store) -> Tensor:
     """Mean embedding [F] of a thousand of the conversations, evenly spread, in float32."""
     spread = torch.linspace(0, len(store) - 1, min(len(store), CENTERED), dtype=torch.float64)
     return store.rows(spread.long()).double().mean(0).float()
-
-
-def _new_names(task: Task) -> list[str]:
-    return [] if task.few is None else task.few.names
 
 
 def _describe(fit: Fitted, role: str, task: Task, dataset: Tasks) -> dict[str, Any]:
