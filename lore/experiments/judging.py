@@ -83,7 +83,6 @@ class Sweep:
 
     def judge(self, fits: Sequence[Fitted], task: Task) -> list[dict[str, Any]]:
         """Records of fits and their controls on new users, at every number of shots."""
-        assert task.few is not None
         if task.seed not in self.drawn:
             self.drawn[task.seed] = draw_shots(task.few, self.shots, self.trials, task.seed)
         records = []
@@ -102,17 +101,17 @@ def evaluate(fit: Fitted, task: Task, own: Tensor) -> Iterator[dict[str, Any]]:
     states = {"train": fit.users, "seen": fit.users, "few_shot": own, "unseen": own}
     sets = {"train": task.train, "seen": task.seen, "few_shot": task.few, "unseen": task.unseen}
     sets = {name: data for name, data in sets.items() if data is not None}
+    held_out = [name for name in ("seen", "unseen") if name in sets]
     views, kinds = {name: fit.view(data) for name, data in sets.items()}, _kinds(task)
     for name, data in sets.items():
-        held_out, swapped = name in ("seen", "unseen"), ()
+        swapped = ()
         if name == "unseen" and fit.personal and fit.controlled:
             swapped = fit.adapt(_relabelled(fit, task.few), task.few, task.seed)[None]
-        more = held_out, kinds.get(name), swapped
+        more = name in held_out, kinds.get(name), swapped
         yield _record(fit, "", name, _measure(fit, views[name], data, states[name][None], *more))
     if not (fit.personal and fit.controlled):
         return
     g = torch.Generator().manual_seed(task.seed)
-    held_out = [name for name in ("seen", "unseen") if name in sets]
     swaps = [[swap(len(states[name]), g) for name in held_out] for _ in range(PERMUTATIONS)]
     for name, *orders in zip(held_out, *swaps, strict=True):
         state, view, data = states[name], views[name], sets[name]

@@ -128,9 +128,9 @@ def open_run(
         dataset.store.verify()
     first = processes()[0] == 0
     every = {name: getattr(settings, name) for name in METHODS}
-    where = settings.results, settings.name, shared, every
-    with lock_folder(run_folder(*where)) if first else nullcontext():
-        run = Run.start(*where)
+    folder = run_folder(settings.results, settings.name, shared, every)
+    with lock_folder(folder) if first else nullcontext():
+        run = Run.start(folder, shared)
         wait_for_all()  # the first one writes only when all have read what is there
         yield Experiment(run, dataset, settings, sweep)
         if first:

@@ -26,18 +26,10 @@ class Run:
     results: dict[str, Any]
 
     @classmethod
-    def start(
-        cls, results: Path, name: str | None, settings: Mapping[str, Any],
-        methods: Mapping[str, Any],
-    ) -> Run:  # fmt: skip
-        """Go on with what is there, if anything; nothing is written yet.
-
-        ``results`` is the folder of all results, in which a run without a name is named after the
-        settings that all methods share and those of every method there is. InputError if the
-        run's folder holds other settings, damaged results, or files that no run wrote.
-        """
+    def start(cls, folder: Path, settings: Mapping[str, Any]) -> Run:
+        """Go on with what is in a folder, if anything; nothing is written yet. InputError if it
+        holds other settings, damaged results, or files that no run wrote."""
         settings = json.loads(json.dumps(settings, default=str))
-        folder = run_folder(results, name, settings, methods)
         found = read_written(folder)
         begun = read_json(folder / "settings.json")
         empty = not folder.is_dir() or not any(folder.iterdir())
@@ -125,7 +117,8 @@ class Run:
 def run_folder(
     results: Path, name: str | None, settings: Mapping[str, Any], methods: Mapping[str, Any]
 ) -> Path:
-    """Where a run lies, by the arguments of ``Run.start``."""
+    """Where a run lies: without a name, it has one after the settings that all methods share and
+    those of every method there is."""
     settings = json.loads(json.dumps(settings, default=str))
     short = f"{settings['script']}-{digest([settings, plain(methods)])[:8]}"
     return results / settings["dataset"] / (name or short)

@@ -649,7 +649,8 @@ def test_a_training_that_diverges_is_one_line_and_leaves_no_state(world, tmp_pat
 
 def test_figures_that_are_no_numbers_are_never_written(four, tmp_path):
     _, folder = tiny(four, tmp_path, methods=())
-    run = runs.Run.start(tmp_path, "here", saved(folder)["settings"], {})
+    shared = saved(folder)["settings"]
+    run = runs.Run.start(runs.run_folder(tmp_path, "here", shared, {}), shared)
     before = (folder / "results.json").read_bytes()
     bad = {"settings": {}, "fits": [{"losses": [float("nan")]}], "records": []}
     with pytest.raises(InputError, match="lore, seed 0: its figures hold NaN or infinity"):

@@ -42,14 +42,12 @@ def _filled(table: Table) -> Table:
 def measure_table(results: Results, measure: str) -> Table:
     """A measure of every label and control: mean ± SD over repeats [95 % interval over users]."""
     shown = [*columns(results), *([] if results.sweep else [Column("train", ("train",))])]
-    table = {
-        row_name(label, control): {
-            column.name: _cell(measure, level(results, label, control, measure, *column[1:]))
-            for column in shown
-        }
-        for label in results.labels
-        for control in ("", *results.controls(label))
-    }
+    table: Table = {}
+    for label in results.labels:
+        for control in ("", *results.controls(label)):
+            means = {c.name: level(results, label, control, measure, *c[1:]) for c in shown}
+            row = {name: _cell(measure, mean) for name, mean in means.items()}
+            table[row_name(label, control)] = row
     if results.sweep and measure == "accuracy":
         table["users with at least that many shots"] = _users_with_that_many(results)
     return _filled(table)
@@ -243,8 +241,8 @@ def _details(results: Results) -> str:
     settings, count = results.settings, len(results.repeats)
     known = {"script", "dataset", "warning", "prepared", "embeddings", "seeds", "shots", "unit",
              "same_tokens"}  # fmt: skip
-    others = {key: value for key, value in settings.items() if key not in known and value != ""}
-    details = [f"{k} {v}" for k, v in others.items() if isinstance(v, int | float | str)]
+    rest = {key: value for key, value in settings.items() if key not in known and value != ""}
+    details = [f"{k} {v}" for k, v in rest.items() if isinstance(v, int | float | str)]
     if results.sweep:
         details.append(f"a shot is one of a user's {settings.get('unit', 'comparisons')}")
     repeats = f"{count} repeat{'s' if count > 1 else ''}"
