@@ -41,12 +41,7 @@ from lore.learning.simulated_users import (  # noqa: F401 (the published names)
     simulate_population,
     simulate_user,
 )
-from lore.learning.training import (
-    OptimizerFactory,
-    fit_weights,
-    own_directions,
-    train_together,
-)
+from lore.learning.training import OptimizerFactory, fit_weights, own_directions, train_together
 
 log = logging.getLogger(__name__)
 
@@ -91,22 +86,12 @@ class LoRe:
     draw_weights = staticmethod(torch.randn)  # the initial logits of the weights
 
     def __init__(
-        self,
-        V_sft: Tensor | None,
-        alpha: float,
-        num_classes: int,
-        num_features: int,
-        num_basis_vectors: int,
-        num_iterations: int = 1000,
-        learning_rate: float = 0.5,
-        *,
-        generator: Seed = None,
-        optimizer: OptimizerFactory | None = None,
-        shrinkage: float = 0.0,
-        dtype: torch.dtype | None = None,
-        progress: bool = False,
-        distributed: bool = False,
-    ) -> None:
+        self, V_sft: Tensor | None, alpha: float,
+        num_classes: int, num_features: int, num_basis_vectors: int,
+        num_iterations: int = 1000, learning_rate: float = 0.5, *,
+        generator: Seed = None, optimizer: OptimizerFactory | None = None, shrinkage: float = 0.0,
+        dtype: torch.dtype | None = None, progress: bool = False, distributed: bool = False,
+    ) -> None:  # fmt: skip
         users, rank = num_classes, num_basis_vectors
         require(rank >= 0, f"rank {rank}: ranks start at 0 (the reference)")
         require(rank > 0, "rank 0 is the reference itself and is not trained")
@@ -165,20 +150,12 @@ class LoRe_regularized(LoRe):
     draw_weights = staticmethod(torch.rand)
 
     def __init__(
-        self,
-        V_sft: Tensor | None,
-        alpha: float,
-        num_classes: int,
-        num_features: int,
-        num_basis_vectors: int,
-        num_iterations: int = 20_000,
-        learning_rate: float = 0.5,
-        **settings: Any,
-    ) -> None:
-        super().__init__(
-            V_sft, alpha, num_classes, num_features, num_basis_vectors,
-            num_iterations, learning_rate, **settings,
-        )  # fmt: skip
+        self, V_sft: Tensor | None, alpha: float,
+        num_classes: int, num_features: int, num_basis_vectors: int,
+        num_iterations: int = 20_000, learning_rate: float = 0.5, **settings: Any,
+    ) -> None:  # fmt: skip
+        sizes = num_classes, num_features, num_basis_vectors
+        super().__init__(V_sft, alpha, *sizes, num_iterations, learning_rate, **settings)
 
     def per_comparison(self, data: Comparisons) -> Tensor:
         """One comparison's share of all of them [U], over all processes."""
@@ -217,17 +194,10 @@ class PersonalizeBatch:
     """
 
     def __init__(
-        self,
-        num_classes: int,
-        num_features: int,
-        num_basis_vectors: int,
-        num_iterations: int = 500,
-        learning_rate: float = 0.1,
-        *,
-        generator: Seed = None,
-        dtype: torch.dtype | None = None,
-        **settings: Any,
-    ) -> None:
+        self, num_classes: int, num_features: int, num_basis_vectors: int,
+        num_iterations: int = 500, learning_rate: float = 0.1, *,
+        generator: Seed = None, dtype: torch.dtype | None = None, **settings: Any,
+    ) -> None:  # fmt: skip
         require(num_basis_vectors >= 1, f"the rank must be at least 1, not {num_basis_vectors}")
         self.num_classes, self.num_features = num_classes, num_features
         steps = {"num_iterations": num_iterations, "learning_rate": learning_rate}
@@ -303,29 +273,16 @@ class Accuracies(NamedTuple):
 
 
 def run(
-    K_list: Sequence[int],
-    alpha_list: Sequence[float],
-    V_final: Tensor | None,
-    train_features: Sequence[Tensor],
-    test_features_sparse: Sequence[Tensor],
-    train_features_unseen: Sequence[Tensor],
-    test_features_sparse_unseen: Sequence[Tensor],
-    N: int,
-    N_unseen: int,
-    device: torch.device | str = "cpu",
-    *,
-    estimator: type[LoRe] = LoRe,
-    num_iterations: int = 1000,
-    learning_rate: float = 0.5,
-    few_shot_iterations: int = 500,
-    few_shot_learning_rate: float = 0.1,
-    optimizer: OptimizerFactory | None = None,
-    generator: Seed = None,
-    progress: bool = True,
+    K_list: Sequence[int], alpha_list: Sequence[float], V_final: Tensor | None,
+    train_features: Sequence[Tensor], test_features_sparse: Sequence[Tensor],
+    train_features_unseen: Sequence[Tensor], test_features_sparse_unseen: Sequence[Tensor],
+    N: int, N_unseen: int, device: torch.device | str = "cpu", *,
+    estimator: type[LoRe] = LoRe, num_iterations: int = 1000, learning_rate: float = 0.5,
+    few_shot_iterations: int = 500, few_shot_learning_rate: float = 0.1,
+    optimizer: OptimizerFactory | None = None, generator: Seed = None, progress: bool = True,
     save_dir: str | Path | None = None,
-    user_ids: Sequence[str] = (),
-    unseen_user_ids: Sequence[str] = (),
-) -> Accuracies:
+    user_ids: Sequence[str] = (), unseen_user_ids: Sequence[str] = (),
+) -> Accuracies:  # fmt: skip
     """Fit, personalise and evaluate every (alpha, K) (the experiment of Table 1).
 
     Args:
@@ -408,27 +365,14 @@ class ShotAccuracies(NamedTuple):
 
 
 def run_few_shot_vary_shots(
-    trials: int,
-    alpha_list: Sequence[float],
-    K_list: Sequence[int],
-    num_shots: Sequence[int],
-    train_features: Sequence[Tensor],
-    train_features_unseen: Sequence[Tensor],
-    test_features_sparse_unseen: Sequence[Tensor],
-    V_final: Tensor | None,
-    N: int,
-    N_unseen: int,
-    device: torch.device | str = "cpu",
-    *,
-    estimator: type[LoRe] = LoRe,
-    num_iterations: int = 500,
-    learning_rate: float = 0.5,
-    few_shot_iterations: int = 500,
-    few_shot_learning_rate: float = 0.1,
-    optimizer: OptimizerFactory | None = None,
-    generator: Seed = None,
-    progress: bool = True,
-) -> ShotAccuracies:
+    trials: int, alpha_list: Sequence[float], K_list: Sequence[int], num_shots: Sequence[int],
+    train_features: Sequence[Tensor], train_features_unseen: Sequence[Tensor],
+    test_features_sparse_unseen: Sequence[Tensor], V_final: Tensor | None,
+    N: int, N_unseen: int, device: torch.device | str = "cpu", *,
+    estimator: type[LoRe] = LoRe, num_iterations: int = 500, learning_rate: float = 0.5,
+    few_shot_iterations: int = 500, few_shot_learning_rate: float = 0.1,
+    optimizer: OptimizerFactory | None = None, generator: Seed = None, progress: bool = True,
+) -> ShotAccuracies:  # fmt: skip
     """Accuracy of new users against the number of their comparisons (the few-shot curves).
 
     Args:
@@ -484,15 +428,10 @@ def _draw_shots(
 
 
 def solve_regularized(
-    V_sft: Tensor | None,
-    alpha: float,
-    train_features: Sequence[Tensor],
-    num_basis_vectors: int,
-    num_iterations: int = 1000,
-    learning_rate: float = 0.01,
-    estimator: type[LoRe] = LoRe,
+    V_sft: Tensor | None, alpha: float, train_features: Sequence[Tensor], num_basis_vectors: int,
+    num_iterations: int = 1000, learning_rate: float = 0.01, estimator: type[LoRe] = LoRe,
     **settings: Any,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Fit ``LoRe`` on U tensors [m_u, F]: weights W [U, K] and basis V [F, K]."""
     require(len(train_features) > 0, "no users: give one tensor of comparisons per user")
     sizes = len(train_features), train_features[0].shape[-1], num_basis_vectors
@@ -513,35 +452,26 @@ def solve(
 
 
 def learn_single_reward(
-    train_features: Sequence[Tensor],
-    num_iterations: int = 1000,
-    learning_rate: float = 0.5,
+    train_features: Sequence[Tensor], num_iterations: int = 1000, learning_rate: float = 0.5,
     **settings: Any,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """One reward direction V [F, 1] shared by all users: Bradley-Terry, the rank-1 ``LoRe``."""
     return solve(train_features, 1, num_iterations, learning_rate, **settings)[1]
 
 
 def learn_single_reward_regularized(
-    V_sft: Tensor,
-    alpha: float,
-    train_features: Sequence[Tensor],
-    num_iterations: int = 1000,
-    learning_rate: float = 0.5,
-    **settings: Any,
-) -> Tensor:
+    V_sft: Tensor, alpha: float, train_features: Sequence[Tensor],
+    num_iterations: int = 1000, learning_rate: float = 0.5, **settings: Any,
+) -> Tensor:  # fmt: skip
     """One shared direction V [F, 1], pulled to the reference: the rank-1 ``LoRe_regularized``."""
     given = V_sft, alpha, train_features, 1, num_iterations, learning_rate
     return solve_regularized_simplex(*given, **settings)[1]
 
 
 def learn_multiple_few_shot(
-    train_features: Sequence[Tensor],
-    V: Tensor,
-    num_iterations: int = 1000,
-    learning_rate: float = 0.01,
-    **settings: Any,
-) -> list[Tensor]:
+    train_features: Sequence[Tensor], V: Tensor,
+    num_iterations: int = 1000, learning_rate: float = 0.01, **settings: Any,
+) -> list[Tensor]:  # fmt: skip
     """Few-shot weights [K] of each new user, for U tensors [m_u, F] and a frozen V [F, K]."""
     sizes = len(train_features), *V.shape
     model = PersonalizeBatch(*sizes, num_iterations, learning_rate, **settings)
@@ -549,13 +479,9 @@ def learn_multiple_few_shot(
 
 
 def learn_multiple(
-    train_features: Sequence[Tensor],
-    num_iterations: int = 1000,
-    learning_rate: float = 0.5,
-    *,
-    weights: Sequence[Tensor] | None = None,
-    **settings: Any,
-) -> list[Tensor]:
+    train_features: Sequence[Tensor], num_iterations: int = 1000, learning_rate: float = 0.5, *,
+    weights: Sequence[Tensor] | None = None, **settings: Any,
+) -> list[Tensor]:  # fmt: skip
     """Every user's own reward direction [F, 1], from zero, with nothing shared: the per-user
     baseline. Comparisons may carry weights, U tensors [m_u]; settings: optimizer, progress."""
     data = Comparisons.from_list(train_features, weights)
@@ -567,14 +493,9 @@ solve_multi_reward = learn_multiple  # a published name
 
 
 def learn_multiple_few_shot_weighted(
-    alpha: float,
-    train_features: Sequence[Tensor],
-    current_dialog_features: Sequence[Tensor],
-    V: Tensor,
-    num_iterations: int = 1000,
-    learning_rate: float = 0.01,
-    **settings: Any,
-) -> list[Tensor]:
+    alpha: float, train_features: Sequence[Tensor], current_dialog_features: Sequence[Tensor],
+    V: Tensor, num_iterations: int = 1000, learning_rate: float = 0.01, **settings: Any,
+) -> list[Tensor]:  # fmt: skip
     """``learn_multiple_few_shot`` of earlier comparisons, U tensors [m_u, F], and those of the
     current dialogue, U tensors [n_u, F], which count alpha times; 0 leaves them out."""
     require(alpha >= 0, f"alpha must not be negative: {alpha}")

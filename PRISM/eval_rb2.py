@@ -91,7 +91,10 @@ def main(
         verbose_failures: show the worst failures of the last reward above the baseline's row.
         top_k: how many failures to show.
     """
-    check_csv(save_csv, source, basis, file.rm_head, file.head_bias)
+    if save_csv:
+        inputs = source, basis, file.rm_head, file.head_bias
+        check_place(Path(save_csv), "--save-csv")
+        check_output(Path(save_csv), "--save-csv", begins("reward,"), inputs)
     learned = load_learned(basis) if basis else None
     if list_users:
         require(learned is not None, "--list-users lists the users of a basis: give --basis")
@@ -115,22 +118,8 @@ def main(
         print(worst.to_string(index=False))
 
 
-# ------------------------------------------------------------------ What is asked for
-
-
-def check_csv(path: str | None, *inputs: str | None) -> None:
-    """Refuse a place for the table, if any is given, that is no table's or one of the inputs."""
-    if path:
-        check_place(Path(path), "--save-csv")
-        check_output(Path(path), "--save-csv", begins("reward,"), inputs)
-
-
 def basis_heads(basis: Learned | None, users: Sequence[str]) -> dict[str, Head]:
-    """Heads of a basis or a mixed logit: its columns, its average user, and the users asked for.
-
-    Raises:
-        InputError: a user whom the basis does not know.
-    """
+    """Heads of a basis or a mixed logit: its columns, average user, and the users asked for."""
     if basis is None:
         require(not users, "--users belongs to --basis: give the basis file that knows them")
         return {}
@@ -150,9 +139,6 @@ def check_mode(mode: str, source: Source, heads: Mapping[str, Head]) -> str:
     return mode if mode != "auto" else "lmhead" if heads else "seqclf"
 
 
-# --------------------------------------------------------------------------- Rewards
-
-
 def all_rewards(
     conversations: Sequence[Conversation],
     heads: Mapping[str, Head],
@@ -169,8 +155,6 @@ def all_rewards(
     """Rewards [conversations] by name; None while other processes are still embedding.
 
     Args:
-        conversations, heads: what is scored by what.
-        source, mode: the reward model; seqclf or lmhead.
         max_length: longest completion in tokens, prompt and template included, counted as the
             official harness does (a doubled BOS counts, though the model sees one).
         truncation_side: side that is cut off; the official harness leaves it to the tokenizer,
@@ -188,37 +172,21 @@ def all_rewards(
         own = rb2.own_rewards(source, conversations, *limits, batch_size, device, dtype, shown)
         return {"model": own}
     facts = [source[:3], source.pool, (dtype, *limits), conversations]
-    store = embed(
-        conversations,
-        embeddings or CACHE / f"{slug(source.model)}-{digest(facts)[:8]}",
-        model=source.model,
-        tokenizer=source.tokenizer,
-        revision=source.revision,
-        max_length=max_length,
-        truncation_side=truncation_side,
-        dtype=dtype,
-        device=device,
-        trust_remote_code=source.trust_remote_code,
-        pool=source.pool,
-        **embedding,
-    )
+    folder = embeddings or CACHE / f"{slug(source.model)}-{digest(facts)[:8]}"
+    embedding |= {"max_length": max_length, "truncation_side": truncation_side}
+    embedding |= {"dtype": dtype, "device": device, **source._asdict()}
+    store = embed(conversations, folder, **embedding)
     return rb2.head_rewards(store, heads) if store else None
 
 
 def official_length(source: Source, max_length: int) -> int:
-    """Most tokens of a completion, if ``max_length`` means what it means in the official harness.
-
-    The harness tokenizes the rendered text, so that a BOS of the template and one of the tokenizer
-    both count before one of them is masked. No more are kept than the model has positions.
-    """
+    """Most tokens of a completion, at most the model's positions, for the harness's ``max_length``:
+    it counts a BOS of the template and one of the tokenizer, and then masks one of them."""
     positions = getattr(load_config(source), "max_position_embeddings", None) or max_length
     tokenizer = load_tokenizer(source)
     start = render_text(tokenizer, [{"role": "user", "content": ""}])
     doubled = tokenizer(start)["input_ids"][:2] == [tokenizer.bos_token_id] * 2
     return min(max(max_length - doubled, 1), positions)
-
-
-# --------------------------------------------------------------------------- Results
 
 
 def results_folder(results: str | None, source: Source) -> Path:
@@ -231,9 +199,7 @@ def results_folder(results: str | None, source: Source) -> Path:
     return folder
 
 
-def save(
-    folder: Path, csv: str | None, bench: pd.DataFrame, rewards: rb2.Rewards
-) -> pd.DataFrame:
+def save(folder: Path, csv: str | None, bench: pd.DataFrame, rewards: rb2.Rewards) -> pd.DataFrame:
     """The table, written with scores/<reward>.json in the official layout for every reward."""
     table = rb2.score_table(bench, rewards)
     for path in filter(None, (folder / "scores.csv", csv)):

@@ -51,23 +51,18 @@ class Row(NamedTuple):
 
 
 def score(rows: Iterable[Row]) -> dict[str, float]:
-    """Score of each subset present, in the leaderboard's order, and "Overall", their mean.
-
-    Raises:
-        InputError: no rows, scores that are not finite, or Ties ids other than ref:k and tied:k.
-    """
+    """Score of each subset present, in the leaderboard's order, and "Overall", their mean;
+    InputError for no rows, scores that are not finite, or wrong ids in Ties."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row[1], []).append(_checked(Row(*row)))
     require(bool(groups), "there are no rows to score")
     order = [name for name in OFFICIAL if name in groups] + sorted(groups.keys() - OFFICIAL.keys())
-    result = {
-        name: ties_score(groups[name])
-        if _is_ties(name)
-        else _mean([row_result(row.scores) for row in groups[name]])
-        for name in order
-    }
-    return {**result, "Overall": float(np.mean(list(result.values())))}
+    result = {}
+    for name in order:
+        each = [row_result(row.scores) for row in groups[name]]
+        result[name] = ties_score(groups[name]) if _is_ties(name) else _mean(each)
+    return {**result, "Overall": _mean(list(result.values()))}
 
 
 def row_result(scores: Sequence[float]) -> float:
@@ -101,12 +96,10 @@ def ties_score(rows: Sequence[Row]) -> float:
             spreads[k] = float(np.ptp(row.scores[: row.num_correct]))
     accurate = [_mean(np.fromiter(gaps[kind].values(), float) > 0) for kind in ("tied", "ref")]
     paired = [k for k in gaps["tied"] if k in gaps["ref"]]
-    tied, ref, spread = (
-        np.array([values[k] for k in paired]) for values in (gaps["tied"], gaps["ref"], spreads)
-    )
+    sides = gaps["tied"], gaps["ref"], spreads
+    tied, ref, spread = (np.array([values[k] for k in paired]) for values in sides)
     smaller = np.minimum(tied, ref)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        # A spread of 0 gives tanh(+-inf) = +-1, and 0/0 counts as 0.
+    with np.errstate(divide="ignore", invalid="ignore"):  # a spread of 0 gives +-1; 0/0 counts as 0
         graded = np.nan_to_num(np.tanh(smaller / spread - 1))
     terms = [*accurate, _mean(tied > spread), _mean(smaller > spread), _mean(graded)]
     return float(np.dot([0.30, 0.30, 0.20, 0.20, 0.01], terms))
@@ -133,15 +126,11 @@ def _checked(row: Row) -> Row:
 
 
 def read_bench(source: str, split: str, subset: Sequence[str], limit: int) -> pd.DataFrame:
-    """Rows of RewardBench 2 with the ``COLUMNS``, all checked; the arguments are the script's.
-
-    Raises:
-        InputError: a missing column, a malformed line or row, or an unknown subset.
-    """
+    """Rows of RewardBench 2 with the ``COLUMNS``, all checked; the arguments are the script's."""
     rows = []
     for place, row in _raw_rows(source, split):
-        if problem := _problem(row):
-            raise InputError(f"{place} (id {str(row['id'])!a:.40}): {problem}")
+        problem = _problem(row)
+        require(problem is None, f"{place} (id {str(row['id'])!a:.40}): {problem}")
         rows.append({**{name: row[name] for name in COLUMNS}, "id": str(row["id"])})
     require(bool(rows), f"--source {source} has no rows")
     bench = pd.DataFrame(rows)
@@ -233,13 +222,8 @@ def own_rewards(
     source: Source, conversations: Sequence[Conversation], max_length: int, truncation_side: str,
     batch_size: int, device: str, dtype: str, progress: bool = True,
 ) -> np.ndarray:  # fmt: skip
-    """Logits [conversations] of the model's own classification forward.
-
-    All conversations of a batch have one length, so nothing is padded.
-
-    Raises:
-        InputError: the model cannot be loaded or has no score head with one output.
-    """
+    """Logits [conversations] of the model's own classification forward, in batches of one length;
+    InputError if it cannot be loaded or has no score head with one output."""
     device, dtype = device_and_dtype(device, dtype)
     engine = load_engine(source, dtype, device, "sdpa", "single", max_length)
     one = engine.head is not None and len(engine.head) == 1
@@ -275,16 +259,12 @@ def score_table(bench: pd.DataFrame, rewards: Rewards) -> pd.DataFrame:
 
 
 def official_record(name: str, bench: pd.DataFrame, rewards: np.ndarray) -> dict[str, Any]:
-    """Scores of one reward in the official layout, with the lists id, subset, scores and results.
-
-    A row's result is its score; in Ties it is null, since those rows are scored together.
-    """
+    """Scores of one reward in the official layout, with the lists id, subset, scores and results: a
+    row's score, or null in Ties, whose rows are scored together."""
     rows = scored_rows(bench, rewards)
-    return {
-        "model": name,
-        **{field: [getattr(row, field) for row in rows] for field in Row._fields},
-        "results": [None if _is_ties(row.subset) else row_result(row.scores) for row in rows],
-    }
+    lists = {field: [getattr(row, field) for row in rows] for field in Row._fields}
+    results = [None if _is_ties(row.subset) else row_result(row.scores) for row in rows]
+    return {"model": name, **lists, "results": results}
 
 
 def worst_failures(bench: pd.DataFrame, rewards: np.ndarray, top_k: int) -> pd.DataFrame:
@@ -318,11 +298,7 @@ class HeadFile:
     head_key: str | None = None
 
     def heads(self) -> dict[str, Head]:
-        """Heads "head 1", ..., none without a file.
-
-        Raises:
-            InputError: an unreadable file, an unknown entry, another shape or number of biases.
-        """
+        """Heads "head 1", ..., none without a file; InputErrors as of ``read_head``."""
         if not self.rm_head:
             alone = self.head_key or self.head_bias
             require(not alone, "--head_key and --head_bias belong to --rm_head: give that file too")
@@ -340,15 +316,8 @@ class HeadFile:
 
 
 def read_head(path: str, key: str | None = None) -> Tensor:
-    """Heads [F, B] of a file with a tensor of shape (F,), (F, 1), (F, B) or (1, F).
-
-    Args:
-        path: a .npy, .pt or .safetensors file; nothing in it is unpickled.
-        key: name of the entry to take if the file holds several.
-
-    Raises:
-        InputError: an unreadable file, an unknown entry, or another shape.
-    """
+    """Heads [F, B] of a .npy, .pt or .safetensors file with a tensor of shape (F,), (F, 1), (F, B)
+    or (1, F), under ``key`` if it holds several; nothing is unpickled, InputError for all else."""
     entries = _read_tensors(Path(path))
     if isinstance(entries, dict):
         named = {str(name): entry for name, entry in entries.items()}
@@ -372,8 +341,7 @@ def _read_tensors(path: Path) -> Tensor | dict[str, Tensor]:
         ".pt": lambda: torch.load(path, map_location="cpu", weights_only=True),
         ".safetensors": lambda: load_file(path),
     }
-    known = path.suffix in readers
-    require(known, f"{path}: a head file is one of {', '.join(readers)}")
+    require(path.suffix in readers, f"{path}: a head file is one of {', '.join(readers)}")
     try:
         return readers[path.suffix]()
     except Exception as bad:  # what damaged files raise has no common class

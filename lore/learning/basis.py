@@ -23,24 +23,16 @@ REMEDY = "it is no basis file"
 
 @dataclass
 class Basis:
-    """A learned basis and its users' weights; what a basis file holds.
+    """A learned basis and its users' weights, what a basis file holds; log odds are x V w / 100.
 
-    Attributes:
-        V: basis [F, K]; log odds are x V w / 100.
-        W: weights of the seen users [U, K].
-        reference: the reference direction [F], if there is one.
-        users: names of the seen users, in the order of W's rows; empty if they have none.
-        W_unseen, users_unseen: the same of the users fitted with V frozen.
-        settings: rank, alpha and whatever else the run recorded, such as the model.
-        losses: the objective at every step; not saved.
-        center: mean embedding [F] of the conversations, whose reward counts as zero; None in a
-            file of an earlier version.
-        method, use: what learned it, and how a user's reward is made of the columns, in words.
+    V [F, K] was learned with the seen users' weights W [U, K]; W_unseen was fitted with V frozen.
+    ``users`` name their rows, or are empty. ``center`` [F] is the conversations' mean embedding,
+    whose reward counts as zero (None in older files); ``losses`` are not saved.
     """
 
     V: Tensor
     W: Tensor
-    reference: Tensor | None = None
+    reference: Tensor | None = None  # [F]
     users: list[str] = field(default_factory=list)
     W_unseen: Tensor | None = None
     users_unseen: list[str] = field(default_factory=list)
@@ -56,8 +48,7 @@ class Basis:
         return [*self.users, *self.users_unseen]
 
     def weights_of(self, user: str, flag: str = "user") -> Tensor:
-        """A seen or unseen user's weights w [K]; an InputError that begins with ``flag`` where
-        the name is not in the basis."""
+        """A seen or unseen user's weights w [K]; InputError, beginning with ``flag``, for none."""
         unseen = () if self.W_unseen is None else self.W_unseen
         named = [*zip(self.users, self.W, strict=False)]  # there may be no names
         return look_up(dict([*named, *zip(self.users_unseen, unseen, strict=False)]), user, flag)

@@ -1,7 +1,5 @@
 """Users' comparisons as every method takes them: whose they are, what they weigh, their features.
-
-U users, N comparisons (chosen minus rejected), F features, C columns.
-"""
+U users, N comparisons (chosen minus rejected), F features, C columns."""
 
 from __future__ import annotations
 
@@ -89,24 +87,14 @@ class DenseFeatures:
 
 
 class RowFeatures:
-    """Differences of rows of an embedding table that stays on disk (streamed in chunks).
-
-    Products are formed from the table's distinct rows: X V = (E V)[chosen] - (E V)[rejected].
-
-    Args:
-        rows: reads rows of the table: index [n] -> embeddings [n, F].
-        chosen, rejected: row numbers [N] in the table.
-        device: where the products are formed.
-    """
+    """Differences of rows, numbered ``chosen`` and ``rejected`` [N], of an embedding table that
+    stays on disk; ``rows`` reads a chunk of it, numbers [n] -> embeddings [n, F]. Products are
+    formed on ``device`` from distinct rows: X V = (E V)[chosen] - (E V)[rejected]."""
 
     def __init__(
-        self,
-        rows: Callable[[Tensor], Tensor],
-        num_features: int,
-        chosen: Tensor,
-        rejected: Tensor,
-        device: torch.device | str = "cpu",
-    ) -> None:
+        self, rows: Callable[[Tensor], Tensor], num_features: int,
+        chosen: Tensor, rejected: Tensor, device: torch.device | str = "cpu",
+    ) -> None:  # fmt: skip
         self.rows, self.num_features = rows, num_features
         self.device = torch.device(device)
         both = torch.cat([torch.as_tensor(chosen).long(), torch.as_tensor(rejected).long()])
@@ -195,16 +183,8 @@ class Pairs:
 
 
 class Users:
-    """Whose comparisons are whose, and what each weighs; users lie one after the other.
-
-    Args:
-        counts: number of comparisons of each user [U]; may be 0.
-        weight: how much each comparison counts [N], all positive; one each if None.
-        device: by default where the weights lie.
-
-    Attributes:
-        user: whose each comparison is [N], ascending.
-    """
+    """Whose each comparison is, ``user`` [N], ascending, from their counts [U], which may be 0, and
+    what each weighs [N], positive, by default one; by default on the weights' device."""
 
     def __init__(
         self, counts: Sequence[int] | Tensor, weight: Tensor | None = None, device: Device = None
@@ -228,9 +208,8 @@ class Users:
 
     def sum(self, values: Tensor, scale: Tensor | None = None) -> Tensor:
         """Each user's sum of values [N, C], times scale [N]: [U, C]."""
-        return embedding_bag(
-            self._rows, values.contiguous(), self._starts, mode="sum", per_sample_weights=scale
-        )
+        given = self._rows, values.contiguous(), self._starts
+        return embedding_bag(*given, mode="sum", per_sample_weights=scale)
 
     def sums(self, x: Tensor, scale: Tensor) -> Tensor:
         """Each user's sum of rows x [N, F] times each model's scale [N, M]: [U, M, F]."""
@@ -310,24 +289,14 @@ class Users:
 
 
 class Comparisons(Users):
-    """The comparisons of U users with their features.
-
-    Args:
-        features: the feature differences.
-        counts: number of comparisons of each user [U]; every user has at least one.
-        weight: how much each comparison counts [N]; one each if None.
-        names: of the users [U], or none.
-        dialogs: number of each comparison's dialogue [N]; None where every one stands alone.
-    """
+    """The comparisons of U users, at least one of each, with their features: counts and weights as
+    for ``Users``, the users' names [U] or none, and the number of each comparison's dialogue [N],
+    None where every one stands alone."""
 
     def __init__(
-        self,
-        features: Features,
-        counts: Sequence[int] | Tensor,
-        weight: Tensor | None = None,
-        names: Iterable[str] = (),
-        dialogs: Tensor | None = None,
-    ) -> None:
+        self, features: Features, counts: Sequence[int] | Tensor, weight: Tensor | None = None,
+        names: Iterable[str] = (), dialogs: Tensor | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(counts, weight, features.device)
         self.features, self.names, self.dialogs = features, list(names), dialogs
         self.num_features = features.num_features
@@ -338,16 +307,10 @@ class Comparisons(Users):
 
     @classmethod
     def from_list(
-        cls,
-        X: Sequence[Tensor],
-        weights: Sequence[Tensor] | None = None,
-        device: Device = None,
+        cls, X: Sequence[Tensor], weights: Sequence[Tensor] | None = None, device: Device = None
     ) -> Comparisons:
-        """Pack a list of U tensors [m_u, F]; views of one tensor, in order, are not copied.
-
-        Raises:
-            InputError: as ``check_features``, or weights [m_u] that do not match.
-        """
+        """Pack U tensors [m_u, F], and of weights [m_u]; views of one tensor, in order, are not
+        copied. InputErrors as of ``check_features``, or for weights that do not match."""
         check_features(X)
         weight = None
         if weights is not None:
@@ -379,9 +342,8 @@ class Comparisons(Users):
 
     def in_memory(self) -> Comparisons:
         """The same with the differences [N, F] held in memory."""
-        if isinstance(self.features, DenseFeatures):
-            return self
-        return self._with(self.features.dense())
+        dense = isinstance(self.features, DenseFeatures)
+        return self if dense else self._with(self.features.dense())
 
     def _with(self, features: Features) -> Comparisons:
         return Comparisons(features, self.counts, self.weight, self.names, self.dialogs)
@@ -454,19 +416,12 @@ def check_features(X: Sequence[Tensor], width: int | None = None) -> None:
 
 @dataclass
 class Shots:
-    """Random shots of new users.
+    """Random shots of new users."""
 
-    Attributes:
-        rows: numbers of the comparisons of each trial, number of shots and user, users innermost.
-        sizes: the S numbers of shots; may be 0.
-        trials: draws per number of shots.
-        users_with_that_many: how many users have that many shots [S].
-    """
-
-    rows: list[Tensor]
-    sizes: list[int]
-    trials: int
-    users_with_that_many: list[int]
+    rows: list[Tensor]  # numbers of comparisons by trial, number of shots and user, users innermost
+    sizes: list[int]  # the S numbers of shots; may be 0
+    trials: int  # draws per number of shots
+    users_with_that_many: list[int]  # how many users have that many shots [S]
 
 
 def draw_shots(
@@ -490,7 +445,5 @@ def draw_shots(
 def warn_of_short_users(fewest: int, shots: Iterable[int]) -> None:
     """Say once that a user has fewer shots than are wanted."""
     if fewest < max(shots):
-        log.warning(
-            "%d shots asked for, but a user has only %d: all of that user's are used",
-            max(shots), fewest,
-        )  # fmt: skip
+        message = "%d shots asked for, but a user has only %d: all of that user's are used"
+        log.warning(message, max(shots), fewest)

@@ -38,27 +38,16 @@ def grid(
 
 
 def fit_bases(
-    estimator: type[Model],
-    points: Sequence[dict[str, Any]],
-    reference: Tensor | None,
-    data: Comparisons,
-    num_users: int,
-    checkpoint: Checkpoint | None = None,
-    then: Callable[[int], object] | None = None,
-    **settings: Any,
-) -> list[Basis]:
-    """A basis for all settings of the grid; rank 0 is the reference itself.
+    estimator: type[Model], points: Sequence[dict[str, Any]], reference: Tensor | None,
+    data: Comparisons, num_users: int, checkpoint: Checkpoint | None = None,
+    then: Callable[[int], object] | None = None, **settings: Any,
+) -> list[Basis]:  # fmt: skip
+    """A basis for all settings of a ``grid``; rank 0 is the reference itself, [F] or [F, 1]. The
+    data are the comparisons of all users, or this process's share; settings are the estimator's.
 
-    Args:
-        estimator: ``utils.LoRe`` or ``utils.LoRe_regularized``.
-        points: see ``grid``.
-        reference: [F] or [F, 1]; None if there is none.
-        data: comparisons of the users, or this process's share of ``num_users``.
-        checkpoint: where to keep the state of the training.
-        then: called after the initial values of each point are drawn, to draw those of new users,
-            with the number of logits that each needs (0 up to rank 1). Where columns may be dropped
-            it is known after training: then one model is trained after the other.
-        settings: of the estimator: num_iterations, learning_rate, generator, optimizer, ...
+    ``then`` draws new users' initial values after those of each point, given the logits that each
+    needs (0 up to rank 1). Where columns may be dropped, that is known after training: then one
+    model is trained after the other.
     """
     direction = check_reference(reference, data.num_features)
     models: list[Model | None] = []
@@ -78,13 +67,9 @@ def fit_bases(
 
 
 def _train(
-    points: Sequence[dict[str, Any]],
-    models: Sequence[Model | None],
-    reference: Tensor | None,
-    data: Comparisons,
-    num_users: int,
-    checkpoint: Checkpoint | None = None,
-) -> list[Basis]:
+    points: Sequence[dict[str, Any]], models: Sequence[Model | None], reference: Tensor | None,
+    data: Comparisons, num_users: int, checkpoint: Checkpoint | None = None,
+) -> list[Basis]:  # fmt: skip
     some = [model for model in models if model is not None]
     trained, bases = iter(train_together(some, data, checkpoint) if some else []), []
     for point, model in zip(points, models, strict=True):

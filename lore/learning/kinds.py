@@ -12,10 +12,8 @@ Shares = dict[str, float]  # of ``KINDS``; they add up to 1
 
 
 def judged(data: Comparisons, names: dict[str, int] | None = None) -> Judged:
-    """Whose the comparisons are and which two rows each is about; the order of the two is lost.
-
-    ``names`` numbers the users' names; without, a user has its own number.
-    """
+    """Whose the comparisons are, numbered by ``names`` if given, and which two rows each is about;
+    the order of the two is lost."""
     x = data.features
     assert isinstance(x, RowFeatures)
     ends = np.stack([x.index[side.cpu()].numpy() for side in (x.chosen, x.rejected)])
@@ -36,8 +34,7 @@ def shares(held_out: Judged, own: Judged, training: Judged) -> Shares:
 def kinds_of_test(
     train: Comparisons, few: Comparisons | None, seen: Comparisons, unseen: Comparisons | None
 ) -> dict[str, NDArray[np.int8]]:
-    """Kind of each held-out comparison, as its place in ``KINDS``, of seen and, if any, unseen
-    users; the arguments are those of ``shares_of_test``. Empty without row numbers."""
+    """Kind of each held-out comparison, as its place in ``KINDS``, by set as ``shares_of_test``."""
     return {name: kinds(*parts) for name, parts in _judged(train, few, seen, unseen).items()}
 
 

@@ -1,8 +1,5 @@
-"""What a method is: settings that can be fitted, and what a fit knows of users.
-
-What is known of a user is one row of a tensor, the user's *state*: controls, sweeps over shots,
-choices, reports and plots only move such rows.
-"""
+"""What a method is: settings that can be fitted, and what a fit knows of users. That is one row of
+a tensor, the user's *state*: controls, sweeps, choices, reports and plots only move such rows."""
 
 from __future__ import annotations
 
@@ -22,42 +19,23 @@ View = Tensor | Pairs
 
 @dataclass
 class Task:
-    """One repeat of an experiment: what methods learn from, and what they are judged on.
+    """One repeat of an experiment: what methods learn from, and what they are judged on."""
 
-    Attributes:
-        train: training comparisons of the seen users.
-        few: training comparisons of the new users, their shots; None where there are none.
-        seen: held-out comparisons of the seen users; no method may look at them.
-        unseen: the same of the new users.
-        validation: comparisons of the seen users that are neither, for choices; None where the
-            dataset has no such split, and part of the training comparisons is held out instead.
-        reference: the reward model's own direction [F], if there is one.
-        seed: of everything random.
-        stream: features are read from disk at every pass instead of being held.
-        process, processes: which share of the seen users is this process's.
-        state: path where the state of a training is kept, with a suffix; None for nowhere.
-        checkpoint_every: steps between two kept states.
-        progress: show bars.
-        shots: numbers of shots that new users will have, for choices made on pseudo-new users.
-        kinds: shares of known, met and new comparisons in the test, see kinds.py, or None.
-            Choices hold out comparisons of the same kinds.
-    """
-
-    train: Comparisons
-    few: Comparisons | None
-    seen: Comparisons
+    train: Comparisons  # of the seen users
+    few: Comparisons | None  # the new users' training comparisons, their shots
+    seen: Comparisons  # held out; no method may look at them
     unseen: Comparisons | None
-    validation: Comparisons | None = None
-    reference: Tensor | None = None
-    seed: int = 0
-    stream: bool = False
-    process: int = 0
+    validation: Comparisons | None = None  # seen users' others, for choices; else part of train
+    reference: Tensor | None = None  # the reward model's own direction [F]
+    seed: int = 0  # of everything random
+    stream: bool = False  # features are read from disk at every pass instead of being held
+    process: int = 0  # whose share of the seen users, of ``processes``, this is
     processes: int = 1
-    state: Path | None = None
-    checkpoint_every: int = 0
+    state: Path | None = None  # where the state of a training is kept, with a suffix
+    checkpoint_every: int = 0  # steps
     progress: bool = False
-    shots: tuple[int, ...] = ()
-    kinds: dict[str, dict[str, float]] | None = None
+    shots: tuple[int, ...] = ()  # that new users will have, for choices made on pseudo-new users
+    kinds: dict[str, dict[str, float]] | None = None  # shares in the test (kinds.py), for choices
 
     @cached_property
     def local_train(self) -> Comparisons:
@@ -67,38 +45,21 @@ class Task:
 
 
 class Fitted:
-    """A fitted method: what is shared by all users, and every seen user's state.
+    """A fitted method: what is shared by all users, and every seen user's state."""
 
-    Attributes:
-        label: name in tables, such as "LoRe K=5".
-        settings: what was fitted, such as the rank; plain JSON values.
-        users: seen users' states [U, S]; S is 0 where nothing is personal.
-        population_state: state [S] of a user of whom nothing is known, such as the mean weights.
-        file: name of the file that ``save`` writes, without seed and suffix; "" for none.
-        written: the whole name, once it is written.
-        new_users: new users' states [U', S], once they have adapted.
-        controlled: whether it is also judged with the population's, another user's and shuffled
-            labels' states.
-        max_trials: most trials of a sweep over shots; None for all.
-        chosen: whether validation picked it among the method's fits.
-        family: what the method's labels have in common, where it has several.
-        shots_chosen_by: how new users' shots are chosen in a sweep, see elicitation/criteria.py.
-        random_label: label of the same fit with random shots, where a criterion chooses them.
-    """
-
-    label: str
-    settings: dict[str, Any]
-    users: Tensor
-    population_state: Tensor
-    file: str = ""
-    written: str = ""
-    new_users: Tensor | None = None
-    controlled: bool = True
-    max_trials: int | None = None
-    chosen: bool = False
-    family: str = ""
-    shots_chosen_by: str = "random"
-    random_label: str | None = None
+    label: str  # in tables, such as "LoRe K=5"
+    settings: dict[str, Any]  # what was fitted, such as the rank; plain JSON values
+    users: Tensor  # seen users' states [U, S]; S is 0 where nothing is personal
+    population_state: Tensor  # [S] of a user of whom nothing is known, such as the mean weights
+    file: str = ""  # that ``save`` writes, without seed and suffix; "" for none
+    written: str = ""  # the whole name, once it is written
+    new_users: Tensor | None = None  # their states [U', S], once they have adapted
+    controlled: bool = True  # judged with the population's, another's and shuffled labels' states
+    max_trials: int | None = None  # of a sweep over shots; None for all
+    chosen: bool = False  # by validation among the method's fits
+    family: str = ""  # what the method's labels have in common, where it has several
+    shots_chosen_by: str = "random"  # in a sweep, see elicitation/criteria.py
+    random_label: str | None = None  # of the same fit with random shots, where a criterion chooses
 
     @property
     def personal(self) -> bool:
@@ -147,31 +108,22 @@ class Fitted:
         return {}
 
     def save(self, path: Path, new: Tensor, facts: Mapping[str, Any]) -> None:
-        """Keep what tools need in one file.
-
-        Args:
-            path: of the file.
-            new: states of the new users [U', S].
-            facts: dataset, model, seed and more, and the users' names, seen and new: ``users`` and
-                ``users_unseen``; ``known_unseen`` is the new users' ``spread``, where it is known.
-        """
+        """Keep what tools need in one file, with the new users' states [U', S]. The facts are
+        dataset, model, seed and more, the users' names, ``users`` and ``users_unseen``, and
+        ``known_unseen``, the new users' ``spread``, where it is known."""
 
 
 class Method(Protocol):
-    """A method with its settings: a dataclass, whose fields are its flags.
-
-    A class may say more, for ``check``: ``bounded``, names of fields that are ranks which users or
-    features limit; ``alone``, that one process fits it; and ``check``, which refuses a task.
-    """
+    """A method with its settings: a dataclass, whose fields are its flags. It may also have
+    ``bounded``, its fields that are ranks which users or features limit; ``alone``, if one process
+    has to fit it; and ``check``, which refuses a task."""
 
     def fit(self, task: Task) -> list[Fitted]:
         """Learn from the task's training comparisons alone."""
 
 
 def check(name: str, method: Method, task: Task) -> None:
-    """InputError, which names the flags, for a method that cannot be fitted to this task: a rank
-    beyond what users and features support, several processes where one is needed, and whatever
-    else the method refuses."""
+    """InputError, which names the flags, for a method that cannot be fitted to this task."""
     one = task.processes == 1 or not getattr(method, "alone", False)
     require(one, f"--methods {name}: one process fits this method, start it without torchrun")
     users, features = task.train.num_users, task.train.num_features

@@ -27,11 +27,9 @@ def sample_shots(features: Sequence[Tensor], shots: int, generator: Seed = None)
 
 
 def generate_population(
-    alpha: float | Sequence[float] | np.ndarray | Tensor,
-    N: int,
-    generator: Seed = None,
-    num_models: int = 10,
-) -> Tensor:
+    alpha: float | Sequence[float] | np.ndarray | Tensor, N: int,
+    generator: Seed = None, num_models: int = 10,
+) -> Tensor:  # fmt: skip
     """Simulated users' weights over M reward models, Dirichlet(alpha): [N, M]; alpha are M
     concentrations, or one number for all of ``num_models``."""
     concentration = np.asarray(alpha, dtype=np.float64)

@@ -1,8 +1,6 @@
-"""Training: models side by side on the same comparisons, and states to go on from after a kill.
-
-The models' columns form one tensor, so that one pass over the features serves all. Model m has
-``ranks[m]`` columns. U users, N comparisons, F features, C columns of all models, M models.
-"""
+"""Training: models side by side on the same comparisons, and states to go on from after a kill. The
+models' columns form one tensor, so that one pass over the features serves all; ``ranks[m]`` are
+model m's. U users, N comparisons, F features, C columns of all models, M models."""
 
 from __future__ import annotations
 
@@ -28,10 +26,8 @@ Model = Any  # utils.LoRe or utils.LoRe_regularized, which stand above
 
 log = logging.getLogger(__name__)
 
-DIVERGED = (
-    "numbers became NaN or infinite; lower the learning rate (--learning-rate) or --alpha, or "
-    "choose another --optimizer"
-)
+DIVERGED = ("numbers became NaN or infinite; lower the learning rate (--learning-rate) or --alpha, "
+            "or choose another --optimizer")  # fmt: skip
 OptimizerFactory = Callable[[Iterable[Tensor]], Optimizer]
 Loss = Callable[[Tensor, Tensor], Tensor]  # products [N, M], coefficients [N] -> losses [M]
 # Their update of an entry depends on that entry alone, so that models trained side by side in one
@@ -43,10 +39,9 @@ ELEMENTWISE = (
 
 
 def make_optimizer(
-    optimizer: type[Optimizer] | OptimizerFactory | None,
-    parameters: Iterable[Tensor],
+    optimizer: type[Optimizer] | OptimizerFactory | None, parameters: Iterable[Tensor],
     learning_rate: float,
-) -> Optimizer:
+) -> Optimizer:  # fmt: skip
     """The paper's Adam, or a class made with lr=learning_rate, or what a function with its own
     settings makes, such as ``functools.partial(torch.optim.SGD, lr=1.0)``."""
     if isinstance(optimizer, type) or optimizer is None:
@@ -71,12 +66,9 @@ def loss_and_slope(loss: Loss, products: Tensor, c: Tensor) -> tuple[Tensor, Ten
 
 
 def logits_gradient(
-    logits: Tensor,
-    dW: Tensor,
-    ranks: Sequence[int],
-    target: Tensor | None = None,
-    strength: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    logits: Tensor, dW: Tensor, ranks: Sequence[int],
+    target: Tensor | None = None, strength: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradient [U, C] through the softmax of a gradient in the weights, and of the pull, which is
     strength [U, C] times KL(target [C] || weights) summed over users; and the pull's losses [M]."""
     with torch.enable_grad():
@@ -251,16 +243,9 @@ class Training:
 def train_together(
     models: Sequence[Model], data: Comparisons, checkpoint: Checkpoint | None = None
 ) -> list[tuple[Tensor, Tensor]]:
-    """(W, V) of models of one kind, with the same iterations, learning rate and optimiser.
-
-    Each follows the trajectory that it follows alone; an optimiser whose update mixes entries
-    (LBFGS) trains them one after the other.
-
-    Args:
-        models: to fit.
-        data: the comparisons of all users, or this process's share.
-        checkpoint: where to keep the state, to go on after a kill.
-    """
+    """(W, V) of models of one kind, with the same iterations, learning rate and optimiser, on the
+    comparisons of all users, or this process's share. Each follows the trajectory that it follows
+    alone; an optimiser whose update mixes entries (LBFGS) trains one after the other."""
     optimizer = make_optimizer(models[0].optimizer, [torch.zeros(1)], 0.1)
     if isinstance(optimizer, ELEMENTWISE) or len(models) == 1:
         return Training(models, data).fit(checkpoint)
@@ -284,28 +269,17 @@ def _step(optimizer: Optimizer, gradients: Callable[[], Tensor]) -> Tensor:
 
 
 def fit_weights(
-    Z: Tensor,
-    users: Users,
-    logits: Tensor,
-    loss: Loss,
-    *,
-    num_iterations: int = 500,
-    learning_rate: float = 0.1,
+    Z: Tensor, users: Users, logits: Tensor, loss: Loss, *,
+    num_iterations: int = 500, learning_rate: float = 0.1,
     optimizer: OptimizerFactory | None = None,
-    shrinkage: float = 0.0,
-    population: Tensor | None = None,
-    progress: bool = False,
-    losses: list[float] | None = None,
-) -> Tensor:
-    """Weights [U, K] on the simplex for a fixed basis (eq. 11): each user's minimise the mean of
-    that user's losses.
+    shrinkage: float = 0.0, population: Tensor | None = None,
+    progress: bool = False, losses: list[float] | None = None,
+) -> Tensor:  # fmt: skip
+    """Weights [U, K] on the simplex for a fixed basis (eq. 11): each user's minimise the mean loss
+    of that user's products z^T w, from initial logits [U, K] and comparisons Z = X V [N, K].
 
-    Args:
-        Z, users: projected comparisons X V [N, K], and whose they are.
-        logits: initial logits [U, K]; not changed.
-        loss: of the products z^T w.
-        shrinkage: pull towards ``population`` [K], the population's weights, in comparisons.
-        losses: a list to which the sum over users is appended at every step.
+    ``shrinkage`` pulls towards the ``population``'s weights [K], in comparisons; to ``losses`` the
+    sum over users is appended at every step.
     """
     require(not shrinkage or population is not None, "shrinkage needs the population's weights")
     logits, ranks = logits.detach().to(Z, copy=True), [Z.shape[1]]
@@ -334,13 +308,9 @@ def fit_weights(
 
 
 def own_directions(
-    data: Comparisons,
-    loss: Loss,
-    num_iterations: int = 1000,
-    learning_rate: float = 0.5,
-    optimizer: OptimizerFactory | None = None,
-    progress: bool = False,
-) -> Tensor:
+    data: Comparisons, loss: Loss, num_iterations: int = 1000, learning_rate: float = 0.5,
+    optimizer: OptimizerFactory | None = None, progress: bool = False,
+) -> Tensor:  # fmt: skip
     """Every user's own reward direction [U, F], from zero; ``data`` is held in memory, ``loss`` is
     of the products x^T v."""
     directions = []
@@ -370,11 +340,8 @@ def _own_gradient(users: Users, x: Tensor, c: Tensor, V: Tensor, loss: Loss) -> 
 
 @dataclass
 class Checkpoint:
-    """The state of a training in ``path.<process>.<step>.pt``, so that a killed one goes on.
-
-    Each process keeps the last two states: several go on from the last step that all have. A state
-    can be taken up on another device, or streamed.
-    """
+    """The last two states of a training in ``path.<process>.<step>.pt``, so that a killed one goes
+    on, from the last step that all processes have; also on another device, or streamed."""
 
     path: Path
     every: int = 200  # steps

@@ -604,19 +604,19 @@ def test_new_texts_take_a_killed_run_into_account(quiet, tmp_path, embedded, mon
     for chats in (some_chats(), more):
         embed(chats, whole, **quiet)
     assert embedded == [4, 4, 4, 2, 4, 2]
-    folder, plain = tmp_path / "killed", embeddings._write_tensors
+    folder, plain = tmp_path / "killed", embeddings._write
     embed(some_chats(), folder, **quiet)
 
-    def killed(path: Path, *given: Any, **note: Any) -> None:
-        plain(path, *given, **note)
+    def killed(path: Path, data: bytes) -> None:
+        plain(path, data)
         if path.name.startswith("embeddings-"):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(embeddings, "_write_tensors", killed)
+    monkeypatch.setattr(embeddings, "_write", killed)
     with pytest.raises(KeyboardInterrupt):
         embed(more, folder, **quiet)
     assert len(open_store(folder)) == 15  # what was there is there still
-    monkeypatch.setattr(embeddings, "_write_tensors", plain)
+    monkeypatch.setattr(embeddings, "_write", plain)
     embed(more, folder, **quiet)
     assert embedded[6:] == [4, 4, 4, 2, 4, 2] and contents(folder) == contents(whole)
 
