@@ -11,9 +11,7 @@ from lore.common.cli import cli
 from lore.common.files import require
 from lore.common.settings import Fraction, PositiveInt, SeedNumber
 from lore.embeddings import store as embeddings
-from lore.preparing import raw
-from lore.preparing import tables as preparing
-from lore.preparing.tables import Funnel, Turn
+from lore.preparing import raw, tables
 
 HERE = Path(__file__).resolve().parent
 WHOSE = {"user_id": "annotator_id", "dialog_id": "conversation_id"}
@@ -24,16 +22,10 @@ COLUMNS = (*WHOSE.values(), "assigned_lang", *(f"{turn}_turn_{c}" for turn in TU
 
 
 def main(
-    source: str = "facebook/community-alignment-dataset",
-    out: Path = HERE / "data",
-    language: str = "en",
-    min_comparisons: PositiveInt = 50,
-    seen_fraction: Fraction = 0.5,
-    seed: SeedNumber = 0,
-    unseen_prompts: bool = False,
-    embed: bool = True,
-    **embedding: Any,
-) -> None:
+    source: str = "facebook/community-alignment-dataset", out: Path = HERE / "data",
+    language: str = "en", min_comparisons: PositiveInt = 50, seen_fraction: Fraction = 0.5,
+    seed: SeedNumber = 0, unseen_prompts: bool = False, embed: bool = True, **embedding: Any,
+) -> None:  # fmt: skip
     """Make the comparisons of one language's annotators with many of them, and embed the texts.
 
     Args:
@@ -49,46 +41,44 @@ def main(
     """
     if embed:
         embeddings.check_model(embedding)
-    funnel = Funnel()
-    table = preparing.tabulate(read(source, language, funnel), funnel)
+    funnel = tables.Funnel()
+    table = tables.tabulate(read(source, language, funnel), funnel)
     what = f"annotators with at least {min_comparisons} comparisons"
-    table = preparing.keep_users(table, min_comparisons, funnel, what)
-    prompts = preparing.first_prompts(table.chosen) if unseen_prompts else None
-    table = preparing.split_dialogues(table, seed, funnel, prompts)
-    table = preparing.split_users(table, seed, seen_fraction)
+    table = tables.keep_users(table, min_comparisons, funnel, what)
+    prompts = tables.first_prompts(table.chosen) if unseen_prompts else None
+    table = tables.split_dialogues(table, seed, funnel, prompts)
+    table = tables.split_users(table, seed, seen_fraction)
     turns = table.groupby([*WHOSE, "turn"]).weight
     table = table.assign(weight=1 / turns.transform("size"))  # a turn weighs one
-    conversations, table = preparing.number_conversations(table, funnel)
-    settings = {
-        "source": source, "language": language, "min_comparisons": min_comparisons,
-        "seen_fraction": seen_fraction, "seed": seed, "unseen_prompts": unseen_prompts,
-    }  # fmt: skip
-    info, share = {"dataset": "CommunityAlignment", "settings": settings}, embedding.get("shard")
-    print(preparing.write_prepared(out, conversations, table, info, funnel, share))
+    conversations, table = tables.number_conversations(table, funnel)
+    settings = {"source": source, "language": language, "min_comparisons": min_comparisons,
+                "seen_fraction": seen_fraction, "seed": seed,
+                "unseen_prompts": unseen_prompts}  # fmt: skip
+    info = {"dataset": "CommunityAlignment", "settings": settings}
+    print(tables.write_prepared(out, conversations, table, info, funnel, embedding.get("shard")))
     if embed:
         embeddings.embed(conversations, out / "embeddings", **embedding)
 
 
-def read(source: str, language: str, funnel: Funnel) -> list[dict[str, Any]]:
+def read(source: str, language: str, funnel: tables.Funnel) -> list[dict[str, Any]]:
     """The comparisons of every conversation in the language."""
     comparisons, languages = [], set()
     for place, row in raw.read_rows(source, "train", COLUMNS, split="train"):
         funnel.count("conversations")
         spoken = raw.text(row["assigned_lang"], place, "assigned_lang")
         languages.add(spoken)
-        if spoken != language:
-            continue
-        funnel.count(f"conversations in {language}")
-        whose = {name: raw.name(row[column], place, column) for name, column in WHOSE.items()}
-        comparisons += preparing.compare(*read_turns(place, row), whose, funnel)
+        if spoken == language:
+            funnel.count(f"conversations in {language}")
+            whose = {name: raw.name(row[column], place, column) for name, column in WHOSE.items()}
+            comparisons += tables.compare(*read_turns(place, row), whose, funnel)
     there = ", ".join(sorted(languages))
     require(language in languages, f"--language {language} is none of those there: {there}")
     return comparisons
 
 
-def read_turns(place: str, row: dict[str, Any]) -> tuple[list[Turn], str]:
+def read_turns(place: str, row: dict[str, Any]) -> tuple[list[tables.Turn], str]:
     """The turns of a conversation up to one that cannot be used; and why, if there is one."""
-    turns: list[Turn] = []
+    turns: list[tables.Turn] = []
     for number, turn in enumerate(TURNS):
         columns = {cell: f"{turn}_turn_{cell}" for cell in CELLS}
         cells = {cell: raw.text(row[name], place, name) for cell, name in columns.items()}
@@ -99,7 +89,7 @@ def read_turns(place: str, row: dict[str, Any]) -> tuple[list[Turn], str]:
         prompt, preferred = cells.pop("prompt"), cells.pop("preferred_response")
         if preferred not in cells:
             return turns, "dialogues cut at a preferred_response that names no response"
-        turns.append(Turn(prompt, cells.pop(preferred), list(cells.values())))
+        turns.append(tables.Turn(prompt, cells.pop(preferred), list(cells.values())))
     return turns, ""
 
 

@@ -13,37 +13,24 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.common.cli import cli
-from lore.common.files import InputError, digest, require
+from lore.common.files import digest, require
 from lore.common.settings import Fraction, PositiveInt, SeedNumber
 from lore.embeddings import store as embeddings
-from lore.preparing import hold_out, own_rows, raw
-from lore.preparing import tables as preparing
+from lore.preparing import hold_out, own_rows, raw, tables
 from lore.preparing.facts import retest
 from lore.preparing.hold_out import Split
 from lore.preparing.own_rows import USUAL, Choice, Columns
-from lore.preparing.tables import EXTRA, Funnel
 
 HERE = Path(__file__).resolve().parent
 
 
 def main(
-    source: str,
-    out: Path = HERE / "data",
-    columns: Columns = USUAL,
-    min_comparisons: PositiveInt = 2,
-    seen_fraction: Fraction = 0.5,
-    split: Split | None = None,
-    seed: SeedNumber = 0,
-    extra: tuple[str, ...] = (),
-    embed: bool = True,
-    **embedding: Any,
-) -> None:
+    source: str, out: Path = HERE / "data", columns: Columns = USUAL,
+    min_comparisons: PositiveInt = 2, seen_fraction: Fraction = 0.5,
+    split: Split | None = None, seed: SeedNumber = 0, extra: tuple[str, ...] = (),
+    embed: bool = True, **embedding: Any,
+) -> None:  # fmt: skip
     """Make comparisons from rows that say what a user chose, and embed their texts.
-
-    Rows with a split keep it, unless --split says how they are divided: responses (held-out
-    comparisons are between responses that training lacks), prompts, dialogs (of each user) or pairs
-    (their responses may stand in training, compared with others). By default it is the hardest that
-    leaves enough: dialogs where there are some, else prompts, else responses, else pairs.
 
     Args:
         source: a file (.jsonl, .json, .csv, .tsv or .parquet; compressed too), a folder of such, or
@@ -53,7 +40,9 @@ def main(
         min_comparisons: fewest comparisons of a user.
         seen_fraction: share of the users whose data train the basis.
         split: what is divided into training and held out: given (the source's column, named by
-            --columns.split), dialogs, prompts, responses or pairs; see above.
+            --columns.split), dialogs (of each user), prompts, responses (held-out comparisons are
+            between two that training lacks) or pairs (whose responses training may compare with
+            others); by default the first of these that there is and that leaves enough.
         seed: of the draw of seen users, and of what is for training.
         extra: numbers of either response that are features beside the embedding, such as length,
             read from columns named after the response's: chosen_length and rejected_length.
@@ -61,45 +50,41 @@ def main(
     """
     if embed:
         embeddings.check_model(embedding)
-    funnel = Funnel()
-    table = preparing.tabulate(read(source, columns, funnel, split, extra), funnel)
+    funnel = tables.Funnel()
+    table = tables.tabulate(read(source, columns, funnel, split, extra), funnel)
     what = f"users with at least {min_comparisons} comparisons"
-    table = preparing.keep_users(table, min_comparisons, funnel, what)
+    table = tables.keep_users(table, min_comparisons, funnel, what)
     table, held_out = hold_out.hold_out(table, split, seed, funnel)
     if not table.dialog_id.iloc[0]:  # what hangs together is a dialogue of its own
         pairs = hold_out.pair_names(table)
         table = table.assign(dialog_id=hold_out.connected(pairs, table.row))
     table = number_turns(table).assign(seen=True)
     if table.user_id.nunique() > 1:  # else there is no other to be unseen
-        table = preparing.split_users(table, seed, seen_fraction)
-    judged_again = retest(table[~half_ties(table)], "chosen_name", "rejected_name")
-    conversations, table = preparing.number_conversations(table, funnel)
-    settings = {
-        "source": source, "columns": asdict(columns), "min_comparisons": min_comparisons,
-        "seen_fraction": seen_fraction, "split": split, "seed": seed, "extra": list(extra),
-    }  # fmt: skip
+        table = tables.split_users(table, seed, seen_fraction)
+    of_a_row = table.groupby([table.place, hold_out.pair_names(table)]).row
+    ties = of_a_row.transform("nunique") > 1  # halves of a tie are no second judgment of a pair
+    judged_again = retest(table[~ties], "chosen_name", "rejected_name")
+    conversations, table = tables.number_conversations(table, funnel)
+    settings = {"source": source, "columns": asdict(columns), "min_comparisons": min_comparisons,
+                "seen_fraction": seen_fraction, "split": split, "seed": seed,
+                "extra": list(extra)}  # fmt: skip
     info = {"dataset": "OwnData", "settings": settings, "split": held_out, "retest": judged_again}
-    share = embedding.get("shard")
-    print(preparing.write_prepared(out, conversations, table, info, funnel, share))
+    print(tables.write_prepared(out, conversations, table, info, funnel, embedding.get("shard")))
     if embed:
         embeddings.embed(conversations, out / "embeddings", **embedding)
 
 
 def read(
-    source: str,
-    columns: Columns,
-    funnel: Funnel,
-    split: Split | None = None,
-    extra: Sequence[str] = (),
-) -> list[dict[str, Any]]:
+    source: str, columns: Columns, funnel: tables.Funnel,
+    split: Split | None = None, extra: Sequence[str] = (),
+) -> list[dict[str, Any]]:  # fmt: skip
     """The comparisons of all rows; those of a row share its weight."""
-    is_given = split in (None, "given")
-    comparisons: list[dict[str, Any]] = []
+    is_given, comparisons = split in (None, "given"), []
     rows = own_rows.read_choices(raw.read_all(source), columns)
     for number, row in enumerate(rows):
         funnel.count("rows")
         check_alike(rows[0], row, columns)
-        if is_given and row.split and row.split not in preparing.SPLITS:
+        if is_given and row.split and row.split not in tables.SPLITS:
             funnel.left_out([f"rows whose {columns.split} is {row.split}"])
         elif row.left_out:
             funnel.left_out([row.left_out])
@@ -107,26 +92,25 @@ def read(
             same = {"user_id": row.user, "dialog_id": row.dialog, "split": row.split}
             same |= {"row": number, "place": row.place, "time": row.time}
             same |= numbers_beside(row, extra, funnel)
-            found = preparing.against(row.chosen, row.rejected, same, funnel)
+            found = tables.against(row.chosen, row.rejected, same, funnel)
             comparisons += [{**each, "weight": row.weight / len(found)} for each in found]
     return comparisons
 
 
-def numbers_beside(row: Choice, extra: Sequence[str], funnel: Funnel) -> dict[str, float]:
+def numbers_beside(row: Choice, extra: Sequence[str], funnel: tables.Funnel) -> dict[str, float]:
     """The further features of both responses by column; those that are missing are counted."""
     single = len(row.chosen) == len(row.rejected) == 1
     require(not extra or single, f"{row.place}: --extra needs one response on either side")
     found = {}
     for name in extra:
-        for side, (place, cells, response) in zip(EXTRA, row.sources, strict=True):
+        for side, (place, cells, response) in zip(tables.EXTRA, row.sources, strict=True):
             column = f"{response}_{name}"
-            error = f"{place} has no column {column}, which --extra {name} reads"
-            require(column in cells, error)
+            there = column in cells
+            require(there, f"{place} has no column {column}, which --extra {name} reads")
             cell = own_rows.as_number(cells[column])
             missing = cell in (None, "") or cell != cell
-            found[f"{EXTRA[side]}{name}"] = (
-                math.nan if missing else raw.number(cell, place, column)
-            )
+            value = math.nan if missing else raw.number(cell, place, column)
+            found[f"{tables.EXTRA[side]}{name}"] = value
             funnel.count(f"responses without {name}", missing)
     return found
 
@@ -136,18 +120,10 @@ def check_alike(first: Choice, row: Choice, columns: Columns) -> None:
     error = f"{row.place} has no {columns.user}; name the user, or the column by --user; "
     require(bool(row.user), f"{error}--user-name me names one user for all rows")
     for what in ("dialog", "split"):
-        if bool(getattr(row, what)) != bool(getattr(first, what)):
-            has, lacks = (row, first) if getattr(row, what) else (first, row)
-            raise InputError(
-                f"{lacks.place} has no {getattr(columns, what)}, but {has.place} has; "
-                "fill it in everywhere or leave the column out"
-            )
-
-
-def half_ties(table: pd.DataFrame) -> pd.Series:
-    """Whether a comparison is half of a tie that counts both ways; that is no second judgment."""
-    both = table.groupby([table.place, hold_out.pair_names(table)])
-    return both.row.transform("nunique") > 1
+        has, lacks = (row, first) if getattr(row, what) else (first, row)
+        error = f"{lacks.place} has no {getattr(columns, what)}, but {has.place} has; "
+        error += "fill it in everywhere or leave the column out"
+        require(bool(getattr(row, what)) == bool(getattr(first, what)), error)
 
 
 def number_turns(table: pd.DataFrame) -> pd.DataFrame:

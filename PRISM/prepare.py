@@ -11,9 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.common.cli import cli
 from lore.common.files import require
 from lore.common.settings import Fraction, PositiveInt, SeedNumber
-from lore.preparing import raw
-from lore.preparing import tables as preparing
-from lore.preparing.tables import Funnel, Turn
+from lore.preparing import raw, tables
 
 HERE = Path(__file__).resolve().parent
 WHOSE = {"user_id": "user_id", "dialog_id": "conversation_id"}
@@ -25,18 +23,14 @@ LIST_WARNING = (
 
 
 def main(
-    source: str = "HannahRoseKirk/prism-alignment",
-    out: Path = HERE / "data",
-    min_dialogues: PositiveInt = 6,
-    seen_fraction: Fraction = 0.5,
-    seed: SeedNumber = 0,
+    source: str = "HannahRoseKirk/prism-alignment", out: Path = HERE / "data",
+    min_dialogues: PositiveInt = 6, seen_fraction: Fraction = 0.5, seed: SeedNumber = 0,
     rejected: Literal["each", "list"] = "each",
-) -> None:
+) -> None:  # fmt: skip
     """Make the comparisons of the participants with many dialogues; nothing is embedded yet.
 
     Args:
-        source: hub dataset, or a folder with survey and conversations as .jsonl, .jsonl.gz or
-            .parquet.
+        source: hub dataset, or folder of survey and conversations: .jsonl, .jsonl.gz or .parquet.
         out: folder of the prepared data.
         min_dialogues: fewest dialogues of a participant; half are for training, half for test.
         seen_fraction: share of the participants whose data train the basis.
@@ -44,24 +38,22 @@ def main(
         rejected: each rejected response is a comparison of its own, or, as in the published
             code, the list of them is printed into one text, which gives the label away.
     """
-    funnel = Funnel()
-    table = preparing.tabulate(read(source, rejected, funnel), funnel)
+    funnel = tables.Funnel()
+    table = tables.tabulate(read(source, rejected, funnel), funnel)
     enough = table.groupby("user_id").dialog_id.transform("nunique") >= min_dialogues
     what = f"participants with at least {min_dialogues} dialogues"
-    table = preparing.keep(table, enough, funnel, what)
-    table = preparing.split_dialogues(table, seed, funnel)
-    table = preparing.split_users(table, seed, seen_fraction)
-    conversations, table = preparing.number_conversations(table, funnel)
-    settings = {
-        "source": source, "min_dialogues": min_dialogues, "seen_fraction": seen_fraction,
-        "seed": seed, "rejected": rejected,
-    }  # fmt: skip
+    table = tables.keep(table, enough, funnel, what)
+    table = tables.split_dialogues(table, seed, funnel)
+    table = tables.split_users(table, seed, seen_fraction)
+    conversations, table = tables.number_conversations(table, funnel)
+    settings = {"source": source, "min_dialogues": min_dialogues, "seen_fraction": seen_fraction,
+                "seed": seed, "rejected": rejected}  # fmt: skip
     info = {"dataset": "PRISM", "settings": settings}
     info |= {"warning": LIST_WARNING} if rejected == "list" else {}
-    print(preparing.write_prepared(out, conversations, table, info, funnel))
+    print(tables.write_prepared(out, conversations, table, info, funnel))
 
 
-def read(source: str, rejected: str, funnel: Funnel) -> list[dict[str, Any]]:
+def read(source: str, rejected: str, funnel: tables.Funnel) -> list[dict[str, Any]]:
     """The comparisons of every conversation by a participant who completed one."""
     completed = read_survey(source, funnel)
     comparisons, names = [], set()
@@ -72,16 +64,16 @@ def read(source: str, rejected: str, funnel: Funnel) -> list[dict[str, Any]]:
         user, dialog = whose.values()
         require(dialog not in names, f"{place} has the conversation_id of an earlier row")
         names.add(dialog)
-        if not completed.get(user):
+        if completed.get(user):
+            comparisons += tables.compare(*read_turns(place, row, rejected), whose, funnel)
+        else:
             known = user in completed
             who = "with no completed conversation" if known else "who are not in the survey"
             funnel.left_out([f"conversations of participants {who}"])
-            continue
-        comparisons += preparing.compare(*read_turns(place, row, rejected), whose, funnel)
     return comparisons
 
 
-def read_survey(source: str, funnel: Funnel) -> dict[str, bool]:
+def read_survey(source: str, funnel: tables.Funnel) -> dict[str, bool]:
     """Whether each participant completed a conversation."""
     completed, column, hub = {}, "num_completed_conversations", {"name": "survey", "split": "train"}
     for place, row in raw.read_rows(source, "survey", ("user_id", column), **hub):
@@ -94,7 +86,7 @@ def read_survey(source: str, funnel: Funnel) -> dict[str, bool]:
     return completed
 
 
-def read_turns(place: str, row: dict[str, Any], rejected: str) -> tuple[list[Turn], str]:
+def read_turns(place: str, row: dict[str, Any], rejected: str) -> tuple[list[tables.Turn], str]:
     """The turns of a conversation up to one that cannot be used; and why, if there is one."""
     history = row["conversation_history"] or []
     listed = isinstance(history, list)
@@ -103,7 +95,7 @@ def read_turns(place: str, row: dict[str, Any], rejected: str) -> tuple[list[Tur
     for message in history:
         kind = kind_of(place, message)
         said[message["turn"]][kind].append(raw.text(message["content"], place, "content"))
-    turns: list[Turn] = []
+    turns: list[tables.Turn] = []
     for number, turn in sorted(said.items()):
         if number != len(turns):
             return turns, "dialogues cut at a missing turn"
@@ -113,7 +105,7 @@ def read_turns(place: str, row: dict[str, Any], rejected: str) -> tuple[list[Tur
                 return turns, f"dialogues cut at a turn with {how_many} {what}s"
         lost = turn["rejected"]
         lost = [str(lost)] if rejected == "list" and lost else lost
-        turns.append(Turn(turn["prompt"][0], turn["chosen"][0], lost))
+        turns.append(tables.Turn(turn["prompt"][0], turn["chosen"][0], lost))
     return turns, ""
 
 

@@ -14,15 +14,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.common.cli import cli
 from lore.common.files import digest, require
 from lore.embeddings import store as embeddings
-from lore.preparing import raw
-from lore.preparing import tables as preparing
-from lore.preparing.tables import Funnel
+from lore.preparing import raw, tables
 
 HERE = Path(__file__).resolve().parent
-SCORERS = (
-    "gemma_2b", "gemma_7b", "mistral_raft", "llama3_sfairx", "oasst_deberta_v3", "beaver_7b",
-    "oasst_pythia_7b", "oasst_pythia_1b", "mistral_ray", "mistral_weqweasdas",
-)  # fmt: skip
+SCORERS = ("gemma_2b", "gemma_7b", "mistral_raft", "llama3_sfairx", "oasst_deberta_v3", "beaver_7b",
+           "oasst_pythia_7b", "oasst_pythia_1b", "mistral_ray", "mistral_weqweasdas")  # fmt: skip
 RESPONSES = tuple(f"response_{i}" for i in range(1, 9))
 COLUMNS = ("prompt", *RESPONSES, *(f"{r}_{scorer}" for r in RESPONSES for scorer in SCORERS))
 
@@ -35,18 +31,16 @@ class Prompt(NamedTuple):
     scores: list[list[float]]  # [8, 10]
 
     @property
-    def conversations(self) -> list[preparing.Conversation]:
+    def conversations(self) -> list[tables.Conversation]:
         """The prompt with each of the responses."""
         ask = {"role": "user", "content": self.prompt}
         return [[ask, {"role": "assistant", "content": answer}] for answer in self.responses]
 
 
 def main(
-    source: str = "namkoong-lab/PersonalLLM",
-    out: Path = HERE / "data",
-    embed: bool = True,
-    **embedding: Any,
-) -> None:
+    source: str = "namkoong-lab/PersonalLLM", out: Path = HERE / "data",
+    embed: bool = True, **embedding: Any,
+) -> None:  # fmt: skip
     """Make the score tensors, from which users are simulated later, and embed the responses.
 
     Args:
@@ -56,25 +50,24 @@ def main(
     """
     if embed:
         embeddings.check_model(embedding)
-    funnel = Funnel()
+    funnel = tables.Funnel()
     prompts = {split: read(source, split, funnel) for split in ("train", "test")}
     talks = [talk for rows in prompts.values() for row in rows for talk in row.conversations]
-    numbers, conversations = preparing.distinct([digest(talk) for talk in talks], talks)
+    numbers, conversations = tables.distinct([digest(talk) for talk in talks], talks)
     rows = np.split(numbers.reshape(-1, len(RESPONSES)), [len(prompts["train"])])
-    tables = {f"{split}.rows": part for split, part in zip(prompts, rows, strict=True)}
+    arrays = {f"{split}.rows": part for split, part in zip(prompts, rows, strict=True)}
     for split, some in prompts.items():
-        tables[f"{split}.scores"] = np.array([row.scores for row in some], np.float32)  # [P, 8, 10]
+        arrays[f"{split}.scores"] = np.array([row.scores for row in some], np.float32)  # [P, 8, 10]
     shared = overlap(prompts)
     funnel.count("prompts on both sides", shared["prompt"])
     funnel.count("distinct conversations", len(conversations))
     info = {"dataset": "PersonalLLM", "settings": {"source": source}, "overlap": shared}
-    share = embedding.get("shard")
-    print(preparing.write_prepared(out, conversations, tables, info, funnel, share))
+    print(tables.write_prepared(out, conversations, arrays, info, funnel, embedding.get("shard")))
     if embed:
         embeddings.embed(conversations, out / "embeddings", **embedding)
 
 
-def read(source: str, split: str, funnel: Funnel) -> list[Prompt]:
+def read(source: str, split: str, funnel: tables.Funnel) -> list[Prompt]:
     """The prompts of a split, in an order that does not depend on that of the rows."""
     rows = raw.read_rows(source, split, COLUMNS, split=split)
     prompts = [read_prompt(place, row) for place, row in rows]
@@ -108,10 +101,8 @@ def overlap(prompts: dict[str, list[Prompt]]) -> dict[str, Any]:
     )
     ours, held_out, both = ({prompt for prompt, _ in some} for some in (train, test, train & test))
     found = {"held_out": len(held_out), "prompt": len(ours & held_out), "response": len(both)}
-    sentence = (
-        "Of {held_out:,} held-out prompts, {prompt:,} are training prompts too, {response:,} of "
-        "them with a response that training has."
-    )
+    sentence = "Of {held_out:,} held-out prompts, {prompt:,} are training prompts too, "
+    sentence += "{response:,} of them with a response that training has."
     return {**found, "sentence": sentence.format(**found)}
 
 

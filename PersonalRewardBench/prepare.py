@@ -11,21 +11,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.common.cli import cli
 from lore.common.files import digest, require
 from lore.embeddings import store as embeddings
-from lore.preparing import messages, raw
-from lore.preparing import tables as preparing
-from lore.preparing.tables import Funnel
+from lore.preparing import messages, raw, tables
 
 HERE = Path(__file__).resolve().parent
 COLUMNS = ("user_id", "split", "context", "chosen", "rejected")  # many judges' columns are left out
-SPLITS = ("train", preparing.VALIDATION, "test")
+SPLITS = ("train", tables.VALIDATION, "test")
 
 
 def main(
-    source: str = "MichaelR207/prism_personalized_0125",
-    out: Path = HERE / "data",
-    embed: bool = True,
-    **embedding: Any,
-) -> None:
+    source: str = "MichaelR207/prism_personalized_0125", out: Path = HERE / "data",
+    embed: bool = True, **embedding: Any,
+) -> None:  # fmt: skip
     """Make the comparisons of one half of the benchmark, and embed the texts.
 
     Every user has comparisons for training, for choosing settings and for test, by a column of the
@@ -39,19 +35,18 @@ def main(
     """
     if embed:
         embeddings.check_model(embedding)
-    funnel = Funnel()
-    table = preparing.tabulate(read(source, funnel), funnel)
+    funnel = tables.Funnel()
+    table = tables.tabulate(read(source, funnel), funnel)
     what = "users with comparisons for training and for test"
-    table = preparing.keep_both_sides(table, funnel, what).assign(seen=True)
-    conversations, table = preparing.number_conversations(table, funnel)
+    table = tables.keep_both_sides(table, funnel, what).assign(seen=True)
+    conversations, table = tables.number_conversations(table, funnel)
     info = {"dataset": "PersonalRewardBench", "settings": {"source": source}}
-    share = embedding.get("shard")
-    print(preparing.write_prepared(out, conversations, table, info, funnel, share))
+    print(tables.write_prepared(out, conversations, table, info, funnel, embedding.get("shard")))
     if embed:
         embeddings.embed(conversations, out / "embeddings", **embedding)
 
 
-def read(source: str, funnel: Funnel) -> list[dict[str, Any]]:
+def read(source: str, funnel: tables.Funnel) -> list[dict[str, Any]]:
     """The comparisons of all rows. The files' own split is one of users, and says nothing here."""
     comparisons: list[dict[str, Any]] = []
     for place, row in raw.check_columns(raw.read_all(source), COLUMNS):
@@ -64,18 +59,14 @@ def read(source: str, funnel: Funnel) -> list[dict[str, Any]]:
             funnel.left_out(["rows whose context does not end with a message of the user"])
         else:
             prompts = [message["content"] for message in history if message["role"] == "user"]
-            dialog = dialogue(place, row, prompts[0])
+            name = row.get("conversation_id")
+            known = name is not None
+            dialog = raw.name(name, place, "conversation_id") if known else digest(prompts[0])
             same = {"user_id": user, "split": split, "dialog_id": dialog, "weight": 1.0}
             same["turn"] = len(prompts) - 1
             sides = ([[*history, response(place, row, name)]] for name in ("chosen", "rejected"))
-            comparisons += preparing.against(*sides, same, funnel)
+            comparisons += tables.against(*sides, same, funnel)
     return comparisons
-
-
-def dialogue(place: str, row: Mapping[str, Any], prompt: str) -> str:
-    """A name for the dialogue of a row: what the data call it, else its first prompt."""
-    name = row.get("conversation_id")
-    return digest(prompt) if name is None else raw.name(name, place, "conversation_id")
 
 
 def response(place: str, row: Mapping[str, Any], column: str) -> dict[str, str]:

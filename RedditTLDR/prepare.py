@@ -11,9 +11,7 @@ from lore.common.cli import cli
 from lore.common.files import require
 from lore.common.settings import PositiveInt, SeedNumber
 from lore.embeddings import store as embeddings
-from lore.preparing import hold_out, raw
-from lore.preparing import tables as preparing
-from lore.preparing.tables import Funnel, Turn
+from lore.preparing import hold_out, raw, tables
 
 HERE = Path(__file__).resolve().parent
 SPLITS = {"train": "train", "validation": "test"}
@@ -22,14 +20,10 @@ PARQUET = "refs/convert/parquet"  # the hub repository is a script, which `datas
 
 
 def main(
-    source: str = "openai/summarize_from_feedback",
-    out: Path = HERE / "data",
-    min_annotations: PositiveInt = 50,
-    split: Literal["given", "responses"] = "given",
-    seed: SeedNumber = 0,
-    embed: bool = True,
-    **embedding: Any,
-) -> None:
+    source: str = "openai/summarize_from_feedback", out: Path = HERE / "data",
+    min_annotations: PositiveInt = 50, split: Literal["given", "responses"] = "given",
+    seed: SeedNumber = 0, embed: bool = True, **embedding: Any,
+) -> None:  # fmt: skip
     """Make the comparisons of the workers with many annotations, and embed their texts.
 
     Args:
@@ -43,21 +37,20 @@ def main(
     """
     if embed:
         embeddings.check_model(embedding)
-    funnel = Funnel()
-    table = preparing.tabulate(read(source, funnel), funnel)
+    funnel = tables.Funnel()
+    table = tables.tabulate(read(source, funnel), funnel)
     what = f"workers with at least {min_annotations} annotations"
-    table = preparing.keep_users(table, min_annotations, funnel, what)
+    table = tables.keep_users(table, min_annotations, funnel, what)
     table, held_out = hold_out.hold_out(table, split, seed, funnel, f"{what}, some in both splits")
-    conversations, table = preparing.number_conversations(table, funnel)
+    conversations, table = tables.number_conversations(table, funnel)
     settings = {"source": source, "min_annotations": min_annotations, "split": split, "seed": seed}
     info = {"dataset": "RedditTLDR", "settings": settings, "split": held_out}
-    share = embedding.get("shard")
-    print(preparing.write_prepared(out, conversations, table, info, funnel, share))
+    print(tables.write_prepared(out, conversations, table, info, funnel, embedding.get("shard")))
     if embed:
         embeddings.embed(conversations, out / "embeddings", **embedding)
 
 
-def read(source: str, funnel: Funnel) -> list[dict[str, Any]]:
+def read(source: str, funnel: tables.Funnel) -> list[dict[str, Any]]:
     """The comparisons of both splits; who is seen is drawn at training time."""
     comparisons = []
     for name, split in SPLITS.items():
@@ -68,14 +61,20 @@ def read(source: str, funnel: Funnel) -> list[dict[str, Any]]:
             dialog = raw.text(row["info"].get("id"), place, "info.id")
             user = raw.name(row["worker"], place, "worker")
             same = {"user_id": user, "dialog_id": dialog, "split": split, "seen": True}
-            comparisons += preparing.compare(*read_turns(place, row), same, funnel)
+            comparisons += tables.compare(*read_turns(place, row), same, funnel)
     return comparisons
 
 
-def read_turns(place: str, row: dict[str, Any]) -> tuple[list[Turn], str]:
+def read_turns(place: str, row: dict[str, Any]) -> tuple[list[tables.Turn], str]:
     """The one turn of a row; or none, and why."""
     post = raw.text(row["info"].get("post"), place, "info.post")
-    texts, choice, extra = read_summaries(place, row["summaries"]), row["choice"], row.get("extra")
+    summaries, choice, extra = row["summaries"], row["choice"], row.get("extra")
+    two = isinstance(summaries, list) and len(summaries) == 2
+    require(two, f"{place}: summaries must be a list of two, not {summaries!r:.40}")
+    for summary in summaries:
+        has = isinstance(summary, dict)
+        require(has, f"{place}: a summary must have a text, unlike {summary!r:.40}")
+    texts = [raw.text(summary.get("text"), place, "a summary") for summary in summaries]
     if choice is None and isinstance(extra, dict) and extra.get("tie") is True:
         return [], "ties"
     known = not isinstance(choice, bool) and choice in (0, 1)  # 1.0 where some rows have no choice
@@ -84,17 +83,7 @@ def read_turns(place: str, row: dict[str, Any]) -> tuple[list[Turn], str]:
         return [], "rows without a post"
     if "" in texts:
         return [], "rows with an empty summary"
-    return [Turn(post, texts[int(choice)], [texts[1 - int(choice)]])], ""
-
-
-def read_summaries(place: str, summaries: Any) -> list[str]:
-    """The texts of the two summaries."""
-    two = isinstance(summaries, list) and len(summaries) == 2
-    require(two, f"{place}: summaries must be a list of two, not {summaries!r:.40}")
-    for summary in summaries:
-        error = f"{place}: a summary must have a text, unlike {summary!r:.40}"
-        require(isinstance(summary, dict), error)
-    return [raw.text(summary.get("text"), place, "a summary") for summary in summaries]
+    return [tables.Turn(post, texts[int(choice)], [texts[1 - int(choice)]])], ""
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ modules that have every name, as documentation builders do (Sphinx's ``autodoc_m
 from __future__ import annotations
 
 import sys
+from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -15,32 +16,25 @@ HEAVY = ("torch", "pandas", "pyarrow", "scipy", "sklearn", "safetensors", "trans
          "datasets", "matplotlib")  # fmt: skip
 
 
-def _any_name(name: str) -> Any:
-    if name.startswith("__"):
-        raise AttributeError(name)
-    return _Anything(name, (), {})
-
-
 class _Anything(type):
     """Classes that may stand in hints and among bases, can be called and have every attribute."""
 
     def __getattr__(cls, name: str) -> Any:
-        return _any_name(name)
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Anything(name, (), {})
 
     def __call__(cls, *_: Any, **__: Any) -> Any:
         return cls
 
 
-class _Finder:
+class _Finder(Loader):
     def find_spec(self, name: str, *_: Any) -> ModuleSpec | None:
         heavy = name.partition(".")[0] in HEAVY
         return ModuleSpec(name, self, is_package=True) if heavy else None
 
-    def create_module(self, _: ModuleSpec) -> None:
-        """An empty module, as Python makes it."""
-
     def exec_module(self, module: ModuleType) -> None:
-        module.__getattr__ = _any_name
+        module.__getattr__ = _Anything(module.__name__, (), {}).__getattr__
 
 
 if sys.version_info < (3, 11):  # noqa: UP036 (whoever has an older one is told so)

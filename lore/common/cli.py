@@ -26,15 +26,11 @@ class _Terminated(KeyboardInterrupt):
 
 
 def cli(main: Callable[..., Any], short: str | None = None, kept: str = KEPT) -> None:
-    """Run a script's typed ``main`` with settings from flags or ``--config file.yaml``.
+    """Run a script's typed ``main`` with settings from flags or ``--config file.yaml`` (``Flags``).
 
     A user's mistake (``InputError``, a missing file, a full disk) ends in one line, status 2;
-    Ctrl-C and SIGTERM in one that says what is kept, status 130 and 143; a closed pipe in none,
-    141. Of several processes the first says it.
-
-    Args:
-        main, short: see ``flags.Flags``.
-        kept: what a stopped run leaves for the same command to go on from.
+    Ctrl-C and SIGTERM in one that says what is ``kept`` for the same command to go on from, status
+    130 and 143; a closed pipe in none, 141. Of several processes the first says it.
     """
     logging.basicConfig(format="%(message)s", stream=sys.stderr)  # of libraries only warnings
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -64,16 +65,10 @@ def gather_rows(rows: Tensor, processes: int) -> Tensor:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that a flag names; auto takes a GPU where there is one.
-
-    Raises:
-        InputError: there is no such device here.
-    """
+    """The device that a flag names, or InputError; auto takes a GPU where there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+    with suppress(RuntimeError, AssertionError):
         if torch.empty(0, device=name).device.type in ("cpu", "cuda"):
             return torch.device(name)
-    except (RuntimeError, AssertionError):
-        pass
     raise InputError(f"--device {name}: not available here; use cpu")

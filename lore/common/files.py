@@ -28,11 +28,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` make a file beside the path, then put it in place: whole or not at all.
-
-    Raises:
-        InputError: it cannot be written, for want of room or of permission.
-    """
+    """Let ``write`` make a file beside the path, then put it in place, whole; or InputError."""
     draft = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,18 +51,10 @@ def check_place(path: Path, flag: str) -> None:
 
 
 def check_output(
-    path: Path,
-    flag: str,
-    is_ours: Callable[[Path], bool],
+    path: Path, flag: str, is_ours: Callable[[Path], bool],
     inputs: Iterable[str | os.PathLike[str] | None] = (),
-) -> None:
-    """Refuse to replace a file that the project did not write, or that it is to read.
-
-    Args:
-        path, flag: what will be written, and the flag that names it or its folder.
-        is_ours: whether a file that is there carries a mark of what is written to this place.
-        inputs: what is read; None for what is not given.
-    """
+) -> None:  # fmt: skip
+    """Refuse to replace a file that carries no mark of what is written there, or is an input."""
     if path.exists():
         read = any(given and os.path.exists(given) and path.samefile(given) for given in inputs)
         require(not read, f"{flag} {path}: is what is to be read; name another place")
@@ -116,17 +104,13 @@ def read_json(path: Path) -> Any:
 
 @contextmanager
 def lock_folder(folder: Path, share: str | None = None) -> Iterator[None]:
-    """Keep a folder or file, there or not, to this process; its lock lies beside it meanwhile.
-
-    Where n processes share the work (``share`` is i/n), or torchrun's do, each has its own lock.
-
-    Raises:
-        InputError: another process has it.
+    """Keep a folder or file, there or not, to this process, or raise InputError; a lock lies beside
+    it meanwhile. Where n processes share the work (i/n, or torchrun's), each has its own lock.
     """
-    process = os.environ.get("RANK", "0").removeprefix("0")
     path = Path(os.path.abspath(folder))
-    parts = (path.name, *(share or "").split("/"), process, "lock")
-    path = path.with_name(".".join(filter(None, parts)))
+    process = os.environ.get("RANK", "0").removeprefix("0")
+    parts = filter(None, (path.name, *(share or "").split("/"), process, "lock"))
+    path = path.with_name(".".join(parts))
     lock = FileLock(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -41,16 +41,11 @@ class Flags:
     """The flags of a ``main`` (and of the functions that its ``**kwargs`` go to).
 
     Hyphens and underscores are the same, a list is given as ``--ranks 0 1 5``, names are whole.
+    Flags of groups that are ``short``, such as "lore lm", may go without the group's name:
+    ``--ranks`` for ``--lore.ranks``, unless there is a flag of that name.
     """
 
     def __init__(self, main: Callable[..., Any], short: str | None = None) -> None:
-        """Of a typed function with a docstring.
-
-        Args:
-            main: the function.
-            short: groups, such as "lore lm", whose flags may go without their names: ``--ranks``
-                for ``--lore.ranks``, unless there is a flag of that name.
-        """
         self.short = (short or "").split()
         self.parser = jsonargparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
         text = "YAML file with any of these settings; flags come before what it says."
@@ -65,12 +60,7 @@ class Flags:
         self.groups = dict.fromkeys(name.rpartition(".")[0] for name in self.types if "." in name)
 
     def read(self, words: Sequence[str]) -> dict[str, Any]:
-        """The arguments that a command line asks for; ``quiet`` is kept beside them.
-
-        Raises:
-            InputError: a flag that there is not, or a value that a flag does not take.
-            Help: it asks for help.
-        """
+        """The arguments that a command line asks for (or Help); ``quiet`` is kept beside them."""
         given = self._gather(words)
         if "help" in given:
             raise Help(self.help(*given["help"][:1]))
@@ -114,8 +104,6 @@ class Flags:
         first = [left + lines.pop(0)] if len(left) == COLUMN else [left.rstrip()]
         return f"\n{' ' * COLUMN}".join(first + lines)
 
-    # ------------------------------------------------------------- What is given
-
     def _gather(self, words: Sequence[str]) -> Given:
         """The last words of every flag; those of files first, so that the command line wins."""
         lines, given, arguments = _lines(words), {}, {}
@@ -130,15 +118,14 @@ class Flags:
                 given[name] = values
             elif _has(self.types.get(holder), OptimizerChoice):
                 require(len(values) == 1, f"--{flag}: one number is expected")
-                value = values[0]
+                arguments.setdefault(holder, {})[argument] = values[0]
                 with suppress(ValueError):  # what is no number is refused with all else
-                    value = json.loads(value)
-                arguments.setdefault(holder, {})[argument] = value
+                    arguments[holder][argument] = json.loads(values[0])
             elif name != "config":
                 raise InputError(self._unknown(flag))
         for name, some in arguments.items():
-            said = f"{self.flag(name)} is missing, whose argument {min(some)} is given"
-            require(name in given, said)
+            missing = f"{self.flag(name)} is missing, whose argument {min(some)} is given"
+            require(name in given, missing)
             try:
                 path, others = OptimizerChoice.parts(" ".join(given[name]))
             except ValueError as error:
@@ -206,8 +193,6 @@ class Flags:
             require(len(values) < 2, f"{self.flag(name)} {' '.join(values)}: it takes one value")
             arguments.append("=".join([f"--{name}", *values]))
         return arguments
-
-    # ------------------------------------------------------------ What is refused
 
     def _check_list(self, name: str, values: Any) -> None:
         """Refuse a list with the same thing twice, or an empty one where that means nothing."""

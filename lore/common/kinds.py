@@ -24,15 +24,9 @@ class Judged(NamedTuple):
 def kinds(held_out: Judged, own: Judged, training: Judged) -> NDArray[np.int8]:
     """The kind of each held-out comparison [n], as its place in ``KINDS``.
 
-    Args:
-        held_out: what is to be foretold.
-        own: what the same users judged for training; of unseen users, their shots.
-        training: what the basis is trained on, the seen users' comparisons; the same as ``own``
-            where the users are seen.
-
-    Returns:
-        KNOWN where the user judged both responses in training, perhaps not with each other; NEW
-        where at least one stands in no comparison of training or of the user's own; MET otherwise.
+    KNOWN where the user judged both responses among their ``own`` (the shots of unseen users),
+    perhaps not with each other; NEW where one of them stands neither there nor in ``training``, the
+    seen users' comparisons that train the basis; MET otherwise.
     """
     every = (held_out, own, training)
     most = 1 + max(int(side.max(initial=0)) for some in every for side in some[1:])

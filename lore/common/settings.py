@@ -55,18 +55,13 @@ Rate = _number(float, "a number from 1e-12 to 1000", 1e-12, 1e3)
 PositiveFloat = _number(float, "a number from 1e-12 to 1e12", 1e-12, 1e12)
 NonNegativeFloat = _number(float, "a number from 0 to 1e12", 0, 1e12)
 Concentration = _number(float, "a number from 1e-6 to 1e6", 1e-6, 1e6)
-Pool = _type(
-    str,
-    "last, mean or a layer such as layer:12",
-    re.compile(r"last|mean|layer:[1-9]\d{0,2}").fullmatch,
-)
+Pool = _type(str, "last, mean or a layer such as layer:12",
+             re.compile(r"last|mean|layer:[1-9]\d{0,2}").fullmatch)  # fmt: skip
 Name = _type(
-    str,
-    "name",
-    re.compile(r"\w[\w .,+=-]{0,99}").fullmatch,
+    str, "name", re.compile(r"\w[\w .,+=-]{0,99}").fullmatch,
     "a name is expected, not a path: at most 100 letters, digits, spaces or _.,+=- "
     "that begin with a letter, a digit or _",
-)
+)  # fmt: skip
 
 
 class OptimizerChoice:
@@ -77,18 +72,13 @@ class OptimizerChoice:
     """
 
     def __init__(self, path: str, arguments: Mapping[str, Any]) -> None:
-        """Of a class such as torch.optim.AdamW; arguments are numbers, truth values and lists.
-
-        Raises:
-            ValueError: no such class or arguments, or it cannot take a plain step.
-        """
+        """Arguments are numbers, truth values and lists; ValueError where no plain step is made."""
         module, _, name = path.rpartition(".")
         self._class = vars(sys.modules[module]).get(name) if module in sys.modules else None
         if not (isinstance(self._class, type) and issubclass(self._class, Optimizer)):
-            raise ValueError(
-                f"{path:.60} is not a subclass of torch.optim.Optimizer in torch.optim, such as "
-                "torch.optim.AdamW, or in a module that the script imports"
-            )
+            error = f"{path:.60} is not a subclass of torch.optim.Optimizer in torch.optim, such "
+            error += "as torch.optim.AdamW, or in a module that the script imports"
+            raise ValueError(error)
         for name, value in arguments.items():
             values = value if isinstance(value, list) else [value]
             if not all(isinstance(x, bool | int | float) and math.isfinite(x) for x in values):

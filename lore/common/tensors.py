@@ -18,11 +18,7 @@ DAMAGE = (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeEr
 
 
 def read_tensors(path: Path, remedy: str) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and memory-mapped tensors of a file.
-
-    Raises:
-        InputError: it is missing or damaged; ``remedy`` says what to do.
-    """
+    """Metadata and memory-mapped tensors of a file; InputError with the remedy if it is damaged."""
     require(path.is_file(), f"{path} is missing: {remedy}")
     try:
         with safe_open(path, "pt") as file:
@@ -33,18 +29,10 @@ def read_tensors(path: Path, remedy: str) -> tuple[dict[str, str], dict[str, Ten
 
 
 def expect(
-    path: Path,
-    tensors: dict[str, Tensor],
-    remedy: str,
-    name: str,
-    dtype: torch.dtype,
-    *shape: int | None,
-) -> Tensor:
-    """The tensor of this name among those of a file; each size of its shape may be None for any.
-
-    Raises:
-        InputError: it is not there or has another type or shape; ``remedy`` says what to do.
-    """
+    path: Path, tensors: dict[str, Tensor], remedy: str,
+    name: str, dtype: torch.dtype, *shape: int | None,
+) -> Tensor:  # fmt: skip
+    """The tensor of this name, type and shape (None: any size) among a file's, or InputError."""
     require(name in tensors, f"{path}: lacks {name}; {remedy}")
     tensor = tensors[name]
     sizes = zip(tensor.shape, shape, strict=False)

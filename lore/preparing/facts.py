@@ -13,20 +13,13 @@ SAYS = {
     "met": "met (both were judged in training, not both by this user)",
     "new": "new (a response that training lacks)",
 }
-
 LEAST_USERS = 5  # of an interval
 
 
 def count_kinds(table: pd.DataFrame) -> dict[str, Any]:
-    """How many held-out comparisons are known, met and new, of seen and of unseen users.
-
-    Args:
-        table: user_id, split, seen, and chosen and rejected as numbers of conversations. What an
-            unseen user has in training are that user's own shots and what seen users judged.
-
-    Returns:
-        seen and unseen, where there are such users: the number of each kind, and ``by_user``, the
-        mean over users of its share of their comparisons; sentence.
+    """How many held-out comparisons are known, met and new, of seen and of unseen users (of whom
+    training has their own shots and what seen users judged); ``by_user`` are the means over users
+    of the kinds' shares. The table has user_id, split, seen, and numbers of chosen and rejected.
     """
     users = pd.factorize(table.user_id)[0]
     train, test, seen = table.split == "train", table.split == "test", table.seen
@@ -34,8 +27,7 @@ def count_kinds(table: pd.DataFrame) -> dict[str, Any]:
     def judged(rows: pd.Series) -> Judged:
         return Judged(users[rows], table.chosen[rows].to_numpy(), table.rejected[rows].to_numpy())
 
-    found: dict[str, Any] = {}
-    shares = {}
+    found, shares = {}, {}
     for name, whose in (("seen", seen), ("unseen", ~seen)):
         if (test & whose).any():
             kind = kinds(judged(test & whose), judged(train & whose), judged(train & seen))
@@ -43,43 +35,34 @@ def count_kinds(table: pd.DataFrame) -> dict[str, Any]:
             by_user = is_kind.groupby(users[test & whose]).mean().mean().round(4).to_dict()
             found[name] = {**is_kind.sum().to_dict(), "by_user": by_user}
             shares[name] = is_kind.mean()
-    parts = [
-        " and ".join(f"{share[what]:.1%} of {name} users'" for name, share in shares.items())
-        + f" are {meaning}"
-        for what, meaning in SAYS.items()
-    ]
+    parts = []
+    for what, meaning in SAYS.items():
+        said = [f"{share[what]:.1%} of {name} users'" for name, share in shares.items()]
+        parts.append(f"{' and '.join(said)} are {meaning}")
     return {**found, "sentence": f"Of the held-out comparisons, {'; '.join(parts)}."}
 
 
 def retest(
     table: pd.DataFrame, chosen: str = "chosen", rejected: str = "rejected"
 ) -> dict[str, Any]:
-    """How often users who judged a pair again chose as before, and others as they did.
+    """How often users who judged a pair again chose as before (same), and others as they did.
 
-    Args:
-        table: user_id, split, and numbers or names of the conversations; a pair may stand in either
-            order.
-        chosen, rejected: the columns of these.
-
-    Returns:
-        judged_again: pairs of a user with two judgments or more; both_sides: those that training
-        and the held-out comparisons share; where there are any, same: the mean over them of the
-        share of their pairs of judgments that agree, with its interval (Wilson's, 95 %; None of
-        fewer than five users); others: the mean share of other users' judgments of the same pairs
-        that agree with the user's; sentence.
+    The table has user_id, split, and numbers or names of conversations in the columns ``chosen``
+    and ``rejected``. judged_again are the pairs that a user judged twice or more, both_sides those
+    of them in training and held out. same is the mean share of such judgments that agree, two by
+    two, with Wilson's 95 % interval (None of fewer than five users); others is the mean share of
+    other users' judgments of these pairs that agree with the user's.
     """
     swap = table[chosen] > table[rejected]
     low, high = table[chosen].mask(swap, table[rejected]), table[rejected].mask(swap, table[chosen])
-    judged = table.assign(low=low, high=high, low_wins=~swap)
-    units = judged.groupby(["user_id", "low", "high"]).agg(
+    units = table.assign(low=low, high=high, low_wins=~swap).groupby(["user_id", "low", "high"])
+    units = units.agg(
         n=("low_wins", "size"), low_wins=("low_wins", "sum"), sides=("split", "nunique")
     )
     everybody = units.groupby(["low", "high"])[["n", "low_wins"]].transform("sum")
     again = units.n > 1
     n, wins = units.n[again], units.low_wins[again]
-    found: dict[str, Any] = {
-        "judged_again": len(n), "both_sides": int((units.sides[again] > 1).sum())
-    }  # fmt: skip
+    found = {"judged_again": len(n), "both_sides": int((units.sides[again] > 1).sum())}
     if not len(n):
         return {**found, "sentence": "No user judged a pair twice."}
     same = float(((wins * (wins - 1) + (n - wins) * (n - wins - 1)) / (n * (n - 1))).mean())

@@ -33,25 +33,14 @@ BOTH = "users with comparisons for training and for test"
 def hold_out(
     table: pd.DataFrame, by: Split | None, seed: int, funnel: Funnel, what: str = BOTH
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Add ``split``, train or test; users without comparisons on both sides are left out.
+    """Add ``split``, train or test, by what is divided (None: the hardest that leaves enough).
 
-    No response, pair, prompt or dialogue that is divided is on both sides, nor is a pair that a
-    user judged twice. Names, texts and the seed decide, not the order of the rows.
-
-    Args:
-        table: user_id, dialog_id ("" where there are none), split ("" where the source has none),
-            row of the source, chosen as a conversation, and the names of both.
-        by: what is divided; None for the hardest that leaves enough.
-        seed: of the draw.
-        funnel: gets what is left out, and the number of users who are kept.
-        what: these users are.
-
-    Returns:
-        The comparisons that are kept; and by, crossing (the number of comparisons left out because
-        their responses are on either side), and a sentence.
-
-    Raises:
-        InputError: no split or no dialogues though ``by`` asks for them, or nothing is left.
+    Nothing that is divided is on both sides, nor is a pair that a user judged twice; users without
+    comparisons on both are left out, and the others are counted as ``what``. Names, texts and the
+    seed decide, not the order of the rows. The table has user_id, dialog_id and split ("" where
+    there are none), row (of the source), chosen (a conversation) and the names of both. With it
+    come by, crossing (how many were left out for a response on either side) and a sentence.
+    InputError where ``by`` asks for what there is not, or nothing is left.
     """
     chosen = by or next(way for way in SAYS if _leaves_enough(table, way, seed))
     require(_is_there(table, chosen), f"--split {chosen}: the rows have none; choose another")
@@ -110,8 +99,7 @@ def pair_names(table: pd.DataFrame) -> pd.Series:
 def connected(names: pd.Series, others: pd.Series) -> pd.Series:
     """The first name of the comparisons that hang together with each through either series.
 
-    What one row of the source compares shares a response, and a pair that a user judged again tells
-    how it was judged before, so that such comparisons must be on one side.
+    They must be on one side: one row's share a response, and a pair judged again tells the former.
     """
     one, other = pd.factorize(names)[0], pd.factorize(others)[0]
     other += one.max() + 1

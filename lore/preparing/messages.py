@@ -6,7 +6,7 @@ import ast
 import json
 import re
 import warnings
-from itertools import takewhile
+from itertools import chain, cycle, takewhile
 from typing import Any
 
 from lore.common.files import InputError, require
@@ -14,11 +14,9 @@ from lore.preparing import raw
 
 Conversation = list[dict[str, str]]
 
-ROLES = {
-    **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatbot"), "assistant"),
-    "system": "system",
-}
+ROLES = dict.fromkeys(("user", "human", "prompter"), "user")
+ROLES |= dict.fromkeys(("assistant", "gpt", "model", "bot", "chatbot"), "assistant")
+ROLES |= {"system": "system"}
 KEYS = (("role", "from"), ("content", "value"))  # of a message: who speaks, and what is said
 BROKEN = re.compile(r"\s*[\[{]+\s*['\"](role|from|content|value)['\"]\s*:")
 
@@ -26,11 +24,8 @@ BROKEN = re.compile(r"\s*[\[{]+\s*['\"](role|from|content|value)['\"]\s*:")
 def structure(cell: Any, place: str, what: str) -> Any:
     """What a cell holds: in a .csv or .tsv, messages or a list of texts may stand there as text.
 
-    Such a text is JSON, or what Python prints of it. Nothing in it is run. In other files a text is
-    a text, whatever it looks like.
-
-    Raises:
-        InputError: a text that begins as messages do, and is neither JSON nor Python.
+    Such a text is JSON, or what Python prints of it, and nothing in it is run; InputError where it
+    only begins as messages do. In other files a text is a text, whatever it looks like.
     """
     if not isinstance(cell, raw.Cell) or not re.fullmatch(r"\s*([\[{]).*[\]}]\s*", cell, re.DOTALL):
         return cell
@@ -65,11 +60,7 @@ def is_texts(found: Any) -> bool:
 
 
 def conversation(cell: Any, place: str, what: str) -> Conversation:
-    """A list of messages as role and content; "" for a content without text.
-
-    Raises:
-        InputError: something else, or a role that is not known.
-    """
+    """A list of messages as role and content ("" without text); InputError for anything else."""
     cell = structure(cell, place, what)
     if not isinstance(cell, list):
         raise InputError(f"{place}: {what} must be a list of role and content")
@@ -81,16 +72,12 @@ def _message(message: Any, place: str) -> dict[str, str]:
         raise InputError(f"{place}: a message must have role and content, unlike {message!r:.60}")
     role, content = (next(message[k] for k in keys if k in message) for keys in KEYS)
     known = ROLES.get(raw.name(role, place, "role").strip().lower(), "")
-    error = f"{place}: the role {role!r:.40} is not known; {', '.join(ROLES)} are"
-    require(bool(known), error)
+    require(bool(known), f"{place}: the role {role!r:.40} is not known; {', '.join(ROLES)} are")
     return {"role": known, "content": raw.text(content, place, "content")}
 
 
 def answers(cell: Any, place: str, what: str) -> list[Conversation]:
-    """Every response of a cell as messages: a text is one message of the assistant.
-
-    A cell is what ``structure`` finds: a text, a message, a list of messages or a list of these.
-    """
+    """Every response of what ``structure`` finds as messages; a text is one of the assistant."""
     if not isinstance(cell, list) or cell and is_message(cell[0]):
         return [_answer(cell, place, what)]
     require(bool(cell), f"{place}: {what} is an empty list; give a response or remove the row")
@@ -111,11 +98,10 @@ def turns(prompts: list[str], replies: list[str], place: str, what: str) -> Conv
     """A dialogue whose two sides stand in lists, as in LMSYS's tables."""
     same = len(prompts) == len(replies)
     require(same, f"{place}: {what} has {len(replies)} turns, the prompt {len(prompts)}")
-    return [
-        {"role": role, "content": raw.text(text, place, f"each {what}")}
-        for both in zip(prompts, replies, strict=True)
-        for role, text in zip(("user", "assistant"), both, strict=True)
-    ]
+    cells = chain(*zip(prompts, replies, strict=True))
+    texts = (raw.text(cell, place, f"each {what}") for cell in cells)
+    said = zip(cycle(("user", "assistant")), texts, strict=False)
+    return [{"role": role, "content": text} for role, text in said]
 
 
 def shared_beginning(some: list[Conversation]) -> Conversation:

@@ -23,7 +23,8 @@ from lore.preparing.tables import HEAVIEST, LIGHTEST, draw
 
 log = logging.getLogger(__name__)
 
-Row = tuple[str, Mapping[str, Any]]  # its place for messages, such as "mine.jsonl row 12"
+Cells = Mapping[str, Any]  # of a row, by column
+Row = tuple[str, Cells]  # its place for messages, such as "mine.jsonl row 12"
 
 NO_PROMPT = "rows with an empty prompt or message"
 TIES = "ties"
@@ -88,50 +89,31 @@ NAMES = tuple(vars(USUAL))[:14]  # the fields that are names of columns
 
 
 class Choice(NamedTuple):
-    """Some responses that were preferred to others; what a row does not say is "" or 0.
+    """Some responses that were preferred to others; what a row does not say is "" or 0."""
 
-    Attributes:
-        place: for messages, such as "mine.jsonl row 12".
-        chosen, rejected: whole conversations that end in a response, each at least one; the content
-            of the response is "" where it has no text.
-        weight: how much the row counts.
-        time: seconds since 1970.
-        sources: place, row and column of the chosen and of the rejected response.
-        left_out: why it does not count, such as a tie; else "".
-    """
-
-    place: str
-    chosen: list[Conversation]
+    place: str  # for messages, such as "mine.jsonl row 12"
+    chosen: list[Conversation]  # whole ones, which end in a response, whose content may be ""
     rejected: list[Conversation]
     user: str
     dialog: str
     split: str
     weight: float
-    time: float
-    sources: tuple[tuple[str, Mapping[str, Any], str], ...]
-    left_out: str = ""
+    time: float  # seconds since 1970
+    sources: tuple[tuple[str, Cells, str], ...]  # place, row and column of both sides
+    left_out: str = ""  # why it does not count, such as a tie
 
     def turned(self) -> Choice:
-        """The opposite choice."""
-        sources = self.sources[::-1]
-        return self._replace(chosen=self.rejected, rejected=self.chosen, sources=sources)
+        sides = {"chosen": self.rejected, "rejected": self.chosen}
+        return self._replace(**sides, sources=self.sources[::-1])
 
 
 def read_choices(
     rows: Iterable[Row], columns: Columns = USUAL, judged: bool = True
 ) -> list[Choice]:
-    """The choices that rows tell of.
+    """The choices that rows tell of; no winner is needed unless what was preferred is ``judged``.
 
-    Args:
-        rows: with prompt or messages, and one of: chosen and rejected; two responses and a winner;
-            two responses alone; a response and its rating. And perhaps user, dialog, split, weight
-            and timestamp.
-        columns: where each of these stands in the rows, and how it is read.
-        judged: false where it does not matter what was preferred: no winner is needed.
-
-    Raises:
-        InputError: a row lacks a column, a cell holds something else, or the rows are likely to be
-            of another layout than the flags say.
+    InputError where a row lacks a column, a cell holds something else, or the rows are likely to be
+    of another layout than the flags say.
     """
     rows = [(place, _with_winner(row)) for place, row in rows]
     if not rows:
@@ -143,8 +125,7 @@ def read_choices(
     if layout == "pairs" and judged:
         _refuse_names(rows, columns)
     typed = {str(row.get(columns.user)) for _, row in rows if row.get(columns.user)}
-    joined = len(typed) - len(set(map(_same_name, typed)))
-    if joined:
+    if joined := len(typed) - len(set(map(_same_name, typed))):
         log.info("%d spellings of users' names were joined with others (Unicode, blanks)", joined)
     return read(rows, columns)
 
@@ -178,7 +159,7 @@ def _known(names: Iterable[str], among: Iterable[Any]) -> list[Any]:
     return [plain[name] for name in names if name in plain]
 
 
-def _with_winner(row: Mapping[str, Any]) -> Mapping[str, Any]:
+def _with_winner(row: Cells) -> Cells:
     """The row with a winner, where three columns say with a 1 whether each side won or none."""
     sides = {"winner_model_a": "model_a", "winner_model_b": "model_b"}
     if "winner" in row or not sides.keys() <= row.keys():
@@ -187,7 +168,7 @@ def _with_winner(row: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**row, "winner": said[0] if len(said) == 1 else "tie"}
 
 
-def resolve(row: Mapping[str, Any], columns: Columns) -> Columns:
+def resolve(row: Cells, columns: Columns) -> Columns:
     """The columns with user, prompt and messages under the names that this row has for them."""
     usual: dict[str, Sequence[str]] = {}
     if columns.user == USUAL.user and columns.user not in row and not columns.user_name:
@@ -197,14 +178,12 @@ def resolve(row: Mapping[str, Any], columns: Columns) -> Columns:
         half = "instruction" if row.get("input") else ""  # the rest of the prompt is the input then
         usual["prompt"] = [name for name in PROMPTS if name != half]
         if _known(DIALOGUES, row):
-            usual = {**usual, "prompt": (), "messages": DIALOGUES}
+            usual |= {"prompt": (), "messages": DIALOGUES}
     known = {what: _known(names, row) for what, names in usual.items()}
     return replace(columns, **{what: names[0] for what, names in known.items() if names})
 
 
-def _find_layout(
-    place: str, row: Mapping[str, Any], columns: Columns, judged: bool
-) -> tuple[str, Columns]:
+def _find_layout(place: str, row: Cells, columns: Columns, judged: bool) -> tuple[str, Columns]:
     """The layout of rows by flags and the first row, and their columns, if they are clear."""
     known = resolve(row, columns)
     flags = {name for name in NAMES if getattr(columns, name) != getattr(USUAL, name)}
@@ -232,7 +211,7 @@ def _find_layout(
     return layout, known
 
 
-def _pairs_of_names(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _pairs_of_names(row: Cells) -> list[tuple[str, str]]:
     """The columns whose names are those of two responses, such as response_a and response_b."""
     plain = _plain(row)
     orders = [(x + y, x + z) for x in STEMS for y, z in ENDS]
@@ -240,7 +219,7 @@ def _pairs_of_names(row: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(plain[one], plain[two]) for one, two in orders if one in plain and two in plain]
 
 
-def _two_and_winner(place: str, row: Mapping[str, Any], columns: Columns, judged: bool) -> Columns:
+def _two_and_winner(place: str, row: Cells, columns: Columns, judged: bool) -> Columns:
     """The columns with first, second and winner, found where flags do not name them."""
     first, second, winner = columns.first, columns.second, columns.winner
     require(bool(first) == bool(second), "--first and --second go together; name both")
@@ -269,9 +248,7 @@ def _refuse_names(rows: Sequence[Row], columns: Columns) -> None:
         require(len(rows) < 6 or len(values) >= 4 or max(map(len, values)) >= 20, error)
 
 
-def _check_columns(
-    place: str, row: Mapping[str, Any], columns: Columns, needed: Sequence[str]
-) -> None:
+def _check_columns(place: str, row: Cells, columns: Columns, needed: Sequence[str]) -> None:
     """What must be there: the responses, and whatever has another name than the usual one."""
     for name in NAMES:
         column = getattr(columns, name)
@@ -282,8 +259,8 @@ def _check_columns(
         require(column in ("", NONE) or column in row or not must, error)
 
 
-def _there(row: Mapping[str, Any]) -> str:
-    """The names of a row's columns, the first of them where there are many."""
+def _there(row: Cells) -> str:
+    """The names of a row's columns, the first twelve of them."""
     return ", ".join([*map(str, list(row)[:12]), *(["..."] if len(row) > 12 else [])])
 
 
@@ -296,19 +273,14 @@ def _table(place: str) -> str:
 
 
 def read_endings(
-    place: str, row: Mapping[str, Any], columns: Columns, names: Sequence[str]
+    place: str, row: Cells, columns: Columns, names: Sequence[str]
 ) -> list[list[Conversation]] | None:
-    """For each of these columns, the whole conversations that end in its responses.
+    """For each of these columns, the whole conversations that end in its responses; None where the
+    dialogue before them lacks text, InputError where there is none or a cell is of another form.
 
     Texts and messages of the assistant follow the row's prompt or messages. Conversations that
     begin with the user have their prompt in them: what they all begin with. Lists of texts, the
     prompt's and the responses', are the turns of the two sides.
-
-    Returns:
-        None where the dialogue before the responses lacks text.
-
-    Raises:
-        InputError: the row has no prompt, or a cell is of another form.
     """
     prompt = structure(row.get(columns.prompt), place, columns.prompt)
     cells = [(structure(row[name], place, name), place, name) for name in names]
@@ -329,13 +301,8 @@ def read_endings(
     return found if all(b and all(m["content"] for m in b) for b in before) and found else None
 
 
-def _read_history(place: str, row: Mapping[str, Any], columns: Columns) -> Conversation:
-    """The dialogue up to the response, from prompt or messages; empty where it lacks text.
-
-    Raises:
-        InputError: the row has neither or both, they are of another form, or the dialogue ends with
-            the assistant.
-    """
+def _read_history(place: str, row: Cells, columns: Columns) -> Conversation:
+    """The dialogue up to the response, from prompt or messages; empty where it lacks text."""
     prompt, cell, name = row.get(columns.prompt), row.get(columns.messages), columns.messages
     if cell in (None, "", []):
         if not {columns.prompt, columns.messages} & row.keys():
@@ -356,7 +323,7 @@ def _read_history(place: str, row: Mapping[str, Any], columns: Columns) -> Conve
 
 
 def _check_prompt(
-    place: str, row: Mapping[str, Any], columns: Columns, names: Sequence[str], shared: Conversation
+    place: str, row: Cells, columns: Columns, names: Sequence[str], shared: Conversation
 ) -> None:
     """Conversations begin alike, and with the prompt and messages of the row if it has them."""
     prompts = [message["content"].strip() for message in shared if message["role"] == "user"]
@@ -372,7 +339,7 @@ def _check_prompt(
         require(right, f"{place}: {both} do not begin with what {name} says")
 
 
-def _choice(place: str, row: Mapping[str, Any], columns: Columns, names: Sequence[str]) -> Choice:
+def _choice(place: str, row: Cells, columns: Columns, names: Sequence[str]) -> Choice:
     """What a row says: the first column's conversations are chosen, the second's are rejected."""
     found = read_endings(place, row, columns, names)
     chosen, rejected, *_ = (*(found or []), [], [])
@@ -380,18 +347,12 @@ def _choice(place: str, row: Mapping[str, Any], columns: Columns, names: Sequenc
         "" if row.get(column) in (None, "") else raw.name(row[column], place, column)
         for column in (columns.user, columns.dialog)
     )
-    return Choice(
-        place,
-        chosen,
-        rejected,
-        user=columns.user_name or _same_name(user),
-        dialog=dialog,
-        split=raw.text(row.get(columns.split), place, columns.split),
-        weight=_weight(place, row, columns.weight),
-        time=_time(place, row, columns.timestamp),
-        sources=tuple((place, row, name) for name in names),
-        left_out="" if found else NO_PROMPT,
-    )
+    user = columns.user_name or _same_name(user)
+    split = raw.text(row.get(columns.split), place, columns.split)
+    weight, time = _weight(place, row, columns.weight), _time(place, row, columns.timestamp)
+    sources = tuple((place, row, name) for name in names)
+    left_out = "" if found else NO_PROMPT
+    return Choice(place, chosen, rejected, user, dialog, split, weight, time, sources, left_out)
 
 
 def _same_name(name: str) -> str:
@@ -399,7 +360,7 @@ def _same_name(name: str) -> str:
     return unicodedata.normalize("NFC", name).strip()
 
 
-def _weight(place: str, row: Mapping[str, Any], column: str) -> float:
+def _weight(place: str, row: Cells, column: str) -> float:
     """One where the row does not say."""
     cell = row.get(column)
     weight = 1.0 if cell in (None, "") else raw.number(as_number(cell), place, column)
@@ -408,7 +369,7 @@ def _weight(place: str, row: Mapping[str, Any], column: str) -> float:
     return weight
 
 
-def _time(place: str, row: Mapping[str, Any], column: str) -> float:
+def _time(place: str, row: Cells, column: str) -> float:
     """Seconds since 1970, 0 where the row does not say; dates without a zone are UTC."""
     cell = as_number(row.get(column))
     if isinstance(cell, str) and cell:
@@ -515,10 +476,8 @@ def _ratings(rows: Sequence[Row], columns: Columns) -> list[Choice]:
         of_user[user] |= _rated_pairs(some, columns.margin)
     number = columns.pairs_per_user
     found = [pairs[key] for pairs in of_user.values() for key in sorted(draw(pairs, number, 0))]
-    log.info(
-        "%d ratings make %d comparisons, %d of which follow from two others of the same user",
-        len(rows), len(found), _following(found),
-    )  # fmt: skip
+    log.info("%d ratings make %d comparisons, %d of which follow from two others of the same user",
+             len(rows), len(found), _following(found))  # fmt: skip
     return left_out + found
 
 

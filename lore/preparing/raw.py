@@ -39,25 +39,21 @@ class Cell(str):
     """A cell of a .csv or .tsv, where lists and messages can only stand as text."""
 
 
-# --------------------------------------------------------------------------------- Rows
-
-
 def read_rows(source: str, table: str, columns: Iterable[str], **hub: Any) -> Rows:
     """Rows of a raw table, each with its place for messages, such as "train.jsonl row 12".
 
-    Args:
-        source: a folder with table.jsonl, .jsonl.gz or .parquet, or the name of a hub dataset.
-        table, columns: its name, and what every row must have.
-        hub: for a hub dataset, further arguments of ``datasets.load_dataset``, such as the
-            configuration; or files, a pattern of those to read, and revision.
-
-    Raises:
-        InputError: nothing to read there, a damaged file, or a row without these columns.
+    The source is a folder with table.jsonl, .jsonl.gz or .parquet, or a hub dataset, for which
+    ``hub`` holds arguments of ``datasets.load_dataset``, or files (a pattern) and revision.
+    InputError where there is nothing to read, a file is damaged or a row lacks one of the columns.
     """
     require(bool(source), "--source is empty; name a folder or a hub dataset")
     require(not os.path.isfile(source), f"--source {source} is a file; name its folder")
     if os.path.isdir(source):
-        rows = chain.from_iterable(map(read_file, _table_files(Path(source), table)))
+        names = [pattern.format(table) for pattern in FILES]
+        found = (sorted(Path(source).glob(name)) for name in names)
+        files = next(filter(None, found), [])  # those of the first format that is there
+        require(bool(files), f"--source {source} has none of {', '.join(names)}")
+        rows = chain.from_iterable(map(read_file, files))
     else:
         advice = f"give a folder with {table}.jsonl or {table}.parquet"
         if "files" in hub:
@@ -76,9 +72,8 @@ def check_columns(rows: Rows, columns: Iterable[str]) -> Rows:
 
 
 def read_all(source: str) -> Rows:
-    """Rows of a file, of all the files of a folder, or of all splits of a hub dataset.
-
-    Rows of a hub dataset with several splits get a column split, unless they have one.
+    """Rows of a file, of all files of a folder, or of a hub dataset, of which several splits get a
+    column split, unless they have one.
     """
     require(bool(source), "--source is empty; name a file, a folder or a hub dataset")
     path, endings = Path(source), ", ".join(READERS)
@@ -97,24 +92,9 @@ def read_all(source: str) -> Rows:
                 yield place, {**more, **row}
 
 
-def _table_files(folder: Path, table: str) -> list[Path]:
-    """The files of a raw table, which are those of the first format that is there."""
-    names = [pattern.format(table) for pattern in FILES]
-    found = next(filter(None, (sorted(folder.glob(name)) for name in names)), [])
-    require(bool(found), f"--source {folder} has none of {', '.join(names)}")
-    return found
-
-
-# -------------------------------------------------------------------------------- Files
-
-
 def read_file(file: Path) -> Rows:
-    """Rows of a file, each with its place; what its name must end in is in READERS.
-
-    Text is UTF-8, or UTF-16 with its byte order mark. Blank lines are passed over.
-
-    Raises:
-        InputError: another kind of file, a damaged one, or a name that stands twice in a row.
+    """Rows of a file, each with its place; InputError for an ending that is not in READERS, damage,
+    or a name twice in a row. Text is UTF-8, or UTF-16 with its byte order mark.
     """
     name, place = file.name.removesuffix(".gz"), str(file)
     read = next((read for ending, read in READERS.items() if name.endswith(ending)), None)
@@ -213,14 +193,9 @@ def _refuse_twins(names: Iterable[str], place: str, what: str) -> None:
     require(not twins, f"{place} has two {what} {', '.join(twins[:3])}; leave one of each")
 
 
-READERS = {
-    ".jsonl": _json_rows, ".ndjson": _json_rows, ".json": _json_rows, ".csv": _csv_rows,
-    ".tsv": _csv_rows, ".parquet": _parquet_rows,
-}  # fmt: skip
+READERS = dict.fromkeys((".jsonl", ".ndjson", ".json"), _json_rows)
+READERS |= {".csv": _csv_rows, ".tsv": _csv_rows, ".parquet": _parquet_rows}
 ENDINGS = (*READERS, *(f"{ending}.gz" for ending in READERS if ending != ".parquet"))
-
-
-# -------------------------------------------------------------------------- From the hub
 
 
 def _numbered(table: str, rows: Iterable[dict[str, Any]]) -> Rows:
@@ -231,10 +206,9 @@ def _hub_files(source: str, advice: str, files: str, revision: str) -> Rows:
     """Rows of certain files, which ``datasets`` would not find in its cache without the hub."""
     from huggingface_hub import snapshot_download
 
+    wanted = {"repo_type": "dataset", "revision": revision, "allow_patterns": files}
     with _one_line(source, advice):
-        folder = snapshot_download(
-            source, repo_type="dataset", revision=revision, allow_patterns=files
-        )
+        folder = snapshot_download(source, **wanted)
     found = sorted(Path(folder).glob(files))
     require(bool(found), f"--source {source} has no {files} at revision {revision}; {advice}")
     yield from chain.from_iterable(map(read_file, found))
@@ -262,15 +236,8 @@ def _one_line(source: str, advice: str) -> Iterator[None]:
         raise InputError(f"--source {source} {why}; {advice}") from error
 
 
-# -------------------------------------------------------------------------------- Cells
-
-
 def text(value: Any, place: str, what: str) -> str:
-    """A cell's text, "" where it is empty in one of the usual ways.
-
-    Raises:
-        InputError: the cell holds something else than text, or text that is no valid Unicode.
-    """
+    """A cell's text, "" if empty in a usual way; InputError for what is no text or bad Unicode."""
     if value is None:
         return ""
     if not isinstance(value, str):

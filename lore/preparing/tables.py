@@ -24,19 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from lore.common.files import (
-    InputError,
-    check_output,
-    digest,
-    file_sha256,
-    first_line,
-    has_keys,
-    lock_folder,
-    read_json,
-    require,
-    write_text,
-    write_whole,
-)
+from lore.common import files
+from lore.common.files import InputError, digest, require
 from lore.common.tensors import expect, read_tensors, require_finite
 from lore.preparing.facts import count_kinds, retest
 from lore.preparing.messages import Conversation
@@ -50,14 +39,11 @@ MARK = {b"written by": b"prepare.py"}
 MESSAGES = pa.schema(
     [("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])))], MARK
 )
-TABLES = (
-    {"conversations.parquet", "comparisons.parquet"},
-    {"conversations.parquet", "scores.safetensors"},
-)  # that a prepared folder holds beside prepare.json
+TALKS, COMPARISONS, SCORES = "conversations.parquet", "comparisons.parquet", "scores.safetensors"
+TABLES = ({TALKS, COMPARISONS}, {TALKS, SCORES})  # what prepare.json may stand beside
 INFO = {"dataset": str, "settings": dict, "counts": dict, "overlap": dict | None,
         "warning": str | None, "split": dict | None, "kinds": dict | None, "retest": dict | None,
-        "conversations_sha256": str, "data_sha256": str,
-        "files": dict}  # fmt: skip
+        "conversations_sha256": str, "data_sha256": str, "files": dict}  # fmt: skip
 PRINTED = ("split", "kinds", "retest")  # what of prepare.json is also printed
 AGAIN = "run prepare.py again"
 LIGHTEST, HEAVIEST = 1e-6, 1e6  # weights of rows: sums and shares of such are exact enough
@@ -80,25 +66,22 @@ class Funnel:
     """What of a raw table is kept and what is left out, counted in the order of the work."""
 
     def __init__(self) -> None:
-        self._kept: dict[str, int] = {}
+        self._kept: Counter[str] = Counter()
         self._left_out: Counter[str] = Counter()
 
     def count(self, what: str, number: int = 1) -> None:
-        """Add to the number of something."""
-        self._kept[what] = self._kept.get(what, 0) + int(number)
+        self._kept[what] += int(number)
 
     def left_out(self, reasons: Iterable[str]) -> None:
-        """Count, by its reason, each thing that is left out."""
         self._left_out.update(reasons)
 
     @property
     def counts(self) -> dict[str, int]:
-        """All numbers; what is left out comes last, in the order of the reasons."""
+        """What is left out comes last, in the order of the reasons."""
         left_out = {f"left out: {why}": n for why, n in sorted(self._left_out.items())}
         return {**self._kept, **left_out}
 
     def lines(self) -> str:
-        """The counts as lines to print."""
         return "\n".join(f"{n:>9,}  {what}" for what, n in self.counts.items())
 
     def require_some(self, comparisons: pd.DataFrame) -> None:
@@ -110,13 +93,11 @@ class Funnel:
 Comparisons = list[dict[str, Any]]  # with chosen and rejected as whole conversations
 
 
-def compare(
-    turns: Sequence[Turn], end: str, same: Mapping[str, Any], funnel: Funnel
-) -> Comparisons:
+def compare(turns: Sequence[Turn], end: str, same: dict[str, Any], funnel: Funnel) -> Comparisons:
     """One comparison per rejected response of a dialogue, after the history of chosen responses.
 
-    Each has turn, weight and what is the ``same`` of all. What is left out is counted, with ``end``
-    as the reason why a dialogue goes on unread; an empty prompt or choice ends it too.
+    Each has what is the ``same`` of all. ``end`` is the reason, if any, why the dialogue goes on
+    unread; an empty prompt or choice ends it too.
     """
     found: Comparisons = []
     history: Conversation = []
@@ -125,9 +106,8 @@ def compare(
             end = f"dialogues cut at an empty {'chosen response' if prompt else 'prompt'}"
             break
         history = [*history, {"role": "user", "content": prompt}]
-        won, *lost = (
-            [*history, {"role": "assistant", "content": text}] for text in (chosen, *rejected)
-        )
+        answers = ({"role": "assistant", "content": text} for text in (chosen, *rejected))
+        won, *lost = ([*history, answer] for answer in answers)
         found += against([won], lost, {**same, "turn": number, "weight": 1.0}, funnel)
         history = won
     funnel.left_out([end] * bool(end))
@@ -135,10 +115,7 @@ def compare(
 
 
 def against(
-    chosen: Sequence[Conversation],
-    rejected: Sequence[Conversation],
-    same: Mapping[str, Any],
-    funnel: Funnel,
+    chosen: list[Conversation], rejected: list[Conversation], same: dict[str, Any], funnel: Funnel
 ) -> Comparisons:
     """Every chosen response against every rejected one, with what is the ``same`` of all."""
     found = []
@@ -147,9 +124,10 @@ def against(
             funnel.left_out(["chosen responses empty"])
             continue
         for lost in rejected:
-            if lost == won or not lost[-1]["content"]:
-                why = "equal to the chosen one" if lost == won else "empty"
-                funnel.left_out([f"rejected responses {why}"])
+            if lost == won:
+                funnel.left_out(["rejected responses equal to the chosen one"])
+            elif not lost[-1]["content"]:
+                funnel.left_out(["rejected responses empty"])
             else:
                 found.append({**same, "chosen": won, "rejected": lost})
     return found
@@ -160,8 +138,7 @@ def tabulate(comparisons: Comparisons, funnel: Funnel) -> pd.DataFrame:
     table = pd.DataFrame(comparisons)
     funnel.count("comparisons", len(table))
     funnel.require_some(table)
-    names = {f"{side}_name": table[side].map(digest) for side in ("chosen", "rejected")}
-    table = table.assign(**names)
+    table = table.assign(**{f"{side}_name": table[side].map(digest) for side in EXTRA})
     funnel.count("dialogues with comparisons", table.groupby(["user_id", "dialog_id"]).ngroups)
     funnel.count("users with comparisons", table.user_id.nunique())
     return table
@@ -200,10 +177,8 @@ def halve(units: pd.Series, seed: int, users: pd.Series | None = None) -> pd.Ser
 def split_dialogues(
     comparisons: pd.DataFrame, seed: int, funnel: Funnel, units: pd.Series | None = None
 ) -> pd.DataFrame:
-    """Add ``split``: train for half of each user's dialogues, or of the units, else test.
-
-    A unit that comparisons belong to, such as a first prompt, is on one side. Users without
-    comparisons on both sides are left out.
+    """Add ``split``: train for half of each user's dialogues, or of the units (such as first
+    prompts) that comparisons belong to, else test. Users who are not on both sides are left out.
     """
     users = comparisons.user_id
     own = users + "\n" + comparisons.dialog_id
@@ -256,19 +231,17 @@ def distinct(
 def number_conversations(
     comparisons: pd.DataFrame, funnel: Funnel
 ) -> tuple[list[Conversation], pd.DataFrame]:
-    """The distinct conversations, and the comparisons with their numbers, in a fixed order.
-
-    Comparisons have ``COLUMNS``, with chosen and rejected as conversations, and the names of both.
+    """The distinct conversations, and the comparisons (``COLUMNS``) with their numbers, in a fixed
+    order. Comparisons come with chosen and rejected as conversations, and the names of both.
     """
     extra = [f"{side}{name}" for name in extra_names(comparisons) for side in EXTRA.values()]
     names = ["chosen_name", "rejected_name"]
     order = ["user_id", "dialog_id", "turn", *names, "split", "weight", *extra]
     table = comparisons.sort_values(order, ignore_index=True)
     _count_sets(table, funnel)
-    sides = list(EXTRA)
-    numbers, conversations = distinct(table[names].to_numpy().ravel(),
-                                      table[sides].to_numpy().ravel())  # fmt: skip
-    table[sides] = numbers.reshape(-1, 2)
+    named, talks = (table[two].to_numpy().ravel() for two in (names, list(EXTRA)))
+    numbers, conversations = distinct(named, talks)
+    table[list(EXTRA)] = numbers.reshape(-1, 2)
     funnel.count("distinct conversations", len(conversations))
     return conversations, table[[*COLUMNS, *extra]].astype(COLUMNS)
 
@@ -296,18 +269,14 @@ def _count_sets(comparisons: pd.DataFrame, funnel: Funnel) -> None:
 
 
 def overlap(conversations: Sequence[Conversation], comparisons: pd.DataFrame) -> dict[str, Any]:
-    """How many held-out comparisons training has something of, and a sentence that says so.
-
-    Returns:
-        held_out, all of them; and those of which training has: prompt, the dialogue before the
-        response; response, at least one of the two after that dialogue; both_responses; pair, the
-        two compared with each other; sentence.
+    """Of how many held_out comparisons training has the prompt (the dialogue before the response),
+    a response after it, both_responses or the pair; and a sentence that says so.
     """
     before = pd.Series([digest(conversation[:-1]) for conversation in conversations])
     sides = np.sort(comparisons[["chosen", "rejected"]].to_numpy(), axis=1)
-    train, test = ((comparisons.split == side).to_numpy() for side in SPLITS)
     pairs = pd.MultiIndex.from_arrays(sides.T)
     prompts = before[comparisons.chosen].to_numpy()
+    train, test = ((comparisons.split == side).to_numpy() for side in SPLITS)
     known = np.isin(sides[test], sides[train])
     shared = {
         "held_out": test,
@@ -317,10 +286,8 @@ def overlap(conversations: Sequence[Conversation], comparisons: pd.DataFrame) ->
         "pair": pairs[test].isin(pairs[train]),
     }
     found = {what: int(rows.sum()) for what, rows in shared.items()}
-    sentence = (
-        "Of {held_out:,} held-out comparisons, {prompt:,} have a prompt that training has too, "
-        "{response:,} a response ({both_responses:,} both) and {pair:,} the very pair."
-    )
+    sentence = "Of {held_out:,} held-out comparisons, {prompt:,} have a prompt that training has "
+    sentence += "too, {response:,} a response ({both_responses:,} both) and {pair:,} the very pair."
     return {**found, "sentence": sentence.format(**found)}
 
 
@@ -328,29 +295,37 @@ def overlap(conversations: Sequence[Conversation], comparisons: pd.DataFrame) ->
 
 
 def write_prepared(
-    folder: Path,
-    conversations: Sequence[Conversation],
+    folder: Path, conversations: Sequence[Conversation],
     table: pd.DataFrame | dict[str, np.ndarray],
-    info: Mapping[str, Any],
-    funnel: Funnel,
-    share: str | None = None,
-) -> str:
+    info: Mapping[str, Any], funnel: Funnel, share: str | None = None,
+) -> str:  # fmt: skip
     """Write a prepared dataset's tables and, last, prepare.json; what to print of its contents.
 
-    Args:
-        folder: where to; made if missing.
-        conversations: the distinct conversations, row i being embedding i.
-        table: a row a comparison, with ``COLUMNS``; or, where users are simulated at training time,
-            train.scores and test.scores [prompts, responses, scorers] with the conversations'
-            numbers in train.rows and test.rows [prompts, responses].
-        info: what prepare.json says: dataset, settings and perhaps a warning, which every later
-            output shows. Counts, hashes and what ``overlap``, ``count_kinds`` and ``retest`` find
-            are added.
-        funnel: with the counts.
-        share: i/n where n processes are to share the embedding; each of them writes the folder.
+    Conversation i is that of embedding i. The table has ``COLUMNS``; or, where users are simulated
+    at training time, it is train.scores and test.scores [P, R, M] (prompts, responses, scorers) and
+    the conversations' numbers, train.rows and test.rows [P, R]. To info (dataset, settings and
+    perhaps a warning, which every later output shows) come counts, hashes and what ``overlap``,
+    ``count_kinds`` and ``retest`` find. Of n processes that share the embedding (i/n) each writes.
     """
-    with lock_folder(folder, share):
-        info = _write(folder, conversations, table, {**info, "counts": funnel.counts})
+    info = {**info, "counts": funnel.counts}
+    with files.lock_folder(folder, share):
+        _check_folder(folder, info)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "prepare.json").unlink(missing_ok=True)  # a half-written folder is not prepared
+        talks = folder / TALKS
+        files.write_whole(talks, lambda draft: _write_conversations(draft, conversations))
+        hashes = {"conversations_sha256": digest(list(conversations))}
+        if isinstance(table, pd.DataFrame):
+            path, content = folder / COMPARISONS, table.to_csv(index=False)
+            files.write_whole(path, lambda draft: table.to_parquet(draft, index=False))
+            info = {"retest": retest(table), **info, "overlap": overlap(conversations, table)}
+            info["kinds"] = count_kinds(table)
+        else:
+            path, content = folder / SCORES, [[k, table[k].tolist()] for k in sorted(table)]
+            files.write_whole(path, lambda draft: save_file(table, draft))
+        hashes["data_sha256"] = digest([hashes["conversations_sha256"], content])
+        info |= {**hashes, "files": {file.name: files.file_sha256(file) for file in (talks, path)}}
+        files.write_text(folder / "prepare.json", json.dumps(info, indent=2))
     says = [info[what]["sentence"] for what in PRINTED if info.get(what)]
     says += [f"WARNING: {info['warning']}"] if "warning" in info else []
     what = f"{len(table):,} comparisons" if isinstance(table, pd.DataFrame) else "scores"
@@ -358,44 +333,19 @@ def write_prepared(
     return "\n".join([funnel.lines(), *says, end])
 
 
-def _write(
-    folder: Path, conversations: Sequence[Conversation], table: Any, info: dict[str, Any]
-) -> dict[str, Any]:
-    """The files of ``write_prepared``; what prepare.json says then."""
+def _check_folder(folder: Path, info: Mapping[str, Any]) -> None:
+    """Refuse a folder of scripts, or with files of these names that no prepare.py wrote."""
     has_script = (folder / "prepare.py").exists()
     require(not has_script, f"--out {folder} holds scripts; name a folder for the data alone")
-    _check_folder(folder, info["settings"].get("source"))
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "prepare.json").unlink(missing_ok=True)  # a half-written folder is not prepared
-    talks = folder / "conversations.parquet"
-    write_whole(talks, lambda draft: _write_conversations(draft, conversations))
-    hashes = {"conversations_sha256": digest(list(conversations))}
-    if isinstance(table, pd.DataFrame):
-        path, content = folder / "comparisons.parquet", table.to_csv(index=False)
-        write_whole(path, lambda draft: table.to_parquet(draft, index=False))
-        info = {"retest": retest(table), **info, "overlap": overlap(conversations, table)}
-        info["kinds"] = count_kinds(table)
-    else:
-        path = folder / "scores.safetensors"
-        content = [[name, table[name].tolist()] for name in sorted(table)]
-        write_whole(path, lambda draft: save_file(table, draft))
-    hashes["data_sha256"] = digest([hashes["conversations_sha256"], content])
-    info |= {**hashes, "files": {file.name: file_sha256(file) for file in (talks, path)}}
-    write_text(folder / "prepare.json", json.dumps(info, indent=2))
-    return info
-
-
-def _check_folder(folder: Path, source: str | None) -> None:
-    """Refuse a folder with files of these names that no prepare.py wrote, whole or in part."""
-    says = folder / "prepare.json"
-    check_output(says, "--out", has_keys("dataset", "files"), [source])
-    is_prepared = says.exists()
+    says, source = folder / "prepare.json", info["settings"].get("source")
+    files.check_output(says, "--out", files.has_keys("dataset", "files"), [source])
+    is_prepared = says.exists()  # a run that was killed has left none
 
     def is_ours(path: Path) -> bool:
         with suppress(OSError, pa.ArrowException, SafetensorError):
             if is_prepared:
                 return True
-            if path.suffix == ".parquet":  # a run that was killed has left no prepare.json
+            if path.suffix == ".parquet":
                 found = pq.read_schema(path)
                 marked = MARK.items() <= (found.metadata or {}).items()
                 return marked or found.names[: len(COLUMNS)] == list(COLUMNS)
@@ -403,8 +353,8 @@ def _check_folder(folder: Path, source: str | None) -> None:
                 return "train.scores" in file.keys()  # noqa: SIM118
         return False
 
-    for name in sorted(set().union(*TABLES)):
-        check_output(folder / name, "--out", is_ours, [source])
+    for name in (COMPARISONS, TALKS, SCORES):
+        files.check_output(folder / name, "--out", is_ours, [source])
 
 
 def _write_conversations(path: Path, conversations: Sequence[Conversation]) -> None:
@@ -419,18 +369,11 @@ def _write_conversations(path: Path, conversations: Sequence[Conversation]) -> N
 
 
 def read_info(folder: Path, dataset: str | None = None) -> dict[str, Any]:
-    """What prepare.json says of a prepared dataset; a warning in it is logged.
-
-    Args:
-        folder: the prepared folder.
-        dataset: whose script reads it, which is also the name of that script's folder; None: any.
-
-    Raises:
-        InputError: the folder is not prepared, holds another dataset, or a file in it is not the
-            one that prepare.py wrote.
+    """What prepare.json says; a warning in it is logged. InputError where the folder is not
+    prepared, holds another dataset (None: any will do) or a file that prepare.py did not write.
     """
     path = folder / "prepare.json"
-    info = read_json(path)
+    info = files.read_json(path)
     require(info is not None, f"{folder} is not a prepared dataset; run prepare.py first")
     require(isinstance(info, dict), f"{path} is not as expected; {AGAIN}")
     wrong = [key for key, kind in INFO.items() if not isinstance(info.get(key), kind)]
@@ -448,26 +391,22 @@ def read_info(folder: Path, dataset: str | None = None) -> dict[str, Any]:
     for file, sha256 in info["files"].items():
         path = folder / file
         require(path.is_file(), f"{path}: not there; {AGAIN}")
-        same = file_sha256(path) == sha256
+        same = files.file_sha256(path) == sha256
         require(same, f"{path} is not the file that prepare.py wrote; run it again")
-    path = folder / "conversations.parquet"
-    schema = _read_table(path, pq.read_schema)
-    require(schema.equals(MESSAGES), f"{path}: has other columns than messages; {AGAIN}")
+    path = folder / TALKS
+    is_right = _read_table(path, pq.read_schema).equals(MESSAGES)
+    require(is_right, f"{path}: has other columns than messages; {AGAIN}")
     return info
 
 
 def read_conversations(folder: Path) -> list[Conversation]:
     """The conversations, row i being of embedding i."""
-    return _read_table(folder / "conversations.parquet")["messages"].to_pylist()
+    return _read_table(folder / TALKS)["messages"].to_pylist()
 
 
 def read_comparisons(folder: Path, num_rows: int) -> pd.DataFrame:
-    """The comparisons of a prepared folder, in which each conversation is one of num_rows.
-
-    Raises:
-        InputError: the table is missing, damaged, lacks a column, or a cell holds what cannot be.
-    """
-    path = folder / "comparisons.parquet"
+    """The comparisons of a prepared folder, of num_rows conversations; InputError for damage."""
+    path = folder / COMPARISONS
     table = _read_table(path).to_pandas()
     require(not table.empty, f"{path}: has no rows; {AGAIN}")
     numbers = {f"{side}{name}": float for name in extra_names(table) for side in EXTRA.values()}
@@ -491,12 +430,8 @@ def read_comparisons(folder: Path, num_rows: int) -> pd.DataFrame:
 
 
 def read_scores(folder: Path, num_rows: int) -> dict[str, Tensor]:
-    """train.scores and test.scores [P, R, M] in float32, train.rows and test.rows [P, R].
-
-    Raises:
-        InputError: the file is missing, damaged or of another form.
-    """
-    path = folder / "scores.safetensors"
+    """train.scores, test.scores [P, R, M] and train.rows, test.rows [P, R]; or InputError."""
+    path = folder / SCORES
     tensors = read_tensors(path, AGAIN)[1]
     found = {}
     for split in SPLITS:
@@ -517,4 +452,5 @@ def _read_table(path: Path, read: Callable[[Path], Any] = pq.read_table) -> Any:
     try:
         return read(path)
     except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path} cannot be read ({first_line(error)}); {AGAIN}") from error
+        why = files.first_line(error)
+        raise InputError(f"{path} cannot be read ({why}); {AGAIN}") from error
