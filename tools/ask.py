@@ -49,7 +49,7 @@ def main(
         basis: basis file of a run, LoRe's or the mixed logit's.
         pool: what may be asked: rows of "prompt" or "messages", and "responses" (a list), or of
             choices in any layout of docs/formats.md, whose preferences are not read.
-        answers: a .jsonl file of choices, in which those that are there already count.
+        answers: the .jsonl file for the answers; choices that are there already count.
         candidates: rank these too: rows of "prompt" or "messages", and "response".
         profile: where weights and ranking go, a .json file; by default beside answers.
         user: whose answers they are; by default the user of the answers file, else "me".

@@ -195,13 +195,13 @@ class Answers:
     def __init__(self, path: Path, user: str = "") -> None:
         require(path.suffix == ".jsonl", f"--answers {path}: end its name in .jsonl")
         self.path, self.skipped, self.user = path, path.with_suffix(".skipped.jsonl"), user
-        self._load()
+        both = (read_file(file) if file.exists() else () for file in (path, self.skipped))
+        self._take(*([row for _, row in placed] for placed in both))
 
-    def _load(self) -> None:
-        """Take in both files as they are now."""
-        placed = list(read_file(self.path)) if self.path.exists() else []
-        skipped = read_file(self.skipped) if self.skipped.exists() else []
-        self.rows, self.skips = [row for _, row in placed], [row for _, row in skipped]
+    def _take(self, rows: list[dict[str, Any]], skips: list[dict[str, Any]]) -> None:
+        """Take in what both files hold."""
+        self.rows, self.skips = rows, skips
+        placed = [(f"{self.path} row {i}", row) for i, row in enumerate(rows, start=1)]
         for row in self.skips:
             good = isinstance(row.get("question"), int) and isinstance(row.get("pair"), str)
             require(good, f"{self.skipped}: not a file of skipped questions; move it away")
@@ -273,7 +273,7 @@ class Answers:
                 os.fsync(file.fileno())
 
         write_whole(path, write)
-        self._load()
+        self._take(*{self.path: self.rows, self.skipped: self.skips, path: rows}.values())
 
 
 def _number(row: Mapping[str, Any]) -> int:

@@ -77,7 +77,7 @@ def gather(
     Args:
         found: what the file holds; InputError where it knows no differences between people.
         pairs, answers, candidates: what may be asked, what was answered, what is to be ranked.
-        embeddings: folder to keep those of pool and candidates in, for another time.
+        embeddings: folder that keeps the embeddings of pool and candidates for another time.
         embedding: more arguments of ``view_conversations``.
     """
     alike = "knows no differences between users, so that there is nothing to ask: it has rank 1, "

@@ -168,7 +168,8 @@ def test_no_pair_comes_twice_and_the_pool_has_an_end(tmp_path):
     assert len(own.answers) == 7 and own.do("undo") and own.question().number == 8
 
 
-def test_answers_move_what_is_known_and_either_response_may_come_first(tmp_path):
+def test_answers_move_what_is_known_and_either_response_may_come_first(tmp_path, caplog):
+    caplog.set_level("INFO")
     own, b = session(tmp_path / "ann.jsonl", tolerance=0), torch.tensor([2.0, -1.0, 0.5]).double()
     turned = []
     while question := own.question():
@@ -179,6 +180,7 @@ def test_answers_move_what_is_known_and_either_response_may_come_first(tmp_path)
     assert torch.cosine_similarity(own.posterior.mean, b, dim=0) > 0.9
     assert own.outlook.accuracy[0] > own.before + 0.1
     assert 5 < sum(turned) < 25
+    assert not caplog.text  # which a terminal would show beside every question
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
