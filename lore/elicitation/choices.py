@@ -41,17 +41,16 @@ NO_TEXT = "the prompt or a message is empty"
 class UserChoices(NamedTuple):
     """One person's choices, a pair for every chosen and rejected response of a row."""
 
-    chosen: list[Conversation]  # that end in the response [n]
+    chosen: list[Conversation]
     rejected: list[Conversation]
     row: Tensor  # the number of the row that each pair comes from, from 0 [n]
     weight: Tensor  # how much each pair counts [n]; pairs share the weight of their row
 
 
 def read_user_choices(file: Path, columns: Columns = USUAL) -> UserChoices:
-    """One person's choices from a file, in any layout of docs/formats.md.
+    """One person's choices from a file, in any layout of docs/formats.md; ties are left out.
 
-    Raises:
-        InputError: no such file, no rows, a row that lacks something, or rows of several users.
+    InputError for no rows, a row that lacks something, or rows of several users.
     """
     choices = read_choices(read_file(file), columns)
     require(bool(choices), f"{file} is empty")
@@ -84,10 +83,9 @@ def _require_text(conversation: Conversation, place: str, what: str) -> None:
 
 
 def read_candidates(file: Path, columns: Columns = USUAL) -> list[Conversation]:
-    """The conversations that end in a candidate response, which messages may have in them.
+    """The conversations that end in a candidate response; "messages" alone may end in it.
 
-    Raises:
-        InputError: no such file, no rows, or a row that lacks something.
+    InputError for no rows, or a row that lacks something.
     """
     candidates = []
     for place, row in read_file(file):
@@ -137,13 +135,9 @@ class Pair:
 
 
 def read_pool(file: Path, columns: Columns = USUAL) -> list[Pair]:
-    """The distinct pairs in a file.
+    """The distinct pairs in a file of choices, or of responses (a list: all pairs of them).
 
-    A row has prompt or messages, and responses (a list: all pairs of them), or is one of a file of
-    choices in any layout; what was chosen is not kept.
-
-    Raises:
-        InputError: no such file, a row that lacks something, or no pair of two different texts.
+    InputError for a row that lacks something, or no pair of two different texts.
     """
     pairs: dict[str, Pair] = {}
     for place, one, other in _compared(file, columns):
@@ -176,20 +170,10 @@ def _compared(file: Path, columns: Columns) -> Iterator[tuple[str, Conversation,
 class Answers:
     """What one person answered and skipped, on disk after every change.
 
-    The file has a row for every answer. Beside what rows of choices have, ``first`` says which
-    response was shown first, ``question`` counts answers and skipped questions, and ``timestamp``
-    says when. Choices that were in the file before stay and count too. What was skipped says
-    nothing of tastes and is in a second file, ``<name>.skipped.jsonl``.
-
-    Args:
-        path: of the .jsonl file; it need not be there.
-        user: whose answers they are; by default the file's user, else "me".
-
-    Attributes:
-        comparisons: the conversation that was preferred, the other, and how much that counts.
-
-    Raises:
-        InputError: another kind of file, a row that cannot be read, or rows of another user.
+    The .jsonl file, which need not be there, has a row of choices for every answer: ``first`` says
+    which response was shown first, ``question`` counts answers and skipped questions. Choices that
+    were in it before count too. What was skipped is in ``<name>.skipped.jsonl``. InputError for
+    rows that cannot be read, or that are another user's.
     """
 
     def __init__(self, path: Path, user: str = "") -> None:
@@ -240,12 +224,10 @@ class Answers:
         row = {
             "user": self.user,
             **({"prompt": history[0]["content"]} if alone else {"messages": history}),
-            "chosen": chosen,
-            "rejected": rejected,
-            "question": self.last_question + 1,
+            "chosen": chosen, "rejected": rejected, "question": self.last_question + 1,
             "first": "chosen" if side == "a" else "rejected",
             "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
+        }  # fmt: skip
         self._save(self.path, [*self.rows, row])
 
     def skip(self, pair: Pair) -> None:

@@ -1,11 +1,7 @@
 """Which comparison to ask a user about next, given what the answers so far say of the user.
 
-A question is a pair of responses, and its log odds are a + z . b: a is the shared reward
-difference, z [K] what the pair asks of tastes, b the user's tastes, of which a Gaussian posterior
-is known. Criteria see questions and the answers so far, no other answer.
-
-Shape letters: U users, n questions, K directions of taste. A question is a row [1 + K], a and z;
-which of its two responses comes first changes no choice.
+A comparison is a row [1 + K], a and z, of log odds a + z . b: a is the shared reward difference,
+b the user's K tastes, of which a Gaussian posterior is known. Its sign changes no choice.
 """
 
 from __future__ import annotations
@@ -48,12 +44,7 @@ def user_posteriors(prior: Prior, answers: Tensor, users: Users) -> list[UserPos
 
 
 class QuestionPool:
-    """Questions that may be asked of a user, prepared once so that each choice is quick.
-
-    Args:
-        rows: the comparisons [n, 1 + K].
-        sizes: how many comparisons each question has, one after the other; one each if None.
-    """
+    """Questions of a user, prepared once: comparisons [n, 1 + K], ``sizes`` of them in each."""
 
     def __init__(self, rows: Tensor, sizes: Sequence[int] | None = None) -> None:
         require(len(rows) > 0, "there is nothing to ask: no question in the pool")
@@ -66,11 +57,7 @@ class QuestionPool:
         return len(self.sizes)
 
     def open(self, earlier: Sequence[int]) -> Tensor:
-        """Which questions [len(self)] may be asked now.
-
-        None comes up twice, and one with a pair that was asked, in whichever order, only when no
-        other is left.
-        """
+        """Which questions may be asked now; one with a pair that was asked only if all have one."""
         left = torch.ones(len(self), dtype=torch.bool)
         left[list(earlier)] = False
         require(bool(left.any()), "there is nothing left to ask: every question was asked")
@@ -88,20 +75,13 @@ def distinct(rows: Tensor) -> Tensor:
 
 
 def next_question(
-    posterior: UserPosterior,
-    pool: QuestionPool,
-    criterion: Criterion = "d_optimal",
-    earlier: Sequence[int] = (),
-    generator: Seed = None,
-) -> int:
+    posterior: UserPosterior, pool: QuestionPool, criterion: Criterion = "d_optimal",
+    earlier: Sequence[int] = (), generator: Seed = None,
+) -> int:  # fmt: skip
     """The number of the question of a pool to ask next; InputError if nothing is left to ask.
 
-    Args:
-        posterior: what is known of the user.
-        pool: the questions.
-        criterion: see ``acquisition``, whose values are summed over a question's comparisons.
-        earlier: numbers of the questions that were asked before, answered or not.
-        generator: of the draw among questions that are equally good.
+    It has the greatest sum of ``acquisition`` over its comparisons; the generator draws among equal
+    ones. ``earlier`` numbers the questions that were asked before, answered or not.
     """
     require(criterion in CRITERIA, f"criterion {criterion}: there are {', '.join(CRITERIA)}")
     gains = acquisition(criterion, posterior, pool.rows)
@@ -129,16 +109,8 @@ def choose_shots(
 ) -> Shots:
     """New users' shots in the order in which the criterion asks for them, instead of at random.
 
-    A question is a shot: a recorded comparison, or a whole dialogue. The first of 10 shots are
-    those of 5. No label is used before its question is asked, as gains do not depend on the order
-    within a pair.
-
-    Args:
-        fit: of which ``population`` is not None.
-        few: the new users' comparisons.
-        sizes: numbers of shots.
-        criterion: see ``acquisition``.
-        generator: of the draw among equally good questions.
+    A shot is one of ``few.units()``; the first of 10 shots are those of 5. No label is used before
+    its question is asked. The fit's ``population`` must not be None.
     """
     units, population = few.units(), fit.population()
     prior = Prior(population.mean.double().cpu(), population.cov.double().cpu())

@@ -3,8 +3,6 @@
 The measure is *expected accuracy*: the chance that the better of two responses by the posterior is
 the one that the person prefers, on average over pairs. It can be foretold: how much an answer
 shrinks the posterior's covariance hardly depends on which answer it is.
-
-Shape letters: T target pairs, N pairs of the pool, K directions of taste, H questions ahead.
 """
 
 from __future__ import annotations
@@ -28,15 +26,10 @@ POINTS = 64  # of the average over where the mean moves; the integrand has a kin
 
 
 class Outlook(NamedTuple):
-    """Expected accuracy now and after 1, 2, ... more questions.
+    """Expected accuracy now and after 1, 2, ... more questions."""
 
-    Attributes:
-        accuracy: [1 + H], each in 0.5 to 1.
-        tolerance: a gain in accuracy that is not worth another question.
-    """
-
-    accuracy: list[float]
-    tolerance: float
+    accuracy: list[float]  # each in 0.5 to 1
+    tolerance: float  # a gain in accuracy that is not worth another question
 
     @property
     def best(self) -> float:
@@ -53,13 +46,9 @@ class Outlook(NamedTuple):
 def look_ahead(
     posterior: UserPosterior, targets: Tensor, pool: Tensor, tolerance: float
 ) -> Outlook:
-    """The outlook of asking the D-optimal questions of a pool, one after another.
+    """The outlook of asking the D-optimal questions of a pool [N, 1 + K], one after another.
 
-    Args:
-        posterior: of the person's tastes.
-        targets: pairs whose order matters, as differences [T, 1 + K] of log odds.
-        pool: pairs that may still be asked [N, 1 + K].
-        tolerance: see ``Outlook``.
+    Targets are the pairs whose order matters, as differences [T, 1 + K] of log odds.
     """
     Z = targets[:, 1:]
     logits = targets[:, 0] + Z @ posterior.mean
@@ -72,11 +61,8 @@ def look_ahead(
 def expected_accuracy(logits: Tensor, now: Tensor, later: Tensor) -> Tensor:
     """Chance that the preferred response is foretold later, averaged over pairs.
 
-    Until then the mean of a pair's log odds moves by a normal variable of variance now - later.
-
-    Args:
-        logits: means [T] of the log odds.
-        now, later: their variances [T] now and when the pair is foretold.
+    Of the pairs' log odds it takes means [T] and variances [T] now and later; until then the means
+    move by normal variables of variance now - later.
     """
     share = (torch.arange(POINTS).to(logits) + 0.5) / POINTS
     moved = (now - later).clamp(min=0).sqrt()[:, None] * torch.special.ndtri(share)

@@ -31,16 +31,10 @@ HEADERS = {
 
 
 class Page:
-    """A session as a page: every answer is a form that leads back to the page.
+    """A session as a page, a WSGI ``app``: every answer is a form that leads back to the page.
 
-    Args:
-        session: to be asked.
-        profile: where the profile is written once asking is over.
-        secret: first part of every address, so that others on this machine cannot look in.
-
-    Attributes:
-        app: what a server runs.
-        closed: whether the person has quit.
+    The profile is written once asking is over. Every address begins with the secret, so that
+    others on this machine cannot look in.
     """
 
     def __init__(self, session: Session, profile: Path, secret: str) -> None:
@@ -96,10 +90,7 @@ def _say_mistakes(answer: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def ask_on_page(session: Session, profile: Path, port: int = 0) -> None:
-    """Serve a session's page on this machine until the person is done, or Ctrl-C.
-
-    Port 0 is a free one; InputError if the port is taken.
-    """
+    """Serve a session's page until the person is done, or Ctrl-C; port 0 is a free one."""
     page = Page(session, profile, secrets.token_urlsafe(16))
     with listen(page.app, "127.0.0.1", port) as server:
         log.info("open http://127.0.0.1:%d%s in a browser of this machine; Ctrl-C ends it",

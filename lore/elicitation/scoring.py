@@ -41,17 +41,14 @@ class Scorer:
     max_length: int
 
     def __post_init__(self) -> None:
-        written = render_text(self.tokenizer, [
-            {"role": "user", "content": SAID}, {"role": "assistant", "content": SAID}
-        ])  # fmt: skip
-        self.end = written.rpartition(SAID)[2]
+        chat = [{"role": role, "content": SAID} for role in ("user", "assistant")]
+        self.end = render_text(self.tokenizer, chat).rpartition(SAID)[2]
 
     def embed(self, texts: Sequence[str | Conversation], progress: bool = False) -> Tensor:
         """Embeddings [n, F], minus the center where the file has it.
 
-        A text is a conversation that ends in a response, or what the chat template makes of one,
-        whose end is mended where it was stripped. InputError for an empty one, or where the
-        template refuses.
+        A text is a conversation, or what the chat template makes of one, whose end is mended where
+        it was stripped. InputError for an empty one, or where the template refuses.
         """
         bos = self.tokenizer.bos_token_id
         keys = [
@@ -73,11 +70,9 @@ class Scorer:
         return text.removesuffix(self.end.rstrip()) + self.end
 
     def score(self, rows: Tensor, user: str | None = None) -> tuple[Tensor, Tensor | None]:
-        """Rewards [n] in log odds, and their standard deviations where they are known.
+        """Rewards [n] in log odds of embeddings [n, F], and standard deviations where known.
 
-        Args:
-            rows: what ``embed`` gave [n, F].
-            user: of the file; the average user if None. InputError for one whom it does not know.
+        The user is one of the file, else InputError; None is the average user.
         """
         direction = self.learned.direction(user, "--user")
         return rows @ direction, self.learned.deviations(rows, user)

@@ -47,7 +47,7 @@ class Material:
         return torch.stack(rows) if rows else torch.empty(0, len(next(iter(self.views.values()))))
 
     def pool(self) -> Tensor:
-        """The pairs of the pool, first text minus second [N, C]."""
+        """Differences of the pool's pairs [N, C]."""
         return self.differences([pair.conversations for pair in self.pairs])
 
     def targets(self, generator: torch.Generator) -> Tensor:
@@ -97,19 +97,10 @@ def gather(
 class Session:
     """Questions to one person, one after the other, however they are put.
 
-    Args:
-        fit: LoRe or a mixed logit, whose ``population`` is not None.
-        material: what may be asked, and what is to be ranked.
-        answers: those that were given before; new ones are kept there at once.
-        criterion: by which the next question is chosen, see ``criteria.acquisition``.
-        tolerance: stop once ``outlook.HORIZON`` more would raise the expected accuracy by less.
-        most: stop after as many answers; 0 for no such limit.
-        seed: of all that is random: which response is shown first, which of several equally good
-            questions is asked, and LoRe's initial weights.
-
-    Attributes:
-        posterior: of the person's tastes.
-        outlook: how sure that is, and how sure it may become.
+    The fit's ``population`` must not be None. Answers are kept at once. Asking stops after ``most``
+    answers, if not 0, or when ``outlook.HORIZON`` more would raise the expected accuracy by less
+    than ``tolerance``. The seed is of all that is random: which response is shown first, which of
+    several equally good questions is asked, and LoRe's initial weights.
     """
 
     def __init__(
@@ -169,11 +160,10 @@ class Session:
         return self._next
 
     def do(self, word: str) -> bool:
-        """Do what the person says about the question; False where there is nothing to do.
+        """Do what the person says, one of ``ACTIONS``; False where there is nothing to do.
 
-        Args:
-            word: one of ``ACTIONS``: a or b, the better response; skip, to leave the question for
-                good; undo, to take back the last answer or skip; more, to be asked on.
+        "skip" leaves the question for good, "undo" takes back the last answer or skip, and "more"
+        is to be asked on.
         """
         question, done = self.question(), True
         if word == "more":
@@ -212,16 +202,13 @@ class Session:
     def save(self, path: Path) -> dict[str, Any]:
         """Write the profile, and return it: weights and the ranking of candidates, if any."""
         profile = {
-            "user": self.answers.user,
-            "method": self.fit.label,
-            "answers": len(self.answers),
-            "skipped": len(self.answers.skips),
-            "weights": self.user.weights.tolist(),
-            **self.user.known(),
+            "user": self.answers.user, "method": self.fit.label,
+            "answers": len(self.answers), "skipped": len(self.answers.skips),
+            "weights": self.user.weights.tolist(), **self.user.known(),
             "expected_accuracy": self.outlook.accuracy[0],
             "expected_accuracy_without_answers": self.before,
             "questions_still_useful": self.outlook.useful,
-        }
+        }  # fmt: skip
         if self.material.candidates:
             profile["ranking"] = self.material.ranking(self.user)
         write_text(path, json.dumps(profile, indent=2))

@@ -18,11 +18,7 @@ FINAL = ("", "quit", "undo", "more")  # words that are understood once asking is
 class Terminal:
     """Puts a session's questions and reads the answers; the end of the input is "quit".
 
-    Args:
-        session: to be asked.
-        source: what is typed.
-        out: where questions go.
-        height: lines of a page, 0 for no pages; by default the terminal's, if it is one.
+    Height is the lines of a page, 0 for no pages; by default the terminal's, if it is one.
     """
 
     def __init__(

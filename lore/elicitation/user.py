@@ -1,7 +1,4 @@
-"""A new user in the light of a run's file: weights, how sure they are, and candidates in order.
-
-Shape letters: F features, C directions, S numbers of a user's weights, n comparisons.
-"""
+"""A new user in the light of a run's file: weights, how sure they are, and candidates in order."""
 
 from __future__ import annotations
 
@@ -74,16 +71,11 @@ def view_conversations(
     source = lm.of_basis(found.settings, found.path)
     check_width(source, len(found.directions))
     with tempfile.TemporaryDirectory() as passing:
-        store = embed(
-            conversations,
-            embeddings or passing,
-            model=source.model,  # named here, so that these are no flags of the tools beside lm's
-            tokenizer=source.tokenizer,
-            revision=source.revision,
-            trust_remote_code=source.trust_remote_code,
-            pool=source.pool,
-            **embedding,
-        )
+        store = embed(  # the model's arguments by name, so that these are no flags beside lm's
+            conversations, embeddings or passing, model=source.model, tokenizer=source.tokenizer,
+            revision=source.revision, trust_remote_code=source.trust_remote_code,
+            pool=source.pool, **embedding,
+        )  # fmt: skip
         require(store is not None, "run this in one process, without --shard")
         rows = store.rows(torch.arange(len(conversations)))
         return rows @ found.directions.to(rows)
@@ -108,13 +100,9 @@ class User:
     def of(
         cls, fit: LoreFit | MixedFit, choices: Tensor, weight: Tensor | None = None, seed: int = 0
     ) -> User:
-        """The user who made some choices.
+        """The user who made choices [n, C], chosen minus rejected as the fit views them.
 
-        Args:
-            fit: how rewards depend on a user.
-            choices: chosen minus rejected, as the fit views them [n, C].
-            weight: how much each counts [n]; one each if None.
-            seed: of the initial values of LoRe's weights.
+        How much each counts is ``weight`` [n]; the seed is of the initial values of LoRe's weights.
         """
         weights = fit.adapt(choices, Users([len(choices)], weight), seed)[0]
         prior, posterior = fit.population(), None
@@ -131,11 +119,9 @@ class User:
         return {"tastes": tastes.tolist(), "standard_deviations": sd.tolist()}
 
     def lines(self) -> list[str]:
-        """The same to be read."""
-        return [
-            f"{name.replace('_', ' ')}: {' '.join(f'{x:.3f}' for x in values)}"
-            for name, values in self.known().items()
-        ]
+        """What is known, to be read."""
+        known = self.known().items()
+        return [f"{k.replace('_', ' ')}: {' '.join(f'{x:.3f}' for x in xs)}" for k, xs in known]
 
     def rewards(self, views: Tensor) -> Tensor:
         """Log odds [m] of conversations, or of differences of two [m, C]."""
@@ -156,8 +142,7 @@ def leave_one_out(
 ) -> Tensor:  # fmt: skip
     """Log odds [n] of each choice by weights from the choices of all other rows; [0] of one row.
 
-    The pairs of a row share responses, so that they say too much of each other. Arguments are as
-    for ``User.of``, and the number of each choice's row, 0 to R - 1 [n].
+    A row's pairs share responses and say too much of each other; ``row`` [n] numbers rows from 0.
     """
     others = [(row != number).nonzero()[:, 0] for number in row.unique()]
     if len(others) < 2:
@@ -180,10 +165,7 @@ def agreement(left_out: Tensor) -> str:
 
 
 def rank(candidates: Sequence[Conversation], views: Tensor, user: User) -> pd.DataFrame:
-    """Candidates, as a fit views them [m, C], by a user's reward; see ``ranking``.
-
-    Deviations are of a reward's distance from its prompt's mean.
-    """
+    """The ``ranking`` of candidates with views [m, C]; deviations are from the prompt's mean."""
     group = torch.from_numpy(_dialogues(candidates))
     count = torch.bincount(group)[:, None]
     means = views.new_zeros(len(count), views.shape[1]).index_add_(0, group, views) / count
@@ -195,21 +177,16 @@ def ranking(
 ) -> pd.DataFrame:
     """One row per candidate, prompts in their order, the best first within a prompt.
 
-    Returns:
-        line in the file, prompt, place within the prompt, reward, deviation (where these are
-        given), p_over_next (probability that it is preferred to the next one of its prompt,
-        missing for the last) and response.
+    ``p_over_next`` is the probability that it is preferred to the next one of its prompt.
     """
     columns = {
         "line": range(1, len(candidates) + 1),
         "prompt": [history[-1]["content"] for *history, _ in candidates],
-        "place": 0,
-        "reward": rewards.numpy(),
-        **({} if deviations is None else {"deviation": deviations.numpy()}),
-        "p_over_next": 0.0,
+        "place": 0, "reward": rewards.numpy(),
+        **({} if deviations is None else {"deviation": deviations.numpy()}), "p_over_next": 0.0,
         "response": [answer["content"] for *_, answer in candidates],
         "dialogue": _dialogues(candidates),
-    }
+    }  # fmt: skip
     table = pd.DataFrame(columns)
     places = table.groupby("dialogue")["reward"].rank(ascending=False, method="min")
     table["place"] = places.astype(int)
