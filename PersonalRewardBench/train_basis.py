@@ -1,7 +1,4 @@
-"""PersonalRewardBench: methods on users of a few comparisons each, settings chosen on theirs.
-
-Every user is a seen one, so that there is no vary_fewshot.py here.
-"""
+"""PersonalRewardBench: methods on users of few comparisons, all seen: without vary_fewshot.py."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from lore.experiments.splits import given_split
 from lore.methods.lore import Lore
 
 HERE = Path(__file__).resolve().parent
-LORE = Lore(ranks=(0, 1, 2, 5, 10), select_rank=True)  # none are published
+LORE = Lore(ranks=(0, 1, 2, 5, 10), select_rank=True)  # no published settings
 
 
 def main(

@@ -18,7 +18,6 @@ from lore.common.cli import cli
 from lore.common.devices import pick_device, processes, wait_for_all
 from lore.common.files import lock_folder, require
 from lore.common.settings import Name, NonNegativeInt, SeedNumber
-from lore.embeddings.store import Store
 from lore.experiments.judging import Sweep
 from lore.experiments.report.tables import report
 from lore.experiments.results import BASELINES
@@ -42,7 +41,7 @@ from lore.methods.vpl import VPL
 
 ROOT = Path(__file__).resolve().parents[2]
 DIVERGED = 1e6  # nats a comparison
-CENTERED = 1000  # conversations whose mean reward is called zero
+CENTERED = 1000  # conversations, evenly spread, whose mean reward is called zero
 MethodName = Literal[tuple(METHODS)]
 LIKED, LIKED_DIRECTIONS, SHOWN = 3, 8, 300  # responses shown per direction; letters of each
 
@@ -220,13 +219,15 @@ class Experiment:
     def _save_basis(self, fit: Fitted, task: Task) -> None:
         seed = f"-seed{task.seed}" if len(self.settings.seeds) > 1 else ""
         fit.written = f"{fit.file}{seed}.safetensors"
-        manifest = self.dataset.store.manifest
+        store, manifest = self.dataset.store, self.dataset.store.manifest
+        spread = torch.linspace(0, len(store) - 1, min(len(store), CENTERED), dtype=torch.float64)
         kept = ("model", "tokenizer", "revision", "weights_sha256", "template_sha256", "pool")
         facts = {
             **{key: manifest[key] for key in kept if key in manifest},
             "dataset": self.dataset.dataset, "seed": task.seed,
             "users": task.train.names, "users_unseen": getattr(task.few, "names", []),
-            "center": _center(self.dataset.store), "extra": self.dataset.about.get("extra", []),
+            "center": store.rows(spread.long()).double().mean(0).float(),
+            "extra": self.dataset.about.get("extra", []),
         }  # fmt: skip
         new = fit.users[:0] if fit.new_users is None else fit.new_users
         if task.few is not None and (known := fit.spread(task.few)) is not None:
@@ -251,12 +252,6 @@ def _about(dataset: Tasks, task: Task) -> dict[str, Any]:
         counts["validation"] = len(task.validation)
     users = {"seen": task.train.names, "unseen": getattr(task.few, "names", [])}
     return {"users": users, "kinds": task.kinds, "comparisons": counts, "facts": said}
-
-
-def _center(store: Store) -> Tensor:
-    """Mean embedding [F] of a thousand of the conversations, evenly spread, in float32."""
-    spread = torch.linspace(0, len(store) - 1, min(len(store), CENTERED), dtype=torch.float64)
-    return store.rows(spread.long()).double().mean(0).float()
 
 
 def _describe(fit: Fitted, role: str, task: Task, dataset: Tasks) -> dict[str, Any]:

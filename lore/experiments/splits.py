@@ -196,8 +196,7 @@ def _simulate(
             some = torch.randperm(len(scores), generator=g)[:count]
         ends = torch.cat(simulate_choices(scores[some], w[None]))  # the best and the worst
         pairs.append(rows[some].gather(1, ends.T))
-    chosen, rejected = torch.cat(pairs).T
-    return chosen, rejected
+    return torch.cat(pairs).unbind(1)
 
 
 def load(data: Path, dataset: str | None = None) -> tuple[dict[str, Any], Store]:
