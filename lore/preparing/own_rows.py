@@ -253,10 +253,10 @@ def _check_columns(place: str, row: Cells, columns: Columns, needed: Sequence[st
     for name in NAMES:
         column = getattr(columns, name)
         must = name in needed or column != getattr(USUAL, name)
-        other = " (or give --first, --second and --winner, or --rating)" * (name in needed)
-        error = f"{place} has no column {column}, only {_there(row)}; --{name} says which one "
-        error += f"holds it{other}"
-        require(column in ("", NONE) or column in row or not must, error)
+        if must and column not in row and column not in ("", NONE):
+            other = " (or give --first, --second and --winner, or --rating)" * (name in needed)
+            error = f"{place} has no column {column}, only {_there(row)}; --{name} says which one "
+            raise InputError(f"{error}holds it{other}")
 
 
 def _there(row: Cells) -> str:
