@@ -173,9 +173,12 @@ def all_rewards(
         return {"model": own}
     facts = [source[:3], source.pool, (dtype, *limits), conversations]
     folder = embeddings or CACHE / f"{slug(source.model)}-{digest(facts)[:8]}"
-    embedding |= {"max_length": max_length, "truncation_side": truncation_side}
-    embedding |= {"dtype": dtype, "device": device, **source._asdict()}
-    store = embed(conversations, folder, **embedding)
+    store = embed(  # named one by one: these are no flags of this script
+        conversations, folder, model=source.model, tokenizer=source.tokenizer,
+        revision=source.revision, trust_remote_code=source.trust_remote_code, pool=source.pool,
+        max_length=max_length, truncation_side=truncation_side, dtype=dtype, device=device,
+        **embedding,
+    )  # fmt: skip
     return rb2.head_rewards(store, heads) if store else None
 
 

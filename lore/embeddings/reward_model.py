@@ -305,7 +305,6 @@ class Engine:
     tokens_computed: int = 0
     checked: bool = False
 
-
     @property
     def body(self) -> Any:
         """The model without its score head."""

@@ -150,8 +150,12 @@ def test_every_number_of_every_script_has_a_range():
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_says_what_a_number_may_be(script):
+def test_help_explains_each_flag_and_says_what_a_number_may_be(script):
     flags = flags_of(script)
+    assert all(action.help for action in flags.actions.values())
+    grouped = {name for name in flags.types if name.partition(".")[0] in flags.short}
+    twice = {name for name in grouped if "." in flags.flag(name)}  # the script has that flag too
+    assert twice <= {"columns.split", "columns.user"}
     text = " ".join(" ".join(map(flags.help, ["", *flags.groups])).split())
     kinds = set().union(*map(numbers, flags.types.values()))
     assert [kind.__name__ for kind in kinds if kind.__name__ not in text] == []
