@@ -71,11 +71,9 @@ class Lore:
 
     def check_reference(self, task: Task) -> None:
         """Refuse a pull to a reference where there is none."""
-        require(
-            task.reference is not None or not any(self.alpha),
-            "--alpha pulls to a reference, and there is none: the model has no score head (or "
-            "--reference none); give --alpha 0",
-        )
+        require(task.reference is not None or not any(self.alpha),
+                "--alpha pulls to a reference, and there is none: the model has no score head (or "
+                "--reference none); give --alpha 0")  # fmt: skip
 
     def check(self, task: Task) -> None:
         """Refuse a pull to nothing, and a choice where nothing can be held out for it."""
@@ -101,13 +99,9 @@ class Lore:
         return fits
 
     def _fit(
-        self,
-        task: Task,
-        grid_points: list[dict[str, Any]],
-        state: str = "",
-        data: Comparisons | None = None,
-        users: int = 0,
-    ) -> list[LoreFit]:
+        self, task: Task, grid_points: list[dict[str, Any]], state: str = "",
+        data: Comparisons | None = None, users: int = 0,
+    ) -> list[LoreFit]:  # fmt: skip
         """Fits to this process's comparisons, or to some, which have so many users in all."""
         checkpoint = None
         if state and task.state is not None and task.checkpoint_every:
@@ -124,10 +118,8 @@ class Lore:
 
     def _validation(self, task: Task) -> Validation:
         """What a choice is made on; InputError where there is nothing."""
-        data = Validation(task)
-        require(
-            data.possible, "--select-rank: no user has two dialogues to hold one out for choosing"
-        )
+        data, none = Validation(task), "no user has two dialogues to hold one out for choosing"
+        require(data.possible, f"--select-rank: {none}")
         return data
 
     def _chosen(
@@ -154,13 +146,9 @@ class Lore:
 
     def few_shot(self) -> dict[str, Any]:
         """Settings of the new users' fit."""
-        rate = self.few_shot_learning_rate
-        if rate is None:
-            rate = 0.1 if self.estimator == "lore" else 0.5
-        return {
-            "num_iterations": self.few_shot_iterations, "learning_rate": rate,
-            "optimizer": self.optimizer,
-        }  # fmt: skip
+        rate = self.few_shot_learning_rate or (0.1 if self.estimator == "lore" else 0.5)
+        steps = self.few_shot_iterations
+        return {"num_iterations": steps, "learning_rate": rate, "optimizer": self.optimizer}
 
 
 class LoreFit(Fitted):
@@ -221,10 +209,8 @@ class LoreFit(Fitted):
         return self.users if self.personal else None
 
     def describe(self) -> dict[str, Any]:
-        """Columns kept, effective rank, cosines to the reference, spread of the weights, losses.
-
-        The effective rank is exp of the entropy of the squared singular values of V.
-        """
+        """Columns kept, effective rank (exp of the entropy of the squared singular values of V),
+        cosines to the reference, spread of the weights, losses."""
         V, W, losses = self.basis.V.float(), self.basis.W.float(), self.basis.losses
         singular = torch.linalg.svdvals(V).cpu()
         share, columns = singular.square() / singular.square().sum(), V.shape[1]

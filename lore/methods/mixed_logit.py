@@ -27,16 +27,9 @@ from lore.common.settings import NonNegativeFloat, PositiveFloat, PositiveInt
 from lore.common.tensors import expect, read_tensors, require_finite
 from lore.learning.basis import look_up
 from lore.learning.comparisons import Comparisons, Users
-from lore.learning.method import Fitted, Task, View
-from lore.methods.fitting.geometry import Geometry, measure
-from lore.methods.fitting.posterior import (
-    TOLERANCE,
-    Evidence,
-    Prior,
-    covariance,
-    deviations,
-    posteriors,
-)
+from lore.learning.method import Fitted, Task
+from lore.methods.fitting.geometry import measure
+from lore.methods.fitting.posterior import TOLERANCE, Evidence, Prior, deviations, posteriors
 from lore.methods.fitting.validation import Split, Tries, Validation
 from lore.methods.ridge_bt import FINE, ROUGH, choose_ridge, fit_shared, precision
 
@@ -104,7 +97,8 @@ class MixedLogit:
             "losses": [value / geometry.count for value in shared.values],
             "parameters": data.num_features, "note": _note(chosen, scale, bool(tried)),
         }  # fmt: skip
-        fit = MixedFit(geometry.raw(shared.x)[:, 0], leading(geometry), None, facts, scale)
+        directions = geometry.directions * geometry.stretch()[:-1]  # among raw features
+        fit = MixedFit(geometry.raw(shared.x)[:, 0], directions, None, facts, scale)
         fit.users = fit.mu.new_zeros(task.train.num_users, 0)
         if chosen.tau2:
             view = fit.view(data)
@@ -114,16 +108,14 @@ class MixedLogit:
             if len(task.train) * fit.users.shape[1] <= MOST:
                 known = Evidence.of(view, data, found)
                 fit.evidence = Evidence(*(gather_rows(part, processes) for part in known))
-            facts["spectrum"] = fit.spectrum().tolist()
+            facts["spectrum"] = fit._principal()[1].square().tolist()
             facts["parameters"] += fit.users.numel()
-        fit.reset_population()
         log.info("mixed logit: %s", facts["note"])
         return [fit]
 
     def _strengths(self, task: Task) -> tuple[Candidate, float, list[dict[str, Any]]]:
         """Those given or chosen, the scale of the log odds, and a record of every candidate."""
         if self.l_mu is not None:
-            assert self.tau2 is not None and self.pi is not None
             return Candidate(self.floor or None, self.l_mu, self.tau2, self.pi), 1.0, []
         data = Validation(task, self.directions)
         if data.possible:
@@ -133,31 +125,16 @@ class MixedLogit:
         return Candidate(None, 1.0, 1.0), 1.0, []
 
 
-def leading(geometry: Geometry) -> Tensor:
-    """The leading directions, stretched as the features are, among raw features [F, D]."""
-    return geometry.directions * geometry.stretch()[:-1]
-
-
 def estimate(
     view: Tensor, users: Users, strengths: Candidate, start: Prior | None = None,
     push: Tensor | None = None, rounds: int = ROUNDS, processes: int = 1,
 ) -> tuple[Prior, Tensor | None]:  # fmt: skip
-    """The users' distribution of tastes N(0, S), by EM with Laplace's posteriors.
+    """The users' distribution of tastes N(0, S), by EM with Laplace's posteriors, and their push.
 
-    S maximises the probability of the users' choices times an inverse Wishart prior:
-    S = (sum_u E[d_u d_u^T] + pi tau2 I) / (U + pi), every expectation given the last S.
-
-    Args:
-        view: shared reward difference and features along the directions [N, 1 + D].
-        users: whose they are; this process's.
-        strengths: tau2, pi and what EM begins with, which is tau2 I if not said.
-        start: where S begins instead.
-        push: where users' posteriors begin, see ``Posterior``.
-        rounds: of EM.
-        processes: over which users are spread.
-
-    Returns:
-        The prior, and where the users' posteriors may begin.
+    S maximises the probability of the users' choices, given the view [N, 1 + D] of this process's
+    users, times an inverse Wishart prior: S = (sum_u E[d_u d_u^T] + pi tau2 I) / (U + pi), every
+    expectation given the last S. It begins with ``start``, or as the strengths say, and the users'
+    posteriors with ``push``, see ``Posterior``.
     """
     D = view.shape[1] - 1
     eye = torch.eye(D, dtype=torch.float64, device=view.device)
@@ -169,14 +146,10 @@ def estimate(
     for _ in range(rounds):
         found = posteriors(view, users, prior, WHILE_FITTING, push, moment=True)
         push = found.push
-        assert found.moment is not None
         moments = sum_over_processes(found.moment, processes)
         S = (moments + strengths.pi * isotropic) / (count + strengths.pi)
         prior = Prior(mean, (S + S.T) / 2)
     return prior, push
-
-
-# --------------------------------------------------------------------------- The choice
 
 
 class Rough(NamedTuple):
@@ -192,11 +165,8 @@ class Rough(NamedTuple):
 class Search:
     """The choice of the strengths: each walks by half decades to where validation is best.
 
-    Ridge BT comes first, then an isotropic S on all floors, then EM; by how much a richer model has
-    to be better is said above.
-
-    Args:
-        data: what the choice is made on.
+    Ridge BT comes first, then an isotropic S on all floors, then EM, if better by so many standard
+    errors as are said above.
     """
 
     def __init__(self, data: Validation) -> None:
@@ -215,8 +185,7 @@ class Search:
         self.plain = {id(s): each.mu for s, each in zip(self.data.splits, kept, strict=True)}
         isotropic = self._isotropic(l_mu)
         if self.tries(isotropic) < self.tries(ridge):
-            rich = replace(isotropic, pi=FIRST_PI, start=isotropic.tau2)
-            rich = self._walk(rich, ("pi", "tau2"))
+            rich = self._walk(replace(isotropic, pi=FIRST_PI, start=isotropic.tau2), ("pi", "tau2"))
             best = rich if self._earns(rich, isotropic, RICHER) else isotropic
             best = best if self._earns(best, ridge, PERSONAL) else ridge
         return best, self._scale(best), found.tried + self.tries.tried
@@ -238,10 +207,10 @@ class Search:
             moved = False
             for name in names:
                 for factor in (STEP, 1 / STEP):
-                    while (other := _stepped(best, name, factor)) is not None:
-                        if not self.tries(other) < self.tries(best):
-                            break
+                    other = _stepped(best, name, factor)
+                    while other and self.tries(other) < self.tries(best):
                         best, moved = other, True
+                        other = _stepped(best, name, factor)
             moved = moved and len(names) > 1
         return best
 
@@ -270,8 +239,8 @@ class Search:
             start = geometry.stretched(mu[:, None])
             mu = fit_shared(data, geometry, candidate.l_mu, start, processes, ROUGH).x
             mu = geometry.raw(mu)[:, 0]
-        read = partial(self._read, geometry.directions, geometry.stretch()[:-1])
-        fit = MixedFit(mu, leading(geometry), None, {}, read=read)
+        Q, factors = geometry.directions, geometry.stretch()[:-1]
+        fit = MixedFit(mu, Q * factors, None, {}, read=partial(self._read, Q, factors))
         fit.users = mu.new_zeros(data.num_users, 0)
         fit.settings = {k: None if v == math.inf else v for k, v in vars(candidate).items()}
         if not candidate.tau2:
@@ -282,7 +251,6 @@ class Search:
         fit.prior, push = estimate(view, data, candidate, start, near.push, rounds, processes)
         found = posteriors(view, data, fit.prior, WHILE_FITTING, push)
         fit.users, fit.tolerance = found.mode, WHILE_FITTING
-        fit.reset_population()
         return fit, Rough(candidate, mu, fit.prior, found.push)
 
     def _read(self, directions: Tensor, factors: Tensor, data: Comparisons) -> Tensor:
@@ -320,22 +288,13 @@ def _note(chosen: Candidate, scale: float, free: bool) -> str:
     return f"S {prior}, tau2 {chosen.tau2:.3g}, l_mu {chosen.l_mu:.3g}, {kind}{scaled}{how}"
 
 
-# ------------------------------------------------------------------------------- The fit
-
-
 class MixedFit(Fitted):
     """A fitted mixed logit; a user's weights are the deviation d [D], the posterior's mode.
 
-    Args:
-        mu: the shared reward among raw features [F].
-        directions: along which users differ, among raw features [F, D].
-        prior: of the deviations, N(0, S); None where nothing is personal.
-        facts: what ``describe`` says.
-        scale: of all log odds.
-        read: gives comparisons' features along the directions [N, D]; by a product if None.
-
-    Attributes:
-        evidence: the seen users', where there is not too much of it.
+    Among raw features: the shared reward mu [F], and directions [F, D] along which users differ by
+    N(0, S), the prior, which is None where nothing is personal. ``scale`` is of all log odds;
+    ``read`` gives comparisons' features along the directions [N, D], by a product if None.
+    ``evidence`` is the seen users', where there is not too much of it.
     """
 
     def __init__(
@@ -347,11 +306,11 @@ class MixedFit(Fitted):
         self.facts, self.scale, self.read = facts, scale, read
         self.tolerance, self.evidence = TOLERANCE, None
         self.users = mu.new_zeros(0, 0 if prior is None else directions.shape[1])
-        self.reset_population()
 
-    def reset_population(self) -> None:
-        """Set the population average: no deviation."""
-        self.population_state = self.users.new_zeros(self.users.shape[1])
+    @property
+    def population_state(self) -> Tensor:
+        """The population average: no deviation."""
+        return self.users.new_zeros(self.users.shape[1])
 
     def view(self, data: Comparisons) -> Tensor:
         """Shared reward difference, then the features along the directions [N, 1 + D]."""
@@ -364,9 +323,8 @@ class MixedFit(Fitted):
         """mu and the directions [F, 1 + D]."""
         return torch.cat([self.mu[:, None], self.directions], 1)
 
-    def adapt(self, view: View, users: Users, seed: int = 0) -> Tensor:
+    def adapt(self, view: Tensor, users: Users, seed: int = 0) -> Tensor:
         """Deviations [U', D] given the users' comparisons; nothing is random."""
-        assert isinstance(view, Tensor)
         if self.prior is None:
             return view.new_zeros(users.num_users, 0)
         return posteriors(view, users, self.prior, self.tolerance).mode
@@ -378,9 +336,8 @@ class MixedFit(Fitted):
         view = self.view(data)
         return Evidence.of(view, data, posteriors(view, data, self.prior, self.tolerance))
 
-    def logits(self, view: View, state: Tensor, user: Tensor) -> Tensor:
+    def logits(self, view: Tensor, state: Tensor, user: Tensor) -> Tensor:
         """Log odds [N] that the chosen response is preferred, the deviation plugged in."""
-        assert isinstance(view, Tensor)
         if not state.shape[1]:
             return self.scale * view[:, 0]
         return self.scale * (view[:, 0] + (view[:, 1:] * state.to(view)[user]).sum(1))
@@ -389,9 +346,8 @@ class MixedFit(Fitted):
         """The prior of the deviations."""
         return self.prior
 
-    def questions(self, view: View) -> Tensor:
+    def questions(self, view: Tensor) -> Tensor:
         """The view [N, 1 + D] itself."""
-        assert isinstance(view, Tensor)
         return view.double()
 
     def reward(self, state: Tensor) -> Tensor:
@@ -402,15 +358,10 @@ class MixedFit(Fitted):
     def _principal(self) -> tuple[Tensor, Tensor, Tensor]:
         """Orthogonal directions of reward [F, D] with their standard deviations [D], the widest
         first, and their weights in a deviation [D, D]."""
-        assert self.prior is not None
         L = self.prior.factor.to(self.directions)
         left, sizes, right = torch.linalg.svd(self.directions @ L, full_matrices=False)
         whole = torch.linalg.solve_triangular(L.T, right, upper=True, left=False)
         return left * sizes, sizes, whole.T
-
-    def spectrum(self) -> Tensor:
-        """Variances of the reward along its principal directions [D], falling."""
-        return self._principal()[1].square()
 
     def tastes(self) -> Tensor | None:
         """The widest principal directions of users' rewards [F, 8]."""
@@ -432,33 +383,25 @@ class MixedFit(Fitted):
         """Keep mu, directions, prior and every user's deviation by name in a safetensors file."""
         facts = dict(facts)
         tensors = {"mu": self.mu, "directions": self.directions, "users": self.users}
-        tensors["users_unseen"] = new
+        tensors |= {"users_unseen": new, "center": facts.pop("center", None)}
         for end, known in (("", self.evidence), ("_unseen", facts.pop("known_unseen", None))):
             if known is not None:
                 tensors |= {f"evidence{end}": known.rows, f"evidence_counts{end}": known.counts}
-        if (center := facts.pop("center", None)) is not None:
-            tensors["center"] = center
         if self.prior is not None:
             tensors["covariance"] = self.prior.cov
         about = {"format": FORMAT, "facts": json.dumps(facts), "scale": repr(self.scale)}
         about["fit"] = json.dumps(self.facts)
-        tensors = {key: value.cpu().contiguous() for key, value in tensors.items()}
+        tensors = {k: x.cpu().contiguous() for k, x in tensors.items() if x is not None}
         write_whole(path, lambda draft: save_file(tensors, draft, about))
 
 
-# ------------------------------------------------------------------------------ Its file
-
-
 class Saved:
-    """A mixed logit read from its file.
+    """A mixed logit read from its file: the fit, the new users' deviations [U', D], the facts
+    (dataset, model, seed and more), the conversations' mean embedding [F], see ``Basis``.
 
-    Attributes:
-        fit: as it was fitted.
-        new: deviations of the new users [U', D].
-        known: rows of users' evidence [n, D], by name, where the file has it.
-        facts: dataset, model, seed and more.
-        center: mean embedding [F] of the conversations, see ``Basis``.
-        settings: of the fit, and the facts but for users' names.
+    ``names`` are of users whose rewards can be asked for, seen ones first; ``known`` has rows of
+    users' evidence [n, D], by name, where the file has them; ``settings`` are the fit's, and the
+    facts but for users' names.
     """
 
     method = "a mixed logit"
@@ -478,11 +421,7 @@ class Saved:
                 self.known |= zip(facts.get(key, ()), evidence.by_user(), strict=False)
         about = {key: facts[key] for key in facts if key not in people}
         self.settings = {"estimator": "mixed logit", **fit.facts.get("chosen", {}), **about}
-
-    @property
-    def names(self) -> list[str]:
-        """The users whose rewards can be asked for, seen ones first."""
-        return list(self.states)
+        self.names = list(self.states)
 
     def columns(self) -> dict[str, Tensor]:
         """The shared reward and the widest tastes [F] in log odds, by name."""
@@ -494,32 +433,23 @@ class Saved:
 
     def direction(self, user: str | None = None, flag: str = "user") -> Tensor:
         """Direction [F] of a user's reward, in log odds; of the population average if None.
-
-        Raises:
-            InputError: the file knows no such user.
-        """
+        InputError where the file knows no such user."""
         known = self.fit.population_state if user is None else look_up(self.states, user, flag)
         return self.fit.reward(known).float()
 
     def deviations(self, rows: Tensor, user: str | None = None) -> Tensor | None:
-        """Standard deviations [n] of the reward of embeddings [n, F], less the center.
-
-        Those of the average user are how far users' rewards lie apart.
-        """
+        """Standard deviations [n] of the reward of embeddings [n, F], less the center; those of the
+        average user are how far users' rewards lie apart."""
         prior = self.fit.prior
         if prior is None or self.center is None or (user is not None and user not in self.known):
             return None
-        cov = prior.cov if user is None else covariance(prior, self.known[user])
+        cov = prior.cov if user is None else prior.given(self.known[user])
         z = self.fit.scale * (rows.double() @ self.fit.directions.double())
         return deviations(z, cov).float()
 
 
 def load(path: Path) -> Saved:
-    """Read what ``MixedFit.save`` wrote.
-
-    Raises:
-        InputError: no such file, or a damaged one, or of another kind.
-    """
+    """Read what ``MixedFit.save`` wrote; InputError for no, a damaged or another kind of file."""
     remedy = "it is no mixed logit's file"
     text, found = read_tensors(Path(path), remedy)
     require(text.get("format") == FORMAT, f"{path}: not a mixed logit's file")
@@ -534,13 +464,26 @@ def load(path: Path) -> Saved:
     center = tensor("center", len(mu)) if "center" in found else None
     if "covariance" in found:
         size = directions.shape[1]
-        prior = Prior(mu.new_zeros(size).double(), _covariance(path, tensor, size))
-    fit, facts = (_read_note(path, text, name) for name in ("fit", "facts"))
+        S = tensor("covariance", size, size).double()
+        fine = torch.allclose(S, S.T, rtol=1e-6) and float(torch.linalg.eigvalsh(S).min()) > 0
+        require(fine, f"{path}: its covariance is not symmetric and positive definite")
+        prior = Prior(mu.new_zeros(size).double(), S)
+    notes = []
+    for name in ("fit", "facts"):
+        try:
+            notes.append(json.loads(text.get(name, "")))
+        except (ValueError, RecursionError):
+            notes.append(None)
+        fine = isinstance(notes[-1], dict)
+        require(fine, f"{path}: its {name} are not readable; remove the file")
+    fit, facts = notes
     states, evidence = [], []
     for end in ("", "_unseen"):
         key = f"users{end}"
         states.append(tensor(key, None, size))
-        fits = key not in facts or _are_names(facts[key], len(states[-1]))
+        names = facts.get(key, [""] * len(states[-1]))
+        fits = isinstance(names, list) and len(names) == len(states[-1])
+        fits = fits and all(isinstance(name, str) for name in names)
         require(fits, f"{path}: its {key} are not as expected; {remedy}")
         evidence.append(None)
         if f"evidence{end}" in found:
@@ -558,26 +501,4 @@ def load(path: Path) -> Saved:
     require(0 < scale < math.inf, f"{path}: its scale is not a positive number; {remedy}")
     mixed = MixedFit(mu, directions, prior, fit, scale)
     mixed.users, mixed.evidence = states[0], evidence[0]
-    mixed.reset_population()
     return Saved(mixed, states[1], facts, center, evidence[1])
-
-
-def _covariance(path: Path, tensor: Callable[..., Tensor], size: int) -> Tensor:
-    S = tensor("covariance", size, size).double()
-    fine = torch.allclose(S, S.T, rtol=1e-6) and float(torch.linalg.eigvalsh(S).min()) > 0
-    require(fine, f"{path}: its covariance is not symmetric and positive definite")
-    return S
-
-
-def _read_note(path: Path, text: Mapping[str, str], name: str) -> dict[str, Any]:
-    try:
-        note = json.loads(text.get(name, ""))
-    except (ValueError, RecursionError):
-        note = None
-    require(isinstance(note, dict), f"{path}: its {name} are not readable; remove the file")
-    return note
-
-
-def _are_names(names: Any, count: int) -> bool:
-    is_list = isinstance(names, list) and len(names) == count
-    return is_list and all(isinstance(name, str) for name in names)

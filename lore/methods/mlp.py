@@ -1,8 +1,5 @@
-"""LoRe on a shallow network: a reward basis R = A2 g(A1 e), weights on the simplex.
-
-Equation 9 of arXiv 2504.14439, which names this form and reports nothing of it.
-Shape letters: U users, N comparisons, F features, K rank, H hidden units.
-"""
+"""LoRe on a shallow network: a reward basis R = A2 g(A1 e), weights on the simplex (equation 9 of
+arXiv 2504.14439, which names this form and reports nothing of it). F features, K rank."""
 
 from __future__ import annotations
 

@@ -37,11 +37,9 @@ def tail_loss(losses: Tensor) -> Tensor:
 
 
 def tail_loss_of_pairs(losses: Tensor) -> Tensor:
-    """Mean of ``tail_loss`` over all pairs of users, whose tau is the mean of the two losses.
-
-    What the published steps, on two users at a time, descend on average; smooth, which the
-    quantile of many losses is not. One user alone is a step of its own, as there.
-    """
+    """Mean of ``tail_loss`` over all pairs of users, whose tau is the mean of the two losses: what
+    the published steps, on two users at a time, descend on average; smooth, which the quantile of
+    many losses is not. One user alone is a step of its own, as there."""
     if len(losses) == 1:
         return tail_loss(losses)
     above = torch.sigmoid((losses[:, None] - losses[None, :]) / (2 * SHARPNESS))
@@ -214,10 +212,8 @@ def _episode(units: list[list[Tensor]], generator: torch.Generator | None = None
 def _outer_gradients(
     batch: Comparisons, A: Tensor, s: Tensor, inner_rate: float, episode: Episode
 ) -> tuple[float, list[Tensor]]:
-    """Tail loss of an episode after one inner Adam step, and its gradients by A and s.
-
-    The inner step passes s through and nothing else: it is the rate times the sign of a gradient.
-    """
+    """Tail loss of an episode after one inner Adam step, and its gradients by A and s. The inner
+    step passes s through and nothing else: it is the rate times the sign of a gradient."""
     (query, counts), (support, few) = episode
     Z, s = (SCALE * project(batch, A)).requires_grad_(), s.clone().requires_grad_()
     start = s.expand(batch.num_users, K)

@@ -1,9 +1,7 @@
-"""PAL-A: a user's ideal point is a mixture of prototypes; the nearer response is preferred.
+"""PAL-A (Chen, Chen, Rege, Vinayak, ICLR 2025): a user's ideal point is a mixture of prototypes;
+the nearer response is preferred. One network f is for responses and prototypes alike.
 
-Chen, Chen, Rege, Vinayak, "PAL: Pluralistic Alignment Framework for Learning from Heterogeneous
-Preferences" (ICLR 2025): one network f for responses and prototypes alike.
-
-Shape letters: U users, N comparisons, F features, K prototypes, D width of f, R distinct rows.
+Shape letters: U users, N comparisons, F features, K prototypes, D width of f.
 """
 
 from __future__ import annotations
@@ -119,10 +117,8 @@ class FittedPAL(Mixing):
 
     def published(self, view: Pairs, users: Users, generator: torch.Generator) -> Tensor:
         """Weights [U', K] by the published fit: from N(0, 1), a step at each comparison, 20 times.
-
         A published batch holds 4 comparisons, mostly of different users, and Adam is blind to the
-        size of gradients: so every user is given steps of its own, all users at a time.
-        """
+        size of gradients: so every user is given steps of its own, all users at a time."""
         start = torch.randn(users.num_users, len(self.population_state), generator=generator)
         found = start.to(users.device)
         for who, rows in networks.blocks(users):

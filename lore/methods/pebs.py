@@ -32,10 +32,8 @@ class Prior:
 
 def own_slopes(t: Tensor, users: Users, common: float) -> tuple[Tensor, Tensor]:
     """Each user's own slope [U] from shared reward differences [N], by one step of Fisher scoring
-    from the common one, and its sampling variance [U], infinite without comparisons.
-
-    The step is finite where all comparisons agree with the reward, whose best slope is infinite.
-    """
+    from the common one, finite even where the best slope is not, and its sampling variance [U],
+    infinite without comparisons."""
     logits = common * t
     score = -users.sum((slopes(users, logits) * t)[:, None])[:, 0]
     information = users.weight * torch.sigmoid(logits) * torch.sigmoid(-logits) * t.square()

@@ -22,11 +22,9 @@ USER_STEPS, USER_RATE = 1000, 0.01  # published SGD for a new user
 
 
 def svd_start(data: Comparisons, rank: int) -> tuple[Tensor, Tensor]:
-    """A [F, K] and W [U, K] from the leading singular vectors of the users' own directions.
-
-    The published start factorises, not centred either, a matrix of comparisons by users, which
-    needs users who judged the same comparisons.
-    """
+    """A [F, K] and W [U, K] from the leading singular vectors of the users' own directions. The
+    published start factorises, not centred either, a matrix of comparisons by users, which needs
+    users who judged the same comparisons."""
     left, values, right = torch.linalg.svd(linear.ridge_directions(data), full_matrices=False)
     root = values[:rank].sqrt()
     return right[:rank].T * root, left[:, :rank] * root
@@ -134,8 +132,7 @@ class PReF(LinearPeer):
         self, A: Tensor, W: Tensor, ridge: float | None, losses: list[float], note: str
     ) -> PReFFitted:
         settings = {"rank": self.rank} | ({} if ridge is None else {"ridge": ridge})
-        size = A.numel() + W.numel()
-        label = f"PReF K={self.rank}"
+        size, label = A.numel() + W.numel(), f"PReF K={self.rank}"
         fitted = PReFFitted(self, label, settings, A, W, W.mean(0), size, losses, note)
         fitted.ridge = None if ridge is None else ridge * torch.eye(W.shape[1]).to(W)
         return fitted

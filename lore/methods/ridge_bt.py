@@ -19,14 +19,7 @@ from lore.learning.comparisons import Comparisons, DenseFeatures
 from lore.learning.method import Fitted, Task, View
 from lore.methods.fitting.geometry import Geometry, measure
 from lore.methods.fitting.lbfgs import Minimum, minimise
-from lore.methods.fitting.validation import (
-    Chosen,
-    Scores,
-    Split,
-    Validation,
-    choose,
-    choose_whitened,
-)
+from lore.methods.fitting.validation import Chosen, Split, Validation, choose, choose_whitened
 from utils import TEMPERATURE
 
 log = logging.getLogger(__name__)
@@ -47,8 +40,7 @@ def inverse_curvature(
     """An estimate of a loss's inverse curvature, diagonal along the leading directions, for columns
     with priors of such strengths [C], and ``bend``, a comparison's mean curvature in its log odds
     [C], as it is of choices that are fairly sure if not given."""
-    added = geometry.curvature()[:, None] * bend
-    factors = 1 / (added + strengths[None, :])
+    factors = 1 / (geometry.curvature()[:, None] * bend + strengths[None, :])
     Q = geometry.directions
 
     def apply(G: Tensor) -> Tensor:
@@ -61,17 +53,10 @@ def fit_shared(
     data: Comparisons, geometry: Geometry, strength: float, start: Tensor | None = None,
     processes: int = 1, tolerance: float = FINE, iterations: int = 1000,
 ) -> Minimum:  # fmt: skip
-    """The shared reward [F, 1] (among stretched features) with the greatest posterior density.
+    """The shared reward mu [F, 1], among stretched features, with the greatest posterior density.
 
-    Minimises sum_i w_i log(1 + exp(-x_i . mu)) + strength / 2 |mu|^2.
-
-    Args:
-        data: this process's comparisons.
-        geometry: of all comparisons.
-        strength: precision of the prior.
-        start: where to begin; zero if None.
-        processes: over which users are spread.
-        tolerance, iterations: of the minimisation.
+    Minimises sum_i w_i log(1 + exp(-x_i . mu)) + strength / 2 |mu|^2 over all processes'
+    comparisons, whose geometry it is, from the start, or zero, on.
     """
     dtype = precision(data)
 
@@ -86,8 +71,7 @@ def fit_shared(
 
     if start is None:
         start = geometry.directions.new_zeros(data.num_features, 1)
-    strengths = geometry.values.new_tensor([strength])
-    inverse = inverse_curvature(geometry, strengths)
+    inverse = inverse_curvature(geometry, geometry.values.new_tensor([strength]))
     return minimise(loss, start, inverse, tolerance, iterations)
 
 
@@ -126,7 +110,7 @@ class SharedFit(Fitted):
 
 def choose_ridge(data: Validation) -> Chosen:
     """The best strength on validation, in five tries; kept are the shared rewards [F, 1]."""
-    return choose(data, STRENGTHS, _rough_fit, _valley)
+    return choose(data, STRENGTHS, _rough_fit, lowest)
 
 
 def _rough_fit(split: Split, candidate: Any, start: Tensor | None) -> tuple[SharedFit, Tensor]:
@@ -140,17 +124,10 @@ def _rough_fit(split: Split, candidate: Any, start: Tensor | None) -> tuple[Shar
     return fitted, geometry.raw(mu)
 
 
-def _valley(scores: Callable[[int], Scores]) -> int:
-    """Along falling strengths the loss is taken to have a single valley."""
-    return lowest(lambda place: scores(place).loss)
-
-
-def lowest(loss: Callable[[int], float]) -> int:
-    """Where a sequence of ``len(STRENGTHS)``, 12, numbers with a single valley is lowest.
-
-    A Fibonacci search (Kiefer 1953), in five tries: two probes divide an interval by Fibonacci
-    numbers; the higher one is its next end.
-    """
+def lowest(loss: Callable[[int], Any]) -> int:
+    """Where a sequence of ``len(STRENGTHS)``, 12, losses with a single valley, as they are taken to
+    have along falling strengths, is lowest: by Fibonacci search (Kiefer 1953), in five tries. Two
+    probes divide an interval by Fibonacci numbers; the higher one is its next end."""
     low, near, far = -1, 5, 8  # the lowest is within low + 1 .. low + near + far - 1
     while far > 1:
         if loss(low + near) > loss(low + far):
@@ -195,5 +172,5 @@ class RidgeBT:
         if not data.possible:
             log.warning("no user has two dialogues: a ridge of 1, as nothing can be held out")
             return (1.0, None), []
-        found = choose_whitened(data, STRENGTHS, _rough_fit, _valley)
+        found = choose_whitened(data, STRENGTHS, _rough_fit, lowest)
         return found.candidate, found.tried

@@ -1,7 +1,5 @@
-"""VPL: an encoder reads a user's comparisons into a latent vector, on which the reward depends.
-
-Poddar, Wan, Ivison, Gupta, Jaques, "Personalizing Reinforcement Learning from Human Feedback with
-Variational Preference Learning" (NeurIPS 2024), on fixed embeddings and in single precision.
+"""VPL (Poddar, Wan, Ivison, Gupta, Jaques, NeurIPS 2024) on fixed embeddings, in single precision:
+an encoder reads a user's comparisons into a latent vector, on which the reward depends.
 
 Shape letters: U users, N comparisons, F features, H hidden units, L latent, R distinct rows,
 G contexts, n comparisons of a batch.
@@ -168,9 +166,8 @@ class FittedVPL(Network):
         """Means [U', L] of the latents, by one pass through the encoder."""
         if not self.net.latent or len(users) == 0:
             return self.population_state.repeat(users.num_users, 1)
-        return torch.where(
-            users.counts[:, None] > 0, self._latents(view, users)[0], self.population_state
-        )
+        means = self._latents(view, users)[0]
+        return torch.where(users.counts[:, None] > 0, means, self.population_state)
 
     def _latents(self, view: Pairs, users: Users) -> list[Tensor]:
         some = networks.blocks(users)
@@ -187,18 +184,12 @@ class FittedVPL(Network):
         return torch.cat([self.net.decode(view[some], z, user[some]) for some in parts])
 
 
-# ------------------------------------------------------- The network and its contexts
-
-
 def grouped(
     data: Comparisons, most: int, sizes: tuple[int, int], batch: int, generator: torch.Generator
 ) -> Iterator[list[Tensor]]:
     """Every comparison once, ``batch`` groups at a time: targets [n], their groups [n], contexts
-    [c] and the sizes of these [G].
-
-    A group are at most ``most`` comparisons, or a quarter, of a user; its context are others of the
-    same user, from the first to the second of ``sizes`` many.
-    """
+    [c] and the sizes of these [G]. A group are at most ``most`` comparisons, or a quarter, of a
+    user; its context are others of the user, from the first to the second of ``sizes`` many."""
     groups = [
         (rows, rows[places])
         for rows in torch.arange(len(data)).split(data.counts.tolist())

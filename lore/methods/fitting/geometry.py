@@ -21,17 +21,12 @@ PROBES = 16
 
 @dataclass
 class Geometry:
-    """Second moments of the feature differences, x / scale: leading directions and the rest.
+    """Second moments of the feature differences of N comparisons, of all processes.
 
-    Attributes:
-        scale: root mean square norm of the differences.
-        values: leading eigenvalues of the mean of x x^T / scale^2 [D], falling; their sum is at
-            most 1.
-        directions: eigenvectors [F, D].
-        rest: mean of the other eigenvalues.
-        count: comparisons N, of all processes.
-        floor: features are stretched by 1 / sqrt(e + floor e_max) along the direction with
-            eigenvalue e, and scaled back to a root mean square norm of 1; not if None.
+    The mean of x x^T / scale^2, the scale being the root mean square norm of x, has leading
+    eigenvalues [D], falling, eigenvectors [F, D], and a mean of the others, the rest. Features are
+    stretched by 1 / sqrt(e + floor e_max) along the direction with eigenvalue e, and scaled back to
+    a root mean square norm of 1; not if the floor is None.
     """
 
     scale: float
@@ -83,15 +78,8 @@ def measure(data: Comparisons, processes: int = 1, directions: int = DIRECTIONS)
     Randomised subspace iteration, then Rayleigh and Ritz (Halko, Martinsson and Tropp 2011); what
     the leading directions leave of the trace is estimated with random signs (Hutch++, Meyer et
     al. 2021), so that the scale is known to about one per cent. The random numbers are always the
-    same. No F x F matrix is formed: 2 N F D operations a pass.
-
-    Args:
-        data: this process's comparisons.
-        processes: over which sums are taken.
-        directions: D, at most; F if there are fewer features.
-
-    Raises:
-        InputError: all differences are zero.
+    same. No F x F matrix is formed: 2 N F D operations a pass over this process's comparisons.
+    InputError where all differences are zero.
     """
     generator = torch.Generator().manual_seed(0)
     F, like = data.num_features, torch.zeros(0, device=data.device)

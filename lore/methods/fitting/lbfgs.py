@@ -14,13 +14,8 @@ ARMIJO = 1e-4
 
 @dataclass
 class Minimum:
-    """Where a minimisation ended.
-
-    Attributes:
-        x: the point.
-        values: of the function, at every point accepted; they never rise.
-        evaluations: of the function and its gradient.
-    """
+    """Where a minimisation ended, the function's values at every point accepted, which never rise,
+    and the number of its evaluations."""
 
     x: Tensor
     values: list[float]
@@ -28,21 +23,14 @@ class Minimum:
 
 
 def minimise(
-    function: Callable[[Tensor], tuple[float, Tensor]],
-    x: Tensor,
-    inverse: Callable[[Tensor], Tensor],
-    tolerance: float,
-    iterations: int,
-) -> Minimum:
-    """Minimise by L-BFGS with backtracking (Nocedal and Wright, algorithm 7.5).
+    function: Callable[[Tensor], tuple[float, Tensor]], x: Tensor,
+    inverse: Callable[[Tensor], Tensor], tolerance: float, iterations: int,
+) -> Minimum:  # fmt: skip
+    """Minimise by L-BFGS with backtracking (Nocedal and Wright, algorithm 7.5), from x on, until
+    the next step promises less than a share ``tolerance`` of the value.
 
-    Args:
-        function: value and gradient at a point.
-        x: where to begin.
-        inverse: applies an estimate of the inverse curvature, whose size the last step corrects and
-            whose shape the memory does.
-        tolerance: stop where the next step promises less than this share of the value.
-        iterations: at most.
+    The function gives value and gradient. ``inverse`` applies an estimate of the inverse curvature,
+    whose size the last step corrects and whose shape the memory does.
     """
     value, g = function(x)
     values, evaluations = [value], 1
@@ -51,15 +39,14 @@ def minimise(
         step, slope = _descent(g, memory, inverse)
         if -slope <= 2 * tolerance * (1 + abs(value)):
             break
-        size, found = 1.0, False
+        size = 1.0
         for _ in range(30):
             new, g_new = function(x + size * step)
             evaluations += 1
             if new <= value + ARMIJO * size * slope:
-                found = True
                 break
             size *= min(0.5, max(0.1, _vertex(value, slope, new, size)))
-        if not found:  # the value is known no more exactly than this
+        else:  # the value is known no more exactly than this
             break
         s, y = size * step, g_new - g
         curvature = float((s * y).sum())

@@ -30,20 +30,10 @@ HALVINGS = tuple(2.0**k for k in range(4, 4 - TRIES, -1))  # ridges to try, 16 t
 class LinearFitted(Fitted):
     """Log odds x' V s: a shared basis V [F, K], and a user's state s [K].
 
-    Args:
-        method: whose fit it is.
-        label, settings, users, population_state: see ``Fitted``; the method's setting is added.
-        basis: V.
-        parameters: how many numbers were fitted.
-        losses: of every step; at most 400 are kept.
-        note: a line for the report.
-
-    Attributes:
-        ridge: of a new user's state about the population's, a matrix [K, K]; None where users are
-            fitted otherwise.
+    The method's setting is added to label and settings; of the losses at most 400 are kept.
     """
 
-    ridge: Tensor | None = None
+    ridge: Tensor | None = None  # [K, K], about the population's state; None: as published
 
     def __init__(
         self, method: Peer, label: str, settings: dict[str, Any], basis: Tensor, users: Tensor,
@@ -93,9 +83,6 @@ class LinearFitted(Fitted):
         return {**self.facts, "spectrum": torch.linalg.svdvals(directions).tolist()}
 
 
-# ---------------------------------------------------------------------- Products
-
-
 def project(data: Comparisons, V: Tensor) -> Tensor:
     """X V [N, K] in float64, the product formed in the features' precision."""
     return data.project(V.to(precision(data))).double()
@@ -134,24 +121,15 @@ def ridge_directions(data: Comparisons) -> Tensor:
     return torch.stack(found)
 
 
-# ----------------------------------------------------------------------- Solvers
-
-
 def fit_together(
     objective: Callable[..., tuple[Tensor, Sequence[Tensor]]], start: Sequence[Tensor],
     inverses: Sequence[Callable[[Tensor], Tensor]], tolerance: float, count: int,
 ) -> tuple[list[Tensor], list[float]]:  # fmt: skip
-    """Minimise a smooth objective of several tensors by L-BFGS.
+    """The tensors, in float64, where a smooth objective of them is least, by ``minimise``, and the
+    objective over the count of comparisons after every step.
 
-    Args:
-        objective: of the tensors; returns its value and its gradient by each of them.
-        start: the tensors' first values.
-        inverses: for each tensor, an estimate of its inverse curvature, applied to a gradient.
-        tolerance: see ``minimise``.
-        count: of comparisons.
-
-    Returns:
-        The tensors, in float64, and the objective over ``count`` after every step.
+    The objective returns its value and its gradient by each tensor; for each, ``inverses`` has an
+    estimate of the inverse curvature, applied to a gradient.
     """
     sizes = [tensor.numel() for tensor in start]
 
@@ -194,9 +172,6 @@ def solve_users(Z: Tensor, users: Users, precision: Tensor, centre: Tensor) -> T
     return posteriors(pad(Z, (1, 0)), users, prior).mode
 
 
-# ----------------------------------------------------------------------- Methods
-
-
 @dataclass(frozen=True)
 class LinearPeer(Peer):
     """A method with linear rewards: rough fits choose one of its ``strengths``, which are in order;
@@ -224,16 +199,13 @@ class LinearPeer(Peer):
     def chosen(self, task: Task) -> LinearFitted:
         """The fit with the strength, and whitening, that is best on validation."""
 
-        def fit(
-            data: Comparisons, geometry: Geometry, candidate: Any, warm: Any, tolerance: float
-        ) -> tuple[LinearFitted, Any]:
+        def fit(data: Comparisons, geometry: Geometry, candidate: Any, *how: Any) -> Any:
             strength, floor = candidate
-            geometry = replace(geometry, floor=floor)
-            fitted, warm = self.converged(data, geometry, strength, warm, tolerance)
+            fitted, warm = self.converged(data, replace(geometry, floor=floor), strength, *how)
             fitted.settings |= {"floor": floor} if self.whitens else {}
             return fitted, warm
 
-        def roughly(split: Split, candidate: Any, warm: Any) -> tuple[LinearFitted, Any]:
+        def roughly(split: Split, candidate: Any, warm: Any) -> Any:
             return fit(split.fit, split.geometry, candidate, warm, ROUGH)
 
         best, tried, data = (self.strengths[0], None), [], task.local_train

@@ -29,16 +29,11 @@ BLOCK = 1 << 15  # comparisons of users who are fitted together, padded to the l
 RIDGES = (0.0, 0.3, 1.0, 3.0)  # pulls of new users' logits towards the seen users' mean
 
 
-# ---------------------------------------------------------------- Rows and networks
-
-
 def rows_of(data: Comparisons) -> RowFeatures:
     """The features, if they are rows of a table; InputError if only differences are held."""
-    require(
-        isinstance(data.features, RowFeatures),
-        "this method needs both embeddings of a comparison, but only differences are held: "
-        "give RowFeatures (a prepared folder with embeddings has them)",
-    )
+    require(isinstance(data.features, RowFeatures),
+            "this method needs both embeddings of a comparison, but only differences are held: "
+            "give RowFeatures (a prepared folder with embeddings has them)")  # fmt: skip
     return data.features
 
 
@@ -80,25 +75,16 @@ def cosine(step: int, warm: float, total: int) -> float:
 
 
 def descend(
-    optimizer: torch.optim.Optimizer,
-    epoch: Callable[[], Iterable[Tensor]],
-    epochs: int,
+    optimizer: torch.optim.Optimizer, epoch: Callable[[], Iterable[Tensor]], epochs: int,
     held: Callable[[], Tensor] | None = None,
-    schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
-    patience: int = PATIENCE,
-) -> tuple[list[float], int]:
-    """Train until the held-out log loss stops falling, and keep the best parameters.
+    schedule: torch.optim.lr_scheduler.LRScheduler | None = None, patience: int = PATIENCE,
+) -> tuple[list[float], int]:  # fmt: skip
+    """Train and keep the best parameters: the loss of every step, and passes until these.
 
-    Args:
-        optimizer, schedule: of the parameters, and of its rate, by step.
-        epoch: yields the loss of every batch of a pass; a step is made at each.
-        epochs: passes, at most.
-        held: the present held-out log losses; None to make all passes.
-        patience: epochs without an improvement of ``TOLERANCE`` after which to stop, though not
-            within the first ``PLATEAU`` steps.
-
-    Returns:
-        The loss of every step, and passes until the parameters that are kept.
+    ``epoch`` yields the loss of every batch of a pass, for a step each; the schedule is by step.
+    ``held`` gives the present held-out log losses: training ends after ``patience`` epochs without
+    an improvement of ``TOLERANCE``, though not within ``PLATEAU`` steps; all passes are made if
+    None.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     losses, best, passes, kept = [], math.inf, 0, []
@@ -123,9 +109,6 @@ def descend(
     for parameter, value in zip(parameters, kept, strict=bool(kept)):
         parameter.data.copy_(value)
     return torch.stack(losses).tolist(), passes
-
-
-# ---------------------------------------------------------------------- Methods
 
 
 Grid = tuple[tuple[str, Sequence[Any]], tuple[str, Sequence[float]]]
@@ -279,8 +262,6 @@ class Mixing(Network):
         raise NotImplementedError
 
 
-# --------------------------------------------------------------- Users' weights
-
 Losses = Callable[[slice, Tensor, Tensor], Tensor]
 
 
@@ -304,17 +285,11 @@ def solve_weights(
 ) -> Tensor:  # fmt: skip
     """Simplex weights of users [U, K] that minimise the mean of their losses, by full-batch Adam.
 
-    Every user stops by itself, after 20 steps that gained less than the tolerance, and keeps the
-    best weights: no user's result depends on who else is fitted.
-
-    Args:
-        losses: of some comparisons [n], given their slice, the weights [U', K] of the users they
-            belong to and whose they are [n].
-        users: whose the comparisons are.
-        start: initial logits [U, K] of the weights.
-        ridge: pull of the logits towards the start, as a share of one comparison each.
-        steps: of Adam, at most.
-        tolerance: of the objective; negative to make all steps and keep the last.
+    ``losses`` gives those of some comparisons [n] from their slice, weights [U', K] and whose they
+    are [n]; ``start`` are initial logits [U, K], to which a ridge, in comparisons, pulls. Each user
+    stops by itself, after 20 steps that gained less than the tolerance, and keeps the best weights:
+    no user's result depends on who else is fitted. All steps are made, and the last kept, if the
+    tolerance is negative.
     """
     found = torch.empty_like(start)
     for who, rows in blocks(users):

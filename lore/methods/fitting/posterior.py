@@ -31,24 +31,15 @@ CELLS = 1 << 12  # padded comparisons of the users that are worked on together
 
 @dataclass
 class Prior:
-    """A Gaussian over tastes.
-
-    Attributes:
-        mean: [K].
-        cov: [K, K].
-    """
+    """A Gaussian over tastes, with a mean [K] and a covariance [K, K]."""
 
     mean: Tensor
     cov: Tensor
 
     @classmethod
     def of_users(cls, tastes: Tensor, least: float = 1e-3) -> Prior:
-        """The Gaussian with the mean and covariance of users' tastes [U, K].
-
-        Args:
-            tastes: point estimates of at least two users.
-            least: added to all variances, as a share of their mean.
-        """
+        """The Gaussian with the mean and covariance of at least two users' tastes [U, K]; ``least``
+        is added to all variances, as a share of their mean."""
         tastes = tastes.double()
         cov = torch.cov(tastes.T).reshape(tastes.shape[1], -1)
         floor = least * cov.diagonal().mean() + 1e-8
@@ -60,17 +51,19 @@ class Prior:
         least = LEAST * self.cov.diagonal().mean() + 1e-300
         return torch.linalg.cholesky(self.cov + least * torch.eye(len(self.cov)).to(self.cov))
 
+    def given(self, rows: Tensor) -> Tensor:
+        """The covariance [K, K] of a user's posterior, given rows of ``Evidence`` [n, K]."""
+        L = self.factor.to(rows.device)
+        return L @ _inverses((rows.to(L) @ L)[None])[0] @ L.T
+
 
 @dataclass
 class Posterior:
-    """Gaussian posteriors of U users under one prior.
+    """Gaussian posteriors of U users under one prior, by Laplace's method.
 
-    Attributes:
-        mode: the most probable tastes [U, K].
-        push: slope of each comparison's log likelihood at the mode, its weight times 1 - p [N].
-        slope: curvature there, its weight times p (1 - p) [N].
-        moment: sum over users of (mode - mean)(mode - mean)^T + covariance [K, K], by Laplace's
-            method; None unless it was wanted.
+    At the mode, the most probable tastes [U, K], each comparison's log likelihood has a slope, the
+    push w (1 - p) [N], and a curvature, w p (1 - p) [N]. The moment [K, K] is the sum over users of
+    (mode - mean)(mode - mean)^T + covariance; None unless it was wanted.
     """
 
     mode: Tensor
@@ -80,22 +73,14 @@ class Posterior:
 
 
 def posteriors(
-    view: Tensor,
-    users: Users,
-    prior: Prior,
-    tolerance: float = TOLERANCE,
-    start: Tensor | None = None,
-    moment: bool = False,
-) -> Posterior:
+    view: Tensor, users: Users, prior: Prior, tolerance: float = TOLERANCE,
+    start: Tensor | None = None, moment: bool = False,
+) -> Posterior:  # fmt: skip
     """Every user's posterior given all the user's comparisons; the prior where there are none.
 
-    Args:
-        view: shared reward difference, then what the comparison asks of tastes [N, 1 + K].
-        users: whose they are.
-        prior: of the tastes.
-        tolerance: of the log odds: Newton's method ends at steps that change none by more.
-        start: ``push`` of a posterior under a prior nearby [N], to begin with.
-        moment: whether ``Posterior.moment`` is wanted.
+    The view [N, 1 + K] has the shared reward difference, then what a comparison asks of tastes.
+    Newton's method begins with the push [N] of a posterior under a prior nearby, if ``start`` is
+    given, and ends at steps that change no log odds by more than the tolerance.
     """
     L, mean = prior.factor.to(view.device), prior.mean.to(view.device)
     latent = L.new_zeros(users.num_users, len(mean))
@@ -117,11 +102,8 @@ def posteriors(
 
 
 def blocks(users: Users) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Users with about as many comparisons each, to be worked on side by side.
-
-    Yields:
-        Their numbers [B]; the numbers of their comparisons [B, n], padded with the first; and which
-        of these are comparisons of the user. Users without comparisons are in no block.
+    """Users with about as many comparisons each: their numbers [B], those of their comparisons
+    [B, n], padded with the first, and which of these are theirs. Users without any are in no block.
     """
     order = users.counts.argsort()
     order = order[users.counts[order] > 0]
@@ -142,10 +124,8 @@ def blocks(users: Users) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 def _modes(
     a: Tensor, Z: Tensor, w: Tensor, tolerance: float, start: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Modes [B, K] and probabilities [B, n] of tastes N(0, I), log odds a + Z b.
-
-    At the mode b = Z^T push, which also tells where to begin.
-    """
+    """Modes [B, K] and probabilities [B, n] of tastes N(0, I), log odds a + Z b. At the mode
+    b = Z^T push, which also tells where to begin."""
     B, n, K = Z.shape
     dual = n <= K
     G = Z @ Z.mT if dual else None  # prior covariance of the log odds
@@ -207,12 +187,7 @@ def _plus_one(matrix: Tensor) -> Tensor:
 
 
 def covariances(view: Tensor, users: Users, prior: Prior, found: Posterior) -> Tensor:
-    """The posteriors' covariances [U, K, K]: (cov^-1 + sum of slope z z^T)^-1.
-
-    Args:
-        view, users, prior: as for ``posteriors``.
-        found: what that gave.
-    """
+    """Covariances [U, K, K] of ``posteriors``: (cov^-1 + sum of slope z z^T)^-1."""
     L = prior.factor.to(found.mode)
     cov = prior.cov.to(found.mode).repeat(users.num_users, 1, 1)
     for who, rows, there in blocks(users):
@@ -222,12 +197,8 @@ def covariances(view: Tensor, users: Users, prior: Prior, found: Posterior) -> T
 
 
 class Evidence(NamedTuple):
-    """What users' comparisons add to the precision of their tastes: R^T R of a user's rows R.
-
-    Attributes:
-        rows: of all users [N, K].
-        counts: of each user [U].
-    """
+    """What users' comparisons add to the precision of their tastes: R^T R of a user's rows R, of
+    which there are [N, K] in all and so many of each user [U]."""
 
     rows: Tensor
     counts: Tensor
@@ -240,12 +211,6 @@ class Evidence(NamedTuple):
     def by_user(self) -> tuple[Tensor, ...]:
         """Each user's rows [n, K]."""
         return self.rows.split(self.counts.tolist())
-
-
-def covariance(prior: Prior, rows: Tensor) -> Tensor:
-    """A posterior's covariance [K, K] given the user's rows of evidence [n, K]."""
-    L = prior.factor.to(rows.device)
-    return L @ _inverses((rows.to(L) @ L)[None])[0] @ L.T
 
 
 def deviations(z: Tensor, cov: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,22 +24,12 @@ LEVEL = 0.05
 
 @dataclass
 class ScoreTest:
-    """What the test found.
+    """What the test found."""
 
-    Attributes:
-        statistic: sum over users of the products of residuals times features over pairs of
-            comparisons, in standard errors from the users' own spread.
-        p: of as great a statistic where users are alike.
-        variance: of tastes along each direction of the features (divided by their scale), by
-            moments; below 0 where residuals agree less than by chance.
-        needed: comparisons after which a user's own choices weigh as much as everyone's; infinity
-            where tastes have no variance.
-    """
-
-    statistic: float
-    p: float
-    variance: float
-    needed: float
+    statistic: float  # in standard errors, see ``score_test``
+    p: float  # of as great a statistic where users are alike
+    variance: float  # of tastes along each of the scaled features; below 0: less than by chance
+    needed: float  # comparisons until a user's own weigh as much as everyone's; may be infinite
 
     @property
     def sentence(self) -> str:
@@ -52,24 +43,15 @@ class ScoreTest:
 
 
 def score_test(
-    data: Comparisons,
-    strength: float = 1.0,
-    geometry: Geometry | None = None,
-    processes: int = 1,
+    data: Comparisons, strength: float = 1.0, geometry: Geometry | None = None, processes: int = 1
 ) -> ScoreTest:
-    """Test whether users' rewards differ.
+    """Test whether users' rewards differ, on this process's share of the training comparisons.
 
     The statistic is the score for a variance component of users (Verbeke and Molenberghs 2003) at
-    ridge BT, without a user's pairs of comparisons that share a response or a dialogue: what the
-    features do not show of a response, and the noise of one rating, make those agree. It is held
-    against the users' own spread.
-
-    Args:
-        data: the training comparisons, or this process's share; by rows of the embeddings, or else
-            no two are taken to share a response.
-        strength: of ridge BT's prior.
-        geometry: of the features, if it is known.
-        processes: over which users are spread; all get the same answer.
+    ridge BT of a strength: the products of residuals times features over a user's pairs of
+    comparisons, but for those that share a response (told by rows of the embeddings) or a dialogue:
+    what the features do not show of a response, and the noise of one rating, make those agree. It
+    is held against the users' own spread.
     """
     geometry = replace(geometry or measure(data, processes, DIRECTIONS), floor=None)
     mu = fit_shared(data, geometry, strength, processes=processes, tolerance=ROUGH).x
@@ -82,8 +64,7 @@ def score_test(
     slope = data.weight * p * (1 - p)
     information = float(sum_over_processes(kept * _information(data, Z, slope), processes))
     own = gather_rows(own, processes)
-    error = float(own.square().sum().sqrt())
-    found = float(own.sum())
+    error, found = float(own.square().sum().sqrt()), float(own.sum())
     statistic = found / error if error > 0 else 0.0
     variance = found / max(information, 1e-300)
     # What a comparison tells along each direction
@@ -107,9 +88,7 @@ def _apart(data: Comparisons, Y: Tensor) -> Tensor:
         each = torch.zeros_like(Y).index_add_(0, place, Y).square().sum(1)
         return each.new_zeros(data.num_users).index_add_(0, owner, each)
 
-    def alike(*keys: Tensor) -> Tensor:
-        """The same over pairs of equal keys, a comparison with itself included."""
-        return squares(data.user, Y, *keys)
+    alike = partial(squares, data.user, Y)  # of equal keys, a comparison with itself included
 
     def response(*keys: Tensor) -> Tensor:
         """The same over pairs that share a response."""

@@ -44,13 +44,8 @@ WHITER = 2.0  # standard errors by which whitened features have to be better tha
 
 @dataclass
 class HeldOut:
-    """Seen users' training comparisons, some of each held out.
-
-    Attributes:
-        fit: what is left of all users.
-        held: held-out comparisons of those who have any; None if none has.
-        whose: row among ``fit``'s users of each user of ``held``.
-    """
+    """Seen users' training comparisons: what is left of all users, the held-out ones of those who
+    have any (None if none has), and the row of each of these among ``fit``'s users."""
 
     fit: Comparisons
     held: Comparisons | None
@@ -59,20 +54,13 @@ class HeldOut:
     def losses(self, fitted: Fitted, users: Tensor) -> Tensor:
         """Mean log loss of each user of ``held``, given the states [U, S] of ``fit``'s users."""
         states = users[self.whose.to(users.device)]
-        return self.held.log_losses(
-            fitted.logits(fitted.view(self.held), states, self.held.user)
-        )
+        return self.held.log_losses(fitted.logits(fitted.view(self.held), states, self.held.user))
 
 
 @dataclass
 class PseudoNew:
-    """Some seen users set apart whole, to be treated as new ones.
-
-    Attributes:
-        few: shots of those set apart.
-        held: their held-out comparisons, the same users in the same order.
-        chosen: who was set apart [U].
-    """
+    """Some seen users set apart whole, to be treated as new ones: their shots, their held-out
+    comparisons, the same users in the same order, and who they are [U]."""
 
     few: Comparisons
     held: Comparisons
@@ -83,16 +71,18 @@ def _names(data: Comparisons) -> list[str]:
     return data.names or [str(u) for u in range(data.num_users)]
 
 
-def _draw(name: str, seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(int(digest([name, seed])[:12], 16))
+def _numbers(data: Comparisons, seed: int) -> list[int]:
+    """A random number of each user, which goes by the name."""
+    return [int(digest([name, seed])[:12], 16) for name in _names(data)]
 
 
 def _shuffled(data: Comparisons, seed: int) -> list[list[Tensor]]:
     """Every user's dialogues or comparisons, in a random order that goes by the user's name."""
-    return [
-        [units[i] for i in torch.randperm(len(units), generator=_draw(name, seed)).tolist()]
-        for name, units in zip(_names(data), data.units(), strict=True)
-    ]
+    found = []
+    for number, units in zip(_numbers(data, seed), data.units(), strict=True):
+        order = torch.randperm(len(units), generator=torch.Generator().manual_seed(number))
+        found.append([units[i] for i in order.tolist()])
+    return found
 
 
 def _pick(data: Comparisons, rows: list[Tensor]) -> Comparisons:
@@ -146,14 +136,10 @@ def sides(train: Comparisons, seed: int, kinds: Kinds | None) -> dict[str, NDArr
 
     What is held out must be related to what is fitted as the test to the training set. Dialogues
     (or comparisons) of each user are held out at random where that gives about the test's shares
-    of known, met and new comparisons. Else, for new ones, some responses are held out of
-    everybody's comparisons, and for met ones some of each user's own: fitted are comparisons of
-    two other responses, judged are those of two held-out ones, and the rest is neither.
-
-    Args:
-        train: of the seen users; where not by rows of the embeddings, dialogues are held out.
-        seed: of the draws.
-        kinds: shares of the test's kinds, see ``Task``; all new if None, the most careful.
+    of known, met and new comparisons (see ``Task``; all new if None, the most careful), or features
+    are no rows of embeddings. Else, for new ones, some responses are held out of everybody's
+    comparisons, and for met ones some of each user's own: fitted are comparisons of two other
+    responses, judged are those of two held-out ones, and the rest is neither.
     """
     by_unit = _by_unit(train, seed)
     plain = {who: by_unit.astype(np.int8) for who in ("seen", "unseen")}
@@ -163,25 +149,20 @@ def sides(train: Comparisons, seed: int, kinds: Kinds | None) -> dict[str, NDArr
     fit, held = (Judged(*(x[rows] for x in data)) for rows in (~by_unit, by_unit))
     have, wanted = shares(held, fit, fit), kinds or {"seen": {"new": 1.0}}
     wanted = {who: wanted.get(who, wanted["seen"]) for who in plain}
-    if not any(_harder(test, have) for test in wanted.values()):
+    new, met = (max(test.get(kind, 0) for test in wanted.values()) for kind in ("new", "met"))
+    if new <= have["new"] + CLOSE and met <= have["met"] + have["new"] + 2 * CLOSE:
         return plain
     group, grouped = _groups(data)
     share = HELD if grouped else RESPONSES
     away = (_uniform(group, seed) < share).sum(0)
-    names = np.array([int(digest([name, seed])[:12], 16) for name in _names(train)])
-    own = (_uniform(group, names[data.user] + seed) < RESPONSES).sum(0)
+    own = np.array(_numbers(train, seed))[data.user] + seed
+    own = (_uniform(group, own) < RESPONSES).sum(0)
     mixed = {who: _mixed(test, away, own, by_unit) for who, test in wanted.items()}
     enough = min(LEAST, max(train.num_users, len(train) * HELD / 4))
     if any((side == HELD_OUT).sum() < enough or not (side == FIT).any() for side in mixed.values()):
         log.warning("too few comparisons to hold out whole responses: dialogues are held out")
         return plain
     return mixed
-
-
-def _harder(wanted: Shares, have: Shares) -> bool:
-    """Whether the test has more new or met comparisons than what dialogues held out would be."""
-    new = wanted.get("new", 0) > have["new"] + CLOSE
-    return new or wanted.get("met", 0) > have["met"] + have["new"] + 2 * CLOSE
 
 
 def _mixed(
@@ -208,27 +189,22 @@ def _mixed(
 
 def _split(train: Comparisons, fit: Tensor, held: Tensor) -> HeldOut:
     """Two parts of the comparisons, by masks [N]; users of the second without the first drop."""
-    counts = torch.bincount(train.user.cpu()[fit], minlength=train.num_users)
-    held = held & (counts > 0)[train.user.cpu()]
-    row = (counts > 0).cumsum(0) - 1
-    users = torch.unique(train.user.cpu()[held])
+    user = train.user.cpu()
+    known = torch.bincount(user[fit], minlength=train.num_users) > 0
+    held = held & known[user]
+    whose = (known.cumsum(0) - 1)[torch.unique(user[held])]
     part = train if bool(fit.all()) else train.select(fit)
-    return HeldOut(part, train.select(held) if bool(held.any()) else None, row[users])
+    return HeldOut(part, train.select(held) if bool(held.any()) else None, whose)
 
 
 def hold_out(
     train: Comparisons, seed: int, kinds: Kinds | None = None, validation: Comparisons | None = None
 ) -> HeldOut:
-    """Hold out some comparisons, as ``sides`` says; or those of the dataset's validation set, so
-    that all of ``train`` is left."""
-    if validation is not None:
-        return _given(train, validation)
-    side = torch.from_numpy(sides(train, seed, kinds)["seen"])
-    return _split(train, side == FIT, side == HELD_OUT)
-
-
-def _given(train: Comparisons, validation: Comparisons) -> HeldOut:
-    """The validation comparisons of those users whose training comparisons are here."""
+    """Hold out some comparisons, as ``sides`` says; or those of the dataset's validation set whose
+    users are here, so that all of ``train`` is left."""
+    if validation is None:
+        side = torch.from_numpy(sides(train, seed, kinds)["seen"])
+        return _split(train, side == FIT, side == HELD_OUT)
     row = {name: u for u, name in enumerate(_names(train))}
     here = torch.tensor([name in row for name in _names(validation)])
     held = validation.select(here[validation.user.cpu()]) if here.any() else None
@@ -239,12 +215,9 @@ def _given(train: Comparisons, validation: Comparisons) -> HeldOut:
 def pseudo_new(
     train: Comparisons, seed: int, shots: int, side: NDArray[np.int8] | None = None
 ) -> PseudoNew | None:
-    """Set apart a fifth of the users; None where no user but one has two dialogues.
-
-    Each may adapt from so many shots at most; where dialogues are held out at random, a user's
-    others, at least a fifth, are held out. ``side`` is of unseen users, see ``sides``; if None, as
-    if the test were all new.
-    """
+    """Set apart a fifth of the users, who may adapt from so many shots at most; None where no user
+    but one has two dialogues. Where dialogues are held out at random, a user's others, at least a
+    fifth, are; ``side`` is of unseen users, see ``sides``, if None as if the test were all new."""
     names, units = _names(train), _shuffled(train, seed)
     side = torch.from_numpy(sides(train, seed, None)["unseen"] if side is None else side)
     by_unit = torch.from_numpy(_by_unit(train, seed))
@@ -280,23 +253,11 @@ def subset(few: Comparisons, sizes: Sequence[int], seed: int) -> tuple[Tensor, U
     return picked, few.pick(picked, [len(x) for x in rows])
 
 
-def shots_of(few: Comparisons | None, shots: tuple[int, ...]) -> tuple[int, ...]:
-    """Numbers of shots that choices are made for: those given, else ``SHOTS`` up to what new users
-    mostly have; none where no user is new."""
-    if few is None or shots:
-        return () if few is None else tuple(sorted(set(shots)))
-    most = int(torch.tensor([len(unit) for unit in few.units()]).median())
-    return tuple(sorted({min(size, most) for size in SHOTS}))
-
-
 @dataclass
 class Scores:
-    """A candidate's log losses on validation, by user: means over splits. Every user counts once.
-
-    Attributes:
-        seen: of users it knew, on their held-out dialogues [U]; NaN where nothing was held out.
-        new: of users it did not know, adapted from few shots [U]; NaN of those never set apart.
-    """
+    """A candidate's log losses on validation, means over splits by user, who all count the same:
+    of users it knew, on held-out dialogues [U], NaN where nothing was held out, and of users it did
+    not know, adapted from few shots [U], NaN of those never set apart."""
 
     seen: Tensor
     new: Tensor
@@ -330,23 +291,16 @@ class Scores:
 
 class Split(HeldOut):
     """One random split of the training comparisons; ``fit`` is this process's, in memory unless
-    streamed.
-
-    Attributes:
-        new: the users set apart, the same on every process; None where there are none.
-        seen_rows, new_rows: numbers of the users of ``held`` and ``new`` among all seen users.
-    """
+    streamed, ``new`` the users set apart, if any, the same on every process; ``seen_rows`` and
+    ``new_rows`` are numbers of the users of ``held`` and ``new`` among all seen users."""
 
     def __init__(self, task: Task, seed: int, shots: tuple[int, ...], directions: int) -> None:
-        self.seed, self.shots, self.processes = seed, shots, task.processes
-        self.directions = directions
-        train, self.num_users = task.train, task.train.num_users
+        self.seed, self.shots, self.directions = seed, shots, directions
+        self.processes, self.num_users = task.processes, task.train.num_users
         self.subsets: dict[tuple[int, ...], tuple[Tensor, Users]] = {}
-        found, user = sides(train, seed, task.kinds), train.user.cpu()
-        self.new = pseudo_new(train, seed, max(shots), found["unseen"]) if shots else None
-        known = torch.ones(self.num_users, dtype=torch.bool)
-        if self.new is not None:
-            known = ~self.new.chosen
+        train, user, found = task.train, task.train.user.cpu(), sides(task.train, seed, task.kinds)
+        new = self.new = pseudo_new(train, seed, max(shots), found["unseen"]) if shots else None
+        known = torch.ones(self.num_users, dtype=torch.bool) if new is None else ~new.chosen
         self.new_rows = (~known).nonzero()[:, 0]
         side = torch.from_numpy(found["seen"])
         fit = known[user] if task.validation is not None else (side == FIT) & known[user]
@@ -355,11 +309,11 @@ class Split(HeldOut):
         first = rows_before(whole.num_users, task.processes)[0]
         rows = rows[first : first + whole.num_users]
         if task.validation is not None:
-            own = _given(whole, task.validation)
+            own = hold_out(whole, seed, validation=task.validation)
         else:
             there = torch.isin(user, rows)
             own = _split(train, fit & there, (side == HELD_OUT) & there)
-        held, new = own.held, self.new
+        held = own.held
         if not task.stream:
             own.fit = own.fit.in_memory()
             held = None if held is None else held.in_memory()
@@ -378,41 +332,20 @@ class Split(HeldOut):
         seen, new = torch.full((2, self.num_users), math.nan, dtype=torch.float64)
         if self.held is not None:
             seen[self.seen_rows] = self.losses(fitted, fitted.users).cpu()
-        seen = _gather(seen, self.processes)
+        if self.processes > 1:  # each of which knows some users
+            both = torch.stack([seen.nan_to_num(), (~seen.isnan()).double()])
+            sums = sum_over_processes(both, self.processes)
+            seen = torch.where(sums[1] > 0, sums[0], math.nan)
         if self.new is not None:
-            new[self.new_rows] = self._new(fitted, self.new).cpu()
+            few, held, data = fitted.view(self.new.few), fitted.view(self.new.held), self.new.held
+            sizes = self.shots if fitted.personal else self.shots[:1]
+            if sizes not in self.subsets:
+                self.subsets[sizes] = subset(self.new.few, sizes, self.seed)
+            rows, users = self.subsets[sizes]
+            states = fitted.adapt(few[rows], users, self.seed).split(self.new.few.num_users)
+            each = [data.log_losses(fitted.logits(held, state, data.user)) for state in states]
+            new[self.new_rows] = torch.stack(each).mean(0).cpu()
         return Scores(seen, new)
-
-    def _new(self, fitted: Fitted, new: PseudoNew) -> Tensor:
-        """Of the users set apart, means over the numbers of shots."""
-        few, held = fitted.view(new.few), fitted.view(new.held)
-        sizes = self.shots if fitted.personal else self.shots[:1]
-        if sizes not in self.subsets:
-            self.subsets[sizes] = subset(new.few, sizes, self.seed)
-        rows, users = self.subsets[sizes]
-        states = fitted.adapt(few[rows], users, self.seed).split(new.few.num_users)
-        logits = [fitted.logits(held, state, new.held.user) for state in states]
-        return torch.stack([new.held.log_losses(each) for each in logits]).mean(0)
-
-
-def _gather(values: Tensor, processes: int) -> Tensor:
-    """Values [U] of all processes, each of which knows some and has NaN elsewhere."""
-    if processes == 1:
-        return values
-    known = ~values.isnan()
-    sums = sum_over_processes(torch.stack([values.nan_to_num(), known.double()]), processes)
-    return torch.where(sums[1] > 0, sums[0], math.nan)
-
-
-def _some_users(task: Task) -> Task:
-    """The task with the training comparisons of ``MOST_USERS`` random users at the most."""
-    names, data = _names(task.train), task.train
-    if data.num_users <= MOST_USERS:
-        return task
-    order = sorted(range(len(names)), key=lambda u: digest([names[u], task.seed, "choice"]))
-    kept = torch.zeros(data.num_users, dtype=torch.bool)
-    kept[order[:MOST_USERS]] = True
-    return replace(task, train=data.select(kept.to(data.device)[data.user]))
 
 
 class Validation:
@@ -420,21 +353,31 @@ class Validation:
 
     A candidate is fitted to each split's ``fit`` and scored by its log loss on held-out comparisons
     of the users it knows and, where users are new, of pseudo-new ones who adapt from their first
-    shots. Of more than ``MOST_USERS`` users some are drawn; ``directions`` are the geometry's.
+    shots: as many as the task says, else ``SHOTS`` up to what new users mostly have. Of more than
+    ``MOST_USERS`` users some are drawn; ``directions`` are the geometry's.
     """
 
     def __init__(self, task: Task, directions: int = DIRECTIONS) -> None:
-        task = _some_users(task)
-        shots = shots_of(task.few, task.shots)
-        count = round(ENOUGH / len(task.train))
+        names, data = _names(task.train), task.train
+        if data.num_users > MOST_USERS:
+            order = sorted(range(len(names)), key=lambda u: digest([names[u], task.seed, "choice"]))
+            kept = torch.zeros(data.num_users, dtype=torch.bool, device=data.device)
+            kept[order[:MOST_USERS]] = True
+            task = replace(task, train=data.select(kept[data.user]))
+        sizes = task.shots
+        if task.few is None:
+            sizes = ()
+        elif not sizes:
+            most = int(torch.tensor([len(unit) for unit in task.few.units()]).median())
+            sizes = [min(size, most) for size in SHOTS]
+        shots, count = tuple(sorted(set(sizes))), round(ENOUGH / len(task.train))
         if shots:
             count = max(count, round(ENOUGH_NEW / (NEW * task.train.num_users)))
         count = min(MOST_SPLITS, max(1, count))
         if task.validation is not None and task.few is None:
             count = 1  # others would be the same
-        self.splits = [
-            Split(task, task.seed + 10007 * i, shots, directions) for i in range(count)
-        ]
+        seeds = [task.seed + 10007 * i for i in range(count)]
+        self.splits = [Split(task, seed, shots, directions) for seed in seeds]
 
     @property
     def possible(self) -> bool:
@@ -447,8 +390,6 @@ class Validation:
         seen, new = (torch.stack([getattr(part, k) for part in parts]) for k in ("seen", "new"))
         return Scores(seen.nanmean(0), new.nanmean(0))
 
-
-# ------------------------------------------------------------------------- The choice
 
 Fit = Callable[[Split, Any, Any], tuple[Fitted, Any]]
 Search = Callable[[Callable[[int], Scores]], int]  # finds the best one's place from the scores
@@ -466,22 +407,14 @@ class Chosen:
 
 
 def choose(
-    data: Validation,
-    candidates: Sequence[Any],
-    fit: Fit,
-    search: Search | None = None,
+    data: Validation, candidates: Sequence[Any], fit: Fit, search: Search | None = None
 ) -> Chosen:
     """The candidate with the lowest log loss on validation; every method chooses by this.
 
-    Args:
-        data: what the choice is made on.
-        candidates: in such an order that one fit is a good start for its neighbours.
-        fit: of a split, a candidate, and what the nearest candidate's fit to that split returned
-            beside its fit (None at first).
-        search: finds the best one; tries all if None.
-
-    Raises:
-        InputError: nothing can be held out, or all losses are NaN.
+    ``fit`` is called with a split, a candidate, and what the nearest candidate's fit to that split
+    returned beside its fit (None at first), so neighbours in the order should be good starts for
+    each other. All are tried without a ``search``. InputError where nothing can be held out, or
+    all losses are NaN.
     """
     require(data.possible, "no user has two dialogues, so nothing can be held out to choose by: "
             "give one value to choose from, not several")  # fmt: skip
@@ -497,16 +430,9 @@ def _best(scores: Callable[[int], Scores], count: int, search: Search | None) ->
 
 
 class Tries:
-    """Log losses of candidates, each fitted to every split once.
-
-    Args:
-        data, fit: as for ``choose``.
-        apart: how far two candidates are apart: a fit begins where the nearest one's ended.
-
-    Attributes:
-        found: what each candidate's fits returned beside them, and its log losses.
-        tried: settings and log losses of every candidate that was fitted.
-    """
+    """Log losses of candidates, each fitted to every split once, as for ``choose``: it begins where
+    the nearest one, by how far they are ``apart``, ended. ``found`` is what each candidate's fits
+    returned beside them, and its log losses; ``tried`` the settings and log losses of all."""
 
     def __init__(
         self, data: Validation, fit: Fit,
@@ -532,17 +458,14 @@ class Tries:
 
 
 def choose_whitened(
-    data: Validation,
-    strengths: Sequence[Any],
-    fit: Fit,
-    search: Search | None = None,
+    data: Validation, strengths: Sequence[Any], fit: Fit, search: Search | None = None,
     floors: Sequence[float | None] = FLOORS,
-) -> Chosen:
+) -> Chosen:  # fmt: skip
     """Choose (strength, floor of the features' whitening): the floor may be None, plain features.
 
-    A strength is chosen on plain features, the best floor at that strength, and on it strengths to
-    either side while the loss falls; whitening is taken if better by ``WHITER`` standard errors.
-    ``strengths`` are in order; for all else see ``choose``.
+    A strength is chosen on plain features, the best floor at that strength, and on it strengths,
+    which are in order, to either side while the loss falls; whitening is taken if better by
+    ``WHITER`` standard errors. For all else see ``choose``.
     """
     wide = len(floors)
     grid = [(strength, floor) for strength in strengths for floor in floors]
