@@ -92,14 +92,12 @@ class OwnFit(Fitted):
         states = self.population_state.repeat(users.num_users, 1)
         if there.any():
             some, found = Users(users.counts[there], users.weight), []
+            how = lore.few_shot_iterations, lore.learning_rate, lore.optimizer, self.progress
             for who, rows in some.user_blocks(self.at_once):
                 numbers = torch.arange(len(some), device=users.device)[rows]
                 features = DenseFeatures(_pairs(view, numbers).difference())
                 own = Comparisons(features, some.counts[who], some.weight[rows])
-                found.append(own_directions(
-                    own, preference_loss, lore.few_shot_iterations, lore.learning_rate,
-                    lore.optimizer, self.progress,
-                ))  # fmt: skip
+                found.append(own_directions(own, preference_loss, *how))
             states[there] = torch.cat(found)
         return states
 

@@ -412,13 +412,13 @@ class Saved:
         known_unseen: Evidence | None = None,
     ) -> None:  # fmt: skip
         self.fit, self.new, self.facts, self.center = fit, new, facts, center
-        self.states: dict[str, Tensor] = {}
-        self.known: dict[str, Tensor] = {}
+        self.states, self.known = {}, {}
         people = {"users": (fit.users, fit.evidence), "users_unseen": (new, known_unseen)}
         for key, (states, evidence) in people.items():
             self.states |= zip(facts.get(key, ()), states, strict=False)
             if evidence is not None:
-                self.known |= zip(facts.get(key, ()), evidence.by_user(), strict=False)
+                rows = evidence.rows.split(evidence.counts.tolist())
+                self.known |= zip(facts.get(key, ()), rows, strict=False)
         about = {key: facts[key] for key in facts if key not in people}
         self.settings = {"estimator": "mixed logit", **fit.facts.get("chosen", {}), **about}
         self.names = list(self.states)

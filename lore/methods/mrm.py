@@ -94,14 +94,10 @@ class MRMFitted(LinearFitted):
 class MRM(LinearPeer):
     """Rewards .01 x' A softmax(s_u); s_u is a few inner steps away from a shared, learned s.
 
-    No weights of users are kept: seen users are adapted as new ones are. The population's state is
-    the start, softmax(s).
-
-    ``faithful`` follows the published training: 200 epochs of Adam on two users at a time, nine
-    tenths of a user's dialogues as query, one inner Adam step. Such a step is the rate times the
-    gradient's sign, so a weight moves by at most half the rate, and nothing of the outer gradient
-    passes through it. The last epoch is kept, not the best on test users.
-
+    No weights of users are kept: seen users are adapted as new ones are, from the population's
+    state, softmax(s). ``faithful`` follows the published training: 200 epochs of Adam on two users
+    at a time, nine tenths of a user's dialogues as query, one inner Adam step, through which
+    nothing of the outer gradient passes; the last epoch is kept, not the best on test users.
     ``converged``: the same episodes, one a user and fixed, and the tail loss's mean over all pairs
     of users; inner steps of plain gradient descent, differentiated through; and a ridge, among
     features of mean square length 1, on mean and half difference of A's columns; by L-BFGS.

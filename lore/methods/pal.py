@@ -28,9 +28,8 @@ RATE, DECAY, WEIGHT_RATE = 1e-4, 0.01, 5e-3  # of f; of prototypes and users' we
 class PAL(Networked):
     """PAL-A.
 
-    ``faithful`` keeps the published constants: rows as they are, f of width 512, batches of 4,
-    Adam (f: 1e-4, weight decay .01; prototypes and weights: 5e-3), 20 passes, the best by held-out
-    log loss kept; new users from random weights with 20 passes at 5e-3, the last one of which
+    ``faithful`` keeps the published constants, as above: rows as they are, 20 passes, the best by
+    held-out log loss kept; new users from random weights with 20 passes, the last one of which
     counts, not the best on their test comparisons. ``converged`` scales rows, trains at ten times
     the rates until the held-out log loss falls no more, and solves new users' weights, from the
     seen users' mean, to 1e-4.

@@ -91,10 +91,8 @@ class PEBS(LinearPeer):
     """Log odds a_u x' v: a ridge Bradley-Terry reward v and slopes a_u > 0 of the users' own.
 
     A positive slope changes no preference, hence no accuracy: only how sure the probabilities are.
-    Own slopes are shrunk to the population's mean in closed form, by w_u = tau^2 / (tau^2 + Var_u).
+    Own slopes are shrunk to the population's, the prior's mean, by w_u = tau^2 / (tau^2 + Var_u).
     The published calibrators are of ratings, with an offset, which a comparison does not have.
-    The population's state is the prior's mean.
-
     ``faithful`` fits the reward to most dialogues and the slopes to the others, as published. Its
     ridge is chosen on validation as well, since the published reward models come ready.
     ``converged`` fits the reward to all dialogues; slopes are measured with rewards fitted to four

@@ -61,15 +61,12 @@ class PReF(LinearPeer):
     """Rewards x' A w_u with signed weights w_u, and a penalty on the length of x' A.
 
     The population's state is the mean of the seen users' weights: zero, which the published random
-    start amounts to, would call every comparison a tie.
-
-    ``faithful`` follows the published training, 500 SGD steps of 64 comparisons, and 1,000 steps
-    from a random draw for a new user with shots. Left out: the language model's own training, the
-    fit of A to the start, which hardly moved it, and the threshold chosen on test data.
-
-    ``converged``: A may shrink while W grows until the penalty is gone, so the published objective
-    has no minimum. A ridge on W and, among features of mean square length 1, on A makes it one;
-    L-BFGS finds it. New users are solved exactly, their ridge being about the seen users' mean.
+    start amounts to, would call every comparison a tie. ``faithful`` follows the published
+    training, 500 SGD steps of 64 comparisons, and 1,000 steps from a random draw for a new user
+    with shots, without the language model's own training, the fit of A to the start, which hardly
+    moved it, and the threshold chosen on test data. ``converged`` has a ridge on W and, among
+    features of mean square length 1, on A, which may else shrink, as W grows, until the penalty is
+    gone; by L-BFGS. New users are solved exactly, their ridge being about the seen users' mean.
 
     Args:
         rank: columns of A.

@@ -84,17 +84,14 @@ class RBDFitted(LinearFitted):
 class RBD(LinearPeer):
     """Rewards x' V (w + d_u) with signed weights; ridges act on the directions V w and V d_u.
 
-    The population's state is w.
-
-    ``faithful`` follows the published training as tuned: Adam at 1e-4 from random values, strengths
-    .01 and 10 on the means over comparisons and over users, the best step by the log loss of
-    held-out dialogues kept, 100 steps after which it stops; new users by Adam at 1e-2, all
-    together. The stop on test data that the public code has for PRISM is left out, and so are the
-    rotated axes, which change no reward.
-
-    ``converged`` minimises the same objective by L-BFGS. The strengths are precisions of Gaussian
-    priors on directions among features of mean square length 1, so a new user's ridge fades with
-    comparisons, as a seen user's does; new users are solved exactly.
+    The population's state is w. ``faithful`` follows the published training as tuned: Adam at 1e-4
+    from random values, strengths .01 and 10 on the means over comparisons and over users, the best
+    step by the log loss of held-out dialogues kept, 100 steps after which it stops; new users by
+    Adam at 1e-2, all together; without the stop on test data that the public code has for PRISM,
+    and the rotated axes, which change no reward. ``converged`` minimises the same by L-BFGS. The
+    strengths are precisions of Gaussian priors on directions among features of mean square length
+    1, so a new user's ridge fades with comparisons, as a seen user's does; new users are solved
+    exactly.
 
     Args:
         rank: columns of V.
@@ -147,10 +144,9 @@ class RBD(LinearPeer):
         require(split.held is not None, "no user has two dialogues: RBD cannot stop on validation")
         data, held, K = split.fit, split.held, self.rank
         generator = torch.Generator().manual_seed(task.seed)
-        V, mean, away = (
-            torch.randn(*size, generator=generator).double().to(data.device)
-            for size in ((data.num_features, K), (K,), (task.local_train.num_users, K))
-        )
+        sizes = (data.num_features, K), (K,), (task.local_train.num_users, K)
+        drawn = (torch.randn(*size, generator=generator).double() for size in sizes)
+        V, mean, away = (x.to(data.device) for x in drawn)
         V, mean, away = V / V.norm(dim=0), mean / K**0.5, START * away
         first = (project(data, V) * (mean + away)[data.user]).sum(1)
         given = [V / first.std().clamp(min=1e-12), mean, away]

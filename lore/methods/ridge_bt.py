@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +38,10 @@ def precision(data: Comparisons) -> torch.dtype:
 def inverse_curvature(
     geometry: Geometry, strengths: Tensor, bend: Tensor | float = 0.2
 ) -> Callable[[Tensor], Tensor]:
-    """An estimate of a loss's inverse curvature, diagonal along the leading directions, for columns
-    with priors of such strengths [C], and ``bend``, a comparison's mean curvature in its log odds
-    [C], as it is of choices that are fairly sure if not given."""
-    factors = 1 / (geometry.curvature()[:, None] * bend + strengths[None, :])
-    Q = geometry.directions
-
-    def apply(G: Tensor) -> Tensor:
-        return factors[-1] * G + Q @ ((factors[:-1] - factors[-1]) * (Q.T @ G))
-
-    return apply
+    """Applies an estimate of a loss's inverse curvature, diagonal along the leading directions, to
+    columns with priors of such strengths [C]; ``bend`` is a comparison's mean curvature in its log
+    odds [C], as of choices that are fairly sure."""
+    return partial(geometry.apply, 1 / (geometry.curvature()[:, None] * bend + strengths))
 
 
 def fit_shared(
@@ -152,8 +147,12 @@ class RidgeBT:
     def fit(self, task: Task) -> list[Fitted]:
         """Choose the strength, then fit all training comparisons."""
         (strength, floor), tried = (self.strength, None), []
-        if strength is None:
-            (strength, floor), tried = self._choose(task)
+        if strength is None and (validation := Validation(task)).possible:
+            found = choose_whitened(validation, STRENGTHS, _rough_fit, lowest)
+            (strength, floor), tried = found.candidate, found.tried
+        elif strength is None:
+            log.warning("no user has two dialogues: a ridge of 1, as nothing can be held out")
+            strength = 1.0
         data = task.local_train
         geometry = replace(measure(data, task.processes), floor=floor)
         found = fit_shared(data, geometry, strength, processes=task.processes)
@@ -161,16 +160,7 @@ class RidgeBT:
         facts = {
             "chosen": {"l_mu": strength, "floor": floor}, "tried": tried, "scale": geometry.scale,
             "losses": [value / geometry.count for value in found.values],
-            "parameters": data.num_features,
-            "note": note + (", chosen on validation" if tried else ""),
-        }
+            "parameters": data.num_features, "note": note + ", chosen on validation" * bool(tried),
+        }  # fmt: skip
         log.info("ridge BT: %s", facts["note"])
         return [SharedFit(geometry.raw(found.x)[:, 0], task.train.num_users, facts)]
-
-    def _choose(self, task: Task) -> tuple[tuple[float, float | None], list[dict[str, Any]]]:
-        data = Validation(task)
-        if not data.possible:
-            log.warning("no user has two dialogues: a ridge of 1, as nothing can be held out")
-            return (1.0, None), []
-        found = choose_whitened(data, STRENGTHS, _rough_fit, lowest)
-        return found.candidate, found.tried

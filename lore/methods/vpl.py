@@ -35,12 +35,11 @@ RATE, DECAY, WARM_UP = 1e-4, 1e-3, 0.03
 class VPL(Networked):
     """VPL, repaired.
 
-    ``faithful`` keeps the published constants: rows as they are, H = L = 512, contexts of 8,
-    batches of 32, AdamW (1e-4, weight decay .001, cosine with 3 % warm-up), 2 passes, the KL term
-    times the first of ``betas`` on a rising cycle; the latent lies on a sphere in training and not
-    afterwards. ``converged`` scales rows, draws contexts of 0 to the largest number of shots, which
-    up to 16 comparisons share, trains until the held-out log loss falls no more, and tries the
-    sphere afterwards too. Without a context the latent is 0.
+    ``faithful`` keeps the published constants, as above: rows as they are, a cosine rate, the KL
+    term times the first of ``betas`` on a rising cycle; the latent lies on a sphere in training and
+    not afterwards. ``converged`` scales rows, draws contexts of 0 to the largest number of shots,
+    which up to 16 comparisons share, trains until the held-out log loss falls no more, and tries
+    the sphere afterwards too. Without a context the latent is 0.
 
     Args:
         betas: weights of the KL term to try; ``faithful`` takes the first.
@@ -66,8 +65,7 @@ class VPL(Networked):
     ) -> FittedVPL:
         """A fit with such a weight of the KL term."""
         epochs = epochs or self.epochs or (EPOCHS if self.faithful else 60)
-        longest = max(1, *task.shots) if task.shots else 50
-        faithful = self.faithful
+        longest, faithful = max(1, *task.shots) if task.shots else 50, self.faithful
         most, sizes, batch = (1, (1, CONTEXT), BATCH) if faithful else (16, (0, longest), 8)
         generator = torch.Generator().manual_seed(task.seed)
         fit = FittedVPL(self, data, generator)
@@ -90,8 +88,7 @@ class VPL(Networked):
             for targets, *others in grouped(data, most, sizes, batch, generator):
                 logits, kl = fit.net(pairs, targets, *others, generator)
                 slope = _cycle(next(step)) if faithful else 1.0
-                lost = weight[targets] @ softplus(-logits) / len(targets)
-                yield lost + model * slope * kl
+                yield weight[targets] @ softplus(-logits) / len(targets) + model * slope * kl
 
         held_out = held and (lambda: held.losses(fit, fit.adapt(fit.view(data), data, 0)))
         fit.losses, fit.epochs = networks.descend(optimizer, epoch, epochs, held_out, schedule)

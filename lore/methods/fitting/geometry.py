@@ -51,21 +51,17 @@ class Geometry:
         return factor / ((many * e * factor.square()).sum().sqrt() * self.scale)
 
     def apply(self, factors: Tensor, V: Tensor) -> Tensor:
-        """The matrix with these eigenvalues [D + 1], the last one of the rest, times V [F, C]."""
+        """Matrices with these eigenvalues [D + 1, C], the last one of the rest, times V [F, C]."""
         Q = self.directions
-        return factors[-1] * V + Q @ ((factors[:-1] - factors[-1])[:, None] * (Q.T @ V))
+        return factors[-1] * V + Q @ ((factors[:-1] - factors[-1]) * (Q.T @ V))
 
     def raw(self, V: Tensor) -> Tensor:
         """Directions V [F, C] among scaled and stretched features, as ones among raw features."""
-        if self.floor is None:
-            return V / self.scale
-        return self.apply(self.stretch(), V)
+        return V / self.scale if self.floor is None else self.apply(self.stretch()[:, None], V)
 
     def stretched(self, V: Tensor) -> Tensor:
         """Directions V [F, C] among raw features, as ones among scaled and stretched features."""
-        if self.floor is None:
-            return V * self.scale
-        return self.apply(1 / self.stretch(), V)
+        return V * self.scale if self.floor is None else self.apply(1 / self.stretch()[:, None], V)
 
     def curvature(self) -> Tensor:
         """Eigenvalues [D + 1] of sum x x^T in the stretched features."""

@@ -1,7 +1,7 @@
 """What methods with linear rewards share: products with V, convex user problems, L-BFGS.
 
-Features are touched by ``project`` and ``backproject`` alone, in their own precision; all else is
-float64. Shape letters as in comparisons.py, with K the width of a user's state.
+``project`` and ``backproject`` alone touch features, in their own precision; all else is float64.
+Shape letters as in comparisons.py, with K the width of a user's state.
 """
 
 from __future__ import annotations

@@ -83,8 +83,7 @@ def descend(
 
     ``epoch`` yields the loss of every batch of a pass, for a step each; the schedule is by step.
     ``held`` gives the present held-out log losses: training ends after ``patience`` epochs without
-    an improvement of ``TOLERANCE``, though not within ``PLATEAU`` steps; all passes are made if
-    None.
+    an improvement of ``TOLERANCE``, though not within ``PLATEAU`` steps; without it, at the last.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     losses, best, passes, kept = [], math.inf, 0, []
@@ -140,8 +139,7 @@ class Networked(Peer):
         rows_of(task.train)
         if task.process:
             return []  # the first process judges alone
-        first = self.grid[0][1][0]
-        return [self.published(task, first) if self.faithful else self._chosen(task)]
+        return [self.published(task, self.grid[0][1][0]) if self.faithful else self._chosen(task)]
 
     def _chosen(self, task: Task) -> Network:
         """The best on validation, fitted to everything with as many passes as were best there."""
@@ -262,15 +260,10 @@ class Mixing(Network):
         raise NotImplementedError
 
 
-Losses = Callable[[slice, Tensor, Tensor], Tensor]
-
-
 def pair_weights(users: Users, by_user: bool) -> Tensor:
     """What each comparison weighs [N], 1 on average: users count the same (eq. 10), or
     comparisons do."""
-    weight = users.weight
-    if by_user:
-        weight = weight / users.user_weight()[users.user]
+    weight = users.weight / users.user_weight()[users.user] if by_user else users.weight
     return (weight / weight.mean()).float()
 
 
@@ -280,8 +273,8 @@ def blocks(users: Users) -> Iterator[tuple[slice, slice]]:
 
 
 def solve_weights(
-    losses: Losses, users: Users, start: Tensor, ridge: float = 0.0, steps: int = 300,
-    tolerance: float = TOLERANCE,
+    losses: Callable[[slice, Tensor, Tensor], Tensor], users: Users, start: Tensor,
+    ridge: float = 0.0, steps: int = 300, tolerance: float = TOLERANCE,
 ) -> Tensor:  # fmt: skip
     """Simplex weights of users [U, K] that minimise the mean of their losses, by full-batch Adam.
 

@@ -1,12 +1,9 @@
 """What a user's comparisons say of tastes that have a Gaussian prior: the mode, and how sure it is.
 
 A comparison's log odds are a + z . b_u, where a is the shared reward difference, z [K] what the
-comparison asks of tastes, and b_u ~ N(mean, cov). The posterior is approached by Laplace's method:
-its mode, and a Gaussian with the curvature there. Modes are found by Newton's method for many users
-side by side: in the K tastes, or, where a user has fewer comparisons than that, in the dual, one
-number a comparison (Rasmussen and Williams 2006, algorithm 3.1). Both give the same.
-
-Shape letters: U users, N comparisons, n comparisons of a user in a block, K directions of taste.
+comparison asks of tastes, and b_u ~ N(mean, cov). Laplace's method takes the posterior's mode and
+the curvature there; Newton's finds modes of many users side by side: in the K tastes or, where a
+user has fewer comparisons n, in the dual (Rasmussen and Williams 2006, algorithm 3.1).
 """
 
 from __future__ import annotations
@@ -207,10 +204,6 @@ class Evidence(NamedTuple):
     def of(cls, view: Tensor, users: Users, found: Posterior) -> Evidence:
         """At the modes, from what ``posteriors`` had; written into the view, which may be large."""
         return cls(view[:, 1:].mul_(found.slope.sqrt().to(view)[:, None]), users.counts)
-
-    def by_user(self) -> tuple[Tensor, ...]:
-        """Each user's rows [n, K]."""
-        return self.rows.split(self.counts.tolist())
 
 
 def deviations(z: Tensor, cov: Tensor) -> Tensor:

@@ -94,17 +94,16 @@ def _pick(data: Comparisons, rows: list[Tensor]) -> Comparisons:
 def _uniform(numbers: NDArray[np.integer], seed: NDArray[np.uint64] | int) -> NDArray[np.float64]:
     """A number in [0, 1) for each number, the same wherever it stands (splitmix64)."""
     with np.errstate(over="ignore"):
-        x = numbers.astype(np.uint64) + np.uint64(1) + np.uint64(0x9E3779B97F4A7C15) * (
-            np.asarray(seed).astype(np.uint64) + np.uint64(1)
-        )
+        start = np.asarray(seed).astype(np.uint64) + np.uint64(1)
+        x = numbers.astype(np.uint64) + np.uint64(1) + np.uint64(0x9E3779B97F4A7C15) * start
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
             x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
         x ^= x >> np.uint64(31)
     return (x >> np.uint64(11)) / 2.0**53
 
 
-def _groups(data: Judged) -> tuple[NDArray[np.integer], bool]:
-    """What is held out whole, a number for each response [2, N], and whether these are groups:
+def _groups(data: Judged) -> tuple[NDArray[np.integer], float]:
+    """What is held out whole, a number for each response [2, N], and what share of these: groups of
     responses that are compared with each other, such as those of a prompt, where there are enough
     and none is large; else every response by itself."""
     from scipy.sparse import coo_array  # slow to import, and plain LoRe chooses nothing here
@@ -116,10 +115,10 @@ def _groups(data: Judged) -> tuple[NDArray[np.integer], bool]:
     _, group = connected_components(graph, directed=False)
     counts = np.bincount(group[place[0]])
     if len(counts) < GROUPS or counts.max() > HELD / 2 * place.shape[1]:
-        return rows[place], False
+        return rows[place], RESPONSES
     first = np.full(len(counts), -1)
     first[group[::-1]] = rows[::-1]  # a name that no other user changes
-    return first[group][place], True
+    return first[group][place], HELD
 
 
 def _by_unit(train: Comparisons, seed: int) -> NDArray[np.bool_]:
@@ -152,11 +151,10 @@ def sides(train: Comparisons, seed: int, kinds: Kinds | None) -> dict[str, NDArr
     new, met = (max(test.get(kind, 0) for test in wanted.values()) for kind in ("new", "met"))
     if new <= have["new"] + CLOSE and met <= have["met"] + have["new"] + 2 * CLOSE:
         return plain
-    group, grouped = _groups(data)
-    share = HELD if grouped else RESPONSES
+    group, share = _groups(data)
     away = (_uniform(group, seed) < share).sum(0)
-    own = np.array(_numbers(train, seed))[data.user] + seed
-    own = (_uniform(group, own) < RESPONSES).sum(0)
+    seeds = np.array(_numbers(train, seed))[data.user] + seed
+    own = (_uniform(group, seeds) < RESPONSES).sum(0)
     mixed = {who: _mixed(test, away, own, by_unit) for who, test in wanted.items()}
     enough = min(LEAST, max(train.num_users, len(train) * HELD / 4))
     if any((side == HELD_OUT).sum() < enough or not (side == FIT).any() for side in mixed.values()):
@@ -172,12 +170,9 @@ def _mixed(
     everybody's comparisons and of the user's own, and whether the dialogue is."""
     wanted = {kind: wanted.get(kind, 0) * (wanted.get(kind, 0) >= SOME) for kind in KINDS}
     apart = own if wanted["met"] else np.zeros_like(own)
-    pools = {
-        "new": away == 2, "met": (away == 0) & (apart == 2),
-        "known": (away == 0) & (apart == 0) & by_unit,
-    }  # fmt: skip
-    fit = (away == 0) & (apart == 0) & ~(by_unit & (wanted["known"] > 0))
-    side = np.where(fit, FIT, NEITHER).astype(np.int8)
+    free = (away == 0) & (apart == 0)
+    pools = {"new": away == 2, "met": (away == 0) & (apart == 2), "known": free & by_unit}
+    side = np.where(free & ~(by_unit & (wanted["known"] > 0)), FIT, NEITHER).astype(np.int8)
     pools = {kind: pool for kind, pool in pools.items() if wanted[kind]}
     most = min(pool.sum() / wanted[kind] for kind, pool in pools.items())
     place = np.arange(len(away))
@@ -220,8 +215,7 @@ def pseudo_new(
     fifth, are; ``side`` is of unseen users, see ``sides``, if None as if the test were all new."""
     names, units = _names(train), _shuffled(train, seed)
     side = torch.from_numpy(sides(train, seed, None)["unseen"] if side is None else side)
-    by_unit = torch.from_numpy(_by_unit(train, seed))
-    at_random = bool(((side == HELD_OUT) == by_unit).all())
+    at_random = bool(((side == HELD_OUT) == torch.from_numpy(_by_unit(train, seed))).all())
     able = [u for u in range(train.num_users) if len(units[u]) > 1]
     if not at_random:  # who has comparisons on either side
         able = [u for u in able if {FIT, HELD_OUT} <= set(side[torch.cat(units[u])].tolist())]
@@ -229,7 +223,7 @@ def pseudo_new(
     chosen = able[: min(max(1, round(NEW * train.num_users)), len(able), train.num_users - 1)]
     if not chosen:
         return None
-    few, held = [], []
+    few, held, apart = [], [], torch.zeros(train.num_users, dtype=torch.bool)
     for u in chosen:
         rows = units[u]
         if at_random:
@@ -239,7 +233,6 @@ def pseudo_new(
             fit = [row[side[row] == FIT] for row in rows]
             few += [row for row in fit if len(row)][: max(shots, 1)]
             held += [row[side[row] == HELD_OUT] for row in rows]
-    apart = torch.zeros(train.num_users, dtype=torch.bool)
     apart[chosen] = True
     return PseudoNew(_pick(train, few), _pick(train, held), apart)
 
@@ -397,8 +390,8 @@ Search = Callable[[Callable[[int], Scores]], int]  # finds the best one's place 
 
 @dataclass
 class Chosen:
-    """The best candidate, its log losses, what its fits to the splits returned beside themselves,
-    and settings and log losses of all that were tried."""
+    """The best candidate, its log losses, what its fits to the splits returned beside them, and
+    settings and log losses of all that were tried."""
 
     candidate: Any
     scores: Scores
@@ -467,8 +460,7 @@ def choose_whitened(
     which are in order, to either side while the loss falls; whitening is taken if better by
     ``WHITER`` standard errors. For all else see ``choose``.
     """
-    wide = len(floors)
-    grid = [(strength, floor) for strength in strengths for floor in floors]
+    wide, grid = len(floors), [(strength, floor) for strength in strengths for floor in floors]
 
     def walk(scores: Callable[[int], Scores]) -> int:
         plain = wide * _best(lambda place: scores(wide * place), len(strengths), search)
