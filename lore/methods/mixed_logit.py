@@ -153,21 +153,17 @@ def estimate(
 
 
 class Rough(NamedTuple):
-    """A candidate fitted to a split: its strengths, shared reward among raw features [F], prior,
-    and where the posteriors of a neighbour may begin."""
+    """A candidate fitted to a split."""
 
     candidate: Candidate
-    mu: Tensor
+    mu: Tensor  # shared reward among raw features [F]
     prior: Prior | None = None
-    push: Tensor | None = None
+    push: Tensor | None = None  # where the posteriors of a neighbour may begin
 
 
 class Search:
-    """The choice of the strengths: each walks by half decades to where validation is best.
-
-    Ridge BT comes first, then an isotropic S on all floors, then EM, if better by so many standard
-    errors as are said above.
-    """
+    """The choice of the strengths: each walks by half decades to where validation is best; ridge BT
+    first, then an isotropic S on all floors, then EM, if better by the standard errors above."""
 
     def __init__(self, data: Validation) -> None:
         self.data = data
@@ -399,9 +395,8 @@ class Saved:
     """A mixed logit read from its file: the fit, the new users' deviations [U', D], the facts
     (dataset, model, seed and more), the conversations' mean embedding [F], see ``Basis``.
 
-    ``names`` are of users whose rewards can be asked for, seen ones first; ``known`` has rows of
-    users' evidence [n, D], by name, where the file has them; ``settings`` are the fit's, and the
-    facts but for users' names.
+    ``names`` are those whose rewards can be asked for, seen users first; ``known`` their rows of
+    evidence [n, D], where the file has them; ``settings`` the fit's, and the facts but for names.
     """
 
     method = "a mixed logit"

@@ -194,7 +194,7 @@ def _episode(units: list[list[Tensor]], generator: torch.Generator | None = None
     sides: tuple[list[Tensor], list[Tensor]] = ([], [])
     for dialogues in units:
         count = len(dialogues)
-        order, last = list(range(count)), max(1, int(QUERY * count))
+        order, last = range(count), max(1, int(QUERY * count))
         if generator is not None:
             order = torch.randperm(count, generator=generator).tolist()
         query = [rows for rows, place in zip(dialogues, order, strict=True) if place < last]

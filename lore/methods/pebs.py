@@ -22,12 +22,11 @@ LEAST = 0.01  # of the prior's mean: no slope is below, so that none reverses a 
 
 @dataclass
 class Prior:
-    """Users' slopes: the common one that suits all comparisons best, from which they are measured,
-    their mean, and their variance tau^2."""
+    """Users' slopes."""
 
-    common: float
+    common: float  # the one that suits all comparisons best, from which they are measured
     mean: float
-    variance: float
+    variance: float  # tau^2
 
 
 def own_slopes(t: Tensor, users: Users, common: float) -> tuple[Tensor, Tensor]:

@@ -22,9 +22,8 @@ USER_STEPS, USER_RATE = 1000, 0.01  # published SGD for a new user
 
 
 def svd_start(data: Comparisons, rank: int) -> tuple[Tensor, Tensor]:
-    """A [F, K] and W [U, K] from the leading singular vectors of the users' own directions. The
-    published start factorises, not centred either, a matrix of comparisons by users, which needs
-    users who judged the same comparisons."""
+    """A [F, K] and W [U, K] from the leading singular vectors of the users' own directions; the
+    published ones, not centred either, need users who judged the same comparisons."""
     left, values, right = torch.linalg.svd(linear.ridge_directions(data), full_matrices=False)
     root = values[:rank].sqrt()
     return right[:rank].T * root, left[:, :rank] * root

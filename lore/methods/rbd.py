@@ -46,9 +46,8 @@ def objective(
 def svd_start(
     data: Comparisons, geometry: Geometry, rank: int, strengths: tuple[float, float]
 ) -> Parameters:
-    """The ridge Bradley-Terry direction, the leading ones of the users' own beside it, and the best
-    deviations that these allow, given the ridges' strengths; V is orthonormal, among stretched
-    features."""
+    """The ridge Bradley-Terry direction, the leading ones of the users' own beside it, orthonormal
+    among stretched features, and the best deviations that these and the strengths allow."""
     shared = fit_shared(data, geometry, strengths[0], tolerance=ROUGH).x.double()
     own = geometry.stretched(linear.ridge_directions(data).T).T
     first = shared / shared.norm().clamp(min=1e-12)
@@ -88,10 +87,9 @@ class RBD(LinearPeer):
     from random values, strengths .01 and 10 on the means over comparisons and over users, the best
     step by the log loss of held-out dialogues kept, 100 steps after which it stops; new users by
     Adam at 1e-2, all together; without the stop on test data that the public code has for PRISM,
-    and the rotated axes, which change no reward. ``converged`` minimises the same by L-BFGS. The
-    strengths are precisions of Gaussian priors on directions among features of mean square length
-    1, so a new user's ridge fades with comparisons, as a seen user's does; new users are solved
-    exactly.
+    and the rotated axes, which change no reward. ``converged`` minimises the same by L-BFGS, and
+    solves new users exactly; strengths are precisions of Gaussian priors on directions among
+    features of mean square length 1, so a new user's ridge fades as a seen one's does.
 
     Args:
         rank: columns of V.

@@ -1,8 +1,7 @@
 """VPL (Poddar, Wan, Ivison, Gupta, Jaques, NeurIPS 2024) on fixed embeddings, in single precision:
 an encoder reads a user's comparisons into a latent vector, on which the reward depends.
 
-Shape letters: U users, N comparisons, F features, H hidden units, L latent, R distinct rows,
-G contexts, n comparisons of a batch.
+U users, N comparisons, n of a batch, F features, H hidden units, L latent, R rows, G contexts.
 """
 
 from __future__ import annotations
@@ -231,8 +230,7 @@ class Net(nn.Module):
             self.mean, self.log_variance = linear(L, L, g), linear(L, L, g)
 
     def first(self, e: Tensor) -> Tensor:
-        """First-layer products of rows e [R, F]: of item, chosen and rejected [R, 3 H]; of the item
-        alone [R, H] without a latent."""
+        """First-layer products of rows e [R, F]: [R, 3 H], or the item's [R, H] if no latent."""
         layers = [self.item, self.chosen, self.rejected] if self.latent else [self.item]
         return torch.cat([layer(e) for layer in layers], 1)
 

@@ -73,9 +73,8 @@ def measure(data: Comparisons, processes: int = 1, directions: int = DIRECTIONS)
 
     Randomised subspace iteration, then Rayleigh and Ritz (Halko, Martinsson and Tropp 2011); what
     the leading directions leave of the trace is estimated with random signs (Hutch++, Meyer et
-    al. 2021), so that the scale is known to about one per cent. The random numbers are always the
-    same. No F x F matrix is formed: 2 N F D operations a pass over this process's comparisons.
-    InputError where all differences are zero.
+    al. 2021), always the same, to about one per cent of the scale. No F x F matrix is formed: 2 N F
+    D operations a pass over this process's comparisons. InputError where all differences are zero.
     """
     generator = torch.Generator().manual_seed(0)
     F, like = data.num_features, torch.zeros(0, device=data.device)

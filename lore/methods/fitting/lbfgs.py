@@ -14,8 +14,7 @@ ARMIJO = 1e-4
 
 @dataclass
 class Minimum:
-    """Where a minimisation ended, the function's values at every point accepted, which never rise,
-    and the number of its evaluations."""
+    """Where a minimisation ended, with the values at all points accepted, which never rise."""
 
     x: Tensor
     values: list[float]

@@ -76,8 +76,7 @@ class LinearFitted(Fitted):
         return pad(view, (1, 0))
 
     def describe(self) -> dict[str, Any]:
-        """The facts given, with the singular values of the users' directions V s_u less their mean,
-        root mean square."""
+        """The facts, with root mean square singular values of users' directions less their mean."""
         away = self.users - self.users.mean(0)
         directions = away @ torch.linalg.qr(self.basis.double()).R.T / math.sqrt(len(away))
         return {**self.facts, "spectrum": torch.linalg.svdvals(directions).tolist()}
@@ -155,9 +154,9 @@ def basis_inverses(
     data: Comparisons, geometry: Geometry, V: Tensor, W: Tensor, strengths: tuple[float, float],
     extra: float = 0.0,
 ) -> list[Callable[[Tensor], Tensor]]:  # fmt: skip
-    """Estimates of the inverse curvature of ``pair_loss`` with ridges of these strengths, near V
-    [F, K] (among stretched features) and W [U, K]; ``extra`` squared weights stand for another
-    term's curvature by V."""
+    """Inverse curvatures, roughly, of ``pair_loss`` with ridges of these strengths, near V [F, K]
+    (of stretched features) and W [U, K]; ``extra`` squared weights stand for another term's by V.
+    """
     squares = W.square().mean(0) + extra + 1e-12
     by_V = inverse_curvature(geometry, strengths[0] / squares + 1e-3)
     lengths = project(data, geometry.raw(V)).square().mean(0)
@@ -174,12 +173,11 @@ def solve_users(Z: Tensor, users: Users, precision: Tensor, centre: Tensor) -> T
 
 @dataclass(frozen=True)
 class LinearPeer(Peer):
-    """A method with linear rewards: rough fits choose one of its ``strengths``, which are in order;
-    then all is fitted finely."""
+    """A method with linear rewards: rough fits choose a strength, then all is fitted finely."""
 
     alone: ClassVar[bool] = True  # fitted by one process
     whitens: ClassVar[bool] = True  # whether whitened features are tried too
-    strengths: ClassVar[Sequence[Any]]
+    strengths: ClassVar[Sequence[Any]]  # in order
 
     def published(self, task: Task) -> Fitted:
         """The fit with the published constants and budget."""

@@ -134,8 +134,7 @@ class Networked(Peer):
         return self.train(task.train, None, model, task)
 
     def fit(self, task: Task) -> list[Fitted]:
-        """Learn from the training comparisons; InputError if only differences of embeddings are
-        held, or nothing can be held out."""
+        """Fit all, as chosen; InputError if only differences are held, or nothing is held out."""
         rows_of(task.train)
         if task.process:
             return []  # the first process judges alone
@@ -261,8 +260,7 @@ class Mixing(Network):
 
 
 def pair_weights(users: Users, by_user: bool) -> Tensor:
-    """What each comparison weighs [N], 1 on average: users count the same (eq. 10), or
-    comparisons do."""
+    """Weights of comparisons [N], 1 on average: users count alike (eq. 10), or comparisons do."""
     weight = users.weight / users.user_weight()[users.user] if by_user else users.weight
     return (weight / weight.mean()).float()
 
@@ -281,8 +279,7 @@ def solve_weights(
     ``losses`` gives those of some comparisons [n] from their slice, weights [U', K] and whose they
     are [n]; ``start`` are initial logits [U, K], to which a ridge, in comparisons, pulls. Each user
     stops by itself, after 20 steps that gained less than the tolerance, and keeps the best weights:
-    no user's result depends on who else is fitted. All steps are made, and the last kept, if the
-    tolerance is negative.
+    no result depends on who else is fitted. If it is negative, all steps are made, the last kept.
     """
     found = torch.empty_like(start)
     for who, rows in blocks(users):

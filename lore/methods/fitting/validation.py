@@ -103,9 +103,8 @@ def _uniform(numbers: NDArray[np.integer], seed: NDArray[np.uint64] | int) -> ND
 
 
 def _groups(data: Judged) -> tuple[NDArray[np.integer], float]:
-    """What is held out whole, a number for each response [2, N], and what share of these: groups of
-    responses that are compared with each other, such as those of a prompt, where there are enough
-    and none is large; else every response by itself."""
+    """What is held out whole, a number for each response [2, N], and what share: responses that are
+    compared with each other, as of a prompt, where no such group is large; else each by itself."""
     from scipy.sparse import coo_array  # slow to import, and plain LoRe chooses nothing here
     from scipy.sparse.csgraph import connected_components
 
@@ -238,8 +237,7 @@ def pseudo_new(
 
 
 def subset(few: Comparisons, sizes: Sequence[int], seed: int) -> tuple[Tensor, Users]:
-    """Everybody's first shots in a random order, as those of a user for each number of shots: the
-    comparisons' numbers, and whose they are."""
+    """Numbers of everybody's first shots in a random order, as of one user a size, and whose."""
     units, none = _shuffled(few, seed), torch.empty(0, dtype=torch.long)
     rows = [torch.cat([none, *own[:shots]]) for shots in sizes for own in units]
     picked = torch.cat(rows)
@@ -390,13 +388,12 @@ Search = Callable[[Callable[[int], Scores]], int]  # finds the best one's place 
 
 @dataclass
 class Chosen:
-    """The best candidate, its log losses, what its fits to the splits returned beside them, and
-    settings and log losses of all that were tried."""
+    """The best candidate."""
 
     candidate: Any
     scores: Scores
-    kept: Sequence[Any]
-    tried: list[dict[str, Any]]
+    kept: Sequence[Any]  # what its fits to the splits returned beside them
+    tried: list[dict[str, Any]]  # settings and log losses of all candidates
 
 
 def choose(
@@ -404,10 +401,9 @@ def choose(
 ) -> Chosen:
     """The candidate with the lowest log loss on validation; every method chooses by this.
 
-    ``fit`` is called with a split, a candidate, and what the nearest candidate's fit to that split
-    returned beside its fit (None at first), so neighbours in the order should be good starts for
-    each other. All are tried without a ``search``. InputError where nothing can be held out, or
-    all losses are NaN.
+    ``fit`` takes a split, a candidate, and what the nearest candidate's fit to that split returned
+    beside the fit (None at first), so neighbours in the order should be good starts for each other.
+    All are tried without a ``search``. InputError where nothing is held out, or all losses are NaN.
     """
     require(data.possible, "no user has two dialogues, so nothing can be held out to choose by: "
             "give one value to choose from, not several")  # fmt: skip
