@@ -166,8 +166,7 @@ class LoreFit(Fitted):
         several = [f"{key}={about[key]:g}" for key in keys if len(getattr(method, key)) > 1]
         self.setting_label = " ".join([name, *several])
         self.label = label or self.setting_label
-        file = "-".join([f"basis-K{rank:02d}", *several]).replace("=", "")
-        self.file = file if label is None else ""
+        self.file = "" if label else "-".join([f"basis-K{rank:02d}", *several]).replace("=", "")
         self.users = basis.W if basis.V.shape[1] > 1 else basis.W[:, :0]
         self.population_state = self.users.mean(0)
 

@@ -1,8 +1,5 @@
-"""PAL-A (Chen, Chen, Rege, Vinayak, ICLR 2025): a user's ideal point is a mixture of prototypes;
-the nearer response is preferred. One network f is for responses and prototypes alike.
-
-Shape letters: U users, N comparisons, F features, K prototypes, D width of f.
-"""
+"""PAL-A (Chen, Chen, Rege, Vinayak, ICLR 2025): a user's ideal point is a mixture of K prototypes;
+the nearer response is preferred. One network f, of width D, is for responses and prototypes."""
 
 from __future__ import annotations
 

@@ -96,8 +96,7 @@ class PReF(LinearPeer):
             loss = loss + strength / 2 * A.square().sum()
             return loss, [geometry.raw(by_A) + strength * A, by_W]
 
-        start = [A, W]
-        (A, W), losses = linear.fit_together(stretched, start, inverses, tolerance, len(data))
+        (A, W), losses = linear.fit_together(stretched, [A, W], inverses, tolerance, len(data))
         A = geometry.raw(A)
         # A ridge that shrinks all to nothing, a saddle for weaker ones, is no start for them
         collapsed = float(project(data, A).norm(dim=1).mean()) < COLLAPSED

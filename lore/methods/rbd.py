@@ -109,14 +109,11 @@ class RBD(LinearPeer):
         start = svd_start(data, geometry, self.rank, strength)
         V, mean, away = start
         by_V, by_W = linear.basis_inverses(data, geometry, V, mean + away, strength)
-
-        def by_mean(gradient: Tensor) -> Tensor:  # everyone's curvature, not one user's
-            return by_W(gradient) / data.num_users
+        inverses = [by_V, lambda g: by_W(g) / data.num_users, by_W]  # of the mean: everyone's
 
         def stretched(*given: Tensor) -> tuple[Tensor, list[Tensor]]:
             return objective(data, given, *strength, geometry)
 
-        inverses = [by_V, by_mean, by_W]
         found, losses = linear.fit_together(stretched, start, inverses, tolerance, len(data))
         V, mean, away = found
         population, deviation = strength

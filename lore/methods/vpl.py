@@ -1,8 +1,6 @@
 """VPL (Poddar, Wan, Ivison, Gupta, Jaques, NeurIPS 2024) on fixed embeddings, in single precision:
-an encoder reads a user's comparisons into a latent vector, on which the reward depends.
-
-U users, N comparisons, n of a batch, F features, H hidden units, L latent, R rows, G contexts.
-"""
+an encoder reads a user's comparisons into a latent vector, on which the reward depends. U users,
+N comparisons, n of a batch, F features, H hidden units, L latent, R rows, G contexts."""
 
 from __future__ import annotations
 

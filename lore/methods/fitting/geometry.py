@@ -1,7 +1,5 @@
-"""The features' scale and leading directions, found by products with the features alone.
-
-Shape letters: N comparisons, F features, D leading directions, C columns.
-"""
+"""The features' scale and leading directions, found by products with the features alone. Shape
+letters: N comparisons, F features, D leading directions, C columns."""
 
 from __future__ import annotations
 

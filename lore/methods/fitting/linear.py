@@ -1,8 +1,6 @@
-"""What methods with linear rewards share: products with V, convex user problems, L-BFGS.
-
-``project`` and ``backproject`` alone touch features, in their own precision; all else is float64.
-Shape letters as in comparisons.py, with K the width of a user's state.
-"""
+"""What methods with linear rewards share: products with V, convex user problems, L-BFGS. All is
+float64 but for ``project`` and ``backproject``, which alone touch features, in their own precision.
+Shape letters as in comparisons.py, with K the width of a user's state."""
 
 from __future__ import annotations
 
@@ -125,11 +123,8 @@ def fit_together(
     inverses: Sequence[Callable[[Tensor], Tensor]], tolerance: float, count: int,
 ) -> tuple[list[Tensor], list[float]]:  # fmt: skip
     """The tensors, in float64, where a smooth objective of them is least, by ``minimise``, and the
-    objective over the count of comparisons after every step.
-
-    The objective returns its value and its gradient by each tensor; for each, ``inverses`` has an
-    estimate of the inverse curvature, applied to a gradient.
-    """
+    objective over the count of comparisons after every step. It returns its value and its gradient
+    by each tensor; ``inverses`` apply an estimate of each one's inverse curvature."""
     sizes = [tensor.numel() for tensor in start]
 
     def unpack(flat: Tensor) -> list[Tensor]:

@@ -1,7 +1,5 @@
-"""What methods with a network share: rows at one scale, early stopping, choosing, users' weights.
-
-A network sees the two embeddings of a comparison apart, and each distinct row once.
-"""
+"""What methods with a network share, which sees both embeddings of a comparison, each row once:
+rows at one scale, early stopping, choosing, users' weights."""
 
 from __future__ import annotations
 

@@ -57,16 +57,12 @@ class Prior:
 @dataclass
 class Posterior:
     """Gaussian posteriors of U users under one prior, by Laplace's method.
+    The moment, where wanted, is the sum over users of (mode - mean)(mode - mean)^T + covariance."""
 
-    At the mode, the most probable tastes [U, K], each comparison's log likelihood has a slope, the
-    push w (1 - p) [N], and a curvature, w p (1 - p) [N]. The moment [K, K] is the sum over users of
-    (mode - mean)(mode - mean)^T + covariance; None unless it was wanted.
-    """
-
-    mode: Tensor
-    push: Tensor
-    slope: Tensor
-    moment: Tensor | None = None
+    mode: Tensor  # the most probable tastes [U, K]
+    push: Tensor  # slope of each comparison's log likelihood there, its weight times 1 - p [N]
+    slope: Tensor  # curvature there, its weight times p (1 - p) [N]
+    moment: Tensor | None = None  # [K, K]
 
 
 def posteriors(

@@ -1,8 +1,6 @@
-"""Is there anything personal here? A score test of users' tastes, before any fit of them.
-
-Under a reward that all users share, the residuals of a user's comparisons point nowhere together.
-Shape letters: U users, N comparisons, M units, D leading directions of the features.
-"""
+"""Is there anything personal here? A score test of users' tastes, before any fit of them: under a
+reward that all users share, the residuals of a user's comparisons point nowhere together.
+U users, N comparisons, D leading directions of the features."""
 
 from __future__ import annotations
 
