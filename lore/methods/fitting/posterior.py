@@ -60,8 +60,8 @@ class Posterior:
     The moment, where wanted, is the sum over users of (mode - mean)(mode - mean)^T + covariance."""
 
     mode: Tensor  # the most probable tastes [U, K]
-    push: Tensor  # slope of each comparison's log likelihood there, its weight times 1 - p [N]
-    slope: Tensor  # curvature there, its weight times p (1 - p) [N]
+    push: Tensor  # slope of a comparison's log likelihood at it, its weight times 1 - p [N]
+    slope: Tensor  # curvature at it, its weight times p (1 - p) [N]
     moment: Tensor | None = None  # [K, K]
 
 
