@@ -123,8 +123,5 @@ class OptimizerChoice:
         raise ValueError("the path of an optimiser is expected, such as torch.optim.AdamW")
 
 
-register_type(
-    OptimizerChoice,
-    serializer=lambda choice: {"class_path": choice.path, "init_args": choice.arguments},
-    deserializer=OptimizerChoice.read,
-)
+register_type(OptimizerChoice, lambda it: {"class_path": it.path, "init_args": it.arguments},
+              OptimizerChoice.read)  # fmt: skip

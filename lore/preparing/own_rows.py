@@ -343,10 +343,8 @@ def _choice(place: str, row: Cells, columns: Columns, names: Sequence[str]) -> C
     """What a row says: the first column's conversations are chosen, the second's are rejected."""
     found = read_endings(place, row, columns, names)
     chosen, rejected, *_ = (*(found or []), [], [])
-    user, dialog = (
-        "" if row.get(column) in (None, "") else raw.name(row[column], place, column)
-        for column in (columns.user, columns.dialog)
-    )
+    named = (columns.user, columns.dialog)
+    user, dialog = ("" if row.get(c) in (None, "") else raw.name(row[c], place, c) for c in named)
     user = columns.user_name or _same_name(user)
     split = raw.text(row.get(columns.split), place, columns.split)
     weight, time = _weight(place, row, columns.weight), _time(place, row, columns.timestamp)

@@ -211,9 +211,8 @@ def split_users(comparisons: pd.DataFrame, seed: int, seen_fraction: float) -> p
 
 def first_prompts(conversations: pd.Series) -> pd.Series:
     """What the user says first in each conversation."""
-    return conversations.map(
-        lambda messages: next((m["content"] for m in messages if m["role"] == "user"), "")
-    )
+    said = conversations.map(lambda talk: [m["content"] for m in talk if m["role"] == "user"])
+    return said.map(lambda prompts: prompts[0] if prompts else "")
 
 
 # ---------------------------------------------------------------------- Numbers for texts
@@ -314,7 +313,7 @@ def write_prepared(
         (folder / "prepare.json").unlink(missing_ok=True)  # a half-written folder is not prepared
         talks = folder / TALKS
         files.write_whole(talks, lambda draft: _write_conversations(draft, conversations))
-        hashes = {"conversations_sha256": digest(list(conversations))}
+        texts = digest(list(conversations))
         if isinstance(table, pd.DataFrame):
             path, content = folder / COMPARISONS, table.to_csv(index=False)
             files.write_whole(path, lambda draft: table.to_parquet(draft, index=False))
@@ -323,8 +322,8 @@ def write_prepared(
         else:
             path, content = folder / SCORES, [[k, table[k].tolist()] for k in sorted(table)]
             files.write_whole(path, lambda draft: save_file(table, draft))
-        hashes["data_sha256"] = digest([hashes["conversations_sha256"], content])
-        info |= {**hashes, "files": {file.name: files.file_sha256(file) for file in (talks, path)}}
+        info |= {"conversations_sha256": texts, "data_sha256": digest([texts, content])}
+        info["files"] = {file.name: files.file_sha256(file) for file in (talks, path)}
         files.write_text(folder / "prepare.json", json.dumps(info, indent=2))
     says = [info[what]["sentence"] for what in PRINTED if info.get(what)]
     says += [f"WARNING: {info['warning']}"] if "warning" in info else []
