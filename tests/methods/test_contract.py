@@ -192,6 +192,8 @@ def test_a_choice_never_reads_a_test_comparison_and_is_the_same_twice(name: str)
     logits = [fit.logits(fit.view(task.train), fit.users, task.train.user) for fit in (one, other)]
     assert torch.equal(*logits)
     if name in NETWORKS:
+        (_, models), (_, variants) = method.grid
+        assert len(about["tried"]) == len(models) * len(variants)
         drawn = method.fit(dataclasses.replace(task, seed=4))[-1].users
         assert not torch.allclose(drawn, one.users, atol=1e-3)
 
