@@ -41,13 +41,9 @@ AMOUNTS: dict[str, tuple[int, ...]] = {
     "listed": (0, 0, 0, 0, 0, 1, 1, 1),
     "register": (-1, -1, 0, 0, 0, 0, 1, 1),  # casual, plain, formal
     "exclaims": (0, 0, 0, 0, 0, 1, 1, 1),
-    "warmth": (0, 0, 0, 0, 0, 1, 1, 2),
-    "cases": (0, 0, 0, 0, 0, 1, 1, 2),
-    "hedges": (0, 0, 0, 0, 0, 1, 1, 2),
-    "figures": (0, 0, 0, 0, 0, 1, 1, 2),
-    "voice": (0, 0, 0, 0, 0, 1, 1, 2),
-    "questions": (0, 0, 0, 0, 0, 1, 1, 2),
 }
+OTHERS = ("warmth", "cases", "hedges", "figures", "voice", "questions")
+AMOUNTS |= dict.fromkeys(OTHERS, (0, 0, 0, 0, 0, 1, 1, 2))
 REGISTERS = {-1: "casual", 0: "plain", 1: "formal"}
 
 
@@ -144,10 +140,7 @@ def measure(texts: list[str]) -> pd.DataFrame:
 def score(train: pd.DataFrame, texts: pd.DataFrame) -> pd.DataFrame:
     """Scores of texts by the ten scorers [texts, 10], each with mean 0 and SD 1 on the train texts.
 
-    Args:
-        train: measures of the texts that fix the scale of each measure and each scorer, so that
-            none dominates.
-        texts: measures of what is scored.
+    Both arguments are measures; each of these has mean 0 and SD 1 on the train texts, too.
     """
     tastes = pd.DataFrame(TASTES).fillna(0.0).reindex(list(MEASURES))
     center, spread = train.mean(), train.std(ddof=0)
@@ -166,10 +159,7 @@ def average_preferences(table: pd.DataFrame) -> list[Conversation]:
     """Conversations with each prompt's best response by the mean of all scorers, then the worst."""
     average = pd.DataFrame({n: table.filter(regex=f"^{n}_").mean(axis=1) for n in NAMES})
     return [
-        [
-            {"role": "user", "content": row["prompt"]},
-            {"role": "assistant", "content": row[name]},
-        ]
+        [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[name]}]
         for names in (average.idxmax(axis=1), average.idxmin(axis=1))
         for row, name in zip(table.to_dict("records"), names, strict=True)
     ]
@@ -178,21 +168,16 @@ def average_preferences(table: pd.DataFrame) -> list[Conversation]:
 def fit_head(chosen: np.ndarray, rejected: np.ndarray) -> torch.Tensor:
     """Score head [F] that prefers chosen to rejected [pairs, F]: a logistic regression."""
     x = chosen - rejected
-    likes = np.repeat([1, 0], len(x))
     model = LogisticRegression(fit_intercept=False, max_iter=1000)
-    model.fit(np.concatenate([x, -x]), likes)
+    model.fit(np.concatenate([x, -x]), np.repeat([1, 0], len(x)))
     return torch.from_numpy(model.coef_[0]).float()
 
 
 def main(
-    out: Path = HERE / "data" / "demo-source",
-    model: Path = HERE / "data" / "smollm2",
-    train_prompts: PositiveInt = 120,
-    test_prompts: PositiveInt = 40,
-    head_prompts: PositiveInt = 20,
-    layers: PositiveInt = 6,
-    seed: SeedNumber = 0,
-) -> None:
+    out: Path = HERE / "data" / "demo-source", model: Path = HERE / "data" / "smollm2",
+    train_prompts: PositiveInt = 120, test_prompts: PositiveInt = 40,
+    head_prompts: PositiveInt = 20, layers: PositiveInt = 6, seed: SeedNumber = 0,
+) -> None:  # fmt: skip
     """Write the demo's world (train.parquet, test.parquet) and a reward model that fits it.
 
     Nothing is made again that is there already.
@@ -210,9 +195,10 @@ def main(
     enough = head_prompts <= train_prompts
     files.require(enough, "give at least as many --train-prompts as --head-prompts")
     prompts = write_prompts(train_prompts + test_prompts, np.random.default_rng(seed))
-    world = {"seed": seed, "train_prompts": train_prompts, "test_prompts": test_prompts}
-    world |= {"head_prompts": head_prompts, "layers": layers}
-    world |= {"measures": MEASURES, "tastes": TASTES}
+    world = {
+        "seed": seed, "train_prompts": train_prompts, "test_prompts": test_prompts,
+        "head_prompts": head_prompts, "layers": layers, "measures": MEASURES, "tastes": TASTES,
+    }  # fmt: skip
     if not already_made(out, model, world):
         made = (out / "world.json").exists()
         files.check_output(out / "world.json", "--out", files.has_keys("measures"))

@@ -24,21 +24,11 @@ from lore.preparing.own_rows import USUAL, Columns
 
 
 def main(
-    basis: Path,
-    pool: Path,
-    answers: Path = Path("answers.jsonl"),
-    candidates: Path | None = None,
-    profile: Path | None = None,
-    user: str = "",
-    columns: Columns = USUAL,
-    criterion: Criterion = "d_optimal",
-    tolerance: NonNegativeFloat = 0.5,
-    most: NonNegativeInt = 0,
-    page: bool = False,
-    port: Port = 0,
-    seed: SeedNumber = 0,
-    **embedding: Any,
-) -> None:
+    basis: Path, pool: Path, answers: Path = Path("answers.jsonl"), candidates: Path | None = None,
+    profile: Path | None = None, user: str = "", columns: Columns = USUAL,
+    criterion: Criterion = "d_optimal", tolerance: NonNegativeFloat = 0.5, most: NonNegativeInt = 0,
+    page: bool = False, port: Port = 0, seed: SeedNumber = 0, **embedding: Any,
+) -> None:  # fmt: skip
     """Ask a person which of two responses is better, and learn what the person likes.
 
     Every answer is kept at once; the same command goes on where it was stopped. Asking ends when

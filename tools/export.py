@@ -1,10 +1,6 @@
 """A learned basis, mixed logit or ridge BT as a stock Hugging Face reward model.
 
     python tools/export.py --basis results/PRISM/<run>/basis-K05-seed0.safetensors --out rewards
-
-writes the whole basis, one label for each of its K rewards; with --users, a label for each user
-named, and with --average the population's reward; with --adapter not the model, but a PEFT adapter
-for it. Rewards are log odds; config.json says so, and what to subtract.
 """
 
 from __future__ import annotations
@@ -61,26 +57,17 @@ MADE = {
     ),
 }  # fmt: skip
 CHATS = [
-    [
-        [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-        for response in responses
-    ]
-    for prompt, responses in MADE.items()
+    [[{"role": "user", "content": ask}, {"role": "assistant", "content": say}] for say in responses]
+    for ask, responses in MADE.items()
 ]
 FIRST = CHATS[0][0]
 
 
 def main(
-    basis: Path,
-    out: Path | None = None,
-    users: tuple[str, ...] = (),
-    average: bool = False,
-    adapter: bool = False,
-    push: str | None = None,
-    list_users: bool = False,
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-    lm: ModelChoice = OF_BASIS,
-) -> None:
+    basis: Path, out: Path | None = None, users: tuple[str, ...] = (), average: bool = False,
+    adapter: bool = False, push: str | None = None, list_users: bool = False,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto", lm: ModelChoice = OF_BASIS,
+) -> None:  # fmt: skip
     """Write a sequence-classification checkpoint with tokenizer, model card and reward.py.
 
     Without --users or --average it holds the whole basis, one label for each of its K rewards.
@@ -142,18 +129,11 @@ def load_model(source: Source, dtype: str) -> Any:
 
 
 def replace_head(model: Any, rewards: Mapping[str, Tensor], center: Tensor | None) -> None:
-    """Make directions [F] the labels of a model; its head's bias, if it has one, centres them.
+    """Make directions [F] in log odds the labels of a model for sequence classification.
 
-    The config then says that logits are to be left as they are, their unit, and the offsets: each
-    label's logit at the center, to be subtracted; None if that is not known.
-
-    Args:
-        model: for sequence classification.
-        rewards: directions in log odds, by label.
-        center: mean embedding [F] of the conversations they were learned on, if it is known.
-
-    Raises:
-        InputError: the model has no score head to replace, or embeddings of another size.
+    The config then has the unit and the offsets: each label's logit at the center [F], the mean
+    embedding of what was learned on, to be subtracted unless the head has a bias for it. InputError
+    for a model without a score head, or with embeddings of another size.
     """
     old, head = getattr(model, "score", None), torch.stack(list(rewards.values()))
     linear = isinstance(old, nn.Linear)
@@ -181,12 +161,9 @@ def replace_head(model: Any, rewards: Mapping[str, Tensor], center: Tensor | Non
 def settle(tokenizer: Any, model: Any) -> None:
     """Make stock calls see the same tokens, and pool the same one, as the basis was learned on.
 
-    The template then writes the BOS that ``reward_model.render`` puts in front, and the tokenizer
-    none, so that a text that the template wrote has one. The pad token becomes one that does not
-    end a conversation, since the last token before padding is pooled.
-
-    Raises:
-        InputError: the model's logits are not its head times the last hidden state even so.
+    The template then writes the BOS, and the tokenizer none. The pad token becomes one that ends no
+    conversation, since the last token before padding is pooled. InputError where the logits are not
+    the head times the last hidden state even so.
     """
     from tokenizers import processors
 
@@ -219,11 +196,7 @@ def _is_plain(tokenizer: Any) -> bool:
 
 @torch.inference_mode()
 def strip_cost(tokenizer: Any, model: Any) -> float | None:
-    """Share of pairs of made responses that change their order when the texts' ends are stripped.
-
-    Returns:
-        None where the template ends in nothing that a strip takes away.
-    """
+    """Share of pairs of made responses that a strip of their texts turns; None if it is idle."""
     texts = [
         [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats] for chats in CHATS
     ]

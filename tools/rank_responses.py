@@ -30,14 +30,9 @@ from lore.preparing.own_rows import USUAL, Columns
 
 
 def main(
-    basis: Path,
-    choices: Path,
-    candidates: Path,
-    columns: Columns = USUAL,
-    save: Path | None = None,
-    seed: SeedNumber = 0,
-    **embedding: Any,
-) -> None:
+    basis: Path, choices: Path, candidates: Path, columns: Columns = USUAL,
+    save: Path | None = None, seed: SeedNumber = 0, **embedding: Any,
+) -> None:  # fmt: skip
     """Learn a new user's weights from choices, and rank candidates by the user's reward.
 
     Rewards are log odds: the probability that one response is preferred to another is

@@ -20,24 +20,17 @@ from lore.elicitation.choices import read_candidates
 from lore.elicitation.scoring import Scorer, load_scorer
 from lore.elicitation.user import ranking
 from lore.embeddings.reward_model import OF_BASIS, Conversation, ModelChoice
-from lore.methods.saved import Learned, load_learned
+from lore.methods.saved import load_learned
 from lore.preparing.own_rows import USUAL, Columns
 
 AVERAGE = "average user"
 
 
 def main(
-    basis: Path,
-    user: tuple[str, ...] = (),
-    texts: Path | None = None,
-    average: bool = False,
-    list_users: bool = False,
-    columns: Columns = USUAL,
-    lm: ModelChoice = OF_BASIS,
-    out: Path | None = None,
-    progress: bool = True,
-    **loading: Any,
-) -> None:
+    basis: Path, user: tuple[str, ...] = (), texts: Path | None = None, average: bool = False,
+    list_users: bool = False, columns: Columns = USUAL, lm: ModelChoice = OF_BASIS,
+    out: Path | None = None, progress: bool = True, **loading: Any,
+) -> None:  # fmt: skip
     """Print the rewards of known users, each prompt's best response first.
 
     Rewards are log odds, less the mean over the conversations that the basis was learned on: the
@@ -60,7 +53,10 @@ def main(
     if list_users:
         print("\n".join(learned.names))
         return
-    users = asked_users(learned, user, average)
+    require(bool(user) or average, "--user is missing: name users, or give --average true")
+    for name in user:
+        learned.direction(name, "--user")  # an error for one who is not in the file
+    users = {name: name for name in user} | ({AVERAGE: None} if average else {})
     require(texts is not None, "--texts is missing: name the file of what is to be scored")
     if out:
         require(out.suffix in (".csv", ".jsonl"), f"--out {out}: end its name in .csv or .jsonl")
@@ -78,24 +74,11 @@ def main(
         write_whole(out, lambda draft: table.to_json(draft, **lines))
 
 
-def asked_users(learned: Learned, names: Sequence[str], average: bool) -> dict[str, str | None]:
-    """Users by what they are called in the table; InputError for none, or one not in the file."""
-    require(bool(names) or average, "--user is missing: name users, or give --average true")
-    for name in names:
-        learned.direction(name, "--user")
-    return {**{name: name for name in names}, **({AVERAGE: None} if average else {})}
-
-
 def scored(
-    scorer: Scorer,
-    drafts: Sequence[Conversation],
-    users: dict[str, str | None],
+    scorer: Scorer, drafts: Sequence[Conversation], users: dict[str, str | None],
     progress: bool = False,
-) -> pd.DataFrame:
-    """Every user's ranking of conversations that end in a response, see ``user.ranking``.
-
-    Users are names in the file, None for the average user, by names in the table.
-    """
+) -> pd.DataFrame:  # fmt: skip
+    """Every user's ``ranking`` of conversations; users of the file by their names in the table."""
     rows, tables = scorer.embed(drafts, progress), []
     for name, user in users.items():
         table = ranking(drafts, *scorer.score(rows, user)).drop(columns="p_over_next")

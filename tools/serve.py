@@ -4,9 +4,8 @@
     curl http://127.0.0.1:5000/get_reward -d '{"query": [[{"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "Hello!"}]], "user": "ann"}'
 
-A query is a conversation that ends in a response, or the text that the chat template makes of one.
-"user" is one name or one for each query, null the average user; OpenRLHF's "labels" are taken for
-it where it is missing. What waits while the model computes goes through it together.
+A query is a conversation, or the text that the chat template makes of one; "user" is one name or
+one for each query, null the average user, and OpenRLHF's "labels" are taken where it is missing.
 """
 
 from __future__ import annotations
@@ -139,11 +138,7 @@ class Batches:
         threading.Thread(target=self._work, daemon=True).start()
 
     def score(self, queries: Sequence[Query], users: Sequence[str | None]) -> list[float]:
-        """Wait for the rewards of queries, each for its user.
-
-        Raises:
-            InputError: a user whom the file does not know, or a query that cannot be scored.
-        """
+        """Wait for the rewards of queries, each for its user; InputError for one not known."""
         for user in set(users) - {None}:
             self.scorer.learned.direction(user, "user")
         request = Waiting(queries, users, Future())

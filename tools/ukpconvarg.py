@@ -25,7 +25,7 @@ from lore.common.files import InputError, check_output, digest, require, write_w
 from lore.common.settings import PositiveInt, SeedNumber
 from lore.preparing.tables import Funnel, draw
 
-HERE = Path(__file__).resolve().parent
+OUT = Path(__file__).resolve().parents[1] / "RedditTLDR" / "data-ukp" / "raw"
 ANSWERS = {"a1": 0, "a2": 1, "equal": None}
 SPLITS = {"train": "train", "validation": "valid"}
 OF_A_PAIR = ("id", "debateMetaData/title", "arg1/stance", "arg1/text", "arg2/text")
@@ -49,12 +49,9 @@ class Judgment(NamedTuple):
 
 
 def main(
-    source: Path,
-    out: Path = HERE.parent / "RedditTLDR" / "data-ukp" / "raw",
-    min_judgments: PositiveInt = 50,
-    ties: bool = False,
+    source: Path, out: Path = OUT, min_judgments: PositiveInt = 50, ties: bool = False,
     seed: SeedNumber = 0,
-) -> None:
+) -> None:  # fmt: skip
     """Write the judgments of the workers with many, half of the pairs on either side.
 
     What a worker judged again, in either order, is written again: on the same side.
@@ -101,8 +98,8 @@ def read(file: Path) -> list[Judgment]:
         for answer in pair.iterfind("mTurkAssignments/mTurkAssignment"):
             worker, value = (content(answer, path, place) for path in ("turkID", "value"))
             require(value in ANSWERS, f"{place}: value must be a1, a2 or equal, not {value!r:.40}")
-            found = (file.stem, name, worker, title, stance, texts, ANSWERS[value])
-            judgments.append(Judgment(*found))
+            found = Judgment(file.stem, name, worker, title, stance, texts, ANSWERS[value])
+            judgments.append(found)
     return judgments
 
 
@@ -121,14 +118,14 @@ def keep(
     sizes = Counter(judgment.worker for judgment in decided)
     some = judgments if ties else decided
     kept = [judgment for judgment in some if sizes[judgment.worker] >= min_judgments]
+    pairs = {judgment.pair for judgment in kept}
+    busy = f"workers with at least {min_judgments} decided judgments"
     funnel.count("topics and positions", len({judgment.topic for judgment in judgments}))
     funnel.count("judgments", len(judgments))
     funnel.count("workers", len({judgment.worker for judgment in judgments}))
     funnel.count("decided judgments", len(decided))
-    busy = {judgment.worker for judgment in kept}
-    funnel.count(f"workers with at least {min_judgments} decided judgments", len(busy))
+    funnel.count(busy, len({judgment.worker for judgment in kept}))
     funnel.count("judgments of these workers", len(kept))
-    pairs = {judgment.pair for judgment in kept}
     funnel.count("argument pairs", len(pairs))
     funnel.count("arguments", len({name for pair in pairs for name in pair.split("_")}))
     require(bool(kept), f"no worker has {min_judgments} decided judgments; lower --min-judgments")
@@ -142,13 +139,10 @@ def row(judgment: Judgment, names: dict[str, str], split: str) -> dict[str, obje
     summaries = [{"text": text, "policy": "human", "note": None} for text in judgment.texts]
     return {
         "info": {**info, "subreddit": None, "site": None, "article": None},
-        "summaries": summaries,
-        "choice": judgment.choice,
-        "worker": names[judgment.worker],
-        "batch": judgment.topic,
-        "split": SPLITS[split],
+        "summaries": summaries, "choice": judgment.choice, "worker": names[judgment.worker],
+        "batch": judgment.topic, "split": SPLITS[split],
         "extra": {"confidence": None, **({"tie": True} if judgment.choice is None else {})},
-    }
+    }  # fmt: skip
 
 
 def is_ours(path: Path) -> bool:

@@ -79,14 +79,11 @@ class Scorer:
 
 
 def load_scorer(
-    basis: Path,
-    max_length: PositiveInt = 4096,
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-    device: str = "auto",
-    batch_tokens: NonNegativeInt = 0,
-    lm: ModelChoice = OF_BASIS,
-) -> Scorer:
-    """Load a file and its reward model.
+    basis: Path, max_length: PositiveInt = 4096,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto", device: str = "auto",
+    batch_tokens: NonNegativeInt = 0, lm: ModelChoice = OF_BASIS,
+) -> Scorer:  # fmt: skip
+    """Load a file and its reward model; InputError for a model other than the file's.
 
     Args:
         basis: basis file of a run, or mixed_logit file.
@@ -95,9 +92,6 @@ def load_scorer(
         device: auto (a GPU if there is one), cpu, cuda, or one GPU such as cuda:1.
         batch_tokens: most tokens in one forward pass; 0 means 1024 on a CPU, 4096 on a GPU.
         lm: the reward model.
-
-    Raises:
-        InputError: no such file or model, or a model other than the file's.
     """
     learned = load_learned(basis)
     source = lm.of_basis(learned.settings, basis)

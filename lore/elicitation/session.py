@@ -58,25 +58,16 @@ class Material:
             return thinned(self.pool(), generator)
         return self.differences([[self.candidates[row] for row in pair] for pair in pairs])
 
-    def ranking(self, user: User) -> list[dict[str, Any]]:
-        """The candidates in a user's order, see ``user.rank``."""
-        views = torch.stack([self.views[digest(candidate)] for candidate in self.candidates])
-        return as_records(rank(self.candidates, views, user))
-
 
 def gather(
-    found: FittedFile,
-    pairs: list[Pair],
-    answers: Answers,
-    candidates: list[Conversation],
-    embeddings: Path | None = None,
-    **embedding: Any,
-) -> Material:
+    found: FittedFile, pairs: list[Pair], answers: Answers, candidates: list[Conversation],
+    embeddings: Path | None = None, **embedding: Any,
+) -> Material:  # fmt: skip
     """Embed the pool, the candidates and, where it is not among these, what was answered before.
 
+    InputError for a file that knows no differences between people.
+
     Args:
-        found: what the file holds; InputError where it knows no differences between people.
-        pairs, answers, candidates: what may be asked, what was answered, what is to be ranked.
         embeddings: folder that keeps the embeddings of pool and candidates for another time.
         embedding: more arguments of ``view_conversations``.
     """
@@ -209,7 +200,8 @@ class Session:
             "expected_accuracy_without_answers": self.before,
             "questions_still_useful": self.outlook.useful,
         }  # fmt: skip
-        if self.material.candidates:
-            profile["ranking"] = self.material.ranking(self.user)
+        if candidates := self.material.candidates:
+            views = torch.stack([self.material.views[digest(one)] for one in candidates])
+            profile["ranking"] = as_records(rank(candidates, views, self.user))
         write_text(path, json.dumps(profile, indent=2))
         return profile

@@ -50,23 +50,17 @@ def load_fit(path: Path) -> FittedFile:
 
 
 def view_conversations(
-    found: FittedFile,
-    conversations: Sequence[Conversation],
-    embeddings: Path | None = None,
-    lm: ModelChoice = OF_BASIS,
-    **embedding: Any,
-) -> Tensor:
+    found: FittedFile, conversations: Sequence[Conversation], embeddings: Path | None = None,
+    lm: ModelChoice = OF_BASIS, **embedding: Any,
+) -> Tensor:  # fmt: skip
     """The embeddings of n conversations along the directions of a run's file [n, C].
 
+    InputError for embeddings of another size than the file has, or work shared by processes.
+
     Args:
-        found: the file.
-        conversations: each ends in a response.
         embeddings: folder to keep the embeddings in, for another time.
         lm: the reward model.
         embedding: more arguments of ``embeddings.embed``.
-
-    Raises:
-        InputError: embeddings of another size than the file has, or work shared by processes.
     """
     source = lm.of_basis(found.settings, found.path)
     check_width(source, len(found.directions))

@@ -33,13 +33,9 @@ def load():
 def rewards(texts, users=None):
     """A reward for every text, as floats.
 
-    Args:
-        texts: conversations (lists of role and content) that end in a response, or what the chat
-            template makes of these, whose start and end are mended where they were stripped.
-        users: a label of the model for each; may be None where the model has one label.
-
-    Raises:
-        ValueError: a user who is no label of the model.
+    Texts are conversations (lists of role and content) that end in a response, or what the chat
+    template makes of these, whose start and end are mended where they were stripped. Each has a
+    user, a label of the model (else ValueError), unless the model has one label alone.
     """
     model, tokenizer, *_ = load()
     labels = list(model.config.id2label.values())
