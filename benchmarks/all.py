@@ -1,6 +1,6 @@
 """Every benchmark, one table (make bench).
 
-    python benchmarks/all.py                  # some five minutes on two cores
+    python benchmarks/all.py                  # some three minutes on two cores
     python benchmarks/all.py --device cuda
 """
 

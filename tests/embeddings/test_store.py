@@ -788,6 +788,7 @@ def test_parts_of_a_job_array_complete_each_other(tmp_path, quiet, finished, mon
 # ------------------------------------------------------------------- The benchmark
 
 
+@pytest.mark.slow
 def test_the_benchmark_prints_its_cases(llama):
     sizes = ["--posts=2", "--dialogues=2", "--prompts=2", "--prism=2", "--parts=1"]
     done = running.invoke("benchmarks/embedding.py", {"model": llama}, *sizes)
@@ -892,6 +893,7 @@ def test_what_a_checkpoint_has_in_place_of_a_score_head_is_said(case, tmp_path, 
         assert distance(all_rows(store), plain_rows(model, some_chats())) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_read_only_disk_that_was_never_opened_is_read(finished, tmp_path):
     folder = Path(shutil.copytree(finished, tmp_path / "embeddings"))
     (folder / embeddings.VERIFIED).unlink(missing_ok=True)

@@ -224,7 +224,8 @@ def test_a_user_who_is_in_more_repeats_counts_in_each():
 
 def test_facts_and_warnings_come_before_the_figures_and_notes_say_how_often(tmp_path):
     results = made.results(seeds=3)
-    results["settings"] |= {"warning": "made up", "reference": "last_linear", "same_tokens": 24}
+    results["settings"] |= {"warning": "made up", "reference": "last_linear", "same_tokens": 24,
+                            "extra": ["log length"]}  # fmt: skip
     for part, p in zip(results["seeds"], (0.01, 0.4, 0.4), strict=True):
         part["facts"] = {"personal": f"score test: p = {p}", "overlap": "no pair is on both sides"}
     results["seeds"][2]["methods"]["lore"]["fits"][1]["note"] = "another note"
@@ -236,7 +237,7 @@ def test_facts_and_warnings_come_before_the_figures_and_notes_say_how_often(tmp_
     ]  # fmt: skip
     marks = text.split("\n\n")[5:7]
     assert marks[0] == "**WARNING: made up**" and "last_linear" in marks[1]
-    assert "same_tokens" not in text
+    assert "same_tokens" not in text and "beside the embedding log length" in text
     assert "- LoRe K=2: a note on LoRe K=2\n" in text
     assert "- LoRe K=5: a note on LoRe K=5 (2 of 3 repeats)" in text
     assert "- LoRe K=5: another note (1 of 3 repeats)" in text

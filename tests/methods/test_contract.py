@@ -177,6 +177,7 @@ BRIEF: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_a_choice_never_reads_a_test_comparison_and_is_the_same_twice(name: str):
     task = planted.task(users=12, shots=12, held_out=10)

@@ -85,6 +85,7 @@ WORLDS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", WORLDS)
 def test_a_choice_holds_on_the_test_only_if_what_it_held_out_is_of_the_same_kind(kind: str):
     world, method, other = WORLDS[kind]

@@ -243,6 +243,8 @@ def _details(results: Results) -> str:
              "same_tokens"}  # fmt: skip
     rest = {key: value for key, value in settings.items() if key not in known and value != ""}
     details = [f"{k} {v}" for k, v in rest.items() if isinstance(v, int | float | str)]
+    if settings.get("extra"):
+        details.append(f"beside the embedding {' and '.join(settings['extra'])}")
     if results.sweep:
         details.append(f"a shot is one of a user's {settings.get('unit', 'comparisons')}")
     repeats = f"{count} repeat{'s' if count > 1 else ''}"
