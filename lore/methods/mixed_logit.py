@@ -70,7 +70,7 @@ class MixedLogit:
         directions: D, leading directions of the features in which users may differ.
         floor: f of the whitening y = (C + f e_max I)^(-1/2) x; 0 is plain features.
         l_mu: precision of the shared reward's prior; all four strengths are given, or none.
-        tau2: variance of the users' deviations, before they say more; 0 is ridge BT.
+        tau2: prior variance of a user's deviation in every direction; 0 is ridge BT.
         pi: how many users' worth of prior holds their covariance to tau2; 1e9 is isotropic.
     """
 
