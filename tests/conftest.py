@@ -15,6 +15,8 @@ import models
 import running
 import worlds
 
+gc.disable()  # until all is imported, see pytest_collection_finish
+
 # How a world is written, and settings of its scripts.
 WORLDS = {
     "PersonalLLM": (worlds.personalllm, {}, {}),
@@ -39,6 +41,7 @@ class Dataset(NamedTuple):
 def pytest_collection_finish() -> None:
     """Every round of the garbage collector would look at half a million imported objects."""
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

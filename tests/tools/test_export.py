@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import models
 import people
@@ -113,6 +113,8 @@ def test_labels_are_users_rewards_or_the_averages(llama, tmp_path, users):
 
 
 def test_a_pipeline_with_its_defaults_gives_rewards(llama, tmp_path):
+    from transformers import pipeline  # takes seconds, which every collection would pay
+
     export.main(llama.basis, tmp_path / "ann", users=("ann",))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ann")
     texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in CHATS]
