@@ -54,22 +54,13 @@ RESULTS = Path(__file__).resolve().parents[1] / "results" / "rewardbench2"
 
 
 def main(
-    source: str = "allenai/reward-bench-2",
-    split: str = "test",
-    subset: Sequence[str] = (),
-    limit: NonNegativeInt = 0,
-    basis: str | None = None,
-    users: Sequence[str] = (),
-    list_users: bool = False,
-    file: HeadFile = NO_FILE,
-    lm: ModelChoice = OF_BASIS,
-    mode: Literal["auto", "seqclf", "lmhead"] = "auto",
-    results: str | None = None,
-    save_csv: str | None = None,
-    verbose_failures: bool = False,
-    top_k: PositiveInt = 10,
+    source: str = "allenai/reward-bench-2", split: str = "test", subset: Sequence[str] = (),
+    limit: NonNegativeInt = 0, basis: str | None = None, users: Sequence[str] = (),
+    list_users: bool = False, file: HeadFile = NO_FILE, lm: ModelChoice = OF_BASIS,
+    mode: Literal["auto", "seqclf", "lmhead"] = "auto", results: str | None = None,
+    save_csv: str | None = None, verbose_failures: bool = False, top_k: PositiveInt = 10,
     **scoring: Any,
-) -> None:
+) -> None:  # fmt: skip
     """Score a reward model, a basis and its users on RewardBench 2.
 
     Args:
@@ -140,18 +131,12 @@ def check_mode(mode: str, source: Source, heads: Mapping[str, Head]) -> str:
 
 
 def all_rewards(
-    conversations: Sequence[Conversation],
-    heads: Mapping[str, Head],
-    source: Source,
-    mode: str,
-    max_length: PositiveInt = 2048,
-    truncation_side: Literal["left", "right"] = "right",
-    batch_size: PositiveInt = 8,
-    device: str = "auto",
+    conversations: Sequence[Conversation], heads: Mapping[str, Head], source: Source, mode: str,
+    max_length: PositiveInt = 2048, truncation_side: Literal["left", "right"] = "right",
+    batch_size: PositiveInt = 8, device: str = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-    embeddings: str | None = None,
-    **embedding: Any,
-) -> rb2.Rewards | None:
+    embeddings: str | None = None, **embedding: Any,
+) -> rb2.Rewards | None:  # fmt: skip
     """Rewards [conversations] by name; None while other processes are still embedding.
 
     Args:

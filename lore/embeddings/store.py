@@ -73,18 +73,12 @@ SHARD = re.compile(r"embeddings-\d{5}-[0-9a-f]{8}\.safetensors")
 
 def embed(
     conversations: Sequence[Conversation], folder: str | Path, *,
-    model: str = PAPERS_MODEL,
-    tokenizer: str | None = None, revision: str | None = None,
-    max_length: PositiveInt = 4096,
-    truncation_side: Literal["left", "right"] = "left",
-    pool: Pool = "last",
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-    device: str = "auto",
-    attention: str = "sdpa",
+    model: str = PAPERS_MODEL, tokenizer: str | None = None, revision: str | None = None,
+    max_length: PositiveInt = 4096, truncation_side: Literal["left", "right"] = "left",
+    pool: Pool = "last", dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    device: str = "auto", attention: str = "sdpa",
     method: Literal["auto", "tree", "sorted", "single"] = "auto",
-    batch_tokens: NonNegativeInt = 0,
-    shard_size: PositiveInt = 512,
-    shard: str | None = None,
+    batch_tokens: NonNegativeInt = 0, shard_size: PositiveInt = 512, shard: str | None = None,
     trust_remote_code: bool = False, progress: bool = True,
 ) -> Store | None:  # fmt: skip
     """Embed conversations, lists of {"role": text, "content": text}, with a frozen reward model.

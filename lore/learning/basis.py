@@ -70,7 +70,8 @@ def look_up(named: Mapping[str, Tensor], user: str, flag: str = "user") -> Tenso
     """What is known of a user; InputError where nothing is."""
     if user not in named:
         some = f"{len(named)} users, such as {', '.join(list(named)[:3])}"
-        known = f"{some} (--list-users true lists them)" if named else "no names of users"
+        some += " (--list-users true lists them)" if flag.startswith("--") else ""
+        known = some if named else "no names of users"
         raise InputError(f"{flag} {user} is not in the basis, which has {known}")
     return named[user]
 

@@ -115,7 +115,7 @@ def test_texts_users_of_each_query_and_openrlhfs_labels(served):
         ({"query": ["  "]}, 400, '"query" must be a list of texts'),
         ({"query": [[{"role": "user"}]]}, 400, '"query" must be a list of texts'),
         ({"query": ["hi"] * 101}, 400, "101 entries, more than --max-queries"),
-        ({"query": ["hi"], "user": "bob"}, 400, "user bob is not in the basis"),
+        ({"query": ["hi"], "user": "bob"}, 400, "user bob is not in the basis, which has 3 users"),
         ({"query": ["hi"], "user": ["ann", "ann"]}, 400, "one for each of the 1 queries"),
         ({"query": ["hi"], "user": [["ann"]]}, 400, "one for each of the 1 queries"),
         (b"x" * ((16 << 20) + 1), 413, "more than 16777216 bytes"),
@@ -125,6 +125,7 @@ def test_a_bad_request_is_one_json_error(served, body, status, message):
     found = post(served.port, body)
     assert found[0] == status and list(found[1]) == ["error"], found
     assert message in found[1]["error"] and "\n" not in found[1]["error"]
+    assert "--list-users" not in found[1]["error"]  # a flag that a client cannot give
     assert post(served.port, {"query": [CHATS[0]], "user": "ann"})[0] == 200  # it goes on
 
 
