@@ -794,7 +794,9 @@ def test_the_benchmark_prints_its_cases(llama):
     done = running.invoke("benchmarks/embedding.py", {"model": llama}, *sizes)
     assert done.status == 0, done.err
     rows = [line.strip("|").split("|") for line in done.out.splitlines() if line.startswith("|")]
-    assert [row[0].strip()[:1] for row in rows] == ["", "-", "a", "b", "c", "d"]
+    cases = [row[0].strip()[:1] for row in rows]
+    assert cases[:5] == ["", "-", "a", "b", "c"]
+    assert cases[5:] in ([], ["d"])  # of people's data, where these are there
     names = [name.strip() for name in rows[0]]
     for row in rows[2:5]:
         number = dict(zip(names[1:], map(float, row[1:]), strict=True))
