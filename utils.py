@@ -5,8 +5,6 @@ of two embeddings, *chosen minus rejected*; its logit for a user with weights w 
 x^T V w / 100. ``from utils import *`` gives torch, np, nn and F as well.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Community Alignment: dialogues in which each annotator chose one of four responses a turn."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

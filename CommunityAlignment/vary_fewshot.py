@@ -1,7 +1,5 @@
 """Community Alignment: unseen annotators against the number of their dialogues."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Your own data: rows that say what each user chose, from files or the hub."""
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Sequence

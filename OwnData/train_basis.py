@@ -1,7 +1,5 @@
 """Your own data: methods on the users' own choices, judged on held-out ones."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import replace
 from pathlib import Path

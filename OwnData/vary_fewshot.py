@@ -1,7 +1,5 @@
 """Your own data: new users against the number of their comparisons or dialogues."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import replace
 from pathlib import Path

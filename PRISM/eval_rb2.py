@@ -7,14 +7,14 @@ average user and the users asked for are then one matrix product, and a row each
 Without a basis or a head file, the model's own classification forward is scored (mode seqclf).
 """
 
-from __future__ import annotations
-
 import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.common.cli import cli
@@ -43,9 +43,6 @@ from lore.embeddings.store import embed
 from lore.methods.saved import Learned, load_learned
 from PRISM import rewardbench2 as rb2
 from PRISM.rewardbench2 import Head, HeadFile
-
-if TYPE_CHECKING:  # it takes long to import, and --help does without
-    import pandas as pd
 
 CACHE = Path(__file__).resolve().parent / "data" / "rewardbench2"
 PAPERS = {"model": PAPERS_MODEL}

@@ -1,7 +1,5 @@
 """Embed the conversations that prepare.py wrote; a killed run goes on where it was."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """PRISM: dialogues in which each participant chose one of several responses a turn."""
 
-from __future__ import annotations
-
 import sys
 from collections import defaultdict
 from pathlib import Path

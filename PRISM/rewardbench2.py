@@ -1,7 +1,5 @@
 """RewardBench 2 (allenai/reward-bench-2): its official score, its rows, rewards of these."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """PRISM: methods on people's own dialogues, LoRe against its rank."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

@@ -6,8 +6,6 @@ Responses are put together from the phrases of demo_words.json, in amounts that 
 independently. The scorers see nothing but the finished text.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import sys

@@ -1,7 +1,5 @@
 """PersonalLLM: prompts with eight responses each, scored by ten reward models."""
 
-from __future__ import annotations
-
 import json
 import re
 import sys

@@ -1,7 +1,5 @@
 """PersonalLLM: methods on simulated users, LoRe against its rank (Table 1 of the paper)."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

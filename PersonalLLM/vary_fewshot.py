@@ -1,7 +1,5 @@
 """PersonalLLM: new simulated users against the number of their comparisons."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

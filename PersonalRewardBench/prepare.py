@@ -1,7 +1,5 @@
 """PersonalRewardBench: each user's own choices for training, for choosing settings and for test."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """PersonalRewardBench: methods on users of few comparisons, all seen: without vary_fewshot.py."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

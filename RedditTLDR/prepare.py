@@ -1,7 +1,5 @@
 """Reddit TLDR: which of two summaries of a post each worker found better."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any, Literal

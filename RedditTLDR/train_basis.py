@@ -1,7 +1,5 @@
 """Reddit TLDR: methods on workers' comparisons of summaries, LoRe against its rank."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

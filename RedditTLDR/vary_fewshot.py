@@ -1,7 +1,5 @@
 """Reddit TLDR: unseen workers against the number of their comparisons."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

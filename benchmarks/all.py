@@ -4,8 +4,6 @@
     python benchmarks/all.py --device cuda
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from pathlib import Path

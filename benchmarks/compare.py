@@ -7,8 +7,6 @@
 Runs are kept in results/ and go on where they were left; more repeats fit what is missing.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import re

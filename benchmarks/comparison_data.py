@@ -1,7 +1,5 @@
 """The data of the comparison: which prepared folder, how it is split, what is planted."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from functools import partial

@@ -8,8 +8,6 @@ The plain loops are those of tests/helpers/reference.py. Every side is a process
 take turns, so that what else the machine does falls on all.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import subprocess

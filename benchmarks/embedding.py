@@ -6,8 +6,6 @@
 Cases a to c have made-up tokens in the lengths of the data sets, d has the text of a PRISM slice.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import time

@@ -9,8 +9,6 @@ prints each line as it is known and saves all lines so far, so that whatever sto
 what was still to come.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import platform

@@ -1,7 +1,5 @@
 """What a device computes against a CPU, or against one at a time: the checks of gpu.py."""
 
-from __future__ import annotations
-
 import logging
 import tempfile
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """How fast a device embeds and fits: the times of gpu.py."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What the benchmarks share: made-up users, clocks, peak memory, memory bandwidth."""
 
-from __future__ import annotations
-
 import resource
 import sys
 import threading

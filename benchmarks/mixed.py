@@ -4,8 +4,6 @@
     python benchmarks/mixed.py --users 100 --features 64      # smaller
 """
 
-from __future__ import annotations
-
 import sys
 from dataclasses import replace
 from pathlib import Path

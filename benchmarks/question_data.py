@@ -1,7 +1,5 @@
 """The worlds of the benchmark of questions: who is asked, from which pool, by which models."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from dataclasses import replace

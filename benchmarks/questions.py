@@ -7,8 +7,6 @@
 Finished repeats are kept: the same command goes on where it was stopped. One thread is enough.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math

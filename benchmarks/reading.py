@@ -3,8 +3,6 @@
     python benchmarks/reading.py     # 120,000 comparisons of 240,000 texts: 60 s and 2 GB at most
 """
 
-from __future__ import annotations
-
 import json
 import resource
 import subprocess

@@ -4,8 +4,6 @@
     python benchmarks/scaling.py --million --gigabytes 16 # streamed from a file of that size
 """
 
-from __future__ import annotations
-
 import math
 import sys
 import tempfile

@@ -5,8 +5,6 @@
 Names that every checkout has are all that is used, so that older ones can be timed as well.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from functools import lru_cache

@@ -3,8 +3,6 @@
     python benchmarks/threads.py --data ../PersonalLLM/data/demo     # which `make demo` prepares
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -4,8 +4,6 @@ Help computes nothing, so that in place of the libraries that take seconds to im
 modules that have every name, as documentation builders do (Sphinx's ``autodoc_mock_imports``).
 """
 
-from __future__ import annotations
-
 import sys
 from importlib.abc import Loader
 from importlib.machinery import ModuleSpec

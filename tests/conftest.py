@@ -1,7 +1,5 @@
 """Small prepared datasets, made once for all tests by the datasets' own scripts."""
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

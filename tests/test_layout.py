@@ -4,8 +4,6 @@
            <- dataset folders, tools, benchmarks
 """
 
-from __future__ import annotations
-
 import ast
 import functools
 import subprocess

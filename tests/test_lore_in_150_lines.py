@@ -1,7 +1,5 @@
 """docs/lore_in_150_lines.py gives what the scripts give."""
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What scripts written for the public code's utils.py call: names, order of results, draws."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

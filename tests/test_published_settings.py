@@ -4,8 +4,6 @@ One row is (where, setting, value, source). Where is a script (its ``main`` or, 
 its ``LORE``), a function or class of ``utils``, or a method's module or class.
 """
 
-from __future__ import annotations
-
 import importlib
 import inspect
 from typing import Any

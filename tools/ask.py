@@ -4,8 +4,6 @@
         --pool pairs.jsonl --candidates drafts.jsonl --answers alice.jsonl
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

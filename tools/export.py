@@ -3,8 +3,6 @@
     python tools/export.py --basis results/PRISM/<run>/basis-K05-seed0.safetensors --out rewards
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

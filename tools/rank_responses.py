@@ -4,8 +4,6 @@
         --choices alice.jsonl --candidates drafts.jsonl
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

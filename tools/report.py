@@ -3,8 +3,6 @@
     python tools/report.py results/PRISM/train_basis-1a2b3c4d ...
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from pathlib import Path

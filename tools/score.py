@@ -4,8 +4,6 @@
         --texts drafts.jsonl
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from pathlib import Path

@@ -8,8 +8,6 @@ A query is a conversation, or the text that the chat template makes of one; "use
 one for each query, null the average user, and OpenRLHF's "labels" are taken where it is missing.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import queue
@@ -74,7 +72,7 @@ def _as_json(error: bottle.HTTPError) -> str:
     return json.dumps({"error": str(error.body)})
 
 
-def answer(batches: Batches, max_queries: int) -> dict[str, list[float]]:
+def answer(batches: "Batches", max_queries: int) -> dict[str, list[float]]:
     """The rewards of a request's queries, or an error that says what is wrong with it."""
     request = bottle.request
     if request.content_length < 0 or request.chunked:

@@ -4,8 +4,6 @@
     python tools/smollm2.py models/smollm2-12 --layers 12
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

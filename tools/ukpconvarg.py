@@ -8,8 +8,6 @@ arguments for the same position convinces them more. Get it, convert it, prepare
     cd RedditTLDR; python prepare.py --source data-ukp/raw --out data-ukp
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 import sys

@@ -1,7 +1,5 @@
 """A typed ``main`` as a command: flags from its arguments, help from its docstring."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re

@@ -1,7 +1,5 @@
 """Which processor computes, which processes share the work, and sums over them."""
 
-from __future__ import annotations
-
 import os
 from contextlib import suppress
 from datetime import timedelta

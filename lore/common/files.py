@@ -1,7 +1,5 @@
 """Files and the user's mistakes: the ground floor, which every other module may stand on."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -4,8 +4,6 @@ What a file says is taken as if it stood on the command line before the flags. S
 the value of one flag with one type, and nothing that is given is imported or called.
 """
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import json

@@ -1,7 +1,5 @@
 """What training knows of each held-out comparison's two responses; no label is looked at."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What a setting may be: ``--help`` of such a flag says it, and so does its error."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -107,7 +105,7 @@ class OptimizerChoice:
         return hash(str(self))
 
     @classmethod
-    def read(cls, given: Any) -> OptimizerChoice:
+    def read(cls, given: Any) -> "OptimizerChoice":
         """From a path, or from {"class_path": path, "init_args": {name: number}}, also as JSON."""
         return cls(*cls.parts(given))
 

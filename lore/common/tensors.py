@@ -1,7 +1,5 @@
 """Tensors in safetensors files: read whole or refused, and of the form that is expected."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What one person's files hold: choices, candidates, the pairs that may be asked, the answers."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -118,7 +116,7 @@ class Pair:
     texts: tuple[str, str]  # in alphabetical order, which says nothing of which was preferred
 
     @classmethod
-    def of(cls, one: Conversation, other: Conversation) -> Pair:
+    def of(cls, one: Conversation, other: Conversation) -> "Pair":
         """The pair of two conversations that differ in their last message alone."""
         first, second = sorted((one[-1]["content"], other[-1]["content"]))
         return cls(one[:-1], (first, second))

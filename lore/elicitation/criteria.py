@@ -4,8 +4,6 @@ A comparison is a row [1 + K], a and z, of log odds a + z . b: a is the shared r
 b the user's K tastes, of which a Gaussian posterior is known. Its sign changes no choice.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
@@ -31,7 +29,7 @@ class UserPosterior(NamedTuple):
     covariance: Tensor
 
     @classmethod
-    def after(cls, prior: Prior, answers: Tensor, weight: Tensor | None = None) -> UserPosterior:
+    def after(cls, prior: Prior, answers: Tensor, weight: Tensor | None = None) -> "UserPosterior":
         """The posterior after m answers [m, 1 + K], preferred minus other, of some weights [m]."""
         return user_posteriors(prior, answers.double(), Users([len(answers)], weight))[0]
 

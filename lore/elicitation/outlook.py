@@ -5,8 +5,6 @@ the one that the person prefers, on average over pairs. It can be foretold: how 
 shrinks the posterior's covariance hardly depends on which answer it is.
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence

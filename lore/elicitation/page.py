@@ -1,7 +1,5 @@
 """Questions on a web page that only this machine can open."""
 
-from __future__ import annotations
-
 import logging
 import secrets
 import threading

@@ -1,7 +1,5 @@
 """Rewards of conversations for every user of a file, from one forward pass."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A session of questions: what is asked next, how sure the answers make us, and the profile."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Questions in the terminal."""
 
-from __future__ import annotations
-
 import shutil
 import textwrap
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """A new user in the light of a run's file: weights, how sure they are, and candidates in order."""
 
-from __future__ import annotations
-
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -93,7 +91,7 @@ class User:
     @classmethod
     def of(
         cls, fit: LoreFit | MixedFit, choices: Tensor, weight: Tensor | None = None, seed: int = 0
-    ) -> User:
+    ) -> "User":
         """The user who made choices [n, C], chosen minus rejected as the fit views them.
 
         How much each counts is ``weight`` [n]; the seed is of the initial values of LoRe's weights.

@@ -1,7 +1,5 @@
 """A small web server: a thread for each request, and nothing of requests in the terminal."""
 
-from __future__ import annotations
-
 from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server

@@ -1,8 +1,6 @@
 """Forward passes over many conversations' token ids: shared prefixes once (a tree of T tokens), or
 padded batches."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
@@ -101,7 +99,7 @@ def tree_mask(ends: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.masked_fill_(~sees, torch.finfo(dtype).min)[None, None]
 
 
-def tree_blocks(ends: Tensor, device: torch.device | str) -> BlockMask:
+def tree_blocks(ends: Tensor, device: torch.device | str) -> "BlockMask":
     """The same mask for FlexAttention, which forms no square: its kernel skips unseen blocks.
 
     The last and the first ``ends`` (on the CPU) in a block of keys tell whether a later block of

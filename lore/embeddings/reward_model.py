@@ -4,8 +4,6 @@ An embedding [F] is the last hidden state, after the final norm, of the rendered
 token; the model's own reward is its score head times that.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import os

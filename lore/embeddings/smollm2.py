@@ -4,8 +4,6 @@ It has no score head, and so no reward of its own, until one is saved. The weigh
 once, to models/smollm2; other checkpoints share that file (540 MB) and differ by their score heads.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import logging

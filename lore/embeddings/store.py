@@ -5,8 +5,6 @@ a range of those that no earlier shard holds, each with the hash of its tokens: 
 spread over processes, its bytes stay the same, and only what is new is embedded.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -80,7 +78,7 @@ def embed(
     method: Literal["auto", "tree", "sorted", "single"] = "auto",
     batch_tokens: NonNegativeInt = 0, shard_size: PositiveInt = 512, shard: str | None = None,
     trust_remote_code: bool = False, progress: bool = True,
-) -> Store | None:  # fmt: skip
+) -> "Store | None":  # fmt: skip
     """Embed conversations, lists of {"role": text, "content": text}, with a frozen reward model.
 
     The embeddings [n, F], states of each one's last token (or see ``pool``), are kept in a folder
@@ -131,7 +129,7 @@ def check_model(settings: Mapping[str, Any]) -> None:
     load_tokenizer(source)
 
 
-def open_store(folder: str | Path) -> Store:
+def open_store(folder: str | Path) -> "Store":
     """Finished embeddings; InputError if there are none, or a file is missing, cut or edited."""
     return Store(Path(folder))
 

@@ -1,8 +1,6 @@
 """Judging a fit: every user's accuracy and log loss on held-out comparisons, beside controls that
 have another row in the place of a user's own weights."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import math

@@ -1,8 +1,6 @@
 """What is measured of predictions, the log odds of the chosen responses, beside accuracy and log
 loss. Shapes: U users, N comparisons."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

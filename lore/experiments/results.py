@@ -1,7 +1,5 @@
 """A run's figures, read from results.json, as reports see them; a label is free text."""
 
-from __future__ import annotations
-
 import collections
 import functools
 import json
@@ -177,7 +175,7 @@ class Results:
         there = {kind for r in self.records for kind in r.kinds}
         return [kind for kind in KINDS if kind in there]
 
-    def only(self, labels: Iterable[str]) -> Results:
+    def only(self, labels: Iterable[str]) -> "Results":
         """The same run with these labels alone."""
         kept = set(labels)
         records = [r for r in self.records if r.label in kept]

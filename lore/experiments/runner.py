@@ -1,7 +1,5 @@
 """A run of an experiment: what is missing is fitted, method by method, and kept at once."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -111,7 +109,7 @@ def command(main: Callable[..., Any]) -> None:
 @contextmanager
 def open_run(
     script: str, dataset: Tasks, settings: Settings, sweep: Sweep | None = None
-) -> Iterator[Experiment]:
+) -> "Iterator[Experiment]":
     """A run of a script, train_basis or vary_fewshot, in whose folder no other process writes
     meanwhile; the same command goes on where a killed run was. InputError for settings that the
     data do not support, and where the folder holds another run."""

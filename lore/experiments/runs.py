@@ -1,7 +1,5 @@
 """A run's folder: settings before the work starts, results after every method of every repeat."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 import re
@@ -26,7 +24,7 @@ class Run:
     results: dict[str, Any]
 
     @classmethod
-    def start(cls, folder: Path, settings: Mapping[str, Any]) -> Run:
+    def start(cls, folder: Path, settings: Mapping[str, Any]) -> "Run":
         """Go on with what is in a folder, if anything; nothing is written yet. InputError if it
         holds other settings, damaged results, or files that no run wrote."""
         settings = json.loads(json.dumps(settings, default=str))

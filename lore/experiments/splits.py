@@ -1,7 +1,5 @@
 """From a prepared folder to the comparisons of each repeat: who is seen, what is held out."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,7 +45,7 @@ class Tasks:
     """A prepared and embedded dataset, and how the repeats of an experiment are drawn from it."""
 
     info: dict[str, Any]  # what prepare.json says
-    store: Store | Extended
+    store: "Store | Extended"
     draw: Callable[[int, torch.device], Sets]  # the sets of a seed, on a device
     unit: Unit  # what a shot is
     about: dict[str, Any]  # the script's own settings, recorded with the results
@@ -212,7 +210,7 @@ def load(data: Path, dataset: str | None = None) -> tuple[dict[str, Any], Store]
 
 def _read(
     data: Path, dataset: str | None, features: Sequence[Feature]
-) -> tuple[dict[str, Any], Store | Extended, pd.DataFrame, dict[str, Any]]:
+) -> "tuple[dict[str, Any], Store | Extended, pd.DataFrame, dict[str, Any]]":
     """prepare.json, store, the comparisons whose sides differ in tokens, and what to record."""
     info, store = load(data, dataset)
     table, about = preparing.read_comparisons(data, len(store)), {}
@@ -230,7 +228,7 @@ def _read(
 def _extended(
     data: Path, store: Store, table: pd.DataFrame, about: dict[str, Any],
     features: Sequence[Feature],
-) -> tuple[Store | Extended, dict[str, Any]]:  # fmt: skip
+) -> "tuple[Store | Extended, dict[str, Any]]":  # fmt: skip
     """The store with the numbers of a table, and with ``features``; and what is recorded of it."""
     if "length" in features:  # of the response, logarithm of its characters
         talks = preparing.read_conversations(data)

@@ -1,7 +1,5 @@
 """Losses and figures of finished fits for TensorBoard or Weights & Biases."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """A learned basis, its users' weights and their names in one file. U users, F features, K rank."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,8 +1,6 @@
 """Users' comparisons as every method takes them: whose they are, what they weigh, their features.
 U users, N comparisons (chosen minus rejected), F features, C columns."""
 
-from __future__ import annotations
-
 import logging
 import math
 import warnings
@@ -76,11 +74,11 @@ class DenseFeatures:
         """X^T G [F, C] for G [N, C]."""
         return _backproject(self._parts(G.dtype), G, self.num_features)
 
-    def select(self, rows: Tensor) -> DenseFeatures:
+    def select(self, rows: Tensor) -> "DenseFeatures":
         """Some of the comparisons, by their numbers [n]."""
         return DenseFeatures(self.x[rows.to(self.x.device)], self.device)
 
-    def flipped(self, coin: Tensor) -> DenseFeatures:
+    def flipped(self, coin: Tensor) -> "DenseFeatures":
         """Chosen and rejected swapped where the coin [N] is true."""
         sign = 1 - 2 * coin.to(self.x.device, self.x.dtype)
         return DenseFeatures(self.x * sign[:, None], self.device)
@@ -108,7 +106,7 @@ class RowFeatures:
         for part in _chunks(len(self.index), self.num_features, self.device):
             yield part, self.rows(self.index[part]).to(self.device, dtype)
 
-    def pairs(self, of: Callable[[Tensor], Tensor] | None = None) -> Pairs:
+    def pairs(self, of: Callable[[Tensor], Tensor] | None = None) -> "Pairs":
         """The two embeddings of every comparison, or what a function makes of distinct rows
         e [n, F] in float32, a chunk at a time."""
         parts = [e if of is None else of(e) for _, e in self._parts(torch.float32)]
@@ -125,19 +123,19 @@ class RowFeatures:
         per_row.index_add_(0, self.chosen, G).index_add_(0, self.rejected, G, alpha=-1)
         return _backproject(self._parts(G.dtype), per_row, self.num_features)
 
-    def _with(self, chosen: Tensor, rejected: Tensor) -> RowFeatures:
+    def _with(self, chosen: Tensor, rejected: Tensor) -> "RowFeatures":
         """The same table with other comparisons, by their places in ``index``."""
         ends = (self.index[side.cpu()] for side in (chosen, rejected))
         return RowFeatures(self.rows, self.num_features, *ends, self.device)
 
-    def select(self, rows: Tensor) -> RowFeatures:
+    def select(self, rows: Tensor) -> "RowFeatures":
         """Some of the comparisons, by their numbers [n]."""
         rows = rows.to(self.device)
         return self._with(self.chosen[rows], self.rejected[rows])
 
     __getitem__ = select
 
-    def flipped(self, coin: Tensor) -> RowFeatures:
+    def flipped(self, coin: Tensor) -> "RowFeatures":
         """Chosen and rejected swapped where the coin [N] is true."""
         coin = coin.to(self.device)
         chosen = torch.where(coin, self.rejected, self.chosen)
@@ -171,7 +169,7 @@ class Pairs:
         """Numbers of a row."""
         return self.values.shape[-1]
 
-    def __getitem__(self, some: Tensor) -> Pairs:
+    def __getitem__(self, some: Tensor) -> "Pairs":
         return Pairs(self.values, self.chosen[some], self.rejected[some])
 
     def difference(self) -> Tensor:
@@ -283,7 +281,7 @@ class Users:
                 first, row, filled, longest = user, end, 0, count
             filled += count
 
-    def pick(self, rows: Tensor, counts: Sequence[int]) -> Users:
+    def pick(self, rows: Tensor, counts: Sequence[int]) -> "Users":
         """Some of the comparisons, by number [n], as those of other users; features stay behind."""
         return Users(counts, self.weight[rows.to(self.device)])
 
@@ -308,7 +306,7 @@ class Comparisons(Users):
     @classmethod
     def from_list(
         cls, X: Sequence[Tensor], weights: Sequence[Tensor] | None = None, device: Device = None
-    ) -> Comparisons:
+    ) -> "Comparisons":
         """Pack U tensors [m_u, F], and of weights [m_u]; views of one tensor, in order, are not
         copied. InputErrors as of ``check_features``, or for weights that do not match."""
         check_features(X)
@@ -327,7 +325,7 @@ class Comparisons(Users):
         """X^T G [F, C] for G [N, C]."""
         return self.features.backproject(G)
 
-    def select(self, keep: Tensor) -> Comparisons:
+    def select(self, keep: Tensor) -> "Comparisons":
         """Those where ``keep`` [N] is true; users left without any are left out."""
         keep = keep.to(self.device)
         counts = torch.bincount(self.user[keep], minlength=self.num_users)
@@ -336,21 +334,21 @@ class Comparisons(Users):
         features = self.features.select(keep.nonzero()[:, 0])
         return Comparisons(features, counts[counts > 0], self.weight[keep], names, dialogs)
 
-    def flipped(self, coin: Tensor) -> Comparisons:
+    def flipped(self, coin: Tensor) -> "Comparisons":
         """Chosen and rejected swapped where the coin [N] is true."""
         return self._with(self.features.flipped(coin))
 
-    def in_memory(self) -> Comparisons:
+    def in_memory(self) -> "Comparisons":
         """The same with the differences [N, F] held in memory."""
         dense = isinstance(self.features, DenseFeatures)
         return self if dense else self._with(self.features.dense())
 
-    def _with(self, features: Features) -> Comparisons:
+    def _with(self, features: Features) -> "Comparisons":
         return Comparisons(features, self.counts, self.weight, self.names, self.dialogs)
 
     def parts(
         self, user_rows: int = 0, size: int | None = None
-    ) -> Iterator[tuple[slice, slice, Comparisons]]:
+    ) -> "Iterator[tuple[slice, slice, Comparisons]]":
         """Users that are worked on together: which, their rows and comparisons. A part has at most
         ``size`` bytes (PART_BYTES if None), with ``user_rows`` more rows for each user. Streamed,
         or off the CPU, everything is one part."""
@@ -362,7 +360,7 @@ class Comparisons(Users):
             features = DenseFeatures(self.features.x[some])
             yield users, some, Comparisons(features, self.counts[users], self.weight[some])
 
-    def share(self, process: int, processes: int) -> Comparisons:
+    def share(self, process: int, processes: int) -> "Comparisons":
         """One process's users: consecutive ones, at least one, with about its share of comparisons;
         InputError if there are fewer users than processes."""
         if processes == 1:

@@ -1,7 +1,5 @@
 """Bases of every (alpha, rank, shrinkage), trained together; rank 0 is the reference itself."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

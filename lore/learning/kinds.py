@@ -1,7 +1,5 @@
 """Kinds of held-out comparisons as shares, from row numbers alone; no label is looked at."""
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

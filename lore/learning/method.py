@@ -1,8 +1,6 @@
 """What a method is: settings that can be fitted, and what a fit knows of users. That is one row of
 a tensor, the user's *state*: controls, sweeps, choices, reports and plots only move such rows."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property

@@ -3,8 +3,6 @@
 U users, P prompts, R responses, M reward models, F features.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

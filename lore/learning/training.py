@@ -2,8 +2,6 @@
 models' columns form one tensor, so that one pass over the features serves all; ``ranks[m]`` are
 model m's. U users, N comparisons, F features, C columns of all models, M models."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -113,7 +111,7 @@ class Training:
         self.optimizers = [make_optimizer(lead.optimizer, g, lead.learning_rate) for g in groups]
         self.losses = self.V.new_zeros(lead.num_iterations, len(models))
 
-    def fit(self, checkpoint: Checkpoint | None) -> list[tuple[Tensor, Tensor]]:
+    def fit(self, checkpoint: "Checkpoint | None") -> list[tuple[Tensor, Tensor]]:
         """Train to the end: (W, V) of every model, and each model's ``losses``."""
         lead = self.models[0]
         start = checkpoint.restore(self) if checkpoint else 0
@@ -241,7 +239,7 @@ class Training:
 
 
 def train_together(
-    models: Sequence[Model], data: Comparisons, checkpoint: Checkpoint | None = None
+    models: Sequence[Model], data: Comparisons, checkpoint: "Checkpoint | None" = None
 ) -> list[tuple[Tensor, Tensor]]:
     """(W, V) of models of one kind, with the same iterations, learning rate and optimiser, on the
     comparisons of all users, or this process's share. Each follows the trajectory that it follows

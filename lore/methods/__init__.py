@@ -1,7 +1,5 @@
 """Methods for personal rewards: each is one file here and one line of ``METHODS``."""
 
-from __future__ import annotations
-
 from lore.learning.method import Method
 from lore.methods.lore import Lore
 from lore.methods.mixed_logit import MixedLogit

@@ -1,7 +1,5 @@
 """What is always fitted beside a method: the reference, Bradley-Terry, each user's own model."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

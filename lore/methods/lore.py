@@ -1,7 +1,5 @@
 """LoRe: a shared basis and simplex weights of every user, over ranks, pulls and shrinkages."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -81,11 +79,11 @@ class Lore:
         if self.select_rank:
             self._validation(task)
 
-    def fit_shared(self, task: Task) -> list[LoreFit]:
+    def fit_shared(self, task: Task) -> "list[LoreFit]":
         """Bradley-Terry: rank 1, one shared direction, for every alpha."""
         return self._fit(task, grid([1], self.alpha), "shared")
 
-    def within(self, users: int) -> Lore:
+    def within(self, users: int) -> "Lore":
         """The same without ranks above what so many users support."""
         return replace(self, ranks=tuple(rank for rank in self.ranks if rank <= users))
 
@@ -101,7 +99,7 @@ class Lore:
     def _fit(
         self, task: Task, grid_points: list[dict[str, Any]], state: str = "",
         data: Comparisons | None = None, users: int = 0,
-    ) -> list[LoreFit]:  # fmt: skip
+    ) -> "list[LoreFit]":  # fmt: skip
         """Fits to this process's comparisons, or to some, which have so many users in all."""
         checkpoint = None
         if state and task.state is not None and task.checkpoint_every:
@@ -123,8 +121,8 @@ class Lore:
         return data
 
     def _chosen(
-        self, task: Task, grid_points: list[dict[str, Any]], fits: list[LoreFit]
-    ) -> LoreFit:
+        self, task: Task, grid_points: list[dict[str, Any]], fits: "list[LoreFit]"
+    ) -> "LoreFit":
         """The fit whose settings have the lowest log loss on validation."""
 
         def fit(split: Split, number: int, all_fits: list[LoreFit] | None) -> Any:

@@ -6,8 +6,6 @@ d_u ~ N(0, S) in their D leading directions. mu is that of ridge Bradley-Terry, 
 Shape letters: U users, N comparisons, F features, D directions.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math
@@ -225,7 +223,7 @@ class Search:
         gain, error = scored[scale].gain(self.tries(best))
         return scale if gain > SCALED * error else 1.0
 
-    def _fit(self, split: Split, candidate: Candidate, near: Rough) -> tuple[MixedFit, Rough]:
+    def _fit(self, split: Split, candidate: Candidate, near: Rough) -> "tuple[MixedFit, Rough]":
         """The candidate fitted to a split's comparisons, roughly, from the nearest one's fit."""
         geometry = replace(split.geometry, floor=candidate.floor)
         data, processes = split.fit, split.processes

@@ -1,8 +1,6 @@
 """LoRe on a shallow network: a reward basis R = A2 g(A1 e), weights on the simplex (equation 9 of
 arXiv 2504.14439, which names this form and reports nothing of it). F features, K rank."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -49,7 +47,7 @@ class MLP(Networked):
 
     def train(
         self, data: Comparisons, held: HeldOut | None, model: int, task: Task, epochs: int = 0
-    ) -> FittedMLP:
+    ) -> "FittedMLP":
         """A fit of such a rank."""
         epochs = epochs or self.epochs or (1000 if self.faithful else 60)
         generator = torch.Generator().manual_seed(task.seed)

@@ -1,7 +1,5 @@
 """MRM (SIGIR 2026) on fixed embeddings: two rewards, and a meta-learned start of their mixture."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

@@ -1,8 +1,6 @@
 """PAL-A (Chen, Chen, Rege, Vinayak, ICLR 2025): a user's ideal point is a mixture of K prototypes;
 the nearer response is preferred. One network f, of width D, is for responses and prototypes."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -50,7 +48,7 @@ class PAL(Networked):
         """Prototypes, and ridges of new users' weights."""
         return ("prototypes", self.prototypes), ("ridge", networks.RIDGES)
 
-    def published(self, task: Task, model: int) -> FittedPAL:
+    def published(self, task: Task, model: int) -> "FittedPAL":
         """Stopped, as published, on held-out comparisons."""
         held = hold_out(task.train, task.seed, task.kinds, task.validation)
         require(held.held is not None, "no user has two dialogues: nothing can be held out")
@@ -58,7 +56,7 @@ class PAL(Networked):
 
     def train(
         self, data: Comparisons, held: HeldOut | None, model: int, task: Task, epochs: int = 0
-    ) -> FittedPAL:
+    ) -> "FittedPAL":
         """A fit with so many prototypes."""
         epochs = epochs or self.epochs or (EPOCHS if self.faithful else 60)
         generator = torch.Generator().manual_seed(task.seed)

@@ -1,7 +1,5 @@
 """PEBS (arXiv 2606.27578) for comparisons: one shared reward, and each user's own slope."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """PReF (Shenfeld et al., COLM 2025) on fixed embeddings: LoRe's reward with signed weights."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """RBD (LoRe-BasisInterp): signed weights, a population's and each user's deviation from it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Bradley-Terry for all users together, its ridge chosen on validation: the baseline to beat."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace

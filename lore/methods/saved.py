@@ -1,7 +1,5 @@
 """The file of a run that says what users' rewards are, whichever method wrote it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open

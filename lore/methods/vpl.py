@@ -2,8 +2,6 @@
 an encoder reads a user's comparisons into a latent vector, on which the reward depends. U users,
 N comparisons, n of a batch, F features, H hidden units, L latent, R rows, G contexts."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterator
@@ -59,7 +57,7 @@ class VPL(Networked):
 
     def train(
         self, data: Comparisons, held: HeldOut | None, model: float, task: Task, epochs: int = 0
-    ) -> FittedVPL:
+    ) -> "FittedVPL":
         """A fit with such a weight of the KL term."""
         epochs = epochs or self.epochs or (EPOCHS if self.faithful else 60)
         longest, faithful = max(1, *task.shots) if task.shots else 50, self.faithful

@@ -1,7 +1,5 @@
 """What a table of comparisons tells before anything is learned: kinds, and choices made twice."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pandas as pd

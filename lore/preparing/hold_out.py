@@ -1,7 +1,5 @@
 """Which comparisons are held out: those of other dialogues, prompts, responses or pairs."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Dialogues in a cell: a text, a message, a list of messages, or a list of any of these."""
 
-from __future__ import annotations
-
 import ast
 import json
 import re

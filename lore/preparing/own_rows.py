@@ -3,8 +3,6 @@
 Flags say which layout rows have, else the names of their columns do.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 import unicodedata
@@ -102,7 +100,7 @@ class Choice(NamedTuple):
     sources: tuple[tuple[str, Cells, str], ...]  # place, row and column of both sides
     left_out: str = ""  # why it does not count, such as a tie
 
-    def turned(self) -> Choice:
+    def turned(self) -> "Choice":
         sides = {"chosen": self.rejected, "rejected": self.chosen}
         return self._replace(**sides, sources=self.sources[::-1])
 

@@ -1,7 +1,5 @@
 """Raw tables as they come, from files or the hub: their rows, and what a cell may hold."""
 
-from __future__ import annotations
-
 import codecs
 import csv
 import gzip

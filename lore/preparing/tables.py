@@ -3,8 +3,6 @@
 Nothing in a prepared folder is believed that prepare.py did not write.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """The benchmarks: sides compute the same, and tables follow from what was timed."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The comparison: tables from runs whose truth is known, draws of its data, a whole small one."""
 
-from __future__ import annotations
-
 import functools
 from pathlib import Path
 

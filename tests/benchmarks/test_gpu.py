@@ -1,7 +1,5 @@
 """``make gpu``, at tiny sizes on a CPU."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Iterator

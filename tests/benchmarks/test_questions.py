@@ -1,7 +1,5 @@
 """The benchmark of questions: numbers that follow from curves, its worlds, a whole small run."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

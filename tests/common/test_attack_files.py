@@ -1,7 +1,5 @@
 """Files that are damaged, cut, of another form or edited by hand: one line, nothing changed."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """Command lines: flags become arguments, and a user's mistake is one line."""
 
-from __future__ import annotations
-
 import errno
 import logging
 import os

@@ -1,7 +1,5 @@
 """Whatever a file or a raw row becomes, it is read, or refused as a mistake of the user."""
 
-from __future__ import annotations
-
 import copy
 import json
 import shutil

@@ -1,7 +1,5 @@
 """lore/common/kinds.py and lore/preparing/facts.py: what training knows of held-out comparisons."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 import pytest

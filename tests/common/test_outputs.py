@@ -1,7 +1,5 @@
 """No output replaces a file that the project did not write, or that is to be read."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

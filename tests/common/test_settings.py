@@ -1,7 +1,5 @@
 """Settings that make no sense, and files that would run code: refused in one line, before work."""
 
-from __future__ import annotations
-
 import functools
 import json
 import re

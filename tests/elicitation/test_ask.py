@@ -1,7 +1,5 @@
 """tools/ask.py from the first question to the saved profile: in the terminal and in a browser."""
 
-from __future__ import annotations
-
 import io
 import json
 import re

@@ -1,7 +1,5 @@
 """criteria.py: what answers say of a user, and the question to ask next."""
 
-from __future__ import annotations
-
 import math
 import time
 

@@ -1,7 +1,5 @@
 """A new user of a small run's mixed logit: every tool gives what the equations give."""
 
-from __future__ import annotations
-
 import io
 import json
 import re

@@ -1,7 +1,5 @@
 """Shots chosen by a criterion: as if every user were asked alone, and without looking ahead."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """What lies behind tools/ask.py: the pool, the answers on disk, the outlook and the terminal."""
 
-from __future__ import annotations
-
 import io
 import json
 from pathlib import Path

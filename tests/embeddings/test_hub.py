@@ -1,7 +1,5 @@
 """Every default source and model comes from the hub; and what can go wrong on the way."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """A tree's mask for FlexAttention: the dense mask's, its rows those of one at a time."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from itertools import pairwise

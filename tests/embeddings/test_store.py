@@ -1,7 +1,5 @@
 """Embeddings equal those of plain transformers, whatever computes, kills or shares the run."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """How many random shots do what chosen ones do: read off curves, with users resampled."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Tables, differences, verdict and plots, made from made-up runs whose truth is known."""
 
-from __future__ import annotations
-
 import copy
 import csv
 import json

@@ -1,7 +1,5 @@
 """Fits and their controls against plain loops, and what a run's folder keeps."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

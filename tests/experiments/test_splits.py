@@ -1,7 +1,5 @@
 """The four sets of a repeat against plain loops, and folders that are not as prepared."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

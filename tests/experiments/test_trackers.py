@@ -1,7 +1,5 @@
 """Losses and figures in other programs: only where these are installed, in the run's folder."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A real browser without a window: where it is, and a page of it that is driven by real keys."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -5,8 +5,6 @@ of no dimension aside), CPU tensors indexed by others, CPU generators, conversio
 device calls itself meta, for which autograd needs no hardware.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,7 +27,7 @@ class Elsewhere(Tensor):
     """A tensor on the pretended device, ``inner`` on the CPU."""
 
     @staticmethod
-    def __new__(cls, inner: Tensor) -> Elsewhere:
+    def __new__(cls, inner: Tensor) -> "Elsewhere":
         return Tensor._make_wrapper_subclass(
             cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(),
             dtype=inner.dtype, layout=inner.layout, device=DEVICE,

@@ -4,8 +4,6 @@ A repository is a folder for each of its revisions. Point a client in a process 
 with ``Hub.env``: the hub's address is read once, when its library is imported.
 """
 
-from __future__ import annotations
-
 import base64
 import functools
 import hashlib

@@ -3,8 +3,6 @@
 The file named on the command line has a JSON list of [script, settings] and gets their outcomes.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import time

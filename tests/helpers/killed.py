@@ -3,8 +3,6 @@
 As a program it answers jobs, a line of JSON each, so that the imports are paid once.
 """
 
-from __future__ import annotations
-
 import faulthandler
 import gc
 import json

@@ -1,7 +1,5 @@
 """Files of users' rewards that nothing was learned for, and what their models make of texts."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Runs made up from random figures whose truth is known, as results.json holds them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

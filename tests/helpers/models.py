@@ -1,7 +1,5 @@
 """Reward models for the tests: tiny random ones in the shape of real ones, and SmolLM2-135M."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 Every third comparison or so weighs half or double, and every dialogue has three.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple

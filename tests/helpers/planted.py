@@ -1,7 +1,5 @@
 """Planted worlds: users whose tastes are known, as a task that methods learn from."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

@@ -4,8 +4,6 @@ X is a list of U tensors [m_u, F]; ``c`` a list of the comparisons' weights [m_u
 code in utils.py must equal, step by step.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus

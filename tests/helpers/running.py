@@ -3,8 +3,6 @@
 ``invoke`` runs them within this process instead, which is quicker still.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import functools

@@ -8,8 +8,6 @@ and ends with it. Of several processes each has its rank, and when one fails the
 as by torchrun. Plots and pages are not drawn: they are made from a run's results alone.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import json

@@ -4,8 +4,6 @@ Texts are random words; a taste gives every word a value, and whoever has it pre
 whose words are worth most. Users alternate between two tastes.
 """
 
-from __future__ import annotations
-
 import functools
 import gzip
 import importlib.util

@@ -1,7 +1,5 @@
 """Basis files: whose weights are whose, and which model a basis belongs to."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Every method on a pretended second device: nothing meets a tensor of the CPU by mistake."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Killed at any moment, the same command ends where an undisturbed run ends."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Several processes, and processes that are killed, by the scripts as a user runs them."""
 
-from __future__ import annotations
-
 import json
 import re
 import signal

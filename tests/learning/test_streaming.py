@@ -1,7 +1,5 @@
 """Features read from disk at every pass give the rows that features in memory give."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

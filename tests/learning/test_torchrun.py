@@ -4,8 +4,6 @@ The real torchrun, whose processes import everything anew, ends in each way once
 another signal are told to the processes of warm.py.
 """
 
-from __future__ import annotations
-
 import re
 import shlex
 import signal

@@ -1,7 +1,5 @@
 """The learning core against the plain reference, gradients, properties and bad input."""
 
-from __future__ import annotations
-
 import functools
 import math
 import subprocess

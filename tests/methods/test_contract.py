@@ -1,7 +1,5 @@
 """What every method must do, whatever it is: one test for each line of METHODS."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass

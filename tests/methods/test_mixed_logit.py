@@ -1,7 +1,5 @@
 """The mixed logit against slow references, and what must hold of it in planted worlds."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from dataclasses import replace

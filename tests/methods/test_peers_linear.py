@@ -1,7 +1,5 @@
 """The linear peers PReF, MRM, RBD and PEBS: what they must equal, and what they must recover."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from functools import cache

@@ -1,7 +1,5 @@
 """PAL, VPL and LoRe on a shallow network: equalities, and worlds of their own kind."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import cache
 

@@ -1,7 +1,5 @@
 """The score test of users' tastes: its size, its power, and what it says."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from test_mixed_logit import world

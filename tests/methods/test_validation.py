@@ -1,7 +1,5 @@
 """lore/methods/fitting/validation.py: what is held out for choices is related as the test is."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Raw rows that cannot be: one line names file and row, and nothing is written."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """lore/preparing/hold_out.py: what is divided, what never stands on both sides, the default."""
 
-from __future__ import annotations
-
 import random
 from itertools import combinations
 from pathlib import Path

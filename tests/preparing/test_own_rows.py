@@ -1,7 +1,5 @@
 """own_rows.py and messages.py: the layouts that people's files have, and likely mistakes."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """CommunityAlignment/prepare.py: language, turns and their weights, unseen prompts, who is kept."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """OwnData/prepare.py: anybody's rows in any format, what is divided, what is beside a response."""
 
-from __future__ import annotations
-
 import csv
 import json
 import math

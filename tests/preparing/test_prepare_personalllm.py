@@ -1,7 +1,5 @@
 """PersonalLLM/prepare.py: score tensors, the rows they belong to, what both sides share."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """PRISM/prepare.py and generate-prism-embeddings.py: dialogues, filters, splits, the list form."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """PersonalRewardBench/prepare.py: its own three-way split, messages as cells, what is left out."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

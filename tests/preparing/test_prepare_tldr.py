@@ -1,7 +1,5 @@
 """RedditTLDR/prepare.py: pairs of summaries, workers kept, what is left out."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

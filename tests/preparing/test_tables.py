@@ -1,7 +1,5 @@
 """raw.py and preparing.py: rows, cells, comparisons, splits and the prepared folder."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import random

@@ -1,7 +1,5 @@
 """The demo's world and the packaged language model it is embedded with."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

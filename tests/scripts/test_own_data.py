@@ -1,7 +1,5 @@
 """Anybody's rows, from a file to the page of a run by the three commands of the README."""
 
-from __future__ import annotations
-
 import json
 import random
 import re

@@ -1,7 +1,5 @@
 """RewardBench 2: the official formulae on hand-computed rows, and the script end to end."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable

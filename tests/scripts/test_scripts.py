@@ -1,7 +1,5 @@
 """Every dataset's scripts from the raw world to table and plots, as a user runs them."""
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import dataclasses

@@ -1,7 +1,5 @@
 """Other people's models and texts: those that cannot be used end in one line that says why."""
 
-from __future__ import annotations
-
 import runpy
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A learned basis outside the project: as a stock checkpoint."""
 
-from __future__ import annotations
-
 import errno
 import functools
 import importlib.util

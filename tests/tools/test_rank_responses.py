@@ -1,7 +1,5 @@
 """Ranking candidates for a new user."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

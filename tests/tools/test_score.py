@@ -1,7 +1,5 @@
 """Rewards of known users, by the loaded model and by the command."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

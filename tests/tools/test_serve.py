@@ -1,7 +1,5 @@
 """Rewards over HTTP: many clients at once, and what is refused."""
 
-from __future__ import annotations
-
 import json
 import socket
 import threading

@@ -1,7 +1,5 @@
 """Exports in TRL, as its users call it: rewards of GRPO, and a start for RewardTrainer."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import datasets

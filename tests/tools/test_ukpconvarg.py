@@ -1,7 +1,5 @@
 """tools/ukpconvarg.py: XML of judgments in, rows for RedditTLDR/prepare.py out."""
 
-from __future__ import annotations
-
 import gzip
 from pathlib import Path
 from xml.sax.saxutils import escape

@@ -1,7 +1,5 @@
 """Means over users with their intervals, and differences paired by user and repeat."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import math

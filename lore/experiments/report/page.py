@@ -1,7 +1,5 @@
 """report.html: a run in one file that needs nothing else, for phones and for large screens."""
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Mapping, Sequence

@@ -1,8 +1,6 @@
 """Plots of a run: accuracy and log loss, training curves, spectrum, users' weights. A method's
 colour and marker follow from its name; its controls are the broken lines."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import math
@@ -40,7 +38,7 @@ class Panel(NamedTuple):
 
     name: str
     caption: str
-    draw: Callable[[Axes], None]
+    draw: "Callable[[Axes], None]"
 
 
 def full_colour(results: Results, label: str) -> tuple[float, float, float]:
@@ -101,7 +99,7 @@ def _swept(results: Results, method: str) -> list[tuple[str, dict[str, Any]]]:
     return [(label, results.fits(label)[0]["settings"]) for label in labels]
 
 
-def _draw_setting(axes: Axes, results: Results, measure: str, name: str, setting: str) -> None:
+def _draw_setting(axes: "Axes", results: Results, measure: str, name: str, setting: str) -> None:
     """A line for each method in which the setting varies, level lines for the others."""
     lines = [_swept(results, method) for method in dict.fromkeys(results.methods.values())]
     lines = [line for line in lines if len(line) > 1]
@@ -128,7 +126,7 @@ def _draw_setting(axes: Axes, results: Results, measure: str, name: str, setting
     _levels(axes, results, measure, name)
 
 
-def _draw_labels(axes: Axes, results: Results, measure: str, name: str) -> None:
+def _draw_labels(axes: "Axes", results: Results, measure: str, name: str) -> None:
     """A point with its interval for every label, its controls beside it."""
     labels = [label for label in results.labels if results.methods[label] != "reference"]
     controls = ["", *dict.fromkeys(c for label in labels for c in results.controls(label))]
@@ -147,7 +145,7 @@ def _draw_labels(axes: Axes, results: Results, measure: str, name: str) -> None:
     _levels(axes, results, measure, name)
 
 
-def _draw_shots(axes: Axes, results: Results, measure: str, name: str) -> None:
+def _draw_shots(axes: "Axes", results: Results, measure: str, name: str) -> None:
     """New users' figures against their number of shots, on a logarithmic axis that has a 0."""
     shots, main = results.shots(), results.judged[-1:]
     for label in results.labels:
@@ -172,7 +170,7 @@ def _scaled(measure: str, found: Sequence[tuple[float, Summary]]) -> np.ndarray:
 
 
 def _line(
-    axes: Axes, measure: str, found: Sequence[tuple[float, Summary | None]], text: str,
+    axes: "Axes", measure: str, found: Sequence[tuple[float, Summary | None]], text: str,
     band: bool = False, **style: Any,
 ) -> None:  # fmt: skip
     """A line through what is known, with its band if it is the one that has one."""
@@ -186,7 +184,7 @@ def _line(
 
 
 def _levels(
-    axes: Axes, results: Results, measure: str, name: str, shots: int | None = None
+    axes: "Axes", results: Results, measure: str, name: str, shots: int | None = None
 ) -> None:
     """Level lines of reference and chance, which do not stretch the axis."""
     limits, unit = axes.get_ylim(), MEASURES[measure]
@@ -204,7 +202,7 @@ def _drawn(results: Results, key: str) -> list[tuple[str, dict[str, Any]]]:
     return [(label, fit) for label, fit in found if fit.get(key)][-MOST_LABELS:]
 
 
-def _draw_training(axes: Axes, results: Results) -> None:
+def _draw_training(axes: "Axes", results: Results) -> None:
     """The objective over the steps, divided by its value at the start where that is positive."""
     from matplotlib.ticker import ScalarFormatter
 
@@ -222,7 +220,7 @@ def _draw_training(axes: Axes, results: Results) -> None:
     axes.set_xlabel("step")
 
 
-def _draw_spectrum(axes: Axes, results: Results) -> None:
+def _draw_spectrum(axes: "Axes", results: Results) -> None:
     """Each fit's spectrum, the largest value being one."""
     for label, fit in _drawn(results, "spectrum"):
         values = np.array(fit["spectrum"]) / (np.abs(fit["spectrum"]).max() or 1)
@@ -232,7 +230,7 @@ def _draw_spectrum(axes: Axes, results: Results) -> None:
     axes.set(xlabel="number", ylim=(0, None))
 
 
-def _draw_weights(axes: Axes, results: Results, label: str) -> None:
+def _draw_weights(axes: "Axes", results: Results, label: str) -> None:
     """Heat map of the seen users' weights, users in the order of their largest one."""
     weights = np.array(results.fits(label)[0]["weights"])
     order = np.lexsort((-np.abs(weights).max(1), np.abs(weights).argmax(1)))
@@ -266,7 +264,7 @@ def caption(results: Results) -> str:
     return "Bars are 95 % intervals over users."
 
 
-def figure(panels: Sequence[Panel], title: str, note: str, size: tuple[float, float]) -> Figure:
+def figure(panels: Sequence[Panel], title: str, note: str, size: tuple[float, float]) -> "Figure":
     """Panels, two a row, under one title, with one legend for all below its note; the size in
     inches is without the legend."""
     from matplotlib import rc_context

@@ -1,7 +1,5 @@
 """Tables, differences and verdict of a run, made from its results.json alone."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Collection
 from pathlib import Path

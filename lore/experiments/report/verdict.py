@@ -4,8 +4,6 @@ A difference in accuracy or log loss counts where its 95 % interval over users l
 worst outcome is the headline.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

@@ -1,8 +1,6 @@
 """The features' scale and leading directions, found by products with the features alone. Shape
 letters: N comparisons, F features, D leading directions, C columns."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

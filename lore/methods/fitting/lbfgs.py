@@ -1,7 +1,5 @@
 """Limited-memory BFGS with a given first curvature, for smooth functions of one tensor."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -2,8 +2,6 @@
 float64 but for ``project`` and ``backproject``, which alone touch features, in their own precision.
 Shape letters as in comparisons.py, with K the width of a user's state."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

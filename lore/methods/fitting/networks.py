@@ -1,8 +1,6 @@
 """What methods with a network share, which sees both embeddings of a comparison, each row once:
 rows at one scale, early stopping, choosing, users' weights."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -122,12 +120,12 @@ class Networked(Peer):
 
     def train(
         self, data: Comparisons, held: HeldOut | None, model: Any, task: Task, epochs: int = 0
-    ) -> Network:
+    ) -> "Network":
         """A fit of a model to try, stopped by held-out comparisons if there are any; the task gives
         seed and shots, and the method the most passes if ``epochs`` is 0."""
         raise NotImplementedError
 
-    def published(self, task: Task, model: Any) -> Network:
+    def published(self, task: Task, model: Any) -> "Network":
         """The fit with the published constants and budget."""
         return self.train(task.train, None, model, task)
 
@@ -138,7 +136,7 @@ class Networked(Peer):
             return []  # the first process judges alone
         return [self.published(task, self.grid[0][1][0]) if self.faithful else self._chosen(task)]
 
-    def _chosen(self, task: Task) -> Network:
+    def _chosen(self, task: Task) -> "Network":
         """The best on validation, fitted to everything with as many passes as were best there."""
         (kind, models), (name, variants) = self.grid
 

@@ -6,8 +6,6 @@ the curvature there; Newton's finds modes of many users side by side: in the K t
 user has fewer comparisons n, in the dual (Rasmussen and Williams 2006, algorithm 3.1).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,7 +32,7 @@ class Prior:
     cov: Tensor
 
     @classmethod
-    def of_users(cls, tastes: Tensor, least: float = 1e-3) -> Prior:
+    def of_users(cls, tastes: Tensor, least: float = 1e-3) -> "Prior":
         """The Gaussian with the mean and covariance of at least two users' tastes [U, K]; ``least``
         is added to all variances, as a share of their mean."""
         tastes = tastes.double()
@@ -197,7 +195,7 @@ class Evidence(NamedTuple):
     counts: Tensor
 
     @classmethod
-    def of(cls, view: Tensor, users: Users, found: Posterior) -> Evidence:
+    def of(cls, view: Tensor, users: Users, found: Posterior) -> "Evidence":
         """At the modes, from what ``posteriors`` had; written into the view, which may be large."""
         return cls(view[:, 1:].mul_(found.slope.sqrt().to(view)[:, None]), users.counts)
 

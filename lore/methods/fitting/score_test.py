@@ -2,8 +2,6 @@
 reward that all users share, the residuals of a user's comparisons point nowhere together.
 U users, N comparisons, D leading directions of the features."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 from functools import partial

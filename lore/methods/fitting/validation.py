@@ -1,7 +1,5 @@
 """How every method chooses: on training comparisons held out as the test is, see ``sides``."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -269,10 +267,10 @@ class Scores:
         """What choices go by: the mean over users; infinity if there is none."""
         return self.means().get("loss", math.inf)
 
-    def __lt__(self, other: Scores) -> bool:
+    def __lt__(self, other: "Scores") -> bool:
         return self.loss < other.loss
 
-    def gain(self, other: Scores) -> tuple[float, float]:
+    def gain(self, other: "Scores") -> tuple[float, float]:
         """How much lower the loss is than another's, by user, and the standard error of that."""
         gains = other.by_user - self.by_user
         gains = gains[~gains.isnan()]
