@@ -12,11 +12,9 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import pandas as pd
-
 from lore.common.cli import cli
 from lore.common.files import (
     begins,
@@ -43,6 +41,9 @@ from lore.embeddings.store import embed
 from lore.methods.saved import Learned, load_learned
 from PRISM import rewardbench2 as rb2
 from PRISM.rewardbench2 import Head, HeadFile
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 CACHE = Path(__file__).resolve().parent / "data" / "rewardbench2"
 PAPERS = {"model": PAPERS_MODEL}
@@ -184,7 +185,7 @@ def results_folder(results: str | None, source: Source) -> Path:
     return folder
 
 
-def save(folder: Path, csv: str | None, bench: pd.DataFrame, rewards: rb2.Rewards) -> pd.DataFrame:
+def save(folder: Path, csv: str | None, bench: "DataFrame", rewards: rb2.Rewards) -> "DataFrame":
     """The table, written with scores/<reward>.json in the official layout for every reward."""
     table = rb2.score_table(bench, rewards)
     for path in filter(None, (folder / "scores.csv", csv)):
