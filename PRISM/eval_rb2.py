@@ -19,7 +19,6 @@ from lore.common.cli import cli
 from lore.common.files import (
     begins,
     check_output,
-    check_place,
     digest,
     has_keys,
     require,
@@ -82,7 +81,6 @@ def main(
     """
     if save_csv:
         inputs = source, basis, file.rm_head, file.head_bias
-        check_place(Path(save_csv), "--save-csv")
         check_output(Path(save_csv), "--save-csv", begins("reward,"), inputs)
     learned = load_learned(basis) if basis else None
     if list_users:

@@ -13,7 +13,7 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.common.cli import cli
-from lore.common.files import begins, check_output, check_place, require, write_whole
+from lore.common.files import begins, check_output, require, write_whole
 from lore.elicitation.choices import read_candidates
 from lore.elicitation.scoring import Scorer, load_scorer
 from lore.elicitation.user import ranking
@@ -58,7 +58,6 @@ def main(
     require(texts is not None, "--texts is missing: name the file of what is to be scored")
     if out:
         require(out.suffix in (".csv", ".jsonl"), f"--out {out}: end its name in .csv or .jsonl")
-        check_place(out, "--out")
         head = "user,line,prompt,place" if out.suffix == ".csv" else '{"user":'
         check_output(out, "--out", begins(head), [basis, texts])
     drafts = read_candidates(texts, columns)

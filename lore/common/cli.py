@@ -6,21 +6,16 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from lore.common.files import InputError
-from lore.common.flags import Flags, Help
+from lore.common.flags import Flags
 
 OURS = ("lore", "utils", "__main__")  # whose messages are printed
 KEPT = "what was written whole is kept"
 NO_MEMORY = "not enough memory"
 PATIENCE = 10  # seconds in which the first process says what all have to say, and torchrun ends all
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM: what runs is left as it is for Ctrl-C."""
 
 
 def cli(main: Callable[..., Any], short: str | None = None, kept: str = KEPT) -> None:
@@ -31,16 +26,17 @@ def cli(main: Callable[..., Any], short: str | None = None, kept: str = KEPT) ->
     130 and 143; a closed pipe in none, 141. Of several processes the first says it.
     """
     logging.basicConfig(format="%(message)s", stream=sys.stderr)  # of libraries only warnings
+    # SIGTERM ends the first process as Ctrl-C does; the others as ever, at once.
+    listens = not _process() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     try:
-        with _terminated():
-            flags = Flags(main, short)
-            arguments = flags.read(sys.argv[1:])
-            for name in OURS:
-                logging.getLogger(name).setLevel(logging.WARNING if flags.quiet else logging.INFO)
-            main(**arguments)
-            sys.stdout.flush()
-    except Help as text:
-        sys.stdout.write(f"{text}\n")
+        if listens:
+            signal.signal(signal.SIGTERM, _interrupt)
+        flags = Flags(main, short)
+        arguments = flags.read(sys.argv[1:])
+        for name in OURS:
+            logging.getLogger(name).setLevel(logging.WARNING if flags.quiet else logging.INFO)
+        main(**arguments)
+        sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output has what was wanted, such as head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
@@ -51,25 +47,15 @@ def cli(main: Callable[..., Any], short: str | None = None, kept: str = KEPT) ->
             raise
         _end(2, f"error: {NO_MEMORY}")  # PyTorch's own error has pages of text
     except KeyboardInterrupt as stop:
-        status = 143 if isinstance(stop, _Terminated) else 130
+        status = stop.args[0] if stop.args else 130
         _end(status, f"stopped: {kept}; the same command goes on from there")
-
-
-@contextmanager
-def _terminated() -> Iterator[None]:
-    """Let SIGTERM end the first process as Ctrl-C does; the others it ends as ever, at once."""
-
-    def stop(*_: object) -> None:
-        raise _Terminated
-
-    if _process() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if listens:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt(143)
 
 
 def _end(status: int, line: str) -> None:

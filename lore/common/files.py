@@ -40,19 +40,15 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
             draft.unlink()
 
 
-def check_place(path: Path, flag: str) -> None:
-    """Notice before the work, which takes long, that a file cannot be written where a flag says."""
+def check_output(
+    path: Path, flag: str, is_ours: Callable[[Path], bool], inputs: Iterable[str | Path | None] = ()
+) -> None:
+    """Before work that takes long, refuse a place where nothing can be written, or where an input
+    or a file lies that carries no mark of what is written there."""
     require(not path.is_dir(), f"{flag} {path}: is a folder; name a file")
     above = next(folder for folder in path.absolute().parents if folder.exists())
     writable = above.is_dir() and os.access(above, os.W_OK)
     require(writable, f"{flag} {path}: nothing can be written in {above}")
-
-
-def check_output(
-    path: Path, flag: str, is_ours: Callable[[Path], bool],
-    inputs: Iterable[str | os.PathLike[str] | None] = (),
-) -> None:  # fmt: skip
-    """Refuse to replace a file that carries no mark of what is written there, or is an input."""
     if path.exists():
         read = any(given and os.path.exists(given) and path.samefile(given) for given in inputs)
         require(not read, f"{flag} {path}: is what is to be read; name another place")
@@ -74,12 +70,7 @@ def has_keys(*keys: str) -> Callable[[Path], bool]:
 
 def begins(text: str) -> Callable[[Path], bool]:
     """For ``check_output``: a file is ours if it begins with a text."""
-
-    def is_ours(path: Path) -> bool:
-        with path.open("rb") as file:
-            return file.read(len(text.encode())) == text.encode()
-
-    return is_ours
+    return lambda path: path.read_bytes().startswith(text.encode())
 
 
 def write_text(path: Path, text: str) -> None:

@@ -12,9 +12,8 @@ import re
 import shutil
 import sys
 import textwrap
-import types
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import NoneType
@@ -29,10 +28,6 @@ from lore.common.settings import OptimizerChoice
 ALIASES = {"run": "name", "h": "help"}  # torchrun takes --run for an option of its own
 COLUMN = 32  # where help's explanations begin
 Given = dict[str, list[str]]  # flag -> the words after it
-
-
-class Help(Exception):
-    """The text that --help is to print."""
 
 
 class Flags:
@@ -58,10 +53,11 @@ class Flags:
         self.groups = dict.fromkeys(name.rpartition(".")[0] for name in self.types if "." in name)
 
     def read(self, words: Sequence[str]) -> dict[str, Any]:
-        """The arguments that a command line asks for (or Help); ``quiet`` is kept beside them."""
+        """The arguments asked for, ``quiet`` apart; help is printed, and raises SystemExit."""
         given = self._gather(words)
         if "help" in given:
-            raise Help(self.help(*given["help"][:1]))
+            print(self.help(*given["help"][:1]))
+            sys.exit()
         try:
             settings = self.parser.parse_args(self._spell(given))
         except argparse.ArgumentError as error:
@@ -95,7 +91,7 @@ class Flags:
         values = default if typing.get_origin(hint) is tuple else [default]
         words = [os.path.relpath(x) if isinstance(x, Path) else _word(x) for x in values]
         left = f"  {' '.join([self.flag(name), *words]).removesuffix(' null')}  ".ljust(COLUMN)
-        obvious = {*typing.get_args(hint), hint} & {bool, str, Path}
+        obvious = {bool, str, Path} & _parts(hint)
         text = self.actions[name].help + ("" if obvious else f" ({_expected(hint)})")
         columns = min(shutil.get_terminal_size((100, 0)).columns, 110)
         lines = textwrap.wrap(text, max(columns - COLUMN, 40))
@@ -104,31 +100,31 @@ class Flags:
 
     def _gather(self, words: Sequence[str]) -> Given:
         """The last words of every flag; those of files first, so that the command line wins."""
-        lines, given, arguments = _lines(words), {}, {}
-        for flag, values in lines:
+        given, arguments = {}, {}
+        for flag, values in sorted(_lines(words), key=lambda line: line[0] != "config"):
+            name = self._full_name(flag)
             if flag == "config":
                 require(len(values) == 1, "--config takes one file; give it again for another")
                 given |= self._read_file(values[0])
-        for flag, values in lines:
-            name = self._full_name(flag)
-            holder, _, argument = name.rpartition(".")
-            if name in {*self.types, "help", "print_config"}:
+            elif name in {*self.types, "help", "print_config"}:
                 given[name] = values
-            elif _has(self.types.get(holder), OptimizerChoice):
+            elif OptimizerChoice in _parts(self.types.get(name.rpartition(".")[0])):
                 require(len(values) == 1, f"--{flag}: one number is expected")
-                arguments.setdefault(holder, {})[argument] = values[0]
-                with suppress(ValueError):  # what is no number is refused with all else
-                    arguments[holder][argument] = json.loads(values[0])
-            elif name != "config":
+                arguments[name] = values[0]
+            else:
                 raise InputError(self._unknown(flag))
-        for name, some in arguments.items():
-            missing = f"{self.flag(name)} is missing, whose argument {min(some)} is given"
-            require(name in given, missing)
+        for name, value in arguments.items():
+            holder, _, argument = name.rpartition(".")
+            missing = f"{self.flag(holder)} is missing, whose argument {argument} is given"
+            require(holder in given, missing)
             try:
-                path, others = OptimizerChoice.parts(" ".join(given[name]))
+                choice = OptimizerChoice.parts(" ".join(given[holder]))
             except ValueError as error:
-                raise InputError(f"{self.flag(name)}: {error}") from None
-            given[name] = [json.dumps({"class_path": path, "init_args": others | some})]
+                raise InputError(f"{self.flag(holder)}: {error}") from None
+            with suppress(ValueError):  # what is no number is refused with all else
+                value = json.loads(value)
+            choice["init_args"][argument] = value
+            given[holder] = [json.dumps(choice)]
         return given
 
     def _full_name(self, flag: str) -> str:
@@ -180,10 +176,9 @@ class Flags:
         """Flags as the parser takes them: one word, a list as JSON, a bare switch as true."""
         arguments = []
         for name, values in given.items():
-            default = self.defaults.get(name)
-            if _has(self.types.get(name), bool) and not values:
+            if bool in _parts(self.types.get(name)) and not values:
                 values = ["true"]
-            several = isinstance(default, Collection) and not isinstance(default, str | dict)
+            several = isinstance(self.defaults.get(name), list | tuple)
             if values and several and not values[0].startswith("["):
                 values = [json.dumps(values)]  # as texts: they are read as what the type says
             missing = name in self.types and not (values and all(values))
@@ -231,21 +226,22 @@ def _word(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def _has(hint: Any, kind: type) -> bool:
-    """Whether a type is another one, or a union with it."""
-    return hint is kind or kind in typing.get_args(hint)
+def _parts(hint: Any) -> set[Any]:
+    """A type and what it is made of, such as the types of a union."""
+    return {hint, *typing.get_args(hint)}
 
 
 def _expected(hint: Any) -> str:
     """What a flag takes, in words."""
     names = {bool: "true or false", OptimizerChoice: "a class of torch.optim", str: "a text"}
-    if typing.get_origin(hint) is Literal:
-        return f"one of {', '.join(map(str, typing.get_args(hint)))}"
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        return _expected(next(kind for kind in typing.get_args(hint) if kind is not NoneType))
-    if typing.get_origin(hint) is not None:
-        inner = typing.get_args(hint)[0]
-        if typing.get_origin(inner) is Literal:
-            return "some" + _expected(inner).removeprefix("one")
-        return "a list of lists" if typing.get_origin(inner) else f"a list, each {_expected(inner)}"
-    return names.get(hint, getattr(hint, "__name__", str(hint)))
+    kind, inner = typing.get_origin(hint), typing.get_args(hint)
+    if kind is None:
+        return names.get(hint, getattr(hint, "__name__", str(hint)))
+    if kind is Literal:
+        return f"one of {', '.join(map(str, inner))}"
+    if NoneType in inner:
+        return _expected(next(part for part in inner if part is not NoneType))
+    each = _expected(inner[0])
+    if typing.get_origin(inner[0]) is Literal:
+        return "some" + each.removeprefix("one")
+    return "a list of lists" if typing.get_origin(inner[0]) else f"a list, each {each}"

@@ -26,12 +26,10 @@ def kinds(held_out: Judged, own: Judged, training: Judged) -> NDArray[np.int8]:
     perhaps not with each other; NEW where one of them stands neither there nor in ``training``, the
     seen users' comparisons that train the basis; MET otherwise.
     """
-    every = (held_out, own, training)
-    most = 1 + max(int(side.max(initial=0)) for some in every for side in some[1:])
 
     def judged(some: Judged) -> NDArray[np.int64]:
         """A number for the user with each of the two responses [2, n]."""
-        return some.user.astype(np.int64) * most + np.stack(some[1:])
+        return some.user.astype(np.int64) * 2**32 + np.stack(some[1:])
 
     by_user = np.isin(judged(held_out), judged(own))
     by_any = by_user | np.isin(np.stack(held_out[1:]), np.stack(training[1:]))

@@ -69,19 +69,19 @@ class OptimizerChoice:
     that is loaded already, as torch.optim is.
     """
 
-    def __init__(self, path: str, arguments: Mapping[str, Any]) -> None:
+    def __init__(self, class_path: str, init_args: Mapping[str, Any]) -> None:
         """Arguments are numbers, truth values and lists; ValueError where no plain step is made."""
-        module, _, name = path.rpartition(".")
+        module, _, name = class_path.rpartition(".")
         self._class = vars(sys.modules[module]).get(name) if module in sys.modules else None
         if not (isinstance(self._class, type) and issubclass(self._class, Optimizer)):
-            error = f"{path:.60} is not a subclass of torch.optim.Optimizer in torch.optim, such "
-            error += "as torch.optim.AdamW, or in a module that the script imports"
-            raise ValueError(error)
-        for name, value in arguments.items():
+            raise ValueError(f"{class_path:.60} is not a subclass of torch.optim.Optimizer in "
+                             "torch.optim, such as torch.optim.AdamW, or in a module that the "
+                             "script imports")  # fmt: skip
+        for name, value in init_args.items():
             values = value if isinstance(value, list) else [value]
             if not all(isinstance(x, bool | int | float) and math.isfinite(x) for x in values):
                 raise ValueError(f"its argument {name} must be a number, not {value!r:.40}")
-        self.path, self.arguments = path, dict(arguments)
+        self.given = {"class_path": class_path, "init_args": dict(init_args)}
         parameter = torch.zeros(2, 2, requires_grad=True)
         parameter.grad = torch.ones(2, 2)
         try:
@@ -93,33 +93,23 @@ class OptimizerChoice:
 
     def __call__(self, parameters: Iterable[Tensor]) -> Optimizer:
         """The optimiser of the parameters."""
-        return self._class(parameters, **self.arguments)
+        return self._class(parameters, **self.given["init_args"])
 
     def __str__(self) -> str:
-        return f"{self.path}({', '.join(f'{k}={v}' for k, v in self.arguments.items())})"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, OptimizerChoice) and str(self) == str(other)
-
-    def __hash__(self) -> int:
-        return hash(str(self))
-
-    @classmethod
-    def read(cls, given: Any) -> "OptimizerChoice":
-        """From a path, or from {"class_path": path, "init_args": {name: number}}, also as JSON."""
-        return cls(*cls.parts(given))
+        path, arguments = self.given.values()
+        return f"{path}({', '.join(f'{k}={v}' for k, v in arguments.items())})"
 
     @staticmethod
-    def parts(given: Any) -> tuple[str, dict[str, Any]]:
-        """Path and arguments of what ``read`` takes."""
+    def parts(given: Any) -> dict[str, Any]:
+        """{"class_path": path, "init_args": {name: number}}, of a path or of this, also as JSON."""
         given = json.loads(given) if isinstance(given, str) and given[:1] == "{" else given
         given = {"class_path": given} if isinstance(given, str) else given
         if isinstance(given, dict) and given.keys() <= {"class_path", "init_args"}:
             path, arguments = given.get("class_path"), given.get("init_args") or {}
             if isinstance(path, str) and isinstance(arguments, dict):
-                return path, arguments
+                return {"class_path": path, "init_args": arguments}
         raise ValueError("the path of an optimiser is expected, such as torch.optim.AdamW")
 
 
-register_type(OptimizerChoice, lambda it: {"class_path": it.path, "init_args": it.arguments},
-              OptimizerChoice.read)  # fmt: skip
+register_type(OptimizerChoice, lambda choice: choice.given,
+              lambda given: OptimizerChoice(**OptimizerChoice.parts(given)))  # fmt: skip

@@ -43,7 +43,7 @@ def expect(
 def require_finite(path: Path, tensors: dict[str, Tensor], remedy: str) -> None:
     """Raise InputError if one of a file's tensors holds NaN or infinity."""
     for name, tensor in tensors.items():
-        finite = not tensor.is_floating_point() or bool(tensor.isfinite().all())
+        finite = bool(tensor.isfinite().all())
         require(finite, f"{path}: {name} holds NaN or infinity; {remedy}")
 
 
