@@ -18,27 +18,11 @@ from torch import Tensor, nn  # noqa: F401 (scripts take nn from here)
 
 from lore.common.devices import sum_over_processes
 from lore.common.files import InputError, require  # noqa: F401 (scripts catch InputError from here)
+from lore.learning import comparisons
 from lore.learning.basis import TEMPERATURE, Basis, save_basis
-from lore.learning.comparisons import (
-    Comparisons,
-    Seed,
-    Users,
-    as_generator,
-    check_features,
-    warn_of_short_users,
-)
+from lore.learning.comparisons import Comparisons, Seed, Users, as_generator, check_features
 from lore.learning.grid import check_reference, fit_bases, grid
-from lore.learning.simulated_users import (  # noqa: F401 (the published names)
-    create_dataset_prism,
-    create_dataset_prism_shots,
-    create_sparse_tensor,
-    generate_population,
-    generate_popupulation,
-    sample_shots,
-    simulate_choices,
-    simulate_population,
-    simulate_user,
-)
+from lore.learning.simulated_users import *  # noqa: F403 (all that it has is published)
 from lore.learning.training import OptimizerFactory, fit_weights, own_directions, train_together
 
 log = logging.getLogger(__name__)
@@ -313,7 +297,9 @@ def run(
         four = zip(sets, projected, (basis.W, basis.W, W, W), strict=True)
         rows.append([data.accuracies(_rewards(Z, w, data)).cpu().numpy() for data, Z, w in four])
         if save_dir is not None:
-            save_basis(Path(save_dir) / _basis_name(basis, alpha_list), basis)
+            alpha = f"-alpha{basis.settings['alpha']:g}" if len(alpha_list) > 1 else ""
+            name = f"basis-K{basis.settings['rank']:02d}{alpha}.safetensors"
+            save_basis(Path(save_dir) / name, basis)
     means, spreads = (np.array([[f(u) for u in row] for row in rows]) for f in (np.mean, np.std))
     return Accuracies(*means.T, *spreads.T)
 
@@ -344,12 +330,6 @@ def _points(ranks: Sequence[int], alphas: Sequence[float]) -> list[dict[str, Any
 def _rewards(Z: Tensor, W: Tensor, users: Users) -> Tensor:
     """z^T w [N] of projected comparisons Z [N, K] for their users' weights [U, K]."""
     return (Z * W.to(Z)[users.user]).sum(1)
-
-
-def _basis_name(basis: Basis, alphas: Sequence[float]) -> str:
-    """File name of a basis: basis-K05.safetensors, with its alpha where there are several."""
-    suffix = f"-alpha{basis.settings['alpha']:g}" if len(alphas) > 1 else ""
-    return f"basis-K{basis.settings['rank']:02d}{suffix}.safetensors"
 
 
 class ShotAccuracies(NamedTuple):
@@ -385,7 +365,7 @@ def run_few_shot_vary_shots(
         (train_features, N), (train_features_unseen, N_unseen),
         (test_features_sparse_unseen, N_unseen), device=device,
     )  # fmt: skip
-    warn_of_short_users(int(few.counts.min()), num_shots)
+    comparisons.warn_of_short_users(int(few.counts.min()), num_shots)
     bases = fit_bases(
         estimator, _points(K_list, alpha_list), V_final, train, N, None,
         lambda columns: draws.append(_draw_shots(few, num_shots, trials, columns, generator)),

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,15 @@ def look_up(named: Mapping[str, Tensor], user: str, flag: str = "user") -> Tenso
     return named[user]
 
 
+def save_fit(path: Path, basis: Basis, new: Tensor, facts: Mapping[str, Any]) -> None:
+    """Write a method's basis file, with the new users' weights [U', K] (ones where K is 1) and the
+    facts of ``Fitted.save``."""
+    about, W = dict(facts), new if basis.V.shape[1] > 1 else torch.ones(len(new), 1)
+    own = {"users": about.pop("users"), "W_unseen": W, "users_unseen": about.pop("users_unseen")}
+    own |= {"center": about.pop("center", None), "settings": basis.settings | about}
+    save_basis(path, replace(basis, **own))
+
+
 def save_basis(path: str | Path, basis: Basis) -> None:
     """Write a basis file (safetensors), whole or not at all; InputError where the names do not
     match the rows of the weights."""
@@ -94,10 +103,14 @@ def save_basis(path: str | Path, basis: Basis) -> None:
 def load_basis(path: str | Path) -> Basis:
     """Read what ``save_basis`` wrote; InputError if it is missing, damaged or something else."""
     path = Path(path)
+
+    def check(fine: bool, what: str) -> None:
+        require(fine, f"{path}: {what}; {REMEDY}")
+
     require(path.is_file(), f"{path}: no such basis file")
     metadata, found = read_tensors(path, REMEDY)
     unit = metadata.get("unit", UNIT)
-    require(unit == UNIT, f"{path}: its unit is {unit!r:.40}, not {UNIT}; {REMEDY}")
+    check(unit == UNIT, f"its unit is {unit!r:.40}, not {UNIT}")
     V = expect(path, found, REMEDY, "V", torch.float32, None, None)
     F, K = V.shape
     shapes = {"V": (F, K), "W": (None, K), "W_unseen": (None, K), "reference": (F,), "center": (F,)}
@@ -107,29 +120,21 @@ def load_basis(path: str | Path) -> Basis:
         if name in found or name == "W"
     }
     require_finite(path, tensors, REMEDY)
-    require(V.numel() > 0 and len(tensors["W"]) > 0, f"{path}: V or W is empty; {REMEDY}")
-    basis = Basis(**tensors, **_read_notes(path, metadata))
-    for name, names in (("W", basis.users), ("W_unseen", basis.users_unseen)):
-        W = tensors.get(name, torch.empty(0, K))
-        simplex = bool((W >= 0).all()) and torch.allclose(W.sum(1), torch.ones(()), 0, 1e-3)
-        message = f"{path}: {name} holds weights that are below 0 or do not add up to one; {REMEDY}"
-        require(simplex, message)
-        message = f"{path}: names {len(names)} users for {len(W)} rows of weights; {REMEDY}"
-        require(len(names) in (0, len(W)), message)
-    once = len(set(basis.names)) == len(basis.names)
-    require(once, f"{path}: names a user twice; {REMEDY}")
-    return basis
-
-
-def _read_notes(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The names of users and the settings in a basis file."""
+    check(V.numel() > 0 and len(tensors["W"]) > 0, "V or W is empty")
     notes = {}
     for name, default in {"users": [], "users_unseen": [], "settings": {}}.items():
         try:
-            note = json.loads(metadata[name]) if name in metadata else default
+            notes[name] = json.loads(metadata[name]) if name in metadata else default
         except (ValueError, RecursionError):
-            note = None
-        fits = isinstance(note, type(default)) and all(isinstance(key, str) for key in note)
-        require(fits, f"{path}: {name} are not as expected; {REMEDY}")
-        notes[name] = note
-    return notes
+            notes[name] = None
+        fits = isinstance(notes[name], type(default))
+        fits = fits and all(isinstance(key, str) for key in notes[name])
+        check(fits, f"{name} are not as expected")
+    basis = Basis(**tensors, **notes)
+    for name, names in (("W", basis.users), ("W_unseen", basis.users_unseen)):
+        W = tensors.get(name, torch.empty(0, K))
+        simplex = bool((W >= 0).all()) and torch.allclose(W.sum(1), torch.ones(()), 0, 1e-3)
+        check(simplex, f"{name} holds weights that are below 0 or do not add up to one")
+        check(len(names) in (0, len(W)), f"names {len(names)} users for {len(W)} rows of weights")
+    check(len(set(basis.names)) == len(basis.names), "names a user twice")
+    return basis

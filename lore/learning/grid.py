@@ -48,29 +48,28 @@ def fit_bases(
     model is trained after the other.
     """
     direction = check_reference(reference, data.num_features)
-    models: list[Model | None] = []
-    bases: list[Basis] = []
+    in_turn = then is not None and estimator.drops_columns
+    models, bases = [], []
     for point in points:
-        rank, shared = point["rank"], (direction, point["alpha"], num_users, data.num_features)
+        rank, about = point["rank"], {"shrinkage": point["shrinkage"], **settings}
         require(rank != 0 or direction is not None, "rank 0 is the reference model: there is none")
-        about = {"shrinkage": point["shrinkage"], **settings}
-        models.append(estimator(*shared, rank, **about) if rank else None)
-        if then is None:
-            continue
-        if estimator.drops_columns:
-            bases += _train([point], models[-1:], direction, data, num_users)
-        columns = bases[-1].V.shape[1] if bases else rank
-        then(columns if rank > 1 else 0)
-    return bases or _train(points, models, direction, data, num_users, checkpoint)
+        given = direction, point["alpha"], num_users, data.num_features, rank
+        models.append((point, estimator(*given, **about) if rank else None))
+        if in_turn:
+            bases += _train(models[-1:], direction, data, num_users)
+            rank = bases[-1].V.shape[1]
+        if then is not None:
+            then(rank if point["rank"] > 1 else 0)
+    return bases if in_turn else _train(models, direction, data, num_users, checkpoint)
 
 
 def _train(
-    points: Sequence[dict[str, Any]], models: Sequence[Model | None], reference: Tensor | None,
+    models: Sequence[tuple[dict[str, Any], Model | None]], reference: Tensor | None,
     data: Comparisons, num_users: int, checkpoint: Checkpoint | None = None,
 ) -> list[Basis]:  # fmt: skip
-    some = [model for model in models if model is not None]
+    some = [model for _, model in models if model is not None]
     trained, bases = iter(train_together(some, data, checkpoint) if some else []), []
-    for point, model in zip(points, models, strict=True):
+    for point, model in models:
         if model is None:
             V, losses = reference.float()[:, None].to(data.device), torch.empty(0)
             W = torch.ones(num_users, 1, device=data.device)

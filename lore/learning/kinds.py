@@ -29,20 +29,15 @@ def shares(held_out: Judged, own: Judged, training: Judged) -> Shares:
     return {name: float(weight[kind == number].sum()) for number, name in enumerate(KINDS)}
 
 
-def kinds_of_test(
-    train: Comparisons, few: Comparisons | None, seen: Comparisons, unseen: Comparisons | None
-) -> dict[str, NDArray[np.int8]]:
+def kinds_of_test(*sets: Comparisons | None) -> dict[str, NDArray[np.int8]]:
     """Kind of each held-out comparison, as its place in ``KINDS``, by set as ``shares_of_test``."""
-    return {name: kinds(*parts) for name, parts in _judged(train, few, seen, unseen).items()}
+    return {name: kinds(*parts) for name, parts in _judged(*sets).items()}
 
 
-def shares_of_test(
-    train: Comparisons, few: Comparisons | None, seen: Comparisons, unseen: Comparisons | None
-) -> dict[str, Shares] | None:
-    """Kinds of the held-out comparisons of seen and, if any, unseen users, given the training
-    comparisons of the former and the shots of the latter. None without row numbers."""
-    parts = _judged(train, few, seen, unseen)
-    return {name: shares(*three) for name, three in parts.items()} or None
+def shares_of_test(*sets: Comparisons | None) -> dict[str, Shares] | None:
+    """Kinds of the held-out comparisons of ``seen`` and, if any, ``unseen`` users, from a task's
+    sets: train, few, seen and unseen. None without row numbers."""
+    return {name: shares(*parts) for name, parts in _judged(*sets).items()} or None
 
 
 def _judged(

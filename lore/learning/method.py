@@ -47,6 +47,7 @@ class Fitted:
 
     label: str  # in tables, such as "LoRe K=5"
     settings: dict[str, Any]  # what was fitted, such as the rank; plain JSON values
+    facts: Mapping[str, Any] = {}  # what ``describe`` says
     users: Tensor  # seen users' states [U, S]; S is 0 where nothing is personal
     population_state: Tensor  # [S] of a user of whom nothing is known, such as the mean weights
     file: str = ""  # that ``save`` writes, without seed and suffix; "" for none
@@ -103,7 +104,7 @@ class Fitted:
     def describe(self) -> dict[str, Any]:
         """What the fit looks like, as JSON values: ``losses`` for the training curve, ``note`` a
         line for the report, ``spectrum`` for a plot; and whatever else is worth keeping."""
-        return {}
+        return dict(self.facts)
 
     def save(self, path: Path, new: Tensor, facts: Mapping[str, Any]) -> None:
         """Keep what tools need in one file, with the new users' states [U', S]. The facts are

@@ -107,8 +107,11 @@ class Training:
             self.strength = per_comparison.to(self.V)[:, None] * each.to(self.V)
         self.parts = list(data.parts(2 * len(models)))
         self.by_direction = data.device.type == "cpu" and isinstance(data.features, DenseFeatures)
+        self.projected: Tensor | None = None  # Z, while the basis stays as it is
         groups = [[self.logits], [self.V]] if lead.alternating else [[self.logits, self.V]]
         self.optimizers = [make_optimizer(lead.optimizer, g, lead.learning_rate) for g in groups]
+        wanted = [(True, False), (False, True)] if lead.alternating else [(True, True)]
+        self.turns = list(zip(self.optimizers, wanted, strict=True))
         self.losses = self.V.new_zeros(lead.num_iterations, len(models))
 
     def fit(self, checkpoint: "Checkpoint | None") -> list[tuple[Tensor, Tensor]]:
@@ -118,9 +121,9 @@ class Training:
         label = f"rank {', '.join(map(str, self.ranks))}"
         bar = tqdm(range(start, lead.num_iterations), label, initial=start,
                    total=lead.num_iterations, disable=not lead.progress or None)  # fmt: skip
-        step_once = self._alternating_step if lead.alternating else self._joint_step
         for step in bar:
-            self.losses[step] = step_once(step)
+            for optimizer, wanted in self.turns:  # what the last one starts from is recorded
+                self.losses[step] = _step(optimizer, partial(self._set_gradients, step, *wanted))
             if lead.progress and step % 50 == 0:
                 bar.set_postfix(loss=" ".join(f"{x:.4f}" for x in self.losses[step].tolist()))
             if checkpoint:
@@ -133,76 +136,55 @@ class Training:
         finite = bool(self.V.isfinite().all() & self.logits.isfinite().all())
         require(finite, f"by step {step} of training, {DIVERGED}")
 
-    def _joint_step(self, step: int) -> Tensor:
-        return _step(
-            self.optimizers[0], lambda: self._set_gradients(step, True, True, self._projected())
-        )
-
-    def _alternating_step(self, step: int) -> Tensor:
-        """One step on the weights, then one on the basis at the new weights."""
-        known = [self._projected()]  # serves both steps
-        _step(self.optimizers[0], lambda: self._set_gradients(step, True, False, known[0]))
-
-        def of_basis() -> Tensor:
-            Z = known.pop() if known else self._projected()
-            return self._set_gradients(step, False, True, Z)
-
-        return _step(self.optimizers[1], of_basis)
-
-    def _projected(self) -> Tensor | None:
-        return None if self.by_direction else self.data.project(self.V)
-
-    def _set_gradients(
-        self, step: int, of_weights: bool, of_basis: bool, Z: Tensor | None = None
-    ) -> Tensor:
+    def _set_gradients(self, step: int, of_weights: bool, of_basis: bool) -> Tensor:
         """Put gradients into the logits and the basis; returns every model's objective [M]."""
         W = simplex(self.logits, self.ranks)
         V = self.V.detach().T.contiguous().T  # products are faster with each column in a row
         losses, dW, dV = W.new_zeros(len(self.models)), torch.zeros_like(W), torch.zeros_like(V)
+        gradients = self._by_direction if self.by_direction else self._by_projection
         for users, rows, part in self.parts:
-            given = part, V, W[users], Z
-            some, slope = loss_and_slope(self.models[0].loss, self._products(*given), self.c[rows])
-            of_part = self._gradients(*given, slope, of_weights, of_basis)
-            losses += some
-            dW[users] += of_part[0]
-            dV += of_part[1]
+            found = gradients(part, V, W[users], self.c[rows], of_weights, of_basis)
+            losses += found[0]
+            dW[users] += found[1]
+            dV += found[2]
         if of_weights:
             losses = losses + self._set_weights_gradient(W, dW)
         return self._set_basis_gradient(losses, dV, step) if of_basis else losses
 
-    def _products(self, data: Comparisons, V: Tensor, W: Tensor, Z: Tensor | None) -> Tensor:
-        """x^T V w [N, M] of every comparison for its own user in each model: sums over rows of
-        Z = X V [N, C] (streamed or on a GPU), or without Z one product with its user's V w."""
-        if Z is not None:
-            each = (Z * W.index_select(0, data.user)).split(self.ranks, 1)
-            return torch.stack([p.sum(1) for p in each], 1)
+    def _by_direction(
+        self, data: Comparisons, V: Tensor, W: Tensor, c: Tensor, of_weights: bool, of_basis: bool
+    ) -> tuple[Tensor, ...]:
+        """Losses [M], and their gradients in W [U, C] and V [F, C], or 0. A comparison's products
+        are with its user's directions V w; gradients are H V and H^T W, with H [U, M, F] each
+        user's sums of slopes times x."""
+        x, vs, ws = data.features.x.to(V.dtype), V.split(self.ranks, 1), W.split(self.ranks, 1)
         directions = V.new_empty(len(W), len(self.ranks), len(V))  # [U, M, F]
-        vs, ws = V.split(self.ranks, 1), W.split(self.ranks, 1)
         for m, (v, w) in enumerate(zip(vs, ws, strict=True)):
             torch.mm(w, v.T, out=directions[:, m])
-        return data.dots(data.features.x.to(V.dtype), directions)
-
-    def _gradients(
-        self, data: Comparisons, V: Tensor, W: Tensor, Z: Tensor | None, slope: Tensor,
-        of_weights: bool, of_basis: bool,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Gradients in W [U, C] and V [F, C], or 0, of slope [N, M] times ``_products``: H V and
-        H^T W, with H [U, M, F] each user's sums of slope times x."""
-        dW = dV = torch.zeros((), device=V.device)
-        if Z is not None:
-            columns = zip(slope.split(1, 1), self.ranks, strict=True)
-            G = torch.cat([s.expand(-1, rank) for s, rank in columns], 1)  # [N, C], no GPU waits
-            if of_weights:
-                dW = data.sum(G * Z)
-            if of_basis:
-                dV = data.backproject(G * W.index_select(0, data.user))
-            return dW, dV
-        H = data.sums(data.features.x.to(V.dtype), slope).unbind(1)
+        losses, slope = loss_and_slope(self.models[0].loss, data.dots(x, directions), c)
+        H, dW, dV = data.sums(x, slope).unbind(1), W.new_zeros(()), W.new_zeros(())
         if of_weights:
-            dW = torch.cat([h @ v for h, v in zip(H, V.split(self.ranks, 1), strict=True)], 1)
+            dW = torch.cat([h @ v for h, v in zip(H, vs, strict=True)], 1)
         if of_basis:
-            dV = torch.cat([w.T @ h for h, w in zip(H, W.split(self.ranks, 1), strict=True)]).T
-        return dW, dV
+            dV = torch.cat([w.T @ h for h, w in zip(H, ws, strict=True)]).T
+        return losses, dW, dV
+
+    def _by_projection(
+        self, data: Comparisons, V: Tensor, W: Tensor, c: Tensor, of_weights: bool, of_basis: bool
+    ) -> tuple[Tensor, ...]:
+        """The same by sums over rows of Z = X V [N, C], streamed or on a GPU."""
+        Z = data.project(V) if self.projected is None else self.projected
+        self.projected = None if of_basis else Z  # serves both steps that alternate
+        own, dW, dV = W.index_select(0, data.user), W.new_zeros(()), W.new_zeros(())
+        products = torch.stack([part.sum(1) for part in (Z * own).split(self.ranks, 1)], 1)
+        losses, slope = loss_and_slope(self.models[0].loss, products, c)
+        columns = zip(slope.split(1, 1), self.ranks, strict=True)
+        G = torch.cat([s.expand(-1, rank) for s, rank in columns], 1)  # [N, C], no GPU waits
+        if of_weights:
+            dW = data.sum(G * Z)
+        if of_basis:
+            dV = data.backproject(G * own)
+        return losses, dW, dV
 
     def _set_weights_gradient(self, W: Tensor, dW: Tensor) -> Tensor:
         """Through the softmax, with the pull to the population; returns the pull's losses [M]."""
@@ -254,16 +236,19 @@ def train_together(
 
 def _step(optimizer: Optimizer, gradients: Callable[[], Tensor]) -> Tensor:
     """One step; returns the objectives [M] at the point it started from."""
-    first: list[Tensor] = []
+    found: list[Tensor] = []
 
     def total() -> Tensor:
-        with torch.enable_grad():
-            losses = gradients()
-        first.append(losses)
-        return losses.sum()
+        found.append(gradients())
+        return found[-1].sum()
 
     optimizer.step(total)
-    return first[0]
+    return found[0]
+
+
+def _bar(turns: Sequence[Any], label: str, shown: bool) -> Iterable[Any]:
+    hidden = not shown or None  # None is as stderr is: no bars where that is no terminal
+    return tqdm(turns, label, disable=hidden, leave=False)
 
 
 def fit_weights(
@@ -296,8 +281,7 @@ def fit_weights(
         return total + pulls
 
     steps = make_optimizer(optimizer, [logits], learning_rate)
-    hidden = not progress or None  # None is as stderr is: no bars where that is no terminal
-    for _ in tqdm(range(num_iterations), "users' weights", disable=hidden, leave=False):
+    for _ in _bar(range(num_iterations), "users' weights", progress):
         total = _step(steps, gradient)
         if losses is not None:
             losses.append(float(total))
@@ -312,9 +296,7 @@ def own_directions(
     """Every user's own reward direction [U, F], from zero; ``data`` is held in memory, ``loss`` is
     of the products x^T v."""
     directions = []
-    parts = list(data.parts(2, CACHE_BYTES))
-    hidden = not progress or None
-    for _, _, part in tqdm(parts, "own models", disable=hidden, leave=False):
+    for _, _, part in _bar(list(data.parts(2, CACHE_BYTES)), "own models", progress):
         x = part.features.x.float()
         V = x.new_zeros(part.num_users, x.shape[1])
         c = (part.weight / part.user_weight()[part.user]).to(x)

@@ -1,26 +1,17 @@
 """Methods for personal rewards: each is one file here and one line of ``METHODS``."""
 
 from lore.learning.method import Method
-from lore.methods.lore import Lore
-from lore.methods.mixed_logit import MixedLogit
-from lore.methods.mlp import MLP
-from lore.methods.mrm import MRM
-from lore.methods.pal import PAL
-from lore.methods.pebs import PEBS
-from lore.methods.pref import PReF
-from lore.methods.rbd import RBD
-from lore.methods.ridge_bt import RidgeBT
-from lore.methods.vpl import VPL
+from lore.methods import lore, mixed_logit, mlp, mrm, pal, pebs, pref, rbd, ridge_bt, vpl
 
 METHODS: dict[str, type[Method]] = {
-    "ridge_bt": RidgeBT,
-    "lore": Lore,
-    "mixed_logit": MixedLogit,
-    "pal": PAL,
-    "vpl": VPL,
-    "pref": PReF,
-    "mrm": MRM,
-    "rbd": RBD,
-    "pebs": PEBS,
-    "mlp": MLP,
+    "ridge_bt": ridge_bt.RidgeBT,
+    "lore": lore.Lore,
+    "mixed_logit": mixed_logit.MixedLogit,
+    "pal": pal.PAL,
+    "vpl": vpl.VPL,
+    "pref": pref.PReF,
+    "mrm": mrm.MRM,
+    "rbd": rbd.RBD,
+    "pebs": pebs.PEBS,
+    "mlp": mlp.MLP,
 }

@@ -5,16 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lore.learning import comparisons
 from lore.learning.basis import Basis
-from lore.learning.comparisons import (
-    PART_BYTES,
-    Comparisons,
-    DenseFeatures,
-    Pairs,
-    RowFeatures,
-    Seed,
-    Users,
-)
+from lore.learning.comparisons import Comparisons, DenseFeatures, Pairs, RowFeatures, Seed, Users
 from lore.learning.method import Fitted, Task
 from lore.learning.training import own_directions
 from lore.methods.lore import Lore, LoreFit
@@ -76,7 +69,7 @@ class OwnFit(Fitted):
 
     def __init__(self, lore: Lore, task: Task) -> None:
         self.lore, self.progress, self.stream, self.settings = lore, task.progress, task.stream, {}
-        self.at_once = max(1, PART_BYTES // (4 * task.train.num_features))  # comparisons
+        self.at_once = max(1, comparisons.PART_BYTES // (4 * task.train.num_features))
         self.population_state = torch.zeros(task.train.num_features, device=task.train.device)
         self.users = self.adapt(self.view(task.train), task.train, None)
 

@@ -9,16 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lore.common import settings
 from lore.common.devices import rows_before
 from lore.common.files import require
-from lore.common.settings import (
-    NonNegativeFloat,
-    NonNegativeInt,
-    OptimizerChoice,
-    PositiveInt,
-    Rate,
-)
-from lore.learning.basis import Basis, save_basis
+from lore.learning.basis import Basis, save_fit
 from lore.learning.comparisons import Comparisons, Seed, Users
 from lore.learning.grid import fit_bases, grid
 from lore.learning.method import Fitted, Task
@@ -55,15 +49,15 @@ class Lore:
             apart as if they were new; test comparisons never choose anything.
     """
 
-    ranks: tuple[NonNegativeInt, ...] = (5,)
-    alpha: tuple[NonNegativeFloat, ...] = (0.0,)
-    shrinkage: tuple[NonNegativeFloat, ...] = (0.0,)
+    ranks: tuple[settings.NonNegativeInt, ...] = (5,)
+    alpha: tuple[settings.NonNegativeFloat, ...] = (0.0,)
+    shrinkage: tuple[settings.NonNegativeFloat, ...] = (0.0,)
     estimator: Literal["lore", "lore_regularized"] = "lore"
-    iterations: PositiveInt | None = None
-    learning_rate: Rate = 0.5
-    few_shot_iterations: PositiveInt = 500
-    few_shot_learning_rate: Rate | None = None
-    optimizer: OptimizerChoice | None = None
+    iterations: settings.PositiveInt | None = None
+    learning_rate: settings.Rate = 0.5
+    few_shot_iterations: settings.PositiveInt = 500
+    few_shot_learning_rate: settings.Rate | None = None
+    optimizer: settings.OptimizerChoice | None = None
     select_rank: bool = False
     bounded = ("ranks",)  # ranks that users or features limit
 
@@ -76,8 +70,8 @@ class Lore:
     def check(self, task: Task) -> None:
         """Refuse a pull to nothing, and a choice where nothing can be held out for it."""
         self.check_reference(task)
-        if self.select_rank:
-            self._validation(task)
+        none = "--select-rank: no user has two dialogues to hold one out for choosing"
+        require(not self.select_rank or Validation(task).possible, none)
 
     def fit_shared(self, task: Task) -> "list[LoreFit]":
         """Bradley-Terry: rank 1, one shared direction, for every alpha."""
@@ -114,12 +108,6 @@ class Lore:
         )  # fmt: skip
         return [LoreFit(self, basis) for basis in bases]
 
-    def _validation(self, task: Task) -> Validation:
-        """What a choice is made on; InputError where there is nothing."""
-        data, none = Validation(task), "no user has two dialogues to hold one out for choosing"
-        require(data.possible, f"--select-rank: {none}")
-        return data
-
     def _chosen(
         self, task: Task, grid_points: list[dict[str, Any]], fits: "list[LoreFit]"
     ) -> "LoreFit":
@@ -133,7 +121,7 @@ class Lore:
                     each.users = each.users[first : first + split.fit.num_users]
             return all_fits[number], all_fits
 
-        found = choose(self._validation(task), range(len(grid_points)), fit)
+        found = choose(Validation(task), range(len(grid_points)), fit)
         label = found.kept[0][found.candidate].label
         again = {fit.label: fit for fit in fits}
         if label not in again:  # rank 1, which is not fitted here otherwise
@@ -231,11 +219,5 @@ class LoreFit(Fitted):
 
     def save(self, path: Path, new: Tensor, facts: Mapping[str, Any]) -> None:
         """A basis file, see ``basis.save_basis``."""
-        basis = replace(self.basis)
-        if not self.personal:
-            new = torch.ones(len(new), 1)
-        basis.W_unseen, about = new, dict(facts)
-        basis.users, basis.users_unseen = about.pop("users"), about.pop("users_unseen")
-        basis.center = about.pop("center", None)
-        basis.settings = {**basis.settings, "estimator": self.method.estimator, **about}
-        save_basis(path, basis)
+        about = self.basis.settings | {"estimator": self.method.estimator}
+        save_fit(path, replace(self.basis, settings=about), new, facts)

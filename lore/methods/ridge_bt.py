@@ -13,7 +13,7 @@ from torch.nn.functional import logsigmoid
 
 from lore.common.devices import sum_over_processes
 from lore.common.settings import PositiveFloat
-from lore.learning.basis import Basis, save_basis
+from lore.learning.basis import Basis, save_fit
 from lore.learning.comparisons import Comparisons, DenseFeatures
 from lore.learning.method import Fitted, Task, View
 from lore.methods.fitting.geometry import Geometry, measure
@@ -69,7 +69,8 @@ def fit_shared(
 
 
 class SharedFit(Fitted):
-    """A fitted shared reward, the same for all users: its direction among raw features [F]."""
+    """A fitted shared reward, the same for all users: its direction among raw features [F]. The
+    facts are the chosen strength, the others that were tried, and the training curve."""
 
     def __init__(self, direction: Tensor, num_users: int, facts: dict[str, Any]) -> None:
         self.label, self.settings, self.file = "Ridge BT", {}, "ridge_bt"
@@ -82,23 +83,13 @@ class SharedFit(Fitted):
         return data.project(self.direction.to(precision(data))[:, None])
 
     def logits(self, view: View, state: Tensor, user: Tensor) -> Tensor:
-        """Log odds [N]: the reward differences."""
         return view[:, 0]
-
-    def describe(self) -> dict[str, Any]:
-        """The strength that was chosen, the others that were tried, and the training curve."""
-        return self.facts
 
     def save(self, path: Path, new: Tensor, facts: Mapping[str, Any]) -> None:
         """A basis file of rank 1, see ``basis.save_basis``, whose logits are x . V / 100."""
-        about = dict(facts)
-        users, unseen = about.pop("users"), about.pop("users_unseen")
-        center = about.pop("center", None)
-        ones = [torch.ones(count, 1) for count in (len(self.users), len(new))]
-        V = TEMPERATURE * self.direction.float()[:, None]
-        settings = {"rank": 1, "estimator": "ridge BT", **about}
-        basis = Basis(V, ones[0], None, users, ones[1], unseen, settings, center=center)
-        save_basis(path, basis)
+        V, ones = TEMPERATURE * self.direction.float()[:, None], torch.ones(len(self.users), 1)
+        settings = {"rank": 1, "estimator": "ridge BT"}
+        save_fit(path, Basis(V, ones, settings=settings), new, facts)
 
 
 def choose_ridge(data: Validation) -> Chosen:

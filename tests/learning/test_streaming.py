@@ -10,6 +10,7 @@ import torch
 import people
 from lore import methods
 from lore.experiments import runner as experiments
+from lore.learning import comparisons
 from lore.learning.comparisons import draw_shots
 from lore.methods import baselines as shared
 from lore.methods.lore import Lore
@@ -76,7 +77,7 @@ def test_own_models_read_a_few_users_at_a_time(world, monkeypatch):
         read.append(len(index))
         return world.store.x[index]
 
-    monkeypatch.setattr(shared, "PART_BYTES", 4 * 5 * 12)  # twelve comparisons: two users
+    monkeypatch.setattr(comparisons, "PART_BYTES", 4 * 5 * 12)  # twelve comparisons: two users
     monkeypatch.setattr(world.store, "rows", rows)
     task = tasks.task(0, torch.device("cpu"), None, True, (0, 1))
     held = tasks.task(0, torch.device("cpu"), None, False, (0, 1))
