@@ -59,7 +59,6 @@ class MLP(Networked):
         size = len(data) if self.faithful else 64
         weight = networks.pair_weights(data, True)
         fit.train(data, weight, optimizer, size, generator, held, epochs)
-        fit.finish(fit.layers)
         return fit
 
 
@@ -74,8 +73,7 @@ class FittedMLP(Mixing):
         second = linear(method.hidden, K, generator, bias=False)
         self.layers = nn.Sequential(first, ACTIVATIONS[method.activation](), second)
         self.layers.to(data.device)
-        free = torch.randn(data.num_users, K, generator=generator)
-        self.free = free.to(data.device).requires_grad_()
+        self.draw(data, K, generator)
 
     def outputs(self, rows: Tensor) -> Tensor:
         """The K rewards of scaled rows: [n, K]."""

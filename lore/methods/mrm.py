@@ -60,16 +60,14 @@ def inner_gradient(Z: Tensor, users: Users, s: Tensor) -> Tensor:
     return p * (by_p - (p * by_p).sum(1, keepdim=True))
 
 
-def adam_step(Z: Tensor, users: Users, s: Tensor, rate: float) -> Tensor:
-    """Logits s [U, 2] after Adam's first step on every user's mean loss, each user alone."""
-    g = inner_gradient(Z, users, s)
-    return s - rate * g / (g.abs() + EPSILON)
-
-
-def gradient_steps(Z: Tensor, users: Users, s: Tensor, rate: float, steps: int) -> Tensor:
-    """Logits s [U, 2] after steps of plain gradient descent on every user's mean loss."""
+def inner_steps(
+    Z: Tensor, users: Users, s: Tensor, rate: float, steps: int, adam: bool = False
+) -> Tensor:
+    """Logits s [U, 2] after steps down every user's mean loss, each user alone: plain ones, or such
+    as Adam's first."""
     for _ in range(steps):
-        s = s - rate * inner_gradient(Z, users, s)
+        g = inner_gradient(Z, users, s)
+        s = s - rate * (g / (g.abs() + EPSILON) if adam else g)
     return s
 
 
@@ -77,15 +75,12 @@ class MRMFitted(LinearFitted):
     """A fit of MRM: state [2], the weights of the two rewards."""
 
     start: Tensor  # logits of the weights that everyone begins with [2]
-    inner: tuple[float, int]  # rate and number of the steps from there
-    adam: bool  # whether it is one of Adam, or they are plain
+    inner: tuple[float, int, bool]  # rate and number of the steps from there; whether Adam's
 
     def adapt(self, view: Tensor, users: Users, seed: Seed) -> Tensor:
         """Weights [U', 2] after the inner steps from the common start."""
-        s, (rate, steps) = self.start.expand(users.num_users, K), self.inner
-        if self.adam:
-            return adam_step(view, users, s, rate).softmax(1)
-        return gradient_steps(view, users, s, rate, steps).softmax(1)
+        start = self.start.expand(users.num_users, K)
+        return inner_steps(view, users, start, *self.inner).softmax(1)
 
 
 @dataclass(frozen=True)
@@ -123,7 +118,7 @@ class MRM(LinearPeer):
             given = project(data, geometry.raw(B)).requires_grad_(), s.requires_grad_()
             Z = given[0] @ MIX.to(B)
             there = s.expand(data.num_users, K)
-            there = gradient_steps(Z[support], known, there, INNER_RATE, self.inner_steps)
+            there = inner_steps(Z[support], known, there, INNER_RATE, self.inner_steps)
             loss = tail_loss_of_pairs(mean_losses(Z[query], users, there)) * len(data) / 2
             by_Z, by_s = torch.autograd.grad(loss, given)  # the loss is as large as a sum over all
             by_B = geometry.raw(backproject(data, by_Z)) + strength * B
@@ -142,22 +137,21 @@ class MRM(LinearPeer):
         inverses = [lambda G: curve(G) / share, lambda g: 10 * g / len(data)]
         (B, s), losses = linear.fit_together(objective, start, inverses, tolerance, len(data))
         B, s = geometry.raw(B.detach()), s.detach()
-        inner = INNER_RATE, self.inner_steps
-        fitted = self._fitted(data, B @ MIX.to(B) / SCALE, s, inner, losses)
+        steps = self.inner_steps
+        fitted = self._fitted(data, B @ MIX.to(B) / SCALE, s, INNER_RATE, steps, losses)
         fitted.settings["ridge"] = strength
         return fitted, [B, s]
 
     def _fitted(
-        self, data: Comparisons, A: Tensor, s: Tensor, inner: tuple[float, int], losses: list[float]
+        self, data: Comparisons, A: Tensor, s: Tensor, rate: float, steps: int, losses: list[float]
     ) -> MRMFitted:
-        rate, steps = inner
-        settings, s = {"inner_rate": rate, "inner_steps": steps}, s.detach()
-        mean, size = s.softmax(0), A.numel() + K
+        settings, mean = {"inner_rate": rate, "inner_steps": steps}, s.softmax(0)
         note = f"{steps} inner step(s) at {rate:g}; {len(losses)} outer steps."
-        users = mean.expand(data.num_users, K)  # until they have adapted
-        fitted = MRMFitted(self, "MRM", settings, SCALE * A, users, mean, size, losses, note)
-        fitted.start, fitted.inner, fitted.adam = s, inner, self.faithful
+        users = mean.new_zeros(0, K)  # none is kept: they adapt as new ones do
+        fitted = MRMFitted(self, "MRM", settings, SCALE * A, users, losses, note, mean)
+        fitted.start, fitted.inner = s, (rate, steps, self.faithful)
         fitted.users = fitted.adapt(fitted.view(data), data, 0)
+        fitted.facts["parameters"] += K  # the start
         return fitted
 
     def published(self, task: Task) -> MRMFitted:
@@ -180,16 +174,16 @@ class MRM(LinearPeer):
                 adam.param_groups[0]["lr"] = self.rate * share
                 adam.step()
                 losses.append(loss)
-        return self._fitted(data, *given, (self.inner_rate, 1), losses)
+        return self._fitted(data, *given, self.inner_rate, 1, losses)
 
 
-Episode = tuple[tuple[Tensor, list[int]], tuple[Tensor, list[int]]]
+Episode = list[tuple[Tensor, list[int]]]
 
 
 def _episode(units: list[list[Tensor]], generator: torch.Generator | None = None) -> Episode:
     """Rows and counts by user of the query, nine tenths of the dialogues, and of the support, from
     each user's dialogues, shuffled where there is a generator; a single one is on both sides."""
-    sides: tuple[list[Tensor], list[Tensor]] = ([], [])
+    sides: list[list[Tensor]] = [[], []]
     for dialogues in units:
         count = len(dialogues)
         order, last = range(count), max(1, int(QUERY * count))
@@ -199,8 +193,7 @@ def _episode(units: list[list[Tensor]], generator: torch.Generator | None = None
         support = [rows for rows, place in zip(dialogues, order, strict=True) if place >= last]
         for side, parts in zip(sides, (query, support or query), strict=True):
             side.append(torch.cat(parts).sort().values)
-    query, support = ((torch.cat(side), [len(rows) for rows in side]) for side in sides)
-    return query, support
+    return [(torch.cat(side), [len(rows) for rows in side]) for side in sides]
 
 
 def _outer_gradients(
@@ -212,7 +205,7 @@ def _outer_gradients(
     Z, s = (SCALE * project(batch, A)).requires_grad_(), s.clone().requires_grad_()
     start = s.expand(batch.num_users, K)
     known, fixed = batch.pick(support, few), start.detach()
-    step = adam_step(Z.detach()[support], known, fixed, inner_rate) - fixed
+    step = inner_steps(Z.detach()[support], known, fixed, inner_rate, 1, adam=True) - fixed
     loss = tail_loss(mean_losses(Z[query], batch.pick(query, counts), start + step))
     by_Z, by_s = torch.autograd.grad(loss, [Z, s])
     return float(loss.detach()), [SCALE * backproject(batch, by_Z), by_s]

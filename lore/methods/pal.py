@@ -68,8 +68,6 @@ class PAL(Networked):
         size, patience = (BATCH, {"patience": epochs}) if self.faithful else (64, {})
         optimizer = torch.optim.Adam([f, others])
         fit.train(data, weight, optimizer, size, generator, held, epochs, **patience)
-        fit.prototypes = fit.prototypes.detach()
-        fit.finish(fit.f, fit.prototypes)
         return fit
 
 
@@ -87,8 +85,7 @@ class FittedPAL(Mixing):
         self.f = nn.Sequential(*layers[:-1]).to(data.device)
         P = torch.randn(K, F, generator=generator)
         self.prototypes = (P / P.norm(dim=1, keepdim=True)).to(data.device).requires_grad_()
-        free = torch.randn(data.num_users, K, generator=generator)
-        self.free = free.to(data.device).requires_grad_()
+        self.draw(data, K, generator)
 
     def outputs(self, rows: Tensor) -> Tensor:
         """f of scaled rows [n, D]."""
@@ -115,7 +112,7 @@ class FittedPAL(Mixing):
         size of gradients: so every user is given steps of its own, all users at a time."""
         start = torch.randn(users.num_users, len(self.population_state), generator=generator)
         found = start.to(users.device)
-        for who, rows in networks.blocks(users):
+        for who, rows in users.user_blocks(networks.BLOCK, padded=True):
             order = _orders(users.counts[who], generator) + rows.start
             free = found[who].clone().requires_grad_()
             optimizer = torch.optim.Adam([free], lr=NEW_USER_RATE)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lore.common.settings import PositiveFloat
 from lore.learning.comparisons import Comparisons, Seed, Users
-from lore.learning.method import Task
+from lore.learning.method import Fitted
 from lore.methods.fitting.geometry import Geometry, measure
 from lore.methods.fitting.linear import LinearFitted, LinearPeer, project, slopes, solve_users
 from lore.methods.fitting.validation import hold_out
@@ -73,14 +73,11 @@ class PEBSFitted(LinearFitted):
     """A fit of PEBS: state [1], the slope."""
 
     prior: Prior
+    describe = Fitted.describe  # one direction has no spectrum
 
     def adapt(self, view: Tensor, users: Users, seed: Seed) -> Tensor:
         """Shrunk slopes [U', 1]; the prior's mean where there are no comparisons."""
         return shrunk_slopes(view[:, 0], users, self.prior)
-
-    def describe(self) -> dict[str, Any]:
-        """The facts given; one direction has no spectrum."""
-        return self.facts
 
 
 @dataclass(frozen=True)
@@ -102,10 +99,7 @@ class PEBS(LinearPeer):
 
     strengths: tuple[PositiveFloat, ...] = STRENGTHS
     whitens = False
-
-    def published(self, task: Task) -> LinearFitted:
-        """Chosen as well."""
-        return self.chosen(task)
+    published = LinearPeer.chosen
 
     def converged(
         self, data: Comparisons, geometry: Geometry, strength: float, warm: Any, tolerance: float
@@ -139,11 +133,12 @@ class PEBS(LinearPeer):
     def _fitted(
         self, v: Tensor, users: Tensor, prior: Prior, strength: float, losses: list[float]
     ) -> PEBSFitted:
-        mean, size = v.new_tensor([max(prior.mean, LEAST * LEAST)]), len(v) + len(users) + 2
+        mean = v.new_tensor([max(prior.mean, LEAST * LEAST)])
         spread = f"{prior.mean:.2f}, standard deviation {prior.variance**0.5:.2f} between users"
         settings, note = {"strength": strength}, f"ridge {strength:g}; slopes {spread}."
-        fitted = PEBSFitted(self, "PEBS", settings, v, users, mean, size, losses, note)
+        fitted = PEBSFitted(self, "PEBS", settings, v, users, losses, note, mean)
         fitted.prior = prior
+        fitted.facts["parameters"] += 2  # of the prior
         fitted.facts["slopes"] = users[:, 0].tolist()
         return fitted
 

@@ -125,7 +125,6 @@ class PReF(LinearPeer):
         self, A: Tensor, W: Tensor, ridge: float | None, losses: list[float], note: str
     ) -> PReFFitted:
         settings = {"rank": self.rank} | ({} if ridge is None else {"ridge": ridge})
-        size, label = A.numel() + W.numel(), f"PReF K={self.rank}"
-        fitted = PReFFitted(self, label, settings, A, W, W.mean(0), size, losses, note)
+        fitted = PReFFitted(self, f"PReF K={self.rank}", settings, A, W, losses, note)
         fitted.ridge = None if ridge is None else ridge * torch.eye(W.shape[1]).to(W)
         return fitted

@@ -127,9 +127,11 @@ class RBD(LinearPeer):
         self, found: Parameters, settings: dict[str, Any], losses: list[float], note: str
     ) -> RBDFitted:
         V, mean, away = found
-        size, label = sum(x.numel() for x in found), f"RBD K={self.rank}"
         settings = {"rank": self.rank, **settings}
-        return RBDFitted(self, label, settings, V, mean + away, mean, size, losses, note)
+        given = f"RBD K={self.rank}", settings, V, mean + away, losses, note
+        fitted = RBDFitted(self, *given, mean)
+        fitted.facts["parameters"] += len(mean)
+        return fitted
 
     def published(self, task: Task) -> RBDFitted:
         """The published Adam, stopped on held-out dialogues."""

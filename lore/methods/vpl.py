@@ -82,18 +82,14 @@ class VPL(Networked):
                 return
             for targets, *others in grouped(data, most, sizes, batch, generator):
                 logits, kl = fit.net(pairs, targets, *others, generator)
-                slope = _cycle(next(step)) if faithful else 1.0
+                turn = math.cos(math.pi * (next(step) % CYCLE) / CYCLE)
+                slope = 0.1 + 0.9 * (1 - turn) / 2 if faithful else 1.0  # up, again and again
                 yield weight[targets] @ softplus(-logits) / len(targets) + model * slope * kl
 
         held_out = held and (lambda: held.losses(fit, fit.adapt(fit.view(data), data, 0)))
-        fit.losses, fit.epochs = networks.descend(optimizer, epoch, epochs, held_out, schedule)
-        fit.finish(data, task.seed)
+        fit.descend(optimizer, epoch, epochs, held_out, schedule)
+        fit.read(data, task.seed)
         return fit
-
-
-def _cycle(step: int) -> float:
-    """Weight of the KL term over beta: from .1 up to 1 along a cosine, again and again."""
-    return 0.1 + 0.9 * (1 - math.cos(math.pi * (step % CYCLE) / CYCLE)) / 2
 
 
 class FittedVPL(Network):
@@ -107,33 +103,28 @@ class FittedVPL(Network):
         self.net = Net(data.num_features, hidden, latent, generator).to(data.device)
         self.population_state = torch.zeros(latent, device=data.device)
 
-    def finish(self, data: Comparisons, seed: int) -> None:
-        """Nothing is trained any more: read the seen users' contexts, and look for a collapse."""
-        self.net.eval().requires_grad_(False)
-        self.parameters = sum(p.numel() for p in self.net.parameters())
+    def read(self, data: Comparisons, seed: int) -> None:
+        """The seen users' contexts, and how much of the latent is alive: accuracy on some training
+        comparisons with contexts of others: a user's own, the same swapped, another user's, none. A
+        collapsed latent makes no difference."""
         view = self.view(data)
-        self.users = self.adapt(view, data, seed)
-        self.latents = {}
-        if self.net.latent:
-            kl = divergence(*self._latents(view, data)).mean()
-            active = (self.users.var(0) > ACTIVE).sum() if len(self.users) > 1 else 0
-            self.latents = {"active_units": int(active), "units": self.net.latent, "kl": float(kl)}
-            self.latents |= self._collapse(hold_out(data, seed), seed)
-
-    def _collapse(self, parts: HeldOut, seed: int) -> dict[str, float]:
-        """Accuracy on some training comparisons with contexts of others: a user's own, the same
-        swapped, another user's, none. A collapsed latent makes no difference."""
+        self.users, self.latents = self.adapt(view, data, seed), {}
+        if not self.net.latent:
+            return
+        kl = divergence(*self._latents(view, data)).mean()
+        active = (self.users.var(0) > ACTIVE).sum() if len(self.users) > 1 else 0
+        self.latents = {"active_units": int(active), "units": self.net.latent, "kl": float(kl)}
+        parts = hold_out(data, seed)
         if parts.held is None:
-            return {}
-        context, held, data = self.view(parts.fit), self.view(parts.held), parts.held
+            return
+        context, held = self.view(parts.fit), self.view(parts.held)
         swapped = Pairs(context.values, context.rejected, context.chosen)
-        own, other = (self.adapt(view, parts.fit, seed) for view in (context, swapped))
+        own, other = (self.adapt(each, parts.fit, seed) for each in (context, swapped))
         states = {"own": own, "swapped": other, "another": own.roll(1, 0), "none": 0 * own}
-        found = {}
         for name, state in states.items():
-            logits = self.logits(held, state[parts.whose.to(own.device)], data.user)
-            found[f"accuracy_{name}_context"] = float(data.accuracies(logits).mean())
-        return found
+            logits = self.logits(held, state[parts.whose.to(own.device)], parts.held.user)
+            accuracy = float(parts.held.accuracies(logits).mean())
+            self.latents[f"accuracy_{name}_context"] = accuracy
 
     def describe(self) -> dict[str, Any]:
         """As of every network, and what the latent carries."""
@@ -162,7 +153,7 @@ class FittedVPL(Network):
         return torch.where(users.counts[:, None] > 0, means, self.population_state)
 
     def _latents(self, view: Pairs, users: Users) -> list[Tensor]:
-        some = networks.blocks(users)
+        some = users.user_blocks(networks.BLOCK, padded=True)
         parts = [self.net.encode(view[rows], users.counts[who]) for who, rows in some]
         return [torch.cat(part) for part in zip(*parts, strict=True)]
 

@@ -76,8 +76,8 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few steps also where no setting says how many: each operation elsewhere takes long."""
     for module in (linear, ridge_bt):
         monkeypatch.setattr(module, "minimise", lambda *a: lbfgs.minimise(*a[:-1], STEPS))
-    least = networks._least
-    monkeypatch.setattr(networks, "_least", lambda f, at, n, *a: least(f, at, min(n, STEPS), *a))
+    solve, few = networks.solve_weights, {"steps": STEPS}
+    monkeypatch.setattr(networks, "solve_weights", lambda *a, **k: solve(*a, **k | few))
     for module in (pref, rbd):
         monkeypatch.setattr(module, "STEPS", STEPS)
         monkeypatch.setattr(module, "USER_STEPS", STEPS)

@@ -14,7 +14,7 @@ from lore.learning.kinds import shares_of_test
 from lore.learning.method import Fitted, Task
 from lore.methods import mlp, pal, vpl
 from lore.methods.fitting.geometry import measure
-from lore.methods.fitting.networks import blocks, row_scale, solve_weights
+from lore.methods.fitting.networks import BLOCK, row_scale, solve_weights
 from lore.methods.ridge_bt import fit_shared
 from planted import prefer
 
@@ -245,7 +245,6 @@ def test_mlp_with_the_identity_is_lore() -> None:
     V, W = torch.randn(F, 3, generator=g), torch.rand(NEW, 3, generator=g).softmax(1)
     fit.layers[0].weight.data, fit.layers[2].weight.data = torch.eye(F), V.T.contiguous()
     lore = (task.unseen.project(V) * W[task.unseen.user]).sum(1) / 100
-    fit.finish(fit.layers)
     logits = fit.logits(fit.view(task.unseen), W, task.unseen.user)
     torch.testing.assert_close(logits, lore)
 
@@ -279,7 +278,7 @@ def test_a_ridge_holds_weights_at_the_start_and_fades_with_shots() -> None:
 
 def test_blocks_hold_every_user_once_in_order() -> None:
     users = Users([0, 40_000, 3, 0, 20_000, 20_000, 1])
-    who, rows = zip(*blocks(users), strict=True)
+    who, rows = zip(*users.user_blocks(BLOCK, padded=True), strict=True)
     assert [w.start for w in who] == [0, *(w.stop for w in who[:-1])] and who[-1].stop == 7
     for w, r in zip(who, rows, strict=True):
         assert r.stop - r.start == int(users.counts[w].sum())

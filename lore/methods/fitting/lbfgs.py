@@ -2,16 +2,17 @@
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 MEMORY = 20
 ARMIJO = 1e-4
+Inverse = Callable[[Tensor], Tensor]  # applies an estimate of the inverse curvature
+Memory = deque[tuple[Tensor, Tensor, float]]  # steps, what they changed the gradient by, and s . y
 
 
-@dataclass
-class Minimum:
+class Minimum(NamedTuple):
     """Where a minimisation ended, with the values at all points accepted, which never rise."""
 
     x: Tensor
@@ -20,8 +21,8 @@ class Minimum:
 
 
 def minimise(
-    function: Callable[[Tensor], tuple[float, Tensor]], x: Tensor,
-    inverse: Callable[[Tensor], Tensor], tolerance: float, iterations: int,
+    function: Callable[[Tensor], tuple[float, Tensor]], x: Tensor, inverse: Inverse,
+    tolerance: float, iterations: int,
 ) -> Minimum:  # fmt: skip
     """Minimise by L-BFGS with backtracking (Nocedal and Wright, algorithm 7.5), from x on, until
     the next step promises less than a share ``tolerance`` of the value.
@@ -30,8 +31,7 @@ def minimise(
     whose size the last step corrects and whose shape the memory does.
     """
     value, g = function(x)
-    values, evaluations = [value], 1
-    memory: deque[tuple[Tensor, Tensor, float]] = deque(maxlen=MEMORY)
+    values, evaluations, memory = [value], 1, Memory(maxlen=MEMORY)
     for _ in range(iterations):
         step, slope = _descent(g, memory, inverse)
         if -slope <= 2 * tolerance * (1 + abs(value)):
@@ -42,7 +42,9 @@ def minimise(
             evaluations += 1
             if new <= value + ARMIJO * size * slope:
                 break
-            size *= min(0.5, max(0.1, _vertex(value, slope, new, size)))
+            bend = new - value - slope * size  # of the parabola through both values
+            lowest = -slope * size / (2 * bend) if bend > 0 else 1.0
+            size *= min(0.5, max(0.1, lowest))
         else:  # the value is known no more exactly than this
             break
         s, y = size * step, g_new - g
@@ -54,9 +56,7 @@ def minimise(
     return Minimum(x, values, evaluations)
 
 
-def _descent(
-    g: Tensor, memory: deque[tuple[Tensor, Tensor, float]], inverse: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, float]:
+def _descent(g: Tensor, memory: Memory, inverse: Inverse) -> tuple[Tensor, float]:
     """A step that goes down, and its slope: by rounding the memory's, or a given curvature's own,
     may go up, which is no sign of a minimum. Then the memory is dropped, and then both."""
     for step in (lambda: _two_loops(g, memory, inverse), lambda: inverse(g), lambda: g):
@@ -68,15 +68,7 @@ def _descent(
     return found, slope
 
 
-def _vertex(value: float, slope: float, new: float, size: float) -> float:
-    """Where the parabola through both values with this slope is lowest, as a share of size."""
-    bend = new - value - slope * size
-    return -slope * size / (2 * bend) if bend > 0 else 1.0
-
-
-def _two_loops(
-    g: Tensor, memory: deque[tuple[Tensor, Tensor, float]], inverse: Callable[[Tensor], Tensor]
-) -> Tensor:
+def _two_loops(g: Tensor, memory: Memory, inverse: Inverse) -> Tensor:
     q, shares = g, []
     for s, y, sy in reversed(memory):
         shares.append(float((s * q).sum()) / sy)

@@ -26,22 +26,25 @@ HALVINGS = tuple(2.0**k for k in range(4, 4 - TRIES, -1))  # ridges to try, 16 t
 class LinearFitted(Fitted):
     """Log odds x' V s: a shared basis V [F, K], and a user's state s [K].
 
-    The method's setting is added to label and settings; of the losses at most 400 are kept.
+    Where there is no ridge, ``published(view, users, generator)`` gives states by the published
+    steps from a random start. The method's setting is added to label and settings; of the losses at
+    most 400 are kept; the population's state is the users' mean if ``mean`` is None.
     """
 
     ridge: Tensor | None = None  # [K, K], about the population's state; None: as published
 
     def __init__(
         self, method: Peer, label: str, settings: dict[str, Any], basis: Tensor, users: Tensor,
-        population_state: Tensor, parameters: int, losses: Sequence[float], note: str,
+        losses: Sequence[float], note: str, mean: Tensor | None = None,
     ) -> None:  # fmt: skip
         self.label = method.named(label)
         self.settings = {"setting": method.setting, **settings}
-        self.basis, self.users, self.population_state = basis, users, population_state
-        step = max(1, math.ceil(len(losses) / 400))
-        self.facts: dict[str, Any] = {
-            "parameters": parameters, "tried": [], "losses": list(losses[::step]),
-            "loss_step": step, "note": f"{self.label}: {note}",
+        self.basis, self.users = basis, users
+        self.population_state = users.mean(0) if mean is None else mean
+        step, size = max(1, math.ceil(len(losses) / 400)), basis.numel() + users.numel()
+        self.facts = {
+            "parameters": size, "tried": [], "losses": list(losses[::step]), "loss_step": step,
+            "note": f"{self.label}: {note}",
         }  # fmt: skip
 
     def view(self, data: Comparisons) -> Tensor:
@@ -55,12 +58,7 @@ class LinearFitted(Fitted):
             return torch.where(users.counts[:, None] > 0, found, self.population_state)
         return solve_users(view, users, self.ridge, self.population_state)
 
-    def published(self, view: Tensor, users: Users, generator: torch.Generator) -> Tensor:
-        """States [U', K] by the published steps from a random start."""
-        raise NotImplementedError
-
     def logits(self, view: Tensor, state: Tensor, user: Tensor) -> Tensor:
-        """Log odds [N]; see ``Fitted.logits``."""
         return (view * state[user]).sum(1)
 
     def population(self) -> Prior | None:

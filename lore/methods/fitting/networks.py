@@ -70,42 +70,6 @@ def cosine(step: int, warm: float, total: int) -> float:
     return (1 + math.cos(math.pi * min(1, (step - warm) / max(1, total - warm)))) / 2
 
 
-def descend(
-    optimizer: torch.optim.Optimizer, epoch: Callable[[], Iterable[Tensor]], epochs: int,
-    held: Callable[[], Tensor] | None = None,
-    schedule: torch.optim.lr_scheduler.LRScheduler | None = None, patience: int = PATIENCE,
-) -> tuple[list[float], int]:  # fmt: skip
-    """Train and keep the best parameters: the loss of every step, and passes until these.
-
-    ``epoch`` yields the loss of every batch of a pass, for a step each; the schedule is by step.
-    ``held`` gives the present held-out log losses: training ends after ``patience`` epochs without
-    an improvement of ``TOLERANCE``, though not within ``PLATEAU`` steps; without it, at the last.
-    """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    losses, best, passes, kept = [], math.inf, 0, []
-    for number in range(1, epochs + 1):
-        for loss in epoch():
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            if schedule is not None:
-                schedule.step()
-            losses.append(loss.detach())
-        if held is None:
-            passes = number
-            continue
-        with torch.no_grad():
-            now = float(held().mean())
-        if now < best - TOLERANCE:
-            best, passes = now, number
-            kept = [p.detach().clone() for p in parameters]
-        elif number - passes >= patience and len(losses) >= PLATEAU:
-            break
-    for parameter, value in zip(parameters, kept, strict=bool(kept)):
-        parameter.data.copy_(value)
-    return torch.stack(losses).tolist(), passes
-
-
 Grid = tuple[tuple[str, Sequence[Any]], tuple[str, Sequence[float]]]
 
 
@@ -162,14 +126,53 @@ class Network(Fitted):
 
     losses: list[float]  # of training, and passes over the data
     epochs: int
+    parameters: int  # trained numbers, the seen users' own included
     variant: float = 0.0  # of the setting that needs no other training
     tried: Sequence[dict[str, Any]] = ()
-    parameters: int = 0  # trained numbers, the seen users' own included
 
     def __init__(self, name: str, method: Networked, data: Comparisons) -> None:
         self.faithful = method.faithful
         self.label, self.settings = method.named(name), {"setting": method.setting}
         self.scale = 1.0 if self.faithful else row_scale(data)
+
+    def descend(
+        self, optimizer: torch.optim.Optimizer, epoch: Callable[[], Iterable[Tensor]], epochs: int,
+        held: Callable[[], Tensor] | None = None,
+        schedule: torch.optim.lr_scheduler.LRScheduler | None = None, patience: int = PATIENCE,
+    ) -> None:  # fmt: skip
+        """Train, and keep the best parameters, the loss of every step, and passes until these.
+
+        ``epoch`` yields the loss of every batch of a pass, for a step each; the schedule is by
+        step. ``held`` gives the present held-out log losses: training ends after ``patience``
+        epochs without an improvement of ``TOLERANCE``, though not within ``PLATEAU`` steps; without
+        it, at the last.
+        """
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        losses, best, self.epochs, kept = [], math.inf, 0, []
+        for number in range(1, epochs + 1):
+            for loss in epoch():
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                if schedule is not None:
+                    schedule.step()
+                losses.append(loss.detach())
+            if held is None:
+                self.epochs = number
+                continue
+            with torch.no_grad():
+                now = float(held().mean())
+            if now < best - TOLERANCE:
+                best, self.epochs = now, number
+                kept = [p.detach().clone() for p in parameters]
+            elif number - self.epochs >= patience and len(losses) >= PLATEAU:
+                break
+        for parameter, value in zip(parameters, kept, strict=bool(kept)):
+            parameter.data.copy_(value)
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        self.losses = torch.stack(losses).tolist()
+        self.parameters = sum(parameter.numel() for parameter in parameters)
 
     def describe(self) -> dict[str, Any]:
         """Parameters, configurations tried, at most ``CURVE`` means of successive losses."""
@@ -201,9 +204,15 @@ class Network(Fitted):
 
 class Mixing(Network):
     """A network whose users mix K outputs: weights [K] are on the simplex, and the population's are
-    the mean of the seen users'; ``variant`` is the ridge of new users'."""
+    the mean of the seen users'; ``variant`` is the ridge of new users', whose published fit is
+    ``published(view, users, generator)``."""
 
-    free: Tensor  # logits [U, K] of the seen users' weights, at first N(0, 1)
+    free: Tensor  # logits [U, K] of the seen users' weights
+
+    def draw(self, data: Comparisons, K: int, generator: torch.Generator) -> None:
+        """Begin with N(0, 1) logits of the seen users' weights."""
+        free = torch.randn(data.num_users, K, generator=generator)
+        self.free = free.to(data.device).requires_grad_()
 
     def loss(self, logits: Tensor) -> Tensor:
         """The log loss of each logit [n]."""
@@ -225,15 +234,9 @@ class Mixing(Network):
                 yield weight[some] @ self.loss(logits) / len(some)
 
         held_out = held and (lambda: held.losses(self, self.free.softmax(1)))
-        self.losses, self.epochs = descend(optimizer, epoch, epochs, held_out, **settings)
-
-    def finish(self, network: nn.Module, *own: Tensor) -> None:
-        """Nothing is trained any more: read the states, and count all parameters."""
-        network.eval().requires_grad_(False)
-        self.free = self.free.detach()
+        self.descend(optimizer, epoch, epochs, held_out, **settings)
         self.users = self.free.softmax(1)
         self.population_state = self.users.mean(0)
-        self.parameters = sum(p.numel() for p in [*network.parameters(), *own, self.free])
 
     def adapt(self, view: View, users: Users, seed: Seed) -> Tensor:
         """Weights [U', K] that fit users' comparisons, all else fixed (eq. 11)."""
@@ -250,20 +253,10 @@ class Mixing(Network):
         """Losses [n] of some comparisons, given weights [U', K] and whose they are [n]."""
         return self.loss(self.logits(view[rows], weights, user))
 
-    def published(self, view: View, users: Users, generator: torch.Generator) -> Tensor:
-        """Weights [U', K] of users by the published fit."""
-        raise NotImplementedError
-
-
 def pair_weights(users: Users, by_user: bool) -> Tensor:
     """Weights of comparisons [N], 1 on average: users count alike (eq. 10), or comparisons do."""
     weight = users.weight / users.user_weight()[users.user] if by_user else users.weight
     return (weight / weight.mean()).float()
-
-
-def blocks(users: Users) -> Iterator[tuple[slice, slice]]:
-    """Users, and their comparisons, that are at most ``BLOCK`` when padded to the longest."""
-    return users.user_blocks(BLOCK, padded=True)
 
 
 def solve_weights(
@@ -278,39 +271,28 @@ def solve_weights(
     no result depends on who else is fitted. If it is negative, all steps are made, the last kept.
     """
     found = torch.empty_like(start)
-    for who, rows in blocks(users):
+    for who, rows in users.user_blocks(BLOCK, padded=True):
         part = Users(users.counts[who], users.weight[rows], users.device)
         mass, centre = part.user_weight(), start[who]
         share, pull = (part.weight / mass[part.user]).float(), ridge / mass.clamp(min=1).float() / 2
-
-        def objective(logits: Tensor) -> Tensor:
-            each = share * losses(rows, logits.softmax(1), part.user)  # noqa: B023
-            mean = each.new_zeros(part.num_users).index_add(0, part.user, each)  # noqa: B023
-            return mean + pull * (logits - centre).square().sum(1)  # noqa: B023
-
-        found[who] = _least(objective, centre, steps, tolerance)
+        logits = centre.detach().clone().requires_grad_()
+        optimizer = torch.optim.Adam([logits], lr=0.1)
+        best = torch.full((len(logits),), math.inf, device=logits.device)
+        kept, waited = logits.detach().clone(), torch.zeros_like(best)
+        for _ in range(steps):
+            with torch.enable_grad():
+                each = share * losses(rows, logits.softmax(1), part.user)
+                values = each.new_zeros(part.num_users).index_add(0, part.user, each)
+                values = values + pull * (logits - centre).square().sum(1)
+                optimizer.zero_grad()
+                values.sum().backward()
+            if tolerance >= 0:
+                better = (values.detach() < best - tolerance) & (waited < PATIENT_STEPS)
+                best = torch.where(better, values.detach(), best)
+                kept = torch.where(better[:, None], logits.detach(), kept)
+                waited = torch.where(better, 0, waited + 1)
+                if bool((waited >= PATIENT_STEPS).all()):
+                    break
+            optimizer.step()
+        found[who] = kept if tolerance >= 0 else logits.detach()
     return found.softmax(1)
-
-
-def _least(
-    objective: Callable[[Tensor], Tensor], start: Tensor, steps: int, tolerance: float
-) -> Tensor:
-    """Where each row's own objective is least [U, K], by Adam on all rows at a time."""
-    logits = start.detach().clone().requires_grad_()
-    optimizer = torch.optim.Adam([logits], lr=0.1)
-    best = torch.full((len(start),), math.inf, device=start.device)
-    kept, waited = logits.detach().clone(), torch.zeros_like(best)
-    for _ in range(steps):
-        with torch.enable_grad():
-            values = objective(logits)
-            optimizer.zero_grad()
-            values.sum().backward()
-        if tolerance >= 0:
-            better = (values.detach() < best - tolerance) & (waited < PATIENT_STEPS)
-            best = torch.where(better, values.detach(), best)
-            kept = torch.where(better[:, None], logits.detach(), kept)
-            waited = torch.where(better, 0, waited + 1)
-            if bool((waited >= PATIENT_STEPS).all()):
-                break
-        optimizer.step()
-    return kept if tolerance >= 0 else logits.detach()

@@ -3,26 +3,23 @@ reward that all users share, the residuals of a user's comparisons point nowhere
 U users, N comparisons, D leading directions of the features."""
 
 import math
-from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lore.common.devices import gather_rows, sum_over_processes
 from lore.learning.comparisons import Comparisons, RowFeatures
-from lore.methods.fitting.geometry import Geometry, measure
+from lore.methods.fitting.geometry import measure
 from lore.methods.ridge_bt import ROUGH, fit_shared, precision
 
 DIRECTIONS = 32
 LEVEL = 0.05
 
 
-@dataclass
-class ScoreTest:
+class ScoreTest(NamedTuple):
     """What the test found."""
 
-    statistic: float  # in standard errors, see ``score_test``
     p: float  # of as great a statistic where users are alike
     variance: float  # of tastes along each of the scaled features; below 0: less than by chance
     needed: float  # comparisons until a user's own weigh as much as everyone's; may be infinite
@@ -38,36 +35,32 @@ class ScoreTest:
         )
 
 
-def score_test(
-    data: Comparisons, strength: float = 1.0, geometry: Geometry | None = None, processes: int = 1
-) -> ScoreTest:
-    """Test whether users' rewards differ, on this process's share of the training comparisons.
+def score_test(data: Comparisons) -> ScoreTest:
+    """Test whether users' rewards differ, on training comparisons.
 
     The statistic is the score for a variance component of users (Verbeke and Molenberghs 2003) at
-    ridge BT of a strength: the products of residuals times features over a user's pairs of
+    ridge BT of strength 1: the products of residuals times features over a user's pairs of
     comparisons, but for those that share a response (told by rows of the embeddings) or a dialogue:
     what the features do not show of a response, and the noise of one rating, make those agree. It
     is held against the users' own spread.
     """
-    geometry = replace(geometry or measure(data, processes, DIRECTIONS), floor=None)
-    mu = fit_shared(data, geometry, strength, processes=processes, tolerance=ROUGH).x
-    Q = geometry.directions[:, :DIRECTIONS]
-    Z = data.project(geometry.raw(torch.cat([mu, Q], 1)).to(precision(data))).double()
+    geometry = measure(data, directions=DIRECTIONS)
+    mu = fit_shared(data, geometry, 1.0, tolerance=ROUGH).x
+    columns = geometry.raw(torch.cat([mu, geometry.directions], 1))
+    Z = data.project(columns.to(precision(data))).double()
     p, Z = torch.sigmoid(Z[:, 0]), Z[:, 1:]
     own = _apart(data, (data.weight * (1 - p))[:, None] * Z)
     pairs = float((data.counts.square() - data.counts).sum())
     kept = float(_apart(data, torch.ones_like(p)[:, None]).sum()) / max(1.0, pairs)
     slope = data.weight * p * (1 - p)
-    information = float(sum_over_processes(kept * _information(data, Z, slope), processes))
-    own = gather_rows(own, processes)
+    information = float(kept * _information(data, Z, slope))
     error, found = float(own.square().sum().sqrt()), float(own.sum())
-    statistic = found / error if error > 0 else 0.0
+    statistic = found / error if error > 0 else 0.0  # in standard errors
     variance = found / max(information, 1e-300)
-    # What a comparison tells along each direction
-    each = sum_over_processes(slope @ Z.square(), processes) / geometry.count
+    each = slope @ Z.square() / geometry.count  # what a comparison tells along each direction
     typical = float(each.square().sum() / each.sum())
     needed = 1 / (variance * typical) if variance > 0 else math.inf
-    return ScoreTest(statistic, math.erfc(statistic / 2**0.5) / 2, variance, needed)
+    return ScoreTest(math.erfc(statistic / 2**0.5) / 2, variance, needed)
 
 
 def _apart(data: Comparisons, Y: Tensor) -> Tensor:
