@@ -115,26 +115,19 @@ def tree_blocks(ends: Tensor, device: torch.device | str) -> "BlockMask":
     earlier = np.tri(number, k=-1, dtype=bool)
     every = earlier & (by_block.min(1) >= np.minimum(begin + BLOCK, T))
     some = (earlier & (by_block.max(1) > begin) & ~every) | np.eye(number, dtype=bool)
-    own_ends = ends.to(device)
+    own_ends, listed = ends.to(device), []
+    for wanted in (some, every):  # how many blocks of keys each block of queries wants; these first
+        both = wanted.sum(1), np.argsort(~wanted, axis=1, kind="stable")
+        listed += [torch.from_numpy(x.astype(np.int32)).to(device)[None, None] for x in both]
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & (query < own_ends[key])
 
-    return BlockMask.from_kv_blocks(
-        *_listed(some, device), *_listed(every, device), BLOCK_SIZE=BLOCK, mask_mod=sees,
-        seq_lengths=(T, T), compute_q_blocks=False,
-    )  # fmt: skip
+    form = {"BLOCK_SIZE": BLOCK, "seq_lengths": (T, T), "compute_q_blocks": False}
+    return BlockMask.from_kv_blocks(*listed, mask_mod=sees, **form)
 
 
-def _listed(wanted: np.ndarray, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """How many blocks of keys each block of queries wants [1, 1, n], and which, these first."""
-    order = np.argsort(~wanted, axis=1, kind="stable")
-    both = wanted.sum(1), order
-    count, which = (torch.from_numpy(x.astype(np.int32)).to(device)[None, None] for x in both)
-    return count, which
-
-
-def padded_passes(tokens: list[Tokens], starts: list[int], budget: int) -> Iterator[Pass]:
+def batches(tokens: list[Tokens], starts: list[int], budget: int) -> Iterator[Pass]:
     """Conversations of similar length padded to at most ``budget`` tokens; 0: one at a time."""
     batch: list[int] = []
     for row in sorted(range(len(tokens)), key=lambda row: -len(tokens[row])):

@@ -23,14 +23,7 @@ from tqdm import tqdm
 
 from lore.common.devices import pick_device
 from lore.common.files import InputError, file_sha256, first_line, require
-from lore.embeddings.prefix_trees import (
-    Pass,
-    Tokens,
-    padded_passes,
-    tree_blocks,
-    tree_mask,
-    tree_passes,
-)
+from lore.embeddings.prefix_trees import Pass, Tokens, batches, tree_blocks, tree_mask, tree_passes
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +44,7 @@ SMALL = "without a network, `python tools/smollm2.py` makes a small model"
 class Source(NamedTuple):
     """Where a model and its tokenizer come from, names on the hub or local folders; its pooling."""
 
-    model: str
+    model: str = PAPERS_MODEL
     tokenizer: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
@@ -107,8 +100,8 @@ def load_config(source: Source) -> Any:
     from transformers import AutoConfig  # slow to import, and who reads a store does without
 
     config = pretrained(AutoConfig, source.model, source)
-    kind, _, number = source.pool.partition(":")
     if source.pool not in ("last", "mean"):
+        kind, _, number = source.pool.partition(":")
         layers = config.get_text_config().num_hidden_layers
         there = kind == "layer" and number.isdigit() and 1 <= int(number) <= layers
         require(there, f"--pool {source.pool}: {source.model} has layers 1 to {layers}")
@@ -121,8 +114,8 @@ def load_tokenizer(source: Source) -> Any:
 
     name = source.tokenizer or source.model
     tokenizer = pretrained(AutoTokenizer, name, source)
-    none = f"the tokenizer {name} has no chat template: name one with --tokenizer"
-    require(bool(tokenizer.chat_template), none)
+    has_one = bool(tokenizer.chat_template)
+    require(has_one, f"the tokenizer {name} has no chat template: name one with --tokenizer")
     return tokenizer
 
 
@@ -188,12 +181,10 @@ def model_facts(source: Source, tokenizer: Any) -> dict[str, str | None]:
         config = try_to_load_from_cache(source.model, "config.json", revision=source.revision)
         revision = Path(str(config)).parent.name
     return {
-        "model": _from_anywhere(source.model),
-        "revision": revision,
-        "weights_sha256": weights,
+        "model": _from_anywhere(source.model), "revision": revision, "weights_sha256": weights,
         "tokenizer": _from_anywhere(source.tokenizer or source.model),
         "template_sha256": sha256(tokenizer.get_chat_template().encode()),
-    }
+    }  # fmt: skip
 
 
 def _find(name: str | None, path: str | Path, what: str) -> str:
@@ -214,10 +205,8 @@ def check_model(
     (``model_facts``) are not those in a basis' settings; what either does not say may differ."""
     what = {"weights_sha256": "other weights", "revision": "another commit",
             "template_sha256": "another chat template"}  # fmt: skip
-    pairs = {name: (settings.get(key), facts.get(key)) for key, name in what.items()}
-    differs = [name for name, (one, other) in pairs.items() if one and other and one != other]
-    if differs:
-        others = " and ".join(differs)
+    both = [key for key in what if settings.get(key) and facts.get(key)]
+    if others := " and ".join(what[key] for key in both if settings[key] != facts[key]):
         problem = f"{facts['model']} has {others} than the model the basis was learned with"
         remedy = "name that model by --model, or insist with --any-model true"
         require(any_model, f"{problem}: {remedy}")
@@ -353,7 +342,7 @@ class Engine:
 
     @torch.inference_mode()
     def _embed(self, tokens: list[Tokens], starts: list[int], bar: tqdm) -> Tensor:
-        out, cut = None, tree_passes if self.method == "tree" else padded_passes
+        out, cut = None, tree_passes if self.method == "tree" else batches
         budget = self.batch_tokens if self.method != "single" else 0
         for step in cut(tokens, starts, budget):
             rows = self._forward(step)
@@ -410,26 +399,25 @@ class Engine:
         if not self.has_head:
             return
         alone = torch.from_numpy(ids)[None].to(self.model.device)
-        logit = self.model(input_ids=alone, use_cache=False).logits[0].float()
-        if self._gives(row, logit):
+        logit = self.model(input_ids=alone, use_cache=False).logits[0]
+        if self._gives(row[None], logit).all():
             return
         hidden = self.body(input_ids=alone, use_cache=False).last_hidden_state[0]
-        places = [i for i, state in enumerate(hidden, start=1) if self._gives(state, logit)]
+        places = self._gives(hidden, logit).nonzero()[:, 0].tolist()
         other = "this model's logit is not its score head times the last hidden state"
         require(bool(places), other)
-        pools = f"this model pools token {places[-1]} of {len(ids)}, not the last"
-        require(places[-1] == len(ids), pools)
+        is_last = places[-1] + 1 == len(ids)
+        require(is_last, f"this model pools token {places[-1] + 1} of {len(ids)}, not the last")
         wrong = f"the {self.method} method does not give what a conversation alone gives"
         raise InputError(f"{wrong}: use --method single")
 
-    def _gives(self, state: Tensor, logit: Tensor) -> bool:
-        """Whether the score head makes this logit [outputs] of a hidden state [F]."""
-        head, state = self.head.float(), state.float()
-        bias = getattr(self.model.score, "bias", None)
-        own = head @ state + (0 if bias is None else bias.float())
-        scale = head.abs() @ state.abs() + 1e-6
-        tolerance = LOGIT_TOLERANCE[str(self.model.dtype).removeprefix("torch.")]
-        return bool(((own - logit).abs() <= tolerance * scale).all())
+    def _gives(self, states: Tensor, logit: Tensor) -> Tensor:
+        """Whether the score head makes this logit [outputs] of hidden states [n, F]; [n]."""
+        known, states, dtype = self.reference(), states.float().cpu(), str(self.model.dtype)
+        own = torch.nn.functional.linear(states, known["head"], known.get("bias"))
+        scale = states.abs() @ known["head"].abs().T + 1e-6
+        tolerance = LOGIT_TOLERANCE[dtype.removeprefix("torch.")]
+        return ((own - logit.float().cpu()).abs() <= tolerance * scale).all(1)
 
 
 def load_engine(
@@ -464,13 +452,12 @@ def choose_method(config: Any, method: str, attention: str) -> tuple[str, str]:
         reason = f"its {rope} position embedding depends on the batch"
     elif attention not in ("sdpa", "eager"):
         reason = f"{attention} attention takes no tree mask"
-    if method == "tree" and reason:
-        raise InputError(f"--method tree: {reason}; use --method auto")
+    require(method != "tree" or not reason, f"--method tree: {reason}; use --method auto")
     if method != "auto":
         return method, "as given"
-    if rope not in STATIC_ROPE:
-        return "single", reason
-    return ("sorted", reason) if reason else ("tree", "shared prefixes are computed once")
+    if not reason:
+        return "tree", "shared prefixes are computed once"
+    return "sorted" if rope in STATIC_ROPE else "single", reason
 
 
 def _load_model(source: Source, dtype: torch.dtype, attention: str) -> tuple[Any, bool]:
@@ -505,19 +492,18 @@ def _load_model(source: Source, dtype: torch.dtype, attention: str) -> tuple[Any
 def _warn_of_head(name: str, model: Any, has_head: bool, unused: list[str]) -> None:
     """Say what a checkpoint has in place of a score head with one output, and leaves unused."""
     body = f"{model.base_model_prefix}."
-    extra = [key for key in unused if key.startswith(body)]
-    if extra:
-        log.warning("WARNING: %s has tensors that its config.json has no place for: %s",
-                    name, ", ".join(extra[:4]))  # fmt: skip
+    if extra := ", ".join([key for key in unused if key.startswith(body)][:4]):
+        said = "WARNING: %s has tensors that its config.json has no place for: %s"
+        log.warning(said, name, extra)
     if has_head and len(model.score.weight) == 1:
         return
-    others = [key for key in [*model.state_dict(), *unused] if not key.startswith(body)]
-    others = [key for key in others if not key.startswith(("score.", "lm_head."))]
+    known = (body, "score.", "lm_head.")
+    others = [key for key in [*model.state_dict(), *unused] if not key.startswith(known)][:4]
     why = "no score head"
     if has_head:
         why = f"a score head of {len(model.score.weight)} outputs, and a reward is one number"
     elif others and model.base_model is not model:
-        why = f"no linear layer called score, and {', '.join(others[:4])} is not used in its place"
+        why = f"no linear layer called score, and {', '.join(others)} is not used in its place"
     log.warning("%s has %s: there will be no reference (rank 0)", name, why)
     if ENCODERS.search(model.config.model_type):
         log.warning("WARNING: %s models are encoders, not trained to say all in the last token, "

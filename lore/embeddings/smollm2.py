@@ -52,7 +52,7 @@ def reward_model(
             if not HOME.exists():
                 _make(HOME, partial(_convert, package))
             if not folder.exists():
-                _make(folder, partial(_shorten, layers) if layers else _share)
+                _make(folder, partial(_derive, layers))
     remedy = "remove it or name another folder"
     require((folder / BODY).exists(), f"{folder} is not a SmolLM2 checkpoint: {remedy}")
     kept = read_json(folder / "config.json").get("num_hidden_layers", LAYERS)
@@ -82,32 +82,25 @@ def _make(folder: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _share(folder: Path) -> None:
-    """Fill a folder with the checkpoint in HOME; the weights stay one file where they can."""
-    _copy_small(folder)
-    try:
-        os.link(HOME / BODY, folder / BODY)
-    except OSError:
-        log.info("%s is on another disk than %s: copying the weights", folder.parent, HOME)
-        shutil.copyfile(HOME / BODY, folder / BODY)
-    _write_index(folder, _body(HOME))
-
-
-def _shorten(layers: int, folder: Path) -> None:
-    """Fill a folder with the checkpoint in HOME, of which the first layers are kept."""
-    _copy_small(folder)
-    gone = tuple(f"model.layers.{layer}." for layer in range(layers, LAYERS))
-    body = {k: v for k, v in load_file(HOME / BODY).items() if not k.startswith(gone)}
-    save_file(body, folder / BODY, {"format": "pt"})
-    _write_index(folder, body)
-    config = read_json(HOME / "config.json") | {"num_hidden_layers": layers}
-    write_text(folder / "config.json", json.dumps(config, indent=2))
-
-
-def _copy_small(folder: Path) -> None:
-    """Copy all but weights and score head."""
+def _derive(layers: int | None, folder: Path) -> None:
+    """Fill a folder with the checkpoint in HOME but for its score head: its first layers, or, if
+    None, all; the weights then stay one file where they can."""
     weights = shutil.ignore_patterns(BODY, HEAD, INDEX)
     shutil.copytree(HOME, folder, ignore=weights, dirs_exist_ok=True)
+    if layers:
+        gone = tuple(f"model.layers.{layer}." for layer in range(layers, LAYERS))
+        body = {k: v for k, v in load_file(HOME / BODY).items() if not k.startswith(gone)}
+        save_file(body, folder / BODY, {"format": "pt"})
+        config = read_json(HOME / "config.json") | {"num_hidden_layers": layers}
+        write_text(folder / "config.json", json.dumps(config, indent=2))
+    else:
+        body = _body(HOME)
+        try:
+            os.link(HOME / BODY, folder / BODY)
+        except OSError:
+            log.info("%s is on another disk than %s: copying the weights", folder.parent, HOME)
+            shutil.copyfile(HOME / BODY, folder / BODY)
+    _write_index(folder, body)
 
 
 def _body(folder: Path) -> list[str]:
@@ -128,8 +121,8 @@ def _package_folder() -> Path:
     names = ", ".join(name.replace("_", "-") for name, spec in needed.items() if not spec)
     require(not names, f"SmolLM2 needs packages that are not installed ({names}): {INSTALL}")
     folder, again = Path(needed[PACKAGE].origin).parent, INSTALL.split(" && ")[0]
-    lacks = f"{folder} lacks {WEIGHTS}: {again} --force-reinstall"
-    require((folder / WEIGHTS).exists(), lacks)
+    there = (folder / WEIGHTS).exists()
+    require(there, f"{folder} lacks {WEIGHTS}: {again} --force-reinstall")
     return folder
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import repeat
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,46 +25,25 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lore.common.files import (
-    InputError,
-    digest,
-    file_sha256,
-    lock_folder,
-    read_json,
-    require,
-    write_whole,
-)
+from lore.common import files
+from lore.common.files import InputError, digest, file_sha256, read_json, require
 from lore.common.settings import NonNegativeInt, Pool, PositiveInt
 from lore.common.tensors import expect, read_tensors, require_finite
+from lore.embeddings import reward_model
 from lore.embeddings.prefix_trees import shared_prefix
-from lore.embeddings.reward_model import (
-    PAPERS_MODEL,
-    Conversation,
-    Engine,
-    Source,
-    cut_tokens,
-    device_and_dtype,
-    load_config,
-    load_engine,
-    load_tokenizer,
-    model_facts,
-    render_text,
-    sha256,
-    tokenize,
-)
+from lore.embeddings.reward_model import PAPERS_MODEL, Conversation, Engine, Source, sha256
 
 log = logging.getLogger(__name__)
 
-NAMES = ("model", "tokenizer")  # facts that may change: the same files under another path
-TEXTS = ("conversations_sha256", "num_conversations", "tokens_sha256")
 MANIFEST, INDEX, HEAD = "manifest.json", "index.safetensors", "head.safetensors"
 VERIFIED = "verified.json"  # size, time and inode of the files whose checksums were right
 AGAIN = "embed again; the rest is kept"
-FACTS = {"model": str, "revision": str | None, "weights_sha256": str | None, "tokenizer": str,
-         "template_sha256": str, "pool": str, "dtype": str, "max_length": int,
-         "truncation_side": str, "conversations_sha256": str, "num_conversations": int,
-         "tokens_sha256": str}  # fmt: skip
-COUNTS = {"num_distinct": int, "num_features": int, "files": dict}
+# What a manifest says: what a row depends on besides its tokens (the same weights are the same
+# model, whatever its path), whose rows they are, and the rest.
+SETTINGS = {"revision": str | None, "weights_sha256": str | None, "template_sha256": str,
+            "pool": str, "dtype": str, "max_length": int, "truncation_side": str}  # fmt: skip
+TEXTS = {"conversations_sha256": str, "num_conversations": int, "tokens_sha256": str}
+OTHERS = {"model": str, "tokenizer": str, "num_distinct": int, "num_features": int, "files": dict}
 KEY = 16  # bytes of the hash by which a conversation's tokens are known
 SHARD = re.compile(r"embeddings-\d{5}-[0-9a-f]{8}\.safetensors")
 
@@ -107,14 +86,15 @@ def embed(
         progress: show a progress bar.
     """
     worker, workers = _worker(shard)
-    device, dtype = device_and_dtype(device, dtype)
+    device, dtype = reward_model.device_and_dtype(device, dtype)
     batch_tokens = batch_tokens or (1024 if device == "cpu" else 4096)
     least = min(max_length, batch_tokens, shard_size)
     require(least > 0, "--max-length, --batch-tokens and --shard-size must be positive")
     source, folder = Source(model, tokenizer, revision, trust_remote_code, pool), Path(folder)
     plan = _plan(conversations, source, dtype, max_length, truncation_side, shard_size)
-    load = partial(load_engine, source, dtype, device, attention, method, batch_tokens)
-    with lock_folder(folder, shard):
+    how = source, dtype, device, attention, method, batch_tokens
+    load = partial(reward_model.load_engine, *how)
+    with files.lock_folder(folder, shard):
         return _complete(folder, plan, load, worker, workers, progress)
 
 
@@ -122,11 +102,10 @@ def check_model(settings: Mapping[str, Any]) -> None:
     """Before data are read, InputError for arguments of ``embed`` with a model or tokenizer that
     cannot be loaded, or no such device or shard."""
     _worker(settings.get("shard"))
-    device_and_dtype(settings.get("device", "auto"), "auto")
-    named = {key: settings[key] for key in Source._fields if key in settings}
-    source = Source(**{"model": embed.__kwdefaults__["model"], **named})
-    load_config(source)
-    load_tokenizer(source)
+    reward_model.device_and_dtype(settings.get("device", "auto"), "auto")
+    source = Source(**{key: settings[key] for key in Source._fields if key in settings})
+    reward_model.load_config(source)
+    reward_model.load_tokenizer(source)
 
 
 def open_store(folder: str | Path) -> "Store":
@@ -142,7 +121,7 @@ class Store:
         self.folder = folder
         self.manifest = read_manifest(folder)
         self.verify(_found(folder / VERIFIED))
-        note, tensors = self._open(INDEX, self.manifest)
+        note, tensors = self._open(INDEX, SETTINGS | TEXTS)
         number = self.manifest["num_conversations"]
         self._rows = expect(folder / INDEX, tensors, AGAIN, "rows", torch.int64, number)
         self._head = _open(folder / HEAD)[1]
@@ -161,15 +140,15 @@ class Store:
         whole = len(self._rows.unique()) == self.manifest["num_distinct"]
         require(whole, f"{folder / INDEX} and {MANIFEST} do not belong together: {AGAIN}")
 
-    def _open(self, file: str, facts: Mapping[str, Any]) -> tuple[dict[str, Any], dict]:
-        """Note and tensors of a file that was written for some of this manifest's facts."""
+    def _open(self, file: str, facts: Iterable[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Note and tensors of a file that was written for these facts of the manifest."""
         note, tensors = _open(self.folder / file)
-        ours = note.get("identity") == _identity(facts)
+        ours = note.get("identity") == _identity(self.manifest, facts)
         require(ours, f"{self.folder / file} is of other embeddings than {MANIFEST} says: {AGAIN}")
         return note, tensors
 
     def _shard(self, file: str) -> Tensor:
-        _, tensors = self._open(file, _without_texts(self.manifest))
+        _, tensors = self._open(file, SETTINGS)
         form = getattr(torch, self.manifest["dtype"]), None, self.num_features
         rows = expect(self.folder / file, tensors, AGAIN, "embeddings", *form)
         expect(self.folder / file, tensors, AGAIN, "keys", torch.uint8, len(rows), KEY)
@@ -228,9 +207,6 @@ class Store:
         require(same, f"{self.folder} holds embeddings of other conversations: embed again")
 
 
-# -------------------------------------------------------------------- Conversations
-
-
 def _checked(conversations: Sequence[Conversation]) -> list[Conversation]:
     """Conversations with role and content alone; InputError naming the first that is not text."""
     checked = []
@@ -272,7 +248,7 @@ class _Plan:
     @cached_property
     def source(self) -> str:
         """Hash of the facts that a conversation's embedding depends on besides its tokens."""
-        return _identity(_without_texts(self.facts))
+        return _identity(self.facts, SETTINGS)
 
     @cached_property
     def keys(self) -> list[bytes]:
@@ -286,23 +262,15 @@ class _Plan:
         new = [i for i, key in enumerate(self.keys) if key not in there]
         return [new[i : i + self.shard_size] for i in range(0, len(new), self.shard_size)]
 
-    def place(self, shard: list[int]) -> int:
-        """Where a shard stands among the distinct conversations, by which processes share them."""
-        return shard[0] // self.shard_size
-
     def name(self, shard: list[int]) -> str:
         """The file of a shard, such as embeddings-00001-0f3a9c5e.safetensors."""
         keys = sha256(*(self.keys[i] for i in shard))
-        return f"embeddings-{self.place(shard) + 1:05d}-{keys[:8]}.safetensors"
+        return f"embeddings-{shard[0] // self.shard_size + 1:05d}-{keys[:8]}.safetensors"
 
 
-def _identity(facts: Mapping[str, Any]) -> str:
-    """Hash of the facts; the same weights are the same model, whatever its path."""
-    return digest({key: facts[key] for key in FACTS if key in facts and key not in NAMES})
-
-
-def _without_texts(facts: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in facts.items() if key not in TEXTS}
+def _identity(facts: Mapping[str, Any], names: Iterable[str]) -> str:
+    """Hash of the facts with these names."""
+    return digest({name: facts[name] for name in names if name in facts})
 
 
 def _plan(
@@ -310,25 +278,26 @@ def _plan(
     max_length: int, truncation_side: str, shard_size: int,
 ) -> _Plan:  # fmt: skip
     conversations = _checked(conversations)
-    config, tokenizer = load_config(source), load_tokenizer(source)
+    config, tokenizer = reward_model.load_config(source), reward_model.load_tokenizer(source)
     max_length = min(max_length, getattr(config, "max_position_embeddings", None) or max_length)
     require(max_length > 0, f"{source.model}: its config.json leaves no room for any token")
-    texts = tokenize(tokenizer, (render_text(tokenizer, each) for each in conversations))
-    before = (render_text(tokenizer, each[:-1] or each, is_prompt=True) for each in conversations)
-    prompts = repeat(None) if source.pool == "last" else tokenize(tokenizer, before)
-    cut, num_truncated = [], 0
+    write = partial(reward_model.render_text, tokenizer)
+    tokenize = partial(reward_model.tokenize, tokenizer)
+    texts = tokenize(map(write, conversations))
+    before = (write(each[:-1] or each, is_prompt=True) for each in conversations)
+    prompts = repeat(None) if source.pool == "last" else tokenize(before)
+    cut, num_truncated, bos = [], 0, tokenizer.bos_token_id
     for ids, prompt in zip(texts, prompts, strict=False):
-        short = cut_tokens(ids, tokenizer.bos_token_id, max_length, truncation_side)
+        short = reward_model.cut_tokens(ids, bos, max_length, truncation_side)
         start = len(short) - 1
         if prompt is not None:  # the response begins where the prompt no longer says the same
             gone = (len(ids) - len(short)) * (truncation_side == "left")
-            has_bos = int(short[0] == tokenizer.bos_token_id)
-            start = min(start, max(shared_prefix(prompt, ids) - gone, has_bos))
+            start = min(start, max(shared_prefix(prompt, ids) - gone, int(short[0] == bos)))
         cut.append((short.astype(">u4").tobytes(), start))
         num_truncated += len(short) < len(ids)
     tokens = sorted(set(cut))
     number = {each: i for i, each in enumerate(tokens)}
-    facts = model_facts(source, tokenizer) | {
+    facts = reward_model.model_facts(source, tokenizer) | {
         "pool": source.pool, "dtype": dtype,
         "max_length": max_length, "truncation_side": truncation_side,
         "conversations_sha256": digest(conversations), "num_conversations": len(conversations),
@@ -344,8 +313,7 @@ def _worker(shard: str | None) -> tuple[int, int]:
     """Number of this process, and how many there are over all tasks of the job array."""
     given = re.fullmatch(r"(\d+)/(\d+)", shard or "1/1")
     part, parts = map(int, given.groups()) if given else (0, 0)
-    wrong = f"--shard {shard}: expected i/n with i from 1 to n, such as 2/8"
-    require(1 <= part <= parts, wrong)
+    require(1 <= part <= parts, f"--shard {shard}: expected i/n with i from 1 to n, such as 2/8")
     processes = int(os.environ.get("WORLD_SIZE", 1))
     return (part - 1) * processes + int(os.environ.get("RANK", 0)), parts * processes
 
@@ -362,7 +330,7 @@ def _complete(
     used = len(plan.tokens) - sum(map(len, missing))
     if used:
         log.info("%d of %d distinct conversations are there and used again", used, len(plan.keys))
-    own = [shard for shard in missing if plan.place(shard) % workers == worker]
+    own = [shard for shard in missing if shard[0] // plan.shard_size % workers == worker]
     engine = load() if own or not _is_sound(folder / HEAD, plan.source) else None
     if not is_claimed:  # once the model is there, so that a damaged one claims nothing
         claim = json.dumps({**plan.facts, "complete": False}, indent=2)
@@ -379,10 +347,11 @@ def _check_folder(folder: Path, plan: _Plan) -> bool:
     with suppress(InputError):
         head, _ = _open(folder / HEAD)
     if found and head.get("identity") != plan.source:  # else a manifest that differs was edited
-        for key, value in _without_texts(plan.facts).items():
-            holds = f"{folder} holds embeddings with {key} = {found.get(key)}, but {value} is asked"
-            same = key in NAMES or found.get(key) == value
-            require(same, f"{holds} for: take another folder or remove this one")
+        remedy = "take another folder or remove this one"
+        for key in SETTINGS:
+            has, asked = found.get(key), plan.facts[key]
+            holds = f"{folder} holds embeddings with {key} = {has}, but {asked} is asked for"
+            require(has == asked, f"{holds}: {remedy}")
     return bool(found)
 
 
@@ -396,11 +365,10 @@ def _embed_shards(
             before = engine.tokens_computed
             texts, starts = zip(*(plan.tokens[i] for i in shard), strict=True)
             tokens = [np.frombuffer(ids, ">u4").astype(np.int64) for ids in texts]
-            keys = np.frombuffer(b"".join(plan.keys[i] for i in shard), np.uint8).copy()
-            rows = {"embeddings": engine.embed(tokens, bar, list(starts))}
-            rows["keys"] = torch.from_numpy(keys.reshape(-1, KEY))
-            computed = engine.tokens_computed - before
-            note = {"method": engine.method, "tokens_computed": computed}
+            keys = bytearray(b"".join(plan.keys[i] for i in shard))
+            rows = {"embeddings": engine.embed(tokens, bar, list(starts)),
+                    "keys": torch.frombuffer(keys, dtype=torch.uint8).view(-1, KEY)}  # fmt: skip
+            note = {"method": engine.method, "tokens_computed": engine.tokens_computed - before}
             _write(folder / plan.name(shard), _as_bytes(rows, plan.source, **note))
     computed, seconds = engine.tokens_computed, time.perf_counter() - begin
     log.info(
@@ -421,19 +389,27 @@ def _found_shards(folder: Path, plan: _Plan) -> dict[str, list[bytes]]:
 
 def _finish(folder: Path, plan: _Plan) -> Store | None:
     """Complete index and manifest once all shards are there, whichever process wrote them."""
-    row: dict[bytes, int] = {}
-    shards, total, wanted = [], 0, set(plan.keys)
-    for name, keys in _found_shards(folder, plan).items():
-        if not wanted.isdisjoint(keys):
-            row = dict(zip(keys, range(total, total + len(keys)), strict=True)) | row
-            shards.append(name)
-            total += len(keys)
+    row, wanted = {}, set(plan.keys)
+    found = _found_shards(folder, plan)
+    shards = [name for name, keys in found.items() if not wanted.isdisjoint(keys)]
+    for number, key in enumerate(chain.from_iterable(found[name] for name in shards)):
+        row.setdefault(key, number)
     if waiting := len(wanted - row.keys()):
         log.info("%d conversations are still to come from other processes", waiting)
         return None
     rows = torch.tensor([row[key] for key in plan.keys])[plan.rows]
-    index = _as_bytes({"rows": rows}, _identity(plan.facts), shards=shards)
-    full = _full_manifest(folder, plan, shards, index)
+    index = _as_bytes({"rows": rows}, _identity(plan.facts, SETTINGS | TEXTS), shards=shards)
+    notes, tensors = zip(*(_open(folder / name) for name in shards), strict=True)
+    head = _open(folder / HEAD)[1].get("head")
+    sums = {name: file_sha256(folder / name) for name in (*shards, HEAD)}
+    full = {
+        **plan.facts, **plan.counts,
+        "tokens_computed": sum(note.get("tokens_computed", 0) for note in notes),
+        "method": ", ".join(sorted({note.get("method", "") for note in notes})),
+        "num_features": tensors[0]["embeddings"].shape[1],
+        "reference": "none" if head is None else f"score head with {len(head)} outputs",
+        "files": sums | {INDEX: sha256(index)}, "complete": True,
+    }  # fmt: skip
     is_old = not (folder / INDEX).is_file() or (folder / INDEX).read_bytes() != index
     if is_old or _found(folder / MANIFEST) != full:
         try:
@@ -448,21 +424,6 @@ def _finish(folder: Path, plan: _Plan) -> Store | None:
     return Store(folder)
 
 
-def _full_manifest(folder: Path, plan: _Plan, shards: list[str], index: bytes) -> dict[str, Any]:
-    notes = [_open(folder / name)[0] for name in shards]
-    head = _open(folder / HEAD)[1].get("head")
-    files = {name: file_sha256(folder / name) for name in (*shards, HEAD)}
-    return {
-        **plan.facts, **plan.counts,
-        "tokens_computed": sum(note.get("tokens_computed", 0) for note in notes),
-        "method": ", ".join(sorted({note.get("method", "") for note in notes})),
-        "num_features": _open(folder / shards[0])[1]["embeddings"].shape[1],
-        "reference": "none" if head is None else f"score head with {len(head)} outputs",
-        "files": files | {INDEX: sha256(index)},
-        "complete": True,
-    }
-
-
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of finished embeddings; InputError for none, or one of another form."""
     found = read_json(folder / MANIFEST)
@@ -471,11 +432,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     require(found is not None, missing)
     require(isinstance(found, dict), f"{damaged}: {AGAIN}")
     require(found.get("complete") is True, missing)
-    for key, kind in (FACTS | COUNTS).items():
+    for key, kind in (SETTINGS | TEXTS | OTHERS).items():
         right = isinstance(found.get(key), kind) and not isinstance(found.get(key), bool)
+        right = right and (key != "dtype" or found[key] in reward_model.LOGIT_TOLERANCE)
         require(right, f"{damaged}, {key} is {found.get(key)!r:.40}: {AGAIN}")
-    known = found["dtype"] in ("float32", "bfloat16", "float16")
-    require(known, f"{damaged}, dtype is {found['dtype']!r:.40}: {AGAIN}")
     names = found["files"].keys() - {INDEX, HEAD}
     right = len(found["files"]) == len(names) + 2 and names and all(map(SHARD.fullmatch, names))
     require(bool(right), f"{damaged}, files names others: {AGAIN}")
@@ -488,7 +448,7 @@ def _found(path: Path) -> dict[str, Any]:
         found = read_json(path)
     except InputError as error:
         log.warning("%s", error)
-        found = None
+        return {}
     return found if isinstance(found, dict) else {}
 
 
@@ -521,7 +481,7 @@ def _write(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
 
-    write_whole(path, write)
+    files.write_whole(path, write)
 
 
 def _open(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
