@@ -1,15 +1,16 @@
-"""A tree's mask for FlexAttention: the dense mask's, its rows those of one at a time."""
+"""Prefix trees: their tokens and cuts; a mask for FlexAttention that is the dense mask's."""
 
 import logging
 from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
+from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_block_mask, create_mask
 from tqdm import tqdm
 
 import models
@@ -19,6 +20,8 @@ from lore.embeddings import reward_model
 from lore.embeddings.reward_model import Engine, Source, load_engine
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+SIZES = st.tuples(st.integers(1, 60), st.integers(0, 60))
+TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=6).map(tuple)
 
 
 @pytest.fixture
@@ -26,6 +29,13 @@ def uncompiled() -> Iterator[None]:
     """FlexAttention as plain torch code, as the compiler is slow and differs between machines."""
     with torch.compiler.set_stance("force_eager"):
         yield
+
+
+@pytest.fixture
+def engine(tmp_path, request) -> Engine:
+    """A tiny model, a Llama if no other kind is asked for, that takes trees."""
+    model = models.TREE_KINDS[getattr(request, "param", "llama")](tmp_path / "model")
+    return load_engine(Source(str(model)), "float32", "cpu", "sdpa", "tree", 300)
 
 
 def conversations(groups: int, seed: int = 0, vocabulary: int = 60) -> list[np.ndarray]:
@@ -41,43 +51,67 @@ def conversations(groups: int, seed: int = 0, vocabulary: int = 60) -> list[np.n
 
 
 def tree_of(tokens: list[np.ndarray]) -> passes.Pass:
+    """The tree of sorted conversations, the second half of each of which is pooled."""
     shared = [0] + [passes.shared_prefix(a, b) for a, b in pairwise(tokens)]
-    starts = [len(ids) - 1 for ids in tokens]
+    starts = [len(ids) // 2 for ids in tokens]
     return passes.tree_pass(list(range(len(tokens))), tokens, starts, shared)
 
 
-def tree_engine(folder: Path, kind: str = "llama", batch_tokens: int = 500) -> Engine:
-    model = models.TREE_KINDS[kind](folder / "model")
-    return load_engine(Source(str(model)), "float32", "cpu", "sdpa", "tree", batch_tokens)
-
-
-def cut(ends: torch.Tensor, length: int) -> torch.Tensor:
-    """The tree of the first tokens."""
-    return ends[:length].clamp(max=length)
-
-
 def listed(count: torch.Tensor, which: torch.Tensor) -> list[set[int]]:
+    """For each block of queries the blocks of keys."""
     return [set(row[:n].tolist()) for n, row in zip(count[0, 0], which[0, 0], strict=True)]
 
 
-def listed_all(mask: BlockMask) -> list[set[int]]:
-    """For each block of queries the blocks of keys that it takes."""
-    some = listed(mask.kv_num_blocks, mask.kv_indices)
-    whole = listed(mask.full_kv_num_blocks, mask.full_kv_indices)
-    return [a | b for a, b in zip(some, whole, strict=True)]
+@hypothesis.settings(deadline=None)
+@hypothesis.given(st.lists(TOKENS, min_size=1, max_size=8))
+def test_tree_mask_lets_a_token_see_its_ancestors_only(lists):
+    tokens = [np.array(ids) for ids in sorted(set(lists))]
+    tree = tree_of(tokens)
+    sees = passes.tree_mask(tree.ends, torch.float32)[0, 0] == 0
+    pooled = tree.pooled[1].split(tree.counts.tolist())
+    for row, places in zip(tokens, pooled, strict=True):
+        path = sees[places[-1]].nonzero()[:, 0]
+        assert path[len(row) // 2 :].tolist() == places.tolist()
+        assert tree.ids[0, path].tolist() == row.tolist()
+        assert tree.positions[0, path].tolist() == list(range(len(row)))
+    assert len(tree.ends) == len({ids[: i + 1] for ids in lists for i in range(len(ids))})
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(st.lists(SIZES, min_size=1, max_size=8))
+def test_packing_is_the_cheapest_of_all_cuts(sizes):
+    lengths = [length for length, _ in sizes]
+    shared = [min(s, a, b) for (b, s), a in zip(sizes, [0, *lengths[:-1]], strict=True)]
+    budget, n = 64, len(sizes)
+
+    def cost(trees: list[tuple[int, int]]) -> float:
+        tokens = [sum(lengths[a:b]) - sum(shared[a + 1 : b]) for a, b in trees]
+        if any(b - a > 1 and budget < T for (a, b), T in zip(trees, tokens, strict=True)):
+            return float("inf")
+        return sum(budget / 32 + T + T**2 / (3 * budget) for T in tokens)
+
+    def cuts(start: int) -> list[list[tuple[int, int]]]:
+        ends = range(start + 1, n + 1)
+        return [[(start, end), *rest] for end in ends for rest in cuts(end)] if start < n else [[]]
+
+    assert cost(passes.pack(lengths, shared, budget)) == pytest.approx(min(map(cost, cuts(0))))
 
 
 @pytest.mark.parametrize("length", [1, 127, 128, 129, 256, 640, 700])
 def test_the_block_mask_is_the_dense_mask(length):
     for seed in range(4):
-        ends = cut(tree_of(conversations(6, seed)).ends, length)
+        ends = tree_of(conversations(6, seed)).ends[:length].clamp(max=length)
         ours, dense = passes.tree_blocks(ends, "cpu"), passes.tree_mask(ends, torch.float32)
         sees = create_mask(ours.mask_mod, 1, 1, length, length, device="cpu")
         assert torch.equal(sees, dense == 0)
         made = create_block_mask(ours.mask_mod, 1, 1, length, length, device="cpu")
         assert ours.shape == made.shape
-        assert listed_all(ours) == listed_all(made)
-        whole = listed(ours.full_kv_num_blocks, ours.full_kv_indices)
+        whole, taken = listed(ours.full_kv_num_blocks, ours.full_kv_indices), []
+        for mask in (ours, made):
+            full = listed(mask.full_kv_num_blocks, mask.full_kv_indices)
+            some = listed(mask.kv_num_blocks, mask.kv_indices)
+            taken.append([a | b for a, b in zip(some, full, strict=True)])
+        assert taken[0] == taken[1]
         for query, keys in enumerate(whole):  # taken without asking the mask
             for key in keys:
                 assert sees[0, 0, 128 * query :, 128 * key : 128 * key + 128][:128].all()
@@ -94,55 +128,41 @@ def test_blocks_are_skipped_and_taken_whole():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", models.TREE_KINDS)
-def test_rows_are_those_of_one_at_a_time_and_of_the_dense_mask(kind, tmp_path, uncompiled):
-    engine = tree_engine(tmp_path, kind, 300)
-    tokens, rows = conversations(2), {}
-    for name, method, flex in (
-        ("alone", "single", False), ("dense", "tree", False), ("flex", "tree", True),
-    ):  # fmt: skip
+@pytest.mark.parametrize("engine", models.TREE_KINDS, indirect=True)
+def test_rows_are_those_of_one_at_a_time_and_of_the_dense_mask(engine, uncompiled):
+    rows = {}
+    for method, flex in (("single", False), ("tree", False), ("tree", True)):
         engine.method, engine.flex = method, flex
-        rows[name] = engine.embed(tokens, tqdm(disable=True))
+        rows[method, flex] = engine.embed(conversations(2), tqdm(disable=True))
         assert engine.flex == flex and engine.model.config._attn_implementation == "sdpa"
-    for other in ("alone", "dense"):
-        assert float((rows["flex"] - rows[other]).norm(dim=1).max()) < 1e-5 * float(
-            rows[other].norm(dim=1).min()
-        )
+    flexed, length = rows["tree", True], float(rows["single", False].norm(dim=1).min())
+    for other in rows.values():
+        assert float((flexed - other).norm(dim=1).max()) < 1e-5 * length
 
 
-def test_a_wrong_block_mask_stops_the_run(tmp_path, uncompiled, monkeypatch):
-    right = passes.tree_blocks
-    monkeypatch.setattr(
-        reward_model, "tree_blocks", lambda ends, device: right(0 * ends + len(ends), device)
-    )
-    engine = tree_engine(tmp_path)
+def test_a_wrong_block_mask_stops_the_run(engine, uncompiled, monkeypatch):
+    def causal(ends: torch.Tensor, device: Any, right: Any = passes.tree_blocks) -> Any:
+        return right(0 * ends + len(ends), device)
+
+    monkeypatch.setattr(reward_model, "tree_blocks", causal)
     engine.flex = True
     with pytest.raises(InputError, match="does not give what"):
         engine.embed(conversations(1), tqdm(disable=True))
 
 
-def test_where_flexattention_cannot_run_trees_take_the_dense_mask(tmp_path, monkeypatch, caplog):
-    def broken(*_: Any) -> None:
-        raise NotImplementedError("no kernel\nfor this card")
+def test_where_flexattention_cannot_run_trees_take_the_dense_mask(engine, monkeypatch, caplog):
+    def fails(*_: Any) -> None:
+        raise problem
 
-    engine = tree_engine(tmp_path)
-    tokens = conversations(4)
-    dense = engine.embed(tokens, tqdm(disable=True))
-    monkeypatch.setattr(reward_model, "tree_blocks", broken)
+    dense = engine.embed(conversations(2), tqdm(disable=True))
+    monkeypatch.setattr(reward_model, "tree_blocks", fails)
     caplog.clear()
-    engine.flex = True
-    assert torch.equal(engine.embed(tokens, tqdm(disable=True)), dense)
+    engine.flex, problem = True, NotImplementedError("no kernel\nfor this card")
+    assert torch.equal(engine.embed(conversations(2), tqdm(disable=True)), dense)
     warned = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
     assert len(warned) == 1 and warned[0].endswith("NotImplementedError: no kernel")
-
-
-def test_full_memory_is_no_reason_for_the_dense_mask(tmp_path, monkeypatch):
-    def full(ends: torch.Tensor, device: Any) -> None:
-        raise torch.cuda.OutOfMemoryError("full")
-
-    monkeypatch.setattr(reward_model, "tree_blocks", full)
-    engine = tree_engine(tmp_path)
-    engine.flex = True
+    assert not engine.flex
+    engine.flex, problem = True, torch.cuda.OutOfMemoryError("full")  # which is no reason for it
     with pytest.raises(InputError, match="do not fit"):
         engine.embed(conversations(2), tqdm(disable=True))
-    assert engine.flex and engine.batch_tokens < 500
+    assert engine.flex and engine.batch_tokens < 300
