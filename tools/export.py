@@ -7,7 +7,9 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
@@ -23,20 +25,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lore.common.files import UMASK, InputError, first_line, require, write_text
-from lore.embeddings.reward_model import (
-    OF_BASIS,
-    ModelChoice,
-    Source,
-    load_tokenizer,
-    pretrained,
-    render,
-)
+from lore.embeddings import reward_model
+from lore.embeddings.reward_model import OF_BASIS, ModelChoice, Source, render
 from lore.experiments.report.intervals import columns, interval, level
 from lore.experiments.report.verdict import kind_sentence
 from lore.experiments.results import ALWAYS, MEASURES, read_results
 from lore.methods.saved import Learned, load_learned
 
-PLACES = ("model", "tokenizer")  # settings that may be paths of the machine
 EXPORTED = Path(__file__).resolve().parent / "exported"
 HUB = {
     "PersonalLLM": "namkoong-lab/PersonalLLM",
@@ -87,32 +82,26 @@ def main(
         return
     require(out is not None, "--out is missing: name the folder to make")
     require(not out.exists(), f"--out {out} already exists: remove it or choose another folder")
-    rewards = choose_rewards(learned, users, average)
+    require(not users or not average, "--users and --average exclude each other")
+    rewards = {user: learned.direction(user, "--users") for user in users} or learned.columns()
+    if average:
+        rewards = {"average user": learned.direction()}
     source = lm.of_basis(learned.settings, basis)
     pooled = f"{basis} reads {source.pool} states, a score head the last token's: --pool last alone"
     require(source.pool == "last", f"{pooled} can be exported")
     if push:
         claim(push)
-    model, tokenizer = load_model(source, dtype), load_tokenizer(source)
+    model, tokenizer = load_model(source, dtype), reward_model.load_tokenizer(source)
     replace_head(model, rewards, learned.center)
     settle(tokenizer, model)
     about = {"folder": push or out.name, "adapter": adapter, **held_out(basis, average)}
     text = card(source, model, tokenizer, learned, about)
-    save = save_adapter if adapter else save_model
-    write_checkpoint(out, lambda draft: save(draft, model, source), tokenizer, text)
+    write_checkpoint(out, source, model, tokenizer, text, adapter)
     print(f"{', '.join(rewards)}: {out}")
     if push:
         advice = f"{out} is written, `hf upload` can go on"
         on_hub(push, lambda hub: hub.upload_folder(folder_path=out, repo_id=push), advice)
         print(f"uploaded to {push}, which only its members can see")
-
-
-def choose_rewards(basis: Learned, users: Sequence[str], average: bool) -> dict[str, Tensor]:
-    """The directions [F] to export, in log odds, by the name of their label."""
-    require(not users or not average, "--users and --average exclude each other")
-    if average:
-        return {"average user": basis.direction()}
-    return {user: basis.direction(user, "--users") for user in users} or basis.columns()
 
 
 def load_model(source: Source, dtype: str) -> Any:
@@ -122,8 +111,8 @@ def load_model(source: Source, dtype: str) -> Any:
 
     logging.set_verbosity_error()  # that a language model has no score head does not matter
     options = {"dtype": dtype, "num_labels": 1, "ignore_mismatched_sizes": True}
-    loaded = pretrained(AutoModelForSequenceClassification, source.model, source, **options)
-    return loaded.eval()
+    loader = AutoModelForSequenceClassification
+    return reward_model.pretrained(loader, source.model, source, **options).eval()
 
 
 def replace_head(model: Any, rewards: Mapping[str, Tensor], center: Tensor | None) -> None:
@@ -195,16 +184,14 @@ def _is_plain(tokenizer: Any) -> bool:
 @torch.inference_mode()
 def strip_cost(tokenizer: Any, model: Any) -> float | None:
     """Share of pairs of made responses that a strip of their texts turns; None if it is idle."""
-    texts = [
-        [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats] for chats in CHATS
-    ]
-    if all(text == text.rstrip() for some in texts for text in some):
-        return None
 
     def logits(text: str) -> Tensor:
         return model(**tokenizer(text, add_special_tokens=False, return_tensors="pt")).logits[0]
 
-    turned = []
+    write = partial(tokenizer.apply_chat_template, tokenize=False)
+    texts, turned = [list(map(write, chats)) for chats in CHATS], []
+    if all(text == text.rstrip() for some in texts for text in some):
+        return None
     for some in texts:
         both = [(logits(text), logits(text.rstrip())) for text in some]
         turned += [(i > k) != (j > m) for (i, j), (k, m) in combinations(both, 2)]
@@ -242,19 +229,21 @@ def card(
     source: Source, model: Any, tokenizer: Any, learned: Learned, about: Mapping[str, Any]
 ) -> str:
     """The model card, from tools/exported/card.md."""
-    labels, local = list(model.config.id2label.values()), Path(source.model).is_dir()
-    filled = {
-        "labels": labels, "whole": labels == list(learned.columns()), "use": learned.use,
-        "model": Path(source.model).resolve().name if local else source.model,
-        "base": None if local else source.model, "license": license_of(source),
-        "method": learned.method, "offset": model.config.lore["offset"],
-        "settings": {k: v for k, v in learned.settings.items() if k not in PLACES},
-        "dataset": HUB.get(str(learned.settings.get("dataset"))),
-        "plain": _is_plain(tokenizer), "cost": strip_cost(tokenizer, model),
-    }  # fmt: skip
+    labels = list(model.config.id2label.values())
     options = {"trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.ChainableUndefined}
     text = (EXPORTED / "card.md").read_text(encoding="utf-8")
-    return jinja2.Environment(**options).from_string(text).render(**filled, **about)
+    return jinja2.Environment(**options).from_string(text).render(
+        learned=learned, labels=labels, whole=labels == list(learned.columns()),
+        model=_name(source), base=None if Path(source.model).is_dir() else source.model,
+        license=license_of(source), dataset=HUB.get(str(learned.settings.get("dataset"))),
+        offset=model.config.lore["offset"], plain=_is_plain(tokenizer),
+        cost=strip_cost(tokenizer, model), **about,
+    )  # fmt: skip
+
+
+def _name(source: Source) -> str:
+    """The model's name; of a local folder the last part, as another machine has no such folder."""
+    return Path(source.model).resolve().name if Path(source.model).is_dir() else source.model
 
 
 def license_of(source: Source) -> str:
@@ -269,13 +258,7 @@ def license_of(source: Source) -> str:
         return "other"
 
 
-def save_model(folder: Path, model: Any, _: Source) -> None:
-    """The whole model, and reward.py."""
-    model.save_pretrained(folder)
-    shutil.copyfile(EXPORTED / "reward.py", folder / "reward.py")
-
-
-def save_adapter(folder: Path, model: Any, source: Source) -> None:
+def save_adapter(folder: Path, model: Any, base: str) -> None:
     """The score head in PEFT's format, with labels, unit and offsets in lore.json.
 
     PEFT loads no adapter that changes no layer: the last linear one of the body is changed by zero.
@@ -287,7 +270,6 @@ def save_adapter(folder: Path, model: Any, source: Source) -> None:
     tensors[f"{changed}.lora_A.weight"] = torch.zeros(1, layer.in_features)
     tensors[f"{changed}.lora_B.weight"] = torch.zeros(layer.out_features, 1)
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-    base = Path(source.model).resolve().name if Path(source.model).is_dir() else source.model
     config = {
         "peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": base, "r": 1,
         "lora_alpha": 1, "target_modules": [name], "modules_to_save": ["score"],
@@ -298,24 +280,27 @@ def save_adapter(folder: Path, model: Any, source: Source) -> None:
     write_text(folder / "lore.json", json.dumps(about, indent=2))
 
 
-def write_checkpoint(out: Path, save: Callable[[Path], Any], tokenizer: Any, text: str) -> None:
-    """Write what ``save`` does, tokenizer and card to a folder that appears whole or not at all."""
-    draft = out.with_name(f"{out.name}.{os.getpid()}.part")
+def write_checkpoint(
+    out: Path, source: Source, model: Any, tokenizer: Any, text: str, adapter: bool
+) -> None:
+    """Write the model with reward.py, or an adapter; tokenizer and card; whole or not at all."""
     try:
-        draft.mkdir(parents=True)  # an error if it is there: what we did not make is not ours
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot make {draft} ({error.strerror})") from error
-    try:
-        save(draft)
-        tokenizer.save_pretrained(draft)
-        write_text(draft / "README.md", text)
-        for file in draft.iterdir():
-            file.chmod(0o666 & ~UMASK)  # safetensors keeps its files from all but their owner
-        os.rename(draft, out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(".part", f"{out.name}.", out.parent) as beside:
+            draft = Path(beside) / out.name
+            draft.mkdir()
+            if adapter:
+                save_adapter(draft, model, _name(source))
+            else:
+                model.save_pretrained(draft)
+                shutil.copyfile(EXPORTED / "reward.py", draft / "reward.py")
+            tokenizer.save_pretrained(draft)
+            write_text(draft / "README.md", text)
+            for file in draft.iterdir():
+                file.chmod(0o666 & ~UMASK)  # safetensors keeps its files from all but their owner
+            os.rename(draft, out)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise InputError(f"--out {out}: cannot be written ({error})") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def claim(name: str) -> None:

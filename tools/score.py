@@ -5,7 +5,6 @@
 """
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.common.cli import cli
 from lore.common.files import begins, check_output, require, write_whole
 from lore.elicitation.choices import read_candidates
-from lore.elicitation.scoring import Scorer, load_scorer
+from lore.elicitation.scoring import load_scorer
 from lore.elicitation.user import ranking
-from lore.embeddings.reward_model import OF_BASIS, Conversation, ModelChoice
+from lore.embeddings.reward_model import OF_BASIS, ModelChoice
 from lore.methods.saved import load_learned
 from lore.preparing.own_rows import USUAL, Columns
 
@@ -61,7 +60,12 @@ def main(
         head = "user,line,prompt,place" if out.suffix == ".csv" else '{"user":'
         check_output(out, "--out", begins(head), [basis, texts])
     drafts = read_candidates(texts, columns)
-    table = scored(load_scorer(basis, lm=lm, **loading), drafts, users, progress)
+    scorer = load_scorer(learned, basis, lm=lm, **loading)
+    rows, tables = scorer.embed(drafts, progress), []
+    for name, known in users.items():
+        tables.append(ranking(drafts, *scorer.score(rows, known)).drop(columns="p_over_next"))
+        tables[-1].insert(0, "user", name)
+    table = pd.concat(tables, ignore_index=True)
     if out is None:
         print(table.to_string(index=False, max_colwidth=60, float_format="%.3f", na_rep=""))
     elif out.suffix == ".csv":
@@ -69,19 +73,6 @@ def main(
     else:
         lines = {"orient": "records", "lines": True, "force_ascii": False}
         write_whole(out, lambda draft: table.to_json(draft, **lines))
-
-
-def scored(
-    scorer: Scorer, drafts: Sequence[Conversation], users: dict[str, str | None],
-    progress: bool = False,
-) -> pd.DataFrame:  # fmt: skip
-    """Every user's ``ranking`` of conversations; users of the file by their names in the table."""
-    rows, tables = scorer.embed(drafts, progress), []
-    for name, user in users.items():
-        table = ranking(drafts, *scorer.score(rows, user)).drop(columns="p_over_next")
-        table.insert(0, "user", name)
-        tables.append(table)
-    return pd.concat(tables, ignore_index=True)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from lore.common.settings import Port, PositiveInt
 from lore.elicitation.scoring import Scorer, load_scorer
 from lore.elicitation.web import Server, listen
 from lore.embeddings.reward_model import OF_BASIS, Conversation, ModelChoice
+from lore.methods.saved import load_learned
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +50,8 @@ def main(
         max_queries: most queries of a request.
         lm: the reward model.
     """
-    server = start(load_scorer(basis, lm=lm, **loading), host, port, max_queries)
+    scorer = load_scorer(load_learned(basis), basis, lm=lm, **loading)
+    server = start(scorer, host, port, max_queries)
     log.info("POST http://%s:%d/get_reward; Ctrl-C ends it", host, server.server_port)
     with server:
         try:
@@ -60,7 +63,7 @@ def main(
 def start(scorer: Scorer, host: str, port: int, max_queries: int) -> Server:
     """A server that is bound but does not serve yet; InputError where the address is taken."""
     app, batches = bottle.Bottle(), Batches(scorer)
-    app.route("/get_reward", "POST", lambda: answer(batches, max_queries))
+    app.route("/get_reward", "POST", partial(answer, batches, max_queries))
     app.default_error_handler = _as_json
     server = listen(app, host, port)
     server.daemon_threads, server.silence = True, 60
@@ -148,25 +151,28 @@ class Batches:
             batch = [self.waiting.get()]
             while sum(len(one.queries) for one in batch) < TOGETHER and not self.waiting.empty():
                 batch.append(self.waiting.get())
-            try:
-                self._answer(batch)
-            except Exception:  # one by one, so that a mistake harms no other request
-                for one in batch:
-                    try:
-                        self._answer([one])
-                    except Exception as error:  # whatever it is, the client must not wait for ever
-                        one.rewards.set_exception(error)
+            self._answer(batch)
 
     def _answer(self, batch: list[Waiting]) -> None:
+        """Give every request its rewards, or say what is wrong with it."""
+        try:
+            for one, rewards in zip(batch, self._rewards(batch), strict=True):
+                one.rewards.set_result(rewards)
+        except Exception as error:
+            if len(batch) == 1:  # whatever it is, the client must not wait for ever
+                batch[0].rewards.set_exception(error)
+            else:
+                for one in batch:  # one by one, so that a mistake harms no other request
+                    self._answer([one])
+
+    def _rewards(self, batch: list[Waiting]) -> list[list[float]]:
         rows = self.scorer.embed([query for one in batch for query in one.queries])
         users = [user for one in batch for user in one.users]
         rewards = rows.new_empty(len(rows))
         for user in set(users):
             own = [place for place, other in enumerate(users) if other == user]
             rewards[own] = self.scorer.score(rows[own], user)[0]
-        parts = rewards.split([len(one.queries) for one in batch])
-        for one, part in zip(batch, parts, strict=True):
-            one.rewards.set_result(part.tolist())
+        return [part.tolist() for part in rewards.split([len(one.queries) for one in batch])]
 
 
 if __name__ == "__main__":

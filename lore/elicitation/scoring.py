@@ -12,19 +12,9 @@ from tqdm import tqdm
 from lore.common.files import require
 from lore.common.settings import NonNegativeInt, PositiveInt
 from lore.elicitation.user import check_width
-from lore.embeddings.reward_model import (
-    OF_BASIS,
-    Conversation,
-    Engine,
-    ModelChoice,
-    cut_tokens,
-    device_and_dtype,
-    load_engine,
-    load_tokenizer,
-    render_text,
-    tokenize,
-)
-from lore.methods.saved import Learned, load_learned
+from lore.embeddings import reward_model as models
+from lore.embeddings.reward_model import OF_BASIS, Conversation, ModelChoice
+from lore.methods.saved import Learned
 
 SAID = "\N{WHITE SQUARE}"  # stands for what is said where a template's own end is looked for
 
@@ -34,13 +24,13 @@ class Scorer:
     """A file's users with the reward model loaded; of a conversation's tokens the last are kept."""
 
     learned: Learned
-    engine: Engine
+    engine: models.Engine
     tokenizer: Any
     max_length: int
 
     def __post_init__(self) -> None:
         chat = [{"role": role, "content": SAID} for role in ("user", "assistant")]
-        self.end = render_text(self.tokenizer, chat).rpartition(SAID)[2]
+        self.end = self._write(chat).rpartition(SAID)[2]
 
     def embed(self, texts: Sequence[str | Conversation], progress: bool = False) -> Tensor:
         """Embeddings [n, F], minus the center where the file has it.
@@ -49,10 +39,9 @@ class Scorer:
         it was stripped. InputError for an empty one, or where the template refuses.
         """
         bos = self.tokenizer.bos_token_id
-        keys = [
-            tuple(cut_tokens(ids, bos, self.max_length, "left").tolist())
-            for ids in tokenize(self.tokenizer, [self._write(text) for text in texts])
-        ]
+        written = models.tokenize(self.tokenizer, [self._write(text) for text in texts])
+        cut = [models.cut_tokens(ids, bos, self.max_length, "left") for ids in written]
+        keys = [tuple(ids.tolist()) for ids in cut]
         places = {key: place for place, key in enumerate(sorted(set(keys)))}
         total = sum(map(len, places))
         with tqdm(total=total, unit="token", disable=None if progress else True) as bar:
@@ -62,7 +51,7 @@ class Scorer:
 
     def _write(self, text: str | Conversation) -> str:
         if not isinstance(text, str):
-            return render_text(self.tokenizer, text)
+            return models.render_text(self.tokenizer, text)
         text = text.rstrip()
         require(bool(text), "a text is empty")
         return text.removesuffix(self.end.rstrip()) + self.end
@@ -72,31 +61,30 @@ class Scorer:
 
         The user is one of the file, else InputError; None is the average user.
         """
-        direction = self.learned.direction(user, "--user")
-        return rows @ direction, self.learned.deviations(rows, user)
+        return rows @ self.learned.direction(user, "--user"), self.learned.deviations(rows, user)
 
 
 def load_scorer(
-    basis: Path, max_length: PositiveInt = 4096,
+    learned: Learned, basis: Path, max_length: PositiveInt = 4096,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto", device: str = "auto",
     batch_tokens: NonNegativeInt = 0, lm: ModelChoice = OF_BASIS,
 ) -> Scorer:  # fmt: skip
-    """Load a file and its reward model; InputError for a model other than the file's.
+    """Load the reward model of what was read from a file; InputError for another than the file's.
 
     Args:
-        basis: basis file of a run, or mixed_logit file.
+        learned: what ``load_learned`` gives.
+        basis: the file.
         max_length: most tokens of a conversation; of longer ones the end is kept.
         dtype: of arithmetic; auto is bfloat16 on a GPU and float32 on a CPU.
         device: auto (a GPU if there is one), cpu, cuda, or one GPU such as cuda:1.
         batch_tokens: most tokens in one forward pass; 0 means 1024 on a CPU, 4096 on a GPU.
         lm: the reward model.
     """
-    learned = load_learned(basis)
     source = lm.of_basis(learned.settings, basis)
     pooled = f"{basis} reads {source.pool} states: tools/rank_responses.py ranks by these"
     require(source.pool == "last", f"{pooled}, but texts are scored by the last token's alone")
     check_width(source, len(learned.direction()))
-    device, dtype = device_and_dtype(device, dtype)
+    device, dtype = models.device_and_dtype(device, dtype)
     batch_tokens = batch_tokens or (1024 if device == "cpu" else 4096)
-    engine = load_engine(source, dtype, device, "sdpa", "auto", batch_tokens)
-    return Scorer(learned, engine, load_tokenizer(source), max_length)
+    engine = models.load_engine(source, dtype, device, "sdpa", "auto", batch_tokens)
+    return Scorer(learned, engine, models.load_tokenizer(source), max_length)

@@ -2,20 +2,28 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from lore.elicitation.scoring import Scorer, load_scorer
 from lore.embeddings import store as embeddings
 from lore.learning.basis import Basis, save_basis
 from lore.methods.fitting.posterior import Evidence, Prior
 from lore.methods.mixed_logit import MixedFit
+from lore.methods.saved import load_learned
 
 CHATS = [
     [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     for question in ("Why is the sky blue?", "Sing!")
     for answer in ("Light scatters.", "No idea, sorry", "La la la la la la la la")
 ]
+
+
+def standard(K: int) -> Prior:
+    """Tastes [K] that are standard normal."""
+    return Prior(torch.zeros(K).double(), torch.eye(K).double())
 
 
 def make_basis(
@@ -41,7 +49,7 @@ def make_mixed(
     """
     rng = torch.Generator().manual_seed(2)
     directions = torch.randn(features, 3, generator=rng).double() / 100
-    prior = Prior(torch.zeros(2).double(), spread**2 * torch.eye(2).double())
+    prior = Prior(standard(2).mean, spread**2 * standard(2).cov)
     states = torch.randn(3, 2, generator=rng).double()
     fit = MixedFit(directions[:, 0], directions[:, 1:], prior, {"chosen": {"rank": 2}})
     fit.users = states[:2]
@@ -56,9 +64,14 @@ def make_mixed(
     return folder / "mixed_logit.safetensors"
 
 
-def embed(model: Path, folder: Path, chats: list = CHATS) -> torch.Tensor:
+def scorer_of(path: Path, **given: Any) -> Scorer:
+    """A file's users with the reward model loaded."""
+    return load_scorer(load_learned(path), path, **given)
+
+
+def embed(model: Path, folder: Path, chats: list = CHATS, **given: Any) -> torch.Tensor:
     """Embeddings as a run has them [n, F]."""
-    store = embeddings.embed(chats, folder, model=str(model), progress=False)
+    store = embeddings.embed(chats, folder, model=str(model), progress=False, **given)
     return store.rows(torch.arange(len(chats)))
 
 

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from torch import Tensor
 
 import models
 import running
-from lore.common.files import InputError
-from lore.elicitation.scoring import Scorer, load_scorer
+from lore.common.files import require
+from lore.elicitation.scoring import Scorer
 from lore.embeddings.reward_model import render_text
-from made_bases import CHATS, make_basis
+from made_bases import CHATS, make_basis, scorer_of
 from tools import serve
 
 
@@ -35,7 +36,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A server of a basis with users ann, 17 and new, whose passes are counted."""
     folder = tmp_path_factory.mktemp("served")
     basis = make_basis(folder, models.tiny_qwen(folder / "model"))
-    scorer = load_scorer(basis)
+    scorer = scorer_of(basis)
     passes, embed = [], scorer.embed
     scorer.embed = lambda texts: (passes.append(len(texts)), embed(texts))[1]
     server = serve.start(scorer, "127.0.0.1", 0, max_queries=100)
@@ -59,10 +60,8 @@ def post(port: int, body: Any, path: str = "/get_reward") -> tuple[int, dict[str
 
 
 def test_sixty_four_clients_at_once_lose_nothing_and_mix_no_users(served):
-    chats = [
-        [CHATS[0][0], {"role": "assistant", "content": f"answer {i} {'very ' * (i % 5)}good"}]
-        for i in range(192)
-    ]
+    texts = [f"answer {i} {'very ' * (i % 5)}good" for i in range(192)]
+    chats = [[CHATS[0][0], {"role": "assistant", "content": text}] for text in texts]
     rows = served.scorer.embed(chats)
     users = ("ann", "17", "new", None)
     expected = {user: served.scorer.score(rows, user)[0] for user in users}
@@ -107,11 +106,8 @@ def test_texts_users_of_each_query_and_openrlhfs_labels(served):
         (b"no JSON", 400, "the body is not JSON"),
         (b"[" * 100_000, 400, "the body is not JSON"),
         (b"\xff\xfe", 400, "the body is not JSON"),
-        ({"user": "ann"}, 400, '"query" must be a list of texts'),
-        ({"query": []}, 400, '"query" must be a list of texts'),
-        ({"query": [5]}, 400, '"query" must be a list of texts'),
-        ({"query": ["  "]}, 400, '"query" must be a list of texts'),
-        ({"query": [[{"role": "user"}]]}, 400, '"query" must be a list of texts'),
+        *(({"query": query}, 400, '"query" must be a list of texts or of lists of role and')
+          for query in (None, [], [5], ["  "], [[]], [[{"role": "user"}]])),
         ({"query": ["hi"] * 101}, 400, "101 entries, more than --max-queries"),
         ({"query": ["hi"], "user": "bob"}, 400, "user bob is not in the basis, which has 3 users"),
         ({"query": ["hi"], "user": ["ann", "ann"]}, 400, "one for each of the 1 queries"),
@@ -137,30 +133,24 @@ def test_nothing_is_read_without_a_length_and_other_paths_are_not_there(served):
 
 
 def test_a_request_that_the_template_refuses_spoils_no_other_of_its_batch(served, monkeypatch):
-    batches = serve.Batches(served.scorer)
-    refuse, plain = [{"role": "user", "content": "!"}], type(served.scorer)._write
+    embed = served.scorer.embed
 
-    def write(scorer: Scorer, text: Any) -> str:
-        if text == refuse:
-            raise InputError("the chat template cannot write this")
-        return plain(scorer, text)
+    def refusing(texts: list[Any]) -> Tensor:
+        require("!" not in texts, "the chat template cannot write this")
+        return embed(texts)
 
-    monkeypatch.setattr(type(served.scorer), "_write", write)
+    monkeypatch.setattr(served.scorer, "embed", refusing)
+    batches, queries = serve.Batches(served.scorer), [*"abc!defg"]
     with ThreadPoolExecutor(8) as pool:
-        asked = [
-            pool.submit(batches.score, [refuse if i == 3 else CHATS[0]], ["ann"]) for i in range(8)
-        ]
-    failed = [one for one in asked if one.exception()]
-    assert failed == [asked[3]] and "cannot write this" in str(asked[3].exception())
-
-
-def test_a_port_that_is_taken_is_one_line(served):
-    done = running.invoke("tools/serve.py", {"basis": served.basis, "port": served.port})
-    assert done.status == 2 and "cannot be had" in done.err and done.err.count("error: ") == 1
+        asked = [pool.submit(batches.score, [query], ["ann"]) for query in queries]
+    failed = [one.exception() for one in asked]
+    assert failed[:3] == failed[4:7] == [None] * 3 and "cannot write this" in str(failed[3])
 
 
 @pytest.mark.slow
-def test_the_command_serves_until_it_is_ended(served):
+def test_the_command_serves_until_it_is_ended_unless_the_port_is_taken(served):
+    done = running.invoke("tools/serve.py", {"basis": served.basis, "port": served.port})
+    assert done.status == 2 and "cannot be had" in done.err and done.err.count("error: ") == 1
     process = running.start("tools/serve.py", {"basis": served.basis, "port": 0})
     line = next(line for line in process.stderr if "/get_reward" in line)
     port = int(line.split(":")[2].split("/")[0])

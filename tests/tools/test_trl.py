@@ -10,8 +10,7 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import models
-from lore.elicitation.scoring import load_scorer
-from made_bases import CHATS, make_basis, stock_rewards
+from made_bases import CHATS, make_basis, scorer_of, stock_rewards
 from tools import export
 
 trl = pytest.importorskip("trl")
@@ -45,7 +44,7 @@ def test_grpo_learns_from_two_users_rewards_of_one_model(tmp_path: Path) -> None
     logged = [log["reward"] for log in trainer.state.log_history if "reward" in log]
     assert len(logged) == 3 and len(calls) == 3
     assert {user for call in calls for user in call[2]} == {"ann", "new"}
-    scorer = load_scorer(path)
+    scorer = scorer_of(path)
     for prompts, completions, users, found in calls:
         rows = scorer.embed([p + c for p, c in zip(prompts, completions, strict=True)])
         for row, user, value in zip(rows, users, found, strict=True):
