@@ -13,17 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.common.cli import cli
 from lore.common.files import begins, check_output, has_keys, require, write_text, write_whole
 from lore.common.settings import SeedNumber
+from lore.elicitation import user as users
 from lore.elicitation.choices import read_candidates, read_user_choices
-from lore.elicitation.user import (
-    User,
-    agreement,
-    as_records,
-    as_text,
-    leave_one_out,
-    load_fit,
-    rank,
-    view_conversations,
-)
 from lore.preparing.own_rows import USUAL, Columns
 
 
@@ -52,19 +43,18 @@ def main(
         require(save.parent.is_dir(), f"--save {save}: there is no folder {save.parent}")
         is_ours = begins("line,prompt,place") if save.suffix == ".csv" else has_keys("ranking")
         check_output(save, "--save", is_ours, [basis, choices, candidates])
-    found = load_fit(basis)
+    found = users.load_fit(basis)
     chosen, rejected, row, weight = read_user_choices(choices, columns)
     offered = read_candidates(candidates, columns)
-    views = view_conversations(found, [*chosen, *rejected, *offered], **embedding)
+    views = users.view_conversations(found, [*chosen, *rejected, *offered], **embedding)
     liked, disliked, views = views.split([len(chosen), len(rejected), len(offered)])
-    user = User.of(found.fit, liked - disliked, weight, seed)
-    table = rank(offered, views, user)
-    left_out = leave_one_out(found.fit, liked - disliked, row, weight, seed)
-    print(*user.lines(), agreement(left_out), as_text(table), sep="\n")
+    user = users.User(found.fit, liked - disliked, weight, seed)
+    table, left_out = user.rank(offered, views), user.leave_one_out(row)
+    print(*user.lines(), users.agreement(left_out), users.as_text(table), sep="\n")
     if save and save.suffix == ".csv":
         write_whole(save, lambda draft: table.to_csv(draft, index=False))
     elif save:
-        write_text(save, json.dumps({**user.known(), "ranking": as_records(table)}, indent=2))
+        write_text(save, json.dumps({**user.known(), "ranking": users.as_records(table)}, indent=2))
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -15,17 +15,9 @@ import torch
 from torch import Tensor
 
 from lore.common.files import InputError, digest, require, write_whole
+from lore.preparing import own_rows
 from lore.preparing.messages import Conversation
-from lore.preparing.own_rows import (
-    NO_PROMPT,
-    TIES,
-    USUAL,
-    Choice,
-    Columns,
-    read_choices,
-    read_endings,
-    resolve,
-)
+from lore.preparing.own_rows import USUAL, Choice, Columns
 from lore.preparing.raw import read_file
 
 log = logging.getLogger(__name__)
@@ -50,23 +42,21 @@ def read_user_choices(file: Path, columns: Columns = USUAL) -> UserChoices:
 
     InputError for no rows, a row that lacks something, or rows of several users.
     """
-    choices = read_choices(read_file(file), columns)
+    choices = own_rows.read_choices(read_file(file), columns)
     require(bool(choices), f"{file} is empty")
-    counted = [choice for choice in choices if choice.left_out != TIES]
+    counted = [choice for choice in choices if choice.left_out != own_rows.TIES]
     if len(counted) < len(choices):
         log.info("%s: %d ties left out", file, len(choices) - len(counted))
     require(bool(counted), f"{file}: every row is a tie, so that nothing is preferred")
     pairs = [(*pair, i) for i, choice in enumerate(counted) for pair in _pairs(choice, columns)]
-    users = {choice.user for choice in counted}
-    some = ", ".join(sorted(users)[:3])
-    require(len(users) == 1, f"{file} has the choices of {len(users)} users ({some}); keep one's")
+    _only_user(file, counted)
     chosen, rejected, weight, row = map(list, zip(*pairs, strict=True))
     return UserChoices(chosen, rejected, torch.tensor(row), torch.tensor(weight).double())
 
 
 def _pairs(choice: Choice, columns: Columns = USUAL) -> Iterator[Comparison]:
     """Every chosen conversation beside every rejected one; none may be empty, no two equal."""
-    require(choice.left_out != NO_PROMPT, f"{choice.place}: {NO_TEXT}")
+    require(choice.left_out != own_rows.NO_PROMPT, f"{choice.place}: {NO_TEXT}")
     names = (columns.chosen, columns.rejected)
     weight = choice.weight / (len(choice.chosen) * len(choice.rejected))
     for pair in product(choice.chosen, choice.rejected):
@@ -80,6 +70,14 @@ def _require_text(conversation: Conversation, place: str, what: str) -> None:
     require(bool(conversation[-1]["content"]), f"{place}: {what} is empty")
 
 
+def _only_user(file: Path, choices: Sequence[Choice]) -> str:
+    """Whose these choices are, "" for nobody's; InputError for several users'."""
+    users = {choice.user for choice in choices}
+    some = ", ".join(sorted(users)[:3])
+    require(len(users) <= 1, f"{file} has the choices of {len(users)} users ({some}); keep one's")
+    return some
+
+
 def read_candidates(file: Path, columns: Columns = USUAL) -> list[Conversation]:
     """The conversations that end in a candidate response; "messages" alone may end in it.
 
@@ -87,11 +85,11 @@ def read_candidates(file: Path, columns: Columns = USUAL) -> list[Conversation]:
     """
     candidates = []
     for place, row in read_file(file):
-        known, column = resolve(row, columns), columns.response
+        known, column = own_rows.resolve(row, columns), columns.response
         if column not in row and row.get(known.messages):
             row, column = {known.messages: row[known.messages]}, known.messages
         require(column in row, f"{place} has no column {columns.response}")
-        candidates += _endings(place, row, columns, column)
+        candidates += _endings(place, row, known, column)
     require(bool(candidates), f"{file} is empty")
     return candidates
 
@@ -100,7 +98,7 @@ def _endings(
     place: str, row: Mapping[str, Any], columns: Columns, column: str
 ) -> list[Conversation]:
     """The conversations that end in the responses of a column."""
-    found = read_endings(place, row, resolve(row, columns), [column])
+    found = own_rows.read_endings(place, row, columns, [column])
     if found is None:
         raise InputError(f"{place}: {NO_TEXT}")
     for conversation in found[0]:
@@ -137,8 +135,18 @@ def read_pool(file: Path, columns: Columns = USUAL) -> list[Pair]:
 
     InputError for a row that lacks something, or no pair of two different texts.
     """
+    compared, others = [], []
+    for place, row in read_file(file):
+        if "responses" in row:
+            some = _endings(place, row, own_rows.resolve(row, columns), "responses")
+            compared += [(place, *both) for both in combinations(some, 2)]
+        else:
+            others.append((place, row))
+    for choice in own_rows.read_choices(others, columns, judged=False):
+        require(choice.left_out != own_rows.NO_PROMPT, f"{choice.place}: {NO_TEXT}")
+        compared += [(choice.place, *both) for both in product(choice.chosen, choice.rejected)]
     pairs: dict[str, Pair] = {}
-    for place, one, other in _compared(file, columns):
+    for place, one, other in compared:
         for conversation in (one, other):
             _require_text(conversation, place, "a response")
         alike = f"{place}: both responses must be one message each, after the same dialogue"
@@ -150,28 +158,13 @@ def read_pool(file: Path, columns: Columns = USUAL) -> list[Pair]:
     return list(pairs.values())
 
 
-def _compared(file: Path, columns: Columns) -> Iterator[tuple[str, Conversation, Conversation]]:
-    """Every two conversations to compare, with their place."""
-    others = []
-    for place, row in read_file(file):
-        if "responses" not in row:
-            others.append((place, row))
-            continue
-        for pair in combinations(_endings(place, row, columns, "responses"), 2):
-            yield place, *pair
-    for choice in read_choices(others, columns, judged=False):
-        require(choice.left_out != NO_PROMPT, f"{choice.place}: {NO_TEXT}")
-        for pair in product(choice.chosen, choice.rejected):
-            yield choice.place, *pair
-
-
 class Answers:
     """What one person answered and skipped, on disk after every change.
 
     The .jsonl file, which need not be there, has a row of choices for every answer: ``first`` says
-    which response was shown first, ``question`` counts answers and skipped questions. Choices that
-    were in it before count too. What was skipped is in ``<name>.skipped.jsonl``. InputError for
-    rows that cannot be read, or that are another user's.
+    which response was shown first, ``question`` counts answers and skipped questions, of which
+    ``last_question`` is the last. Choices that were in it before count too. What was skipped is in
+    ``<name>.skipped.jsonl``. InputError for rows that cannot be read, or are another user's.
     """
 
     def __init__(self, path: Path, user: str = "") -> None:
@@ -182,20 +175,20 @@ class Answers:
 
     def _take(self, rows: list[dict[str, Any]], skips: list[dict[str, Any]]) -> None:
         """Take in what both files hold."""
-        self.rows, self.skips = rows, skips
-        placed = [(f"{self.path} row {i}", row) for i, row in enumerate(rows, start=1)]
-        for row in self.skips:
+        self.rows, self.skips, choices = rows, skips, []
+        for row in skips:
             good = isinstance(row.get("question"), int) and isinstance(row.get("pair"), str)
             require(good, f"{self.skipped}: not a file of skipped questions; move it away")
-        for place, row in placed:
+        for number, row in enumerate(rows, start=1):
+            place = f"{self.path} row {number}"
             other = "answers are kept as chosen and rejected, so name another file for --answers"
             good = row.keys() >= {"chosen", "rejected"}
             require(good, f"{place} lacks chosen or rejected; {other}")
-        choices = [read_choices([both])[0] for both in placed]
+            choices += own_rows.read_choices([(place, row)])
         self.comparisons = [pair for choice in choices for pair in _pairs(choice)]
-        users = {choice.user for choice in choices}
-        require(len(users) <= 1, f"{self.path} has the choices of {len(users)} users; keep one's")
-        found = next(iter(users), "")
+        numbers = [row.get("question") for row in (*rows, *skips)]
+        self.last_question = max((n for n in numbers if isinstance(n, int)), default=0)
+        found = _only_user(self.path, choices)
         self.user = self.user or found or NAMELESS
         another = f"has the choices of {found}, not of {self.user}: name another file"
         require(found in ("", self.user), f"{self.path} {another}")
@@ -209,53 +202,42 @@ class Answers:
         answered = {Pair.of(*both).key for *both, _ in self.comparisons}
         return answered | {row["pair"] for row in self.skips}
 
-    @property
-    def last_question(self) -> int:
-        """The number of the last question that was answered or skipped, 0 at the beginning."""
-        return max(map(_number, (*self.rows, *self.skips)), default=0)
-
     def answer(self, pair: Pair, shown: tuple[str, str], side: Side) -> None:
         """Keep that of a pair's responses, shown as a and b, the one of a side is the better."""
         chosen, rejected = shown if side == "a" else shown[::-1]
-        history = pair.history
-        alone = len(history) == 1 and history[0]["role"] == "user"
+        before = {"messages": pair.history}
+        if len(pair.history) == 1 and pair.history[0]["role"] == "user":
+            before = {"prompt": pair.history[0]["content"]}
         row = {
-            "user": self.user,
-            **({"prompt": history[0]["content"]} if alone else {"messages": history}),
-            "chosen": chosen, "rejected": rejected, "question": self.last_question + 1,
-            "first": "chosen" if side == "a" else "rejected",
+            "user": self.user, **before, "chosen": chosen, "rejected": rejected,
+            "question": self.last_question + 1, "first": "chosen" if side == "a" else "rejected",
             "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
         }  # fmt: skip
-        self._save(self.path, [*self.rows, row])
+        self._save([*self.rows, row], self.skips)
 
     def skip(self, pair: Pair) -> None:
         """Keep that a question was not answered."""
         row = {"question": self.last_question + 1, "pair": pair.key}
-        self._save(self.skipped, [*self.skips, row])
+        self._save(self.rows, [*self.skips, row])
 
     def undo(self) -> bool:
         """Take back the last answer or skip; False if there is none that was given here."""
-        last = self.last_question
-        for path, rows in ((self.skipped, self.skips), (self.path, self.rows)):
-            kept = [row for row in rows if _number(row) != last]
-            if last and len(kept) < len(rows):
-                self._save(path, kept)
-                return True
-        return False
+        if last := self.last_question:
+            both = self.rows, self.skips
+            self._save(*([row for row in rows if row.get("question") != last] for rows in both))
+        return last > 0
 
-    def _save(self, path: Path, rows: list[dict[str, Any]]) -> None:
-        """Whole or not at all, so that a kill or a power cut leaves every answer but the last."""
-
-        def write(draft: Path) -> None:
-            with draft.open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
-                file.flush()
-                os.fsync(file.fileno())
-
-        write_whole(path, write)
-        self._take(*{self.path: self.rows, self.skipped: self.skips, path: rows}.values())
+    def _save(self, rows: list[dict[str, Any]], skips: list[dict[str, Any]]) -> None:
+        """Write what has changed, whole or not at all, so that a kill or a power cut leaves every
+        answer but the last."""
+        for path, old, new in ((self.path, self.rows, rows), (self.skipped, self.skips, skips)):
+            if new != old:
+                write_whole(path, partial(_write_lines, new))
+        self._take(rows, skips)
 
 
-def _number(row: Mapping[str, Any]) -> int:
-    number = row.get("question")
-    return number if isinstance(number, int) else 0
+def _write_lines(rows: list[dict[str, Any]], path: Path) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())

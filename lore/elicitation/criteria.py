@@ -42,7 +42,7 @@ def user_posteriors(prior: Prior, answers: Tensor, users: Users) -> list[UserPos
 
 
 class QuestionPool:
-    """Questions of a user, prepared once: comparisons [n, 1 + K], ``sizes`` of them in each."""
+    """Questions to a user, prepared once: comparisons [n, 1 + K], ``sizes`` of them in each."""
 
     def __init__(self, rows: Tensor, sizes: Sequence[int] | None = None) -> None:
         require(len(rows) > 0, "there is nothing to ask: no question in the pool")
@@ -78,28 +78,20 @@ def next_question(
 ) -> int:  # fmt: skip
     """The number of the question of a pool to ask next; InputError if nothing is left to ask.
 
-    It has the greatest sum of ``acquisition`` over its comparisons; the generator draws among equal
-    ones. ``earlier`` numbers the questions that were asked before, answered or not.
+    It has the greatest sum over its comparisons of p (1 - p) z' S z, with the posterior's mode and
+    covariance S: how much an answer shrinks the posterior's volume. The generator draws among equal
+    ones, and for "random" all are. ``earlier`` numbers those asked before, answered or not.
     """
     require(criterion in CRITERIA, f"criterion {criterion}: there are {', '.join(CRITERIA)}")
-    gains = acquisition(criterion, posterior, pool.rows)
-    total = gains.new_zeros(len(pool)).index_add_(0, pool.question, gains)
+    total, Z = pool.rows.new_zeros(len(pool)), pool.rows[:, 1:]
+    if criterion == "d_optimal":
+        mean, cov = (known.to(Z) for known in posterior)
+        p = torch.sigmoid(pool.rows[:, 0] + Z @ mean)
+        gains = p * (1 - p) * ((Z @ cov) * Z).sum(1).clamp(min=0)
+        total.index_add_(0, pool.question, gains)
     total[~pool.open(earlier)] = -math.inf
     good = (total >= total.max() - TIE * total.max().abs()).nonzero()[:, 0]
     return int(good[torch.randint(len(good), (), generator=as_generator(generator))])
-
-
-def acquisition(criterion: str, posterior: UserPosterior, rows: Tensor) -> Tensor:
-    """How much each comparison [n, 1 + K] is worth asking [n].
-
-    That is the same for "random", and for "d_optimal" p (1 - p) z' S z with the posterior's mode
-    and covariance S: how much an answer shrinks the posterior's volume.
-    """
-    if criterion == "random":
-        return rows.new_zeros(len(rows))
-    Z, mean, cov = rows[:, 1:], posterior.mean.to(rows), posterior.covariance.to(rows)
-    p = torch.sigmoid(rows[:, 0] + Z @ mean)
-    return p * (1 - p) * ((Z @ cov) * Z).sum(1).clamp(min=0)
 
 
 def choose_shots(
@@ -116,8 +108,7 @@ def choose_shots(
     orders: list[list[int]] = [[] for _ in units]
 
     def shots(u: int, size: int) -> Tensor:
-        none = torch.empty(0, dtype=torch.long)
-        return torch.cat([none, *(units[u][i] for i in orders[u][:size])])
+        return torch.cat([units[u][0][:0], *(units[u][i] for i in orders[u][:size])])
 
     at_once = max(1, CELLS // prior.cov.numel())
     for first in range(0, len(units), at_once):
@@ -126,10 +117,9 @@ def choose_shots(
         for number in range(min(max(sizes), max(map(len, pools)))):
             picked = [shots(u, number) for u in block]
             rows = torch.cat(picked)
-            users = Users([len(some) for some in picked], weight[rows])
+            users = Users(list(map(len, picked)), weight[rows])
             known = user_posteriors(prior, questions[rows], users)
-            for u, posterior, pool in zip(block, known, pools, strict=True):
-                order = orders[u]
+            for order, posterior, pool in zip(orders[first:], known, pools, strict=False):
                 if len(order) < len(pool):
                     order.append(next_question(posterior, pool, criterion, order, generator))
     rows = [shots(u, size) for size in sizes for u in range(len(units))]

@@ -6,9 +6,7 @@ shrinks the posterior's covariance hardly depends on which answer it is.
 """
 
 import math
-from collections import defaultdict
-from collections.abc import Hashable, Iterator, Sequence
-from itertools import combinations
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,7 +15,6 @@ from torch import Tensor
 from lore.elicitation.criteria import UserPosterior
 
 HORIZON = 20  # questions ahead
-MOST_TARGETS = 2000
 # The logistic function as a mixture of normal ones (Monahan and Stefanski, 1992), within 6e-5.
 SHARES, SLOPES = (0.25220, 0.58522, 0.16257), (0.90793, 0.57778, 0.36403)
 POINTS = 64  # of the average over where the mean moves; the integrand has a kink
@@ -44,10 +41,8 @@ class Outlook(NamedTuple):
 def look_ahead(
     posterior: UserPosterior, targets: Tensor, pool: Tensor, tolerance: float
 ) -> Outlook:
-    """The outlook of asking the D-optimal questions of a pool [N, 1 + K], one after another.
-
-    Targets are the pairs whose order matters, as differences [T, 1 + K] of log odds.
-    """
+    """The outlook of asking the D-optimal questions of a pool [N, 1 + K], one after another; the
+    targets [T, 1 + K] are the pairs whose order matters."""
     Z = targets[:, 1:]
     logits = targets[:, 0] + Z @ posterior.mean
     covs = [posterior.covariance, *_shrunk(posterior, pool)]
@@ -57,18 +52,14 @@ def look_ahead(
 
 
 def expected_accuracy(logits: Tensor, now: Tensor, later: Tensor) -> Tensor:
-    """Chance that the preferred response is foretold later, averaged over pairs.
-
-    Of the pairs' log odds it takes means [T] and variances [T] now and later; until then the means
-    move by normal variables of variance now - later.
-    """
-    share = (torch.arange(POINTS).to(logits) + 0.5) / POINTS
-    moved = (now - later).clamp(min=0).sqrt()[:, None] * torch.special.ndtri(share)
+    """Chance that the preferred response is foretold later, averaged over pairs, from means [T] and
+    variances [T] of their log odds now and later: the means move by normal variables of variance
+    now - later."""
+    levels = (torch.arange(POINTS).to(logits) + 0.5) / POINTS
+    moved = (now - later).clamp(min=0).sqrt()[:, None] * torch.special.ndtri(levels)
     sure = (logits[:, None] + moved).abs()
-    return sum(
-        weight * torch.special.ndtr(sure * scale[:, None]).mean()
-        for weight, scale in _normal_parts(later)
-    )
+    parts = _normal_parts(later)
+    return sum(share * torch.special.ndtr(sure * slope[:, None]).mean() for share, slope in parts)
 
 
 def _normal_parts(variance: Tensor) -> Iterator[tuple[float, Tensor]]:
@@ -87,8 +78,8 @@ def _shrunk(posterior: UserPosterior, pool: Tensor) -> Iterator[Tensor]:
     for _ in range(min(HORIZON, len(pool))):
         variance = ((Z @ cov) * Z).sum(1).clamp(min=0)
         information = sum(
-            weight * scale * (-(scale * logits).square() / 2).exp() / math.sqrt(2 * math.pi)
-            for weight, scale in _normal_parts(variance)
+            share * slope * (-(slope * logits).square() / 2).exp() / math.sqrt(2 * math.pi)
+            for share, slope in _normal_parts(variance)
         )
         gain = information * variance
         best = int(torch.where(left, gain, -1.0).argmax())
@@ -96,17 +87,3 @@ def _shrunk(posterior: UserPosterior, pool: Tensor) -> Iterator[Tensor]:
         spread = cov @ Z[best]
         cov = cov - torch.outer(spread, spread) * (information[best] / (1 + gain[best]))
         yield cov
-
-
-def same_prompt_pairs(prompts: Sequence[Hashable], generator: torch.Generator) -> Tensor:
-    """Rows of two responses to the same prompt [T, 2]: all pairs, or ``MOST_TARGETS`` drawn."""
-    groups = defaultdict(list)
-    for row, prompt in enumerate(prompts):
-        groups[prompt].append(row)
-    pairs = [both for rows in groups.values() for both in combinations(rows, 2)]
-    return thinned(torch.tensor(pairs, dtype=torch.long).view(-1, 2), generator)
-
-
-def thinned(pairs: Tensor, generator: torch.Generator) -> Tensor:
-    """The pairs [T, ...], or ``MOST_TARGETS`` drawn from them."""
-    return pairs[torch.randperm(len(pairs), generator=generator)[:MOST_TARGETS].sort().values]

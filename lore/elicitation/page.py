@@ -3,7 +3,6 @@
 import logging
 import secrets
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,25 +43,32 @@ class Page:
         )  # fmt: skip
         self.template = environment.get_template("ask.html")
         self.app = bottle.Bottle()
-        self.app.install(_say_mistakes)
-        self.app.route(self.path, "GET", self.show)
-        self.app.route(self.path, "POST", self.act)
+        self.app.route(self.path, ["GET", "POST"], self.respond)
 
-    def show(self) -> str:
-        """The question, or what was learned once asking is over."""
-        with self.lock:
-            return self._render()
+    def respond(self) -> Any:
+        """The question, or what was learned once asking is over; a button leads back to these.
 
-    def act(self) -> Any:
-        """Do what a button says, unless it belongs to a question that is not asked any more."""
+        A full disk is a page that says so.
+        """
         word, key = (bottle.request.forms.getunicode(name, "") for name in ("do", "question"))
-        with self.lock:
-            question = self.session.question()
-            if key == (question.pair.key if question else ""):
-                self.closed |= word == "quit"
-                if word in ACTIONS:
-                    self.session.do(word)
-            return self._render() if self.closed else bottle.redirect(self.path, 303)
+        try:
+            with self.lock:
+                if bottle.request.method == "POST":
+                    self._press(word, key)
+                    if not self.closed:
+                        bottle.redirect(self.path, 303)
+                return self._render()
+        except InputError as error:
+            log.error("%s", error)
+            return bottle.HTTPError(500, str(error))
+
+    def _press(self, word: str, key: str) -> None:
+        """Do what a button says, unless it belongs to a question that is not asked any more."""
+        question = self.session.question()
+        if key == (question.pair.key if question else ""):
+            self.closed |= word == "quit"
+            if word in ACTIONS:
+                self.session.do(word)
 
     def _render(self) -> str:
         bottle.response.headers.update(HEADERS)
@@ -72,19 +78,6 @@ class Page:
             session=self.session, question=question, closed=self.closed, found=found,
             speakers=SPEAKERS, profile=self.profile,
         )  # fmt: skip
-
-
-def _say_mistakes(answer: Callable[[], Any]) -> Callable[[], Any]:
-    """The same, but a full disk is a page that says so."""
-
-    def guarded() -> Any:
-        try:
-            return answer()
-        except InputError as error:
-            log.error("%s", error)
-            return bottle.HTTPError(500, str(error))
-
-    return guarded
 
 
 def ask_on_page(session: Session, profile: Path, port: int = 0) -> None:

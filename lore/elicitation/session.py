@@ -1,9 +1,10 @@
 """A session of questions: what is asked next, how sure the answers make us, and the profile."""
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,14 +14,15 @@ from torch import Tensor
 from lore.common.files import digest, require, write_text
 from lore.elicitation.choices import Answers, Pair
 from lore.elicitation.criteria import Criterion, QuestionPool, UserPosterior, next_question
-from lore.elicitation.outlook import look_ahead, same_prompt_pairs, thinned
-from lore.elicitation.user import FittedFile, User, as_records, rank, view_conversations
+from lore.elicitation.outlook import look_ahead
+from lore.elicitation.user import FittedFile, User, as_records, view_conversations
 from lore.methods.lore import LoreFit
 from lore.methods.mixed_logit import MixedFit
 from lore.preparing.messages import Conversation
 
 SPEAKERS = {"user": "You", "assistant": "Answer", "system": "Instructions"}
 ACTIONS = ("a", "b", "skip", "undo", "more")
+MOST_TARGETS = 2000  # pairs
 
 
 class Question(NamedTuple):
@@ -44,17 +46,16 @@ class Material:
         rows = [self.views[digest(one)] - self.views[digest(other)] for one, other in pairs]
         return torch.stack(rows) if rows else torch.empty(0, len(next(iter(self.views.values()))))
 
-    def pool(self) -> Tensor:
-        """Differences of the pool's pairs [N, C]."""
-        return self.differences([pair.conversations for pair in self.pairs])
-
     def targets(self, generator: torch.Generator) -> Tensor:
-        """Pairs whose order matters [T, C]: of candidates, or of the pool without them."""
-        prompts = [digest(history) for *history, _ in self.candidates]
-        pairs = same_prompt_pairs(prompts, generator).tolist()
-        if not pairs:
-            return thinned(self.pool(), generator)
-        return self.differences([[self.candidates[row] for row in pair] for pair in pairs])
+        """Pairs whose order matters [T, C]: of candidates for the same prompt, or of the pool where
+        there are none; ``MOST_TARGETS`` drawn from more."""
+        groups = defaultdict(list)
+        for one in self.candidates:
+            groups[digest(one[:-1])].append(one)
+        pairs = [both for some in groups.values() for both in combinations(some, 2)]
+        pairs = pairs or [pair.conversations for pair in self.pairs]
+        drawn = torch.randperm(len(pairs), generator=generator)[:MOST_TARGETS].sort().values
+        return self.differences([pairs[number] for number in drawn.tolist()])
 
 
 def gather(
@@ -69,15 +70,14 @@ def gather(
         embeddings: folder that keeps the embeddings of pool and candidates for another time.
         embedding: more arguments of ``view_conversations``.
     """
-    alike = "knows no differences between users, so that there is nothing to ask: it has rank 1, "
-    alike += "one user, or no personal part"
-    require(found.fit.population() is not None, f"{found.path} {alike}")
+    alike = f"{found.path} knows no differences between users, so that there is nothing to ask: "
+    alike += "it has rank 1, one user, or no personal part"
+    require(found.fit.population() is not None, alike)
     texts = [*(one for pair in pairs for one in pair.conversations), *candidates]
     rows = view_conversations(found, texts, embeddings, **embedding)
     views = dict(zip(map(digest, texts), rows, strict=True))
     answered = {digest(c): c for *both, _ in answers.comparisons for c in both}
-    others = {key: c for key, c in answered.items() if key not in views}
-    if others:
+    if others := {key: c for key, c in answered.items() if key not in views}:
         rows = view_conversations(found, list(others.values()), **embedding)
         views |= zip(others, rows, strict=True)
     return Material(pairs, candidates, views)
@@ -86,10 +86,10 @@ def gather(
 class Session:
     """Questions to one person, one after the other, however they are put.
 
-    The fit's ``population`` must not be None. Answers are kept at once. Asking stops after ``most``
-    answers, if not 0, or when ``outlook.HORIZON`` more would raise the expected accuracy by less
-    than ``tolerance``. The seed is of all that is random: which response is shown first, which of
-    several equally good questions is asked, and LoRe's initial weights.
+    The fit's ``population`` must not be None. Asking stops after ``most`` answers, if not 0, or
+    when ``outlook.HORIZON`` more would raise the expected accuracy by less than ``tolerance``. The
+    seed is of which response is shown first, which of equally good questions is asked, and LoRe's
+    initial weights.
     """
 
     def __init__(
@@ -99,27 +99,25 @@ class Session:
     ) -> None:  # fmt: skip
         self.fit, self.material, self.answers = fit, material, answers
         self.criterion, self.tolerance, self.most, self.seed = criterion, tolerance, most, seed
-        self.questions = fit.questions(material.pool())
-        self.pool, self.insist = QuestionPool(self.questions), False
+        pairs = [pair.conversations for pair in material.pairs]
+        self.pool = QuestionPool(fit.questions(material.differences(pairs)))
         self.targets = fit.questions(material.targets(torch.Generator().manual_seed(seed)))
-        nothing = UserPosterior.after(fit.population(), self.questions[:0])
-        self.before = look_ahead(nothing, self.targets, self.questions[:0], tolerance).accuracy[0]
+        none = self.pool.rows[:0]
+        nothing = UserPosterior.after(fit.population(), none)
+        self.before = look_ahead(nothing, self.targets, none, tolerance).accuracy[0]
+        self.insist = False
         self._learn()
 
     def _learn(self) -> None:
         """Take in the answers as they now are."""
         settled = self.answers.settled
         done = torch.tensor([pair.key in settled for pair in self.material.pairs])
-        self.settled, self.left = done.nonzero()[:, 0].tolist(), (~done).nonzero()[:, 0]
+        self.settled, self.left = done.nonzero()[:, 0].tolist(), self.pool.rows[~done]
         comparisons = self.answers.comparisons
-        self.choices = self.material.differences([both for *both, _ in comparisons])
-        self.weight = torch.tensor([weight for *_, weight in comparisons])
-        answered = self.fit.questions(self.choices)
-        self.posterior = UserPosterior.after(self.fit.population(), answered, self.weight)
-        left = self.questions[self.left]
-        self.outlook = look_ahead(self.posterior, self.targets, left, self.tolerance)
-        self._next: Question | None = None
-        self.__dict__.pop("user", None)
+        choices = self.material.differences([both for *both, _ in comparisons])
+        weight = torch.tensor([weight for *_, weight in comparisons])
+        self.user = User(self.fit, choices, weight, self.seed)
+        self.outlook = look_ahead(self.user.posterior, self.targets, self.left, self.tolerance)
 
     @property
     def reason(self) -> str:
@@ -139,14 +137,12 @@ class Session:
         """The question that waits for an answer, after a restart the same; None at the end."""
         if self.reason:
             return None
-        if self._next is None:
-            last = self.answers.last_question
-            seed = int(digest([self.seed, last])[:12], 16)
-            place = next_question(self.posterior, self.pool, self.criterion, self.settled, seed)
-            pair = self.material.pairs[place]
-            turned = int(digest([self.seed, pair.key])[0], 16) % 2
-            self._next = Question(last + 1, pair, pair.texts[::-1] if turned else pair.texts)
-        return self._next
+        last = self.answers.last_question
+        seed = int(digest([self.seed, last])[:12], 16)
+        place = next_question(self.user.posterior, self.pool, self.criterion, self.settled, seed)
+        pair = self.material.pairs[place]
+        turned = int(digest([self.seed, pair.key])[0], 16) % 2
+        return Question(last + 1, pair, pair.texts[::-1] if turned else pair.texts)
 
     def do(self, word: str) -> bool:
         """Do what the person says, one of ``ACTIONS``; False where there is nothing to do.
@@ -183,23 +179,19 @@ class Session:
             f"{least}{count} expected to help",
         ]
 
-    @cached_property
-    def user(self) -> User:
-        """The person by all answers so far."""
-        return User.of(self.fit, self.choices, self.weight, self.seed)
-
     def save(self, path: Path) -> dict[str, Any]:
         """Write the profile, and return it: weights and the ranking of candidates, if any."""
+        user, candidates = self.user, self.material.candidates
         profile = {
             "user": self.answers.user, "method": self.fit.label,
             "answers": len(self.answers), "skipped": len(self.answers.skips),
-            "weights": self.user.weights.tolist(), **self.user.known(),
+            "weights": user.weights.tolist(), **user.known(),
             "expected_accuracy": self.outlook.accuracy[0],
             "expected_accuracy_without_answers": self.before,
             "questions_still_useful": self.outlook.useful,
         }  # fmt: skip
-        if candidates := self.material.candidates:
+        if candidates:
             views = torch.stack([self.material.views[digest(one)] for one in candidates])
-            profile["ranking"] = as_records(rank(candidates, views, self.user))
+            profile["ranking"] = as_records(user.rank(candidates, views))
         write_text(path, json.dumps(profile, indent=2))
         return profile

@@ -16,17 +16,14 @@ FINAL = ("", "quit", "undo", "more")  # words that are understood once asking is
 class Terminal:
     """Puts a session's questions and reads the answers; the end of the input is "quit".
 
-    Height is the lines of a page, 0 for no pages; by default the terminal's, if it is one.
+    ``height`` is the lines of a page, 0 for no pages: the terminal's, if it is one.
     """
 
-    def __init__(
-        self, session: Session, source: TextIO, out: TextIO, height: int | None = None
-    ) -> None:
+    def __init__(self, session: Session, source: TextIO, out: TextIO) -> None:
         self.session, self.source, self.out = session, source, out
-        size = shutil.get_terminal_size()
-        self.width, self.height = min(size.columns, WIDEST), height
-        if height is None:
-            self.height = size.lines if source.isatty() and out.isatty() else 0
+        columns, lines = shutil.get_terminal_size()
+        self.width = min(columns, WIDEST)
+        self.height = lines if source.isatty() and out.isatty() else 0
 
     def run(self) -> None:
         """Ask until the person quits, or asking is over."""
@@ -96,6 +93,5 @@ class Terminal:
 
 def printable(text: str) -> str:
     """The text without characters that would move the cursor or colour the terminal."""
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
-    )
+    shown = (c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return "".join(shown)

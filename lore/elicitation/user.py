@@ -4,6 +4,7 @@ import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,8 +66,8 @@ def view_conversations(
     with tempfile.TemporaryDirectory() as passing:
         store = embed(  # the model's arguments by name, so that these are no flags beside lm's
             conversations, embeddings or passing, model=source.model, tokenizer=source.tokenizer,
-            revision=source.revision, trust_remote_code=source.trust_remote_code,
-            pool=source.pool, **embedding,
+            revision=source.revision, trust_remote_code=source.trust_remote_code, pool=source.pool,
+            **embedding,
         )  # fmt: skip
         require(store is not None, "run this in one process, without --shard")
         rows = store.rows(torch.arange(len(conversations)))
@@ -82,33 +83,35 @@ def check_width(source: Source, expected: int) -> None:
 
 @dataclass(frozen=True)
 class User:
-    """One user by a fit: weights [S], and the posterior of tastes where the fit knows one."""
+    """Who made choices [n, C], chosen minus rejected as a fit views them.
+
+    How much each counts is ``weight`` [n]; the seed is of the initial values of LoRe's weights.
+    """
 
     fit: LoreFit | MixedFit
-    weights: Tensor
-    posterior: UserPosterior | None
+    choices: Tensor
+    weight: Tensor | None = None
+    seed: int = 0
 
-    @classmethod
-    def of(
-        cls, fit: LoreFit | MixedFit, choices: Tensor, weight: Tensor | None = None, seed: int = 0
-    ) -> "User":
-        """The user who made choices [n, C], chosen minus rejected as the fit views them.
+    @cached_property
+    def weights(self) -> Tensor:
+        """The user's state [S]."""
+        users = Users([len(self.choices)], self.weight)
+        return self.fit.adapt(self.choices, users, self.seed)[0]
 
-        How much each counts is ``weight`` [n]; the seed is of the initial values of LoRe's weights.
-        """
-        weights = fit.adapt(choices, Users([len(choices)], weight), seed)[0]
-        prior, posterior = fit.population(), None
-        if prior is not None:
-            posterior = UserPosterior.after(prior, fit.questions(choices), weight)
-        return cls(fit, weights, posterior)
+    @cached_property
+    def posterior(self) -> UserPosterior | None:
+        """What is known of the user's tastes; None where the fit does not know how they vary."""
+        prior = self.fit.population()
+        return prior and UserPosterior.after(prior, self.fit.questions(self.choices), self.weight)
 
     def known(self) -> dict[str, list[float]]:
         """LoRe's weights, or a mixed logit's standardised tastes and their standard deviations."""
         if isinstance(self.fit, LoreFit) or self.posterior is None:
             return {"weights": self.weights.tolist()} if self.fit.personal else {}
         places = self.fit.places()
-        sd, tastes = deviations(places.T, self.posterior.covariance), self.weights.double() @ places
-        return {"tastes": tastes.tolist(), "standard_deviations": sd.tolist()}
+        sd = deviations(places.T, self.posterior.covariance).tolist()
+        return {"tastes": (self.weights.double() @ places).tolist(), "standard_deviations": sd}
 
     def lines(self) -> list[str]:
         """What is known, to be read."""
@@ -127,22 +130,27 @@ class User:
         Z = self.fit.scale * self.fit.questions(views)[:, 1:]
         return deviations(Z, self.posterior.covariance)
 
+    def leave_one_out(self, row: Tensor) -> Tensor:
+        """Log odds [n] of each choice by weights from those of all other rows; [0] of one row.
 
-def leave_one_out(
-    fit: LoreFit | MixedFit, choices: Tensor, row: Tensor, weight: Tensor | None = None,
-    seed: int = 0,
-) -> Tensor:  # fmt: skip
-    """Log odds [n] of each choice by weights from the choices of all other rows; [0] of one row.
+        A row's pairs share responses and say too much of each other; ``row`` [n] numbers rows
+        from 0.
+        """
+        others = [(row != number).nonzero()[:, 0] for number in row.unique()]
+        if len(others) < 2:
+            return self.choices.new_zeros(0)
+        picked = torch.cat(others)
+        weight = None if self.weight is None else self.weight[picked]
+        users = Users(list(map(len, others)), weight)  # all at once: each is a user
+        weights = self.fit.adapt(self.choices[picked], users, self.seed)
+        return self.fit.logits(self.choices, weights, row).double()
 
-    A row's pairs share responses and say too much of each other; ``row`` [n] numbers rows from 0.
-    """
-    others = [(row != number).nonzero()[:, 0] for number in row.unique()]
-    if len(others) < 2:
-        return choices.new_zeros(0)
-    picked = torch.cat(others)
-    users = Users(list(map(len, others)), None if weight is None else weight[picked])
-    weights = fit.adapt(choices[picked], users, seed)  # all at once: each is a user
-    return fit.logits(choices, weights, row).double()
+    def rank(self, candidates: Sequence[Conversation], views: Tensor) -> pd.DataFrame:
+        """The ``ranking`` of candidates with views [m, C]; deviations from their prompt's mean."""
+        group = torch.from_numpy(_dialogues(candidates))
+        count = torch.bincount(group)[:, None]
+        means = views.new_zeros(len(count), views.shape[1]).index_add_(0, group, views) / count
+        return ranking(candidates, self.rewards(views), self.deviations(views - means[group]))
 
 
 def agreement(left_out: Tensor) -> str:
@@ -154,14 +162,6 @@ def agreement(left_out: Tensor) -> str:
         f"leave-one-out: {right} of {len(left_out)} choices predicted from the other rows, "
         f"log loss {loss:.3f} (by chance {math.log(2):.3f})"
     )
-
-
-def rank(candidates: Sequence[Conversation], views: Tensor, user: User) -> pd.DataFrame:
-    """The ``ranking`` of candidates with views [m, C]; deviations are from the prompt's mean."""
-    group = torch.from_numpy(_dialogues(candidates))
-    count = torch.bincount(group)[:, None]
-    means = views.new_zeros(len(count), views.shape[1]).index_add_(0, group, views) / count
-    return ranking(candidates, user.rewards(views), user.deviations(views - means[group]))
 
 
 def ranking(

@@ -6,21 +6,19 @@ import re
 import signal
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
-import models
 import running
 from browser import BROWSER, a_tab
 from lore.elicitation.terminal import printable
-from lore.embeddings import store as embeddings
 from lore.learning.basis import Basis, save_basis
-from lore.methods.fitting.posterior import Prior
 from lore.methods.mixed_logit import MixedFit
-from made_bases import write_lines
+from made_bases import embed, write_lines
 from tools import rank_responses
 
 PAIRS, PROMPTS, DRAFTS = 24, 4, 3
@@ -28,48 +26,36 @@ WIDTHS = 390, 1280  # of a phone and a desktop
 HOSTILE = "<script>document.title = 'hacked'</script>\x1b[31m red"
 
 
-class World(NamedTuple):
-    """Files of a small world."""
-
-    folder: Path
-    model: Path
-    flags: dict[str, Any]
-
-    def files(self, folder: Path, **changes: Any) -> dict[str, Any]:
-        """Flags of a session of its own, whose answers lie in a folder."""
-        return self.flags | {"answers": folder / "ann.jsonl", "user": "ann"} | changes
-
-
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """A basis whose columns are the widest directions of the embeddings of its own texts."""
-    folder = tmp_path_factory.mktemp("world")
-    model, rng = models.tiny_llama(folder / "model"), np.random.default_rng(0)
+def world(tmp_path_factory: pytest.TempPathFactory, model: Path) -> dict[str, Any]:
+    """Flags that name a basis, whose columns are the widest directions of the embeddings of its own
+    texts, a pool and candidates."""
+    folder, rng = tmp_path_factory.mktemp("world"), np.random.default_rng(0)
     words = [f"w{i}" for i in range(40)]
     texts = [" ".join(rng.choice(words, 5)) for _ in range(2 * PAIRS + PROMPTS * DRAFTS)]
     texts[0] = HOSTILE
     pool = [{"prompt": f"Which {i}?", "responses": texts[2 * i : 2 * i + 2]} for i in range(PAIRS)]
-    history = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    history.append({"role": "user", "content": "Which 1?"})
+    history = [{"role": role, "content": text} for role, text in
+               (("user", "Hi"), ("assistant", "Hello"), ("user", "Which 1?"))]  # fmt: skip
     pool[1] = {"messages": history, "chosen": texts[2], "rejected": [texts[3]]}
     rest = texts[2 * PAIRS :]
     drafts = [{"prompt": f"Best {i % PROMPTS}?", "response": text} for i, text in enumerate(rest)]
-    chats = [[{"role": "assistant", "content": text}] for text in texts]
-    store = embeddings.embed(chats, folder / "rows", model=str(model), progress=False)
-    x = store.rows(torch.arange(len(texts)))
+    x = embed(model, folder / "rows", [[{"role": "assistant", "content": text}] for text in texts])
     V = torch.linalg.svd(x - x.mean(0), full_matrices=False)[2][:3].T
     V = 300 * V / (x @ V).std(0)
     W = torch.from_numpy(rng.dirichlet([0.4] * 3, 40)).float()
     settings = {"rank": 3, "model": str(model)}
     save_basis(folder / "basis.safetensors", Basis(V, W, settings=settings))
-    prior = Prior(torch.zeros(2).double(), torch.eye(2).double())
-    fit = MixedFit(V.mean(1).double() / 400, V[:, :2].double() / 100, prior, {})
-    fit.save(folder / "mixed_logit.safetensors", fit.users, {"model": str(model)})
-    flags = {
+    return {
         "basis": folder / "basis.safetensors", "pool": write_lines(folder / "pool.jsonl", pool),
         "candidates": write_lines(folder / "drafts.jsonl", drafts), "progress": "false",
     }  # fmt: skip
-    return World(folder, model, flags)
+
+
+def own(world: dict[str, Any], folder: Path, **changes: Any) -> dict[str, Any]:
+    """Flags of a session of its own, whose answers lie in a folder, which is made."""
+    folder.mkdir(exist_ok=True)
+    return world | {"answers": folder / "ann.jsonl", "user": "ann"} | changes
 
 
 def ask(monkeypatch: pytest.MonkeyPatch, typed: str, flags: dict[str, Any]) -> running.Outcome:
@@ -79,20 +65,19 @@ def ask(monkeypatch: pytest.MonkeyPatch, typed: str, flags: dict[str, Any]) -> r
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """The rows of a file, none where there is no file."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else ()
+    return list(map(json.loads, lines))
 
 
-def given(path: Path) -> list[tuple]:
+def given(path: Path) -> list[dict[str, Any]]:
     """The answers without the time at which they were given."""
-    return [tuple(str(v) for k, v in row.items() if k != "timestamp") for row in rows(path)]
+    return [row | {"timestamp": ""} for row in rows(path)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["basis", "mixed_logit"])
-def test_a_person_is_asked_until_more_answers_would_hardly_matter(
-    world, tmp_path, monkeypatch, kind
-):
-    flags = world.files(tmp_path, basis=world.folder / f"{kind}.safetensors", tolerance=1)
+def test_a_person_is_asked_until_more_answers_would_hardly_matter(world, tmp_path, monkeypatch):
+    flags = own(world, tmp_path, tolerance=1)
     done = ask(monkeypatch, "a\n" * PAIRS, flags)
     assert done.status == 0, done.err
     profile = json.loads((tmp_path / "ann.profile.json").read_text())
@@ -101,54 +86,46 @@ def test_a_person_is_asked_until_more_answers_would_hardly_matter(
     assert "would raise the expected accuracy by less than 1 points" in done.out
     assert profile["questions_still_useful"] == 0
     assert profile["expected_accuracy"] > profile["expected_accuracy_without_answers"]
-    assert len(profile["weights"]) == (3 if kind == "basis" else 2)
-    if kind == "mixed_logit":
-        assert len(profile["tastes"]) == 2 and max(profile["standard_deviations"]) < 1
+    assert len(profile["weights"]) == 3
     ranked = [row["response"] for row in profile["ranking"]]
-    assert sorted(ranked) == sorted(r["response"] for r in rows(world.flags["candidates"]))
+    assert sorted(ranked) == sorted(r["response"] for r in rows(world["candidates"]))
     assert "\x1b" not in done.out and ranked[0][:20] in done.out
     files = flags["basis"], flags["answers"], flags["candidates"]
     rank_responses.main(*files, save=tmp_path / "found.json", progress=False)
     found = json.loads((tmp_path / "found.json").read_text())  # the same from the same answers
-    known = "weights" if kind == "basis" else "tastes"
-    assert found[known] == pytest.approx(profile[known], abs=1e-4)
-    for key in ("response", "place"):
-        assert [r[key] for r in found["ranking"]] == [r[key] for r in profile["ranking"]]
-    ours, theirs = ([r["p_over_next"] or 0 for r in p["ranking"]] for p in (profile, found))
-    assert ours == pytest.approx(theirs, abs=1e-3)
+    assert found["weights"] == pytest.approx(profile["weights"], abs=1e-4)
+    ours, theirs = (pd.DataFrame(kept["ranking"]) for kept in (profile, found))
+    pd.testing.assert_frame_equal(ours, theirs, check_exact=False, rtol=0, atol=1e-3)
 
 
 @pytest.mark.slow
 def test_a_killed_session_goes_on_where_it_was(world, tmp_path, monkeypatch):
-    (tmp_path / "killed").mkdir()
-    flags = world.files(tmp_path / "killed", tolerance=0, most=7)
-    answers = tmp_path / "killed" / "ann.jsonl"
+    flags, whole = (own(world, tmp_path / n, tolerance=0, most=7) for n in ("killed", "whole"))
+    answers = flags["answers"]
     process = running.start("tools/ask.py", flags)
     process.stdin.write("a\ns\nb\na\n")
     process.stdin.flush()
     end = time.monotonic() + 120
-    while not (answers.exists() and len(rows(answers)) == 3):
+    while len(rows(answers)) < 3:
         assert process.poll() is None and time.monotonic() < end, process.stderr.read()
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert not (tmp_path / "killed" / "ann.profile.json").exists()
+    assert not answers.with_suffix(".profile.json").exists()
     resumed = ask(monkeypatch, "b\na\na\nb\n\n", flags)
     assert resumed.status == 0 and "── Question 5 " in resumed.out, resumed.err
     assert "── Question 4 " not in resumed.out and "3 answered, 1 skipped" in resumed.out
-    (tmp_path / "whole").mkdir()
-    whole = world.files(tmp_path / "whole", tolerance=0, most=7)
     assert ask(monkeypatch, "a\ns\nb\na\nb\na\na\nb\n\n", whole).status == 0
-    assert given(answers) == given(tmp_path / "whole" / "ann.jsonl")
-    profiles = [(tmp_path / name / "ann.profile.json").read_text() for name in ("killed", "whole")]
-    assert profiles[0] == profiles[1]
+    assert given(answers) == given(whole["answers"])
+    profiles = (f["answers"].with_suffix(".profile.json").read_text() for f in (flags, whole))
+    assert len(set(profiles)) == 1
 
 
 @pytest.mark.slow
 def test_undo_takes_back_answers_and_skips_also_those_of_an_earlier_session(
     world, tmp_path, monkeypatch
 ):
-    flags = world.files(tmp_path, tolerance=0)
+    flags = own(world, tmp_path, tolerance=0)
     first = ask(monkeypatch, "a\ns\nq\n", flags)
     assert [row["question"] for row in rows(tmp_path / "ann.jsonl")] == [1]
     back = ask(monkeypatch, "u\nu\nu\nwhat\nb\nq\n", flags)
@@ -161,32 +138,34 @@ def test_undo_takes_back_answers_and_skips_also_those_of_an_earlier_session(
     assert said == (other, one) and row["first"] == "rejected"
 
 
-def test_a_basis_and_answers_that_do_not_do_are_one_line(world, tmp_path, monkeypatch):
+def test_a_basis_and_answers_that_do_not_do_are_one_line(world, model, tmp_path, monkeypatch):
     def holds(name: str, **row: Any) -> Path:
         return write_lines(tmp_path / name, [{"prompt": "?"} | row])
 
-    one = Basis(torch.randn(32, 1), torch.ones(3, 1), settings={"model": str(world.model)})
+    one = Basis(torch.randn(32, 1), torch.ones(3, 1), settings={"model": str(model)})
     save_basis(tmp_path / "one.safetensors", one)
     flat = MixedFit(torch.randn(32), torch.randn(32, 2), None, {})
-    flat.save(tmp_path / "flat.safetensors", torch.empty(0, 0), {"model": str(world.model)})
+    flat.save(tmp_path / "flat.safetensors", torch.empty(0, 0), {"model": str(model)})
     bobs = holds("bob.jsonl", user="bob", chosen="a", rejected="b")
+    voted = holds("voted.jsonl", response_a="a", response_b="b", winner="a")
     for flag, given, message in (
         ("answers", bobs, "has the choices of bob, not of ann"),
+        ("answers", voted, "row 1 lacks chosen or rejected; answers are kept as chosen and"),
         ("answers", tmp_path / "ann.csv", "end its name in .jsonl"),
         ("answers", tmp_path / "no" / "ann.jsonl", "there is no folder"),
         ("profile", tmp_path / "ann.txt", "end its name in .json"),
         ("basis", tmp_path / "none.safetensors", "no such basis file"),
-        ("basis", world.flags["pool"], "it is no basis file"),
+        ("basis", world["pool"], "it is no basis file"),
         ("basis", tmp_path / "one.safetensors", "knows no differences between users"),
         ("basis", tmp_path / "flat.safetensors", "knows no differences between users"),
         ("pool", holds("same.jsonl", responses=["a", "a"]), "no two different responses"),
         ("pool", holds("empty.jsonl", chosen="a", rejected=""), "row 1: a response is empty"),
         ("pool", holds("none.jsonl"), "row 1 has no column chosen"),
-        ("candidates", world.flags["pool"], "row 1 has no column response"),
+        ("candidates", world["pool"], "row 1 has no column response"),
         ("tolerance", -1, "--tolerance -1: "),
         ("port", 80, "--port is the page's"),
     ):
-        done = ask(monkeypatch, "", world.files(tmp_path, **{flag: given}))
+        done = ask(monkeypatch, "", own(world, tmp_path, **{flag: given}))
         assert done.status == 2 and done.err.count("error:") == 1, done.err
         assert message in done.err.splitlines()[-1], done.err
     assert not (tmp_path / "ann.jsonl").exists() and not list(tmp_path.glob("*.profile.json"))
@@ -198,7 +177,7 @@ def test_a_basis_and_answers_that_do_not_do_are_one_line(world, tmp_path, monkey
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
 def test_a_browser_leads_from_the_first_question_to_the_saved_profile(world, tmp_path):
-    flags = world.files(tmp_path, page="true", tolerance=0, most=4)
+    flags = own(world, tmp_path, page="true", tolerance=0, most=4)
     process = running.start("tools/ask.py", flags)
     try:
         said = iter(process.stderr.readline, "")
@@ -218,39 +197,26 @@ def test_a_browser_leads_from_the_first_question_to_the_saved_profile(world, tmp
 
 
 def drive(tab: Any, answers: Path) -> None:
-    """Answer by keys and by clicks, take one back, and finish."""
-
-    def at(number: int) -> list[str]:
-        """The two responses of a question, once it is there and fits every screen."""
+    """Answer by keys and by clicks, take two back, and finish."""
+    shown = {}
+    for number, answered, what in (  # the question, the answers there are, key or button
+        (1, 0, "b"), (2, 1, "a"), (3, 2, "s"), (4, 2, "a"), (5, 3, "u"),
+        (4, 2, "click undo"), (3, 2, "click skip"), (4, 2, "click b"), (5, 3, "a"),
+    ):  # fmt: skip
         tab.wait(f"document.querySelector('h1')?.innerText.startsWith('Question {number}:')")
-        for width in WIDTHS:
+        for width in WIDTHS:  # it fits every screen
             tab.resize(width)
             inside = "[document.documentElement.scrollWidth, innerWidth]"
             assert tab.value(inside) == [width, width]
         found = "[...document.querySelectorAll('article p')].map(p => p.textContent)"
-        return tab.value(found)
-
-    shown = at(1)
-    tab.press("b")
-    at(2)
-    assert [(row["rejected"], row["chosen"]) for row in rows(answers)] == [tuple(shown)]
-    tab.press("a")
-    third = at(3)
-    tab.press("s")
-    at(4)
-    tab.press("a")
-    at(5)
-    assert len(rows(answers)) == 3
-    tab.press("u")
-    at(4)
-    assert len(rows(answers)) == 2
-    tab.value("document.querySelector('button[value=undo]').click()")
-    assert at(3) == third
-    tab.value("document.querySelector('button[value=skip]').click()")
-    at(4)
-    tab.value("document.querySelector('button[value=b]').click()")
-    at(5)
-    tab.press("a")
+        texts = tab.value(found)
+        assert shown.setdefault(number, texts) == texts or number == 5  # after another answer to 4
+        assert len(rows(answers)) == answered
+        if what.startswith("click "):
+            tab.value(f"document.querySelector('button[value={what[6:]}]').click()")
+        else:
+            tab.press(what)
+    assert [rows(answers)[0][side] for side in ("rejected", "chosen")] == shown[1]
     tab.wait("document.body.innerText.includes('Thank you')")
     text = tab.value("document.body.innerText")
     assert "4 answers were given, and --most is 4" in text and "Weights:" in text

@@ -3,13 +3,16 @@
 import io
 import json
 import re
+import tempfile
 import urllib.parse
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import without_plots
@@ -20,9 +23,8 @@ from test_own_data import QUICK, WORDS, choices
 
 import people
 import running
-from lore.embeddings import store as embeddings
 from lore.experiments import splits
-from made_bases import write_lines
+from made_bases import embed, write_lines
 
 pytestmark = pytest.mark.slow
 
@@ -45,9 +47,7 @@ class Run(NamedTuple):
             [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
             for prompt, text in rows
         ]
-        folder = self.folder / f"rows{len(list(self.folder.glob('rows*')))}"
-        store = embeddings.embed(talks, folder, model=str(self.model), progress=False)
-        return store.rows(torch.arange(len(talks))).double().numpy()
+        return embed(self.model, Path(tempfile.mkdtemp(dir=self.folder)), talks).double().numpy()
 
     def mode(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The deviation [D] that is most probable after choices x [n, F], and its covariance."""
@@ -89,9 +89,8 @@ def run(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
             done = running.invoke(f"OwnData/{script}.py", {**given, "name": script, **more})
             assert done.status == 0, done.err
     [file] = (folder / "OwnData" / "train_basis").glob("mixed_logit*.safetensors")
-    tensors = {name: x.astype(float) for name, x in load_file(file).items()}
-    S = tensors["covariance"]
-    return Run(folder, model, file, tensors["mu"], tensors["directions"], S)
+    read = (load_file(file)[name].astype(float) for name in ("mu", "directions", "covariance"))
+    return Run(folder, model, file, *read)
 
 
 def texts(seed: int, count: int) -> list[str]:
@@ -100,7 +99,7 @@ def texts(seed: int, count: int) -> list[str]:
 
 
 CANDIDATES = texts(1, 6)
-POOL = texts(2, 24)
+POOL = [(f"Q{i}", sorted(texts(2, 24)[2 * i : 2 * i + 2])) for i in range(12)]
 
 
 def candidates(folder: Path) -> Path:
@@ -108,20 +107,28 @@ def candidates(folder: Path) -> Path:
     return write_lines(folder / "candidates.jsonl", rows)
 
 
-def same_ranking(run: Run, found: dict[str, Any], x: np.ndarray) -> None:
-    """A saved ranking has the rewards, deviations and probabilities after choices x [n, F]."""
+def same(run: Run, found: dict[str, Any], x: np.ndarray) -> None:
+    """What is saved are tastes, rewards, deviations and probabilities after choices x [n, F]."""
     d, cov = run.mode(x)
+    spread = run.directions @ np.linalg.cholesky(run.S)
+    axes, sizes, _ = np.linalg.svd(spread, full_matrices=False)
+    along = (axes.T @ run.directions / sizes[:, None])[:8]  # standardised, whichever their signs
+    for name, values in (("tastes", along @ d), ("standard_deviations", _sd(along, cov))):
+        np.testing.assert_allclose(np.abs(found[name]), np.abs(values), 0.01, 0.05, err_msg=name)
     e = run.embedded([("Tell me", text) for text in CANDIDATES])
     rewards, Z = run.rewards(e, d), (e - e.mean(0)) @ run.directions
-    deviations = np.sqrt(((Z @ cov) * Z).sum(1))
     order = rewards.argsort()[::-1]
-    assert [row["response"] for row in found["ranking"]] == [CANDIDATES[i] for i in order]
-    given = {"rel": 1e-3, "abs": 1e-4}
-    for name, wanted in (("reward", rewards), ("deviation", deviations)):
-        assert [r[name] for r in found["ranking"]] == pytest.approx(wanted[order].tolist(), **given)
-    ahead = expit(-np.diff(rewards[order]))
-    p = [row["p_over_next"] for row in found["ranking"][:-1]]
-    assert p == pytest.approx(ahead.tolist(), **given)
+    ranking = pd.DataFrame(found["ranking"])
+    assert ranking["response"].tolist() == [CANDIDATES[i] for i in order]
+    wanted = {"reward": rewards[order], "deviation": _sd(Z, cov)[order],
+              "p_over_next": [*expit(-np.diff(rewards[order])), np.nan]}  # fmt: skip
+    for name, values in wanted.items():
+        given = {"rtol": 1e-3, "atol": 1e-4, "err_msg": name}
+        np.testing.assert_allclose(ranking[name].astype(float), values, **given)
+
+
+def _sd(Z: np.ndarray, cov: np.ndarray) -> np.ndarray:
+    return np.sqrt(((Z @ cov) * Z).sum(1))
 
 
 def test_rank_responses_gives_the_mode_of_the_users_deviation(run, tmp_path):
@@ -135,58 +142,22 @@ def test_rank_responses_gives_the_mode_of_the_users_deviation(run, tmp_path):
     e = run.embedded([("Why?", text) for text in chosen + rejected])
     x = e[:5] - e[5:]
     found = json.loads((tmp_path / "found.json").read_text())
-    same_ranking(run, found, x)
-    odds = []
-    for i in range(5):
-        others = np.delete(x, i, 0)
-        odds.append(float(run.rewards(x[i], run.mode(others)[0])))
+    same(run, found, x)
+    assert "tastes: " in done.out and " sd " in done.out
+    odds = [run.rewards(x[i], run.mode(np.delete(x, i, 0))[0]) for i in range(5)]
     assert f"{sum(o > 0 for o in odds)} of 5 choices" in done.out
     loss = float(re.search(r"log loss ([\d.]+)", done.out)[1])
     assert loss == pytest.approx(np.logaddexp(0, -np.array(odds)).mean(), abs=1e-3)
-    assert len(found["tastes"]) == len(found["standard_deviations"]) == 8
 
 
-def questions(folder: Path) -> Path:
-    rows = [{"prompt": f"Q{i}", "responses": sorted(POOL[2 * i : 2 * i + 2])} for i in range(12)]
-    return write_lines(folder / "pool.jsonl", rows)
-
-
-def asked_as_planned(run: Run, folder: Path) -> None:
-    """The questions were the D-optimal ones given the answers; the profile is that after all."""
-    pairs = [(f"Q{i}", *sorted(POOL[2 * i : 2 * i + 2])) for i in range(12)]
-    e = run.embedded([(q, text) for q, *both in pairs for text in both])
-    x = e[::2] - e[1::2]
-    answers = [json.loads(line) for line in (folder / "ann.jsonl").read_text().splitlines()]
-    earlier, signs = [], []
-    for row in answers:
-        place = run.next(x, earlier, signs)
-        assert row["prompt"] == pairs[place][0]
-        earlier.append(place)
-        signs.append(1.0 if row["chosen"] == pairs[place][1] else -1.0)
-    assert len(answers) == 4
-    chosen = np.array(signs)[:, None] * x[earlier]
-    profile = json.loads((folder / "ann.profile.json").read_text())
-    assert profile["weights"] == pytest.approx(run.mode(chosen)[0].tolist(), rel=1e-3, abs=1e-4)
-    same_ranking(run, profile, chosen)
-
-
-def flags(run: Run, folder: Path) -> dict[str, Any]:
-    return {
-        "basis": run.file, "pool": questions(folder), "candidates": candidates(folder),
-        "answers": folder / "ann.jsonl", "user": "ann", "tolerance": 0, "most": 4,
-        "progress": "false",
-    }  # fmt: skip
-
-
-def test_ask_in_the_terminal_puts_the_d_optimal_questions(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("a\nb\nb\na\n\n"))
-    done = running.invoke("tools/ask.py", flags(run, tmp_path))
+def answer_in_the_terminal(flags: dict[str, Any]) -> None:
+    with mock.patch("sys.stdin", io.StringIO("a\nb\nb\na\n\n")):
+        done = running.invoke("tools/ask.py", flags)
     assert done.status == 0, done.err
-    asked_as_planned(run, tmp_path)
 
 
-def test_ask_on_the_page_puts_the_d_optimal_questions(run, tmp_path):
-    process = running.start("tools/ask.py", {**flags(run, tmp_path), "page": "true"})
+def answer_on_the_page(flags: dict[str, Any]) -> None:
+    process = running.start("tools/ask.py", {**flags, "page": "true"})
     try:
         said = iter(process.stderr.readline, "")
         url = next(line.split()[1] for line in said if line.startswith("open http"))
@@ -199,7 +170,30 @@ def test_ask_on_the_page_puts_the_d_optimal_questions(run, tmp_path):
         assert process.wait(60) == 0
     finally:
         process.kill()
-    asked_as_planned(run, tmp_path)
+
+
+@pytest.mark.parametrize("answer", [answer_in_the_terminal, answer_on_the_page])
+def test_ask_puts_the_d_optimal_questions(run, tmp_path, answer):
+    pool = [{"prompt": prompt, "responses": both} for prompt, both in POOL]
+    answer({
+        "basis": run.file, "pool": write_lines(tmp_path / "pool.jsonl", pool), "user": "ann",
+        "candidates": candidates(tmp_path), "answers": tmp_path / "ann.jsonl", "tolerance": 0,
+        "most": 4, "progress": "false",
+    })  # fmt: skip
+    e = run.embedded([(prompt, text) for prompt, both in POOL for text in both])
+    x, earlier, signs = e[::2] - e[1::2], [], []
+    answers = [json.loads(line) for line in (tmp_path / "ann.jsonl").read_text().splitlines()]
+    for row in answers:
+        place = run.next(x, earlier, signs)
+        prompt, (first, _) = POOL[place]
+        assert row["prompt"] == prompt
+        earlier.append(place)
+        signs.append(1.0 if row["chosen"] == first else -1.0)
+    assert len(answers) == 4
+    chosen = np.array(signs)[:, None] * x[earlier]
+    profile = json.loads((tmp_path / "ann.profile.json").read_text())
+    assert profile["weights"] == pytest.approx(run.mode(chosen)[0].tolist(), rel=1e-3, abs=1e-4)
+    same(run, profile, chosen)
 
 
 def test_vary_fewshot_asks_the_d_optimal_questions(run):

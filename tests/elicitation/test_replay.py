@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import Tensor
 
 import people
 import planted
@@ -12,109 +11,85 @@ from lore.experiments import results as records
 from lore.experiments import runner as experiments
 from lore.experiments.judging import sweep
 from lore.learning.comparisons import Comparisons, Shots, draw_shots
-from lore.learning.method import Task
-from lore.methods.fitting.posterior import Prior
+from lore.learning.method import Fitted, Task
 from lore.methods.lore import Lore
 from lore.methods.mixed_logit import MixedFit
 from lore.methods.pref import PReF
 from lore.methods.rbd import RBD
+from made_bases import standard
 
 
-def known_fit(task: Task, rank: int = 3) -> MixedFit:
+def some_fit() -> MixedFit:
     """A mixed logit with tastes along the first features, which need not be the true ones."""
-    x = torch.eye(task.train.num_features, 1 + rank).double()
-    return MixedFit(x[:, 0], 1.5 * x[:, 1:], standard(rank), {})
+    x = torch.eye(planted.F, 4).double()
+    return MixedFit(x[:, 0], 1.5 * x[:, 1:], standard(3), {})
 
 
-def standard(K: int) -> Prior:
-    return Prior(torch.zeros(K).double(), torch.eye(K).double())
+def some_shots(users: int = 5, shots: int = 12) -> Comparisons:
+    return planted.task(users=users, shots=shots, held_out=1, rank=3, seed=1).few
 
 
-def some_task(users: int = 5, shots: int = 12) -> Task:
-    return planted.task(users=users, shots=shots, held_out=30, rank=3, seed=1)
-
-
-def chosen_rows(
-    task: Task, fit: MixedFit, sizes: list[int], few: Comparisons | None = None
-) -> list[Tensor]:
+def chosen(few: Comparisons, sizes: list[int], fit: Fitted | None = None) -> list[list[int]]:
+    """The rows of the shots that are asked for, every user's for each size."""
     g = torch.Generator().manual_seed(0)
-    return choose_shots(fit, few or task.few, sizes, "d_optimal", g).rows
+    rows = choose_shots(fit or some_fit(), few, sizes, "d_optimal", g).rows
+    return [row.tolist() for row in rows]
 
 
 def test_users_are_asked_as_if_each_were_alone():
-    task = some_task()
-    fit = known_fit(task)
-    rows = chosen_rows(task, fit, [6])
-    Q = fit.questions(fit.view(task.few))
-    for u, found in enumerate(rows):
-        own = (task.few.user == u).nonzero()[:, 0]
-        order = []
+    few, fit = some_shots(), some_fit()
+    Q = fit.questions(fit.view(few))
+    for u, found in enumerate(chosen(few, [6])):
+        own, order = (few.user == u).nonzero()[:, 0], []
         for _ in range(6):
             posterior = UserPosterior.after(fit.prior, Q[own][order])
             order.append(next_question(posterior, QuestionPool(Q[own]), "d_optimal", order))
-        assert own[order].tolist() == found.tolist()
+        assert own[order].tolist() == found
 
 
 def test_labels_that_were_not_asked_for_change_nothing():
-    task = some_task()
-    fit = known_fit(task)
-    rows = chosen_rows(task, fit, [4])
-    used = torch.zeros(len(task.few), dtype=torch.bool)
-    used[torch.cat(rows)] = True
-    flipped = task.few.flipped(~used)
-    again = chosen_rows(task, fit, [4], flipped)
-    assert [row.tolist() for row in rows] == [row.tolist() for row in again]
-    other = chosen_rows(task, fit, [4], task.few.flipped(used))
-    assert [row.tolist() for row in rows] != [row.tolist() for row in other]
+    few = some_shots()
+    rows, used = chosen(few, [4]), torch.zeros(len(few), dtype=torch.bool)
+    used[sum(rows, [])] = True
+    assert chosen(few.flipped(~used), [4]) == rows != chosen(few.flipped(used), [4])
 
 
 def test_more_shots_go_on_where_fewer_ended_until_nothing_is_left():
-    task = some_task(users=3, shots=5)
-    rows = chosen_rows(task, known_fit(task), [0, 2, 5, 9])
-    users = task.few.num_users
-    for u in range(users):
-        none, two, five, nine = (rows[s * users + u].tolist() for s in range(4))
+    few = some_shots(users=3, shots=5)
+    rows = chosen(few, [0, 2, 5, 9])
+    for u in range(3):
+        none, two, five, nine = rows[u::3]
         assert none == [] and five[:2] == two and nine == five
-        assert sorted(five) == (task.few.user == u).nonzero()[:, 0].tolist()
+        assert sorted(five) == (few.user == u).nonzero()[:, 0].tolist()
 
 
 def test_a_shot_is_a_whole_dialogue_where_there_are_dialogues():
-    task = some_task(users=3, shots=8)
-    task.few.dialogs = torch.arange(len(task.few)) // 2
-    for row in chosen_rows(task, known_fit(task), [2]):
-        assert len(row) == 4
-        assert (task.few.dialogs[row].bincount().unique()).tolist() in ([0, 2], [2])
+    few = some_shots(users=3, shots=8)
+    few.dialogs = torch.arange(len(few)) // 2
+    for row in chosen(few, [2]):
+        assert row[1::2] == [i + 1 for i in row[::2]] and len(row) == 4
+        assert all(i % 2 == 0 for i in row[::2])
 
 
 def test_a_pair_that_was_asked_is_not_asked_again_while_others_are_left():
-    task = some_task(users=2, shots=4)
-    features = task.few.features.dense().x
-    twice = Comparisons(
-        type(task.few.in_memory().features)(torch.cat([x for u in range(2) for x in (
-            features[4 * u : 4 * u + 4], -features[4 * u : 4 * u + 4])])), [8, 8],
-    )  # fmt: skip
-    for row in chosen_rows(task, known_fit(task), [4], twice):
-        assert len((row % 4).unique()) == 4
+    features = some_shots(users=1, shots=4).features.dense().x
+    twice = Comparisons.from_list([torch.cat([features, -features])] * 2)
+    for row in chosen(twice, [4]):
+        assert len({i % 4 for i in row}) == 4
 
 
-@pytest.mark.parametrize("method", [Lore(ranks=(3,), iterations=50), PReF(rank=3, strengths=(1.0,)),
-                                    RBD(rank=3, strengths=((1.0, 10.0),))])  # fmt: skip
+METHODS = (Lore(ranks=(3,), iterations=50), PReF(rank=3, strengths=(1.0,)),
+           RBD(rank=3, strengths=((1.0, 10.0),)))  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS, ids=("LoRe", "PReF", "RBD"))
 def test_methods_with_a_vector_for_each_user_can_choose_too(method):
     task = planted.task(users=8, shots=12, held_out=20, rank=2)
     fit = next(f for f in method.fit(task) if f.population() is not None)
     logits = fit.logits(fit.view(task.unseen), fit.population_state.expand(8, -1), task.unseen.user)
     Q, b = fit.questions(fit.view(task.unseen)), fit.population_state.double()
     torch.testing.assert_close(Q[:, 0] + Q[:, 1:] @ b, logits.double(), rtol=1e-4, atol=1e-5)
-    rows = chosen_rows(task, fit, [3])
-    assert all(len(row.unique()) == 3 for row in rows)
-
-
-def true_fit(task: Task, rank: int, spread: float, strength: float, seed: int) -> MixedFit:
-    """The planted world itself as a mixed logit."""
-    g = torch.Generator().manual_seed(seed)
-    torch.randn(planted.ROWS, planted.F, generator=g)
-    basis = torch.linalg.qr(torch.randn(planted.F, rank + 1, generator=g))[0].double()
-    return MixedFit(strength * basis[:, 0], strength * spread * basis[:, 1:], standard(rank), {})
+    assert all(len(set(row)) == 3 for row in chosen(task.few, [3], fit))
 
 
 def log_losses(fit: MixedFit, task: Task, draws: Shots) -> list[float]:
@@ -124,15 +99,15 @@ def log_losses(fit: MixedFit, task: Task, draws: Shots) -> list[float]:
 
 @pytest.mark.slow
 def test_chosen_questions_are_worth_more_than_as_many_random_ones_in_a_planted_world():
-    world = {"rank": 3, "spread": 0.5, "strength": 2.0, "seed": 2}
-    task = planted.task(users=80, shots=60, held_out=60, **world)
-    fit = true_fit(task, **world)
-    fit.random_label = "at random"
-    fit.controlled = False
+    task = planted.task(users=80, shots=60, held_out=60, rank=3, spread=0.5, strength=2.0, seed=2)
+    g = torch.Generator().manual_seed(2)
+    torch.randn(planted.ROWS, planted.F, generator=g)
+    basis = torch.linalg.qr(torch.randn(planted.F, 4, generator=g))[0].double()
+    fit = MixedFit(2 * basis[:, 0], basis[:, 1:], standard(3), {})  # the planted world itself
+    fit.random_label, fit.controlled = "at random", False
     at_random = log_losses(fit, task, draw_shots(task.few, [6, 12], 3, 0))
-    g = torch.Generator().manual_seed(0)
-    chosen = log_losses(fit, task, choose_shots(fit, task.few, [6, 12], "d_optimal", g))
-    assert chosen[0] < at_random[1]
+    asked = choose_shots(fit, task.few, [6, 12], "d_optimal", torch.Generator().manual_seed(0))
+    assert log_losses(fit, task, asked)[0] < at_random[1]
 
 
 @pytest.mark.slow

@@ -10,9 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
 FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
     "--disable-background-networking", "--disable-component-update",
@@ -21,20 +20,14 @@ PATIENCE = 60  # seconds
 
 
 class Tab:
-    """One page, spoken to by the browser's debugging protocol.
-
-    Args:
-        said: file descriptor that the browser reads commands from.
-        heard: file descriptor that it writes answers to.
-    """
+    """One page, spoken to by the browser's debugging protocol: the browser reads commands from the
+    file descriptor ``said`` and writes answers to ``heard``."""
 
     def __init__(self, said: int, heard: int) -> None:
-        self.said, self.heard = said, heard
-        self.session: dict[str, str] = {}
+        self.said, self.heard, self.session = said, heard, {}
         self.sent, self.rest = 0, b""
         target = self.tell("Target.createTarget", url="about:blank")
-        found = self.tell("Target.attachToTarget", flatten=True, **target)
-        self.session = {"sessionId": found["sessionId"]}
+        self.session = self.tell("Target.attachToTarget", flatten=True, **target)
 
     def tell(self, method: str, **parameters: Any) -> dict[str, Any]:
         """Send a command, and what came of it."""
@@ -54,14 +47,14 @@ class Tab:
         message, self.rest = self.rest.split(b"\0", 1)
         return json.loads(message)
 
-    def open(self, url: str, width: int, height: int = 800) -> None:
-        """Go to an address on a screen of this size."""
-        self.resize(width, height)
+    def open(self, url: str, width: int) -> None:
+        """Go to an address on a screen of this width."""
+        self.resize(width)
         self.tell("Page.navigate", url=url)
 
-    def resize(self, width: int, height: int = 800) -> None:
+    def resize(self, width: int) -> None:
         """Show the page on another screen."""
-        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600}
         self.tell("Emulation.setDeviceMetricsOverride", **size)
 
     def value(self, script: str) -> Any:
