@@ -7,53 +7,31 @@ average user and the users asked for are then one matrix product, and a row each
 Without a basis or a head file, the model's own classification forward is scored (mode seqclf).
 """
 
-import json
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 from lore.common.cli import cli
-from lore.common.files import (
-    begins,
-    check_output,
-    digest,
-    has_keys,
-    require,
-    write_text,
-    write_whole,
-)
+from lore.common.files import begins, check_output, digest, has_keys, require
 from lore.common.settings import NonNegativeInt, PositiveInt
-from lore.embeddings.reward_model import (
-    OF_BASIS,
-    PAPERS_MODEL,
-    Conversation,
-    ModelChoice,
-    Source,
-    load_config,
-    load_tokenizer,
-    render_text,
-)
+from lore.embeddings import reward_model as rm
 from lore.embeddings.store import embed
 from lore.methods.saved import Learned, load_learned
 from PRISM import rewardbench2 as rb2
 from PRISM.rewardbench2 import Head, HeadFile
 
-if TYPE_CHECKING:
-    from pandas import DataFrame
-
-CACHE = Path(__file__).resolve().parent / "data" / "rewardbench2"
-PAPERS = {"model": PAPERS_MODEL}
+CACHE = ROOT / "PRISM" / "data" / "rewardbench2"
+PAPERS = {"model": rm.PAPERS_MODEL}
 NO_FILE = HeadFile()
-RESULTS = Path(__file__).resolve().parents[1] / "results" / "rewardbench2"
 
 
 def main(
     source: str = "allenai/reward-bench-2", split: str = "test", subset: Sequence[str] = (),
     limit: NonNegativeInt = 0, basis: str | None = None, users: Sequence[str] = (),
-    list_users: bool = False, file: HeadFile = NO_FILE, lm: ModelChoice = OF_BASIS,
+    list_users: bool = False, file: HeadFile = NO_FILE, lm: rm.ModelChoice = rm.OF_BASIS,
     mode: Literal["auto", "seqclf", "lmhead"] = "auto", results: str | None = None,
     save_csv: str | None = None, verbose_failures: bool = False, top_k: PositiveInt = 10,
     **scoring: Any,
@@ -96,7 +74,7 @@ def main(
     if rewards is None:
         return
     rewards["shortest response"] = rb2.length_baseline(bench)
-    table = save(folder, save_csv, bench, rewards)
+    table = rb2.save(folder, save_csv, bench, rewards)
     print(table.to_string(float_format="%.4f"))
     if not rb2.is_official(bench):
         print("Mean is over the subsets shown and not official: these are not the official rows.")
@@ -115,11 +93,11 @@ def basis_heads(basis: Learned | None, users: Sequence[str]) -> dict[str, Head]:
     return {name: Head(direction) for name, direction in directions.items()}
 
 
-def check_mode(mode: str, source: Source, heads: Mapping[str, Head]) -> str:
+def check_mode(mode: str, source: rm.Source, heads: Mapping[str, Head]) -> str:
     """The mode that auto stands for; InputError if mode or model do not go with the heads."""
     own = mode == "seqclf" and heads
     require(not own, "--mode seqclf scores with the model's own head: use lmhead for others")
-    width = load_config(source).get_text_config().hidden_size
+    width = rm.load_config(source).get_text_config().hidden_size
     for name, head in heads.items():
         has = f"{name} has {len(head.weight)} features, embeddings of {source.model} have {width}"
         require(len(head.weight) == width, f"{has}: it was made with another model")
@@ -127,10 +105,10 @@ def check_mode(mode: str, source: Source, heads: Mapping[str, Head]) -> str:
 
 
 def all_rewards(
-    conversations: Sequence[Conversation], heads: Mapping[str, Head], source: Source, mode: str,
-    max_length: PositiveInt = 2048, truncation_side: Literal["left", "right"] = "right",
-    batch_size: PositiveInt = 8, device: str = "auto",
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    conversations: Sequence[rm.Conversation], heads: Mapping[str, Head], source: rm.Source,
+    mode: str, max_length: PositiveInt = 2048,
+    truncation_side: Literal["left", "right"] = "right", batch_size: PositiveInt = 8,
+    device: str = "auto", dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     embeddings: str | None = None, **embedding: Any,
 ) -> rb2.Rewards | None:  # fmt: skip
     """Rewards [conversations] by name; None while other processes are still embedding.
@@ -153,7 +131,7 @@ def all_rewards(
         own = rb2.own_rewards(source, conversations, *limits, batch_size, device, dtype, shown)
         return {"model": own}
     facts = [source[:3], source.pool, (dtype, *limits), conversations]
-    folder = embeddings or CACHE / f"{slug(source.model)}-{digest(facts)[:8]}"
+    folder = embeddings or CACHE / f"{rb2.slug(source.model)}-{digest(facts)[:8]}"
     store = embed(  # named one by one: these are no flags of this script
         conversations, folder, model=source.model, tokenizer=source.tokenizer,
         revision=source.revision, trust_remote_code=source.trust_remote_code, pool=source.pool,
@@ -163,40 +141,24 @@ def all_rewards(
     return rb2.head_rewards(store, heads) if store else None
 
 
-def official_length(source: Source, max_length: int) -> int:
+def official_length(source: rm.Source, max_length: int) -> int:
     """Most tokens of a completion, at most the model's positions, for the harness's ``max_length``:
     it counts a BOS of the template and one of the tokenizer, and then masks one of them."""
-    positions = getattr(load_config(source), "max_position_embeddings", None) or max_length
-    tokenizer = load_tokenizer(source)
-    start = render_text(tokenizer, [{"role": "user", "content": ""}])
+    positions = getattr(rm.load_config(source), "max_position_embeddings", None) or max_length
+    tokenizer = rm.load_tokenizer(source)
+    start = rm.render_text(tokenizer, [{"role": "user", "content": ""}])
     doubled = tokenizer(start)["input_ids"][:2] == [tokenizer.bos_token_id] * 2
     return min(max(max_length - doubled, 1), positions)
 
 
-def results_folder(results: str | None, source: Source) -> Path:
+def results_folder(results: str | None, source: rm.Source) -> Path:
     """The folder for results, made; InputError if it has files that are none of this script's."""
-    folder = Path(results) if results else RESULTS / slug(source.model)
+    folder = Path(results) if results else ROOT / "results/rewardbench2" / rb2.slug(source.model)
     check_output(folder / "scores.csv", "--results", begins("reward,"))
     for path in sorted((folder / "scores").glob("*.json")):
         check_output(path, "--results", has_keys("model", "num_correct", "scores"))
     (folder / "scores").mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def save(folder: Path, csv: str | None, bench: "DataFrame", rewards: rb2.Rewards) -> "DataFrame":
-    """The table, written with scores/<reward>.json in the official layout for every reward."""
-    table = rb2.score_table(bench, rewards)
-    for path in filter(None, (folder / "scores.csv", csv)):
-        write_whole(Path(path), table.to_csv)
-    for name, values in rewards.items():
-        record = json.dumps(rb2.official_record(name, bench, values))
-        write_text(folder / "scores" / f"{slug(name)}.json", record)
-    return table
-
-
-def slug(name: str) -> str:
-    """A name as a file name."""
-    return re.sub(r"[^\w.=-]+", "-", name).strip("-")
 
 
 if __name__ == "__main__":

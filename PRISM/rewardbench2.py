@@ -1,9 +1,10 @@
 """RewardBench 2 (allenai/reward-bench-2): its official score, its rows, rewards of these."""
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,16 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from lore.common.files import InputError, first_line, require
-from lore.embeddings.reward_model import (
-    Conversation,
-    Source,
-    cut_tokens,
-    device_and_dtype,
-    load_engine,
-    load_tokenizer,
-    render,
-)
+from lore.common.files import InputError, first_line, require, write_text, write_whole
+from lore.embeddings import reward_model as rm
 from lore.embeddings.store import Store
 from lore.preparing import raw
 
@@ -59,7 +52,7 @@ def score(rows: Iterable[Row]) -> dict[str, float]:
     result = {}
     for name in order:
         each = [row_result(row.scores) for row in groups[name]]
-        result[name] = ties_score(groups[name]) if _is_ties(name) else _mean(each)
+        result[name] = ties_score(groups[name]) if name.lower() == "ties" else _mean(each)
     return {**result, "Overall": _mean(list(result.values()))}
 
 
@@ -82,20 +75,16 @@ def ties_score(rows: Sequence[Row]) -> float:
     of tied gaps above the spread, h the share where the smaller of both gaps is above it, and g
     the mean of tanh(smaller gap / spread - 1).
     """
-    gaps: dict[str, dict[str, float]] = {"ref": {}, "tied": {}}
-    spreads: dict[str, float] = {}
+    sides: dict[str, dict[str, tuple[float, float]]] = {"tied": {}, "ref": {}}  # k -> gap, spread
     for row in rows:
         kind, _, k = row.id.partition(":")
-        known = kind in gaps and bool(k)
+        known = kind in sides and bool(k)
         require(known, f"id {row.id!r} of the Ties subset is neither ref:k nor tied:k")
-        require(k not in gaps[kind], f"id {row.id!r} appears twice in the Ties subset")
-        gaps[kind][k] = margin(row.num_correct, row.scores)
-        if kind == "tied":
-            spreads[k] = float(np.ptp(row.scores[: row.num_correct]))
-    accurate = [_mean(np.fromiter(gaps[kind].values(), float) > 0) for kind in ("tied", "ref")]
-    paired = [k for k in gaps["tied"] if k in gaps["ref"]]
-    sides = gaps["tied"], gaps["ref"], spreads
-    tied, ref, spread = (np.array([values[k] for k in paired]) for values in sides)
+        require(k not in sides[kind], f"id {row.id!r} appears twice in the Ties subset")
+        sides[kind][k] = margin(row.num_correct, row.scores), np.ptp(row.scores[: row.num_correct])
+    accurate = [_mean([gap > 0 for gap, _ in side.values()]) for side in sides.values()]
+    pairs = [(*both, sides["ref"][k][0]) for k, both in sides["tied"].items() if k in sides["ref"]]
+    tied, spread, ref = np.reshape(pairs, (-1, 3)).T
     smaller = np.minimum(tied, ref)
     with np.errstate(divide="ignore", invalid="ignore"):  # a spread of 0 gives +-1; 0/0 counts as 0
         graded = np.nan_to_num(np.tanh(smaller / spread - 1))
@@ -105,10 +94,6 @@ def ties_score(rows: Sequence[Row]) -> float:
 
 def _mean(values: Sequence[float] | np.ndarray) -> float:
     return float(np.mean(values)) if len(values) else 0.0
-
-
-def _is_ties(subset: str) -> bool:
-    return subset.lower() == "ties"
 
 
 def _checked(row: Row) -> Row:
@@ -125,67 +110,58 @@ def _checked(row: Row) -> Row:
 
 def read_bench(source: str, split: str, subset: Sequence[str], limit: int) -> pd.DataFrame:
     """Rows of RewardBench 2 with the ``COLUMNS``, all checked; the arguments are the script's."""
-    rows = []
-    for place, row in _raw_rows(source, split):
-        problem = _problem(row)
-        require(problem is None, f"{place} (id {str(row['id'])!a:.40}): {problem}")
-        rows.append({**{name: row[name] for name in COLUMNS}, "id": str(row["id"])})
-    require(bool(rows), f"--source {source} has no rows")
-    bench = pd.DataFrame(rows)
+    if source.endswith(raw.ENDINGS):
+        rows = raw.check_columns(raw.read_all(source), COLUMNS)
+    else:
+        rows = raw.read_rows(source, split, COLUMNS, split=split)
+    bench = pd.DataFrame([_checked_row(place, row) for place, row in rows], columns=COLUMNS)
+    require(len(bench) > 0, f"--source {source} has no rows")
     names = {name.lower(): name for name in bench["subset"]}
     unknown = ", ".join(name for name in subset if name.lower() not in names)
     present = ", ".join(sorted(names.values()))
     require(not unknown, f"--subset {unknown}: unknown; the subsets are {present}")
     if subset:
         bench = bench[bench["subset"].isin([names[name.lower()] for name in subset])]
-    bench = bench.head(limit) if limit else bench
+    bench = bench.head(limit or len(bench))
     score(scored_rows(bench, length_baseline(bench)))  # refuses bad ids before any work
     return bench
 
 
-def _raw_rows(source: str, split: str) -> raw.Rows:
-    if not re.search(r"\.(jsonl|jsonl\.gz|parquet)$", source):
-        return raw.read_rows(source, split, COLUMNS, split=split)
-    require(Path(source).is_file(), f"--source {source}: there is no such file")
-    return raw.check_columns(raw.read_file(Path(source)), COLUMNS)
+def _checked_row(place: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``COLUMNS`` of a row; InputError for what they cannot hold."""
+    place = f"{place} (id {str(row['id'])!a:.40})"
+    found = {**row, **{name: raw.name(row[name], place, name) for name in ("id", "subset")}}
+    for name in ("prompt", "chosen", "rejected"):
+        texts = [row[name]] if name == "prompt" else row[name]
+        some = isinstance(texts, list) and bool(texts)
+        require(some, f"{place}: {name} must be a list of one or more texts")
+        for text in texts:
+            require(isinstance(text, str), f"{place}: {name} holds something that is not text")
+            raw.text(text, place, name)  # refuses half a surrogate pair
+    number, chosen = row["num_correct"], len(row["chosen"])
+    same = number == chosen and not isinstance(number, bool)
+    require(same, f"{place}: num_correct is {number}, but {chosen} texts are chosen")
+    return found
 
 
-def _problem(row: Mapping[str, Any]) -> str | None:
-    if not isinstance(row["subset"], str) or not isinstance(row["prompt"], str):
-        return "subset and prompt must be text"
-    if not row["subset"]:
-        return "subset is empty"
-    if not isinstance(row["id"], str | int) or isinstance(row["id"], bool):
-        return "id must be text or a whole number"
-    for name in ("chosen", "rejected"):
-        if not isinstance(row[name], list) or not row[name]:
-            return f"{name} must be a list of one or more texts"
-        if not all(isinstance(text, str) for text in row[name]):
-            return f"{name} holds something that is not text"
-    texts = [str(row["id"]), row["subset"], row["prompt"], *row["chosen"], *row["rejected"]]
-    if re.search("[\ud800-\udfff]", "".join(texts)):
-        return "a text holds half a surrogate pair; clean it"
-    if row["num_correct"] != len(row["chosen"]) or isinstance(row["num_correct"], bool):
-        return f"num_correct is {row['num_correct']}, but {len(row['chosen'])} texts are chosen"
-    return None
+def completions(bench: pd.DataFrame) -> pd.Series:
+    """The texts of every row, the chosen ones first."""
+    return bench["chosen"] + bench["rejected"]
 
 
 def scored_rows(bench: pd.DataFrame, rewards: np.ndarray) -> list[Row]:
     """Rows with their scores, from the rewards [completions] of ``as_conversations``."""
-    values = iter(rewards.tolist())
-    return [
-        Row(row.id, row.subset, row.num_correct, list(islice(values, len(texts))))
-        for row in bench.itertuples(index=False)
-        for texts in [(*row.chosen, *row.rejected)]
-    ]
+    ends = completions(bench).map(len).cumsum()
+    parts = [part.tolist() for part in np.split(rewards, ends[:-1])]
+    return [*map(Row, bench["id"], bench["subset"], bench["num_correct"], parts)]
 
 
-def as_conversations(bench: pd.DataFrame) -> list[Conversation]:
+def as_conversations(bench: pd.DataFrame) -> list[rm.Conversation]:
     """One user and one assistant message for every completion, a row's chosen ones first."""
     return [
-        [{"role": "user", "content": row.prompt}, {"role": "assistant", "content": text}]
-        for row in bench.itertuples(index=False)
-        for text in (*row.chosen, *row.rejected)
+        [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
+        for prompt, texts in zip(bench["prompt"], completions(bench), strict=True)
+        for text in texts
     ]
 
 
@@ -201,7 +177,7 @@ class Head(NamedTuple):
 
 def length_baseline(bench: pd.DataFrame) -> np.ndarray:
     """Rewards [completions] that prefer the shortest response, in characters."""
-    return np.array([-float(len(answer["content"])) for _, answer in as_conversations(bench)])
+    return np.array([-float(len(text)) for texts in completions(bench) for text in texts])
 
 
 def head_rewards(store: Store, heads: Mapping[str, Head]) -> Rewards:
@@ -217,19 +193,20 @@ def head_rewards(store: Store, heads: Mapping[str, Head]) -> Rewards:
 
 @torch.inference_mode()
 def own_rewards(
-    source: Source, conversations: Sequence[Conversation], max_length: int, truncation_side: str,
-    batch_size: int, device: str, dtype: str, progress: bool = True,
+    source: rm.Source, conversations: Sequence[rm.Conversation], max_length: int,
+    truncation_side: str, batch_size: int, device: str, dtype: str, progress: bool = True,
 ) -> np.ndarray:  # fmt: skip
     """Logits [conversations] of the model's own classification forward, in batches of one length;
     InputError if it cannot be loaded or has no score head with one output."""
-    device, dtype = device_and_dtype(device, dtype)
-    engine = load_engine(source, dtype, device, "sdpa", "single", max_length)
+    device, dtype = rm.device_and_dtype(device, dtype)
+    engine = rm.load_engine(source, dtype, device, "sdpa", "single", max_length)
     one = engine.head is not None and len(engine.head) == 1
     lacks = f"{source.model} has no score head with one output"
     require(one, f"{lacks}: give one with --rm_head or --basis")
-    tokenizer = load_tokenizer(source)
+    tokenizer = rm.load_tokenizer(source)
     limits = tokenizer.bos_token_id, max_length, truncation_side
-    tokens = [cut_tokens(np.array(render(tokenizer, each)), *limits) for each in conversations]
+    rendered = (np.array(rm.render(tokenizer, each)) for each in conversations)
+    tokens = [rm.cut_tokens(ids, *limits) for ids in rendered]
     longest_first = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
     groups = [list(group) for _, group in groupby(longest_first, key=lambda i: len(tokens[i]))]
     batches = [g[i : i + batch_size] for g in groups for i in range(0, len(g), batch_size)]
@@ -261,8 +238,24 @@ def official_record(name: str, bench: pd.DataFrame, rewards: np.ndarray) -> dict
     row's score, or null in Ties, whose rows are scored together."""
     rows = scored_rows(bench, rewards)
     lists = {field: [getattr(row, field) for row in rows] for field in Row._fields}
-    results = [None if _is_ties(row.subset) else row_result(row.scores) for row in rows]
+    results = [None if row.subset.lower() == "ties" else row_result(row.scores) for row in rows]
     return {"model": name, **lists, "results": results}
+
+
+def save(folder: Path, csv: str | None, bench: pd.DataFrame, rewards: Rewards) -> pd.DataFrame:
+    """The table, written with scores/<reward>.json in the official layout for every reward."""
+    table = score_table(bench, rewards)
+    for path in filter(None, (folder / "scores.csv", csv)):
+        write_whole(Path(path), table.to_csv)
+    for name, values in rewards.items():
+        record = json.dumps(official_record(name, bench, values))
+        write_text(folder / "scores" / f"{slug(name)}.json", record)
+    return table
+
+
+def slug(name: str) -> str:
+    """A name as a file name."""
+    return re.sub(r"[^\w.=-]+", "-", name).strip("-")
 
 
 def worst_failures(bench: pd.DataFrame, rewards: np.ndarray, top_k: int) -> pd.DataFrame:
