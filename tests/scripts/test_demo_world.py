@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import models
 import running
@@ -54,20 +55,11 @@ def test_more_prompts_than_can_be_written_are_refused(monkeypatch):
 
 @pytest.mark.parametrize(
     ("changed", "measured", "least"),
-    [
-        ({"steps": 3}, "words", 0),
-        ({"listed": 1}, "bullets", 0),
-        ({"exclaims": 1}, "exclamations", 0),
-        ({"warmth": 2}, "warmth", 0),
-        ({"cases": 2}, "examples", 0),
-        ({"hedges": 2}, "hedges", 0),
-        ({"figures": 2}, "figures", 0),
-        ({"voice": 2}, "voice", 0),
-        ({"questions": 2}, "questions", 0),
-        ({"register": -1, "steps": 3}, "casual", 3),  # it shows in every sentence
-        ({"register": 1, "steps": 3}, "formal", 3),
-    ],
-)
+    [({"steps": 3}, "words", 0), ({"listed": 1}, "bullets", 0), ({"cases": 2}, "examples", 0),
+     ({"exclaims": 1}, "exclamations", 0), ({"register": 1, "steps": 3}, "formal", 3),
+     ({"register": -1, "steps": 3}, "casual", 3),  # it shows in every sentence
+     *(({name: 2}, name, 0) for name in ("warmth", "hedges", "figures", "voice", "questions"))],
+)  # fmt: skip
 def test_an_ingredient_moves_its_measure_in_every_topic(changed, measured, least):
     plain = {name: 0 for name in world.AMOUNTS} | {"steps": 1}
     for topic in WORDS["topics"]:
@@ -105,15 +97,13 @@ def test_scorers_tell_responses_apart_and_disagree_about_the_best():
 
 def test_average_preferences_are_the_best_and_worst_by_the_mean_score():
     table = write(5)
-    scores = scores_of(table)
-    conversations = world.average_preferences(table)
-    for row in range(5):
-        totals = [sum(scores[row, i]) for i in range(8)]
-        for place, wanted in ((row, max(totals)), (5 + row, min(totals))):
-            prompt, answer = conversations[place]
-            assert prompt == {"role": "user", "content": table["prompt"][row]}
-            text = table[f"response_{totals.index(wanted) + 1}"][row]
-            assert answer == {"role": "assistant", "content": text}
+    means, conversations = scores_of(table).mean(2), world.average_preferences(table)
+    for place, wanted in enumerate([*means.argmax(1), *means.argmin(1)]):
+        row = table.iloc[place % 5]
+        prompt, answer = conversations[place]
+        assert prompt == {"role": "user", "content": row["prompt"]}
+        assert answer == {"role": "assistant", "content": row[f"response_{wanted + 1}"]}
+    assert len(conversations) == 10
 
 
 def test_head_finds_a_planted_direction():
@@ -235,8 +225,6 @@ def test_the_command_makes_a_checkpoint_beside_the_shared_weights(checkpoint, tm
 
 @pytest.mark.slow
 def test_checkpoint_serves_stock_transformers(checkpoint):
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
     assert [path.name for path in checkpoint.parent.iterdir()] == ["model"]
     head = torch.linspace(-1, 1, 576)
     assert smollm2.reward_model(checkpoint, head) == checkpoint
@@ -253,8 +241,6 @@ def test_checkpoint_serves_stock_transformers(checkpoint):
 
 @pytest.mark.slow
 def test_the_first_layers_alone_make_a_checkpoint_of_their_own(checkpoint, tmp_path):
-    from transformers import AutoModelForSequenceClassification
-
     few = smollm2.reward_model(tmp_path / "few", layers=2)
     assert smollm2.reward_model(few, layers=2) == few
     with pytest.raises(InputError, match="has 2 layers, not 30"):
@@ -283,8 +269,9 @@ def test_script_writes_a_world_and_a_head_that_means_something(checkpoint, tmp_p
     unused = world.average_preferences(pd.concat([train[24:], test], ignore_index=True))
     store = embed(unused, tmp_path / "rows", model=str(model), progress=False)
     rewards = store.rows(torch.arange(24)) @ store.head
-    stamps = [path.stat().st_mtime_ns for path in (model / smollm2.HEAD, train_file)]
+    made = (model / smollm2.HEAD, train_file)
+    stamps = [path.stat().st_mtime_ns for path in made]
     again = running.invoke(*given)
     assert again.out == done.out and "loading" not in again.err.lower()
-    assert stamps == [p.stat().st_mtime_ns for p in (model / smollm2.HEAD, train_file)]
+    assert stamps == [path.stat().st_mtime_ns for path in made]
     assert (rewards[:12] > rewards[12:]).sum() >= 10  # a coin gets there once in fifty times

@@ -11,12 +11,27 @@ import running
 from lore.common.files import InputError
 from lore.methods.saved import load_learned
 
+pytestmark = pytest.mark.slow
+EXAMPLE = running.ROOT / "OwnData" / "example.jsonl"
 WORDS = ["sun", "rain", "wind", "tea", "bread", "river", "stone", "light", "music", "paper"]
+QUICK = {
+    "progress": "false", "iterations": 30, "mixed_logit.floor": 0.1, "mixed_logit.l_mu": 1,
+    "mixed_logit.tau2": 1, "mixed_logit.pi": 10,
+}  # fmt: skip
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return path
 
 
 def choices(path: Path, users: int = 30, rows: int = 12) -> Path:
     """Half of the users like short answers, the others long ones."""
-    draw, lines = random.Random(0), []
+    draw, made = random.Random(0), []
     for u in range(users):
         for i in range(rows):
             short, long = (" ".join(draw.choices(WORDS, k=k)) for k in (4, 16))
@@ -24,9 +39,15 @@ def choices(path: Path, users: int = 30, rows: int = 12) -> Path:
             chosen, rejected = (short, long) if likes_short else (long, short)
             prompt = f"Tell me about {draw.choice(WORDS)}, number {i}"
             row = {"user": f"u{u:02d}", "prompt": prompt, "chosen": chosen, "rejected": rejected}
-            lines.append(json.dumps(row))
-    path.write_text("\n".join(lines), encoding="utf-8")
-    return path
+            made.append(row)
+    return write(path, made)
+
+
+def few(path: Path, users: int) -> Path:
+    """The example's rows of its first users."""
+    rows = read(EXAMPLE)
+    names = sorted({row["user"] for row in rows})[:users]
+    return write(path, [row for row in rows if row["user"] in names])
 
 
 def case(name: str) -> Path:
@@ -35,13 +56,6 @@ def case(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"there is no {name}")
     return path
-
-
-EXAMPLE = running.ROOT / "OwnData" / "example.jsonl"
-QUICK = {
-    "progress": "false", "iterations": 30, "mixed_logit.floor": 0.1, "mixed_logit.l_mu": 1,
-    "mixed_logit.tau2": 1, "mixed_logit.pi": 10,
-}  # fmt: skip
 
 
 def carried_out(source: Path, model: Path, folder: Path, **more: dict) -> None:
@@ -57,61 +71,42 @@ def carried_out(source: Path, model: Path, folder: Path, **more: dict) -> None:
         assert done.status == 0, done.err
 
 
-def few(path: Path, users: int) -> Path:
-    """The example's rows of its first users."""
-    rows = [json.loads(line) for line in EXAMPLE.read_text().splitlines()]
-    names = sorted({row["user"] for row in rows})[:users]
-    kept = [json.dumps(row) for row in rows if row["user"] in names]
-    path.write_text("\n".join(kept), encoding="utf-8")
-    return path
+def layouts(row: dict[str, str], turned: bool) -> dict[str, list[dict]]:
+    """What a row of the example is in files of other layouts."""
+    asked = {"user": row["user"], "prompt": row["prompt"]}
+    sides = [row["chosen"], row["rejected"]]
+    first, second = reversed(sides) if turned else sides
+    question = {"role": "user", "content": row["prompt"]}
+    chosen, rejected = ([question, {"role": "assistant", "content": text}] for text in sides)
+    winner = {"winner": "B" if turned else "A", "response_a": first, "response_b": second}
+    ratings = [{"response": text, "rating": n} for text, n in zip(sides, (9, 2), strict=True)]
+    return {
+        "own": [row],
+        "winner": [{**asked, **winner}],
+        "messages": [{"user": row["user"], "chosen": chosen, "rejected": rejected}],
+        "ratings": [{**asked, **rating} for rating in ratings],
+    }
 
 
-def talk(prompt: str, response: str) -> list[dict[str, str]]:
-    """A conversation as lists of messages have it."""
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+def test_other_layouts_have_the_same_comparisons(tmp_path):
+    rows, made = [layouts(row, n % 2) for n, row in enumerate(read(EXAMPLE))], {}
+    for layout in rows[0]:
+        source = tmp_path / f"{layout}.jsonl"
+        write(source, [each for row in rows for each in row[layout]])
+        given = {"source": source, "out": tmp_path / layout, "embed": "false"}
+        assert running.invoke("OwnData/prepare.py", given).status == 0
+        made[layout] = [path.read_bytes() for path in sorted(given["out"].glob("*.parquet"))]
+        assert made[layout] == made["own"] != [], layout
 
 
-def sides(row: dict) -> tuple[str, str]:
-    """The chosen response and the first rejected one."""
-    rejected = row["rejected"]
-    return row["chosen"], rejected if isinstance(rejected, str) else rejected[0]
-
-
-LAYOUTS = {  # what a row of the example is in other files
-    "winner": lambda row, n: [
-        {"user": row["user"], "prompt": row["prompt"], "winner": "AB"[n % 2],
-         "response_a": sides(row)[n % 2], "response_b": sides(row)[1 - n % 2]}
-    ],
-    "messages": lambda row, n: [
-        {"user": row["user"], "chosen": talk(row["prompt"], row["chosen"]),
-         "rejected": talk(row["prompt"], sides(row)[1])}
-    ],
-    "ratings": lambda row, n: [
-        {"user": row["user"], "prompt": row["prompt"], "response": text, "rating": rating}
-        for text, rating in zip(sides(row), (9, 2), strict=True)
-    ],
-}  # fmt: skip
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("source", ["example", "thirty", *LAYOUTS])
-def test_a_file_becomes_a_page(model, tmp_path, monkeypatch, source):
+def test_the_example_becomes_a_page(model, tmp_path, monkeypatch):
     monkeypatch.setattr("lore.experiments.report.tables.write_plots", lambda *given: [])
-    if source != "example":  # whose page alone has its plots, which take longest
-        none = {"note": "", "panels": []}
-        monkeypatch.setattr("lore.experiments.report.page._pictures", lambda *given: none)
-    file = EXAMPLE if source == "example" else choices(tmp_path / "mine.jsonl")
-    if source in LAYOUTS:
-        rows = map(json.loads, EXAMPLE.read_text(encoding="utf-8").splitlines())
-        made = [each for n, row in enumerate(rows) for each in LAYOUTS[source](row, n)]
-        file.write_text("\n".join(map(json.dumps, made)), encoding="utf-8")
-    carried_out(file, model, tmp_path)
+    carried_out(EXAMPLE, model, tmp_path)
     for name in ("fit", "shots"):
         page = (tmp_path / "OwnData" / name / "report.html").read_text(encoding="utf-8")
         assert "Mixed logit" in page and "LoRe K=5" in page and "held-out comparisons" in page
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("no_plots")
 def test_the_defaults_fit_few_users(model, tmp_path):
     carried_out(few(tmp_path / "six.jsonl", 6), model, tmp_path)
@@ -119,16 +114,13 @@ def test_the_defaults_fit_few_users(model, tmp_path):
     assert "LoRe K=2" in table and "LoRe K=5" not in table  # three of them are seen
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("no_plots")
 def test_thirteen_votes_of_six_people_go_through_and_have_no_interval(model, tmp_path):
-    """As the file is; the defaults fit it, and so few people say too little of others."""
     carried_out(case("C01-response-a-b-preferred.csv"), model, tmp_path)
     table = (tmp_path / "OwnData" / "fit" / "table.md").read_text()
     assert "LoRe K=" in table and not re.search(r"\d \[\.?\d", table)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("no_plots")
 def test_the_verdict_is_at_a_number_of_shots_that_users_have(model, tmp_path):
     carried_out(case("small.jsonl"), model, tmp_path)
@@ -136,7 +128,6 @@ def test_the_verdict_is_at_a_number_of_shots_that_users_have(model, tmp_path):
     assert set(re.findall(r"at (\d+) shots", table.split("Verdict:")[1])) == {"2"}  # 5 of 6 do
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("no_plots")
 def test_a_single_user_is_a_seen_one(model, tmp_path):
     source, data = few(tmp_path / "one.jsonl", 1), tmp_path / "data"
@@ -149,15 +140,13 @@ def test_a_single_user_is_a_seen_one(model, tmp_path):
     assert done.status == 2 and "no user of OwnData is unseen" in done.err
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("no_plots")
 def test_further_features_are_learned_from_and_texts_without_them_are_refused(model, tmp_path):
-    rows = [json.loads(line) for line in choices(tmp_path / "plain.jsonl").read_text().splitlines()]
+    rows = read(choices(tmp_path / "plain.jsonl"))
     for row in rows:  # the embeddings of a random model hardly tell which text is long
         row |= {f"{side}_length": len(row[side]) for side in ("chosen", "rejected")}
-    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    carried_out(tmp_path / "mine.jsonl", model, tmp_path, prepare={"extra": ["length"]},
-                train_basis={"features": ["length"]})  # fmt: skip
+    more = {"prepare": {"extra": ["length"]}, "train_basis": {"features": ["length"]}}
+    carried_out(write(tmp_path / "mine.jsonl", rows), model, tmp_path, **more)
     files = list((tmp_path / "OwnData" / "fit").glob("*.safetensors"))
     assert len(files) > 1  # LoRe's and the mixed logit's
     for file in files:

@@ -31,45 +31,43 @@ def prepared(case: str, model: Path, out: Path, **more: object) -> running.Outco
     return running.invoke("OwnData/prepare.py", flags)
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("C26-small-vocabulary", "the model knows 120 tokens only"),
-        ("C29-nan", "embeddings that are not finite"),
-        ("missing", "there is no such folder"),
-    ],
-)
-def test_a_model_that_cannot_be_used_is_one_line(tiny, tmp_path, name, words):
+def train(folder: Path) -> running.Outcome:
+    """What train_basis.py says of the prepared folder."""
+    flags = {"data": folder / "out", "results": folder, "name": "run", **QUICK}
+    return running.invoke("OwnData/train_basis.py", flags)
+
+
+REFUSED = {
+    "C26-small-vocabulary": "the model knows 120 tokens only",
+    "C29-nan": "embeddings that are not finite",
+    "missing": "there is no such folder",
+}
+USED = {
+    "C25-gemma2": "eager", "C28-roberta": "no reference", "C30-value-head": "no reference",
+    "C31-two-outputs": "2 outputs", "P1-pad-is-eos": "", "P2-sliding-window": "",
+    "P3-language-model": "no reference",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_model_that_cannot_be_used_is_one_line(tiny, tmp_path, name):
     done = prepared("small.jsonl", tiny / name, tmp_path / "out")
     last = done.err.strip().splitlines()[-1]
-    assert done.status == 2 and last.startswith("error: ") and words in last, done.err
+    assert done.status == 2 and last.startswith("error: ") and REFUSED[name] in last, done.err
     assert "Traceback" not in done.err
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("C25-gemma2", "eager"),
-        ("C28-roberta", "no reference"),
-        ("C30-value-head", "no reference"),
-        ("C31-two-outputs", "2 outputs"),
-        ("P1-pad-is-eos", ""),
-        ("P2-sliding-window", ""),
-        ("P3-language-model", "no reference"),
-    ],
-)
-def test_other_models_are_used_and_what_they_lack_is_said(tiny, tmp_path, caplog, name, words):
+@pytest.mark.parametrize("name", USED)
+def test_other_models_are_used_and_what_they_lack_is_said(tiny, tmp_path, caplog, name):
     done = prepared("small.jsonl", tiny / name, tmp_path / "out")
-    assert done.status == 0 and words in caplog.text, done.err
+    assert done.status == 0 and USED[name] in caplog.text, done.err
 
 
 @pytest.mark.parametrize(
     ("case", "model", "more"),
-    [
-        ("C22-same-tail.jsonl", "llama", {"max_length": 250}),
-        ("small.jsonl", "C24-template-of-users-only", {}),
-    ],
-)
+    [("C22-same-tail.jsonl", "llama", {"max_length": 250}),
+     ("small.jsonl", "C24-template-of-users-only", {})],
+)  # fmt: skip
 def test_texts_that_a_model_cannot_tell_apart_leave_nothing(tiny, tmp_path, case, model, more):
     assert prepared(case, tiny / model, tmp_path / "out", **more).status == 0
     done = train(tmp_path)
@@ -84,9 +82,3 @@ def test_those_among_others_are_left_out_and_counted(tiny, tmp_path, caplog):
     assert done.status == 0 and "left out 24 of 72 comparisons" in caplog.text, done.err
     table = (tmp_path / "OwnData" / "run" / "table.md").read_text("utf-8")
     assert "24 comparisons are left out: the model sees the same tokens on both sides." in table
-
-
-def train(folder: Path) -> running.Outcome:
-    """What train_basis.py says of the prepared folder."""
-    flags = {"data": folder / "out", "results": folder, "name": "run", **QUICK}
-    return running.invoke("OwnData/train_basis.py", flags)
