@@ -45,8 +45,13 @@ def score(rows: Iterable[Row]) -> dict[str, float]:
     """Score of each subset present, in the leaderboard's order, and "Overall", their mean;
     InputError for no rows, scores that are not finite, or wrong ids in Ties."""
     groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row[1], []).append(_checked(Row(*row)))
+    for row in map(Row._make, rows):
+        place, number, count = f"row {row.id!r} ({row.subset})", row.num_correct, len(row.scores)
+        finite = bool(np.isfinite(row.scores).all())
+        require(finite, f"{place} has a score that is not a finite number")
+        said = f"{place}: num_correct is {number} of {count} completions"
+        require(1 <= number < count, f"{said}; at least one must be correct and one incorrect")
+        groups.setdefault(row.subset, []).append(row)
     require(bool(groups), "there are no rows to score")
     order = [name for name in OFFICIAL if name in groups] + sorted(groups.keys() - OFFICIAL.keys())
     result = {}
@@ -94,15 +99,6 @@ def ties_score(rows: Sequence[Row]) -> float:
 
 def _mean(values: Sequence[float] | np.ndarray) -> float:
     return float(np.mean(values)) if len(values) else 0.0
-
-
-def _checked(row: Row) -> Row:
-    finite, place = bool(np.isfinite(row.scores).all()), f"row {row.id!r} ({row.subset})"
-    require(finite, f"{place} has a score that is not a finite number")
-    number = f"{place}: num_correct is {row.num_correct} of {len(row.scores)} completions"
-    both = 1 <= row.num_correct < len(row.scores)
-    require(both, f"{number}; at least one must be correct and one incorrect")
-    return row
 
 
 # ------------------------------------------------------------------------ Data
@@ -233,23 +229,20 @@ def score_table(bench: pd.DataFrame, rewards: Rewards) -> pd.DataFrame:
     return table
 
 
-def official_record(name: str, bench: pd.DataFrame, rewards: np.ndarray) -> dict[str, Any]:
-    """Scores of one reward in the official layout, with the lists id, subset, scores and results: a
-    row's score, or null in Ties, whose rows are scored together."""
-    rows = scored_rows(bench, rewards)
-    lists = {field: [getattr(row, field) for row in rows] for field in Row._fields}
-    results = [None if row.subset.lower() == "ties" else row_result(row.scores) for row in rows]
-    return {"model": name, **lists, "results": results}
-
-
 def save(folder: Path, csv: str | None, bench: pd.DataFrame, rewards: Rewards) -> pd.DataFrame:
-    """The table, written with scores/<reward>.json in the official layout for every reward."""
+    """The table, written with scores/<reward>.json in the official layout for every reward: lists
+    of id, subset, scores and results, which are null in Ties, whose rows are scored together."""
     table = score_table(bench, rewards)
     for path in filter(None, (folder / "scores.csv", csv)):
         write_whole(Path(path), table.to_csv)
     for name, values in rewards.items():
-        record = json.dumps(official_record(name, bench, values))
-        write_text(folder / "scores" / f"{slug(name)}.json", record)
+        rows = scored_rows(bench, values)
+        record = {field: [getattr(row, field) for row in rows] for field in Row._fields}
+        record["results"] = [
+            None if row.subset.lower() == "ties" else row_result(row.scores) for row in rows
+        ]
+        text = json.dumps({"model": name, **record})
+        write_text(folder / "scores" / f"{slug(name)}.json", text)
     return table
 
 

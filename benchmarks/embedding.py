@@ -31,15 +31,12 @@ from measure import product_speed
 
 PRISM = ROOT.parent / "shared" / "data" / "prism_slice" / "conversations.jsonl"
 LLAMA_8B = {
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 8192,
+    "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192,
     "num_labels": 1,
-}
+}  # fmt: skip
+
+
 def main(
     model: str | None = None,
     device: str = "cpu",

@@ -14,7 +14,7 @@ from gpu_checks import OF_ROWS, WAYS, Row, embedded, random_engine
 from lore.embeddings.prefix_trees import Tokens
 from lore.embeddings.reward_model import Engine
 from lore.methods.mixed_logit import MixedLogit
-from measure import copy_bandwidth, timed
+from measure import copy_bandwidth, product_speed, timed
 
 SHARE, TIMES = 0.85, 8  # of the token bound, and of one at a time, that are aimed at
 DATASETS = {"a": "Reddit TLDR", "b": "PRISM", "c": "PersonalLLM"}  # cases of embedding.py
@@ -108,9 +108,7 @@ def peak_rate(device: str, tiny: bool) -> tuple[float, str]:
             if known in name:
                 return rate, f"nominal of the {known}"
     n = 256 if tiny else 8192
-    a = torch.ones(n, n, dtype=torch.bfloat16, device=device)
-    seconds = [timed(lambda: a @ a, device) for _ in range(5)]
-    return 2 * n**3 / min(seconds), f"measured on a product of {n} x {n} matrices"
+    return product_speed(torch.bfloat16, device, n), f"measured on a product of {n} x {n} matrices"
 
 
 # ----------------------------------------------------------------------------- Core

@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -38,22 +39,15 @@ def test_its_figures_are_those_of_the_scripts(model: Path, tmp_path: Path):
     script = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(running.ROOT))
     spec.loader.exec_module(script)
-    found = script.fit_and_judge(script.read(tmp_path / "data"), **STRENGTHS)
+    data = script.read(tmp_path / "data")
+    found = script.fit_and_judge(data, **STRENGTHS)
+    plain = script.fit_and_judge(data, **STRENGTHS | {"floor": 0})  # of plain features
     task = given_split(tmp_path / "data").task(0, torch.device("cpu"), None, False, (0, 1))
-    methods = {"LoRe": Lore(), "mixed logit": MixedLogit(**STRENGTHS)}
+    methods = {"LoRe": Lore(), "mixed logit": MixedLogit(**STRENGTHS),
+               "ridge BT": RidgeBT(strength=STRENGTHS["l_mu"])}  # fmt: skip
     for name, method in methods.items():
-        (fit,) = method.fit(task)
-        for record in judge([fit], task):
+        for record in judge(method.fit(task), task):
             if record["control"] == "" and record["set"] in ("seen", "unseen"):
-                accuracy, loss = found[name, record["set"]]
-                for mine, theirs in ((accuracy, "accuracy"), (loss, "log_loss")):
-                    mean = sum(record[theirs]) / len(record[theirs])
-                    assert mine == pytest.approx(mean, abs=1e-3), (name, record["set"], theirs)
-    shared = RidgeBT(strength=STRENGTHS["l_mu"])  # of plain features
-    plain = script.fit_and_judge(script.read(tmp_path / "data"), **STRENGTHS | {"floor": 0})
-    (fit,) = shared.fit(task)
-    for record in judge([fit], task):
-        if record["set"] in ("seen", "unseen"):
-            accuracy, _ = plain["ridge BT", record["set"]]
-            mean = sum(record["accuracy"]) / len(record["accuracy"])
-            assert accuracy == pytest.approx(mean, abs=1e-3)
+                mine = (plain if name == "ridge BT" else found)[name, record["set"]]
+                theirs = [np.mean(record[measure]) for measure in ("accuracy", "log_loss")]
+                assert mine == pytest.approx(theirs, abs=1e-3), (name, record["set"])

@@ -10,7 +10,6 @@ import pandas as pd
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
 import core
 import measure
 import mixed
@@ -22,23 +21,18 @@ import utils
 from lore.common.files import InputError
 from lore.common.flags import Flags
 
-CORE = [
-    "--features=32", "--joint", "12", "4", "--ranks", "1", "2", "--alternating", "9", "5", "4",
-    "--sweep", "2", "3", "--few-shot", "2", "3", "4", "2", "--steps=3", "--rounds=1",
-    "--few-shot-iterations=4",
-]  # fmt: skip
-
-
-def tiny() -> list[core.Case]:
-    return core.cases(
-        features=32, joint=(12, 4), ranks=(1, 2), alternating=(9, 5, 4), sweep=(2, 3),
-        few_shot=(2, 3, 4, 2), steps=3, few_shot_iterations=4,
-    )  # fmt: skip
+ROOT = running.ROOT
+SIZES = {
+    "features": 32, "joint": (12, 4), "ranks": (1, 2), "alternating": (9, 5, 4), "sweep": (2, 3),
+    "few_shot": (2, 3, 4, 2), "steps": 3, "few_shot_iterations": 4,
+}  # fmt: skip
+FLAGS = running.flags({k: list(v) if isinstance(v, tuple) else v for k, v in SIZES.items()})
+CASES = core.cases(**SIZES)
 
 
 @pytest.mark.parametrize("number", range(5))
 def test_plain_loops_compute_what_they_are_timed_against(number):
-    case = tiny()[number].settings
+    case = CASES[number].settings
     ours, plain = (side.answer(case, who) for who in (False, True))
     assert len(ours["seconds"]) == len(plain["seconds"]) == 2  # of three steps
     assert core._deviation({"a": [ours], "b": [plain]}) < 1e-4
@@ -47,11 +41,14 @@ def test_plain_loops_compute_what_they_are_timed_against(number):
 
 
 def test_a_sweep_is_timed_as_one(monkeypatch):
-    case, calls = tiny()[5].settings, []
+    case, calls = CASES[5].settings, []
     run = utils.run_few_shot_vary_shots
-    monkeypatch.setattr(
-        utils, "run_few_shot_vary_shots", lambda *a, **k: calls.append(run(*a, **k)) or calls[-1]
-    )
+
+    def remember(*given, **more):
+        calls.append(run(*given, **more))
+        return calls[-1]
+
+    monkeypatch.setattr(utils, "run_few_shot_vary_shots", remember)
     assert len(side.answer(case, False)["seconds"]) == 1
     assert calls[0].unseen.shape == (3,)
     monkeypatch.setattr(side, "timed", lambda work, device: (work(), 7.0)[1])
@@ -61,7 +58,7 @@ def test_a_sweep_is_timed_as_one(monkeypatch):
 
 
 def test_a_row_follows_from_what_was_timed(monkeypatch):
-    first, _, _, alone, together, few = tiny()
+    first, _, _, alone, together, few = CASES
     assert first.floor_bytes() == 12 * 4 * 32 * 4
     assert few.floor_bytes() == 4 * 15 * 32 * 4 + 4 * 2 * (5 + 10 + 15) * 4 * 2 * 4
     ours = str(core.ROOT)
@@ -75,7 +72,7 @@ def test_a_row_follows_from_what_was_timed(monkeypatch):
 
 def test_a_folder_that_is_no_checkout_is_refused(tmp_path):
     with pytest.raises(InputError, match=f"--against {tmp_path}: no utils.py"):
-        core.measure(tiny(), 1, [tmp_path])
+        core.measure(CASES, 1, [tmp_path])
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
@@ -106,12 +103,9 @@ def test_the_file_of_differences_repeats_no_row(tmp_path):
 @pytest.mark.slow
 def test_extra_memory_is_the_process_own():
     before = np.ones(50_000_000)  # 400 MB, which a process started now must not count
-    code = (
-        "import numpy as np, measure\n"
-        "print(measure.extra_memory(lambda: np.ones(10_000_000), 'cpu'))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "benchmarks",
-                          capture_output=True, text=True)  # fmt: skip
+    code = "print(measure.extra_memory(lambda: np.ones(10_000_000), 'cpu'))"
+    command = [sys.executable, "-c", f"import numpy as np, measure\n{code}"]
+    done = subprocess.run(command, cwd=ROOT / "benchmarks", capture_output=True, text=True)
     assert len(before) and 70e6 < int(done.stdout) < 90e6, done.stderr
 
 
@@ -125,16 +119,15 @@ def run(script: str, *flags: str, status: int = 0) -> running.Outcome:
 
 
 def table(printed: str) -> pd.DataFrame:
-    """The Markdown table of an output, by its first column."""
-    lines = [line for line in printed.splitlines() if line.startswith("|")]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    return pd.DataFrame(cells[2:], columns=cells[0]).set_index(cells[0][0])
+    """The Markdown table of an output."""
+    return pd.DataFrame.from_dict(running.table(f"\n{printed}"), orient="index")
 
 
-def test_the_flags_of_the_core_make_its_cases():
-    sizes = Flags(core.main).read(CORE)
-    del sizes["rounds"], sizes["against"]
-    assert core.cases(**sizes) == tiny()
+def test_the_flags_of_the_core_make_its_cases(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(core, "measure", lambda *given: asked.append(given) or [{"case": "x"}])
+    core.main(**Flags(core.main).read([*FLAGS, "--rounds=1"]))
+    assert asked == [(CASES, 1, ())] and core.note() in capsys.readouterr().out
 
 
 class Within(core.Side):
@@ -153,7 +146,7 @@ class Within(core.Side):
 
 @pytest.mark.slow
 def test_a_side_is_a_process_that_takes_one_case_after_the_other():
-    one, _, _, _, _, few = (case.settings for case in tiny())
+    one, few = CASES[0].settings, CASES[5].settings
     there = core.Side(ROOT)
     found, memory, sweep = (there.ask(s) for s in (one, one | {"memory": True}, few))
     there.close()
@@ -163,40 +156,30 @@ def test_a_side_is_a_process_that_takes_one_case_after_the_other():
 
 
 @pytest.mark.slow
-def test_the_core_against_plain_loops_and_another_checkout(tmp_path, monkeypatch, capsys):
-    (tmp_path / "other").symlink_to(ROOT)
-    monkeypatch.setattr(core, "Side", Within)
-    core.main(**Flags(core.main).read([*CORE, f"--against={tmp_path / 'other'}"]))
-    rows = table(capsys.readouterr().out)
-    assert list(rows.index) == [case.name for case in tiny()]
-    filled = rows.replace("", np.nan)
-    numbers = filled.astype(float)
-    assert numbers["other ms"].notna().all() and (numbers["ours ms"] > 0).all()
-    ratio = numbers["plain ms"] / numbers["ours ms"]
-    assert np.allclose(numbers["plain / ours"], ratio, rtol=0.01, atol=0.06, equal_nan=True)
-    assert (numbers["deviation"].dropna() < 1e-4).all() and numbers["deviation"].count() == 5
-    assert numbers["extra MB"].dropna().tolist() == [7] * 5
-
-
-@pytest.mark.slow
 def test_a_model_that_is_missing_is_named(tmp_path):
-    done = run("all.py", *CORE, f"--model={tmp_path / 'missing'}", status=2)
+    done = run("all.py", *FLAGS, f"--model={tmp_path / 'missing'}", status=2)
     assert done.err.splitlines()[-1].startswith("error: ") and "missing" in done.err
 
 
 @pytest.mark.slow
-def test_one_table_holds_core_embedding_and_mixed_logit(monkeypatch, model):
+def test_one_table_holds_core_embedding_and_mixed_logit(monkeypatch, model, tmp_path):
+    (tmp_path / "other").symlink_to(ROOT)
     monkeypatch.setattr(core, "Side", Within)
-    done = run("all.py", *CORE, f"--model={model}", "--texts", "2", "2", "2", "2")
+    other = [f"--against={tmp_path / 'other'}", "--rounds=1"]
+    done = run("all.py", *FLAGS, *other, f"--model={model}", "--texts", "2", "2", "2", "2")
     rows = table(done.out)
-    assert list(rows.index[:6]) == [case.name for case in tiny()]
-    assert rows.index[6].startswith("embedding, six summaries")
+    names = [case.name for case in CASES]
+    assert list(rows.index[:6]) == names and rows.index[6].startswith("embedding, six summaries")
     assert rows.index[-1] == "mixed logit, 12 users x 4, with its choice"
     assert re.search(r"^Seconds: embedding \d+, core \d+, mixed logit \d+$", done.out, re.M)
     numbers = rows.replace("", np.nan).astype(float)
-    assert numbers["ours / floor"].notna().all()
-    ratio, said = numbers["ours ms"] / numbers["floor ms"], numbers["ours / floor"]
-    assert np.allclose(said, ratio, rtol=0.01, atol=0.06)
+    for over, under in (("ours", "floor"), ("plain", "ours")):
+        ratio, said = numbers[f"{over} ms"] / numbers[f"{under} ms"], numbers[f"{over} / {under}"]
+        assert np.allclose(said, ratio, rtol=0.01, atol=0.06, equal_nan=True)
+    assert (numbers["ours ms"] > 0).all() and numbers["floor ms"].notna().all()
+    own = numbers.loc[names]
+    assert own["other ms"].notna().all() and own["extra MB"].dropna().tolist() == [7] * 5
+    assert (own["deviation"].dropna() < 1e-4).all() and own["deviation"].count() == 5
     last, joint = numbers.iloc[-1], numbers.iloc[0]
     assert last["plain ms"] == pytest.approx(1000 * joint["plain ms"], rel=1e-3)
 

@@ -3,13 +3,11 @@
 import json
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
 import gpu
 import gpu_checks
 import gpu_speed
@@ -21,7 +19,7 @@ from lore.embeddings import reward_model
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_every_part_runs_and_is_saved(tmp_path, capsys):
-    page = ROOT / "docs" / "gpu.md"
+    page = gpu.ROOT / "docs" / "gpu.md"
     before = page.read_bytes() if page.exists() else None
     gpu.main(device="cpu", tiny=True, seconds=3600, out=tmp_path, page_file=tmp_path / "page.md")
     report = json.loads((tmp_path / "gpu.json").read_text())
@@ -82,11 +80,12 @@ def test_the_limits_of_all_parts_are_under_nine_minutes():
     assert sum(part.seconds for part in gpu.PARTS.values()) < 540
 
 
-def test_full_sizes_take_a_gpu(tmp_path):
-    with pytest.raises(InputError, match="--tiny"):
-        gpu.main(device="cpu", out=tmp_path)
-    with pytest.raises(InputError, match="--parts speeed"):
-        gpu.main(device="cpu", tiny=True, parts=("speeed",), out=tmp_path)
+@pytest.mark.parametrize(
+    ("given", "says"), [({}, "--tiny"), ({"tiny": True, "parts": ("speeed",)}, "--parts speeed")]
+)
+def test_full_sizes_take_a_gpu_and_parts_have_names(tmp_path, given, says):
+    with pytest.raises(InputError, match=says):
+        gpu.main(device="cpu", out=tmp_path, **given)
 
 
 def test_operations_are_those_of_the_weights():

@@ -8,8 +8,6 @@ import pytest
 import torch
 
 import planted
-
-ROOT = Path(__file__).resolve().parents[2]
 import question_data
 import questions
 from lore.common.files import InputError
@@ -52,7 +50,7 @@ def test_a_table_has_paired_differences_and_both_numbers_of_questions():
 
 @pytest.mark.parametrize("rank", [2, 5])
 def test_the_truth_of_a_planted_world_is_as_often_right_as_it_says(rank):
-    task, truth = Planted(rank, 1.5, users=300, pool=20, held_out=40).draw(ROOT, 0)
+    task, truth = Planted(rank, 1.5, users=300, pool=20, held_out=40).draw(Path(), 0)
     state = truth.adapt(truth.view(task.few), task.few)
     logits = truth.logits(truth.view(task.unseen), state, task.unseen.user)
     right, said = task.unseen.accuracies(logits).mean(), logits.abs().sigmoid().mean()

@@ -7,6 +7,7 @@ import atexit
 import contextlib
 import functools
 import io
+import itertools
 import os
 import runpy
 import subprocess
@@ -113,7 +114,8 @@ def invoke(script: str, settings: Flags, *words: str) -> Outcome:
 
 def table(text: str) -> dict[str, dict[str, str]]:
     """The first Markdown table of a text: row name -> column -> cell."""
-    lines = text[text.index("\n|") :].lstrip().split("\n\n")[0].splitlines()
+    after = text[text.index("\n|") + 1 :].splitlines()
+    lines = itertools.takewhile(lambda line: line.startswith("|"), after)
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     head, rows = cells[0][1:], cells[2:]
     return {row[0]: dict(zip(head, row[1:], strict=True)) for row in rows}

@@ -12,34 +12,20 @@ from lore.common.files import InputError
 ARGUMENTS = {"arg1": "Cats & dogs <agree>.", "arg2": "Two\nlines.", "arg3": "Third.", "arg4": "4!"}
 
 
-def element(name: str, *parts: str) -> str:
-    return f"<{name}>{''.join(parts)}</{name}>"
-
-
 def pair(one: str, other: str, answers: dict[str, str], stance: str = "Yes") -> str:
     """One annotated pair; answers: worker -> value."""
-    sides = [
-        element(
-            side,
-            element("stance", stance),
-            element("text", escape(f" {ARGUMENTS[name]}\n")),
-            element("id", name),
-            element("originalHTML", escape(f"<p>{ARGUMENTS[name]}</p>")),
-        )
+    sides = "".join(
+        f"<{side}><stance>{stance}</stance><text> {escape(ARGUMENTS[name])}\n</text>"
+        f"<id>{name}</id><originalHTML>&lt;p&gt;</originalHTML></{side}>"
         for side, name in (("arg1", one), ("arg2", other))
-    ]
-    turks = [
-        element("mTurkAssignment", element("turkID", worker), element("value", value))
-        for worker, value in answers.items()
-    ]
-    return element(
-        "annotatedArgumentPair",
-        element("id", f"{one}_{other}"),
-        *sides,
-        element("debateMetaData", element("title", "Is it so?"), element("url", "x")),
-        element("mTurkAssignments", *turks),
-        element("goldLabel", "a1"),
     )
+    turks = "".join(
+        f"<mTurkAssignment><turkID>{worker}</turkID><value>{value}</value></mTurkAssignment>"
+        for worker, value in answers.items()
+    )
+    title = "<debateMetaData><title>Is it so?</title><url>x</url></debateMetaData>"
+    parts = f"<id>{one}_{other}</id>{sides}{title}<mTurkAssignments>{turks}</mTurkAssignments>"
+    return f"<annotatedArgumentPair>{parts}</annotatedArgumentPair>"
 
 
 def corpus(folder: Path) -> Path:
@@ -53,19 +39,19 @@ def corpus(folder: Path) -> Path:
     ]
     no = [pair("arg3", "arg4", both, "No"), pair("arg4", "arg3", both, "No")]
     for name, pairs in {"is-it-so_yes": yes, "is-it-so_no": no}.items():
-        (folder / f"{name}.xml").write_text(f'<?xml version="1.0"?>\n{element("list", *pairs)}')
+        listed = f"<list>{''.join(pairs)}</list>"
+        (folder / f"{name}.xml").write_text(f'<?xml version="1.0"?>\n{listed}')
     return folder
 
 
-def convert(source: Path, out: Path, **settings) -> dict[str, list[dict]]:
+def convert(source: Path, out: Path, **settings) -> list[list[dict]]:
     """The rows of both sides."""
     worlds.script("tools/ukpconvarg.py").main(source, out, **settings)
-    return {name: worlds.read(out / f"{name}.jsonl.gz") for name in ("train", "validation")}
+    return [worlds.read(out / f"{name}.jsonl.gz") for name in ("train", "validation")]
 
 
 def test_decided_judgments_of_busy_workers_become_rows(tmp_path, capsys):
-    sides = convert(corpus(tmp_path / "xml"), tmp_path / "out", min_judgments=2)
-    rows = [row for side in sides.values() for row in side]
+    rows = sum(convert(corpus(tmp_path / "xml"), tmp_path / "out", min_judgments=2), [])
     found = {(row["info"]["id"], row["worker"], row["choice"]) for row in rows}
     decided = ["arg1_arg2", "arg1_arg3", "arg3_arg4", "arg4_arg3"]
     expected = {(name, worker, i) for name in decided for i, worker in enumerate(("w000", "w001"))}
@@ -81,17 +67,14 @@ def test_decided_judgments_of_busy_workers_become_rows(tmp_path, capsys):
 
 
 def test_a_pair_is_on_one_side_in_either_order_and_whoever_judged_it(tmp_path):
-    source = corpus(tmp_path / "xml")
-    seen = set()
+    source, seen = corpus(tmp_path / "xml"), set()
     for seed in range(6):
-        sides = convert(source, tmp_path / "out", min_judgments=1, seed=seed)
-        texts = {
-            name: {frozenset(s["text"] for s in row["summaries"]) for row in rows}
-            for name, rows in sides.items()
-        }
-        assert not texts["train"] & texts["validation"]
-        assert len(texts["train"]) == len(texts["validation"]) == 2
-        seen.add(frozenset(texts["train"]))
+        train, validation = (
+            {frozenset(summary["text"] for summary in row["summaries"]) for row in rows}
+            for rows in convert(source, tmp_path / "out", min_judgments=1, seed=seed)
+        )
+        assert not train & validation and len(train) == len(validation) == 2
+        seen.add(frozenset(train))
     assert len(seen) > 1
 
 
@@ -109,8 +92,7 @@ def test_the_files_are_what_the_prepare_script_reads(tmp_path):
 def test_ties_and_what_was_judged_again_can_be_kept_and_are_counted(tmp_path):
     """AX is undecided once and CZ, who decided once, too; AX and BY judged arg3 and arg4 again."""
     source, out = corpus(tmp_path / "xml"), tmp_path / "out"
-    sides = convert(source, out, min_judgments=2, ties=True)
-    rows = [row for side in sides.values() for row in side]
+    rows = sum(convert(source, out, min_judgments=2, ties=True), [])
     undecided = [row for row in rows if row["extra"].get("tie")]
     assert [(row["info"]["id"], row["worker"]) for row in undecided] == [("arg3_arg2", "w000")]
     assert len(rows) == 10 and undecided[0]["choice"] is None
