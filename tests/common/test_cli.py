@@ -1,6 +1,7 @@
 """Command lines: flags become arguments, and a user's mistake is one line."""
 
 import errno
+import json
 import logging
 import os
 import re
@@ -11,21 +12,19 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_scripts import SCRIPTS
 
+import hub_client
 import running
 from lore import HEAVY
 from lore.common import cli as command
 from lore.common.cli import cli
 from lore.common.files import InputError, write_whole
 from lore.methods import METHODS
-
-ROOT = Path(__file__).resolve().parents[2]
-
 
 Call = Callable[..., tuple[int, str]]
 
@@ -46,68 +45,6 @@ def call(monkeypatch, capsys) -> Call:
     return run
 
 
-def fails(error: BaseException) -> Callable[[], None]:
-    """A script that ends with an error."""
-
-    def main() -> None:
-        """Nothing."""
-        raise error
-
-    return main
-
-
-DEFAULTS = {"ranks": (1,), "alpha": (0.0,), "users": (), "few_shot": 9, "learning_rate": 0.1,
-            "embed": True, "silent": False, "name": None}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ("", {}),
-        ("--few-shot 3 --learning_rate=.5", {"few_shot": 3, "learning_rate": 0.5}),
-        ("--few_shot=3 --learning-rate 1e-3", {"few_shot": 3, "learning_rate": 1e-3}),
-        ("--ranks 0 1 5", {"ranks": (0, 1, 5)}),
-        ("--ranks 7", {"ranks": (7,)}),
-        ("--ranks=[0,2]", {"ranks": (0, 2)}),
-        ("--alpha 0 1e4 --name=x", {"alpha": (0.0, 1e4), "name": "x"}),
-        ("--users 123 456", {"users": ("123", "456")}),
-        ("--users 0x1F 1e3 null true user-7 1_000",
-         {"users": ("0x1F", "1e3", "null", "true", "user-7", "1_000")}),
-        ("--embed --silent=true", {"embed": True, "silent": True}),
-        ("--silent --few-shot 2", {"silent": True, "few_shot": 2}),
-        ("--embed false --few-shot -2", {"embed": False, "few_shot": -2}),
-        ("--name 12", {"name": "12"}),
-        ("--run 12", {"name": "12"}),
-        *((line, line.split()[0].strip("-")) for line in (
-            "--bogus 3", "--few-shot three", "--few-shot 1 2", "--ranks 0 one", "--ranks",
-            "stray")),
-    ],
-)  # fmt: skip
-def test_flags_become_arguments_or_are_refused_by_name(call, line, expected):
-    given = {}
-
-    def main(
-        ranks: tuple[int, ...] = (1,),
-        alpha: tuple[float, ...] = (0.0,),
-        users: tuple[str, ...] = (),
-        few_shot: int = 9,
-        learning_rate: float = 0.1,
-        embed: bool = True,
-        silent: bool = False,
-        name: str | None = None,
-    ) -> None:
-        """Nothing."""
-        given.update(locals())
-
-    status, err = call(main, line)
-    if isinstance(expected, str):
-        assert status == 2 and expected in err and not given
-    else:
-        assert status == 0, err
-        assert {name: given[name] for name in DEFAULTS} == {**DEFAULTS, **expected}
-        assert {type(x) for x in given["alpha"]} == {float}
-
-
 @dataclass(frozen=True)
 class Lore:
     """Settings of a method.
@@ -124,40 +61,59 @@ class Lore:
 
 
 GIVEN = Lore((2, 3))
+DEFAULTS = {"lore": GIVEN, "alpha": (0.0,), "users": (), "few_shot": 9, "learning_rate": 0.1,
+            "embed": True, "silent": False, "name": None}  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("line", "lore", "shots"),
+    ("line", "expected"),
     [
-        ("", Lore((2, 3)), (1,)),
-        ("--ranks 0 1 5", Lore((0, 1, 5)), (1,)),
-        ("--lore.ranks 0 1 5", Lore((0, 1, 5)), (1,)),
-        ("--ranks=4 --shots 2 4 --lore.iterations=7", Lore((4,), 7), (2, 4)),
-        ("--select-rank --iterations 7", Lore((2, 3), 7, True), (1,)),
-        ("--lore.select_rank --lore.iterations 7", Lore((2, 3), 7, True), (1,)),
-        ("--config c.yaml --iterations 8", Lore((7,), 8), (3,)),
-        *((line, None, ()) for line in ("--bogus 1", "--lore.bogus 1", "--iterations many")),
+        ("", {}),
+        ("--few-shot 3 --learning_rate=.5", {"few_shot": 3, "learning_rate": 0.5}),
+        ("--few_shot=3 --learning-rate 1e-3", {"few_shot": 3, "learning_rate": 1e-3}),
+        ("--alpha 0 1e4 --name=x", {"alpha": (0.0, 1e4), "name": "x"}),
+        ("--alpha 7", {"alpha": (7.0,)}),
+        ("--alpha=[0,2]", {"alpha": (0.0, 2.0)}),
+        ("--users 123 0x1F 1e3 null true user-7 1_000",
+         {"users": ("123", "0x1F", "1e3", "null", "true", "user-7", "1_000")}),
+        ("--embed --silent=true", {"embed": True, "silent": True}),
+        ("--silent --few-shot 2", {"silent": True, "few_shot": 2}),
+        ("--embed false --few-shot -2", {"embed": False, "few_shot": -2}),
+        ("--name 12", {"name": "12"}),
+        ("--run 12", {"name": "12"}),
+        # A group's flags may go without its name
+        ("--ranks 0 1 5", {"lore": Lore((0, 1, 5))}),
+        ("--lore.ranks 0 1 5", {"lore": Lore((0, 1, 5))}),
+        ("--ranks=4 --alpha 2 4 --lore.iterations=7",
+         {"lore": Lore((4,), 7), "alpha": (2.0, 4.0)}),
+        ("--select-rank --iterations 7", {"lore": Lore((2, 3), 7, True)}),
+        ("--lore.select_rank --lore.iterations 7", {"lore": Lore((2, 3), 7, True)}),
+        ("--iterations 8 --config c.yaml", {"lore": Lore((7,), 8), "alpha": (3.0,)}),
+        *((line, line.split()[0].strip("-")) for line in (
+            "--bogus 3", "--few-shot three", "--few-shot 1 2", "--ranks 0 one", "--ranks",
+            "stray", "--lore.bogus 1", "--iterations many")),
     ],
-)
-def test_a_groups_flags_may_go_without_its_name(call, tmp_path, monkeypatch, line, lore, shots):
-    (tmp_path / "c.yaml").write_text("lore:\n  ranks: [7]\n  iterations: 9\nshots: [3]\n")
+)  # fmt: skip
+def test_flags_become_arguments_or_are_refused_by_name(call, tmp_path, monkeypatch, line, expected):
+    (tmp_path / "c.yaml").write_text("lore:\n  ranks: [7]\n  iterations: 9\nalpha: [3]\n")
     monkeypatch.chdir(tmp_path)
-    given: dict[str, Any] = {}
+    given = {}
 
-    def main(lore: Lore = GIVEN, shots: tuple[int, ...] = (1,)) -> None:
-        """Nothing.
-
-        Args:
-            lore: a group.
-            shots: a flag of the script's own.
-        """
-        given.update(lore=lore, shots=shots)
+    def main(
+        alpha: tuple[float, ...] = (0.0,), users: tuple[str, ...] = (), few_shot: int = 9,
+        learning_rate: float = 0.1, embed: bool = True, silent: bool = False,
+        name: str | None = None, lore: Lore = GIVEN,
+    ) -> None:  # fmt: skip
+        """Nothing."""
+        given.update(locals())
 
     status, err = call(main, line, "lore")
-    if lore:
-        assert status == 0 and given == {"lore": lore, "shots": shots}, err
+    if isinstance(expected, str):
+        assert status == 2 and expected in err and not given
     else:
-        assert status == 2 and not given and line.split()[0].strip("-") in err
+        assert status == 0, err
+        assert {name: given[name] for name in DEFAULTS} == {**DEFAULTS, **expected}
+        assert {type(x) for x in given["alpha"]} == {float}
 
 
 @pytest.mark.parametrize(
@@ -182,46 +138,41 @@ def test_quiet_leaves_warnings_and_results(call, monkeypatch, line, progress, sa
     assert results == [progress]
 
 
-FULL = OSError(errno.ENOSPC, "No space left on device", "x.json")
 STOPPED = "stopped: what was written whole is kept; the same command goes on from there\n"
 
 
-@pytest.mark.parametrize(
-    ("error", "line"),
-    [
-        (InputError("file.jsonl row 3: no text"), "error: file.jsonl row 3: no text"),
-        (FULL, "error: [Errno 28] No space left on device: 'x.json'"),
-        (MemoryError(), "error: not enough memory"),
-    ],
-)
-def test_a_users_mistake_is_one_line(call, error, line):
-    assert call(fails(error)) == (2, line + "\n")
+def fails(error: BaseException) -> Callable[[], None]:
+    """A script that ends with an error."""
 
-
-def test_a_tensor_that_does_not_fit_is_one_line(call):
     def main() -> None:
         """Nothing."""
-        torch.zeros(10**15)
+        raise error
 
-    assert call(main) == (2, "error: not enough memory\n")
+    return main
+
+
+@pytest.mark.parametrize(
+    ("main", "status", "line"),
+    [
+        (fails(InputError("file.jsonl row 3: no text")), 2, "error: file.jsonl row 3: no text\n"),
+        (fails(OSError(errno.ENOSPC, "No space left on device", "x.json")), 2,
+         "error: [Errno 28] No space left on device: 'x.json'\n"),
+        (fails(MemoryError()), 2, "error: not enough memory\n"),
+        (lambda: torch.zeros(10**15), 2, "error: not enough memory\n"),
+        (lambda: os.kill(os.getpid(), signal.SIGINT), 130, STOPPED),
+        (lambda: os.kill(os.getpid(), signal.SIGTERM), 143, STOPPED),
+    ],
+)  # fmt: skip
+def test_a_mistake_and_a_stop_are_one_line(call, main, status, line):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's jobs may ignore it
+    assert call(main) == (status, line)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 @pytest.mark.parametrize("error", [KeyError("ours"), RuntimeError("ours")])
 def test_a_mistake_of_ours_keeps_its_traceback(call, error):
     with pytest.raises(type(error), match="ours"):
         call(fails(error))
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_command_says_what_is_kept(call, number, status):
-    def main() -> None:
-        """Nothing."""
-        os.kill(os.getpid(), number)
-        raise AssertionError("not to be reached")
-
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's jobs may ignore it
-    assert call(main) == (status, STOPPED)
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_a_draft_does_not_outlive_a_stopped_command(tmp_path):
@@ -255,6 +206,7 @@ def test_files_are_readable_by_whoever_the_umask_lets(tmp_path):
 # ------------------------------------------------------------------------------- Help
 
 TRAIN = "PRISM/train_basis.py"
+OTHERS = [name for name in METHODS if name != "lore"]
 
 
 def test_help_is_a_screen_of_the_scripts_and_lores_own_flags(monkeypatch):
@@ -264,12 +216,11 @@ def test_help_is_a_screen_of_the_scripts_and_lores_own_flags(monkeypatch):
     assert {"--data", "--seeds", "--methods", "--ranks", "--alpha", "--optimizer"} < flags
     assert not [flag for flag in flags if "." in flag]
     assert text.count("\n") < 60 and max(map(len, text.splitlines())) <= 110
-    others = [name for name in METHODS if name != "lore"]
-    assert f"--help {'|'.join(others)}\n" in text
+    assert f"--help {'|'.join(OTHERS)}\n" in text
     assert "--ranks 0 1 5 10 15 20 25 50" in text and "--trials" not in text
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "lore"])
+@pytest.mark.parametrize("name", OTHERS)
 def test_help_of_a_method_has_its_settings_alone(name):
     text = running.invoke(TRAIN, {}, "--help", name.replace("_", "-")).out
     flags = re.findall(r"(?m)^  (--[\w.-]+)", text)
@@ -283,22 +234,17 @@ def test_help_of_what_is_no_method_is_refused():
     assert "pal|vpl" in outcome.err and outcome.err.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    "script", [TRAIN, "PRISM/eval_rb2.py", "PersonalLLM/demo_world.py", "tools/export.py"]
-)
-def test_help_imports_nothing_heavy(script, tmp_path):
-    """It is the same where importing any of these libraries fails."""
+def test_help_imports_nothing_heavy(tmp_path, monkeypatch):
+    """Every script's is the same in a process where importing any of these libraries fails."""
     for name in HEAVY:
         (tmp_path / f"{name}.py").write_text("raise RuntimeError('imported')", encoding="utf-8")
-    path = ROOT / script
-    run = subprocess.run(
-        [sys.executable, path.name, "--help"], cwd=path.parent, timeout=60, text=True,
-        capture_output=True, env={**os.environ, "PYTHONPATH": str(tmp_path), "COLUMNS": "100"},
-    )  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COLUMNS", "100")
-        patch.chdir(path.parent)
-        assert (run.stderr, run.stdout) == ("", running.invoke(script, {}, "--help").out)
+    jobs = tmp_path / "jobs.json"
+    jobs.write_text(json.dumps([[script, {"help": []}] for script in SCRIPTS]), encoding="utf-8")
+    monkeypatch.setenv("COLUMNS", "100")
+    command = [sys.executable, hub_client.__file__, str(jobs)]
+    subprocess.run(command, env={**os.environ, "PYTHONPATH": str(tmp_path)}, check=True, timeout=60)
+    for script, outcome in zip(SCRIPTS, json.loads(jobs.read_text()), strict=True):
+        assert tuple(outcome) == running.invoke(script, {"help": []})
 
 
 def test_a_closed_pipe_ends_without_a_word(call, monkeypatch):
@@ -316,10 +262,10 @@ def test_a_closed_pipe_ends_without_a_word(call, monkeypatch):
 def test_an_older_python_is_told_in_one_line(monkeypatch):
     monkeypatch.setattr(sys, "version_info", (3, 10, 1))
     with pytest.raises(SystemExit, match="^error: Python 3.11 or newer is needed"):
-        runpy.run_path(str(ROOT / "lore/__init__.py"))
+        runpy.run_path(str(running.ROOT / "lore/__init__.py"))
 
 
 def test_every_text_file_is_read_and_written_as_utf_8():
     ruff = [sys.executable, "-m", "ruff", "check", "--preview", "--select", "PLW1514"]
-    checked = subprocess.run([*ruff, str(ROOT)], capture_output=True, text=True, timeout=60)
+    checked = subprocess.run([*ruff, str(running.ROOT)], capture_output=True, text=True, timeout=60)
     assert checked.returncode == 0, checked.stdout
