@@ -199,7 +199,7 @@ def section(world: World, runs: Sequence[Results]) -> list[str]:
 def accuracies(world: World, row: Row) -> dict[str, str]:
     """Cells of seen users, and of unseen ones at every number of shots."""
     cells = {"seen": cell(row, "accuracy", "seen")}
-    known = {r.shots for r in row.results.records if (r.label, r.set) == (row.label, "unseen")}
+    known = {r["shots"] for r in row.results.unseen if r["label"] == row.label}
     for shots in world.shots:
         if shots in known or shots == world.shots[-1]:  # where shots did not vary: all of them
             cells[shots_name(shots)] = cell(row, "accuracy", "unseen", shots)

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
+import pandas as pd
 
 from lore.common.files import InputError, digest, read_json, require, write_text
-from lore.common.kinds import KINDS
 
 FORMAT = 2  # of results.json
 SETS = {"train": "seen", "seen": "seen", "few_shot": "unseen", "unseen": "unseen"}  # whose they are
@@ -22,13 +21,12 @@ CONTROLS = {"population": "population average", "another": "another user's weigh
 
 
 class Measure(NamedTuple):
-    """How a figure is shown: name, unit, what 1 is in that unit, decimals; one figure a user?"""
+    """How a figure is shown: name, unit, what 1 is in that unit, decimals."""
 
     name: str
     unit: str
     scale: float
     decimals: int
-    by_user: bool = True
 
     def text(self, value: float, signed: bool = False) -> str:
         """The value in its unit; never "-0.0"."""
@@ -44,41 +42,31 @@ MEASURES = {
     "accuracy": Measure("accuracy", "percent", 100, 1),
     "log_loss": Measure("log loss", "nats", 1, 3),
     "brier": Measure("Brier score", "0 to 1", 1, 3),
-    "ece": Measure("expected calibration error", "0 to 1", 1, 3, False),
-    "ece_tempered": Measure("calibration error after one temperature", "0 to 1", 1, 3, False),
-    "most_confident": Measure("accuracy of the 25 % most confident", "percent", 100, 1, False),
+    "ece": Measure("expected calibration error", "0 to 1", 1, 3),
+    "ece_tempered": Measure("calibration error after one temperature", "0 to 1", 1, 3),
+    "most_confident": Measure("accuracy of the 25 % most confident", "percent", 100, 1),
     "label_sensitivity": Measure(
         "label sensitivity", "percent of predictions that change with the shots' labels", 100, 1
     ),
 }
 ALWAYS = ("accuracy", "log_loss")  # of every record; the others where it has them
 
-Sample = tuple[np.ndarray, np.ndarray]  # users, and a figure of each
-
-
-class Record(NamedTuple):
-    """One label's figures on one set in one repeat."""
-
-    seed: int
-    method: str
-    label: str
-    control: str  # what users' weights were exchanged for; "" for their own
-    set: str
-    shots: int | None  # of every user; None where there is no such number
-    users: np.ndarray  # whose the figures are, U names
-    values: dict[str, np.ndarray]  # measure -> figure of every user [U], or one for all of them
-    kinds: dict[str, dict[str, np.ndarray]]  # known, met, new -> values, NaN for users without any
-    trials: list[float] | None  # mean accuracy of each draw of shots
-    users_with_that_many: int | None  # how many users have that many shots
+Samples = dict[int, pd.Series]  # repeat -> a figure of every user
 
 
 @dataclass(frozen=True)
 class Results:
-    """A run as it was written."""
+    """A run as it was written.
+
+    A record has one label's figures on one set in one repeat: seed, method, label, control ("" for
+    users' own weights), set, shots of every user (or None), whose figures they are (``users``), of
+    each measure a list of theirs or one number for all, the same of each kind ("accuracy_known"),
+    the mean accuracy of each draw of shots (``trials``), and ``users_with_that_many`` shots.
+    """
 
     settings: dict[str, Any]
     repeats: list[dict[str, Any]]
-    records: list[Record]
+    records: list[dict[str, Any]]
     methods: dict[str, str]  # of every label
 
     @property
@@ -132,55 +120,54 @@ class Results:
 
     def controls(self, label: str) -> list[str]:
         """The controls recorded for a label, in the order written."""
-        return list(dict.fromkeys(c for la, c, *_ in self._found if la == label and c))
+        return list(dict.fromkeys(c for la, c, _ in self._found if la == label and c))
 
     @functools.cached_property
-    def _found(self) -> dict[tuple[str, str, str], list[Record]]:
+    def _found(self) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
         found = collections.defaultdict(list)
         for r in self.records:
-            found[r.label, r.control, r.set].append(r)
+            found[r["label"], r["control"], r["set"]].append(r)
         return dict(found)
-
-    def find(self, label: str, control: str, name: str, shots: int | None = None) -> list[Record]:
-        """The records of a label, one a repeat; those for any number of shots if none fits. A
-        control is the label itself in repeats in which users have no weights of their own."""
-        found = self._found.get((label, control, name), [])
-        found = [r for r in found if r.shots == shots] or [r for r in found if r.shots is None]
-        if control and found and not all(fit["personal"] for fit in self.fits(label)):
-            there = {r.seed for r in found}
-            found = found + [r for r in self.find(label, "", name, shots) if r.seed not in there]
-        return found
 
     def figures(
         self, label: str, control: str, name: str, measure: str, shots: int | None = None,
         kind: str = "",
-    ) -> dict[int, Sample] | None:  # fmt: skip
-        """Repeat -> users and a measure of each, of one kind of comparisons or of all; None where
-        it was not recorded."""
-        found, samples = self.find(label, control, name, shots), {}
-        for r in found:
-            values = (r.kinds.get(kind, {}) if kind else r.values).get(measure)
-            if values is not None:
-                values = np.broadcast_to(values, len(r.users))
-                known = ~np.isnan(values)
-                samples[r.seed] = r.users[known], values[known]
-        return samples if samples and (kind or len(samples) == len(found)) else None
+    ) -> Samples:  # fmt: skip
+        """A measure of every user, or one for all, in every repeat, of one kind of comparisons or
+        of all; for any number of shots where none was recorded. Empty where a repeat lacks it (of
+        a kind, where all do). A control is the label itself in repeats in which users have no
+        weights of their own."""
+        every = self._found.get((label, control, name), [])
+        exactly = [r for r in every if r["shots"] == shots]
+        found = exactly or [r for r in every if r["shots"] is None]
+        column = f"{measure}_{kind}" if kind else measure
+        known = {r["seed"]: r for r in found if r.get(column) is not None}
+        if len(known) < len(found) and not kind:
+            return {}
+        samples = {
+            seed: pd.Series(of, r["users"] if isinstance(of, list) else ["all"], float).dropna()
+            for seed, r in known.items() for of in [r[column]]
+        }  # fmt: skip
+        if control and samples and not all(fit["personal"] for fit in self.fits(label)):
+            own = self.figures(label, "", name, measure, shots)
+            samples |= {seed: of for seed, of in own.items() if seed not in samples}
+        return samples
 
     def shots(self) -> list[int]:
         """The numbers of shots for which there are held-out comparisons, in order."""
-        return sorted({r.shots for r in self.records if r.set == "unseen" and r.shots is not None})
+        return sorted({r["shots"] for r in self.unseen if r["shots"] is not None})
 
-    def kinds(self) -> list[str]:
-        """The kinds of held-out comparisons that were recorded apart."""
-        there = {kind for r in self.records for kind in r.kinds}
-        return [kind for kind in KINDS if kind in there]
+    @property
+    def unseen(self) -> list[dict[str, Any]]:
+        """The records of new users' held-out comparisons."""
+        return [r for r in self.records if r["set"] == "unseen"]
 
     def only(self, labels: Iterable[str]) -> "Results":
         """The same run with these labels alone."""
-        kept = set(labels)
-        records = [r for r in self.records if r.label in kept]
-        methods = {label: m for label, m in self.methods.items() if label in kept}
-        return Results(self.settings, self.repeats, records, methods)
+        some = set(labels)
+        methods = {label: method for label, method in self.methods.items() if label in some}
+        kept = [r for r in self.records if r["label"] in some]
+        return Results(self.settings, self.repeats, kept, methods)
 
     @property
     def title(self) -> str:
@@ -234,16 +221,12 @@ def read_results(folder: Path) -> Results:
         raise InputError(f"{folder}: no seed of this run has finished; start the script again")
     records, methods = [], {}
     for repeat in written["seeds"]:
-        users = {side: np.array(names, object) for side, names in repeat["users"].items()}
+        users = {side: pd.Index(names, dtype=object) for side, names in repeat["users"].items()}
         for method, part in repeat["methods"].items():
             methods |= {fit["label"]: method for fit in part["fits"]}
             for entry in part["records"]:
-                figures = {"users": users[SETS[entry["set"]]], "values": _figures(entry)}
-                figures["kinds"] = {k: _figures(x) for k, x in (entry.get("kinds") or {}).items()}
-                rest = {f: entry.get(f) for f in Record._fields[2:] if f not in figures}
-                records.append(Record(repeat["seed"], method, **rest, **figures))
+                kinds = (entry.get("kinds") or {}).items()
+                apart = {f"{m}_{kind}": of for kind, one in kinds for m, of in one.items()}
+                about = {"seed": repeat["seed"], "method": method}
+                records.append(about | entry | apart | {"users": users[SETS[entry["set"]]]})
     return Results(written["settings"], written["seeds"], records, methods)
-
-
-def _figures(entry: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    return {key: np.array(entry[key], float) for key in MEASURES if entry.get(key) is not None}

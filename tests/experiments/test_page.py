@@ -4,7 +4,6 @@ import html
 import json
 import re
 import subprocess
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,33 +18,23 @@ from lore.experiments.report import tables as reports
 HOSTILE = "</script><script>alert(1)</script> & <b>\"bold\" 'x'</b>"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick() -> Iterator[None]:
-    """Pages without the plots in files of their own, which take longer than the pages."""
-    with mock.patch.object(reports, "write_plots", lambda *_: []):
-        yield
-
-
 def page(folder: Path, results: dict[str, Any]) -> str:
-    """The report of made-up results."""
-    reports.report(made.write(results, folder))
+    """The report of made-up results, without plots in files of their own, which take longer."""
+    with mock.patch.object(reports, "write_plots", lambda *_: []):
+        reports.report(made.write(results, folder))
     return (folder / "report.html").read_text()
 
 
-class Reader(HTMLParser):
+def tags(text: str) -> list[tuple[str, dict[str, str | None]]]:
     """What stands in a page, tag by tag."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
+    found, reader = [], HTMLParser()
+    reader.handle_starttag = lambda tag, attributes: found.append((tag, dict(attributes)))
+    reader.feed(text)
+    return found
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory, quick: None) -> Path:
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with everything that a report can show, and a name that means harm."""
     labels = {**made.LABELS, f"toy {HOSTILE}": ("toy", True, {}, made.LABELS["LoRe K=5"][3])}
     folder, results = tmp_path_factory.mktemp("report"), made.results(labels, seeds=2)
@@ -59,36 +48,30 @@ def report(tmp_path_factory: pytest.TempPathFactory, quick: None) -> Path:
     return folder / "report.html"
 
 
-def test_the_page_needs_nothing_from_elsewhere(report):
-    found = Reader(report.read_text())
-    for tag, attributes in found.tags:
+def test_the_page_needs_nothing_from_elsewhere_and_runs_nothing_that_was_written(report):
+    text = report.read_text()
+    for tag, attributes in tags(text):
         assert tag not in ("link", "iframe", "object", "embed")
         for name in ("src", "href", "xlink:href"):
             value = attributes.get(name) or "#"
             assert value.startswith(("#", "data:image/svg+xml;base64,")), value
-    assert "default-src 'none'" in report.read_text()
-
-
-def test_all_that_was_written_is_escaped(report):
-    text = report.read_text()
+    assert "default-src 'none'" in text
+    # all that was written is escaped
     assert HOSTILE not in text and text.count("<script>") == 1
     escaped = html.escape(HOSTILE).replace("&#x27;", "&#39;").replace("&quot;", "&#34;")
     assert text.count(escaped) > 5
 
 
-def test_the_verdict_comes_first_and_every_part_is_there(report):
+def test_the_verdict_comes_first_and_tables_say_what_the_text_says(report):
     text = report.read_text()
     parts = re.findall("<h2>(.*)</h2>", text)
     assert parts[:4] == ["Verdict", "Accuracy and log loss", "Tables", "What was learned"]
     assert parts[4:] == ["What LoRe K=5 likes", "Users"]
     assert text.count('class="card better"') == 4 and "score test: p = 0.2" in text
-    tags = [tag for tag, _ in Reader(text).tags]
-    assert tags.count("table") == 6 and tags.count("img") == 4 + 2 + 2
+    found = [tag for tag, _ in tags(text)]
+    assert found.count("table") == 6 and found.count("img") == 4 + 2 + 2
     assert text.count("Liked most") == 1 and "Why? …" in text
-
-
-def test_the_tables_say_what_the_text_says(report):
-    text, markdown = report.read_text(), (report.parent / "table.md").read_text()
+    markdown = (report.parent / "table.md").read_text()
     cells = re.findall(r"\| +([^|]*\[[^|]*\]) +(?=\|)", markdown)
     assert len(cells) > 60 and all(f"<td>{cell.strip()}</td>" in text for cell in cells)
 
@@ -98,10 +81,9 @@ def test_users_are_listed_with_their_accuracy_under_each_method(report):
     table = text[text.index("<h2>Users") :]
     row = table[table.index("seen-7</th>") :].split("</tr>")[0]
     accuracy: dict[str, list[float]] = {}
-    for repeat in json.loads((report.parent / "results.json").read_text())["seeds"]:
-        for r in (r for part in repeat["methods"].values() for r in part["records"]):
-            if r["set"] == "seen" and not r["control"] and r["label"] != "LoRe K=2":
-                accuracy.setdefault(r["label"], []).append(r["accuracy"][7])
+    for r in made.records(json.loads((report.parent / "results.json").read_text())):
+        if r["set"] == "seen" and not r["control"] and r["label"] != "LoRe K=2":
+            accuracy.setdefault(r["label"], []).append(r["accuracy"][7])
     expected = ["seen", *(f"{50 * (first + second):.1f}" for first, second in accuracy.values())]
     assert re.findall("<td>(.*)</td>", row) == expected and len(expected) == 7
 

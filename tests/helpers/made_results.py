@@ -1,5 +1,6 @@
 """Runs made up from random figures whose truth is known, as results.json holds them."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -8,32 +9,6 @@ import numpy as np
 from lore.experiments.results import BASELINES, SETS, write_results
 
 Made = dict[str, Any]
-
-
-class Figures:
-    """Accuracies and log losses of users around given means.
-
-    A user's own ability is shared by all labels of a repeat, so that differences between labels
-    have far less noise than the labels.
-    """
-
-    def __init__(self, users: int, noise: float, seed: int) -> None:
-        self.users, self.noise = users, noise
-        self.rng = np.random.default_rng(seed)
-        self.ability = {side: self.rng.normal(0, 0.1, users) for side in ("seen", "unseen")}
-
-    def record(
-        self, label: str, control: str, name: str, accuracy: float, shots: int | None = None
-    ) -> Made:
-        """One record; the log loss is 1.2 less the accuracy."""
-        noise = self.rng.normal(0, self.noise, self.users)
-        users = np.clip(accuracy + self.ability[SETS[name]] + noise, 0, 1)
-        return {
-            "label": label, "control": control, "set": name, "shots": shots,
-            "accuracy": users.tolist(), "log_loss": (1.2 - users).tolist(),
-            "trials": None if shots is None else [accuracy - 0.01, accuracy + 0.01],
-            "users_with_that_many": None if shots is None else max(0, self.users - shots),
-        }  # fmt: skip
 
 
 def fit(label: str, personal: bool, role: str = "method", **settings: Any) -> Made:
@@ -47,8 +22,9 @@ def fit(label: str, personal: bool, role: str = "method", **settings: Any) -> Ma
     }  # fmt: skip
 
 
-# Accuracy by set, then the losses of controls against the label's own states.
-LABELS: dict[str, tuple[str, bool, dict[str, Any], dict[str, float]]] = {
+# Method, whether it is personal, settings and accuracy by set, then the losses of controls against
+# the label's own states.
+LABELS: dict[str, tuple[str, bool, Made, dict[str, float]]] = {
     "reference": ("reference", False, {}, {"train": 0.6, "seen": 0.6, "unseen": 0.61}),
     "BT": ("bt", False, {}, {"train": 0.8, "seen": 0.7, "unseen": 0.71}),
     "Ridge BT": ("ridge_bt", False, {}, {"train": 0.78, "seen": 0.7, "unseen": 0.71}),
@@ -61,11 +37,9 @@ SHOTS = (0, 1, 5, 50)
 
 
 def results(
-    labels: dict[str, tuple[str, bool, dict[str, Any], dict[str, float]]] | None = None,
-    seeds: int = 1, users: int = 40, sweep: bool = False, noise: float = 0.02,
-) -> Made:  # fmt: skip
+    labels: Made = LABELS, seeds: int = 1, users: int = 40, sweep: bool = False, noise: float = 0.02
+) -> Made:
     """A whole results.json."""
-    labels = LABELS if labels is None else labels
     settings = {
         "script": "vary_fewshot" if sweep else "train_basis", "dataset": "Toy", "warning": None,
         "prepared": {}, "embeddings": {"model": "someone/Tiny-Reward"}, "reference": "head",
@@ -77,22 +51,34 @@ def results(
 
 
 def _repeat(seed: int, labels: Made, users: int, sweep: bool, noise: float) -> Made:
-    figures, methods = Figures(users, noise, seed), {}
+    """A repeat. A user's own ability is shared by all labels, so that differences between labels
+    have far less noise than the labels; the log loss is 1.2 less the accuracy."""
+    rng, methods = np.random.default_rng(seed), {}
+    ability = {side: rng.normal(0, 0.1, users) for side in ("seen", "unseen")}
+
+    def record(label: str, control: str, name: str, shots: int | None, accuracy: float) -> Made:
+        noisy = accuracy + ability[SETS[name]] + rng.normal(0, noise, users)
+        values = np.clip(noisy, 0, 1)
+        return {
+            "label": label, "control": control, "set": name, "shots": shots,
+            "accuracy": values.tolist(), "log_loss": (1.2 - values).tolist(),
+            "trials": None if shots is None else [accuracy - 0.01, accuracy + 0.01],
+            "users_with_that_many": None if shots is None else max(0, users - shots),
+        }  # fmt: skip
+
+    sets, sizes = (("unseen",), SHOTS) if sweep else (("train", "seen", "unseen"), (None,))
     for label, (method, personal, settings, means) in labels.items():
         new = {"settings": {}, "seconds": 1.5, "processor_seconds": 1.5, "fits": [], "records": []}
         part = methods.setdefault(method, new)
         role = "baseline" if method in BASELINES else "method"
         part["fits"].append(fit(label, personal, role, **settings))
-        controls = CONTROLS if personal and label != "own model" else {}
-        for name in ("unseen",) if sweep else ("train", "seen", "unseen"):
-            for shots in SHOTS if sweep else (None,):
-                gain = 0.02 * np.log1p(shots or 0) if personal else 0.0
-                mean = means[name] + gain
-                part["records"].append(figures.record(label, "", name, mean, shots))
-                for control, loss in controls.items() if name != "train" else ():
-                    record = figures.record(label, control, name, mean - loss, shots)
-                    if (control, name) != ("shuffled", "seen"):  # of new users alone
-                        part["records"].append(record)
+        for name, shots in itertools.product(sets, sizes):
+            mean = means[name] + (0.02 * np.log1p(shots or 0) if personal else 0.0)
+            controlled = personal and label != "own model" and name != "train"
+            for control, loss in {"": 0.0, **(CONTROLS if controlled else {})}.items():
+                made = record(label, control, name, shots, mean - loss)
+                if (control, name) != ("shuffled", "seen"):  # of new users alone
+                    part["records"].append(made)
     names = {side: [f"{side}-{i}" for i in range(users)] for side in ("seen", "unseen")}
     return {"seed": seed, "users": names, "comparisons": {}, "methods": methods}
 
@@ -101,3 +87,9 @@ def write(made: Made, folder: Path) -> Path:
     """Write results.json into a folder, which is returned."""
     write_results(folder, made)
     return folder
+
+
+def records(made: Made) -> list[Made]:
+    """All records, to be read or changed."""
+    parts = [part for repeat in made["seeds"] for part in repeat["methods"].values()]
+    return [record for part in parts for record in part["records"]]

@@ -3,13 +3,13 @@
 import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from lore.experiments.results import BT, MEASURES, Results, Sample, shots_name
+from lore.experiments.results import BT, MEASURES, Results, Samples, shots_name
 
 RESAMPLES = 2000
 MOST_RESAMPLED = 10_000  # users; of more, the normal interval is the bootstrap's to its own noise
@@ -54,18 +54,20 @@ def bootstrap(sums: np.ndarray, weights: np.ndarray | None = None) -> tuple[floa
     return float(low), float(high)
 
 
-def summarise(sets: Sequence[Mapping[int, Sample]]) -> Summary:
-    """The mean over sets, each with a sample for every repeat, of the means over repeats and users;
-    a user counts once, whatever the repeats."""
-    every = [users for samples in sets for users, _ in samples.values()]
+def summarise(sets: Sequence[Samples]) -> Summary | None:
+    """The mean over sets of the means over repeats and users; a user counts once, whatever the
+    repeats. None unless every set has the same repeats, one at least."""
+    if not all(samples and list(samples) == list(sets[0]) for samples in sets):
+        return None
+    every = [values.index for samples in sets for values in samples.values()]
     number = {user: row for row, user in enumerate(dict.fromkeys(itertools.chain(*every)))}
     sums, weights = np.zeros((2, len(number), len(sets)))
     for column, samples in enumerate(sets):
-        for users, values in samples.values():
-            rows = [number[user] for user in users]
-            sums[rows, column] += values / len(rows)
+        for values in samples.values():
+            rows = [number[user] for user in values.index]
+            sums[rows, column] += values.to_numpy() / len(rows)
             weights[rows, column] += 1 / len(rows)
-    means = [[values.mean() for _, values in samples.values()] for samples in sets]
+    means = [[values.mean() for values in samples.values()] for samples in sets]
     repeats = np.mean(means, axis=0)
     return Summary(float(repeats.mean()), *bootstrap(sums, weights), repeats.tolist())
 
@@ -75,11 +77,7 @@ def level(
     shots: int | None = None, kind: str = "",
 ) -> Summary | None:  # fmt: skip
     """A label's mean on the average of some sets; None where one of them was not recorded."""
-    found = [results.figures(label, control, name, measure, shots, kind) for name in sets]
-    if any(samples is None or list(samples) != list(found[0]) for samples in found):
-        return None
-    summary = summarise(found)
-    return summary if MEASURES[measure].by_user else summary._replace(low=math.nan, high=math.nan)
+    return summarise([results.figures(label, control, s, measure, shots, kind) for s in sets])
 
 
 def difference(
@@ -89,17 +87,10 @@ def difference(
     """A label minus another (label, control), paired by user and repeat; None without a pair."""
     apart = []
     for name in sets:
-        own = results.figures(label, "", name, measure, shots) or {}
-        rest = results.figures(*other, name, measure, shots) or {}
-        both = [seed for seed in own if seed in rest]
-        apart.append({seed: (own[seed][0], own[seed][1] - rest[seed][1]) for seed in both})
-    paired = all(samples and list(samples) == list(apart[0]) for samples in apart)
-    return summarise(apart) if paired else None
-
-
-def by_user(samples: Mapping[int, Sample]) -> pd.DataFrame:
-    """A figure of every user (rows) in every repeat (columns)."""
-    return pd.DataFrame({seed: pd.Series(x, users) for seed, (users, x) in samples.items()})
+        own = results.figures(label, "", name, measure, shots)
+        rest = results.figures(*other, name, measure, shots)
+        apart.append({seed: own[seed] - rest[seed] for seed in own if seed in rest})
+    return summarise(apart)
 
 
 def interval(measure: str, summary: Summary) -> str:
@@ -126,15 +117,13 @@ def equivalent_random_shots(
     """How many random shots reach what so many chosen ones of a label do, with the ends of its 95 %
     interval, users being resampled with both curves of theirs. Infinity means more than were drawn
     at random; None, that either curve was not recorded."""
-    random, curve = results.says(label, "random_label") or "", {}
-    for size in results.shots():
-        samples = results.figures(random, "", "unseen", measure, size)
-        if samples and results.find(random, "", "unseen", size)[0].shots == size:
-            curve[size] = by_user(samples).mean(axis=1)
+    random = results.says(label, "random_label") or ""
+    every = {size: results.figures(random, "", "unseen", measure, size) for size in results.shots()}
+    curve = {size: pd.DataFrame(found).mean(axis=1) for size, found in every.items() if found}
     chosen = results.figures(label, "", "unseen", measure, shots)
-    if not curve or chosen is None:
+    if not curve or not chosen:
         return None
-    users = pd.DataFrame(curve | {"chosen": by_user(chosen).mean(axis=1)}).dropna()
+    users = pd.DataFrame(curve | {"chosen": pd.DataFrame(chosen).mean(axis=1)}).dropna()
     values = users.to_numpy() * (1 if measure == "accuracy" else -1)
     every = np.vstack([np.ones(len(users)), _resamples(len(users))]) @ values / len(users)
     middle, *drawn = (shots_to_reach(list(curve), row[:-1], row[-1]) for row in every)
@@ -143,22 +132,17 @@ def equivalent_random_shots(
     return middle, *map(float, np.quantile(drawn, (0.025, 0.975), method="inverted_cdf"))
 
 
-def by_third(results: Results, label: str, name: str, shots: int | None) -> list[Summary] | None:
+def by_third(results: Results, label: str, name: str, shots: int | None) -> dict[str, Summary]:
     """A label's held-out accuracy on a set among users in thirds, from usual to unusual ones, whose
-    own training choices BT predicts badly. None without BT, or with fewer than three users."""
+    own training choices BT predicts badly. Empty without BT, or with fewer than three users."""
     training = {"seen": "train", "unseen": "few_shot"}[name]
     losses = results.figures(results.label_of(BT) or "", "", training, "log_loss", shots)
     own = results.figures(label, "", name, "accuracy", shots)
-    if not losses or not own or not set(own) <= set(losses):
-        return None
-    if min(len(users) for users, _ in own.values()) < 3:
-        return None
-    thirds: list[dict[int, Sample]] = [{}, {}, {}]
-    for seed, (users, values) in own.items():
-        order = np.argsort(losses[seed][1], kind="stable")
-        for third, rows in zip(thirds, np.array_split(order, 3), strict=True):
-            third[seed] = users[rows], values[rows]
-    return [summarise([third]) for third in thirds]
+    if not own or not set(own) <= set(losses) or min(map(len, own.values())) < 3:
+        return {}
+    order = {seed: np.array_split(np.argsort(losses[seed], kind="stable"), 3) for seed in own}
+    parts = [{seed: own[seed].iloc[order[seed][third]] for seed in own} for third in range(3)]
+    return {third: summarise([part]) for third, part in zip(THIRDS, parts, strict=True)}
 
 
 class Column(NamedTuple):
@@ -180,7 +164,7 @@ def columns(results: Results) -> list[Column]:
 
 def held_out(results: Results) -> tuple[str, ...]:
     """The sets of held-out comparisons that the run has, of seen and unseen."""
-    there = {record.set for record in results.records}
+    there = {r["set"] for r in results.records}
     return tuple(name for name in ("seen", "unseen") if name in there)
 
 
@@ -189,7 +173,6 @@ def main_columns(results: Results) -> list[Column]:
     found = columns(results)
     if not results.sweep:
         return found[:2]
-    unseen = [r for r in results.records if r.set == "unseen"]
-    counted = [(r.shots, r.users_with_that_many, len(r.users)) for r in unseen]
-    too_many = {shots for shots, have, of in counted if have is not None and 2 * have < of}
+    counts = [(r["shots"], r["users_with_that_many"], len(r["users"])) for r in results.unseen]
+    too_many = {shots for shots, have, of in counts if have is not None and 2 * have < of}
     return [c for c in found if c == found[0] or c.shots not in too_many][-1:]

@@ -12,7 +12,7 @@ import pandas as pd
 
 from lore.common.files import write_text
 from lore.experiments.report import verdict
-from lore.experiments.report.intervals import Summary, by_user, main_columns
+from lore.experiments.report.intervals import main_columns
 from lore.experiments.report.plots import Panel, caption, figure, learned_panels, measure_panels
 from lore.experiments.results import MEASURES, OWN, Results, row_name
 
@@ -23,20 +23,19 @@ Table = Mapping[str, Mapping[str, str]]
 
 
 def write_report(
-    folder: Path, results: Results, heading: str, about: Sequence[str], marks: Sequence[str],
-    tables: Mapping[str, Table], notes: Sequence[str],
-) -> None:  # fmt: skip
-    """Write report.html into a run's folder: under its heading ``marks``, what must be known before
-    the figures are believed, sentences about the data, tables by caption and notes on the fits."""
+    folder: Path, results: Results, tables: Mapping[str, Table], said: Mapping[str, Any]
+) -> None:
+    """Write report.html into a run's folder: tables by caption and, of what is said, ``heading``,
+    ``marks`` before the figures are believed, ``about`` the data and ``notes`` on the fits."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True,
         lstrip_blocks=True, undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    shown = [la for la in results.labels if la in (*results.judged, results.label_of(OWN))]
-    likes = {label: results.says(label, "likes") for label in shown}
+    shown = (*results.judged, results.label_of(OWN))
+    likes = {la: results.says(la, "likes") for la in results.labels if la in shown}
     text = environment.get_template("report.html").render(
-        title=results.title, heading=heading, about=about, marks=marks, notes=notes,
-        kind=verdict.kind_sentence(results), verdicts=list(map(_card, verdict.verdicts(results))),
+        **said, title=results.title, kind=verdict.kind_sentence(results),
+        verdicts=list(map(_card, verdict.verdicts(results))),
         tables=[_table(results, *table) for table in tables.items()],
         plots=_pictures(measure_panels(results), caption(results)),
         learned=_pictures(learned_panels(results), "Of the first repeat."),
@@ -46,25 +45,18 @@ def write_report(
 
 
 def _card(found: verdict.Verdict) -> dict[str, Any]:
-    """A verdict with its intervals as bars on a scale that has zero in the middle."""
-    most: dict[str, float] = {}
-    parts = found.differences.items()
-    every = [(against, measure, s) for against, part in parts for measure, s in part.items()]
-    for _, measure, s in every:
-        most[measure] = np.nanmax(np.abs([*s[:3], most.get(measure, 1e-3)]))
-    bars = [
-        {"against": against, "text": verdict.difference_text(measure, s),
-         "outcome": CLASSES[verdict.outcome_of(measure, s)], **_bar(s, most[measure])}
-        for against, measure, s in every
-    ]  # fmt: skip
+    """A verdict with its intervals as bars on a scale that has zero in the middle: where each
+    begins, how wide it is and where its middle lies, in percent of the width."""
+    most, bars = dict.fromkeys(MEASURES, 1e-3), []
+    for (_, measure), s in found.differences.items():
+        most[measure] = np.nanmax(np.abs([*s[:3], most[measure]]))
+    for (against, measure), s in found.differences.items():
+        ends = s[1:3] if np.isfinite(s.low) else (s.mean, s.mean)
+        low, high, mean = (50 + 48 * value / most[measure] for value in (*ends, s.mean))
+        bars.append({"against": against, "text": verdict.difference_text(measure, s), "left": low,
+                     "width": high - low, "mean": mean,
+                     "outcome": CLASSES[verdict.outcome_of(measure, s)]})  # fmt: skip
     return {**found._asdict(), "outcome": CLASSES.get(found.outcome, "open"), "bars": bars}
-
-
-def _bar(summary: Summary, most: float) -> dict[str, float]:
-    """Where a bar begins, how wide it is and where its middle lies, in percent of the width."""
-    ends = summary[1:3] if np.isfinite(summary.low) else (summary.mean,) * 2
-    low, high, mean = (50 + 48 * value / most for value in (*ends, summary.mean))
-    return {"left": low, "width": high - low, "mean": mean}
 
 
 def _table(results: Results, caption: str, table: Table) -> dict[str, Any]:
@@ -81,12 +73,11 @@ def _table(results: Results, caption: str, table: Table) -> dict[str, Any]:
 
 def _users(results: Results) -> dict[str, Any]:
     """Every held-out user's accuracy under each method, the mean over repeats; in percent."""
-    methods = dict.fromkeys(results.methods.values())
+    methods, parts = dict.fromkeys(results.methods.values()), []
     shown = [la for la in map(results.label_of, methods) if la]
-    parts = []
     for _, (name, *_), shots in main_columns(results):
         tables = {la: results.figures(la, "", name, "accuracy", shots) for la in shown}
-        means = {la: by_user(one).mean(axis=1) for la, one in tables.items() if one}
+        means = {la: pd.DataFrame(one).mean(axis=1) for la, one in tables.items() if one}
         parts.append(pd.DataFrame(means, columns=shown).assign(side=name))
     table, text = pd.concat(parts), MEASURES["accuracy"].text
     rows = [

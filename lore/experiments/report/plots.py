@@ -67,14 +67,12 @@ def marker(results: Results, label: str) -> str:
 
 def measure_panels(results: Results) -> list[Panel]:
     """Accuracy and log loss of seen and unseen users, or of new users against shots."""
-    setting, draw = varying_setting(results), _draw_labels
-    if results.sweep:
-        draw = _draw_shots
-    elif setting:
-        draw = functools.partial(_draw_setting, setting=setting)
+    setting = varying_setting(results)
+    draw = _draw_shots if results.sweep else _draw_setting if setting else _draw_labels
+    given = {"setting": setting} if draw is _draw_setting else {}
     return [
         Panel(f"{name} users", f"{MEASURES[measure].name} ({MEASURES[measure].unit})",
-              functools.partial(draw, results=results, measure=measure, name=name))
+              functools.partial(draw, results=results, measure=measure, name=name, **given))
         for measure in ALWAYS
         for name in (("unseen",) if results.sweep else held_out(results))
     ]  # fmt: skip
@@ -85,12 +83,12 @@ def varying_setting(results: Results) -> str | None:
     differing = set()
     for method in dict.fromkeys(results.methods.values()):
         swept = [settings for _, settings in _swept(results, method)]
-        for key in {key for settings in swept for key in settings} if len(swept) > 1 else ():
+        for key in {key for settings in swept for key in settings}:
             values = [settings.get(key) for settings in swept]
             if any(value != values[0] for value in values):
                 numeric = all(isinstance(v, int | float) for v in values)
                 differing.add(key if numeric and len(set(values)) == len(values) else None)
-    return next(iter(differing)) if len(differing) == 1 else None
+    return differing.pop() if len(differing) == 1 else None
 
 
 def _swept(results: Results, method: str) -> list[tuple[str, dict[str, Any]]]:

@@ -1,5 +1,6 @@
 """Tables, differences and verdict of a run, made from its results.json alone."""
 
+import functools
 from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
@@ -8,12 +9,13 @@ import numpy as np
 import pandas as pd
 
 from lore.common.files import write_text
+from lore.common.kinds import KINDS
 from lore.experiments.report import intervals
-from lore.experiments.report.intervals import Column, Summary, columns, level
+from lore.experiments.report.intervals import Column, Summary, columns, difference, level
 from lore.experiments.report.page import write_report
 from lore.experiments.report.plots import write_plots
 from lore.experiments.report.verdict import CHANCE, others, verdict
-from lore.experiments.results import ALWAYS, MEASURES, Results, read_results, row_name
+from lore.experiments.results import ALWAYS, MEASURES, Results, read_results, row_name, shots_name
 
 INTERVAL = "mean [95 % interval over users]"
 ABOUT = 10  # chosen shots that are counted in random ones
@@ -32,70 +34,55 @@ def _cell(measure: str, summary: Summary | None, paired: bool = False) -> str:
     return f"{text} {intervals.interval(measure, summary)}".rstrip()
 
 
-def _filled(table: Table) -> Table:
-    """The rows in which something stands."""
+def _table(cells: dict[tuple[str, str], Summary | None], measure: str, **how: bool) -> Table:
+    """Summaries by row and column as a table of the rows in which something stands."""
+    table: Table = {}
+    for (row, column), summary in cells.items():
+        table.setdefault(row, {})[column] = _cell(measure, summary, **how)
     return {name: row for name, row in table.items() if any(row.values())}
 
 
 def measure_table(results: Results, measure: str) -> Table:
     """A measure of every label and control: mean ± SD over repeats [95 % interval over users]."""
     shown = [*columns(results), *([] if results.sweep else [Column("train", ("train",))])]
-    table: Table = {}
-    for label in results.labels:
-        for control in ("", *results.controls(label)):
-            means = {c.name: level(results, label, control, measure, *c[1:]) for c in shown}
-            row = {name: _cell(measure, mean) for name, mean in means.items()}
-            table[row_name(label, control)] = row
-    if results.sweep and measure == "accuracy":
-        table["users with at least that many shots"] = _users_with_that_many(results)
-    return _filled(table)
-
-
-def _users_with_that_many(results: Results) -> dict[str, str]:
-    """How many users have that many shots, in the fewest and the most of the repeats."""
-    counts: dict[int, set[int]] = {}
-    for r in results.records:
-        if r.set == "unseen" and r.users_with_that_many is not None:
-            counts.setdefault(r.shots, set()).add(r.users_with_that_many)
-    found = {c.name: counts[c.shots] for c in columns(results) if c.shots in counts}
-    return {n: " to ".join(map(str, sorted({min(c), max(c)}))) for n, c in found.items()}
+    table = _table({
+        (row_name(label, control), c.name): level(results, label, control, measure, *c[1:])
+        for label in results.labels for control in ("", *results.controls(label)) for c in shown
+    }, measure)  # fmt: skip
+    if results.sweep and measure == "accuracy":  # the fewest and the most of the repeats
+        unseen = pd.DataFrame(results.unseen).dropna(subset="shots")
+        counts = unseen.groupby("shots")["users_with_that_many"].agg(["min", "max"]).astype(int).T
+        row = {shots_name(s): " to ".join(map(str, dict.fromkeys(counts[s]))) for s in counts}
+        table["users with at least that many shots"] = row
+    return table
 
 
 def difference_table(results: Results, measure: str) -> Table:
     """Every label minus what it is held against, paired by user and repeat."""
-    table: Table = {}
-    for label in results.labels:
-        for name, other in others(results, label).items():
-            row = table.setdefault(f"{label} minus {name}", {})
-            for column in columns(results):
-                found = intervals.difference(results, label, other, measure, *column[1:])
-                row[column.name] = _cell(measure, found, paired=True)
-    return _filled(table)
+    return _table({
+        (f"{label} minus {name}", c.name): difference(results, label, other, measure, *c[1:])
+        for label in results.labels for name, other in others(results, label).items()
+        for c in columns(results)
+    }, measure, paired=True)  # fmt: skip
 
 
 def unusual_table(results: Results) -> Table:
     """Accuracy among users whom BT's shared reward describes well, less well and badly."""
-    shots = max(results.shots(), default=None)
-    sets = [("unseen", shots)] if results.sweep else [("seen", None), ("unseen", None)]
-    table: Table = {label: {} for label in results.labels}
-    for label, row in table.items():
-        for name, count in sets:
-            found = intervals.by_third(results, label, name, count) or ()
-            for third, summary in zip(intervals.THIRDS, found, strict=False):  # all three or none
-                row[f"{name}, {third}"] = _cell("accuracy", summary)
-    return _filled(table)
+    shots = max(results.shots()) if results.sweep else None
+    return _table({
+        (label, f"{name}, {third}"): summary
+        for label in results.labels for name in intervals.held_out(results)
+        for third, summary in intervals.by_third(results, label, name, shots).items()
+    }, "accuracy")  # fmt: skip
 
 
 def kind_table(results: Results, measure: str) -> Table:
     """A measure of every label on each kind of held-out comparisons, where there are several."""
-    table: Table = {label: {} for label in results.labels}
-    for label, row in table.items():
-        for column in intervals.main_columns(results):
-            for kind in results.kinds():
-                found = level(results, label, "", measure, *column[1:], kind)
-                if found:
-                    row[f"{column.name}, {kind}"] = _cell(measure, found)
-    return _filled(table)
+    return _table({
+        (label, f"{c.name}, {kind}"): summary
+        for label in results.labels for c in intervals.main_columns(results) for kind in KINDS
+        if (summary := level(results, label, "", measure, *c[1:], kind))
+    }, measure)  # fmt: skip
 
 
 def sections(results: Results) -> dict[str, Table]:
@@ -136,25 +123,27 @@ def markdown(table: Table | pd.DataFrame) -> str:
 
 def results_csv(results: Results) -> str:
     """One line per seed, label, control, set and number of shots."""
-    rows = []
-    for r in results.records:
-        row = {name: getattr(r, name) for name in ("seed", "method", "label", "control", "set")}
-        row["shots"] = r.shots
-        for measure, values in r.values.items():
-            row[measure] = values.mean() + 0.0  # not -0
-            if measure in ALWAYS:
-                row[f"{measure}_low"], row[f"{measure}_high"] = intervals.bootstrap(values)
-        row |= {"num_users": len(r.users), "users_with_that_many": r.users_with_that_many}
-        several = r.trials is not None and len(r.trials) > 1
-        row["trials_sd"] = np.std(r.trials, ddof=1) if several else None
-        for kind, part in r.kinds.items():
-            row |= {f"{measure}_{kind}": np.nanmean(part[measure]) for measure in ALWAYS}
-        rows.append(row)
-    frame = pd.DataFrame(rows)
-    last = [measure for measure in MEASURES if measure in frame and measure not in ALWAYS]
-    frame = frame[[name for name in frame if name not in last] + last]
     whole = {name: "Int64" for name in ("shots", "users_with_that_many")}
-    return frame.astype(whole).to_csv(index=False, float_format="%.10g", lineterminator="\n")
+    records = pd.DataFrame(results.records).astype(whole)
+    table = records[["seed", "method", "label", "control", "set", "shots"]].copy()
+    for measure in ALWAYS:
+        table[measure] = _means(records[measure])
+        ends = [intervals.bootstrap(np.array(values)) for values in records[measure]]
+        table[f"{measure}_low"], table[f"{measure}_high"] = zip(*ends, strict=True)
+    table["num_users"] = records["users"].map(len)
+    table["users_with_that_many"] = records["users_with_that_many"]
+    several = records["trials"].map(lambda of: isinstance(of, list) and len(of) > 1)
+    table["trials_sd"] = records["trials"][several].map(functools.partial(np.std, ddof=1))
+    kinds = [name for name in records if name not in MEASURES and name.startswith(ALWAYS)]
+    for measure in (*kinds, *(name for name in MEASURES if name in records)):
+        table[measure] = _means(records[measure])
+    return table.to_csv(index=False, float_format="%.10g", lineterminator="\n")
+
+
+def _means(figures: pd.Series) -> list[float]:
+    """The mean of each record's figures, never -0; NaN where it has none."""
+    arrays = [np.array(of, float) for of in figures]
+    return [np.nan if np.isnan(of).all() else np.nanmean(of) + 0.0 for of in arrays]
 
 
 def facts(results: Results) -> list[str]:
@@ -227,8 +216,7 @@ def _text(results: Results, tables: dict[str, Table]) -> str:
     """Title, facts, tables, notes and verdict."""
     blocks = [f"{results.title}; {_details(results)}", *facts(results)]
     blocks += [f"**WARNING: {mark}**" for mark in warnings(results)]
-    for caption, table in tables.items():
-        blocks += [caption, markdown(table)]
+    blocks += [block for caption, table in tables.items() for block in (caption, markdown(table))]
     if lines := [f"- {line}" for line in notes(results)]:
         blocks.append("\n".join(["Notes:", *lines]))
     return "\n\n".join([*blocks, verdict(results)])
@@ -261,8 +249,9 @@ def report(folder: Path, labels: Collection[str] = ()) -> str:
     text = _text(results, tables)
     write_text(folder / "table.md", text + "\n")
     names = ", ".join(f"{name}.png" for name in write_plots(folder, results))
-    about = _details(results), facts(results), warnings(results), tables, notes(results)
-    write_report(folder, results, *about)
+    said = {"heading": _details(results), "about": facts(results), "marks": warnings(results),
+            "notes": notes(results)}  # fmt: skip
+    write_report(folder, results, tables, said)
     if labels:
         some = results.only(la for la in results.labels if la in labels or results.is_baseline(la))
         text = _text(some, sections(some))

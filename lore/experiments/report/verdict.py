@@ -7,8 +7,8 @@ worst outcome is the headline.
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
-from lore.common.kinds import KINDS
 from lore.experiments.report import intervals
 from lore.experiments.report.intervals import Column, Summary
 from lore.experiments.results import ALWAYS, BT, CONTROLS, MEASURES, OWN, REFERENCE, RIDGE, Results
@@ -31,17 +31,17 @@ class Verdict(NamedTuple):
     where: str  # the users, and the number of shots
     outcome: str  # better, worse or no difference detected; "" where nothing is personal
     claim: str  # the outcome in words
-    differences: dict[str, dict[str, Summary]]  # against what -> measure -> difference
+    differences: dict[tuple[str, str], Summary]  # by against what, and measure
     loss: str  # the log loss, in words
 
     @property
     def text(self) -> str:
         """The whole sentence."""
         who = f"{self.label}, {self.where}" if self.where else self.label
-        parts = [
-            " and ".join(difference_text(m, s) for m, s in found.items()) + f" against {against}"
-            for against, found in self.differences.items()
-        ]
+        against: dict[str, list[str]] = {}
+        for (rival, measure), summary in self.differences.items():
+            against.setdefault(rival, []).append(difference_text(measure, summary))
+        parts = [f"{' and '.join(texts)} against {rival}" for rival, texts in against.items()]
         found = f"{who}: {self.claim}" + (f": {', '.join(parts)}" if parts else "")
         return f"{found}; {self.loss}" if self.loss else found
 
@@ -89,18 +89,16 @@ def _judge(results: Results, label: str, column: Column) -> Verdict:
     rivals = {shared: (shared, "")} if shared else {}
     rivals |= {f"the {CONTROLS['population']}": (label, "population"),
                CONTROLS["another"]: (label, "another")}  # fmt: skip
-    found: dict[str, dict[str, Summary]] = {}
-    for against, other in rivals.items():
-        for measure in ALWAYS:
-            summary = intervals.difference(results, label, other, measure, *column[1:])
-            if summary is not None:
-                found.setdefault(against, {})[measure] = summary
-    outcomes = [outcome_of(m, s) for one in found.values() for m, s in one.items()]
+    every = {
+        (rival, measure): intervals.difference(results, label, other, measure, *column[1:])
+        for rival, other in rivals.items() for measure in ALWAYS
+    }  # fmt: skip
+    found = {place: summary for place, summary in every.items() if summary}
+    outcomes = [outcome_of(measure, summary) for (_, measure), summary in found.items()]
     better = outcomes == [BETTER] * 3 * len(ALWAYS)  # one that is missing leaves it open
     outcome, loss = WORSE if WORSE in outcomes else BETTER if better else OPEN, ""
     where = f"unseen users at {column.name}" if results.sweep else f"{column.name} users"
-    own = intervals.level(results, label, "", "log_loss", *column[1:])
-    if own is not None:
+    if own := intervals.level(results, label, "", "log_loss", *column[1:]):
         loss = f"log loss {MEASURES['log_loss'].text(own.mean)} nats"
         loss += f", worse than chance (ln 2 = {CHANCE:.3f})" if own.mean > CHANCE else ""
     return Verdict(label, where, outcome, f"personal weights: {outcome}", found, loss)
@@ -115,30 +113,25 @@ def outcome_of(measure: str, difference: Summary) -> str:
 def kind_sentence(results: Results) -> str:
     """Which kinds of comparisons were held out, of seen and unseen users apart where they differ;
     "" where it is not known."""
-    every = [repeat.get("kinds") or {} for repeat in results.repeats]
-    shares: dict[str, dict[str, str]] = {}
+    shares = {}
     for name in intervals.held_out(results):
-        found = [kinds[name] for kinds in every if name in kinds]
-        means = {kind: np.mean([one[kind] for one in found]) for kind in KINDS if found}
-        shares[name] = {k: f"{share:.0%}" for k, share in means.items() if share >= 0.005}
-    known = {name: one for name, one in shares.items() if one}
-    alike = len({str(one) for one in known.values()}) == 1
-    parts = []
-    for kind, meaning in MEANING.items():
-        there = {name: one[kind] for name, one in known.items() if kind in one}
-        if there:
-            each = [f"{share} of {name} users'" for name, share in there.items()]
-            share = next(iter(there.values())) if alike else " and ".join(each)
-            parts.append(f"{share} are {kind} ({meaning})")
+        every = [(repeat.get("kinds") or {}).get(name) for repeat in results.repeats]
+        shares[name] = pd.DataFrame([one for one in every if one]).mean()
+    table = pd.DataFrame(shares, list(MEANING)).dropna(axis=1, how="all")
+    texts, parts = table.map("{:.0%}".format).where(table >= 0.005), []
+    alike = (texts.nunique(axis=1, dropna=False) < 2).all()
+    for kind, row in texts.T.items():
+        there = row.dropna()
+        each = [f"{share} of {name} users'" for name, share in there.items()]
+        share = " and ".join(there.unique() if alike else each)
+        parts += [f"{share} are {kind} ({MEANING[kind]})"] if each else []
     return f"Of the held-out comparisons {', '.join(parts)}." if parts else ""
 
 
 def verdict(results: Results) -> str:
     """The verdicts as one paragraph, a line for each if several."""
-    found, kind = verdicts(results), kind_sentence(results)
-    first = f"{kind} " if kind else ""
-    lines = [f"{v.text}." for v in found]
+    kind, lines = kind_sentence(results), [f"{v.text}." for v in verdicts(results)]
     lines = lines or ["no personal method was fitted, so there is nothing to judge."]
     if len(lines) == 1:
-        return f"Verdict: {first}{lines[0]}"
+        return " ".join(["Verdict:", *filter(None, [kind]), *lines])
     return "\n".join([f"Verdict: {kind}".rstrip(), *(f"- {line}" for line in lines)])
