@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,16 +26,6 @@ from lore.learning.method import Fitted, Method, Task, check
 from lore.methods import METHODS
 from lore.methods.baselines import BradleyTerry, Own, Reference
 from lore.methods.fitting.score_test import score_test
-from lore.methods.lore import Lore
-from lore.methods.mixed_logit import MixedLogit
-from lore.methods.mlp import MLP
-from lore.methods.mrm import MRM
-from lore.methods.pal import PAL
-from lore.methods.pebs import PEBS
-from lore.methods.pref import PReF
-from lore.methods.rbd import RBD
-from lore.methods.ridge_bt import RidgeBT
-from lore.methods.vpl import VPL
 
 ROOT = Path(__file__).resolve().parents[2]
 DIVERGED = 1e6  # nats a comparison
@@ -45,7 +35,7 @@ LIKED, LIKED_DIRECTIONS, SHOWN = 3, 8, 300  # responses shown per direction; let
 
 
 @dataclass
-class Settings:
+class _Shared:
     """What is fitted, on which repeats, and where the results go.
 
     Args:
@@ -80,16 +70,6 @@ class Settings:
     progress: bool = True
     log: Tracker = "none"
     verify: bool = False
-    ridge_bt: RidgeBT = field(default_factory=RidgeBT)
-    lore: Lore = field(default_factory=Lore)
-    mixed_logit: MixedLogit = field(default_factory=MixedLogit)
-    pal: PAL = field(default_factory=PAL)
-    vpl: VPL = field(default_factory=VPL)
-    pref: PReF = field(default_factory=PReF)
-    mrm: MRM = field(default_factory=MRM)
-    rbd: RBD = field(default_factory=RBD)
-    pebs: PEBS = field(default_factory=PEBS)
-    mlp: MLP = field(default_factory=MLP)
 
     def chosen(self) -> dict[str, Method]:
         """The methods to fit, those first that are always there; InputError for an unknown name."""
@@ -98,6 +78,12 @@ class Settings:
         every = Reference(), BradleyTerry(self.lore), Own(self.lore), self.ridge_bt
         always = dict(zip(BASELINES, every, strict=True))
         return always | {name: getattr(self, name) for name in self.methods}
+
+
+# With the settings of every method that there is, under its name
+FIELDS = [(name, method, field(default_factory=method)) for name, method in METHODS.items()]
+NAMES = {"__doc__": _Shared.__doc__, "__module__": __name__}
+Settings = make_dataclass("Settings", FIELDS, bases=(_Shared,), namespace=NAMES)
 
 
 def command(main: Callable[..., Any]) -> None:
@@ -116,14 +102,13 @@ def open_run(
     settings.chosen()  # refuses what there is not before anything is made, as the next lines do
     pick_device(settings.device)
     check_tracker(settings.log)
+    first, alone = processes()[0] == 0, processes()[1] == 1
     shared = {"script": script, "reference": settings.reference, **dataset.facts()}
-    if sweep is not None:
-        shared |= sweep.about()
-        single = processes()[1] == 1
-        require(single, "numbers of shots vary in one process: start it without torchrun")
+    shared |= sweep.about() if sweep else {}
+    why = "numbers of shots vary in one process: start it without torchrun"
+    require(sweep is None or alone, why)
     if settings.verify:
         dataset.store.verify()
-    first = processes()[0] == 0
     every = {name: getattr(settings, name) for name in METHODS}
     folder = run_folder(settings.results, settings.name, shared, every)
     with lock_folder(folder) if first else nullcontext():
@@ -165,12 +150,20 @@ class Experiment:
     def unfinished(self) -> Iterator[tuple[Task, str, Timed]]:
         """What is not finished yet: task, name and method, seed by seed. A mistake in the settings
         of any of a seed's methods is an InputError before the first fit."""
-        methods, here = self.settings.chosen(), processes()
-        for seed, names in self.run.missing(self.settings.seeds, methods).items():
-            task = self._task(seed, here)
+        settings, sweep, here = self.settings, self.sweep, processes()
+        methods, first = settings.chosen(), here[0] == 0
+        about = {"checkpoint_every": settings.checkpoint_every,
+                 "progress": settings.progress and first,
+                 "shots": tuple(sweep.shots) if sweep else ()}  # fmt: skip
+        for seed, names in self.run.missing(settings.seeds, methods).items():
+            reference = self.dataset.reference(settings.reference)
+            device = pick_device(settings.device)
+            task = self.dataset.task(seed, device, reference, settings.stream, here, **about)
+            why = f"no user of {self.dataset.dataset} is unseen, so that no new user's shots could"
+            require(not sweep or task.few is not None, f"{why} vary: run train_basis.py")
             for name in names:
                 check(name, methods[name], task)
-            if here[0] == 0:
+            if first:
                 self.run.begin()
                 self.about = _about(self.dataset, task)
             for name in names:
@@ -178,19 +171,8 @@ class Experiment:
                 self.timed = Timed(methods[name])
                 yield task, name, self.timed
                 wait_for_all()
-                if here[0] == 0:
+                if first:
                     self.run.forget(seed, name)
-
-    def _task(self, seed: int, here: tuple[int, int]) -> Task:
-        settings, sweep = self.settings, self.sweep
-        task = self.dataset.task(
-            seed, pick_device(settings.device), self.dataset.reference(settings.reference),
-            settings.stream, here, checkpoint_every=settings.checkpoint_every,
-            progress=settings.progress and here[0] == 0, shots=tuple(sweep.shots) if sweep else (),
-        )  # fmt: skip
-        why = f"no user of {self.dataset.dataset} is unseen, so that no new user's shots could vary"
-        require(sweep is None or task.few is not None, f"{why}: run train_basis.py")
-        return task
 
     def save(
         self, task: Task, name: str, fits: Sequence[Fitted], records: Sequence[dict[str, Any]]
@@ -200,8 +182,7 @@ class Experiment:
         if processes()[0]:
             return
         for record in records if name != "reference" else ():
-            loss = max(record["log_loss"])
-            who = f"{record['label']}, seed {task.seed}"
+            loss, who = max(record["log_loss"]), f"{record['label']}, seed {task.seed}"
             why = f"{who}: its training diverged (log loss {loss:.1e})"
             require(loss < DIVERGED, f"{why}; lower its learning rate, or choose another optimizer")
         for fit in fits:
@@ -227,9 +208,9 @@ class Experiment:
             "center": store.rows(spread.long()).double().mean(0).float(),
             "extra": self.dataset.about.get("extra", []),
         }  # fmt: skip
-        new = fit.users[:0] if fit.new_users is None else fit.new_users
         if task.few is not None and (known := fit.spread(task.few)) is not None:
             facts["known_unseen"] = known
+        new = fit.users[:0] if fit.new_users is None else fit.new_users
         fit.save(self.run.folder / fit.written, new, facts)
 
     def report(self) -> str:
@@ -240,10 +221,10 @@ class Experiment:
 def _about(dataset: Tasks, task: Task) -> dict[str, Any]:
     """Whose comparisons a repeat has, how many, and what a reader must know of them."""
     said = {"personal": score_test(task.train).sentence}
-    for key in ("split", "overlap", "retest"):
+    starts = {"split": "", "overlap": "", "retest": "The ceiling of any method: "}
+    for key, start in starts.items():
         fact = dataset.info.get(key) or {}
         if fact.get("sentence") and (key != "retest" or fact.get("judged_again")):
-            start = "The ceiling of any method: " if key == "retest" else ""
             said[key] = start + fact["sentence"]
     counts = {key: len(getattr(task, key) or ()) for key in ("train", "seen", "few", "unseen")}
     if task.validation is not None:
