@@ -96,32 +96,32 @@ class Sweep:
 def evaluate(fit: Fitted, task: Task, own: Tensor) -> Iterator[dict[str, Any]]:
     """Records of a fit and its controls on all sets there are, new users having all their shots
     and their own states [U', S]."""
-    states = {"train": fit.users, "seen": fit.users, "few_shot": own, "unseen": own}
-    sets = {"train": task.train, "seen": task.seen, "few_shot": task.few, "unseen": task.unseen}
-    sets = {name: data for name, data in sets.items() if data is not None}
-    held_out = [name for name in ("seen", "unseen") if name in sets]
-    views, kinds = {name: fit.view(data) for name, data in sets.items()}, _kinds(task)
-    for name, data in sets.items():
+    every = {"train": (task.train, fit.users), "seen": (task.seen, fit.users),
+             "few_shot": (task.few, own), "unseen": (task.unseen, own)}  # fmt: skip
+    every = {name: part for name, part in every.items() if part[0] is not None}
+    sets = {name: (fit.view(data), data, state) for name, (data, state) in every.items()}
+    held_out, kinds = [name for name in ("seen", "unseen") if name in sets], _kinds(task)
+    controlled = fit.personal and fit.controlled
+    for name, (view, data, state) in sets.items():
         swapped = ()
-        if name == "unseen" and fit.personal and fit.controlled:
+        if name == "unseen" and controlled:
             swapped = fit.adapt(_relabelled(fit, task.few), task.few, task.seed)[None]
         more = name in held_out, kinds.get(name), swapped
-        yield _record(fit, "", name, _measure(fit, views[name], data, states[name][None], *more))
-    if not (fit.personal and fit.controlled):
+        yield _record(fit, "", name, _measure(fit, view, data, state[None], *more))
+    if not controlled:
         return
     g = torch.Generator().manual_seed(task.seed)
-    swaps = [[swap(len(states[name]), g) for name in held_out] for _ in range(PERMUTATIONS)]
+    swaps = [[swap(len(sets[name][2]), g) for name in held_out] for _ in range(PERMUTATIONS)]
     for name, *orders in zip(held_out, *swaps, strict=True):
-        state, view, data = states[name], views[name], sets[name]
+        view, data, state = sets[name]
         population = fit.population_state.expand(1, len(state), -1)
         others = torch.stack([state[order] for order in orders])
         yield _record(fit, "population", name, _measure(fit, view, data, population))
         yield _record(fit, "another", name, _measure(fit, view, data, others))
-    if task.few is None:
-        return
-    shuffled = [fit.adapt(_relabelled(fit, task.few, g), task.few, g) for _ in range(SHUFFLES)]
-    measured = _measure(fit, views["unseen"], task.unseen, torch.stack(shuffled))
-    yield _record(fit, "shuffled", "unseen", measured)
+    if task.few is not None:
+        again = [fit.adapt(_relabelled(fit, task.few, g), task.few, g) for _ in range(SHUFFLES)]
+        measured = _measure(fit, *sets["unseen"][:2], torch.stack(again))
+        yield _record(fit, "shuffled", "unseen", measured)
 
 
 def _kinds(task: Task) -> dict[str, np.ndarray]:

@@ -27,15 +27,13 @@ class Run:
     def start(cls, folder: Path, settings: Mapping[str, Any]) -> "Run":
         """Go on with what is in a folder, if anything; nothing is written yet. InputError if it
         holds other settings, damaged results, or files that no run wrote."""
-        settings = json.loads(json.dumps(settings, default=str))
-        found = read_written(folder)
-        begun = read_json(folder / "settings.json")
+        settings = plain(settings)
+        found, begun = read_written(folder), read_json(folder / "settings.json")
         empty = not folder.is_dir() or not any(folder.iterdir())
         require(found or begun or empty, f"{folder} holds files that no run wrote: choose another "
                 "--name, or move them")  # fmt: skip
-        for kept in (found, begun):
-            if kept is None:  # either may have been removed, or copied from another run
-                continue
+        # Either may have been removed, or copied from another run
+        for kept in (kept for kept in (found, begun) if kept is not None):
             old = kept.get("settings") if isinstance(kept, dict) else None
             require(isinstance(old, dict), f"{folder}: settings.json is damaged; remove it")
             apart = differences(old, settings)
@@ -55,16 +53,16 @@ class Run:
     def missing(self, seeds: Sequence[int], methods: Mapping[str, Any]) -> dict[int, list[str]]:
         """Seed -> methods that are not finished; InputError if one was fitted with other settings
         than those in ``methods``."""
-        missing = {}
+        missing: dict[int, list[str]] = {}
         for seed in seeds:
             done = self.part(seed)["methods"]
-            for name in [name for name in methods if name in done]:
-                old, new = done[name].get("settings"), plain(methods[name])
-                if old != new:
+            for name, method in methods.items():
+                if name not in done:
+                    missing.setdefault(seed, []).append(name)
+                elif (old := done[name].get("settings")) != (new := plain(method)):
                     why = f"{name} was fitted with other settings ({differences(old, new)})"
                     raise InputError(f"{self.folder}: {why}; choose another --name")
-            missing[seed] = [name for name in methods if name not in done]
-        return {seed: names for seed, names in missing.items() if names}
+        return missing
 
     def part(self, seed: int) -> dict[str, Any]:
         """What is finished of a repeat."""
@@ -117,8 +115,7 @@ def run_folder(
 ) -> Path:
     """Where a run lies: without a name, it has one after the settings that all methods share and
     those of every method there is."""
-    settings = json.loads(json.dumps(settings, default=str))
-    short = f"{settings['script']}-{digest([settings, plain(methods)])[:8]}"
+    short = f"{settings['script']}-{digest(plain([settings, methods]))[:8]}"
     return results / settings["dataset"] / (name or short)
 
 
@@ -136,11 +133,9 @@ def plain(settings: Any) -> Any:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> str:
     """Names of the settings that differ."""
-    names: list[str] = []
-    for key in sorted({*old, *new}):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict) and a != b:
-            names.append(differences(a, b, f"{prefix}{key}."))
-        elif a != b:
-            names.append(prefix + key)
-    return ", ".join(names)
+    apart = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    pairs = [(prefix + key, old.get(key), new.get(key)) for key in apart]
+    return ", ".join(
+        differences(a, b, f"{name}.") if isinstance(a, dict) and isinstance(b, dict) else name
+        for name, a, b in pairs
+    )

@@ -2,7 +2,7 @@
 
 import importlib.util
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,39 +24,40 @@ def track(tracker: Tracker, folder: Path, seed: int, method: Mapping[str, Any]) 
     run of its own; see ``scalars``."""
     for fit in method["fits"] if tracker != "none" else ():
         name = f"{fit['label']}, seed {seed}".replace("/", " ")
-        found = list(scalars(fit, method["records"]))
+        steps = scalars(fit, method["records"])
         if tracker == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
             with SummaryWriter(folder / tracker / name) as writer:
-                for key, value, step in found:
-                    writer.add_scalar(key, value, step)
+                for step, values in steps.items():
+                    for key, value in values.items():
+                        writer.add_scalar(key, value, step)
         else:
             import wandb
 
-            steps = defaultdict(dict)  # each may be logged once, in order
-            for key, value, step in found:
-                steps[step][key] = value
             about = {"project": "LoRe", "group": folder.name, "config": fit["settings"]}
             with wandb.init(dir=folder, name=name, **about) as run:
-                for step in sorted(steps):
-                    run.log(steps[step], step=step)
+                for step, values in steps.items():  # each may be logged once, in order
+                    run.log(values, step=step)
 
 
 def scalars(
     fit: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
-) -> Iterator[tuple[str, float, int]]:
-    """Names, values and steps of a fit's figures: the loss of every training step kept, the
-    validation log loss of every setting tried, and the means over users of accuracy and log loss
-    on every set, at each number of shots or else 0."""
+) -> dict[int, dict[str, float]]:
+    """Step -> a fit's figures by name: the loss of every training step kept, the validation log
+    loss of every setting tried, and the means over users of accuracy and log loss on every set, at
+    each number of shots or else 0."""
+    steps: dict[int, dict[str, float]] = defaultdict(dict)
     for number, loss in enumerate(fit.get("losses", ())):
-        yield "loss", loss, number * fit.get("loss_step", 1)
+        steps[number * fit.get("loss_step", 1)]["loss"] = loss
     tried = fit.get("tried") or ()
     losses = tried.values() if isinstance(tried, Mapping) else (one.get("loss") for one in tried)
     for number, loss in enumerate(losses):
         if loss is not None:
-            yield "validation/log_loss", loss, number
+            steps[number]["validation/log_loss"] = loss
     for record in records:
         if record["label"] == fit["label"] and not record["control"]:
             for key in ("accuracy", "log_loss"):
-                yield f"{record['set']}/{key}", float(np.mean(record[key])), record["shots"] or 0
+                mean = float(np.mean(record[key]))
+                steps[record["shots"] or 0][f"{record['set']}/{key}"] = mean
+    return dict(sorted(steps.items()))
