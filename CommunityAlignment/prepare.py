@@ -41,8 +41,7 @@ def main(
         embeddings.check_model(embedding)
     funnel = tables.Funnel()
     table = tables.tabulate(read(source, language, funnel), funnel)
-    what = f"annotators with at least {min_comparisons} comparisons"
-    table = tables.keep_users(table, min_comparisons, funnel, what)
+    table = tables.keep_users(table, "annotators", min_comparisons, "comparisons", funnel)
     prompts = tables.first_prompts(table.chosen) if unseen_prompts else None
     table = tables.split_dialogues(table, seed, funnel, prompts)
     table = tables.split_users(table, seed, seen_fraction)

@@ -50,8 +50,7 @@ def main(
         embeddings.check_model(embedding)
     funnel = tables.Funnel()
     table = tables.tabulate(read(source, columns, funnel, split, extra), funnel)
-    what = f"users with at least {min_comparisons} comparisons"
-    table = tables.keep_users(table, min_comparisons, funnel, what)
+    table = tables.keep_users(table, "users", min_comparisons, "comparisons", funnel)
     table, held_out = hold_out.hold_out(table, split, seed, funnel)
     if not table.dialog_id.iloc[0]:  # what hangs together is a dialogue of its own
         pairs = hold_out.pair_names(table)
@@ -83,9 +82,9 @@ def read(
         funnel.count("rows")
         check_alike(rows[0], row, columns)
         if is_given and row.split and row.split not in tables.SPLITS:
-            funnel.left_out([f"rows whose {columns.split} is {row.split}"])
+            funnel.left_out(f"rows whose {columns.split} is {row.split}")
         elif row.left_out:
-            funnel.left_out([row.left_out])
+            funnel.left_out(row.left_out)
         else:
             same = {"user_id": row.user, "dialog_id": row.dialog, "split": row.split}
             same |= {"row": number, "place": row.place, "time": row.time}

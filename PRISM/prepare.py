@@ -38,9 +38,7 @@ def main(
     """
     funnel = tables.Funnel()
     table = tables.tabulate(read(source, rejected, funnel), funnel)
-    enough = table.groupby("user_id").dialog_id.transform("nunique") >= min_dialogues
-    what = f"participants with at least {min_dialogues} dialogues"
-    table = tables.keep(table, enough, funnel, what)
+    table = tables.keep_users(table, "participants", min_dialogues, "dialogues", funnel)
     table = tables.split_dialogues(table, seed, funnel)
     table = tables.split_users(table, seed, seen_fraction)
     conversations, table = tables.number_conversations(table, funnel)
@@ -67,7 +65,7 @@ def read(source: str, rejected: str, funnel: tables.Funnel) -> list[dict[str, An
         else:
             known = user in completed
             who = "with no completed conversation" if known else "who are not in the survey"
-            funnel.left_out([f"conversations of participants {who}"])
+            funnel.left_out(f"conversations of participants {who}")
     return comparisons
 
 

@@ -60,7 +60,7 @@ def write_response(topic: str, amounts: dict[str, int], rng: np.random.Generator
     around = [f"For example, {case}" for case in _some(cases, amounts["cases"], rng)]
     for name, phrases in words()["phrases"].items():
         around += [p.format(rng.integers(2, 60)) for p in _some(phrases, amounts[name], rng)]
-    around = [str(phrase) for phrase in rng.permutation(around)]
+    around = _some(around, None, rng)
     opening, closing = around[: len(around) // 3], around[len(around) // 3 :]
     mark = "!" if amounts["exclaims"] else "."
     if not amounts["listed"]:
@@ -69,7 +69,7 @@ def write_response(topic: str, amounts: dict[str, int], rng: np.random.Generator
     return f"{_prose(opening, mark)}\n{bullets}\n{_prose(closing, mark)}".strip()
 
 
-def _some(phrases: Sequence[str], number: int, rng: np.random.Generator) -> list[str]:
+def _some(phrases: Sequence[str], number: int | None, rng: np.random.Generator) -> list[str]:
     return [str(phrase) for phrase in rng.permutation(phrases)[:number]]
 
 
@@ -85,8 +85,7 @@ def write_prompts(number: int, rng: np.random.Generator) -> pd.DataFrame:
     possible = 0 < number <= len(every)
     files.require(possible, f"{number} prompts asked for: there can be 1 to {len(every)}")
     rows = []
-    for i in rng.permutation(len(every))[:number]:
-        topic, form = every[i]
+    for topic, form in rng.permutation(every)[:number].tolist():
         drawn = pd.DataFrame({name: rng.permutation(some) for name, some in AMOUNTS.items()})
         texts = [write_response(topic, amounts, rng) for amounts in drawn.to_dict("records")]
         rows.append([form.format(topic), *texts])
@@ -128,17 +127,15 @@ TASTES: dict[str, dict[str, float]] = {
 
 def measure(texts: list[str]) -> pd.DataFrame:
     """Square roots of how often each thing in MEASURES occurs: each further one adds less."""
-    counts = {
-        name: [len(re.findall(pattern, text, re.IGNORECASE)) for text in texts]
-        for name, pattern in MEASURES.items()
-    }
+    counts = {name: pd.Series(texts).str.count(pattern, re.IGNORECASE)
+              for name, pattern in MEASURES.items()}  # fmt: skip
     return pd.DataFrame(counts).pow(0.5)
 
 
 def score(train: pd.DataFrame, texts: pd.DataFrame) -> pd.DataFrame:
-    """Scores of texts by the ten scorers [texts, 10], each with mean 0 and SD 1 on the train texts.
+    """Scores of texts by the ten scorers [texts, 10], from measures of them and the train texts.
 
-    Both arguments are measures; each of these has mean 0 and SD 1 on the train texts, too.
+    Measures and scores each have mean 0 and SD 1 on the train texts.
     """
     tastes = pd.DataFrame(TASTES).fillna(0.0).reindex(list(MEASURES))
     center, spread = train.mean(), train.std(ddof=0)
@@ -197,28 +194,26 @@ def main(
         "seed": seed, "train_prompts": train_prompts, "test_prompts": test_prompts,
         "head_prompts": head_prompts, "layers": layers, "measures": MEASURES, "tastes": TASTES,
     }  # fmt: skip
-    if not already_made(out, model, world):
-        made = (out / "world.json").exists()
-        files.check_output(out / "world.json", "--out", files.has_keys("measures"))
+    says, head = out / "world.json", model / smollm2.HEAD
+    # An earlier run finished this world, and the model still has the head that it fitted.
+    if not head.exists() or files.read_json(says) != with_head(world, head):
+        made = says.exists()
+        files.check_output(says, "--out", files.has_keys("measures"))
         for split in ("train", "test"):
             files.check_output(out / f"{split}.parquet", "--out", lambda _: made)
-        files.write_text(out / "world.json", json.dumps(world))  # not whole, but ours
+        files.write_text(says, json.dumps(world))  # not whole, but ours
         train, test = prompts[:train_prompts], prompts[train_prompts:]
         tables = {"train": add_scores(train, train), "test": add_scores(test, train)}
         for split, table in tables.items():
             files.write_whole(out / f"{split}.parquet", partial(table.to_parquet, index=False))
         fit_model(smollm2.reward_model(model, layers=layers), tables["train"][:head_prompts])
-        head = {"head_sha256": files.file_sha256(model / smollm2.HEAD)}
-        files.write_text(out / "world.json", json.dumps(world | head, indent=2))
+        files.write_text(says, json.dumps(with_head(world, head), indent=2))
     print(f"{train_prompts} train and {test_prompts} test prompts: {out}, reward model: {model}")
 
 
-def already_made(out: Path, model: Path, world: dict[str, Any]) -> bool:
-    """Whether an earlier run finished this world, and the model still has the head it fitted."""
-    head = model / smollm2.HEAD
-    if not head.exists():
-        return False
-    return files.read_json(out / "world.json") == world | {"head_sha256": files.file_sha256(head)}
+def with_head(world: dict[str, Any], head: Path) -> dict[str, Any]:
+    """What is said of a finished world: its settings and the head of its reward model."""
+    return world | {"head_sha256": files.file_sha256(head)}
 
 
 def fit_model(model: Path, table: pd.DataFrame) -> None:

@@ -4,7 +4,7 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -19,20 +19,7 @@ SCORERS = ("gemma_2b", "gemma_7b", "mistral_raft", "llama3_sfairx", "oasst_deber
            "oasst_pythia_7b", "oasst_pythia_1b", "mistral_ray", "mistral_weqweasdas")  # fmt: skip
 RESPONSES = tuple(f"response_{i}" for i in range(1, 9))
 COLUMNS = ("prompt", *RESPONSES, *(f"{r}_{scorer}" for r in RESPONSES for scorer in SCORERS))
-
-
-class Prompt(NamedTuple):
-    """One row of the raw table."""
-
-    prompt: str
-    responses: list[str]
-    scores: list[list[float]]  # [8, 10]
-
-    @property
-    def conversations(self) -> list[tables.Conversation]:
-        """The prompt with each of the responses."""
-        ask = {"role": "user", "content": self.prompt}
-        return [[ask, {"role": "assistant", "content": answer}] for answer in self.responses]
+Prompt = tuple[str, list[str], list[list[float]]]  # with eight responses and their scores [8, 10]
 
 
 def main(
@@ -50,12 +37,14 @@ def main(
         embeddings.check_model(embedding)
     funnel = tables.Funnel()
     prompts = {split: read(source, split, funnel) for split in ("train", "test")}
-    talks = [talk for rows in prompts.values() for row in rows for talk in row.conversations]
+    talks = [[{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+             for some in prompts.values() for prompt, responses, _ in some
+             for response in responses]  # fmt: skip
     numbers, conversations = tables.distinct([digest(talk) for talk in talks], talks)
     rows = np.split(numbers.reshape(-1, len(RESPONSES)), [len(prompts["train"])])
     arrays = {f"{split}.rows": part for split, part in zip(prompts, rows, strict=True)}
     for split, some in prompts.items():
-        arrays[f"{split}.scores"] = np.array([row.scores for row in some], np.float32)  # [P, 8, 10]
+        arrays[f"{split}.scores"] = np.array([scores for *_, scores in some], np.float32)
     shared = overlap(prompts)
     funnel.count("prompts on both sides", shared["prompt"])
     funnel.count("distinct conversations", len(conversations))
@@ -71,7 +60,7 @@ def read(source: str, split: str, funnel: tables.Funnel) -> list[Prompt]:
     prompts = [read_prompt(place, row) for place, row in rows]
     require(bool(prompts), f"--source {source} has no {split} rows")
     funnel.count(f"{split} prompts", len(prompts))
-    empty = sum(row.responses.count("") for row in prompts)
+    empty = sum(responses.count("") for _, responses, _ in prompts)
     funnel.count(f"{split} responses without text", empty)
     return sorted(prompts, key=json.dumps)
 
@@ -88,15 +77,13 @@ def read_prompt(place: str, row: dict[str, Any]) -> Prompt:
     responses = [raw.text(row[name], place, name) for name in RESPONSES]
     columns = [[f"{name}_{scorer}" for scorer in SCORERS] for name in RESPONSES]
     scores = [[raw.number(row[name], place, name) for name in names] for names in columns]
-    return Prompt(prompt, responses, scores)
+    return prompt, responses, scores
 
 
 def overlap(prompts: dict[str, list[Prompt]]) -> dict[str, Any]:
     """How many held-out prompts training has too, also with one of the responses."""
-    train, test = (
-        {(row.prompt, response) for row in prompts[split] for response in row.responses}
-        for split in ("train", "test")
-    )
+    train, test = ({(prompt, response) for prompt, responses, _ in some for response in responses}
+                   for some in prompts.values())  # fmt: skip
     ours, held_out, both = ({prompt for prompt, _ in some} for some in (train, test, train & test))
     found = {"held_out": len(held_out), "prompt": len(ours & held_out), "response": len(both)}
     sentence = "Of {held_out:,} held-out prompts, {prompt:,} are training prompts too, "

@@ -35,8 +35,8 @@ def main(
         embeddings.check_model(embedding)
     funnel = tables.Funnel()
     table = tables.tabulate(read(source, funnel), funnel)
-    what = "users with comparisons for training and for test"
-    table = tables.keep_both_sides(table, funnel, what).assign(seen=True)
+    what, both = "users with comparisons for training and for test", tables.on_both_sides(table)
+    table = tables.keep(table, both, funnel, what).assign(seen=True)
     conversations, table = tables.number_conversations(table, funnel)
     info = {"dataset": "PersonalRewardBench", "settings": {"source": source}}
     print(tables.write_prepared(out, conversations, table, info, funnel, embedding.get("shard")))
@@ -52,9 +52,9 @@ def read(source: str, funnel: tables.Funnel) -> list[dict[str, Any]]:
         user, split = (raw.name(row[column], place, column) for column in ("user_id", "split"))
         history = messages.conversation(row["context"], place, "context")
         if split not in SPLITS:
-            funnel.left_out([f"rows whose split is {split}"])
+            funnel.left_out(f"rows whose split is {split}")
         elif not (all(m["content"] for m in history) and history and history[-1]["role"] == "user"):
-            funnel.left_out(["rows whose context does not end with a message of the user"])
+            funnel.left_out("rows whose context does not end with a message of the user")
         else:
             prompts = [message["content"] for message in history if message["role"] == "user"]
             name = row.get("conversation_id")

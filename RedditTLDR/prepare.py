@@ -37,9 +37,9 @@ def main(
         embeddings.check_model(embedding)
     funnel = tables.Funnel()
     table = tables.tabulate(read(source, funnel), funnel)
-    what = f"workers with at least {min_annotations} annotations"
-    table = tables.keep_users(table, min_annotations, funnel, what)
-    table, held_out = hold_out.hold_out(table, split, seed, funnel, f"{what}, some in both splits")
+    table = tables.keep_users(table, "workers", min_annotations, "annotations", funnel)
+    both = f"workers with at least {min_annotations} annotations, some in both splits"
+    table, held_out = hold_out.hold_out(table, split, seed, funnel, both)
     conversations, table = tables.number_conversations(table, funnel)
     settings = {"source": source, "min_annotations": min_annotations, "split": split, "seed": seed}
     info = {"dataset": "RedditTLDR", "settings": settings, "split": held_out}

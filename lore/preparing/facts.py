@@ -12,9 +12,10 @@ SAYS = {
     "new": "new (a response that training lacks)",
 }
 LEAST_USERS = 5  # of an interval
+Found = dict[str, Any]
 
 
-def count_kinds(table: pd.DataFrame) -> dict[str, Any]:
+def count_kinds(table: pd.DataFrame) -> Found:
     """How many held-out comparisons are known, met and new, of seen and of unseen users (of whom
     training has their own shots and what seen users judged); ``by_user`` are the means over users
     of the kinds' shares. The table has user_id, split, seen, and numbers of chosen and rejected.
@@ -33,16 +34,13 @@ def count_kinds(table: pd.DataFrame) -> dict[str, Any]:
             by_user = is_kind.groupby(users[test & whose]).mean().mean().round(4).to_dict()
             found[name] = {**is_kind.sum().to_dict(), "by_user": by_user}
             shares[name] = is_kind.mean()
-    parts = []
-    for what, meaning in SAYS.items():
-        said = [f"{share[what]:.1%} of {name} users'" for name, share in shares.items()]
-        parts.append(f"{' and '.join(said)} are {meaning}")
-    return {**found, "sentence": f"Of the held-out comparisons, {'; '.join(parts)}."}
+    said = {what: " and ".join(f"{share[what]:.1%} of {name} users'"
+                               for name, share in shares.items()) for what in SAYS}  # fmt: skip
+    parts = "; ".join(f"{said[what]} are {meaning}" for what, meaning in SAYS.items())
+    return {**found, "sentence": f"Of the held-out comparisons, {parts}."}
 
 
-def retest(
-    table: pd.DataFrame, chosen: str = "chosen", rejected: str = "rejected"
-) -> dict[str, Any]:
+def retest(table: pd.DataFrame, chosen: str = "chosen", rejected: str = "rejected") -> Found:
     """How often users who judged a pair again chose as before (same), and others as they did.
 
     The table has user_id, split, and numbers or names of conversations in the columns ``chosen``
@@ -53,27 +51,24 @@ def retest(
     """
     swap = table[chosen] > table[rejected]
     low, high = table[chosen].mask(swap, table[rejected]), table[rejected].mask(swap, table[chosen])
-    units = table.assign(low=low, high=high, low_wins=~swap).groupby(["user_id", "low", "high"])
-    units = units.agg(
-        n=("low_wins", "size"), low_wins=("low_wins", "sum"), sides=("split", "nunique")
-    )
-    everybody = units.groupby(["low", "high"])[["n", "low_wins"]].transform("sum")
-    again = units.n > 1
-    n, wins = units.n[again], units.low_wins[again]
-    found = {"judged_again": len(n), "both_sides": int((units.sides[again] > 1).sum())}
-    if not len(n):
+    units = table.assign(low=low, high=high, won=~swap).groupby(["user_id", "low", "high"])
+    units = units.agg(n=("won", "size"), wins=("won", "sum"), sides=("split", "nunique"))
+    others = units.groupby(["low", "high"])[["n", "wins"]].transform("sum") - units[["n", "wins"]]
+    again = units[units.n > 1].join(others, rsuffix="_rest")
+    n, wins, sides, rest, rest_wins = (again[name] for name in again)
+    found = {"judged_again": len(n), "both_sides": int((sides > 1).sum())}
+    if again.empty:
         return {**found, "sentence": "No user judged a pair twice."}
     same = float(((wins * (wins - 1) + (n - wins) * (n - wins - 1)) / (n * (n - 1))).mean())
-    rest, rest_wins = everybody.n[again] - n, everybody.low_wins[again] - wins
     agree = ((wins * rest_wins + (n - wins) * (rest - rest_wins)) / (n * rest))[rest > 0]
-    several = n.index.get_level_values("user_id").nunique() >= LEAST_USERS
+    several = again.index.get_level_values("user_id").nunique() >= LEAST_USERS
     found |= {"same": round(same, 4), "interval": wilson(same, len(n)) if several else None}
     found["others"] = round(float(agree.mean()), 4) if len(agree) else None
     sentence = f"Users judged {len(n):,} pairs again and chose as before in {same:.1%}"
     if several:
         sentence += " (95 % interval {:.1%} to {:.1%})".format(*found["interval"])
-    others = f"others agree with them on these in {found['others']:.1%}" if len(agree) else ""
-    sentence += f"; {others or 'nobody else judged these'}"
+    alike = f"others agree with them on these in {found['others']:.1%}" if len(agree) else ""
+    sentence += f"; {alike or 'nobody else judged these'}"
     if found["both_sides"]:
         sentence += f"; {found['both_sides']:,} of them stand on both sides of the split"
     return {**found, "sentence": f"{sentence}."}

@@ -8,7 +8,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from lore.common.files import digest, require
-from lore.preparing.tables import Funnel, draw, first_prompts, halve, keep_both_sides, on_both_sides
+from lore.preparing.tables import Funnel, draw, first_prompts, halve, keep, on_both_sides
 
 Split = Literal["given", "dialogs", "prompts", "responses", "pairs"]
 ENOUGH = 100  # comparisons for training, and as many held out, that a default split leaves
@@ -44,8 +44,9 @@ def hold_out(
     require(_is_there(table, chosen), f"--split {chosen}: the rows have none; choose another")
     split = _sides(table, chosen, seed)
     crossing = int((split == "").sum())
-    funnel.left_out(["comparisons of a held-out response with one of training"] * crossing)
-    kept = keep_both_sides(table.assign(split=split)[split != ""], funnel, what)
+    funnel.left_out("comparisons of a held-out response with one of training", crossing)
+    kept = table.assign(split=split)[split != ""]
+    kept = keep(kept, on_both_sides(kept), funnel, what)
     sentence = SAYS[chosen].format(crossing=crossing)
     if by is None:
         sentence += f" This is --split {chosen}, the hardest that leaves enough."

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from itertools import permutations
+from itertools import chain, permutations
 from typing import Any, Literal, NamedTuple
 
 from lore.common.files import InputError, digest, require
@@ -24,8 +24,7 @@ log = logging.getLogger(__name__)
 Cells = Mapping[str, Any]  # of a row, by column
 Row = tuple[str, Cells]  # its place for messages, such as "mine.jsonl row 12"
 
-NO_PROMPT = "rows with an empty prompt or message"
-TIES = "ties"
+NO_PROMPT, TIES = "rows with an empty prompt or message", "ties"  # why a row is left out
 NONE = "none"  # --winner none: no column says who won
 
 
@@ -458,7 +457,7 @@ def _in_words(value: str) -> int | None:
 
 
 def _ratings(rows: Sequence[Row], columns: Columns) -> list[Choice]:
-    """Ratings of responses: pairs of one user's ratings after the same prompt."""
+    """Ratings of responses: a pair for each two of a user after one prompt that differ enough."""
     left_out, rated, of_user = [], defaultdict(list), defaultdict(dict)
     for place, row in rows:
         choice = _choice(place, row, columns, [columns.response])
@@ -468,8 +467,12 @@ def _ratings(rows: Sequence[Row], columns: Columns) -> list[Choice]:
         else:
             prompt = digest(choice.chosen[0][:-1])
             rated[choice.user, choice.dialog, choice.split, prompt].append((rating, choice))
-    for (user, *_), some in rated.items():
-        of_user[user] |= _rated_pairs(some, columns.margin)
+    for (high, better), (low, worse) in chain(*(permutations(some, 2) for some in rated.values())):
+        if high > low and high - low >= columns.margin:
+            weight, sources = (better.weight + worse.weight) / 2, better.sources + worse.sources
+            pair = better._replace(rejected=worse.chosen, weight=weight, sources=sources)
+            name = digest([pair.user, pair.dialog, pair.chosen, pair.rejected])
+            of_user[pair.user][name] = pair
     number = columns.pairs_per_user
     found = [pairs[key] for pairs in of_user.values() for key in sorted(draw(pairs, number, 0))]
     log.info("%d ratings make %d comparisons, %d of which follow from two others of the same user",
@@ -484,18 +487,6 @@ def _following(choices: Sequence[Choice]) -> int:
     for user, chosen, rejected in named:
         worse[user, chosen].add(rejected)
     return sum(any(c in worse.get((u, b), ()) for b in worse[u, a]) for u, a, c in named)
-
-
-def _rated_pairs(rated: list[tuple[float, Choice]], margin: float) -> dict[str, Choice]:
-    """A choice for each two ratings that differ enough, the higher one chosen."""
-    found = {}
-    for (high, better), (low, worse) in permutations(rated, 2):
-        if high > low and high - low >= margin:
-            weight = (better.weight + worse.weight) / 2
-            sources = better.sources + worse.sources
-            pair = better._replace(rejected=worse.chosen, weight=weight, sources=sources)
-            found[digest([pair.user, pair.dialog, pair.chosen, pair.rejected])] = pair
-    return found
 
 
 LAYOUTS = {  # the columns that a layout needs, and what makes choices of its rows

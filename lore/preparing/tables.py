@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,14 +71,13 @@ class Funnel:
     def count(self, what: str, number: int = 1) -> None:
         self._kept[what] += int(number)
 
-    def left_out(self, reasons: Iterable[str]) -> None:
-        self._left_out.update(reasons)
+    def left_out(self, why: str, number: int = 1) -> None:
+        self._left_out[f"left out: {why}"] += int(number)
 
     @property
     def counts(self) -> dict[str, int]:
         """What is left out comes last, in the order of the reasons."""
-        left_out = {f"left out: {why}": n for why, n in sorted(self._left_out.items())}
-        return {**self._kept, **left_out}
+        return {**self._kept, **dict(sorted((+self._left_out).items()))}
 
     def lines(self) -> str:
         return "\n".join(f"{n:>9,}  {what}" for what, n in self.counts.items())
@@ -108,7 +108,7 @@ def compare(turns: Sequence[Turn], end: str, same: dict[str, Any], funnel: Funne
         won, *lost = ([*history, answer] for answer in answers)
         found += against([won], lost, {**same, "turn": number, "weight": 1.0}, funnel)
         history = won
-    funnel.left_out([end] * bool(end))
+    funnel.left_out(end, bool(end))
     return found
 
 
@@ -116,18 +116,15 @@ def against(
     chosen: list[Conversation], rejected: list[Conversation], same: dict[str, Any], funnel: Funnel
 ) -> Comparisons:
     """Every chosen response against every rejected one, with what is the ``same`` of all."""
-    found = []
-    for won in chosen:
-        if not won[-1]["content"]:
-            funnel.left_out(["chosen responses empty"])
-            continue
-        for lost in rejected:
-            if lost == won:
-                funnel.left_out(["rejected responses equal to the chosen one"])
-            elif not lost[-1]["content"]:
-                funnel.left_out(["rejected responses empty"])
-            else:
-                found.append({**same, "chosen": won, "rejected": lost})
+    found, said = [], [won for won in chosen if won[-1]["content"]]
+    funnel.left_out("chosen responses empty", len(chosen) - len(said))
+    for won, lost in product(said, rejected):
+        if lost == won:
+            funnel.left_out("rejected responses equal to the chosen one")
+        elif not lost[-1]["content"]:
+            funnel.left_out("rejected responses empty")
+        else:
+            found.append({**same, "chosen": won, "rejected": lost})
     return found
 
 
@@ -150,10 +147,13 @@ def keep(comparisons: pd.DataFrame, rows: pd.Series, funnel: Funnel, what: str) 
     return kept
 
 
-def keep_users(table: pd.DataFrame, least: int, funnel: Funnel, what: str) -> pd.DataFrame:
-    """The comparisons of the users with at least so many, who are counted."""
-    enough = table.groupby("user_id").user_id.transform("size") >= least
-    return keep(table, enough, funnel, what)
+def keep_users(
+    comparisons: pd.DataFrame, users: str, least: int, units: str, funnel: Funnel
+) -> pd.DataFrame:
+    """The comparisons of the users with at least so many dialogues, or comparisons by any name."""
+    of_user = comparisons.groupby("user_id").dialog_id
+    enough = of_user.transform("nunique" if units == "dialogues" else "size") >= least
+    return keep(comparisons, enough, funnel, f"{users} with at least {least} {units}")
 
 
 # ------------------------------------------------------------------------------- Splits
@@ -181,13 +181,9 @@ def split_dialogues(
     users = comparisons.user_id
     own = users + "\n" + comparisons.dialog_id
     split = halve(own, seed, users) if units is None else halve(units, seed)
+    table = comparisons.assign(split=split)
     what = "users with dialogues for training and for test"
-    return keep_both_sides(comparisons.assign(split=split), funnel, what)
-
-
-def keep_both_sides(comparisons: pd.DataFrame, funnel: Funnel, what: str) -> pd.DataFrame:
-    """The comparisons of the users who have some in train and some in test."""
-    return keep(comparisons, on_both_sides(comparisons), funnel, what)
+    return keep(table, on_both_sides(table), funnel, what)
 
 
 def on_both_sides(comparisons: pd.DataFrame) -> pd.Series:
@@ -201,8 +197,8 @@ def split_users(comparisons: pd.DataFrame, seed: int, seen_fraction: float) -> p
     users = comparisons.user_id.nunique()
     require(0 <= seen_fraction <= 1, f"--seen-fraction {seen_fraction} must be between 0 and 1")
     count = round(seen_fraction * users)
-    error = f"--seen-fraction {seen_fraction} of {users} users makes {count} of them seen; "
-    require(0 < count < users, f"{error}there must be seen and unseen ones")
+    require(0 < count < users, f"--seen-fraction {seen_fraction} of {users} users makes {count} of "
+            "them seen; there must be seen and unseen ones")  # fmt: skip
     drawn = draw(comparisons.user_id, count, seed)
     return comparisons.assign(seen=comparisons.user_id.isin(drawn))
 
@@ -254,9 +250,9 @@ def _count_sets(comparisons: pd.DataFrame, funnel: Funnel) -> None:
         for kind, rows in (("seen", comparisons.seen), ("unseen", ~comparisons.seen)):
             funnel.count(f"{kind} users", comparisons[rows].user_id.nunique())
     table = comparisons.assign(prompt=first_prompts(comparisons.chosen))
-    train, test, val = (table[table.split == side] for side in (*SPLITS, VALIDATION))
-    for side, part in (("training", train), ("validation", val), ("test", test)):
-        if side != "validation" or len(part):
+    train, val, test = (table[table.split == side] for side in ("train", VALIDATION, "test"))
+    for side, part in {"training": train, "validation": val, "test": test}.items():
+        if len(part):
             funnel.count(f"{side} comparisons", len(part))
             funnel.count(f"{side} dialogues", part.groupby(["user_id", "dialog_id"]).ngroups)
             funnel.count(f"first prompts of {side} dialogues", part.prompt.nunique())
@@ -307,7 +303,6 @@ def write_prepared(
     info = {**info, "counts": funnel.counts}
     with files.lock_folder(folder, share):
         _check_folder(folder, info)
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / "prepare.json").unlink(missing_ok=True)  # a half-written folder is not prepared
         talks = folder / TALKS
         files.write_whole(talks, lambda draft: _write_conversations(draft, conversations))
@@ -323,11 +318,11 @@ def write_prepared(
         info |= {"conversations_sha256": texts, "data_sha256": digest([texts, content])}
         info["files"] = {file.name: files.file_sha256(file) for file in (talks, path)}
         files.write_text(folder / "prepare.json", json.dumps(info, indent=2))
-    says = [info[what]["sentence"] for what in PRINTED if info.get(what)]
+    says = [funnel.lines(), *(info[what]["sentence"] for what in PRINTED if info.get(what))]
     says += [f"WARNING: {info['warning']}"] if "warning" in info else []
     what = f"{len(table):,} comparisons" if isinstance(table, pd.DataFrame) else "scores"
-    end = f"prepared {what} of {len(conversations):,} conversations in {folder}"
-    return "\n".join([funnel.lines(), *says, end])
+    says += [f"prepared {what} of {len(conversations):,} conversations in {folder}"]
+    return "\n".join(says)
 
 
 def _check_folder(folder: Path, info: Mapping[str, Any]) -> None:
@@ -336,22 +331,21 @@ def _check_folder(folder: Path, info: Mapping[str, Any]) -> None:
     require(not has_script, f"--out {folder} holds scripts; name a folder for the data alone")
     says, source = folder / "prepare.json", info["settings"].get("source")
     files.check_output(says, "--out", files.has_keys("dataset", "files"), [source])
-    is_prepared = says.exists()  # a run that was killed has left none
-
-    def is_ours(path: Path) -> bool:
-        with suppress(OSError, pa.ArrowException, SafetensorError):
-            if is_prepared:
-                return True
-            if path.suffix == ".parquet":
-                found = pq.read_schema(path)
-                marked = MARK.items() <= (found.metadata or {}).items()
-                return marked or found.names[: len(COLUMNS)] == list(COLUMNS)
-            with safe_open(path, "np") as file:
-                return "train.scores" in file.keys()  # noqa: SIM118
-        return False
-
+    is_ours = (lambda _: True) if says.exists() else _is_of_killed
     for name in (COMPARISONS, TALKS, SCORES):
         files.check_output(folder / name, "--out", is_ours, [source])
+
+
+def _is_of_killed(path: Path) -> bool:
+    """Whether a table is of a run that was killed before it wrote prepare.json."""
+    with suppress(OSError, pa.ArrowException, SafetensorError):
+        if path.suffix == ".parquet":
+            found = pq.read_schema(path)
+            marked = MARK.items() <= (found.metadata or {}).items()
+            return marked or found.names[: len(COLUMNS)] == list(COLUMNS)
+        with safe_open(path, "np") as file:
+            return "train.scores" in file.keys()  # noqa: SIM118
+    return False
 
 
 def _write_conversations(path: Path, conversations: Sequence[Conversation]) -> None:
@@ -375,8 +369,8 @@ def read_info(folder: Path, dataset: str | None = None) -> dict[str, Any]:
     require(isinstance(info, dict), f"{path} is not as expected; {AGAIN}")
     wrong = [key for key, kind in INFO.items() if not isinstance(info.get(key), kind)]
     if not wrong:
-        says = {key: (info.get(key) or {}).get("sentence", "") for key in ("overlap", *PRINTED)}
-        wrong = [key for key, sentence in says.items() if not isinstance(sentence, str)]
+        wrong = [key for key in ("overlap", *PRINTED)
+                 if not isinstance((info.get(key) or {}).get("sentence", ""), str)]  # fmt: skip
         wrong += ["dataset"] * (not re.fullmatch(r"[\w-]+", info["dataset"]))
         wrong += ["files"] * (set(info["files"]) not in TABLES)
     require(not wrong, f"{path} is not as expected: {', '.join(wrong)}; {AGAIN}")
@@ -390,9 +384,8 @@ def read_info(folder: Path, dataset: str | None = None) -> dict[str, Any]:
         require(path.is_file(), f"{path}: not there; {AGAIN}")
         same = files.file_sha256(path) == sha256
         require(same, f"{path} is not the file that prepare.py wrote; run it again")
-    path = folder / TALKS
-    is_right = _read_table(path, pq.read_schema).equals(MESSAGES)
-    require(is_right, f"{path}: has other columns than messages; {AGAIN}")
+    is_right = _read_table(folder / TALKS, pq.read_schema).equals(MESSAGES)
+    require(is_right, f"{folder / TALKS}: has other columns than messages; {AGAIN}")
     return info
 
 
@@ -409,8 +402,8 @@ def read_comparisons(folder: Path, num_rows: int) -> pd.DataFrame:
     numbers = {f"{side}{name}": float for name in extra_names(table) for side in EXTRA.values()}
     for column, kind in {**COLUMNS, **numbers}.items():
         require(column in table, f"{path}: lacks the column {column}; {AGAIN}")
-        is_text = table[column].map(type).eq(str).all()
-        right = is_text if kind is str else table[column].dtype == kind
+        found = table[column]
+        right = found.map(type).eq(str).all() if kind is str else found.dtype == kind
         what = {str: "text", bool: "true or false"}.get(kind, kind)
         require(right, f"{path}: {column} is not all {what}; {AGAIN}")
     known = (*SPLITS, VALIDATION)
@@ -445,7 +438,6 @@ def read_scores(folder: Path, num_rows: int) -> dict[str, Tensor]:
 
 
 def _read_table(path: Path, read: Callable[[Path], Any] = pq.read_table) -> Any:
-    require(path.is_file(), f"{path}: not there; {AGAIN}")
     try:
         return read(path)
     except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:

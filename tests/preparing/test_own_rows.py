@@ -45,6 +45,7 @@ def message(role: str, content: str) -> dict[str, str]:
 # ------------------------------------------------------------------- Two and a winner
 
 TWO = {"user": "ann", "prompt": "Why?", "response_a": "one", "response_b": "two"}
+PAIR = {"user": "u", "prompt": "p", "chosen": "a", "rejected": "b"}
 
 
 def votes(*winners: Any, **columns: Any) -> list[str]:
@@ -89,13 +90,10 @@ def test_verdicts_that_are_not_understood_are_listed(values, message):
         votes(*values)
 
 
-def test_flags_say_what_verdicts_mean():
+def test_flags_say_what_verdicts_and_ties_mean():
     given = {"first_wins": ("1",), "second_wins": ("0",)}
     assert votes(0, 1, "tie", **given) == ["two", "one", "tie"]
     assert votes("yes", "no", first_wins=("YES",), second_wins=("no",)) == ["one", "two"]
-
-
-def test_ties_count_half_each_way():
     found = read([{**TWO, "preferred": "tie", "weight": 3}], ties="half")
     both = [(*said(choice), choice.weight) for choice in found]
     assert both == [("one", "two", 1.5), ("two", "one", 1.5)]
@@ -143,6 +141,7 @@ def test_three_columns_may_say_who_won():
         ({**TWO, "preferred": "A"}, {"chosen": "response_a", "rejected": "response_b"},
          "no flag uses the column preferred; .* --winner preferred, else --winner none"),
         ({**TWO, "preferred": "A"}, {"winner": "best"}, "row 1 has no column best, only user, "),
+        ({**PAIR, "label": "safe"}, {}, "no flag uses the column label"),
     ],
 )  # fmt: skip
 def test_a_layout_that_is_not_clear_is_refused(row, columns, message):
@@ -150,18 +149,15 @@ def test_a_layout_that_is_not_clear_is_refused(row, columns, message):
         read([row] * 3, **columns)
 
 
+def test_none_says_that_a_column_tells_no_winner():
+    assert said(read([{**PAIR, "label": "safe"}], winner="none")[0]) == ("a", "b")
+
+
 def test_names_of_responses_are_no_responses():
     rows = [{**TWO, "best": "AB"[i % 2]} for i in range(8)]
     with pytest.raises(InputError, match="best holds nothing but A, B, which are no responses"):
         read(rows, chosen="best", rejected="response_b")
     assert len(read(rows[:5], chosen="best", rejected="response_b")) == 5
-
-
-def test_none_says_that_a_column_tells_no_winner():
-    row = {"user": "u", "prompt": "p", "chosen": "a", "rejected": "b", "label": "safe"}
-    with pytest.raises(InputError, match="no flag uses the column label"):
-        read([row])
-    assert said(read([row], winner="none")[0]) == ("a", "b")
 
 
 # ------------------------------------------------------------------- Lists of messages
@@ -195,8 +191,7 @@ def test_messages_are_read_wherever_text_is(row, as_csv):
 
 
 def test_what_both_begin_with_is_the_prompt_of_longer_dialogues():
-    system = message("system", "be brief")
-    both = [system, ASKED, GOOD, message("user", "And?")]
+    both = [message("system", "be brief"), ASKED, GOOD, message("user", "And?")]
     [choice] = read([{"chosen": [*both, GOOD], "rejected": [*both, BAD]}])
     assert choice.chosen == [[*both, GOOD]] and choice.rejected == [[*both, BAD]]
 
@@ -282,7 +277,7 @@ def test_a_margin_and_a_number_bound_the_pairs():
 
 def test_spellings_of_a_user_are_joined_and_told(caplog):
     names = ["Jos\u00e9", "Jose\u0301", " Jos\u00e9 ", "ann"]
-    rows = [{"user": n, "prompt": "p", "chosen": "a", "rejected": "b"} for n in names]
+    rows = [{**PAIR, "user": name} for name in names]
     with caplog.at_level("INFO"):
         assert [choice.user for choice in read(rows)] == ["Jos\u00e9"] * 3 + ["ann"]
     assert "2 spellings of users' names were joined" in caplog.text
@@ -324,9 +319,9 @@ def prepared(file: Path, columns: Columns) -> list[dict[str, Any]]:
 def agree(file: Path, columns: Columns) -> None:
     """rank_responses.py and ask.py --pool read what prepare.py reads, each row as heavy."""
     rows, found = prepared(file, columns), read_user_choices(file, columns)
-    assert found.chosen == [row["chosen"] for row in rows]
-    assert found.rejected == [row["rejected"] for row in rows]
-    assert found.weight.tolist() == [row["weight"] for row in rows]
+    for name, some in (("chosen", found.chosen), ("rejected", found.rejected),
+                       ("weight", found.weight.tolist())):  # fmt: skip
+        assert some == [row[name] for row in rows]
     if any(row["chosen"][:-1] != row["rejected"][:-1] for row in rows):
         with pytest.raises(InputError, match="must be one message each, after the same dialogue"):
             read_pool(file, columns)
@@ -386,7 +381,6 @@ REFUSED = [
 ]  # fmt: skip
 
 
-@pytest.fixture
 def case(name: str) -> Path:
     if not (CASES / name).exists():
         pytest.skip(f"there is no {name}")
@@ -394,23 +388,22 @@ def case(name: str) -> Path:
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_a_file_that_people_have_goes_in(case, name):
+def test_a_file_that_people_have_goes_in(name):
     columns, count = COUNTS[name]
-    found = prepared(case, Columns(**columns))
+    found = prepared(case(name), Columns(**columns))
     assert len(found) == count
     assert {tuple(m["role"] for m in row["chosen"][-2:]) for row in found} == {SIDES}
     assert not any(row["chosen"][-1]["content"].startswith(("[{", '["')) for row in found)
-    agree(case, Columns(**{**columns, "user_name": "me"}))
+    agree(case(name), Columns(**{**columns, "user_name": "me"}))
 
 
 @pytest.mark.parametrize(("name", "columns", "message"), REFUSED)
-def test_a_file_that_does_not_say_enough_is_one_line(case, columns, message):
+def test_a_file_that_does_not_say_enough_is_one_line(name, columns, message):
     with pytest.raises(InputError, match=message) as error:
-        prepared(case, Columns(**columns))
+        prepared(case(name), Columns(**columns))
     assert "\n" not in str(error.value) and len(str(error.value)) < 700
 
 
-@pytest.mark.parametrize("name", ["C12-mturk-batch.csv"])
-def test_a_batch_of_a_crowd_site_has_rows_of_missing_cells(case):
-    rows = [row for _, row in read_file(case)]
+def test_a_batch_of_a_crowd_site_has_rows_of_missing_cells():
+    rows = [row for _, row in read_file(case("C12-mturk-batch.csv"))]
     assert len(rows) == 24 and all(row["Reject"] == "" for row in rows)

@@ -1,10 +1,11 @@
-"""OwnData/prepare.py: anybody's rows in any format, what is divided, what is beside a response."""
+"""OwnData/prepare.py: anybody's rows in any format, what is held out, what is beside a response."""
 
 import csv
 import json
 import math
 import random
 from datetime import datetime
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -151,16 +152,14 @@ def test_lists_of_responses_share_the_weight_of_their_row(tmp_path):
     assert info["counts"]["left out: rejected responses equal to the chosen one"] == 1
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_rows_with_a_pair_in_common_are_on_one_side(tmp_path, seed):
+def test_rows_with_a_pair_in_common_are_on_one_side(tmp_path):
     """A and B share a pair, B and C another: all that the three compare is on one side."""
-    chain = [("a", ["b", "c"]), ("b", ["a", "d"]), ("d", ["b", "e"])]
-    rows = own_rows() + [
-        {**ONE, "user": "u0", "chosen": chosen, "rejected": rejected} for chosen, rejected in chain
-    ]
-    _, table = prepared(tmp_path, rows, seed=seed)
-    some = table[table.chosen.map(lambda messages: messages[0]["content"] == "p")]
-    assert len(some) == 6 and some.split.nunique() == 1
+    links = [("a", ["b", "c"]), ("b", ["a", "d"]), ("d", ["b", "e"])]
+    rows = own_rows() + [{**ONE, "user": "u0", "chosen": a, "rejected": b} for a, b in links]
+    for seed in range(4):
+        _, table = prepared(tmp_path, rows, seed=seed)
+        some = table[table.chosen.map(lambda messages: messages[0]["content"] == "p")]
+        assert len(some) == 6 and some.split.nunique() == 1
 
 
 def test_turns_follow_the_time_and_then_the_length(tmp_path):
@@ -246,57 +245,111 @@ def test_numbers_go_with_their_responses_in_every_layout(tmp_path):
     assert beside(table, "safe") == [(f"r{i}", i, i - 1) for i in (1, 3, 5, 7)]
 
 
-# ----------------------------------------------------------------------------- Bad input
+# ----------------------------------------------------------------------------- What is held out
+
+
+def ratings(users: int = 16, items: int = 25, count: int = 60, prompts: int = 1) -> Rows:
+    """Choices between two of some items after a prompt, ``count`` by each user."""
+    rng, rows = random.Random(0), []
+    pairs = list(combinations(range(items), 2))
+    for user in range(users):
+        for i, pair in enumerate(rng.sample(pairs, count)):
+            chosen, rejected = (f"item {item}" for item in rng.sample(pair, 2))
+            row = {"user": f"u{user}", "prompt": f"which of these, {i % prompts}?"}
+            rows.append({**row, "chosen": chosen, "rejected": rejected})
+    return rows
+
+
+def sides(table: pd.DataFrame) -> list[set[str]]:
+    """The conversations of training and those held out."""
+    parts = [table[table.split == side] for side in ("train", "test")]
+    return [set(map(str, part.chosen)) | set(map(str, part.rejected)) for part in parts]
+
+
+def test_no_response_is_on_both_sides_where_responses_are_divided(tmp_path):
+    info, table = prepared(tmp_path, ratings(), split="responses", seed=1)
+    train, test = sides(table)
+    assert not train & test and (len(train), len(test)) == (15, 10)
+    crossing = info["split"]["crossing"]
+    assert crossing == 16 * 60 - len(table) > 0
+    why = "left out: comparisons of a held-out response with one of training"
+    assert info["counts"][why] == crossing
+    assert f"{crossing:,} comparisons" in info["split"]["sentence"]
+    for group in ("seen", "unseen"):  # all are new
+        assert info["kinds"][group]["known"] == info["kinds"][group]["met"] == 0
+    again, _ = prepared(tmp_path / "again", ratings()[::-1], split="responses", seed=1)
+    other, _ = prepared(tmp_path / "other", ratings(), split="responses", seed=2)
+    assert again["data_sha256"] == info["data_sha256"] != other["data_sha256"]
 
 
 @pytest.mark.parametrize(
-    ("change", "settings", "message"),
+    ("by", "rows"),
     [
-        ({"chosen_length": None}, {"extra": ("width",)},
-         "row 1 has no column chosen_width, which --extra width reads"),
-        ({"chosen_length": "long"}, {"extra": ("length",)},
-         "row 3: chosen_length must be a number, not 'long'"),
-        ({"chosen_length": [1]}, {"extra": ("length",)}, "row 3: chosen_length must be a number"),
-        ({"chosen": ["a", "b"]}, {"extra": ("length",)},
-         "row 3: --extra needs one response on either side"),
-        ({"dialog": "d"}, {}, "row 1 has no dialog, but .*row 3 has; fill it in everywhere or lea"),
-        ({"split": "train"}, {}, "row 1 has no split, but .*row 3 has; fill it in everywhere or"),
-        ({}, {"columns": Columns(user="worker")},
-         "row 1 has no column worker, only user, .*; --user says which one holds it$"),
+        ("responses", ratings()),  # one prompt, few items, each of which many users judge
+        ("pairs", ratings(count=10)),  # fewer than 100 comparisons would be held out
+        ("pairs", ratings(items=15)),  # too few items to divide
+        ("prompts", ratings(prompts=30)),
+        ("dialogs", [{**row, "dialog": row["chosen"]} for row in ratings(prompts=30)]),
+        ("given", [{**row, "dialog": "d", "split": "test" if i % 3 else "train"}
+                   for i, row in enumerate(ratings())]),
     ],
 )  # fmt: skip
-def test_rows_unlike_others_or_the_flags_are_refused(tmp_path, change, settings, message):
-    rows = [{**row, "chosen_length": 1, "rejected_length": 2} for row in own_rows()]
-    rows[2] |= change
-    with pytest.raises(InputError, match=message):
-        prepared(tmp_path, rows, **settings)
-    assert not (tmp_path / "data").exists()
+def test_the_default_is_the_hardest_that_leaves_enough(tmp_path, by, rows, capsys):
+    info, _ = prepared(tmp_path, rows)
+    assert info["split"]["by"] == by and f"--split {by}, the hardest" in info["split"]["sentence"]
+    assert info["split"]["sentence"] in capsys.readouterr().out
+    named, _ = prepared(tmp_path / "named", rows, split=by)
+    assert named["data_sha256"] == info["data_sha256"]
+    assert "hardest" not in named["split"]["sentence"]
+    if by == "prompts":  # none is on both sides
+        assert info["overlap"]["prompt"] == info["overlap"]["response"] == 0
+        assert info["kinds"]["seen"]["new"] > 0 == info["kinds"]["seen"]["met"]
 
 
-def test_a_source_that_is_not_there_is_named(tmp_path):
-    for source, message in {
-        tmp_path / "none.jsonl": "none.jsonl: there is no such file",
-        tmp_path: "has no file that ends in .jsonl, .ndjson, .json, .csv, .tsv, .parquet",
-        "": "--source is empty; name a file, a folder or a hub dataset",
-    }.items():
-        with pytest.raises(InputError, match=message):
-            prepare(source, tmp_path / "data")
+def test_a_split_that_is_asked_for_overrules_the_column(tmp_path):
+    rows = [{**row, "split": "elsewhere" if i % 2 else "train"} for i, row in enumerate(ratings())]
+    info, table = prepared(tmp_path, rows, split="pairs")
+    assert len(table) == len(rows) and info["split"]["by"] == "pairs"
 
 
-@pytest.mark.parametrize(
-    ("rows", "least", "message"),
-    [
-        ([ONE], 2, "1 rows; .*0 users with at least 2 comp"),
-        ([ONE], 1, "1 rows; .*0 users with comparisons"),
-        ([{**row, "split": "train"} for row in own_rows()], 2, "72 rows; .*0 users with compar"),
-    ],
-)
-def test_what_leaves_nothing_is_one_line(tmp_path, rows, least, message):
-    with pytest.raises(InputError, match=f"^no comparisons are left: {message}[^\n]*$"):
-        prepared(tmp_path, rows, min_comparisons=least)
+@pytest.mark.parametrize("by", ["dialogs", "prompts", "responses", "pairs"])
+def test_a_pair_that_a_user_judged_twice_is_on_one_side(tmp_path, by):
+    rows = [{**row, "dialog": f"d{i}"} for i, row in enumerate(ratings(prompts=30))]
+    again = [
+        {**row, "dialog": f"again{i}", "chosen": row["rejected"], "rejected": row["chosen"]}
+        for i, row in enumerate(rows[::3])
+    ]
+    prepared(tmp_path, rows + again, split=by)
+    table = pd.read_parquet(tmp_path / "data" / "comparisons.parquet")
+    low, high = table[["chosen", "rejected"]].min(axis=1), table[["chosen", "rejected"]].max(axis=1)
+    judged = table.groupby([table.user_id, low, high])
+    assert (judged.size() == 2).sum() > 20 and (judged.split.nunique() == 1).all()
 
 
-def test_one_user_is_prepared(tmp_path):
+def test_a_tie_that_counts_both_ways_is_not_judged_again(tmp_path):
+    names = {"user": "user", "prompt": "prompt", "chosen": "response_a", "rejected": "response_b"}
+    rows = [{name: row[column] for column, name in names.items()} for row in ratings()]
+    rows = [{**row, "winner": "tie" if i % 4 == 0 else "a"} for i, row in enumerate(rows)]
+    columns = Columns(ties="half")
+    info, table = prepared(tmp_path, [*rows, rows[1], rows[2]], columns=columns, split="pairs")
+    assert (table.weight == 0.5).sum() == 2 * len(rows) / 4
+    assert info["retest"]["judged_again"] == 2 and info["retest"]["same"] == 1
+
+
+def test_summaries_can_be_divided_and_are_not_by_default(tmp_path):
+    source = worlds.tldr(tmp_path / "raw", workers=6, annotations=60)
+    settings = {"min_annotations": 20, "embed": False}
+    given = worlds.prepare("RedditTLDR", source, tmp_path / "given", **settings)
+    assert given["split"]["by"] == "given" and given["overlap"]["response"] > 0
+    info = worlds.prepare("RedditTLDR", source, tmp_path / "new", **settings, split="responses")
+    train, test = sides(worlds.comparisons(tmp_path / "new"))
+    assert train and test and not train & test
+    assert info["kinds"]["seen"]["new"] == info["overlap"]["held_out"] > 0
+
+
+def test_one_user_is_prepared_where_both_sides_have_some(tmp_path):
+    with pytest.raises(InputError, match="^no comparisons .* 1 rows; .*0 users with comparisons"):
+        prepared(tmp_path, [ONE], min_comparisons=1)
     counts = prepared(tmp_path, [ONE, {**ONE, "chosen": "c"}])[0]["counts"]
     assert counts["training comparisons"] == counts["test comparisons"] == 1
     assert counts["users with comparisons"] == 1

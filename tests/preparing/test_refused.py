@@ -1,4 +1,4 @@
-"""Raw rows that cannot be: one line names file and row, and nothing is written."""
+"""Rows, settings and sources that cannot be: one line says which, and nothing is written."""
 
 import math
 from typing import Any
@@ -7,6 +7,7 @@ import pytest
 
 import worlds
 from lore.common.files import InputError
+from lore.preparing.own_rows import Columns
 
 GONE = object()  # the row lacks the column
 USER, ANSWER = {"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}
@@ -31,8 +32,9 @@ def heard(*messages: Any) -> dict[str, Any]:
     return {"prompt": None, "messages": list(messages)}
 
 
-# Dataset and table -> what of a row is changed, and what is said after its place.
-CASES: dict[tuple[str, str], list[tuple[dict[str, Any], str]]] = {
+# Dataset and table -> what of row 3 is changed, what is said, perhaps after its place or its file
+# (" ... " stands for any words), and settings, if any.
+CASES: dict[tuple[str, str], list[tuple]] = {
     ("RedditTLDR", "train"): [
         *(({"choice": value}, f"choice must be 0 or 1, not {shown}") for value, shown in (
             (2, "2"), (0.5, "0.5"), (None, "None"), ("1", "'1'"), (True, "True"), ([1], "[1]"))),
@@ -47,6 +49,7 @@ CASES: dict[tuple[str, str], list[tuple[dict[str, Any], str]]] = {
         ({"info": None}, "info must hold the post"), ({"info": "p"}, "info must hold the post"),
         ({"info": {"id": "a", "post": 5}}, "info.post must be text, not a int"),
         ({"worker": GONE}, "has no column worker"),
+        ({}, "no comparisons are left: ... 0 workers with at least 99", {"min_annotations": 99}),
     ],
     ("PRISM", "conversations"): [
         ({"conversation_history": 5}, "conversation_history must be a list, not 5"),
@@ -68,6 +71,10 @@ CASES: dict[tuple[str, str], list[tuple[dict[str, Any], str]]] = {
         ({"user_id": "user0"}, "has the user_id of an earlier row"),
         *(({"num_completed_conversations": value},
            f"num_completed_conversations must be a number, not {value!r}") for value in ("0", {})),
+        ({}, "no comparisons are left: ... 0 participants with at least 40", {"min_dialogues": 40}),
+        ({}, "--seen-fraction 1.0 of 3 users makes 3 of them seen; there must be seen and unseen",
+         {"min_dialogues": 1, "seen_fraction": 1.0}),
+        ({}, "--seen-fraction 0.5 of 1 users makes 0 of them seen", {"min_dialogues": 4}),
     ],
     ("PersonalLLM", "train"): [
         ({"prompt": ""}, "has an empty prompt"), ({"prompt": None}, "has an empty prompt"),
@@ -90,6 +97,10 @@ CASES: dict[tuple[str, str], list[tuple[dict[str, Any], str]]] = {
         ({"assigned_lang": ["en"]}, "assigned_lang must be text, not a list"),
         ({"first_turn_prompt": 5}, "first_turn_prompt must be text, not a int"),
         ({"second_turn_response_c": GONE}, "has no column second_turn_response_c"),
+        ({}, "--language xx is none of those there: en", {"language": "xx"}),
+        ({}, "no comparisons are left: ... 0 annotators with at least 50 comparisons", {}),
+        ({}, "--seen-fraction 0.0 of 2 users makes 0 of them seen",
+         {"min_comparisons": 1, "seen_fraction": 0.0}),
     ],
     ("PersonalRewardBench", "test"): [
         ({"user_id": None}, "has an empty user_id"),
@@ -151,24 +162,59 @@ CASES: dict[tuple[str, str], list[tuple[dict[str, Any], str]]] = {
           for value in (-1, 1e30, 1e-12)),
         ({"timestamp": "yesterday"}, "timestamp must be a number or an ISO date, not 'yest"),
         ({"timestamp": [1]}, "timestamp must be a number, not [1]"),
+        ({"dialog": "d"}, "row 1 has no dialog, but ... row 3 has; fill it in everywhere or leave"),
+        ({"split": "train"}, "row 1 has no split, but ... row 3 has; fill it in everywhere or lea"),
+        ({}, "row 1 has no column best, only user, prompt, chosen, rejected; --user says which one "
+         "holds it", {"columns": Columns(user="best")}),
+        ({}, "row 1 has no column chosen_wide, which --extra wide reads", {"extra": ("wide",)}),
+        *(({"chosen_n": value}, f"chosen_n must be a number, not {value!r}", {"extra": ("n",)})
+          for value in ("long", [1])),
+        ({"chosen": ["a", "b"]}, "--extra needs one response on either side", {"extra": ("n",)}),
+        ({}, "no comparisons are left: 4 rows; ... 0 users with at lea", {"min_comparisons": 3}),
+        *(({}, f"--split {by}: the rows have none; choose another", {"split": by})
+          for by in ("given", "dialogs")),
     ],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("name", "table", "change", "message"), [(*key, *case) for key in CASES for case in CASES[key]]
+    ("name", "table", "case"), [(*key, case) for key in CASES for case in CASES[key]]
 )
-def test_a_row_that_cannot_be_is_named(tmp_path, name, table, change, message):
+def test_what_cannot_be_is_one_line(tmp_path, name, table, case):
+    change, message, settings = (*case, {})[:3]
     for file, rows in worlds.small(name).items():
         if file == table:
             changed = {k: v for k, v in {**rows[2], **change}.items() if v is not GONE}
             rows = [*rows[:2], changed, *rows[3:]]
+            if "extra" in settings:
+                rows = [{"chosen_n": 1, "rejected_n": 2, **row} for row in rows]
         worlds.write(tmp_path / "raw" / f"{file}.jsonl", rows)
-    settings = {} if name == "PRISM" else {"embed": False}
+    settings = settings if name == "PRISM" else {"embed": False, **settings}
     with pytest.raises(InputError) as error:
         worlds.prepare(name, tmp_path / "raw", tmp_path / "data", **settings)
-    said = str(error.value)
-    place = f"{tmp_path / 'raw' / table}.jsonl row 3"
-    assert said.startswith((f"{place} {message}", f"{place}: {message}")), said
+    said, file = str(error.value), f"{tmp_path / 'raw' / table}.jsonl"
+    begins, *more = message.split(" ... ")
+    places = (f"{file} row 3 ", f"{file} row 3: ", f"{file} ", "")
+    assert said.startswith(tuple(f"{place}{begins}" for place in places)), said
+    assert all(words in said for words in more), said
     assert "\n" not in said and len(said) < 600
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "message"),
+    [
+        ("PersonalLLM", "empty", "--source .*empty has no test rows"),
+        ("PRISM", ".", r"--source .* has none of survey.jsonl, survey.jsonl.gz, .*parquet$"),
+        ("OwnData", "none.jsonl", "--source .*none.jsonl: there is no such file$"),
+        ("OwnData", ".", "--source .* has no file that ends in .jsonl, .ndjson, .json, .csv, .tsv"),
+        ("OwnData", "", "--source is empty; name a file, a folder or a hub dataset$"),
+    ],
+)
+def test_a_source_without_rows_is_named(tmp_path, name, source, message):
+    worlds.personalllm(tmp_path / "empty", train=1, test=1)
+    (tmp_path / "empty" / "test.parquet").unlink()
+    (tmp_path / "empty" / "test.jsonl").touch()
+    with pytest.raises(InputError, match=f"^{message}"):
+        settings = {} if name == "PRISM" else {"embed": False}
+        worlds.prepare(name, source and str(tmp_path / source), tmp_path / "data", **settings)
