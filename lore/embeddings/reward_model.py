@@ -92,8 +92,6 @@ class ModelChoice:
 
 OF_BASIS = ModelChoice()
 
-# -------------------------------------------------------------------------- Loading
-
 
 def load_config(source: Source) -> Any:
     """The model's config; InputError if it has no such layer as is to be pooled."""
@@ -233,9 +231,6 @@ def sha256(*parts: bytes | memoryview) -> str:
     for part in parts:
         total.update(part)
     return total.hexdigest()
-
-
-# ----------------------------------------------------------------------------- Text
 
 
 def render_text(tokenizer: Any, conversation: Conversation, is_prompt: bool = False) -> str:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, Literal
@@ -232,29 +232,17 @@ def _message(where: str, message: Any) -> dict[str, str]:
     return {"role": message["role"], "content": message["content"]}
 
 
-# ------------------------------------------------------------------------------ Plan
-
-
 @dataclass(frozen=True)
 class _Plan:
     """What is to be embedded; it follows from the inputs alone."""
 
     tokens: list[tuple[bytes, int]]  # distinct, sorted: big-endian ids, first token that counts
+    keys: list[bytes]  # their hashes
     rows: Tensor  # which of them each conversation is [n]
     facts: dict[str, Any]  # what the embeddings depend on
+    source: str  # hash of those that a row depends on besides its tokens
     counts: dict[str, int]  # what was counted on the way
     shard_size: int  # most conversations in a shard
-
-    @cached_property
-    def source(self) -> str:
-        """Hash of the facts that a conversation's embedding depends on besides its tokens."""
-        return _identity(self.facts, SETTINGS)
-
-    @cached_property
-    def keys(self) -> list[bytes]:
-        """Hashes of the distinct conversations."""
-        both = (ids + start.to_bytes(4) for ids, start in self.tokens)
-        return [hashlib.sha256(each).digest()[:KEY] for each in both]
 
     def shards(self, there: Collection[bytes]) -> list[list[int]]:
         """The distinct conversations whose keys are not there, by shard; a run that goes on, with
@@ -296,6 +284,7 @@ def _plan(
         cut.append((short.astype(">u4").tobytes(), start))
         num_truncated += len(short) < len(ids)
     tokens = sorted(set(cut))
+    keys = [hashlib.sha256(ids + start.to_bytes(4)).digest()[:KEY] for ids, start in tokens]
     number = {each: i for i, each in enumerate(tokens)}
     facts = reward_model.model_facts(source, tokenizer) | {
         "pool": source.pool, "dtype": dtype,
@@ -306,7 +295,7 @@ def _plan(
     given = sum(len(ids) for ids, _ in cut) // 4
     counts = {"num_distinct": len(tokens), "num_truncated": num_truncated, "tokens_given": given}
     rows = torch.tensor([number[each] for each in cut])
-    return _Plan(tokens, rows, facts, counts, shard_size)
+    return _Plan(tokens, keys, rows, facts, _identity(facts, SETTINGS), counts, shard_size)
 
 
 def _worker(shard: str | None) -> tuple[int, int]:
@@ -327,8 +316,7 @@ def _complete(
     """Embed what is missing of this worker's share; the model is loaded only for that."""
     is_claimed = _check_folder(folder, plan)
     missing = plan.shards(set().union(*_found_shards(folder, plan).values()))
-    used = len(plan.tokens) - sum(map(len, missing))
-    if used:
+    if used := len(plan.tokens) - sum(map(len, missing)):
         log.info("%d of %d distinct conversations are there and used again", used, len(plan.keys))
     own = [shard for shard in missing if shard[0] // plan.shard_size % workers == worker]
     engine = load() if own or not _is_sound(folder / HEAD, plan.source) else None
