@@ -15,8 +15,8 @@ pytestmark = pytest.mark.slow
 EXAMPLE = running.ROOT / "OwnData" / "example.jsonl"
 WORDS = ["sun", "rain", "wind", "tea", "bread", "river", "stone", "light", "music", "paper"]
 QUICK = {
-    "progress": "false", "iterations": 30, "mixed_logit.floor": 0.1, "mixed_logit.l_mu": 1,
-    "mixed_logit.tau2": 1, "mixed_logit.pi": 10,
+    "progress": "false", "iterations": 30, "few_shot_iterations": 30, "mixed_logit.floor": 0.1,
+    "mixed_logit.l_mu": 1, "mixed_logit.tau2": 1, "mixed_logit.pi": 10,
 }  # fmt: skip
 
 
@@ -38,8 +38,10 @@ def choices(path: Path, users: int = 30, rows: int = 12) -> Path:
             likes_short = (u % 2 == 0) == (draw.random() < 0.9)
             chosen, rejected = (short, long) if likes_short else (long, short)
             prompt = f"Tell me about {draw.choice(WORDS)}, number {i}"
-            row = {"user": f"u{u:02d}", "prompt": prompt, "chosen": chosen, "rejected": rejected}
-            made.append(row)
+            sides = {"chosen": chosen, "rejected": rejected}
+            # the embeddings of a random model hardly tell which text is long
+            lengths = {f"{side}_length": len(text) for side, text in sides.items()}
+            made.append({"user": f"u{u:02d}", "prompt": prompt, **sides, **lengths})
     return write(path, made)
 
 
@@ -142,11 +144,8 @@ def test_a_single_user_is_a_seen_one(model, tmp_path):
 
 @pytest.mark.usefixtures("no_plots")
 def test_further_features_are_learned_from_and_texts_without_them_are_refused(model, tmp_path):
-    rows = read(choices(tmp_path / "plain.jsonl"))
-    for row in rows:  # the embeddings of a random model hardly tell which text is long
-        row |= {f"{side}_length": len(row[side]) for side in ("chosen", "rejected")}
     more = {"prepare": {"extra": ["length"]}, "train_basis": {"features": ["length"]}}
-    carried_out(write(tmp_path / "mine.jsonl", rows), model, tmp_path, **more)
+    carried_out(choices(tmp_path / "mine.jsonl"), model, tmp_path, **more)
     files = list((tmp_path / "OwnData" / "fit").glob("*.safetensors"))
     assert len(files) > 1  # LoRe's and the mixed logit's
     for file in files:
