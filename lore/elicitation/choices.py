@@ -71,8 +71,8 @@ def _require_text(conversation: Conversation, place: str, what: str) -> None:
 
 
 def _only_user(file: Path, choices: Sequence[Choice]) -> str:
-    """Whose these choices are, "" for nobody's; InputError for several users'."""
-    users = {choice.user for choice in choices}
+    """Whose these choices are, "" where none names a user; InputError where several are named."""
+    users = {choice.user for choice in choices if choice.user}
     some = ", ".join(sorted(users)[:3])
     require(len(users) <= 1, f"{file} has the choices of {len(users)} users ({some}); keep one's")
     return some

@@ -78,11 +78,12 @@ def given(path: Path) -> list[dict[str, Any]]:
 @pytest.mark.slow
 def test_a_person_is_asked_until_more_answers_would_hardly_matter(world, tmp_path, monkeypatch):
     flags = own(world, tmp_path, tolerance=1)
+    write_lines(flags["answers"], [{"prompt": "Before?", "chosen": "w1", "rejected": "w2 w3"}])
     done = ask(monkeypatch, "a\n" * PAIRS, flags)
     assert done.status == 0, done.err
     profile = json.loads((tmp_path / "ann.profile.json").read_text())
     questions = done.out.count("── Question")
-    assert 0 < questions == profile["answers"] == len(rows(tmp_path / "ann.jsonl")) < PAIRS
+    assert 1 < questions + 1 == profile["answers"] == len(rows(flags["answers"])) < PAIRS
     assert "would raise the expected accuracy by less than 1 points" in done.out
     assert profile["questions_still_useful"] == 0
     assert profile["expected_accuracy"] > profile["expected_accuracy_without_answers"]
