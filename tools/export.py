@@ -204,11 +204,10 @@ def held_out(basis: Path, average: bool) -> dict[str, Any]:
         results = read_results(basis.parent)
     except InputError:
         return {}
-    parts = [part for repeat in results.repeats for part in repeat["methods"].values()]
-    fits = {fit.get("file"): fit["label"] for part in parts for fit in part["fits"]}
-    if basis.name not in fits:
+    files = {fit.get("file"): la for la in results.labels for fit in results.fits(la)}
+    if basis.name not in files:
         return {}
-    label, rows = fits[basis.name], []
+    label, rows = files[basis.name], []
     for name, *where in columns(results):
         control = "population" if average and results.personal(label) else ""
         found = {m: level(results, label, control, m, *where) for m in ALWAYS}

@@ -6,8 +6,7 @@ shrinks the posterior's covariance hardly depends on which answer it is.
 """
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -20,35 +19,20 @@ SHARES, SLOPES = (0.25220, 0.58522, 0.16257), (0.90793, 0.57778, 0.36403)
 POINTS = 64  # of the average over where the mean moves; the integrand has a kink
 
 
-class Outlook(NamedTuple):
-    """Expected accuracy now and after 1, 2, ... more questions."""
-
-    accuracy: list[float]  # each in 0.5 to 1
-    tolerance: float  # a gain in accuracy that is not worth another question
-
-    @property
-    def best(self) -> float:
-        """Expected accuracy after the last question looked ahead to."""
-        return max(self.accuracy)
-
-    @property
-    def useful(self) -> int:
-        """After how many more questions the rest of those looked ahead to gains too little."""
-        enough = self.best - self.tolerance
-        return next(i for i, accuracy in enumerate(self.accuracy) if accuracy >= enough)
-
-
-def look_ahead(
-    posterior: UserPosterior, targets: Tensor, pool: Tensor, tolerance: float
-) -> Outlook:
-    """The outlook of asking the D-optimal questions of a pool [N, 1 + K], one after another; the
-    targets [T, 1 + K] are the pairs whose order matters."""
+def look_ahead(posterior: UserPosterior, targets: Tensor, pool: Tensor) -> list[float]:
+    """Expected accuracies, 0.5 to 1, now and after 1, 2, ... more questions, the D-optimal ones of
+    a pool [N, 1 + K]; the targets [T, 1 + K] are the pairs whose order matters."""
     Z = targets[:, 1:]
     logits = targets[:, 0] + Z @ posterior.mean
     covs = [posterior.covariance, *_shrunk(posterior, pool)]
     variances = [((Z @ cov) * Z).sum(1).clamp(min=0) for cov in covs]
-    accuracy = [float(expected_accuracy(logits, variances[0], later)) for later in variances]
-    return Outlook(accuracy, tolerance)
+    return [float(expected_accuracy(logits, variances[0], later)) for later in variances]
+
+
+def useful_questions(accuracy: Sequence[float], tolerance: float) -> int:
+    """After how many questions looked ahead to the rest of them gains no more than a tolerance."""
+    enough = max(accuracy) - tolerance
+    return next(number for number, value in enumerate(accuracy) if value >= enough)
 
 
 def expected_accuracy(logits: Tensor, now: Tensor, later: Tensor) -> Tensor:

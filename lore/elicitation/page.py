@@ -15,7 +15,6 @@ from lore.elicitation.web import listen
 
 log = logging.getLogger(__name__)
 
-TEMPLATES = Path(__file__).resolve().parent
 HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -37,11 +36,9 @@ class Page:
     def __init__(self, session: Session, profile: Path, secret: str) -> None:
         self.session, self.profile, self.path = session, profile, f"/{secret}/"
         self.lock, self.closed = threading.Lock(), False
-        environment = jinja2.Environment(
-            loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True,
-            lstrip_blocks=True, undefined=jinja2.StrictUndefined,
-        )  # fmt: skip
-        self.template = environment.get_template("ask.html")
+        options = {"trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
+        text = Path(__file__).with_name("ask.html").read_text(encoding="utf-8")
+        self.template = jinja2.Environment(autoescape=True, **options).from_string(text)
         self.app = bottle.Bottle()
         self.app.route(self.path, ["GET", "POST"], self.respond)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from lore.common.files import digest, require, write_text
 from lore.elicitation.choices import Answers, Pair
 from lore.elicitation.criteria import Criterion, QuestionPool, UserPosterior, next_question
-from lore.elicitation.outlook import look_ahead
+from lore.elicitation.outlook import look_ahead, useful_questions
 from lore.elicitation.user import FittedFile, User, as_records, view_conversations
 from lore.methods.lore import LoreFit
 from lore.methods.mixed_logit import MixedFit
@@ -104,7 +104,7 @@ class Session:
         self.targets = fit.questions(material.targets(torch.Generator().manual_seed(seed)))
         none = self.pool.rows[:0]
         nothing = UserPosterior.after(fit.population(), none)
-        self.before = look_ahead(nothing, self.targets, none, tolerance).accuracy[0]
+        self.before = look_ahead(nothing, self.targets, none)[0]
         self.insist = False
         self._learn()
 
@@ -117,7 +117,8 @@ class Session:
         choices = self.material.differences([both for *both, _ in comparisons])
         weight = torch.tensor([weight for *_, weight in comparisons])
         self.user = User(self.fit, choices, weight, self.seed)
-        self.outlook = look_ahead(self.user.posterior, self.targets, self.left, self.tolerance)
+        self.accuracy = look_ahead(self.user.posterior, self.targets, self.left)
+        self.useful = useful_questions(self.accuracy, self.tolerance)
 
     @property
     def reason(self) -> str:
@@ -128,9 +129,9 @@ class Session:
             return ""
         if self.most and len(self.answers) >= self.most:
             return f"{len(self.answers)} answers were given, and --most is {self.most}"
-        if self.tolerance and self.outlook.useful == 0:
+        if self.tolerance and self.useful == 0:
             gain = f"raise the expected accuracy by less than {100 * self.tolerance:g} points"
-            return f"{len(self.outlook.accuracy) - 1} more answers would {gain}"
+            return f"{len(self.accuracy) - 1} more answers would {gain}"
         return ""
 
     def question(self) -> Question | None:
@@ -168,15 +169,13 @@ class Session:
     @property
     def progress(self) -> list[str]:
         """How far we are and how sure, in sentences."""
-        skipped, look = len(self.answers.skips), self.outlook
-        ahead, useful = len(look.accuracy) - 1, look.useful
-        more = f"; after {ahead} more {look.best:.1%}" if ahead else ""
+        ahead, useful, skips = len(self.accuracy) - 1, self.useful, self.answers.skips
+        more = f"; after {ahead} more {max(self.accuracy):.1%}" if ahead else ""
         least = "at least " if useful == ahead > 0 else ""
-        count = f"{useful} more question{'s are' if useful != 1 else ' is'}"
         return [
-            f"{len(self.answers)} answered, {skipped} skipped",
-            f"expected accuracy {look.accuracy[0]:.1%} (without answers {self.before:.1%}{more})",
-            f"{least}{count} expected to help",
+            f"{len(self.answers)} answered, {len(skips)} skipped",
+            f"expected accuracy {self.accuracy[0]:.1%} (without answers {self.before:.1%}{more})",
+            f"{least}{useful} more question{'s are' if useful != 1 else ' is'} expected to help",
         ]
 
     def save(self, path: Path) -> dict[str, Any]:
@@ -186,9 +185,9 @@ class Session:
             "user": self.answers.user, "method": self.fit.label,
             "answers": len(self.answers), "skipped": len(self.answers.skips),
             "weights": user.weights.tolist(), **user.known(),
-            "expected_accuracy": self.outlook.accuracy[0],
+            "expected_accuracy": self.accuracy[0],
             "expected_accuracy_without_answers": self.before,
-            "questions_still_useful": self.outlook.useful,
+            "questions_still_useful": self.useful,
         }  # fmt: skip
         if candidates:
             views = torch.stack([self.material.views[digest(one)] for one in candidates])

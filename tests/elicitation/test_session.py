@@ -12,7 +12,7 @@ import torch
 from lore.common.files import InputError, digest
 from lore.elicitation.choices import Answers, Pair, read_pool
 from lore.elicitation.criteria import CRITERIA, UserPosterior
-from lore.elicitation.outlook import expected_accuracy, look_ahead
+from lore.elicitation.outlook import expected_accuracy, look_ahead, useful_questions
 from lore.elicitation.page import Page
 from lore.elicitation.session import MOST_TARGETS, Material, Session
 from lore.elicitation.terminal import Terminal
@@ -110,7 +110,7 @@ def test_looking_ahead_foretells_the_accuracy_of_people_who_are_asked():
     rng, people, K = torch.Generator().manual_seed(0), 1500, 3
     targets, pool = (2 * torch.randn(n, 1 + K, generator=rng).double() for n in (200, 12))
     prior = standard(K)
-    outlook = look_ahead(UserPosterior(prior.mean, prior.cov), targets, pool, 0.005)
+    foretold = look_ahead(UserPosterior(prior.mean, prior.cov), targets, pool)
     tastes = torch.cat([torch.ones(people, 1), torch.randn(people, K, generator=rng)], 1).double()
     chances = torch.sigmoid(tastes @ pool.T)
     signs = torch.where(torch.rand(people, 12, generator=rng) < chances, 1.0, -1.0).double()
@@ -119,18 +119,19 @@ def test_looking_ahead_foretells_the_accuracy_of_people_who_are_asked():
     guesses = targets[:, 0] + modes @ targets[:, 1:].T > 0
     truth = torch.sigmoid(tastes @ targets.T)
     accuracy = torch.where(guesses, truth, 1 - truth).mean()
-    assert outlook.accuracy[12] > outlook.accuracy[0] + 0.1
-    assert float(accuracy) == pytest.approx(outlook.accuracy[12], abs=0.01)
+    assert foretold[12] > foretold[0] + 0.1
+    assert float(accuracy) == pytest.approx(foretold[12], abs=0.01)
 
 
 def test_the_outlook_says_how_many_more_questions_are_worth_it():
-    unknown = UserPosterior(standard(1).mean, standard(1).cov)
-    pool = torch.tensor([[0.0, 3.0]] * 30).double()
-    sure = look_ahead(UserPosterior(unknown.mean, 1e-6 * unknown.covariance), pool, pool, 0.005)
-    unsure = look_ahead(unknown, pool, pool, 0.005)
-    assert sure.useful == 0 < unsure.useful < 20 and unsure.best > unsure.accuracy[0]
-    assert len(look_ahead(unknown, pool, pool[:4], 0.005).accuracy) == 5
-    assert look_ahead(unknown, pool, pool[:0], 0.005).useful == 0
+    pool, useful = torch.tensor([[0.0, 3.0]] * 30).double(), {}
+    for variance in (1e-6, 1):
+        posterior = UserPosterior(standard(1).mean, variance * standard(1).cov)
+        accuracy = look_ahead(posterior, pool, pool)
+        useful[variance] = useful_questions(accuracy, 0.005)
+    assert useful[1e-6] == 0 < useful[1] < 20 == len(accuracy) - 1
+    assert len(look_ahead(posterior, pool, pool[:4])) == 5
+    assert useful_questions([0.7, 0.74, 0.75], 0.02) == 1
 
 
 @pytest.mark.parametrize(
@@ -173,7 +174,7 @@ def test_answers_move_what_is_known_and_either_response_may_come_first(tmp_path,
         first = bool(z[0] + z[1:] @ b > 0)
         own.do("a" if first != turned[-1] else "b")
     assert torch.cosine_similarity(own.user.posterior.mean, b, dim=0) > 0.9
-    assert own.outlook.accuracy[0] > own.before + 0.1
+    assert own.accuracy[0] > own.before + 0.1
     assert 5 < sum(turned) < 25
     assert not caplog.text  # which a terminal would show beside every question
 
@@ -193,7 +194,7 @@ def test_every_criterion_asks_and_asks_the_same_after_a_restart(tmp_path, criter
 
 def test_long_texts_come_a_page_at_a_time_and_an_answer_may_come_early(tmp_path):
     out, own = io.StringIO(), session(tmp_path / "ann.jsonl", pairs=3, tolerance=0)
-    long = [{"role": "user", "content": "word " * 200 + "\n\n\x1b[2Jend"}]
+    long = [{"role": "user", "content": "\x1b[2J\n\n" + "word " * 200}]
     own.material.pairs = [Pair(long, pair.texts) for pair in own.material.pairs]
     talks = [c for pair in own.material.pairs for c in pair.conversations]
     own.material.views |= {digest(talk): torch.zeros(4).double() for talk in talks}
@@ -201,7 +202,8 @@ def test_long_texts_come_a_page_at_a_time_and_an_answer_may_come_early(tmp_path)
     terminal.height = 6
     terminal.run()
     text = out.getvalue()
-    assert text.count("-- Enter for more --") >= 4 and "\x1b" not in text
+    assert text.count("-- Enter for more --") >= 4
+    assert "\N{REPLACEMENT CHARACTER}[2J" in text and "\x1b" not in text
     assert max(map(len, text.splitlines())) <= 100
     assert len(own.answers) == 1
 

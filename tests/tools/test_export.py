@@ -28,7 +28,7 @@ from lore.experiments.results import read_results
 from lore.learning.basis import load_basis, save_basis
 from lore.methods.ridge_bt import SharedFit
 from lore.methods.saved import load_learned
-from made_bases import CHATS, embed, make_basis, make_mixed, scorer_of, stock_rewards
+from made_bases import CHATS, embed, make_basis, make_mixed, stock_rewards
 from tools import export
 
 
@@ -76,14 +76,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Made]:
 @pytest.fixture
 def llama(made) -> Made:
     return made("llama")
-
-
-def centered(llama: Made, folder: Path) -> Path:
-    """The basis with the mean of the embeddings as its center."""
-    learned = load_basis(llama.basis)
-    learned.center = llama.rows.mean(0)
-    save_basis(folder / "centered.safetensors", learned)
-    return folder / "centered.safetensors"
 
 
 def close(found: Tensor, expected: Tensor, atol: float = 1e-5) -> None:
@@ -158,15 +150,6 @@ def test_the_mean_reward_is_zero_where_the_head_has_a_bias(llama):
     export.replace_head(loaded, load_basis(llama.basis).columns(), llama.rows.mean(0))
     assert loaded.config.lore["offset"] == [0, 0, 0]
     close(loaded.score(llama.rows).mean(0), torch.zeros(3))
-
-
-def test_the_offset_is_in_the_config_and_on_the_card(llama, tmp_path):
-    path = centered(llama, tmp_path)
-    export.main(path, tmp_path / "out", users=("ann",))
-    said, learned = config_of(tmp_path / "out")["lore"], load_basis(path)
-    assert said["unit"] == "log odds"
-    assert said["offset"] == pytest.approx([float(learned.direction("ann") @ learned.center)])
-    assert f"{said['offset'][0]:.2f}" in card_of(tmp_path / "out")
 
 
 def test_an_older_basis_is_read_in_its_unit_and_another_unit_is_refused(llama, tmp_path):
@@ -257,9 +240,14 @@ def load_reward(folder: Path) -> ModuleType:
 
 @pytest.mark.parametrize("kind", ["llama", "qwen"])
 def test_reward_py_gives_every_users_reward_by_the_signatures_of_others(made, tmp_path, kind):
-    path = centered(made(kind), tmp_path)
+    learned, path = load_basis(made(kind).basis), tmp_path / "centered.safetensors"
+    learned.center = made(kind).rows.mean(0)
+    save_basis(path, learned)
     export.main(path, tmp_path / "out", users=("new", "ann"))
-    reward, learned = load_reward(tmp_path / "out"), load_basis(path)
+    reward, said = load_reward(tmp_path / "out"), config_of(tmp_path / "out")["lore"]
+    offsets = [float(learned.direction(user) @ learned.center) for user in ("new", "ann")]
+    assert said == {"unit": "log odds", "offset": pytest.approx(offsets, rel=1e-4)}
+    assert ", ".join(f"{offset:.2f}" for offset in said["offset"]) in card_of(tmp_path / "out")
     users = ["ann", "new", "new", "ann", "ann", "new"]
     directions = torch.stack([learned.direction(user) for user in users])
     expected = ((made(kind).rows - learned.center) * directions).sum(1)
@@ -279,9 +267,6 @@ def test_reward_py_gives_every_users_reward_by_the_signatures_of_others(made, tm
     infos = [{"prompt": c[:1], "user": user} for c, user in zip(CHATS, users, strict=True)]
     same(reward.compute_scores(["own"] * 6, said, [None] * 6, infos))
     same([reward.compute_score("own", said[1], "", infos[1], reward_router_address=None)], [1])
-    scorer = scorer_of(path)
-    rows = scorer.embed(CHATS)
-    same([scorer.score(row, user)[0].item() for row, user in zip(rows, users, strict=True)])
     for wrong in (None, ["ann"] * 5, ["bob"] * 6):
         with pytest.raises(ValueError, match="one of new, ann must be the user of each text"):
             reward.trl_reward(prompts, said, user=wrong)
@@ -362,8 +347,7 @@ def test_the_card_has_the_figures_of_its_run(tmp_path, no_plots):
     _, run = people.fit(people.planted(), tmp_path / "results")
     results = read_results(run)
     file = next(run.glob("basis-K0[2-9]*.safetensors"))
-    fits = [fit for part in results.repeats[0]["methods"].values() for fit in part["fits"]]
-    label = next(fit["label"] for fit in fits if fit["file"] == file.name)
+    label = next(la for la in results.labels if results.says(la, "file") == file.name)
     about = export.held_out(file, average=False)
     for row, (name, *where) in zip(about["rows"], columns(results), strict=True):
         own = level(results, label, "", "accuracy", *where)
