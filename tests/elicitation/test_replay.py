@@ -38,11 +38,11 @@ def chosen(few: Comparisons, sizes: list[int], fit: Fitted | None = None) -> lis
 
 def test_users_are_asked_as_if_each_were_alone():
     few, fit = some_shots(), some_fit()
-    Q = fit.questions(fit.view(few))
+    Q, few.weight = fit.questions(fit.view(few)), 0.2 + 2 * few.weight.cumsum(0) % 3
     for u, found in enumerate(chosen(few, [6])):
         own, order = (few.user == u).nonzero()[:, 0], []
         for _ in range(6):
-            posterior = UserPosterior.after(fit.prior, Q[own][order])
+            posterior = UserPosterior.after(fit.prior, Q[own][order], few.weight[own][order])
             order.append(next_question(posterior, QuestionPool(Q[own]), "d_optimal", order))
         assert own[order].tolist() == found
 

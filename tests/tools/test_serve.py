@@ -6,7 +6,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -140,10 +140,9 @@ def test_a_request_that_the_template_refuses_spoils_no_other_of_its_batch(served
         return embed(texts)
 
     monkeypatch.setattr(served.scorer, "embed", refusing)
-    batches, queries = serve.Batches(served.scorer), [*"abc!defg"]
-    with ThreadPoolExecutor(8) as pool:
-        asked = [pool.submit(batches.score, [query], ["ann"]) for query in queries]
-    failed = [one.exception() for one in asked]
+    batch = [serve.Waiting([query], ["ann"], Future()) for query in "abc!defg"]
+    serve.Batches(served.scorer)._answer(batch)
+    failed = [one.rewards.exception(timeout=60) for one in batch]
     assert failed[:3] == failed[4:7] == [None] * 3 and "cannot write this" in str(failed[3])
 
 
