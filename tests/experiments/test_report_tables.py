@@ -149,7 +149,7 @@ def test_where_nobody_is_new_a_report_is_of_seen_users_alone(tmp_path):
     assert [panel.name for panel in plots.measure_panels(found.read)] == ["seen users"] * 2
 
 
-def test_a_sweep_has_a_column_for_each_number_of_shots(swept, tmp_path):
+def test_a_sweep_has_a_column_for_each_number_of_shots(swept, plain, tmp_path):
     accuracy, differences = swept.table("Accuracy (percent)"), swept.table("Differences of acc")
     enough = {"0 shots": "60", "1 shot": "59", "5 shots": "55", "50 shots": "10"}
     assert list(accuracy["BT"]) == list(differences["LoRe K=5 minus BT"]) == list(enough)
@@ -157,6 +157,8 @@ def test_a_sweep_has_a_column_for_each_number_of_shots(swept, tmp_path):
     assert all(re.search(r" \[[\d.]+, [\d.]+\]$", cell) for cell in accuracy["LoRe K=5"].values())
     assert "a shot is one of a user's dialogues" in swept.text.splitlines()[0]
     assert "unseen users at 5 shots" in swept.text  # 10 of 60 users have 50
+    of_all = (plain.read.figures("BT", "", "unseen", "accuracy", shots) for shots in (5, None))
+    assert next(of_all)[0].equals(next(of_all)[0])  # where shots do not vary
     results = made.results(sweep=True, seeds=2)
     for r in made.records({"seeds": results["seeds"][1:]}):
         r["users_with_that_many"] += 3
@@ -196,11 +198,13 @@ def test_repeats_give_a_spread_and_users_count_once(tmp_path):
     results = made.results()
     for r in made.records({"seeds": [twin(results)]}):
         r["accuracy"] = [max(0.0, a - 0.1) for a in r["accuracy"]]
+        r["brier"] = [0.25] * 40
     first, later = (figures(results, "BT", "seen", "accuracy", seed) for seed in (0, 1))
     means = 100 * first.mean(), 100 * later.mean()
     low, high = intervals.bootstrap((first + later) / 2)  # 40 users, not 80
-    found = tables.measure_table(read(results, tmp_path), "accuracy")
-    assert found["BT"]["seen"] == (
+    run = read(results, tmp_path)
+    assert tables.measure_table(run, "brier") == {}  # which is of some of the repeats alone
+    assert tables.measure_table(run, "accuracy")["BT"]["seen"] == (
         f"{np.mean(means):.1f} ± {np.std(means, ddof=1):.1f} [{100 * low:.1f}, {100 * high:.1f}]"
     )
 

@@ -1,8 +1,10 @@
 """Losses and figures in other programs: only where these are installed, in the run's folder."""
 
+import importlib.machinery
 import importlib.util
-import json
-from pathlib import Path
+import sys
+import types
+from typing import Any
 
 import pytest
 
@@ -26,50 +28,38 @@ EXPECTED = {
     "seen/accuracy": {0: 0.75}, "seen/log_loss": {0: 0.5},
     "unseen/accuracy": {4: 0.75}, "unseen/log_loss": {4: 0.5},
 }  # fmt: skip
-FAKE = """
-import json, pathlib
-
-class Run:
-    def __init__(self, **about):
-        self.last, self.file = -1, pathlib.Path(about["dir"]) / "wandb" / f"{about['name']}.jsonl"
-        self.file.parent.mkdir(exist_ok=True)
-        self.say(about | {"dir": str(about["dir"])})
-    def say(self, line):
-        with self.file.open("a") as file:
-            file.write(json.dumps(line) + chr(10))
-    def log(self, values, step):
-        assert step > self.last  # as wandb demands it
-        self.last = step
-        self.say({"step": step, **values})
-    def __enter__(self):
-        return self
-    def __exit__(self, *_):
-        self.say("finished")
-
-init = Run
-"""
 
 
 @pytest.fixture
-def wandb(tmp_path, monkeypatch) -> None:
-    """What the project needs of Weights & Biases, kept in JSON lines."""
-    (tmp_path / "fake").mkdir()
-    (tmp_path / "fake" / "wandb.py").write_text(FAKE, encoding="utf-8")
-    monkeypatch.syspath_prepend(tmp_path / "fake")
+def wandb(monkeypatch) -> dict[str, list]:
+    """What Weights & Biases is told of each run, by its name."""
+    told: dict[str, list] = {}
+
+    class Run:
+        def __init__(self, **about: Any) -> None:
+            self.told = told[about["name"]] = [about]
+
+        def log(self, values: dict[str, float], step: int) -> None:
+            assert step > self.told[-1].get("step", -1)  # as wandb demands it
+            self.told.append({"step": step, **values})
+
+        def __enter__(self) -> "Run":
+            return self
+
+        def __exit__(self, *_: Any) -> None:
+            self.told.append("finished")
+
+    module = types.ModuleType("wandb")
+    module.init, module.__spec__ = Run, importlib.machinery.ModuleSpec("wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return told
 
 
-def lines(folder: Path, name: str) -> list:
-    """What the stand-in has kept of a run."""
-    text = (folder / "wandb" / f"{name}.jsonl").read_text(encoding="utf-8")
-    return list(map(json.loads, text.splitlines()))
-
-
-@pytest.mark.usefixtures("wandb")
-def test_wandb_gets_every_step_once_and_in_order(tmp_path):
+def test_wandb_gets_every_step_once_and_in_order(tmp_path, wandb):
     track("wandb", tmp_path, 3, METHOD)
-    about, *steps, last = lines(tmp_path, "LoRe K=2, seed 3")
+    about, *steps, last = wandb["LoRe K=2, seed 3"]
     assert about == {"project": "LoRe", "group": tmp_path.name, "config": {"rank": 2},
-                     "dir": str(tmp_path), "name": "LoRe K=2, seed 3"}  # fmt: skip
+                     "dir": tmp_path, "name": "LoRe K=2, seed 3"}  # fmt: skip
     found: dict = {}
     for line in steps:
         for key in line.keys() - {"step"}:
@@ -95,17 +85,16 @@ def test_what_is_not_installed_is_refused(monkeypatch, tracker):
     check_tracker("none")
 
 
-@pytest.mark.usefixtures("no_plots", "wandb")
-def test_a_run_logs_every_fit_of_every_seed(dataset, tmp_path):
+@pytest.mark.usefixtures("no_plots")
+def test_a_run_logs_every_fit_of_every_seed(dataset, tmp_path, wandb):
     settings = {"data": dataset("PRISM").data, "results": tmp_path, "name": "here", "ranks": 2,
                 "iterations": 5, "few_shot_iterations": 5, "log": "wandb"}  # fmt: skip
     outcome = running.invoke("PRISM/train_basis.py", settings)
     assert outcome.status == 0, outcome.err
-    folder = tmp_path / "PRISM" / "here"
-    (part,) = saved(folder)["seeds"]
+    (part,) = saved(tmp_path / "PRISM" / "here")["seeds"]
     fits = [fit for method in part["methods"].values() for fit in method["fits"]]
-    assert len(fits) == len(list((folder / "wandb").iterdir())) > 3
+    assert len(fits) == len(wandb) > 3
     for fit in fits:
-        _, *steps, last = lines(folder, f"{fit['label']}, seed 0")
+        _, *steps, last = wandb[f"{fit['label']}, seed 0"]
         assert [line["loss"] for line in steps if "loss" in line] == fit.get("losses", [])
         assert last == "finished" and "seen/accuracy" in steps[0]
