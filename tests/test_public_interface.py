@@ -145,32 +145,51 @@ def test_the_sweep_has_a_row_for_every_alpha_and_rank(X):
     assert [part.shape for part in many] == [(4, 2)] * 4
 
 
-def test_populations_take_an_array_of_concentrations():
+def test_populations_are_on_the_simplex_and_sparser_for_small_alpha():
+    peaks = []
+    for alpha in (0.001, 0.1, 10.0):
+        W = utils.generate_population(alpha, 400, generator=0)
+        torch.testing.assert_close(W.sum(1), torch.ones(400))
+        peaks.append(float(W.amax(1).mean()))
+    assert peaks[0] > 0.99 > peaks[1] > peaks[2]
+    same = utils.generate_population(0.1, 5, torch.Generator().manual_seed(3))
+    torch.testing.assert_close(utils.generate_popupulation(0.1, 5, 3), same)
+    torch.manual_seed(3)
+    torch.testing.assert_close(utils.generate_population(0.1, 5), same)
     W = utils.generate_popupulation(np.array([5.0, 0.01, 0.01, 5.0]), 300)
-    assert W.shape == (300, 4)
-    torch.testing.assert_close(W.sum(1), torch.ones(300))
-    assert W[:, [0, 3]].sum(1).mean() > 0.95
-    assert utils.generate_population(0.1 * np.ones(10), 3).shape == (3, 10)
-    assert utils.generate_population(0.1, 3).shape == (3, 10)
-    torch.manual_seed(1)
-    again = utils.generate_population(0.1, 3)
-    torch.manual_seed(1)
-    torch.testing.assert_close(utils.generate_population(0.1, 3), again)
+    assert W.shape == (300, 4) and W[:, [0, 3]].sum(1).mean() > 0.95
 
 
-def test_users_are_simulated_from_object_arrays_and_lists():
+def test_simulated_users_choose_best_and_worst_also_from_object_arrays_and_lists():
     rng = np.random.default_rng(0)
-    rewards = rng.normal(size=(5, 4, 3)).astype(object)
-    features = [[torch.randn(F) for _ in range(4)] for _ in range(5)]
-    W = rng.dirichlet(np.ones(3), 2)
-    chosen = (rewards.astype(float) @ W[1]).argmax(1)
-    rejected = (rewards.astype(float) @ W[1]).argmin(1)
-    one = utils.simulate_user(rewards, features, W[1])
-    expected = [features[p][chosen[p]] - features[p][rejected[p]] for p in range(5)]
-    torch.testing.assert_close(one, torch.stack(expected))
-    population = utils.simulate_population(rewards, features, W)
-    assert population.shape == (2, 5, F)
-    torch.testing.assert_close(population[1], one)
+    rewards, W = rng.normal(size=(5, 4, 3)), rng.dirichlet(np.ones(3), 2)
+    lists = [[torch.randn(F) for _ in range(4)] for _ in range(5)]
+    scores = torch.from_numpy(rewards @ W[1])
+    chosen, rejected = scores.argmax(1).tolist(), scores.argmin(1).tolist()
+    expected = [own[c] - own[r] for own, c, r in zip(lists, chosen, rejected, strict=True)]
+    for given in (rewards.astype(object), torch.from_numpy(rewards)):
+        one = utils.simulate_user(given, lists, W[1])
+        torch.testing.assert_close(one, torch.stack(expected))
+        torch.testing.assert_close(utils.simulate_population(given, lists, W)[1], one)
+        assert [x[1].tolist() for x in utils.simulate_choices(given, W)] == [chosen, rejected]
+
+
+def test_shots_are_drawn_without_replacement_from_a_seed(caplog):
+    X = [torch.arange(6.0)[:, None], torch.arange(3.0)[:, None]]
+    drawn = utils.sample_shots(X, 4, generator=0)
+    assert len(caplog.records) == 1 and "a user has only 3" in caplog.text
+    assert [len(x.unique()) for x in drawn] == [4, 3]
+    torch.testing.assert_close(drawn[0], utils.sample_shots(X, 4, generator=0)[0])
+
+
+def test_prism_dialogues_become_differences():
+    pairs = [(torch.randn(4), torch.randn(4)) for _ in range(6)]
+    world = {"a": {"d1": pairs[:2], "d2": pairs[2:3]}, "b": {"d3": pairs[3:]}}
+    X = utils.create_dataset_prism(world)
+    torch.testing.assert_close(X[0][2], pairs[2][0] - pairs[2][1])
+    assert [len(x) for x in X] == [3, 3]
+    some = utils.create_dataset_prism_shots(world, 1, generator=0)
+    assert len(some[0]) in (1, 2) and len(some[1]) == 3
 
 
 @pytest.mark.parametrize(("fraction", "rows"), [(0.5, 3), (0.01, 1), (1.0, 7)])
@@ -200,14 +219,8 @@ def test_solve_is_the_joint_fit_without_a_pull_and_every_user_can_be_fitted_alon
     expected = utils.LoRe(None, 0, USERS, F, 2, 10, 0.5).train(X)
     torch.testing.assert_close(V, expected[1])
     torch.testing.assert_close(W, expected[0])
+    few = utils.PersonalizeBatch(USERS, F, 2, 10, 0.1).train(X, V)
+    assert isinstance(few, list) and few[4].shape == W[4].shape == (2,)
     own = utils.solve_multi_reward(X, 20, 0.5)
     assert [v.shape for v in own] == [(F, 1)] * USERS
     torch.testing.assert_close(own[2], utils.learn_multiple([X[2]], 20, 0.5)[0])
-
-
-def test_weights_and_bases_can_be_indexed_by_user(X):
-    W, V = utils.LoRe(None, 0, USERS, F, 3, 10, 0.5, generator=0).train(X)
-    assert isinstance(W, torch.Tensor)
-    torch.testing.assert_close(W[4].sum(), torch.tensor(1.0))
-    few = utils.PersonalizeBatch(USERS, F, 3, 10, 0.1).train(X, V)
-    assert isinstance(few, list) and few[4].shape == (3,)

@@ -1,7 +1,7 @@
 """Faithfulness itself: every default and constant that a publication gives, with its source.
 
-One row is (where, setting, value, source). Where is a script (its ``main`` or, for LoRe's settings,
-its ``LORE``), a function or class of ``utils``, or a method's module or class.
+One row is (source, where, settings). Where is a script (its ``main`` or, for LoRe's
+settings, its ``LORE``), a function or class of ``utils``, or a method's module or class.
 """
 
 import importlib
@@ -13,89 +13,62 @@ import pytest
 import utils
 import worlds
 
-CODE, PAPER = "public utils.py", "arXiv 2504.14439"
-TABLE: list[tuple[str, str, Any, str]] = [
-    ("utils.run", "num_iterations", 1000, CODE),
-    ("utils.run", "learning_rate", 0.5, CODE),
-    ("utils.run", "few_shot_iterations", 500, CODE),
-    ("utils.run", "few_shot_learning_rate", 0.1, CODE),
-    ("utils.run_regularized", "num_iterations", 20_000, CODE),
-    ("utils.run_regularized", "learning_rate", 0.5, CODE),
-    ("utils.run_regularized", "few_shot_iterations", 500, CODE),
-    ("utils.run_regularized", "few_shot_learning_rate", 0.5, CODE),
-    ("utils.run_few_shot_vary_shots", "num_iterations", 500, CODE),
-    ("utils.run_few_shot_vary_shots", "learning_rate", 0.5, CODE),
-    ("utils.run_few_shot_vary_shots", "few_shot_iterations", 500, CODE),
-    ("utils.run_few_shot_vary_shots", "few_shot_learning_rate", 0.1, CODE),
-    ("utils.LoRe", "num_iterations", 1000, CODE),
-    ("utils.LoRe", "learning_rate", 0.5, CODE),
-    ("utils.LoRe_regularized", "num_iterations", 20_000, CODE),
-    ("utils.LoRe_regularized", "learning_rate", 0.5, CODE),
-    *(
-        (f"utils.{name}", setting, value, CODE)
-        for name in ("solve_regularized", "learn_multiple_few_shot",
-                     "learn_multiple_few_shot_weighted")
-        for setting, value in (("num_iterations", 1000), ("learning_rate", 0.01))
-    ),
-    ("utils", "TEMPERATURE", 100.0, CODE),
-    ("utils", "MIN_WEIGHT", 1e-2, CODE),
-    # The scripts
-    ("PersonalLLM/train_basis.py", "users", 1000, PAPER),
-    ("PersonalLLM/train_basis.py", "unseen_users", 1000, PAPER),
-    ("PersonalLLM/train_basis.py", "pairs_per_user", 45, PAPER),
-    ("PersonalLLM/train_basis.py", "few_shot_pairs", 9, PAPER),
-    ("PersonalLLM/train_basis.py", "dirichlet_alpha", 0.001, PAPER),
-    ("PersonalLLM/train_basis.py", "ranks", (0, 1, 2, 3, 4, 5), "public train_basis.py"),
-    ("PersonalLLM/vary_fewshot.py", "users", 1000, PAPER),
-    ("PersonalLLM/vary_fewshot.py", "unseen_users", 1000, PAPER),
-    ("PersonalLLM/vary_fewshot.py", "pairs_per_user", 45, PAPER),
-    ("RedditTLDR/prepare.py", "min_annotations", 50, PAPER),
-    ("RedditTLDR/train_basis.py", "pairs_per_user", 150, PAPER),
-    ("RedditTLDR/train_basis.py", "few_shot_pairs", 50, PAPER),
-    ("RedditTLDR/train_basis.py", "seen_fraction", 0.5, PAPER),
-    ("RedditTLDR/train_basis.py", "ranks", (0, 1, 2, 3, 4, 5, 6), "public train_basis.py"),
-    ("RedditTLDR/vary_fewshot.py", "pairs_per_user", 150, PAPER),
-    ("RedditTLDR/vary_fewshot.py", "seen_fraction", 0.5, PAPER),
-    ("RedditTLDR/vary_fewshot.py", "shots", tuple(range(5, 51, 5)), PAPER),
-    ("RedditTLDR/vary_fewshot.py", "trials", 20, PAPER),
-    ("RedditTLDR/vary_fewshot.py", "ranks", (5,), PAPER),
-    ("RedditTLDR/vary_fewshot.py", "iterations", 500, CODE),
-    ("PRISM/prepare.py", "min_dialogues", 6, PAPER),
-    ("PRISM/prepare.py", "seen_fraction", 0.5, PAPER),
-    ("PRISM/train_basis.py", "ranks", (0, 1, 5, 10, 15, 20, 25, 50), "public train_basis.py"),
-    ("PRISM/train_basis.py", "alpha", (1e4,), "public train_basis.py"),
-    ("PRISM/train_basis.py", "estimator", "lore_regularized", "public train_basis.py"),
-    ("PRISM/vary_fewshot.py", "alpha", (1e4,), "public train_basis.py"),
-    ("PRISM/vary_fewshot.py", "shots", (1, 2, 3), PAPER),
-    *(
-        (f"{name}/train_basis.py", setting, value, "eq. 10, public utils.py")
-        for name in ("PersonalLLM", "RedditTLDR")
-        for setting, value in (("alpha", (0.0,)), ("estimator", "lore"), ("shrinkage", (0.0,)),
-                               ("learning_rate", 0.5), ("few_shot_iterations", 500))
-    ),
+CODE, PAPER, EQUATION = "public utils.py", "arXiv 2504.14439", "eq. 10, public utils.py"
+SCRIPT = "public train_basis.py"
+PUBLISHED: list[tuple[str, str, dict[str, Any]]] = [
+    (CODE, "utils.run", dict(num_iterations=1000, learning_rate=0.5, few_shot_iterations=500,
+        few_shot_learning_rate=0.1)),
+    (CODE, "utils.run_regularized", dict(num_iterations=20_000, learning_rate=0.5,
+        few_shot_iterations=500, few_shot_learning_rate=0.5)),
+    (CODE, "utils.run_few_shot_vary_shots", dict(num_iterations=500, learning_rate=0.5,
+        few_shot_iterations=500, few_shot_learning_rate=0.1)),
+    (CODE, "utils.LoRe", dict(num_iterations=1000, learning_rate=0.5)),
+    (CODE, "utils.LoRe_regularized", dict(num_iterations=20_000, learning_rate=0.5)),
+    (CODE, "utils.solve_regularized", dict(num_iterations=1000, learning_rate=1e-2)),
+    (CODE, "utils.learn_multiple_few_shot", dict(num_iterations=1000, learning_rate=1e-2)),
+    (CODE, "utils.learn_multiple_few_shot_weighted", dict(num_iterations=1000, learning_rate=1e-2)),
+    (CODE, "utils", dict(TEMPERATURE=100.0, MIN_WEIGHT=1e-2)),
+    (PAPER, "PersonalLLM/train_basis.py", dict(users=1000, unseen_users=1000, pairs_per_user=45,
+        few_shot_pairs=9, dirichlet_alpha=1e-3)),
+    (PAPER, "PersonalLLM/vary_fewshot.py", dict(users=1000, unseen_users=1000, pairs_per_user=45)),
+    (PAPER, "RedditTLDR/prepare.py", dict(min_annotations=50)),
+    (PAPER, "RedditTLDR/train_basis.py", dict(pairs_per_user=150, few_shot_pairs=50,
+        seen_fraction=0.5)),
+    (PAPER, "RedditTLDR/vary_fewshot.py", dict(pairs_per_user=150, seen_fraction=0.5,
+        shots=tuple(range(5, 51, 5)), trials=20, ranks=(5,))),
+    (CODE, "RedditTLDR/vary_fewshot.py", dict(iterations=500)),
+    (PAPER, "PRISM/prepare.py", dict(min_dialogues=6, seen_fraction=0.5)),
+    (PAPER, "PRISM/vary_fewshot.py", dict(shots=(1, 2, 3))),
+    (SCRIPT, "PersonalLLM/train_basis.py", dict(ranks=(0, 1, 2, 3, 4, 5))),
+    (SCRIPT, "RedditTLDR/train_basis.py", dict(ranks=(0, 1, 2, 3, 4, 5, 6))),
+    (SCRIPT, "PRISM/train_basis.py", dict(ranks=(0, 1, 5, 10, 15, 20, 25, 50), alpha=(1e4,),
+        estimator="lore_regularized")),
+    (SCRIPT, "PRISM/vary_fewshot.py", dict(alpha=(1e4,))),
+    (EQUATION, "PersonalLLM/train_basis.py", dict(alpha=(0.0,), estimator="lore", shrinkage=(0.0,),
+        learning_rate=0.5, few_shot_iterations=500)),
+    (EQUATION, "RedditTLDR/train_basis.py", dict(alpha=(0.0,), estimator="lore", shrinkage=(0.0,),
+        learning_rate=0.5, few_shot_iterations=500)),
     # Peers with the setting "faithful"
-    *(("pal", *row, "PAL's code") for row in (
-        ("WIDTH", 512), ("BATCH", 4), ("EPOCHS", 20), ("RATE", 1e-4), ("DECAY", 0.01),
-        ("WEIGHT_RATE", 5e-3), ("NEW_USER_RATE", 5e-3), ("NEW_USER_EPOCHS", 20))),
-    *(("vpl", *row, "VPL's code") for row in (
-        ("UNITS", 512), ("CONTEXT", 8), ("BATCH", 32), ("EPOCHS", 2), ("RATE", 1e-4),
-        ("DECAY", 1e-3), ("WARM_UP", 0.03), ("CYCLE", 10_000))),
-    ("vpl.VPL", "betas[0]", 3e-6, "VPL's UF-P-4 script"),
-    *(("mrm", *row, "MRM's code") for row in (
-        ("K", 2), ("SCALE", 0.01), ("QUERY", 0.9), ("TAIL", 0.5), ("SHARPNESS", 0.5), ("USERS", 2),
-        ("EPOCHS", 200), ("WARM_UP", 0.05), ("CLIP", 1.0), ("EPSILON", 1e-8))),
-    ("mrm.MRM", "rate", 1e-3, "MRM's PRISM script"),
-    ("mrm.MRM", "inner_rate", 1e-3, "MRM's PRISM script"),
-    *(("pref", *row, "PReF's code") for row in (
-        ("NORM_PENALTY", 0.02), ("STEPS", 500), ("BATCH", 64), ("RATE", 1e-3),
-        ("USER_STEPS", 1000), ("USER_RATE", 0.01))),
-    ("pref.PReF", "rank", 5, "PReF's code"),
-    *(("rbd", *row, "RBD's code, as tuned") for row in (
-        ("POPULATION", 0.01), ("DEVIATION", 10.0), ("RATE", 1e-4), ("STEPS", 3000),
-        ("PATIENCE", 100), ("LEAST", 1e-5), ("START", 1e-3), ("USER_RATE", 1e-2),
-        ("USER_STEPS", 1000), ("USER_PATIENCE", 50))),
-    ("rbd.RBD", "rank", 8, "RBD's code, as tuned"),
+    ("PAL's code", "pal", dict(WIDTH=512, BATCH=4, EPOCHS=20, RATE=1e-4, DECAY=1e-2,
+        WEIGHT_RATE=5e-3, NEW_USER_RATE=5e-3, NEW_USER_EPOCHS=20)),
+    ("VPL's code", "vpl", dict(UNITS=512, CONTEXT=8, BATCH=32, EPOCHS=2, RATE=1e-4, DECAY=1e-3,
+        WARM_UP=0.03, CYCLE=10_000)),
+    ("VPL's UF-P-4 script", "vpl.VPL", {"betas[0]": 3e-6}),
+    ("MRM's code", "mrm", dict(K=2, SCALE=1e-2, QUERY=0.9, TAIL=0.5, SHARPNESS=0.5, USERS=2,
+        EPOCHS=200, WARM_UP=0.05, CLIP=1.0, EPSILON=1e-8)),
+    ("MRM's PRISM script", "mrm.MRM", dict(rate=1e-3, inner_rate=1e-3)),
+    ("PReF's code", "pref", dict(NORM_PENALTY=0.02, STEPS=500, BATCH=64, RATE=1e-3, USER_STEPS=1000,
+        USER_RATE=1e-2)),
+    ("PReF's code", "pref.PReF", dict(rank=5)),
+    ("RBD's code, as tuned", "rbd", dict(POPULATION=1e-2, DEVIATION=10.0, RATE=1e-4, STEPS=3000,
+        PATIENCE=100, LEAST=1e-5, START=1e-3, USER_RATE=1e-2, USER_STEPS=1000, USER_PATIENCE=50)),
+    ("RBD's code, as tuned", "rbd.RBD", dict(rank=8)),
 ]  # fmt: skip
+TABLE = [
+    (where, setting, value, source)
+    for source, where, settings in PUBLISHED
+    for setting, value in settings.items()
+]
 
 
 def default_of(where: str, setting: str) -> Any:

@@ -18,7 +18,7 @@ from lore.common.files import InputError
 from lore.learning import comparisons
 from lore.learning.basis import load_basis
 from lore.learning.comparisons import Comparisons, RowFeatures
-from lore.learning.training import Checkpoint, Training, fit_weights
+from lore.learning.training import Checkpoint, Training
 from planted import prefer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,15 +113,16 @@ def test_alternating_follows_the_reference(alpha, weigh, dtype, tolerance):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISION)
-@pytest.mark.parametrize("weigh", [None, weights_of])
-def test_few_shot_follows_the_reference(weigh, dtype, tolerance):
+@pytest.mark.parametrize(("weigh", "shrinkage"), [(None, 0), (weights_of, 0), (None, 2.5)])
+def test_few_shot_follows_the_reference(weigh, shrinkage, dtype, tolerance):
     X = users(COUNTS, dtype=dtype)
     V, c = users([12], F=3, seed=3, dtype=dtype, scale=1.0)[0], weigh and weigh(X)
+    pull = {"population": torch.tensor([0.5, 0.3, 0.2], dtype=dtype), "shrinkage": shrinkage}
     torch.manual_seed(2)
     logits = torch.stack([torch.randn(3, dtype=dtype) for _ in X])
     torch.manual_seed(2)
-    fitted = utils.PersonalizeBatch(len(X), 12, 3, 100, 0.1, dtype=dtype).train(X, V, c)
-    close(fitted, reference.few_shot(X, V, logits, 100, 0.1, c), tolerance)
+    fitted = utils.PersonalizeBatch(len(X), 12, 3, 100, 0.1, dtype=dtype, **pull).train(X, V, c)
+    close(fitted, reference.few_shot(X, V, logits, 100, 0.1, c, **pull), tolerance)
 
 
 def test_a_comparison_of_weight_two_is_that_comparison_twice():
@@ -211,71 +212,29 @@ def test_gradients_by_finite_differences():
             assert math.isclose(slope, float(tensor.grad.reshape(-1)[i]), abs_tol=1e-6)
 
 
-def test_few_shots_with_shrinkage_follow_the_reference():
-    X, V = users([2, 3, 4], F=5), torch.randn(5, 3, dtype=torch.float64)
-    population = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
-    logits, data = torch.randn(3, 3, dtype=torch.float64), Comparisons.from_list(X)
-    W = fit_weights(data.project(V), data, logits, utils.preference_loss, num_iterations=30,
-                    shrinkage=2.5, population=population)  # fmt: skip
-    given = {"population": population, "shrinkage": 2.5}
-    close(list(W), reference.few_shot(X, V, logits, 30, 0.1, **given))
-
-
-@pytest.mark.slow
-def test_strong_shrinkage_gives_the_population_and_none_gives_the_plain_fit():
-    X, V = users([5] * 4), torch.randn(12, 3, dtype=torch.float64)
-    data = Comparisons.from_list(X)
-    Z, population = data.project(V), torch.tensor([0.7, 0.2, 0.1])
-    logits = torch.zeros(4, 3)
-    strong = fit_weights(
-        Z, data, logits, utils.preference_loss, shrinkage=1e6, population=population,
-        num_iterations=600, learning_rate=0.05,
-    )  # fmt: skip
-    torch.testing.assert_close(strong, population.expand(4, 3).double(), atol=2e-3, rtol=0)
-    plain = fit_weights(Z, data, logits, utils.preference_loss)
-    zero = fit_weights(Z, data, logits, utils.preference_loss, shrinkage=0.0, population=population)
-    torch.testing.assert_close(plain, zero)
-    assert (plain - population).abs().max() > 0.05
-
-
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        torch.optim.AdamW,
-        functools.partial(torch.optim.SGD, lr=20.0, momentum=0.9),
-        functools.partial(torch.optim.LBFGS, lr=0.5, max_iter=4),
-    ],
-)
+@pytest.mark.parametrize("optimizer", [
+    torch.optim.AdamW, functools.partial(torch.optim.SGD, lr=20.0, momentum=0.9),
+    functools.partial(torch.optim.LBFGS, lr=0.5, max_iter=4),
+])  # fmt: skip
 @pytest.mark.parametrize("estimator", [utils.LoRe, utils.LoRe_regularized])
 def test_other_optimisers_lower_the_loss(optimizer, estimator):
     X = users(COUNTS, dtype=torch.float32)
     fit = estimator(None, 0, 6, 12, 2, 60, 0.1, generator=0, optimizer=optimizer)
-    W, V = fit.train(X)
-    assert torch.isfinite(V).all()
+    assert torch.isfinite(fit.train(X)[1]).all()
     assert fit.losses[-1] < 0.9 * fit.losses[0]
 
 
 # --------------------------------------------------------------- Planted worlds
 
 
-def planted(counts, F=16, K=3, seed=0, spread=1.0):
+def planted(counts, F=16, K=3, seed=0):
     """Users with low-rank rewards: comparisons ordered by V* w*, with logistic noise."""
     g = torch.Generator().manual_seed(seed)
     V = torch.linalg.qr(torch.randn(F, K, generator=g))[0] * 4
-    W = torch.distributions.Dirichlet(torch.full((K,), 0.3))
     torch.manual_seed(seed)
-    W = W.sample((len(counts),)) if spread else torch.full((len(counts), K), 1 / K)
-    X = []
-    for m, w in zip(counts, W, strict=True):
-        x = torch.randn(m, F, generator=g)
-        X.append(prefer(x @ V @ w, x, -x, g)[0])
-    return X, V, W
-
-
-def largest_angle(A, B):
-    """The largest principal angle between two subspaces, in radians."""
-    a, b = torch.linalg.qr(A.double())[0], torch.linalg.qr(B.double())[0]
-    return float(torch.linalg.svdvals(a.T @ b).clamp(max=1).acos().max())
+    W = torch.distributions.Dirichlet(torch.full((K,), 0.3)).sample((len(counts),))
+    X = [torch.randn(m, F, generator=g) for m in counts]
+    return [prefer(x @ V @ w, x, -x, g)[0] for x, w in zip(X, W, strict=True)], V, W
 
 
 @pytest.mark.slow
@@ -284,7 +243,8 @@ def test_the_planted_subspace_is_recovered_as_comparisons_grow():
     for m in (10, 60, 360):
         X, V, _ = planted([m] * 80)
         learned = utils.solve_regularized(None, 0, X, 3, 600, 0.5, generator=0)[1]
-        angles.append(largest_angle(learned, V))
+        cosines = torch.linalg.svdvals(torch.linalg.qr(learned)[0].T @ torch.linalg.qr(V)[0])
+        angles.append(float(cosines.clamp(max=1).acos().max()))  # the largest principal angle
     assert angles[0] > angles[1] > angles[2]
     assert angles[2] < 0.35
 
@@ -298,20 +258,8 @@ def test_new_users_come_within_two_points_of_the_planted_model():
     )
     fitted = utils.learn_multiple_few_shot(few, learned, 500, 0.1, generator=1)
     ours = utils.eval_multiple(fitted, learned, test).mean()
-    theirs = utils.eval_multiple(W[80:], V, test).mean()
-    shared = utils.eval_multiple(torch.ones(40, 1), alone, test).mean()
-    assert ours > theirs - 0.02
-    assert ours > shared + 0.02
-
-
-@pytest.mark.slow
-def test_with_one_shared_taste_higher_ranks_do_not_beat_one_direction():
-    X, _, _ = planted([60] * 80, spread=0)
-    train, test = [x[:30] for x in X], [x[30:] for x in X]
-    means = utils.run([1, 3, 5], [0], None, train[:60], test[:60], train[60:], test[60:], 60, 20,
-                      generator=0, num_iterations=300, progress=False)  # fmt: skip
-    assert means.seen[1:].max() <= means.seen[0] + 0.005
-    assert means.unseen[1:].max() <= means.unseen[0] + 0.005
+    assert ours > utils.eval_multiple(W[80:], V, test).mean() - 0.02
+    assert ours > utils.eval_multiple(torch.ones(40, 1), alone, test).mean() + 0.02
 
 
 # ------------------------------------------------------------------- Properties
@@ -375,7 +323,6 @@ def test_own_rewards_follow_each_users_plain_fit():
 def test_own_and_shared_rewards():
     X = users([20] * 6, F=16, dtype=torch.float32)  # more comparisons than features, just
     directions, w = utils.learn_multiple(X, 200), torch.ones(6, 1)
-    close(directions[2], utils.learn_multiple([X[2]], 200)[0], 1e-4)
     accuracy = utils.eval_multiple(w, directions, X)
     shared = utils.learn_single_reward(X, 100, generator=0)
     assert accuracy.min() > 0.8
@@ -409,57 +356,6 @@ def test_training_goes_on_from_a_checkpoint(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# ----------------------------------------------------------------------- Sampling
-
-
-def test_simulated_users_choose_best_and_worst():
-    g = torch.Generator().manual_seed(0)
-    rewards, features = torch.randn(7, 8, 10, generator=g), torch.randn(7, 8, 5, generator=g)
-    W = utils.generate_population(0.1, 3, generator=1)
-    chosen, rejected = utils.simulate_choices(rewards, W)
-    for u in range(3):
-        for p in range(7):
-            scores = [sum(float(a * b) for a, b in zip(r, W[u], strict=True)) for r in rewards[p]]
-            assert scores[chosen[u, p]] == max(scores)
-            assert scores[rejected[u, p]] == min(scores)
-    dense = utils.simulate_population(rewards, features, W)
-    expected = features[2, chosen[1, 2]] - features[2, rejected[1, 2]]
-    torch.testing.assert_close(dense[1, 2], expected)
-    torch.testing.assert_close(utils.simulate_user(rewards, features, W[1]), dense[1])
-
-
-def test_populations_are_on_the_simplex_and_sparser_for_small_alpha():
-    peaks = []
-    for alpha in (0.001, 0.1, 10.0):
-        W = utils.generate_population(alpha, 400, generator=0)
-        torch.testing.assert_close(W.sum(1), torch.ones(400))
-        peaks.append(float(W.amax(1).mean()))
-    assert peaks[0] > 0.99 > peaks[1] > peaks[2]
-    same = utils.generate_population(0.1, 5, torch.Generator().manual_seed(3))
-    torch.testing.assert_close(utils.generate_popupulation(0.1, 5, 3), same)
-
-
-def test_shots_are_drawn_without_replacement_from_a_seed(caplog):
-    X = [torch.arange(6.0)[:, None], torch.arange(3.0)[:, None]]
-    drawn = utils.sample_shots(X, 4, generator=0)
-    assert "a user has only 3" in caplog.text
-    assert len(caplog.records) == 1
-    assert [len(x) for x in drawn] == [4, 3]
-    assert len(drawn[0].unique()) == 4
-    torch.testing.assert_close(drawn[0], utils.sample_shots(X, 4, generator=0)[0])
-
-
-def test_prism_dialogues_become_differences():
-    g = torch.Generator().manual_seed(0)
-    pairs = [(torch.randn(4, generator=g), torch.randn(4, generator=g)) for _ in range(6)]
-    world = {"a": {"d1": pairs[:2], "d2": pairs[2:3]}, "b": {"d3": pairs[3:]}}
-    X = utils.create_dataset_prism(world)
-    torch.testing.assert_close(X[0][2], pairs[2][0] - pairs[2][1])
-    assert [len(x) for x in X] == [3, 3]
-    some = utils.create_dataset_prism_shots(world, 1, generator=0)
-    assert len(some[0]) in (1, 2) and len(some[1]) == 3
-
-
 # ---------------------------------------------------------------------- Bad input
 
 GOOD = users([3, 4], dtype=torch.float32)
@@ -471,39 +367,31 @@ def bad(u, row, value):
     return X
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: utils.solve_regularized(None, 0, [], 1), "no users"),
-        (lambda: Comparisons.from_list([]), "no users"),
-        (lambda: Comparisons.from_list([GOOD[0], GOOD[1][:0]]), "user 1 has no comparisons"),
-        (lambda: Comparisons.from_list([GOOD[0], GOOD[1][:, :5]]), "user 1: 5 features"),
-        (lambda: Comparisons.from_list(bad(1, 2, math.nan)), "user 1, row 2: NaN"),
-        (lambda: Comparisons.from_list(bad(0, 1, math.inf)), "user 0, row 1: NaN or inf"),
-        (lambda: utils.LoRe(torch.ones(5), 1, 2, 12, 2), r"reference has shape \(5,\)"),
-        (lambda: utils.LoRe(torch.ones(12, 2), 1, 2, 12, 2), r"reference has shape \(12, 2\)"),
-        (lambda: utils.LoRe(None, 1, 2, 12, 2), "there is none"),
-        (lambda: utils.LoRe(None, 0, 2, 12, -1), "ranks start at 0"),
-        (lambda: utils.LoRe(None, 0, 3, 12, 2).train(GOOD), "2 users given, the model expects 3"),
-        (lambda: utils.LoRe(None, 0, 2, 11, 2).train(GOOD), "12 wide, the model expects 11"),
-        (lambda: utils.sample_shots(GOOD, 0), "at least 1"),
-        (lambda: utils.generate_population(0.0, 3), "must be positive"),
-        (lambda: utils.evaluate_model(GOOD[0], torch.ones(5, 2), torch.ones(2)), "basis has shape"),
-        (
-            lambda: utils.evaluate_model(GOOD[0], torch.ones(12, 2, device="meta"), torch.ones(2)),
-            "move them to one device",
-        ),
-        (
-            lambda: utils.run([0], [0], None, GOOD, GOOD, GOOD, GOOD, 2, 2, progress=False),
-            "there is none",
-        ),
-        (
-            lambda: utils.run([1], [0], None, GOOD, GOOD, GOOD, GOOD, 3, 2, progress=False),
-            "2 users' features given where 3",
-        ),
-        (lambda: Comparisons.from_list(GOOD, [torch.ones(3), torch.ones(2)]), "2 weights"),
-    ],
-)
+ON_META = torch.ones(12, 2, device="meta")
+BAD = [
+    (lambda: utils.solve_regularized(None, 0, [], 1), "no users"),
+    (lambda: Comparisons.from_list([]), "no users"),
+    (lambda: Comparisons.from_list([GOOD[0], GOOD[1][:0]]), "user 1 has no comparisons"),
+    (lambda: Comparisons.from_list([GOOD[0], GOOD[1][:, :5]]), "user 1: 5 features"),
+    (lambda: Comparisons.from_list(bad(1, 2, math.nan)), "user 1, row 2: NaN"),
+    (lambda: Comparisons.from_list(bad(0, 1, math.inf)), "user 0, row 1: NaN or inf"),
+    (lambda: Comparisons.from_list(GOOD, [torch.ones(3), torch.ones(2)]), "2 weights"),
+    (lambda: utils.LoRe(torch.ones(5), 1, 2, 12, 2), r"reference has shape \(5,\)"),
+    (lambda: utils.LoRe(torch.ones(12, 2), 1, 2, 12, 2), r"reference has shape \(12, 2\)"),
+    (lambda: utils.LoRe(None, 1, 2, 12, 2), "there is none"),
+    (lambda: utils.LoRe(None, 0, 2, 12, -1), "ranks start at 0"),
+    (lambda: utils.LoRe(None, 0, 3, 12, 2).train(GOOD), "2 users given, the model expects 3"),
+    (lambda: utils.LoRe(None, 0, 2, 11, 2).train(GOOD), "12 wide, the model expects 11"),
+    (lambda: utils.sample_shots(GOOD, 0), "at least 1"),
+    (lambda: utils.generate_population(0.0, 3), "must be positive"),
+    (lambda: utils.evaluate_model(GOOD[0], torch.ones(5, 2), torch.ones(2)), "basis has shape"),
+    (lambda: utils.evaluate_model(GOOD[0], ON_META, torch.ones(2)), "move them to one device"),
+    (lambda: utils.run([0], [0], None, *[GOOD] * 4, 2, 2, progress=False), "there is none"),
+    (lambda: utils.run([1], [0], None, *[GOOD] * 4, 3, 2), "2 users' features given where 3"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), BAD)
 def test_bad_input_is_one_clear_error(call, message):
     with pytest.raises(InputError, match=message):
         call()
