@@ -43,11 +43,8 @@ WRITES = {"open", "write", "write_record", "write_end_of_file", "serialize_file"
 
 
 class Calls:
-    """Counts calls of functions, and of those that change files, while a function runs.
-
-    Args:
-        kill: "calls" or "writes", and at which one the process ends with SIGKILL.
-    """
+    """Counts calls of functions, and of those that change files, while a function runs; ``kill`` is
+    "calls" or "writes", and at which one the process ends with SIGKILL."""
 
     def __init__(self, kill: tuple[str, int] | None = None) -> None:
         self.counts, self.kill = {"calls": 0, "writes": 0}, kill
@@ -143,8 +140,8 @@ class Job:
     def answer(self) -> list[str]:
         """Do all; the moments."""
         self.finish("whole", counted=True)
-        counts = [json.loads((self.folder / f"counts-{r}").read_text())
-                  for r in range(self.processes)]  # fmt: skip
+        files = [self.folder / f"counts-{rank}" for rank in range(self.processes)]
+        counts = [json.loads(file.read_text()) for file in files]
         draw, moments = random.Random(17), []
         for number in range(MOMENTS):
             rank, what = draw.randrange(self.processes), ("calls", "writes")[number % 2]

@@ -166,9 +166,7 @@ def listed(data: Comparisons) -> list[tuple]:
     return list(zip(users, *ends(data), data.weight.tolist(), strict=True))
 
 
-def plain(
-    store: Rows, data: Comparisons, V: Tensor, W: Tensor
-) -> tuple[np.ndarray, np.ndarray]:
+def plain(store: Rows, data: Comparisons, V: Tensor, W: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Every user's accuracy and log loss for V [F, K] and W [U, K], comparison by comparison."""
     right, loss, total = np.zeros((3, data.num_users))
     rows = zip(data.user.tolist(), *ends(data), data.weight.tolist(), strict=True)

@@ -12,28 +12,16 @@ F, ROWS = 12, 400
 
 
 def task(
-    users: int = 40,
-    shots: int = 40,
-    held_out: int = 60,
-    rank: int = 2,
-    spread: float = 1.0,
-    strength: float = 3.0,
-    seed: int = 0,
-    features: int = F,
-    rows: int = ROWS,
+    users: int = 40, shots: int = 40, held_out: int = 60, rank: int = 2, spread: float = 1.0,
+    strength: float = 3.0, seed: int = 0, features: int = F, rows: int = ROWS,
     falling: bool = False,
-) -> Task:
-    """Seen and new users with logistic choices between rows of one table.
+) -> Task:  # fmt: skip
+    """So many seen and new users with logistic choices between rows of one table.
 
     Args:
-        users: of each kind.
         shots, held_out: comparisons of each user.
-        rank: dimensions in which tastes differ.
-        spread: standard deviation of the tastes in each; 0 makes all users alike.
+        rank, spread: dimensions in which tastes differ, and their standard deviation in each.
         strength: length of the shared direction; rewards are on the scale of logits times 100.
-        seed: of everything.
-        features: F.
-        rows: of the table of embeddings.
         falling: features' variances fall as 1 / k, much as those of language models do.
     """
     g = torch.Generator().manual_seed(seed)
@@ -57,15 +45,14 @@ def task(
 
 def moved(task: Task, device: torch.device | str) -> Task:
     """The same task, computed on another device."""
-    names = ("train", "few", "seen", "unseen")
-    return replace(task, **{name: _moved(getattr(task, name), device) for name in names})
-
-
-def _moved(data: Comparisons, device: torch.device | str) -> Comparisons:
-    f = data.features
-    rows = f.index[f.chosen], f.index[f.rejected]
-    features = RowFeatures(f.rows, f.num_features, *rows, device)
-    return Comparisons(features, data.counts, data.weight, data.names, data.dialogs)
+    sets = {}
+    for name in ("train", "few", "seen", "unseen"):
+        data = getattr(task, name)
+        f = data.features
+        rows = f.index[f.chosen], f.index[f.rejected]
+        features = RowFeatures(f.rows, f.num_features, *rows, device)
+        sets[name] = Comparisons(features, data.counts, data.weight, data.names, data.dialogs)
+    return replace(task, **sets)
 
 
 def prefer(

@@ -40,9 +40,7 @@ def pull(target: Tensor, w: Tensor, x: Tensor, shrinkage: float) -> Tensor:
 
 def joint_objective(X, c, V, logits, reference=None, alpha=0.0):
     """Equation 10."""
-    total = 0.0
-    for u in range(len(X)):
-        total = total + mean_of_user(X[u], c[u], V, torch.softmax(logits[u], 0))
+    total = sum(mean_of_user(X[u], c[u], V, logits[u].softmax(0)) for u in range(len(X)))
     if alpha:
         for k in range(V.shape[1]):
             total = total + alpha * (V[:, k] - reference).pow(2).sum()
@@ -51,12 +49,9 @@ def joint_objective(X, c, V, logits, reference=None, alpha=0.0):
 
 def pair_mean(X, c, V, logits):
     """Mean over all comparisons."""
-    total, weight = 0.0, 0.0
-    for u in range(len(X)):
-        w = torch.softmax(logits[u], 0)
-        total = total + (c[u] * softplus(-(X[u] @ V @ w) / T)).sum()
-        weight = weight + c[u].sum()
-    return total / weight
+    means = [mean_of_user(X[u], c[u], V, logits[u].softmax(0)) for u in range(len(X))]
+    weights = [of_user.sum() for of_user in c]
+    return sum(mean * n for mean, n in zip(means, weights, strict=True)) / sum(weights)
 
 
 def cosine_penalty(V, reference):
@@ -66,11 +61,7 @@ def cosine_penalty(V, reference):
 
 def schedule(alpha, t, steps):
     begin, end = int(0.2 * steps), int(0.8 * steps)
-    if t < begin:
-        return 0.0
-    if t >= end:
-        return alpha
-    return alpha * (t - begin) / (end - begin)
+    return alpha * min(1, max(0, (t - begin) / (end - begin)))
 
 
 def joint(X, logits, V, steps, lr, reference=None, alpha=0.0, c=None, shrinkage=0.0):

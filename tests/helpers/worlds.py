@@ -22,9 +22,9 @@ import pyarrow.parquet as pq
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = (
-    "amber", "basil", "cedar", "delta", "ember", "fjord", "grove", "hazel", "inlet",
-    "jade", "kelp", "lotus", "maple", "nectar", "olive", "pearl", "quartz", "river",
-    "sage", "tulip", "umber", "velvet", "willow", "yarrow", "zephyr",
+    "amber", "basil", "cedar", "delta", "ember", "fjord", "grove", "hazel", "inlet", "jade", "kelp",
+    "lotus", "maple", "nectar", "olive", "pearl", "quartz", "river", "sage", "tulip", "umber",
+    "velvet", "willow", "yarrow", "zephyr",
 )  # fmt: skip
 SCORERS = (
     "gemma_2b", "gemma_7b", "mistral_raft", "llama3_sfairx", "oasst_deberta_v3", "beaver_7b",
@@ -89,11 +89,8 @@ def tldr(
                 "info": {"id": f"t3_{post}", "post": texts[post], "title": f"title {post}",
                          "subreddit": "r", "site": None, "article": None},
                 "summaries": [{"text": text, "policy": "sup4", "note": None} for text in pair],
-                "choice": world.best(worker % 2, pair),
-                "worker": f"w{worker:02d}",
-                "batch": "batch0",
-                "split": name,
-                "extra": {"confidence": None},
+                "choice": world.best(worker % 2, pair), "worker": f"w{worker:02d}",
+                "batch": "batch0", "split": name, "extra": {"confidence": None},
             })  # fmt: skip
         write(folder / f"{split}.jsonl.gz", rows)
     return folder
@@ -110,12 +107,9 @@ def prism(
         for _ in range(count):
             history = _prism_history(world, user % 2, int(world.rng.integers(1, turns + 1)))
             conversations.append({
-                "conversation_id": f"c{len(conversations)}",
-                "user_id": name,
-                "conversation_type": "unguided",
-                "opening_prompt": history[0]["content"],
-                "conversation_turns": history[-1]["turn"] + 1,
-                "conversation_history": history,
+                "conversation_id": f"c{len(conversations)}", "user_id": name,
+                "conversation_type": "unguided", "opening_prompt": history[0]["content"],
+                "conversation_turns": history[-1]["turn"] + 1, "conversation_history": history,
                 "open_feedback": "",
             })  # fmt: skip
     write(folder / "survey.jsonl", survey)
@@ -137,13 +131,9 @@ def _prism_history(world: _World, taste: int, turns: int) -> list[dict[str, Any]
 
 
 def community(
-    folder: Path,
-    *,
-    annotators: int = 6,
-    conversations: int = 12,
-    languages: Sequence[str] = ("en", "fr"),
-    seed: int = 0,
-) -> Path:
+    folder: Path, *, annotators: int = 6, conversations: int = 12,
+    languages: Sequence[str] = ("en", "fr"), seed: int = 0,
+) -> Path:  # fmt: skip
     """Community Alignment: train.parquet, one to four turns, ``annotators`` for each language.
 
     Every third conversation opens with one of four prompts of its language, whose candidates are
@@ -199,16 +189,11 @@ def rewardbench(folder: Path, *, users: int = 6, comparisons: int = 9, seed: int
             pair = world.texts(2)
             best = world.best(user % 2, pair)
             rows[files[user % 3]].append({
-                "conversation_id": f"c{user}.{number}",
-                "user_id": f"user{user}",
-                "context": context,
-                "chosen": {"content": pair[best], "role": "model"},
+                "conversation_id": f"c{user}.{number}", "user_id": f"user{user}",
+                "context": context, "chosen": {"content": pair[best], "role": "model"},
                 "rejected": {"content": pair[1 - best], "role": "model"},
-                "turns": len(context) // 2 + 1,
-                "split": ("train", "val", "test")[number % 3],
-                "flip": bool(number % 2),
-                "reasoning_judge": world.text(),
-                "agreement": 0.5,
+                "turns": len(context) // 2 + 1, "split": ("train", "val", "test")[number % 3],
+                "flip": bool(number % 2), "reasoning_judge": world.text(), "agreement": 0.5,
             })  # fmt: skip
     for name, some in rows.items():
         write(folder / f"{name}.parquet", some)

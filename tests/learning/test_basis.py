@@ -22,23 +22,18 @@ def stored(folder: Path, basis: Basis) -> Basis:
     return load_basis(folder / "basis.safetensors")
 
 
-@pytest.mark.parametrize(
-    ("seen", "unseen", "expected"),
-    [
-        (["ann", "bob"], ["cy"], {"ann": W[0], "bob": W[1], "cy": W_UNSEEN[0]}),
-        ([], ["cy"], {"cy": W_UNSEEN[0]}),
-        (["ann", "bob"], [], {"ann": W[0], "bob": W[1]}),
-    ],
-)
-def test_a_name_gives_the_weights_of_that_user_whichever_side_has_names(
-    tmp_path, seen, unseen, expected
-):
+WEIGHTS = {"ann": W[0], "bob": W[1], "cy": W_UNSEEN[0]}
+
+
+@pytest.mark.parametrize(("seen", "unseen"), [(["ann", "bob"], ["cy"]), ([], ["cy"]),
+                                              (["ann", "bob"], [])])  # fmt: skip
+def test_a_name_gives_the_weights_of_that_user_whichever_side_has_names(tmp_path, seen, unseen):
     basis = stored(tmp_path, Basis(V, W, None, seen, W_UNSEEN, unseen))
-    assert basis.names == list(expected)
-    for name, w in expected.items():
-        assert torch.equal(basis.weights_of(name), w)
-        assert torch.equal(basis.direction(name), V @ w / 100)  # log odds
-    for name in {"ann", "bob", "cy", "dan"} - set(expected):
+    assert basis.names == [*seen, *unseen]
+    for name in basis.names:
+        assert torch.equal(basis.weights_of(name), WEIGHTS[name])
+        assert torch.equal(basis.direction(name), V @ WEIGHTS[name] / 100)  # log odds
+    for name in {*WEIGHTS, "dan"} - {*basis.names}:
         with pytest.raises(InputError, match=f"^--user {name} is not in .*--list-users true"):
             basis.direction(name, "--user")
 
@@ -62,14 +57,12 @@ def test_wrong_numbers_of_names_and_wrong_files_are_refused(tmp_path):
     with pytest.raises(InputError, match="1 user ids for 2 rows"):
         save_basis(tmp_path / "basis.safetensors", Basis(V, W, users=["ann"]))
     assert not list(tmp_path.iterdir())
-    save_file({"V": V}, tmp_path / "other.safetensors")
-    with pytest.raises(InputError, match="lacks [VW]; it is no basis file"):
-        load_basis(tmp_path / "other.safetensors")
-    with pytest.raises(InputError, match="no such basis file"):
-        load_basis(tmp_path / "none.safetensors")
-    (tmp_path / "junk.safetensors").write_bytes(b"junk")
-    with pytest.raises(InputError, match="damaged.*it is no basis file"):
-        load_basis(tmp_path / "junk.safetensors")
+    save_file({"V": V}, tmp_path / "other")
+    (tmp_path / "junk").write_bytes(b"junk")
+    for name, said in (("other", "lacks [VW]; it is no basis file"), ("none", "no such basis file"),
+                       ("junk", "damaged.*it is no basis file")):  # fmt: skip
+        with pytest.raises(InputError, match=said):
+            load_basis(tmp_path / name)
 
 
 # ---------------------------------------------------------------- The basis' model
@@ -132,16 +125,12 @@ def test_a_local_model_that_moved_is_named_with_what_to_do(name):
         ModelChoice().resolve({}, "run/b")
 
 
-@pytest.mark.parametrize(
-    ("change", "what"),
-    [
-        ({"weights_sha256": "c" * 64}, "other weights than"),
-        ({"template_sha256": "c" * 64}, "another chat template than"),
-        ({"weights_sha256": "c" * 64, "template_sha256": "c" * 64}, "other weights and another"),
-        ({"weights_sha256": None}, None),
-        ({"revision": "c0ffee"}, None),
-    ],
-)
+@pytest.mark.parametrize(("change", "what"), [
+    ({"weights_sha256": "c" * 64}, "other weights than"),
+    ({"template_sha256": "c" * 64}, "another chat template than"),
+    ({"weights_sha256": "c" * 64, "template_sha256": "c" * 64}, "other weights and another"),
+    ({"weights_sha256": None}, None), ({"revision": "c0ffee"}, None),
+])  # fmt: skip
 def test_a_model_is_another_one_where_both_sides_know_a_hash_and_they_differ(change, what, caplog):
     facts = {"model": "org/model", **HASHES, **change}
     if what is None:

@@ -59,12 +59,10 @@ def test_the_device_refuses_what_a_gpu_refuses():
     with elsewhere.pretended() as device:
         x, here = torch.ones(3).to(device), torch.ones(3)
         for mixed in (
-            lambda: x + here,
-            lambda: here[torch.tensor([1], device=device)],
-            lambda: x.numpy(),
+            lambda: x + here, lambda: here[torch.tensor([1], device=device)], lambda: x.numpy(),
             lambda: torch.rand(2, generator=torch.Generator(), device=device),
             lambda: here.index_add_(0, torch.tensor([0]), x[:1]),
-        ):
+        ):  # fmt: skip
             with pytest.raises(RuntimeError):
                 mixed()
         assert (x + 1)[torch.tensor([0])].tolist() == [2.0]

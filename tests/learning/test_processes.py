@@ -1,9 +1,7 @@
 """Several processes, and processes that are killed, by the scripts as a user runs them."""
 
 import json
-import re
 import signal
-import time
 from functools import partial
 from pathlib import Path
 
@@ -101,34 +99,6 @@ def test_mixed_logit_and_ridge_bt_are_the_same_in_every_form(tmp_path):
     assert facts["chosen"]["tau2"] > 0 and len(facts["tried"]) > 5
     for other in found[1:]:
         assert json.loads(other) == expected
-
-
-def test_a_killed_training_goes_on_where_it_was(dataset, tmp_path, caplog):
-    long = {**QUICK, "ranks": [2, 3], "iterations": 400, "checkpoint_every": 20}
-    settings = {"data": dataset("PRISM").data, **long}
-    whole, killed = ({**settings, "results": tmp_path / name} for name in ("whole", "killed"))
-    process = running.start("PRISM/train_basis.py", killed)
-    folder = tmp_path / "killed/PRISM/here"
-    until = time.monotonic() + 120
-    while len(list(folder.glob("state-seed0-lore*.pt"))) < 2 and time.monotonic() < until:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert list(saved(folder)["seeds"][0]["methods"]) == ["reference", "bt", "own", "ridge_bt"]
-    with caplog.at_level("INFO"):
-        resumed = running.invoke("PRISM/train_basis.py", killed)
-    assert resumed.status == 0, resumed.err
-    (step,) = re.findall(r"going on from step (\d+)", caplog.text)
-    assert 40 <= int(step) < 400
-    outcome = running.invoke("PRISM/train_basis.py", whole)
-    assert outcome.status == 0, outcome.err
-    assert repeats(folder) == repeats(tmp_path / "whole/PRISM/here")
-    for rank in (1, 2, 3):
-        name = f"basis-K{rank:02d}.safetensors"
-        bases = [load_basis(f / name) for f in (folder, tmp_path / "whole/PRISM/here")]
-        assert torch.equal(bases[0].V, bases[1].V) and torch.equal(bases[0].W, bases[1].W)
-    assert not list(folder.glob("state-*"))
 
 
 DYING = """

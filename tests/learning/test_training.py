@@ -148,15 +148,14 @@ LBFGS = functools.partial(torch.optim.LBFGS, lr=0.5)
 @pytest.mark.parametrize(("optimizer", "steps"), [(None, 40), (LBFGS, 5)])
 def test_models_trained_side_by_side_follow_their_own_trajectories(estimator, optimizer, steps):
     cases = [(1, 0.0, 0.0), (3, 0.1, 0.0), (2, 0.0, 3.0), (5, 0.1, 1.0)][: 4 if steps > 5 else 2]
-    models, X = [
-        [model(K, steps, estimator, alpha, K, shrinkage=s, optimizer=optimizer)
-         for K, alpha, s in cases]
+    together, alone = (
+        [model(K, steps, estimator, a, K, shrinkage=s, optimizer=optimizer) for K, a, s in cases]
         for _ in range(2)
-    ], users(COUNTS)  # fmt: skip
-    together = utils.train_together(models[0], Comparisons.from_list(X))
-    for found, shared, alone in zip(together, *models, strict=True):
-        close(found, alone.train(X))
-        close(shared.losses, alone.losses)
+    )
+    results = utils.train_together(together, Comparisons.from_list(users(COUNTS)))
+    for found, one, other in zip(results, together, alone, strict=True):
+        close(found, other.train(users(COUNTS)))
+        close(one.losses, other.losses)
 
 
 def test_float32_arithmetic_on_any_float_input_and_views_are_not_copied():
@@ -332,7 +331,7 @@ def test_own_and_shared_rewards():
     assert torch.nn.functional.cosine_similarity(pulled[:, 0], torch.ones(16), dim=0) > 0.95
 
 
-def test_training_goes_on_from_a_checkpoint(tmp_path):
+def test_training_goes_on_from_a_checkpoint(tmp_path, caplog):
     fit = functools.partial(model, 3, alpha=0.1)
     data, checkpoint = Comparisons.from_list(users(COUNTS)), Checkpoint(tmp_path / "state", 20)
     whole = utils.train_together([fit(90)], data)[0]
@@ -347,8 +346,10 @@ def test_training_goes_on_from_a_checkpoint(tmp_path):
         utils.train_together([fit(90)], data, checkpoint)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["state.0.20.pt", "state.0.40.pt"]
     resumed, rest = fit(90), Checkpoint(tmp_path / "state", 20)
-    W, V = utils.train_together([resumed], data, rest)[0]
-    torch.testing.assert_close(V, whole[1], rtol=0, atol=0)
+    with caplog.at_level("INFO"):
+        W, V = utils.train_together([resumed], data, rest)[0]
+    assert "going on from step 40 of" in caplog.text
+    assert torch.equal(W, whole[0]) and torch.equal(V, whole[1])
     assert len(resumed.losses) == 90 and resumed.losses.min() > 0
     with pytest.raises(InputError, match="other settings"):
         utils.train_together([fit(91)], data, rest)

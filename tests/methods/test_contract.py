@@ -23,24 +23,26 @@ from lore.methods.fitting import linear, networks
 
 # Fewer steps where the defaults take long, and one strength where choosing is not the point.
 QUICK: dict[str, dict[str, Any]] = {
-    "ridge_bt": {},
-    "lore": {"ranks": (3,), "iterations": 400},
-    "mixed_logit": {},
+    "ridge_bt": {}, "lore": {"ranks": (3,), "iterations": 400}, "mixed_logit": {},
     "pal": {"prototypes": (5,), "width": 32, "epochs": 10},
     "pal faithful": {"prototypes": (2,), "width": 16, "epochs": 2},
     "vpl": {"betas": (1e-4,), "hidden": 32, "epochs": 28},
     "vpl faithful": {"hidden": 16, "latent": 8},
-    "pref": {"strengths": (2.0,)},
-    "pref faithful": {"rank": 3},
-    "mrm": {"strengths": (1.0,)},
-    "mrm faithful": {},
-    "rbd": {"rank": 3, "strengths": ((1.0, 5.0),)},
-    "rbd faithful": {"rank": 3},
-    "pebs": {"strengths": (1.0,)},
-    "pebs faithful": {"strengths": (1.0,)},
-    "mlp": {"ranks": (5,), "epochs": 10},
-    "mlp faithful": {"hidden": 16, "epochs": 20},
-}
+    "pref": {"strengths": (2.0,)}, "pref faithful": {"rank": 3},
+    "mrm": {"strengths": (1.0,)}, "mrm faithful": {},
+    "rbd": {"rank": 3, "strengths": ((1.0, 5.0),)}, "rbd faithful": {"rank": 3},
+    "pebs": {"strengths": (1.0,)}, "pebs faithful": {"strengths": (1.0,)},
+    "mlp": {"ranks": (5,), "epochs": 10}, "mlp faithful": {"hidden": 16, "epochs": 20},
+}  # fmt: skip
+# A choice among few, roughly fitted.
+BRIEF: dict[str, dict[str, Any]] = {
+    "lore": {"ranks": (2, 3), "select_rank": True, "iterations": 20, "few_shot_iterations": 20},
+    "pal": {"prototypes": (2,), "width": 8, "epochs": 1},
+    "vpl": {"betas": (1e-4, 1e-2), "hidden": 8, "latent": 4, "epochs": 1},
+    "mlp": {"ranks": (2,), "hidden": 8, "epochs": 1},
+    "pref": {"rank": 2, "strengths": (1.0, 0.1)}, "mrm": {"strengths": (1.0, 0.1)},
+    "rbd": {"rank": 2, "strengths": ((1.0, 10.0), (0.1, 1.0))}, "pebs": {"strengths": (1.0, 0.1)},
+}  # fmt: skip
 NETWORKS = {"pal", "vpl", "mlp"}  # seconds each
 VARIANTS = [
     pytest.param(name, marks=pytest.mark.slow) if name.split()[0] in NETWORKS else name
@@ -79,8 +81,12 @@ def _accuracy(fit: Fitted, data: Comparisons, state: torch.Tensor) -> float:
     return float(data.accuracies(fit.logits(fit.view(data), state, data.user)).mean())
 
 
-def _adapted(fit: Fitted, data: Comparisons, seed: Seed = 0) -> torch.Tensor:
-    return fit.adapt(fit.view(data), data, seed)
+def _adapted(fit: Fitted, data: Comparisons) -> torch.Tensor:
+    return fit.adapt(fit.view(data), data, 0)
+
+
+def _small() -> Task:
+    return planted.task(users=12, shots=12, held_out=10)
 
 
 def test_every_method_is_held_to_this():
@@ -162,23 +168,10 @@ def test_swapped_labels_mirror_the_accuracy(fit: Fitted, task: Task):
     assert "faithful" in fit.label or float(task.seen.accuracies(logits).mean()) > 0.55
 
 
-# A choice among few, roughly fitted.
-BRIEF: dict[str, dict[str, Any]] = {
-    "lore": {"ranks": (2, 3), "select_rank": True, "iterations": 20, "few_shot_iterations": 20},
-    "pal": {"prototypes": (2,), "width": 8, "epochs": 1},
-    "vpl": {"betas": (1e-4, 1e-2), "hidden": 8, "latent": 4, "epochs": 1},
-    "mlp": {"ranks": (2,), "hidden": 8, "epochs": 1},
-    "pref": {"rank": 2, "strengths": (1.0, 0.1)},
-    "mrm": {"strengths": (1.0, 0.1)},
-    "rbd": {"rank": 2, "strengths": ((1.0, 10.0), (0.1, 1.0))},
-    "pebs": {"strengths": (1.0, 0.1)},
-}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_a_choice_never_reads_a_test_comparison_and_is_the_same_twice(name: str):
-    task = planted.task(users=12, shots=12, held_out=10)
+    task = _small()
     flipped = {
         which: data.flipped(torch.ones(len(data), dtype=torch.bool))
         for which, data in (("seen", task.seen), ("unseen", task.unseen))
@@ -198,12 +191,10 @@ def test_a_choice_never_reads_a_test_comparison_and_is_the_same_twice(name: str)
 
 
 def test_every_peer_has_as_many_configurations_to_try():
-    for method in (methods.METHODS[name]() for name in QUICK if "faithful" not in name):
+    for method in (kind() for kind in methods.METHODS.values()):
         if hasattr(method, "grid"):
-            (_, models), (_, variants) = method.grid
-            assert len(models) * len(variants) == linear.TRIES
-        if hasattr(method, "strengths"):
-            assert len(method.strengths) == linear.TRIES
+            assert len(method.grid[0][1]) * len(method.grid[1][1]) == linear.TRIES
+        assert len(getattr(method, "strengths", linear.HALVINGS)) == linear.TRIES
 
 
 def made() -> people.Tasks:
@@ -240,15 +231,14 @@ def test_a_rank_that_the_data_cannot_support_is_refused_by_its_flag(name, field,
 
 
 def test_the_greatest_rank_that_the_data_support_is_taken():
-    task = planted.task(users=12, shots=12, held_out=10)
     for name, field in set(RANKS) - FREE:
-        check(name, methods.METHODS[name](**{field: (12,) if field == "ranks" else 12}), task)
+        check(name, methods.METHODS[name](**{field: (12,) if field == "ranks" else 12}), _small())
     assert {name for name, _ in RANKS} == {"lore", "pref", "rbd", "mlp"}
 
 
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_a_method_of_one_process_is_refused_to_several_before_work(name):
-    task = dataclasses.replace(planted.task(users=12, shots=12, held_out=10), processes=2)
+    task = dataclasses.replace(_small(), processes=2)
     if name not in ("pref", "mrm", "rbd", "pebs"):
         check(name, _method(name), task)
         return
@@ -270,7 +260,6 @@ class Toy:
     pull: float = 1.0
 
     def fit(self, task: Task) -> list[Fitted]:
-        """One fit."""
         return [ToyFit(self, task)]
 
 
@@ -279,10 +268,10 @@ class ToyFit(Fitted):
 
     def __init__(self, method: Toy, task: Task) -> None:
         self.label, self.settings, self.pull = "toy", {"pull": method.pull}, method.pull
-        self.population_state = torch.zeros(task.train.num_features)
         data = task.local_train
         self.population_state = data.features.x.mean(0)
         self.users = self.adapt(data.features.x, data, 0)
+        self.facts = {"note": "means of comparisons", "parameters": self.users.numel()}
 
     def view(self, data: Comparisons) -> torch.Tensor:
         return data.in_memory().features.x
@@ -293,9 +282,6 @@ class ToyFit(Fitted):
 
     def logits(self, view: torch.Tensor, state: torch.Tensor, user: torch.Tensor) -> torch.Tensor:
         return (view * state[user]).sum(1)
-
-    def describe(self) -> dict[str, Any]:
-        return {"note": "means of comparisons", "parameters": self.users.numel()}
 
 
 @pytest.fixture
@@ -332,9 +318,7 @@ def test_a_new_method_appears_in_sweeps(settings: Any, tmp_path: Path):
 
 @pytest.mark.usefixtures("no_plots")
 def test_an_added_method_is_all_that_is_fitted(settings: Any, monkeypatch: pytest.MonkeyPatch):
-    first = dataclasses.replace(settings, methods=("lore",))
-    people.train_basis(made(), first)
-
+    people.train_basis(made(), dataclasses.replace(settings, methods=("lore",)))
     for name in ("fit", "fit_shared"):
         monkeypatch.setattr(methods.METHODS["lore"], name, None)  # is not called again
     assert "| toy " in people.train_basis(made(), settings)
