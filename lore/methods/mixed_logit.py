@@ -35,9 +35,10 @@ log = logging.getLogger(__name__)
 
 FLOORS = (0.01, 0.1, 0.001, None)  # the first is where the search begins
 STEP = 10**0.5  # between neighbouring strengths
-FIRST_TAU2, FIRST_PI = 3.0, 10.0
+FIRST_TAU2, FIRST_PI, FIRST_RANK = 3.0, 10.0, 4
 # A deviation of 100 standard log odds is a choice without noise, and more says no more.
-RANGES = {"l_mu": (1e-3, 1e3), "tau2": (1e-3, 1e4), "pi": (1.0, 300.0)}
+RANGES = {"l_mu": (1e-3, 1e3), "tau2": (1e-3, 1e4), "pi": (1.0, 300.0), "rank": (1, 64)}
+RISE = 10.0  # EM of a given rank begins with so many times tau2
 ROUNDS, FEW_ROUNDS = 8, 3  # of EM: at the end, and from a neighbour's S while choosing
 WHILE_FITTING = 1e-4  # tolerance of the log odds in EM
 SCALES = (0.8, 0.9, 1.1, 1.25)  # of all log odds, beside 1
@@ -57,6 +58,7 @@ class Candidate:
     l_mu: float
     tau2: float = 0.0
     pi: float = math.inf
+    rank: int | None = None
     start: float | None = None
 
 
@@ -70,6 +72,7 @@ class MixedLogit:
         l_mu: precision of the shared reward's prior; all four strengths are given, or none.
         tau2: prior variance of a user's deviation in every direction; 0 is ridge BT.
         pi: how many users' worth of prior holds their covariance to tau2; 1e9 is isotropic.
+        rank: so many directions have a variance of their own above tau2; all of them if None.
     """
 
     directions: PositiveInt = 100
@@ -77,12 +80,13 @@ class MixedLogit:
     l_mu: PositiveFloat | None = None
     tau2: NonNegativeFloat | None = None
     pi: PositiveFloat | None = None
+    rank: PositiveInt | None = None
 
     def check(self, task: Task) -> None:
         """Refuse some of the strengths without the others."""
         given = [x is not None for x in (self.floor, self.l_mu, self.tau2, self.pi)]
-        require(all(given) or not any(given),
-                "--mixed_logit.floor, .l_mu, .tau2 and .pi: give all four, or none")  # fmt: skip
+        require(all(given) or not any(given) and self.rank is None, "--mixed_logit.floor, .l_mu, "
+                ".tau2 and .pi: give all four, with .rank or without, or none")  # fmt: skip
 
     def fit(self, task: Task) -> list[Fitted]:
         """Choose the strengths, then fit all training comparisons."""
@@ -114,7 +118,8 @@ class MixedLogit:
     def _strengths(self, task: Task) -> tuple[Candidate, float, list[dict[str, Any]]]:
         """Those given or chosen, the scale of the log odds, and a record of every candidate."""
         if self.l_mu is not None:
-            return Candidate(self.floor or None, self.l_mu, self.tau2, self.pi), 1.0, []
+            strengths = self.floor or None, self.l_mu, self.tau2, self.pi, self.rank
+            return Candidate(*strengths), 1.0, []
         data = Validation(task, self.directions)
         if data.possible:
             return Search(data).run()
@@ -131,23 +136,37 @@ def estimate(
 
     S maximises the probability of the users' choices, given the view [N, 1 + D] of this process's
     users, times an inverse Wishart prior: S = (sum_u E[d_u d_u^T] + pi tau2 I) / (U + pi), every
-    expectation given the last S. It begins with ``start``, or as the strengths say, and the users'
-    posteriors with ``push``, see ``Posterior``.
+    expectation given the last S. Of a given rank, S is B B^T + tau2 I: leading eigenvectors alone
+    are kept (Tipping and Bishop 1999), and all steps but the last are twice as long, as EM's are
+    short. It begins with ``start``, or as the strengths say, and the users' posteriors with
+    ``push``, see ``Posterior``.
     """
     D = view.shape[1] - 1
     eye = torch.eye(D, dtype=torch.float64, device=view.device)
     isotropic, mean = strengths.tau2 * eye, eye.new_zeros(D)
     if math.isinf(strengths.pi):
         return Prior(mean, isotropic), push
-    prior = start or Prior(mean, (strengths.start or strengths.tau2) * eye)
+    first = strengths.start or strengths.tau2 * (RISE if strengths.rank else 1)
+    prior = start or Prior(mean, first * eye)
     count = sum_over_processes(eye.new_tensor(float(users.num_users)), processes)
-    for _ in range(rounds):
+    for left in reversed(range(rounds)):
         found = posteriors(view, users, prior, WHILE_FITTING, push, moment=True)
         push = found.push
         moments = sum_over_processes(found.moment, processes)
         S = (moments + strengths.pi * isotropic) / (count + strengths.pi)
-        prior = Prior(mean, (S + S.T) / 2)
+        S = (S + S.T) / 2
+        if strengths.rank:
+            S = prior.cov + (2 if left else 1) * (S - prior.cov)
+            S = _leading(S, strengths.rank, strengths.tau2)
+        prior = Prior(mean, S)
     return prior, push
+
+
+def _leading(S: Tensor, rank: int, rest: float) -> Tensor:
+    """S [D, D] in so many of its leading directions, and the variance ``rest`` in all others."""
+    values, vectors = torch.linalg.eigh(S)
+    more, kept = (values[-rank:] - rest).clamp(min=0), vectors[:, -rank:]
+    return (kept * more) @ kept.T + rest * torch.eye(len(S)).to(S)
 
 
 class Rough(NamedTuple):
@@ -161,7 +180,8 @@ class Rough(NamedTuple):
 
 class Search:
     """The choice of the strengths: each walks by half decades to where validation is best; ridge BT
-    first, then an isotropic S on all floors, then EM, if better by the standard errors above."""
+    first, then an isotropic S on all floors, then EM, of full and of low rank, if better by the
+    standard errors above."""
 
     def __init__(self, data: Validation) -> None:
         self.data = data
@@ -179,7 +199,10 @@ class Search:
         self.plain = {id(s): each.mu for s, each in zip(self.data.splits, kept, strict=True)}
         isotropic = self._isotropic(l_mu)
         if self.tries(isotropic) < self.tries(ridge):
-            rich = self._walk(replace(isotropic, pi=FIRST_PI, start=isotropic.tau2), ("pi", "tau2"))
+            full = self._walk(replace(isotropic, pi=FIRST_PI, start=isotropic.tau2), ("pi", "tau2"))
+            rest = max(RANGES["tau2"][0], isotropic.tau2 / RISE)
+            low = replace(isotropic, pi=RANGES["pi"][0], rank=FIRST_RANK, tau2=rest)
+            rich = min(full, self._walk(low, ("rank", "tau2")), key=self.tries)
             best = rich if self._earns(rich, isotropic, RICHER) else isotropic
             best = best if self._earns(best, ridge, PERSONAL) else ridge
         return best, self._scale(best), found.tried + self.tries.tried
@@ -200,7 +223,8 @@ class Search:
         while moved:
             moved = False
             for name in names:
-                for factor in (STEP, 1 / STEP):
+                step = 2 if name == "rank" else STEP
+                for factor in (step, 1 / step):
                     other = _stepped(best, name, factor)
                     while other and self.tries(other) < self.tries(best):
                         best, moved = other, True
@@ -239,7 +263,8 @@ class Search:
         fit.settings = {k: None if v == math.inf else v for k, v in vars(candidate).items()}
         if not candidate.tau2:
             return fit, Rough(candidate, mu)
-        start = near.prior if alike and max(near.candidate.pi, candidate.pi) < math.inf else None
+        by_em = all(x.pi < math.inf and not x.rank for x in (near.candidate, candidate))
+        start = near.prior if alike and by_em else None
         rounds = FEW_ROUNDS if start else ROUNDS
         view = fit.view(data)
         fit.prior, push = estimate(view, data, candidate, start, near.push, rounds, processes)
@@ -258,17 +283,19 @@ def _apart(one: Candidate, other: Candidate) -> float:
     """How far two candidates are apart, for the choice of where a fit begins."""
 
     def steps(name: str, low: float, high: float) -> float:
-        a, b = (min(max(getattr(x, name), low), high) for x in (one, other))
+        found = (getattr(x, name) for x in (one, other))
+        a, b = (high if x is None else min(max(x, low), high) for x in found)
         return abs(math.log(a / b))
 
     far = steps("tau2", 1e-9, 1e9) + steps("pi", 1.0, 1e3) + steps("l_mu", 1e-9, 1e9)
+    far += steps("rank", 1, 1e9)
     return far + 100 * (one.floor != other.floor)
 
 
 def _stepped(candidate: Candidate, name: str, factor: float) -> Candidate | None:
     """The candidate with one strength times a factor; None beyond the range."""
     low, high = RANGES[name]
-    value = float(f"{getattr(candidate, name) * factor:.6g}")
+    value = type(low)(float(f"{getattr(candidate, name) * factor:.6g}"))
     return replace(candidate, **{name: value}) if low <= value <= high else None
 
 
@@ -279,6 +306,7 @@ def _note(chosen: Candidate, scale: float, free: bool) -> str:
     if not chosen.tau2:
         return f"no personal part (ridge BT), l_mu {chosen.l_mu:.3g}, {kind}{scaled}{how}"
     prior = "isotropic" if math.isinf(chosen.pi) else f"by EM, pi {chosen.pi:.3g}"
+    prior += f", rank {chosen.rank}" if chosen.rank else ""
     return f"S {prior}, tau2 {chosen.tau2:.3g}, l_mu {chosen.l_mu:.3g}, {kind}{scaled}{how}"
 
 

@@ -27,7 +27,7 @@ from lore.methods.fitting.posterior import (
     posteriors,
 )
 from lore.methods.fitting.validation import Validation, hold_out, pseudo_new, subset
-from lore.methods.mixed_logit import Candidate, MixedFit, MixedLogit, estimate, load
+from lore.methods.mixed_logit import Candidate, MixedFit, MixedLogit, _leading, estimate, load
 from lore.methods.ridge_bt import STRENGTHS, RidgeBT, fit_shared, lowest
 from planted import prefer
 
@@ -155,6 +155,43 @@ def test_the_evidence_of_all_choices_never_falls_while_the_prior_is_estimated() 
     assert all(b > a - 0.05 for a, b in itertools.pairwise(evidence))
 
 
+def test_a_covariance_of_a_given_rank_maximises_what_em_maximises() -> None:
+    """EM's bound for N(0, S), -tr(S^-1 M) - log det S, is highest at the S of ``_leading`` among
+    those of its rank above a given rest; and there are as many variances above the rest."""
+    M, rank, rest = spread(5), 2, 0.3
+    S = _leading(M, rank, rest)
+
+    def bound(S: Tensor) -> float:
+        return -float((torch.linalg.solve(S, M)).trace() + torch.logdet(S))
+
+    values = torch.linalg.eigvalsh(S)
+    torch.testing.assert_close(values[:-rank], torch.full((3,), rest).double())
+    assert (values[-rank:] > rest).all()
+    g = torch.Generator().manual_seed(1)
+    root = torch.linalg.eigh(S - rest * torch.eye(5))
+    B = root.eigenvectors[:, -rank:] * root.eigenvalues[-rank:].sqrt()
+    for size in (0.01, 0.1, 1.0):
+        for _ in range(30):
+            other = B + size * torch.randn(5, rank, generator=g, dtype=DOUBLE)
+            assert bound(other @ other.T + rest * torch.eye(5)) < bound(S)
+
+
+def test_long_steps_end_where_short_ones_do() -> None:
+    """Of a given rank, S is what plain EM finds, round by round; eight rounds come nearer."""
+    data, _ = world(users=60)
+    view, strengths = given(data).view(data), Candidate(0.01, 0.5, 0.3, 1.0, 2)
+    slow = Prior(torch.zeros(6).double(), 3 * torch.eye(6).double())
+    plain = []
+    for _ in range(150):
+        moment = posteriors(view, data, slow, moment=True).moment
+        slow = Prior(slow.mean, _leading((moment + 0.3 * torch.eye(6)) / 61, 2, 0.3))
+        plain.append(slow.cov)
+    prior, _ = estimate(view, data, strengths, rounds=80)
+    torch.testing.assert_close(prior.cov, slow.cov, rtol=0.01, atol=0.01)
+    near = estimate(view, data, strengths, rounds=8)[0].cov
+    assert (near - slow.cov).norm() < 0.7 * (plain[7] - slow.cov).norm()
+
+
 def test_planted_tastes_are_found_in_their_own_directions() -> None:
     data, rewards = world(users=300, pairs=60, rank=1)
     values = torch.tensor(given(data, tau2=3.0, pi=1.0).facts["spectrum"])
@@ -215,9 +252,10 @@ def test_scale_and_leading_directions_are_those_of_the_features() -> None:
 
 def given(
     data: Comparisons, l_mu: float = 0.5, tau2: float = 1.0, pi: float = 10.0, floor: float = 0.01,
+    rank: int | None = None,
 ) -> MixedFit:  # fmt: skip
     """A fit with given strengths."""
-    fit = MixedLogit(floor=floor, l_mu=l_mu, tau2=tau2, pi=pi).fit(task(data))[0]
+    fit = MixedLogit(floor=floor, l_mu=l_mu, tau2=tau2, pi=pi, rank=rank).fit(task(data))[0]
     assert isinstance(fit, MixedFit)
     return fit
 
@@ -425,10 +463,15 @@ def test_personal_rewards_beat_the_shared_one_for_seen_and_new_users() -> None:
 
 
 @pytest.mark.slow
-def test_a_covariance_by_em_beats_an_isotropic_one_where_tastes_have_a_low_rank() -> None:
+def test_a_low_rank_is_chosen_where_tastes_have_one() -> None:
     data, _ = world(users=200, pairs=30, F=20, rank=1)
     fit = MixedLogit().fit(task(data))[0]
-    assert fit.facts["chosen"]["pi"] < math.inf
+    chosen = fit.facts["chosen"]
+    assert chosen["pi"] < math.inf and chosen["rank"] in (1, 2)
+    values = fit.facts["spectrum"]
+    assert values[0] > 5 * values[2]
+    again = given(data, **{k: chosen[k] for k in ("floor", "l_mu", "tau2", "pi", "rank")})
+    torch.testing.assert_close(again.users, fit.users)
 
 
 @pytest.mark.parametrize("pairs", [3, 10, 30])
