@@ -51,7 +51,7 @@ def convert(source: Path, out: Path, **settings) -> list[list[dict]]:
 
 
 def test_decided_judgments_of_busy_workers_become_rows(tmp_path, capsys):
-    rows = sum(convert(corpus(tmp_path / "xml"), tmp_path / "out", min_judgments=2), [])
+    rows = sum(convert(corpus(tmp_path / "xml"), tmp_path / "out", min_judgments=4), [])
     found = {(row["info"]["id"], row["worker"], row["choice"]) for row in rows}
     decided = ["arg1_arg2", "arg1_arg3", "arg3_arg4", "arg4_arg3"]
     expected = {(name, worker, i) for name in decided for i, worker in enumerate(("w000", "w001"))}
@@ -62,7 +62,7 @@ def test_decided_judgments_of_busy_workers_become_rows(tmp_path, capsys):
     assert row["batch"] == "is-it-so_yes"
     printed = [line.strip() for line in capsys.readouterr().out.splitlines()]
     assert "12  judgments" in printed and "10  decided judgments" in printed
-    assert "2  workers with at least 2 decided judgments" in printed  # CZ decided once
+    assert "2  workers with at least 4 decided judgments" in printed  # AX four times, CZ once
     assert "9  judgments of these workers" in printed
 
 
