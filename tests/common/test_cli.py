@@ -234,6 +234,7 @@ def test_help_of_what_is_no_method_is_refused():
     assert "pal|vpl" in outcome.err and outcome.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_help_imports_nothing_heavy(tmp_path, monkeypatch):
     """Every script's is the same in a process where importing any of these libraries fails."""
     for name in HEAVY:

@@ -6,7 +6,7 @@ import pytest
 
 import running
 import worlds
-from lore.common.files import InputError, check_output, has_keys
+from lore.common.files import InputError, begins, check_output, has_keys
 
 
 def prepare(source: Path, out: Path) -> running.Outcome:
@@ -48,3 +48,14 @@ def test_a_file_without_our_keys_is_not_ours(tmp_path: Path, text: str) -> None:
     with pytest.raises(InputError, match="is what is to be read"):
         check_output(path, "--profile", has_keys("user", "weights"), [None, path])
     check_output(tmp_path / "new.json", "--profile", has_keys("user"))
+
+
+def test_a_place_that_takes_no_file_is_refused_before_the_work(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text("reward,score\n", encoding="utf-8")
+    check_output(path, "--out", begins("reward,"))
+    places = {"table.csv": "not what this writes", ".": "is a folder; name a file"}
+    places["table.csv/x"] = "nothing can be written in .*table.csv"
+    for place, said in places.items():
+        with pytest.raises(InputError, match=said):
+            check_output(tmp_path / place, "--out", begins("user,"))

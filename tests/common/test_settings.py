@@ -154,8 +154,7 @@ def test_help_explains_each_flag_and_says_what_a_number_may_be(script):
 def test_values_are_pythons_own():
     words = ["--ranks", "1", "2", "--alpha", "1e3", "--seeds", "4", "--checkpoint-every", "7"]
     read = flags_of(TRAIN).read([*words, "--name", "x", "--rbd.strengths", "[[1,2]]"])
-    lore = read["lore"]
-    values = [*lore.ranks, *read["seeds"], read["checkpoint_every"], *lore.alpha]
+    values = [*read["lore"].ranks, *read["seeds"], read["checkpoint_every"], *read["lore"].alpha]
     values += [read["name"], *read["rbd"].strengths[0]]
     assert values == [1, 2, 4, 7, 1e3, "x", 1.0, 2.0]
     assert [type(value) for value in values] == [int] * 4 + [float, str, float, float]
@@ -170,6 +169,7 @@ WORDS = {
     "--iter=3": "there is no flag --iter; is it --iterations?",
     "--optimizers x": "there is no flag --optimizers; is it --optimizer?",
     "--xyzzy": "there is no flag --xyzzy; see --help",
+    "--optimizer subprocess.Popen": "subprocess.Popen is not a subclass of torch.optim.Optimizer",
     "stray --seeds 1": "stray: no flag stands before it",
 }
 
