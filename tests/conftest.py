@@ -1,13 +1,16 @@
 """Small prepared datasets, made once for all tests by the datasets' own scripts."""
 
 import gc
+import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
+from filelock import FileLock
 
 import models
 import running
@@ -42,26 +45,38 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+def once(
+    factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Any]
+) -> tuple[Path, Any]:
+    """A folder and what making it gave, as JSON; the first test process that needs it makes it."""
+    root = factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    folder, given = root / f"shared-{name}", root / f"shared-{name}.json"
+    with FileLock(f"{folder}.lock"):
+        if not given.exists():
+            given.write_text(json.dumps(make(folder), default=str), encoding="utf-8")
+    return folder, json.loads(given.read_text(encoding="utf-8"))
+
+
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny reward model."""
-    return models.tiny_llama(tmp_path_factory.mktemp("model"))
+    return once(tmp_path_factory, "model", models.tiny_llama)[0]
 
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Callable[[str], Dataset]:
-    """A dataset by its name, prepared and embedded on first use."""
-    made: dict[str, Dataset] = {}
+    """A dataset by its name, prepared and embedded on first use; no test changes it."""
 
     def get(name: str) -> Dataset:
-        if name not in made:
-            made[name] = _prepare(name, tmp_path_factory.mktemp(name), model)
-        return made[name]
+        folder, ends = once(tmp_path_factory, name, lambda folder: _prepare(name, folder, model))
+        return Dataset(folder / "raw", folder / "data", [running.Outcome(*end) for end in ends])
 
     return get
 
 
-def _prepare(name: str, folder: Path, model: Path) -> Dataset:
+def _prepare(name: str, folder: Path, model: Path) -> list[running.Outcome]:
+    """Run a dataset's scripts; the raw world and what is prepared lie in the folder."""
     write, size, settings = WORLDS[name]
     source, data = write(folder / "raw", **size), folder / "data"
     embedding = {"model": model, "progress": "false"}
@@ -70,8 +85,7 @@ def _prepare(name: str, folder: Path, model: Path) -> Dataset:
         steps = [("prepare", settings), ("generate-prism-embeddings", {"data": data, **embedding})]
     else:
         steps = [("prepare", {**settings, **embedding})]
-    outcomes = [carry_out(name, script, given) for script, given in steps]
-    return Dataset(source, data, outcomes)
+    return [carry_out(name, script, given) for script, given in steps]
 
 
 def carry_out(name: str, script: str, given: running.Flags) -> running.Outcome:

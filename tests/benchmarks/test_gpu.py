@@ -35,6 +35,7 @@ def test_every_part_runs_and_is_saved(tmp_path, capsys):
     assert (page.read_bytes() if page.exists() else None) == before
 
 
+@pytest.mark.slow
 def test_a_wrong_row_misses_its_aim(monkeypatch):
     right = passes.tree_mask
     monkeypatch.setattr(

@@ -139,6 +139,7 @@ def test_undo_takes_back_answers_and_skips_also_those_of_an_earlier_session(
     assert said == (other, one) and row["first"] == "rejected"
 
 
+@pytest.mark.slow
 def test_a_basis_and_answers_that_do_not_do_are_one_line(world, model, tmp_path, monkeypatch):
     def holds(name: str, **row: Any) -> Path:
         return write_lines(tmp_path / name, [{"prompt": "?"} | row])

@@ -140,6 +140,7 @@ def test_rows_are_those_of_one_at_a_time_and_of_the_dense_mask(engine, uncompile
         assert float((flexed - other).norm(dim=1).max()) < 1e-5 * length
 
 
+@pytest.mark.slow
 def test_a_wrong_block_mask_stops_the_run(engine, uncompiled, monkeypatch):
     def causal(ends: torch.Tensor, device: Any, right: Any = passes.tree_blocks) -> Any:
         return right(0 * ends + len(ends), device)

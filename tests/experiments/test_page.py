@@ -94,6 +94,7 @@ def test_a_page_is_the_same_whenever_it_is_made(tmp_path):
     assert page(tmp_path, results) == page(tmp_path, results)
 
 
+@pytest.mark.slow
 def test_where_nothing_is_personal_the_page_says_so(tmp_path):
     labels = {name: made.LABELS[name] for name in ("reference", "BT")}
     assert "No personal method was fitted" in page(tmp_path, made.results(labels))

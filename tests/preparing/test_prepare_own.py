@@ -9,7 +9,6 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pandas as pd
 import pytest
 
@@ -115,6 +114,8 @@ def test_neither_the_order_of_the_rows_nor_the_format_matters(tmp_path):
 
 
 def test_a_hub_dataset_with_several_splits_has_them(tmp_path, monkeypatch):
+    import datasets  # takes a second
+
     rows = own_rows()
     sides = {"train": rows[:36], "test": rows[36:]}
     made = {name: datasets.Dataset.from_list(side) for name, side in sides.items()}

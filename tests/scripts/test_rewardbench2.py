@@ -102,6 +102,7 @@ def benchmarks(draw) -> list[tuple]:
     return rows
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(benchmarks(), st.integers(-1000, 1000), st.integers(1, 1000), st.randoms())
 def test_bounds_and_that_shift_scale_and_order_do_not_matter(rows, shift, scale, random):
@@ -323,6 +324,7 @@ def test_own_forward_is_the_harness_and_the_reference_row(tmp_path, source, kind
         assert apart < 1e-4 if side == "right" else apart > 0.01
 
 
+@pytest.mark.slow
 def test_later_runs_use_the_embeddings_that_are_there(tmp_path, source, model, basis_file):
     settings = {"source": source, "model": str(model), "mode": "lmhead"}
     evaluate(tmp_path, **settings)

@@ -86,6 +86,7 @@ def test_ranking_is_within_a_prompt_and_rank_one_has_no_weights_to_learn(world, 
         assert part["reward"].is_monotonic_decreasing
 
 
+@pytest.mark.slow
 def test_responses_are_ranked_by_the_states_that_the_basis_reads(world, model, tmp_path):
     path = make_basis(tmp_path, model, pool="layer:2")
     found = ranked(tmp_path, world[0], basis=path)
@@ -95,6 +96,7 @@ def test_responses_are_ranked_by_the_states_that_the_basis_reads(world, model, t
     assert [row["reward"] for row in found["ranking"]] == pytest.approx(expected.tolist(), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_files_are_taken_by_their_names_and_the_model_from_the_basis_folder(world, model, tmp_path):
     """The command in its own folder; the model's name is from the basis file's folder."""
     (tmp_path / "model").symlink_to(model)

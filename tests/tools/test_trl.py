@@ -1,8 +1,8 @@
 """Exports in TRL, as its users call it: rewards of GRPO, and a start for RewardTrainer."""
 
 from pathlib import Path
+from types import ModuleType
 
-import datasets
 import pytest
 import torch
 from test_export import load_reward
@@ -13,13 +13,19 @@ import models
 from made_bases import CHATS, make_basis, scorer_of, stock_rewards
 from tools import export
 
-trl = pytest.importorskip("trl")
 pytestmark = pytest.mark.slow
 QUIET = {"report_to": "none", "logging_steps": 1, "use_cpu": True, "save_strategy": "no",
          "disable_tqdm": True, "bf16": False, "gradient_checkpointing": False}  # fmt: skip
 
 
-def test_grpo_learns_from_two_users_rewards_of_one_model(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def libraries() -> tuple[ModuleType, ModuleType]:
+    """TRL and datasets, which take seconds to import."""
+    return pytest.importorskip("trl"), pytest.importorskip("datasets")
+
+
+def test_grpo_learns_from_two_users_rewards_of_one_model(tmp_path: Path, libraries) -> None:
+    trl, datasets = libraries
     path = make_basis(tmp_path, models.tiny_qwen(tmp_path / "model"))
     export.main(path, tmp_path / "out", users=("ann", "new"))
     reward, calls = load_reward(tmp_path / "out"), []
@@ -54,7 +60,8 @@ def test_grpo_learns_from_two_users_rewards_of_one_model(tmp_path: Path) -> None
     assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def test_reward_trainer_starts_from_an_export_at_its_own_loss(tmp_path: Path) -> None:
+def test_reward_trainer_starts_from_an_export_at_its_own_loss(tmp_path: Path, libraries) -> None:
+    trl, datasets = libraries
     path = make_basis(tmp_path, models.tiny_qwen(tmp_path / "model"))
     export.main(path, tmp_path / "out", users=("ann",))
     pairs = [(CHATS[i], CHATS[j]) for i, j in ((0, 1), (2, 1), (3, 4), (5, 3))]
