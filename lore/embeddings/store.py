@@ -92,8 +92,7 @@ def embed(
     require(least > 0, "--max-length, --batch-tokens and --shard-size must be positive")
     source, folder = Source(model, tokenizer, revision, trust_remote_code, pool), Path(folder)
     plan = _plan(conversations, source, dtype, max_length, truncation_side, shard_size)
-    how = source, dtype, device, attention, method, batch_tokens
-    load = partial(reward_model.load_engine, *how)
+    load = partial(reward_model.load_engine, source, dtype, device, attention, method, batch_tokens)
     with files.lock_folder(folder, shard):
         return _complete(folder, plan, load, worker, workers, progress)
 
