@@ -86,9 +86,8 @@ def read(
         elif row.left_out:
             funnel.left_out(row.left_out)
         else:
-            same = {"user_id": row.user, "dialog_id": row.dialog, "split": row.split}
-            same |= {"row": number, "place": row.place, "time": row.time}
-            same |= numbers_beside(row, extra, funnel)
+            same = {"user_id": row.user, "dialog_id": row.dialog, "split": row.split, "row": number,
+                    "place": row.place, "time": row.time, **numbers_beside(row, extra, funnel)}
             found = tables.against(row.chosen, row.rejected, same, funnel)
             comparisons += [{**each, "weight": row.weight / len(found)} for each in found]
     return comparisons
@@ -114,13 +113,13 @@ def numbers_beside(row: Choice, extra: Sequence[str], funnel: tables.Funnel) -> 
 
 def check_alike(first: Choice, row: Choice, columns: Columns) -> None:
     """Every row names a user, and all rows or none a dialogue and a split."""
-    error = f"{row.place} has no {columns.user}; name the user, or the column by --user; "
-    require(bool(row.user), f"{error}--user-name me names one user for all rows")
+    require(bool(row.user), f"{row.place} has no {columns.user}; name the user, or the column by "
+            "--user; --user-name me names one user for all rows")  # fmt: skip
     for what in ("dialog", "split"):
         has, lacks = (row, first) if getattr(row, what) else (first, row)
-        error = f"{lacks.place} has no {getattr(columns, what)}, but {has.place} has; "
-        error += "fill it in everywhere or leave the column out"
-        require(bool(getattr(row, what)) == bool(getattr(first, what)), error)
+        require(bool(getattr(has, what)) == bool(getattr(lacks, what)),
+                f"{lacks.place} has no {getattr(columns, what)}, but {has.place} has; fill it in "
+                "everywhere or leave the column out")  # fmt: skip
 
 
 def number_turns(table: pd.DataFrame) -> pd.DataFrame:

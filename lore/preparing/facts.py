@@ -54,7 +54,7 @@ def retest(table: pd.DataFrame, chosen: str = "chosen", rejected: str = "rejecte
     units = table.assign(low=low, high=high, won=~swap).groupby(["user_id", "low", "high"])
     units = units.agg(n=("won", "size"), wins=("won", "sum"), sides=("split", "nunique"))
     others = units.groupby(["low", "high"])[["n", "wins"]].transform("sum") - units[["n", "wins"]]
-    again = units[units.n > 1].join(others, rsuffix="_rest")
+    again = units[units.n > 1].join(others.add_prefix("rest_"))
     n, wins, sides, rest, rest_wins = (again[name] for name in again)
     found = {"judged_again": len(n), "both_sides": int((sides > 1).sum())}
     if again.empty:

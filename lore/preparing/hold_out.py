@@ -62,9 +62,8 @@ def _leaves_enough(table: pd.DataFrame, by: Split, seed: int) -> bool:
     """Whether a default may be this split; pairs always may."""
     if by not in ("prompts", "responses"):
         return _is_there(table, by)
-    sides = [table.chosen_name, table.rejected_name]
-    units = first_prompts(table.chosen) if by == "prompts" else pd.concat(sides)
-    if units.nunique() < UNITS:
+    names = pd.concat([table.chosen_name, table.rejected_name])
+    if (first_prompts(table.chosen) if by == "prompts" else names).nunique() < UNITS:
         return False
     split = table.assign(split=_sides(table, by, seed))
     users = split.user_id[on_both_sides(split)].nunique()

@@ -97,9 +97,8 @@ def turns(prompts: list[str], replies: list[str], place: str, what: str) -> Conv
     same = len(prompts) == len(replies)
     require(same, f"{place}: {what} has {len(replies)} turns, the prompt {len(prompts)}")
     cells = chain(*zip(prompts, replies, strict=True))
-    texts = (raw.text(cell, place, f"each {what}") for cell in cells)
-    said = zip(cycle(("user", "assistant")), texts, strict=False)
-    return [{"role": role, "content": text} for role, text in said]
+    said = zip(cycle(("user", "assistant")), cells, strict=False)
+    return [{"role": role, "content": raw.text(cell, place, f"each {what}")} for role, cell in said]
 
 
 def shared_beginning(some: list[Conversation]) -> Conversation:

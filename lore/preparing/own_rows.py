@@ -146,8 +146,7 @@ ENDS = (("a", "b"), ("1", "2"), ("0", "1"), ("left", "right"), ("first", "second
 
 def _plain(names: Iterable[Any]) -> dict[str, Any]:
     """Names by their small letters and digits, without what crowd sites put before them."""
-    bare = {name: re.sub(r"^(input|answer)\.", "", str(name).lower()) for name in names}
-    return {re.sub(r"[^a-z0-9]", "", text): name for name, text in bare.items()}
+    return {re.sub(r"^(input|answer)\.|[^a-z0-9]", "", str(name).lower()): name for name in names}
 
 
 def _known(names: Iterable[str], among: Iterable[Any]) -> list[Any]:
@@ -223,14 +222,14 @@ def _two_and_winner(place: str, row: Cells, columns: Columns, judged: bool) -> C
     if not first:
         pairs = _pairs_of_names(row)
         some = "; ".join(" and ".join(pair) for pair in pairs) or f"only {_there(row)}"
-        error = f"{place}: --first and --second must say which two responses are compared: {some}"
-        require(len(pairs) == 1, error)
+        require(len(pairs) == 1, f"{place}: --first and --second must say which two responses are "
+                f"compared: {some}")  # fmt: skip
         first, second = pairs[0]
     if not winner and judged:
         found = _known(WINNERS, [name for name in row if name not in (first, second)])
-        error = f"{place} has two responses, {first} and {second}, but --winner must say which "
-        error += f"column names the better one: {', '.join(found) or _there(row)}"
-        require(len(found) == 1, error)
+        some = ", ".join(found) or _there(row)
+        require(len(found) == 1, f"{place} has two responses, {first} and {second}, but --winner "
+                f"must say which column names the better one: {some}")  # fmt: skip
         winner = found[0]
     return replace(columns, first=first, second=second, winner=winner or NONE)
 
@@ -239,10 +238,10 @@ def _refuse_names(rows: Sequence[Row], columns: Columns) -> None:
     """Refuse chosen or rejected responses that are names of responses, such as A and B."""
     for side in (columns.chosen, columns.rejected):
         values = {str(row[side]).strip() for _, row in rows}
-        error = f"{_table(rows[0][0])}: {side} holds nothing but {', '.join(sorted(values)):.80}, "
-        error += "which are no responses; if it says which of two is better, give --first, "
-        error += f"--second and --winner {side}"
-        require(len(rows) < 6 or len(values) >= 4 or max(map(len, values)) >= 20, error)
+        said, some = _table(rows[0][0]), ", ".join(sorted(values))
+        require(len(rows) < 6 or len(values) >= 4 or max(map(len, values)) >= 20, f"{said}: {side} "
+                f"holds nothing but {some:.80}, which are no responses; if it says which of two is "
+                f"better, give --first, --second and --winner {side}")  # fmt: skip
 
 
 def _check_columns(place: str, row: Cells, columns: Columns, needed: Sequence[str]) -> None:
@@ -252,8 +251,8 @@ def _check_columns(place: str, row: Cells, columns: Columns, needed: Sequence[st
         must = name in needed or column != getattr(USUAL, name)
         if must and column not in row and column not in ("", NONE):
             other = " (or give --first, --second and --winner, or --rating)" * (name in needed)
-            error = f"{place} has no column {column}, only {_there(row)}; --{name} says which one "
-            raise InputError(f"{error}holds it{other}")
+            raise InputError(f"{place} has no column {column}, only {_there(row)}; --{name} says "
+                             f"which one holds it{other}")  # fmt: skip
 
 
 def _there(row: Cells) -> str:
@@ -287,8 +286,8 @@ def read_endings(
         found = [messages.answers(*cell) for cell in cells]
         every = [talk for some in found for talk in some]
         begun = {talk[0]["role"] != "assistant" for talk in every}
-        error = f"{place}: some of {' and '.join(names)} begin with the assistant, others not"
-        require(len(begun) == 1, error)
+        alike, both = len(begun) == 1, " and ".join(names)
+        require(alike, f"{place}: some of {both} begin with the assistant, others not")
         if True in begun:
             _check_prompt(place, row, columns, names, messages.shared_beginning(every))
         else:
@@ -303,9 +302,9 @@ def _read_history(place: str, row: Cells, columns: Columns) -> Conversation:
     prompt, cell, name = row.get(columns.prompt), row.get(columns.messages), columns.messages
     if cell in (None, "", []):
         if not {columns.prompt, columns.messages} & row.keys():
-            error = f"{place} has neither {columns.prompt} nor {columns.messages}; name the column "
-            require(bool(columns.prompt_text), f"{error}by --prompt, or one text by --prompt-text")
             prompt = columns.prompt_text
+            require(bool(prompt), f"{place} has neither {columns.prompt} nor {columns.messages}; "
+                    "name the column by --prompt, or one text by --prompt-text")  # fmt: skip
         cell, name = structure(prompt, place, columns.prompt), columns.prompt
         if messages.is_texts(cell) or not isinstance(cell, list):
             content = raw.text(prompt, place, columns.prompt)
@@ -340,8 +339,8 @@ def _choice(place: str, row: Cells, columns: Columns, names: Sequence[str]) -> C
     """What a row says: the first column's conversations are chosen, the second's are rejected."""
     found = read_endings(place, row, columns, names)
     chosen, rejected, *_ = (*(found or []), [], [])
-    named = (columns.user, columns.dialog)
-    user, dialog = ("" if row.get(c) in (None, "") else raw.name(row[c], place, c) for c in named)
+    user, dialog = ("" if row.get(c) in (None, "") else raw.name(row[c], place, c)
+                    for c in (columns.user, columns.dialog))  # fmt: skip
     user = columns.user_name or _same_name(user)
     split = raw.text(row.get(columns.split), place, columns.split)
     weight, time = _weight(place, row, columns.weight), _time(place, row, columns.timestamp)
@@ -359,8 +358,8 @@ def _weight(place: str, row: Cells, column: str) -> float:
     """One where the row does not say."""
     cell = row.get(column)
     weight = 1.0 if cell in (None, "") else raw.number(as_number(cell), place, column)
-    error = f"{place}: {column} must be above 0, from {LIGHTEST:g} to {HEAVIEST:g}; remove the row "
-    require(LIGHTEST <= weight <= HEAVIEST, f"{error}if it is not to count")
+    require(LIGHTEST <= weight <= HEAVIEST, f"{place}: {column} must be above 0, from {LIGHTEST:g} "
+            f"to {HEAVIEST:g}; remove the row if it is not to count")  # fmt: skip
     return weight
 
 
@@ -371,8 +370,8 @@ def _time(place: str, row: Cells, column: str) -> float:
         try:
             cell = datetime.fromisoformat(cell)
         except ValueError as error:
-            message = f"{place}: {column} must be a number or an ISO date, not {cell!r:.40}"
-            raise InputError(message) from error
+            why = f"{column} must be a number or an ISO date, not {cell!r:.40}"
+            raise InputError(f"{place}: {why}") from error
     if isinstance(cell, datetime):
         return (cell if cell.tzinfo else cell.replace(tzinfo=UTC)).timestamp()
     return 0.0 if cell in (None, "") else raw.number(cell, place, column)
@@ -440,9 +439,8 @@ def _meanings(said: Counter[str], columns: Columns, place: str) -> dict[str, str
     scale = next((scale for need, scale in SCALES if need <= numbers <= scale.keys()), {})
     index = {value: own.get(value, scale.get(value, _in_words(value))) for value in said}
     unknown = [f"{value!r:.40} ({said[value]})" for value in said if index[value] is None]
-    error = f"{_table(place)}: {columns.winner} has values that are not understood: "
-    error += f"{', '.join(unknown[:8])}; --first-wins and --second-wins say what they mean"
-    require(not unknown, error)
+    require(not unknown, f"{_table(place)}: {columns.winner} has values that are not understood: "
+            f"{', '.join(unknown[:8])}; --first-wins and --second-wins say what they mean")
     if columns.winner != NONE:
         read = [f"{v[:40] or 'empty'} = {sides[i]} ({said[v]})" for v, i in sorted(index.items())]
         log.info("%s: %s", columns.winner, ", ".join(read))

@@ -46,18 +46,17 @@ def read_rows(source: str, table: str, columns: Iterable[str], **hub: Any) -> Ro
     """
     require(bool(source), "--source is empty; name a folder or a hub dataset")
     require(not os.path.isfile(source), f"--source {source} is a file; name its folder")
+    advice = f"give a folder with {table}.jsonl or {table}.parquet"
     if os.path.isdir(source):
         names = [pattern.format(table) for pattern in FILES]
         found = (sorted(Path(source).glob(name)) for name in names)
         files = next(filter(None, found), [])  # those of the first format that is there
         require(bool(files), f"--source {source} has none of {', '.join(names)}")
         rows = chain.from_iterable(map(read_file, files))
+    elif "files" in hub:
+        rows = _hub_files(source, advice, **hub)
     else:
-        advice = f"give a folder with {table}.jsonl or {table}.parquet"
-        if "files" in hub:
-            rows = _hub_files(source, advice, **hub)
-        else:
-            rows = _numbered(f"{source} {table}", _load_hub(source, advice, **hub))
+        rows = _numbered(f"{source} {table}", _load_hub(source, advice, **hub))
     yield from check_columns(rows, columns)
 
 
@@ -94,17 +93,16 @@ def read_file(file: Path) -> Rows:
     """Rows of a file, each with its place; InputError for an ending that is not in READERS, damage,
     or a name twice in a row. Text is UTF-8, or UTF-16 with its byte order mark.
     """
-    name, place = file.name.removesuffix(".gz"), str(file)
+    name, where = file.name.removesuffix(".gz"), ""
     read = next((read for ending, read in READERS.items() if name.endswith(ending)), None)
     if read is None:
         raise InputError(f"{file}: a file's name must end in {', '.join(READERS)}")
     log.info("reading %s", file)
     try:
         for number, row in read(file):
-            place = f"{file} row {number}"
-            yield place, row
+            yield f"{file} row {number}", row
+            where = f" after row {number}"
     except DAMAGE as error:
-        where = "" if place == str(file) else f" after row {number}"
         raise InputError(f"{file} cannot be read{where}: {first_line(error)}") from error
 
 
@@ -158,9 +156,9 @@ def _csv_rows(file: Path) -> Numbered:
             names, rows = re.split(r"\s{2,}", head.strip()), csv.reader(lines, "excel-tab")
         _refuse_twins(filter(None, names), str(file), "columns")
         for number, cells in enumerate(filter(None, rows), start=1):
-            error = f"{file} row {number} has {len(cells)} cells, the first line {len(names)}; "
-            error += f"cells were taken to be separated by {SEPARATORS[separator]}"
-            require(len(cells) <= len(names), error)
+            require(len(cells) <= len(names), f"{file} row {number} has {len(cells)} cells, the "
+                    f"first line {len(names)}; cells were taken to be separated by "
+                    f"{SEPARATORS[separator]}")  # fmt: skip
             filled = zip_longest(names, cells, fillvalue="")  # empty ones at the end may be missing
             yield number, {name: Cell(cell) for name, cell in filled}
 
@@ -209,7 +207,7 @@ def _hub_files(source: str, advice: str, files: str, revision: str) -> Rows:
         folder = snapshot_download(source, **wanted)
     found = sorted(Path(folder).glob(files))
     require(bool(found), f"--source {source} has no {files} at revision {revision}; {advice}")
-    yield from chain.from_iterable(map(read_file, found))
+    return chain.from_iterable(map(read_file, found))
 
 
 def _load_hub(source: str, advice: str, **hub: Any) -> Any:

@@ -203,10 +203,9 @@ def split_users(comparisons: pd.DataFrame, seed: int, seen_fraction: float) -> p
     return comparisons.assign(seen=comparisons.user_id.isin(drawn))
 
 
-def first_prompts(conversations: pd.Series) -> pd.Series:
+def first_prompts(talks: pd.Series) -> pd.Series:
     """What the user says first in each conversation."""
-    said = conversations.map(lambda talk: [m["content"] for m in talk if m["role"] == "user"])
-    return said.map(lambda prompts: prompts[0] if prompts else "")
+    return talks.map(lambda talk: next((m["content"] for m in talk if m["role"] == "user"), ""))
 
 
 # ---------------------------------------------------------------------- Numbers for texts

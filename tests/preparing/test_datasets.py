@@ -144,37 +144,28 @@ def test_comparisons_are_those_of_a_plain_loop(tmp_path, name, size, settings):
 # ------------------------------------------------------------------------- What is left out
 
 
+def given(**change: Any):
+    return lambda row: row.update(change)
+
+
+def history(change):
+    """A change of the messages of a PRISM conversation."""
+    return lambda row: row.update(conversation_history=change(row["conversation_history"]))
+
+
 def choose(which: bool):
-    """Every response of a dialogue of PRISM is chosen, or none."""
-    return lambda row: [m.update(if_chosen=which and m["role"] == "model")
-                        for m in row["conversation_history"]]  # fmt: skip
+    """Every response is chosen, or none."""
+    return history(lambda h: [{**m, "if_chosen": which and m["role"] == "model"} for m in h])
 
 
-def message(place: int, **change: Any):
-    return lambda row: row["conversation_history"][place].update(change)
+def says(content: str | None):
+    """A rejected response of the first turn says this, or what the chosen one does."""
 
+    def change(row: Row) -> None:
+        won, lost, *_ = sorted(row["conversation_history"][1:5], key=lambda m: not m["if_chosen"])
+        lost["content"] = won["content"] if content is None else content
 
-def later(row: Row) -> None:
-    for m in row["conversation_history"]:
-        m["turn"] += 1
-
-
-def without_the_second(row: Row) -> None:
-    row["conversation_history"] = [m for m in row["conversation_history"] if m["turn"] != 1]
-
-
-def ask_twice(row: Row) -> None:
-    row["conversation_history"].append(dict(row["conversation_history"][0]))
-
-
-def as_chosen(row: Row) -> None:
-    """A rejected response of the first turn says what the chosen one does."""
-    won, lost, *_ = sorted(row["conversation_history"][1:5], key=lambda m: not m["if_chosen"])
-    lost["content"] = won["content"]
-
-
-def empty_rejected(row: Row) -> None:
-    sorted(row["conversation_history"][1:5], key=lambda m: m["if_chosen"])[0]["content"] = " "
+    return change
 
 
 def cells(row: Row, turn: str, value: str) -> Row:
@@ -209,10 +200,6 @@ def same_twice(row: Row) -> None:
     row["summaries"][0]["text"] = row["summaries"][1]["text"]
 
 
-def given(**change: Any):
-    return lambda row: row.update(change)
-
-
 MODEL_SAYS = {"role": "model", "content": "hello"}
 NOT_THE_USER = "rows whose context does not end with a message of the user"
 ALL, CUT, REJECTED = None, "dialogues cut at ", "rejected responses "
@@ -221,13 +208,13 @@ CASES = {
     ("PRISM", "conversations"): [
         (choose(True), f"{CUT}a turn with several chosen responses", ALL),
         (choose(False), f"{CUT}a turn with no chosen responses", ALL),
-        (later, f"{CUT}a missing turn", ALL),
-        (without_the_second, f"{CUT}a missing turn", 2),
-        (ask_twice, f"{CUT}a turn with several user messages", ALL),
-        (message(0, content=" "), f"{CUT}an empty prompt", ALL),
+        (history(lambda h: [{**m, "turn": m["turn"] + 1} for m in h]), f"{CUT}a missing turn", ALL),
+        (history(lambda h: [m for m in h if m["turn"] != 1]), f"{CUT}a missing turn", 2),
+        (history(lambda h: [*h, h[0]]), f"{CUT}a turn with several user messages", ALL),
+        (history(lambda h: [{**h[0], "content": " "}, *h[1:]]), f"{CUT}an empty prompt", ALL),
         (given(user_id="nobody"), "conversations of participants who are not in the survey", ALL),
-        (empty_rejected, f"{REJECTED}empty", 1),
-        (as_chosen, f"{REJECTED}equal to the chosen one", 1),
+        (says("EMPTY STRING"), f"{REJECTED}empty", 1),
+        (says(None), f"{REJECTED}equal to the chosen one", 1),
     ],
     ("CommunityAlignment", "train"): [
         (gap, f"{CUT}a missing turn", -3),
