@@ -169,7 +169,7 @@ WORDS = {
     "--iter=3": "there is no flag --iter; is it --iterations?",
     "--optimizers x": "there is no flag --optimizers; is it --optimizer?",
     "--xyzzy": "there is no flag --xyzzy; see --help",
-    "--optimizer subprocess.Popen": "subprocess.Popen is not a subclass of torch.optim.Optimizer",
+    "--optimizer subprocess.Popen": "Popen: is not a subclass of torch.optim.Optimizer",
     "stray --seeds 1": "stray: no flag stands before it",
 }
 
