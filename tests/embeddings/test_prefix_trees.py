@@ -78,6 +78,7 @@ def test_tree_mask_lets_a_token_see_its_ancestors_only(lists):
 
 
 @hypothesis.settings(deadline=None)
+@hypothesis.example([(12, 0), (12, 0)])  # two in one only if attention is cheap
 @hypothesis.given(st.lists(SIZES, min_size=1, max_size=8))
 def test_packing_is_the_cheapest_of_all_cuts(sizes):
     lengths = [length for length, _ in sizes]
