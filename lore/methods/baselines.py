@@ -18,10 +18,9 @@ USERS_AT_A_TIME = 256
 
 @dataclass(frozen=True)
 class Reference:
-    """The reward model itself: its score head, with nothing learned."""
+    """The reward model itself: its score head, if it has one, with nothing learned."""
 
     def fit(self, task: Task) -> list[Fitted]:
-        """The reference direction, where there is one."""
         if task.reference is None:
             return []
         V = task.reference.float()[:, None].to(task.train.device)
@@ -42,7 +41,6 @@ class BradleyTerry:
         self.lore.check_reference(task)
 
     def fit(self, task: Task) -> list[Fitted]:
-        """One direction for each alpha."""
         return self.lore.fit_shared(task)
 
 
@@ -53,7 +51,6 @@ class Own:
     lore: Lore
 
     def fit(self, task: Task) -> list[Fitted]:
-        """Every seen user's own direction."""
         return [] if task.process else [OwnFit(self.lore, task)]  # the first process judges alone
 
 

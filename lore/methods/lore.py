@@ -138,7 +138,8 @@ class Lore:
 
 
 class LoreFit(Fitted):
-    """A basis V; a user's state is the weights w [K] on the simplex, nothing where K is 1."""
+    """A basis V; a user's state is the weights w [K] on the simplex, nothing where K is 1. Tastes
+    are V's columns, the portrait the seen users' weights, the population a Gaussian like these."""
 
     family = "LoRe"
 
@@ -164,21 +165,18 @@ class LoreFit(Fitted):
         """Weights [U', K] that minimise each user's loss (eq. 11), or the mean weights."""
         if not self.personal:
             return view.new_zeros(users.num_users, 0)
-        there = users.counts > 0
+        there, states = users.counts > 0, self.population_state.to(view).repeat(users.num_users, 1)
         some = users if there.all() else Users(users.counts[there], users.weight)
-        states = self.population_state.to(view).repeat(users.num_users, 1)
         if there.any():
             states[there] = personalize(self.basis, some, view, seed, **self.method.few_shot())
         return states
 
     def logits(self, view: Tensor, state: Tensor, user: Tensor) -> Tensor:
         """x^T V w / 100 [N]."""
-        if not self.personal:
-            return view[:, 0] / TEMPERATURE
-        return (view * state.to(view)[user]).sum(1) / TEMPERATURE
+        mixed = (view * state.to(view)[user]).sum(1) if self.personal else view[:, 0]
+        return mixed / TEMPERATURE
 
-    def population(self) -> Prior | None:
-        """A Gaussian like the seen users' weights; LoRe itself has no prior."""
+    def population(self) -> Prior | None:  # LoRe itself has none
         return Prior.of_users(self.users) if self.personal and len(self.users) > 1 else None
 
     def questions(self, view: Tensor) -> Tensor:
@@ -186,11 +184,9 @@ class LoreFit(Fitted):
         return torch.nn.functional.pad(view.double() / TEMPERATURE, (1, 0))
 
     def tastes(self) -> Tensor | None:
-        """The columns of V [F, K]."""
         return self.basis.V if self.personal else None
 
     def portrait(self) -> Tensor | None:
-        """The seen users' weights [U, K]."""
         return self.users if self.personal else None
 
     def describe(self) -> dict[str, Any]:
@@ -218,6 +214,5 @@ class LoreFit(Fitted):
         }  # fmt: skip
 
     def save(self, path: Path, new: Tensor, facts: Mapping[str, Any]) -> None:
-        """A basis file, see ``basis.save_basis``."""
         about = self.basis.settings | {"estimator": self.method.estimator}
         save_fit(path, replace(self.basis, settings=about), new, facts)

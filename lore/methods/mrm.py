@@ -35,9 +35,8 @@ def tail_loss(losses: Tensor) -> Tensor:
 
 
 def tail_loss_of_pairs(losses: Tensor) -> Tensor:
-    """Mean of ``tail_loss`` over all pairs of users, whose tau is the mean of the two losses: what
-    the published steps, on two users at a time, descend on average; smooth, which the quantile of
-    many losses is not. One user alone is a step of its own, as there."""
+    """Mean of ``tail_loss`` over all pairs of users, which is what published steps descend on
+    average; smooth, unlike the quantile of many losses. One alone is a step, as there."""
     if len(losses) == 1:
         return tail_loss(losses)
     above = torch.sigmoid((losses[:, None] - losses[None, :]) / (2 * SHARPNESS))
@@ -167,8 +166,7 @@ class MRM(LinearPeer):
                 batch = data.select(torch.isin(data.user, some.to(data.device)))
                 episode = _episode(batch.units(), generator)
                 loss, gradients = _outer_gradients(batch, *given, self.inner_rate, episode)
-                for parameter, gradient in zip(given, gradients, strict=True):
-                    parameter.grad = gradient
+                given[0].grad, given[1].grad = gradients
                 torch.nn.utils.clip_grad_norm_(given, CLIP)
                 share = cosine(len(losses), WARM_UP * planned, planned)
                 adam.param_groups[0]["lr"] = self.rate * share

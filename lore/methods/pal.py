@@ -82,14 +82,10 @@ class FittedPAL(Mixing):
         layers: list[nn.Module] = []
         for number in range(method.layers):
             layers += [linear(width if number else F, width, generator), nn.GELU()]
-        self.f = nn.Sequential(*layers[:-1]).to(data.device)
+        self.f = self.outputs = nn.Sequential(*layers[:-1]).to(data.device)
         P = torch.randn(K, F, generator=generator)
         self.prototypes = (P / P.norm(dim=1, keepdim=True)).to(data.device).requires_grad_()
         self.draw(data, K, generator)
-
-    def outputs(self, rows: Tensor) -> Tensor:
-        """f of scaled rows [n, D]."""
-        return self.f(rows)
 
     def loss(self, logits: Tensor) -> Tensor:
         """The hinge loss of margin 1 of each logit [n]."""

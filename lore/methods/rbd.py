@@ -160,8 +160,7 @@ class RBD(LinearPeer):
             elif (waited := waited + 1) >= PATIENCE:
                 break
             _, gradients = objective(data, (V, mean, away), *ridges)
-            for parameter, gradient in zip(given, gradients, strict=True):
-                parameter.grad = gradient / total
+            V.grad, mean.grad, away.grad = (gradient / total for gradient in gradients)
             adam.step()
         note = f"published: held-out log loss {best:.4f} at best, {len(losses)} steps."
         return self._fitted(kept, {}, losses, note)

@@ -101,6 +101,7 @@ class FittedVPL(Network):
         hidden = method.hidden or (UNITS if self.faithful else 64)
         latent = method.latent if method.latent >= 0 else (UNITS if self.faithful else 32)
         self.net = Net(data.num_features, hidden, latent, generator).to(data.device)
+        self.outputs = self.net.first
         self.population_state = torch.zeros(latent, device=data.device)
 
     def read(self, data: Comparisons, seed: int) -> None:
@@ -127,22 +128,14 @@ class FittedVPL(Network):
             self.latents[f"accuracy_{name}_context"] = accuracy
 
     def describe(self) -> dict[str, Any]:
-        """As of every network, and what the latent carries."""
         return super().describe() | self.latents
 
     def note(self) -> str:
-        """A line for the report."""
-        if "accuracy_own_context" not in self.latents:
-            return super().note()
-        return super().note() + (
-            "; {active_units} of {units} latent units active, training accuracy "
-            "{accuracy_own_context:.1%} with a user's context, {accuracy_swapped_context:.1%} with "
-            "it swapped"
-        ).format(**self.latents)
-
-    def outputs(self, rows: Tensor) -> Tensor:
-        """First-layer products of scaled rows [n, 3 H]."""
-        return self.net.first(rows)
+        about = "; {active_units} of {units} latent units active, training accuracy "
+        about += "{accuracy_own_context:.1%} with a user's context, "
+        about += "{accuracy_swapped_context:.1%} with it swapped"
+        known = "accuracy_own_context" in self.latents
+        return super().note() + (about.format(**self.latents) if known else "")
 
     @torch.no_grad()
     def adapt(self, view: Pairs, users: Users, seed: Seed) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lore.learning.comparisons import Comparisons, RowFeatures
-from lore.learning.method import Task
+from lore.learning.method import Fitted, Task
 
 F, ROWS = 12, 400
 
@@ -53,6 +53,16 @@ def moved(task: Task, device: torch.device | str) -> Task:
         features = RowFeatures(f.rows, f.num_features, *rows, device)
         sets[name] = Comparisons(features, data.counts, data.weight, data.names, data.dialogs)
     return replace(task, **sets)
+
+
+def adapted(fit: Fitted, data: Comparisons, seed: int = 0) -> Tensor:
+    """The states of users who are new to a fit."""
+    return fit.adapt(fit.view(data), data, seed)
+
+
+def accuracy(fit: Fitted, data: Comparisons, state: Tensor) -> float:
+    """Mean over users, given their states."""
+    return float(data.accuracies(fit.logits(fit.view(data), state, data.user)).mean())
 
 
 def prefer(

@@ -20,6 +20,7 @@ from lore.learning.comparisons import Comparisons, Seed, Users
 from lore.learning.method import Fitted, Task, check
 from lore.methods import mrm, rbd
 from lore.methods.fitting import linear, networks
+from planted import accuracy, adapted
 
 # Fewer steps where the defaults take long, and one strength where choosing is not the point.
 QUICK: dict[str, dict[str, Any]] = {
@@ -77,14 +78,6 @@ def _method(name: str) -> Any:
     return methods.METHODS[method](**QUICK[name], **setting)
 
 
-def _accuracy(fit: Fitted, data: Comparisons, state: torch.Tensor) -> float:
-    return float(data.accuracies(fit.logits(fit.view(data), state, data.user)).mean())
-
-
-def _adapted(fit: Fitted, data: Comparisons) -> torch.Tensor:
-    return fit.adapt(fit.view(data), data, 0)
-
-
 def _small() -> Task:
     return planted.task(users=12, shots=12, held_out=10)
 
@@ -108,10 +101,10 @@ def test_a_fit_says_what_it_is(fit: Fitted, task: Task):
 def test_own_state_beats_the_populations_and_anothers(fit: Fitted, task: Task):
     if not fit.personal or "faithful" in fit.label or fit.label == "PEBS":
         pytest.skip("nothing personal that so few steps, or accuracy, could show")
-    for data, own in ((task.seen, fit.users), (task.unseen, _adapted(fit, task.few))):
-        accuracy = _accuracy(fit, data, own)
-        assert accuracy > _accuracy(fit, data, fit.population_state.expand_as(own)) + 0.02
-        assert accuracy > _accuracy(fit, data, own.roll(1, 0)) + 0.02
+    for data, own in ((task.seen, fit.users), (task.unseen, adapted(fit, task.few))):
+        mine = accuracy(fit, data, own)
+        assert mine > accuracy(fit, data, fit.population_state.expand_as(own)) + 0.02
+        assert mine > accuracy(fit, data, own.roll(1, 0)) + 0.02
 
 
 @pytest.mark.slow
@@ -123,7 +116,7 @@ def test_no_user_need_be_new_where_there_are_validation_comparisons(name: str):
     task = dataclasses.replace(given, few=None, unseen=None, validation=sides[0], seen=sides[1])
     fit = _method(name).fit(task)[-1]
     assert len(fit.users) == 16
-    assert _accuracy(fit, task.seen, fit.users) > 0.6
+    assert accuracy(fit, task.seen, fit.users) > 0.6
     for tried in fit.describe().get("tried") or []:
         assert "new" not in tried
 
@@ -147,7 +140,7 @@ def test_the_order_of_users_and_comparisons_and_the_seed_do_not_matter(fit: Fitt
     users = torch.randperm(few.num_users, generator=g)
     rows = [(few.user == u).nonzero()[:, 0] for u in users.tolist()]
     rows = torch.cat([row[torch.randperm(len(row), generator=g)] for row in rows])
-    view, own = fit.view(few), _adapted(fit, few)
+    view, own = fit.view(few), adapted(fit, few)
     again = fit.adapt(view[rows], few.pick(rows, few.counts[users]), 7)
     if fit.personal and fit.settings.get("setting") != "faithful":
         torch.testing.assert_close(again, own[users], rtol=0, atol=0.02 * float(own.abs().max()))
@@ -160,7 +153,7 @@ def test_the_order_of_users_and_comparisons_and_the_seed_do_not_matter(fit: Fitt
     assert float(((one > 0) == (other > 0)).double().mean()) > (0.7 if drawn else 0.97)
 
 
-def test_swapped_labels_mirror_the_accuracy(fit: Fitted, task: Task):
+def test_swapped_labels_mirror_theaccuracy(fit: Fitted, task: Task):
     flipped = task.seen.flipped(torch.ones(len(task.seen), dtype=torch.bool))
     logits = fit.logits(fit.view(task.seen), fit.users, task.seen.user)
     mirrored = fit.logits(fit.view(flipped), fit.users, task.seen.user)

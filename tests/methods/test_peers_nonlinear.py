@@ -16,7 +16,7 @@ from lore.methods import mlp, pal, vpl
 from lore.methods.fitting.geometry import measure
 from lore.methods.fitting.networks import BLOCK, row_scale, solve_weights
 from lore.methods.ridge_bt import fit_shared
-from planted import prefer
+from planted import accuracy, adapted, prefer
 
 pytestmark = pytest.mark.slow
 F, ROWS, SEEN, NEW = 8, 300, 40, 16
@@ -71,14 +71,6 @@ def fitted(name: str) -> Fitted:
     return fit
 
 
-def adapted(fit: Fitted, task: Task) -> Tensor:
-    return fit.adapt(fit.view(task.few), task.few, 0)
-
-
-def accuracy(fit: Fitted, data: Comparisons, state: Tensor) -> float:
-    return float(data.accuracies(fit.logits(fit.view(data), state, data.user)).mean())
-
-
 # ---------------------------------------------------------------- What all must
 
 
@@ -90,7 +82,7 @@ def test_a_world_of_its_own_kind_is_recovered_where_bradley_terry_fails(name: st
     task, fit = planted(name), fitted(name)
     geometry = measure(task.train)
     v = geometry.raw(fit_shared(task.train, geometry, 1e-3).x).float()
-    for data, own in ((task.seen, fit.users), (task.unseen, adapted(fit, task))):
+    for data, own in ((task.seen, fit.users), (task.unseen, adapted(fit, task.few))):
         mine = accuracy(fit, data, own)
         assert mine > float(data.accuracies(data.project(v)[:, 0]).mean()) + 0.1
         # a choice counts every user once, so that the few pseudo-new ones weigh less than by halves
@@ -101,10 +93,10 @@ def test_a_world_of_its_own_kind_is_recovered_where_bradley_terry_fails(name: st
 @every
 def test_a_users_state_does_not_depend_on_whom_it_is_fitted_with(name: str) -> None:
     task, fit = planted(name), fitted(name)
-    rows = torch.cat([torch.arange(20), torch.arange(20, 23)])  # the first user's, the second's
-    some = fit.adapt(fit.view(task.few)[rows], Users([0, 20, 3, 0]), 0)
-    torch.testing.assert_close(some[1], adapted(fit, task)[0], rtol=1e-3, atol=1e-3)
-    alone = fit.adapt(fit.view(task.few)[rows[20:]], Users([3]), 0)  # nothing is padded
+    view, rows = fit.view(task.few), torch.arange(23)  # all of the first user's, 3 of the second's
+    some = fit.adapt(view[rows], Users([0, 20, 3, 0]), 0)
+    torch.testing.assert_close(some[1], adapted(fit, task.few)[0], rtol=1e-3, atol=1e-3)
+    alone = fit.adapt(view[rows[20:]], Users([3]), 0)  # nothing is padded
     torch.testing.assert_close(some[2:3], alone, rtol=1e-3, atol=1e-3)
 
 
@@ -181,7 +173,7 @@ def test_vpl_without_a_latent_is_bradley_terry_on_a_network() -> None:
     fit = method.train(task.train, None, 0.0, replace(task, seed=11), 3)
     parameters = plain_network(16, task.train, 11, 3)
     wanted = plain_logits(parameters, task.unseen, row_scale(task.train)).detach()
-    logits = fit.logits(fit.view(task.unseen), adapted(fit, task), task.unseen.user)
+    logits = fit.logits(fit.view(task.unseen), adapted(fit, task.few), task.unseen.user)
     torch.testing.assert_close(logits, wanted, rtol=1e-3, atol=1e-4)
     assert logits.std() > 0.01 and not fit.personal
 

@@ -24,7 +24,8 @@ HALVINGS = tuple(2.0**k for k in range(4, 4 - TRIES, -1))  # ridges to try, 16 t
 
 
 class LinearFitted(Fitted):
-    """Log odds x' V s: a shared basis V [F, K], and a user's state s [K].
+    """Log odds x' V s: a shared basis V [F, K], and a user's state s [K]; questions are 0 and X V,
+    the population is a Gaussian like the seen users' states.
 
     Where there is no ridge, ``published(view, users, generator)`` gives states by the published
     steps from a random start. The method's setting is added to label and settings; of the losses at
@@ -62,11 +63,9 @@ class LinearFitted(Fitted):
         return (view * state[user]).sum(1)
 
     def population(self) -> Prior | None:
-        """A Gaussian like the seen users' states."""
         return Prior.of_users(self.users) if len(self.users) > 1 else None
 
     def questions(self, view: Tensor) -> Tensor:
-        """0 and X V [N, 1 + K]."""
         return pad(view, (1, 0))
 
     def describe(self) -> dict[str, Any]:
@@ -124,8 +123,7 @@ def fit_together(
     sizes = [tensor.numel() for tensor in start]
 
     def unpack(flat: Tensor) -> list[Tensor]:
-        parts = flat.split(sizes)
-        return [part.view(tensor.shape) for part, tensor in zip(parts, start, strict=True)]
+        return [x.view(like.shape) for x, like in zip(flat.split(sizes), start, strict=True)]
 
     def pack(tensors: Sequence[Tensor]) -> Tensor:
         return torch.cat([tensor.reshape(-1) for tensor in tensors])
@@ -164,22 +162,17 @@ def solve_users(Z: Tensor, users: Users, precision: Tensor, centre: Tensor) -> T
 
 @dataclass(frozen=True)
 class LinearPeer(Peer):
-    """A method with linear rewards: rough fits choose a strength, then all is fitted finely."""
+    """A method with linear rewards: rough fits choose a strength, then all is fitted finely.
+
+    ``converged(data, geometry, strength, warm, tolerance)`` is a ``LinearFitted`` to comparisons,
+    of whose features the geometry is, and what one with a neighbouring strength may begin with;
+    ``warm`` is what a neighbour returned, None at first. ``published(task)`` is the fit with the
+    published constants and budget.
+    """
 
     alone: ClassVar[bool] = True  # fitted by one process
     whitens: ClassVar[bool] = True  # whether whitened features are tried too
     strengths: ClassVar[Sequence[Any]]  # in order
-
-    def published(self, task: Task) -> Fitted:
-        """The fit with the published constants and budget."""
-        raise NotImplementedError
-
-    def converged(
-        self, data: Comparisons, geometry: Geometry, strength: Any, warm: Any, tolerance: float
-    ) -> tuple[LinearFitted, Any]:
-        """A fit to comparisons, of whose features ``geometry`` is, and what one with a neighbouring
-        strength may begin with; ``warm`` is what a neighbour returned, None at first."""
-        raise NotImplementedError
 
     def fit(self, task: Task) -> list[Fitted]:
         """Choose the strength, then fit all training comparisons; or as published."""

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -75,19 +75,15 @@ Grid = tuple[tuple[str, Sequence[Any]], tuple[str, Sequence[float]]]
 
 @dataclass(frozen=True)
 class Networked(Peer):
-    """A method with a network."""
+    """A method with a network.
 
-    @property
-    def grid(self) -> Grid:
-        """What is tried: a setting that needs a training for each value, and one that does not."""
-        raise NotImplementedError
+    ``grid`` is what is tried: a setting that needs a training for each value, and one that does
+    not. ``train(data, held, model, task, epochs)`` is a fit of a model to try, stopped by held-out
+    comparisons if there are any; the task gives seed and shots, and the method the most passes if
+    ``epochs`` is 0.
+    """
 
-    def train(
-        self, data: Comparisons, held: HeldOut | None, model: Any, task: Task, epochs: int = 0
-    ) -> "Network":
-        """A fit of a model to try, stopped by held-out comparisons if there are any; the task gives
-        seed and shots, and the method the most passes if ``epochs`` is 0."""
-        raise NotImplementedError
+    grid: ClassVar[Grid]
 
     def published(self, task: Task, model: Any) -> "Network":
         """The fit with the published constants and budget."""
@@ -122,7 +118,8 @@ class Networked(Peer):
 
 
 class Network(Fitted):
-    """A fitted method with a network; rows are divided by ``scale``, which is 1 if faithful."""
+    """A fitted method with a network. Rows are divided by ``scale``, which is 1 if faithful;
+    ``outputs(rows)`` is what ``view`` keeps of scaled rows [n, F]: [n, *]."""
 
     losses: list[float]  # of training, and passes over the data
     epochs: int
@@ -187,10 +184,6 @@ class Network(Fitted):
     def note(self) -> str:
         """A line for the report."""
         return f"{self.label}: {self.parameters:,} parameters, {self.epochs} epochs"
-
-    def outputs(self, rows: Tensor) -> Tensor:
-        """What ``view`` keeps of scaled rows [n, F]: [n, *]."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def view(self, data: Comparisons) -> Pairs:
