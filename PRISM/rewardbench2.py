@@ -137,7 +137,7 @@ def _checked_row(place: str, row: Mapping[str, Any]) -> dict[str, Any]:
     number, chosen = row["num_correct"], len(row["chosen"])
     same = number == chosen and not isinstance(number, bool)
     require(same, f"{place}: num_correct is {number}, but {chosen} texts are chosen")
-    return found
+    return found | {"num_correct": chosen}
 
 
 def completions(bench: pd.DataFrame) -> pd.Series:

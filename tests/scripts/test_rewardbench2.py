@@ -369,7 +369,8 @@ def test_model_without_a_head_takes_a_basis(tmp_path, source, basis_file):
 
 
 def test_any_source_has_the_same_rows_of_which_subsets_and_the_first_are_taken(tmp_path, source):
-    pd.DataFrame(raw_rows()).to_parquet(tmp_path / "rows.parquet")
+    rows = pd.DataFrame(raw_rows()).astype({"num_correct": float})
+    rows.to_parquet(tmp_path / "rows.parquet")
     every = rb2.read_bench(source, "test", [], 0)
     for other in (str(tmp_path / "rows.parquet"), str(Path(source).parent)):
         pd.testing.assert_frame_equal(every, rb2.read_bench(other, "test", [], 0))
