@@ -56,7 +56,7 @@ class Flags:
         """The arguments asked for, ``quiet`` apart; help is printed, and raises SystemExit."""
         given = self._gather(words)
         if "help" in given:
-            print(self.help(*given["help"][:1]))
+            print(self.help(*given["help"][:1]), flush=True)
             sys.exit()
         try:
             settings = self.parser.parse_args(self._spell(given))

@@ -248,7 +248,8 @@ def test_help_imports_nothing_heavy(tmp_path, monkeypatch):
         assert tuple(outcome) == running.invoke(script, {"help": []})
 
 
-def test_a_closed_pipe_ends_without_a_word(call, monkeypatch):
+@pytest.mark.parametrize("line", ["", "--help"])
+def test_a_closed_pipe_ends_without_a_word(call, monkeypatch, line):
     def main() -> None:
         """Print much."""
         print("x\n" * 100_000)
@@ -257,7 +258,7 @@ def test_a_closed_pipe_ends_without_a_word(call, monkeypatch):
     os.close(read)
     with os.fdopen(write, "w") as pipe:  # what is left is written when it is closed
         monkeypatch.setattr(sys, "stdout", pipe)
-        assert call(main) == (141, "")
+        assert call(main, line) == (141, "")
 
 
 def test_an_older_python_is_told_in_one_line(monkeypatch):
