@@ -70,7 +70,12 @@ def has_keys(*keys: str) -> Callable[[Path], bool]:
 
 def begins(text: str) -> Callable[[Path], bool]:
     """For ``check_output``: a file is ours if it begins with a text."""
-    return lambda path: path.read_bytes().startswith(text.encode())
+
+    def is_ours(path: Path) -> bool:
+        with path.open("rb") as file:  # which may be large
+            return file.read(len(text.encode())) == text.encode()
+
+    return is_ours
 
 
 def write_text(path: Path, text: str) -> None:
