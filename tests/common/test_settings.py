@@ -53,7 +53,7 @@ REFUSED = {
         --optimizer torch.optim.SGD --optimizer.lr .nan | --optimizer.lr 0.1 | --iterations 3 4
         --optimizer torch.optim.SGD --optimizer.momentum [1,"x"] | --optimizer torch
         --name ../../../evil | --name /tmp/evil | --name . | --name .. | --name= | --name a/../b
-        --name a\\b | --run ../evil | --run .hidden
+        --name a\\b | --run ../evil | --run .hidden | --optimizer.lr
         """,
     "PRISM/vary_fewshot.py": "--shots [] | --shots -1 | --shots 1 1 | --shots 0.5 | --trials 0",
     "PersonalLLM/train_basis.py": """
