@@ -204,7 +204,7 @@ def held_out(basis: Path, average: bool) -> dict[str, Any]:
         results = read_results(basis.parent)
     except InputError:
         return {}
-    files = {fit.get("file"): la for la in results.labels for fit in results.fits(la)}
+    files = {fit.get("file"): label for label in results.labels for fit in results.fits(label)}
     if basis.name not in files:
         return {}
     label, rows = files[basis.name], []

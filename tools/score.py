@@ -63,8 +63,9 @@ def main(
     scorer = load_scorer(learned, basis, lm=lm, **loading)
     rows, tables = scorer.embed(drafts, progress), []
     for name, known in users.items():
-        tables.append(ranking(drafts, *scorer.score(rows, known)).drop(columns="p_over_next"))
-        tables[-1].insert(0, "user", name)
+        table = ranking(drafts, *scorer.score(rows, known)).drop(columns="p_over_next")
+        table.insert(0, "user", name)
+        tables.append(table)
     table = pd.concat(tables, ignore_index=True)
     if out is None:
         print(table.to_string(index=False, max_colwidth=60, float_format="%.3f", na_rep=""))

@@ -28,7 +28,7 @@ def kinds(held_out: Judged, own: Judged, training: Judged) -> NDArray[np.int8]:
     """
 
     def judged(some: Judged) -> NDArray[np.int64]:
-        """A number for the user with each of the two responses [2, n]."""
+        """A number for the user with each of the two responses [2, n], whose own are below 2^32."""
         return some.user.astype(np.int64) * 2**32 + np.stack(some[1:])
 
     by_user = np.isin(judged(held_out), judged(own))

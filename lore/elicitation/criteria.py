@@ -119,9 +119,10 @@ def choose_shots(
             rows = torch.cat(picked)
             users = Users(list(map(len, picked)), weight[rows])
             known = user_posteriors(prior, questions[rows], users)
-            for order, posterior, pool in zip(orders[first:], known, pools, strict=False):
-                if len(order) < len(pool):
-                    order.append(next_question(posterior, pool, criterion, order, generator))
+            for u, posterior, pool in zip(block, known, pools, strict=True):
+                if len(orders[u]) < len(pool):
+                    asked = next_question(posterior, pool, criterion, orders[u], generator)
+                    orders[u].append(asked)
     rows = [shots(u, size) for size in sizes for u in range(len(units))]
     that_many = [sum(len(own) >= size for own in units) for size in sizes]
     return Shots(rows, list(sizes), 1, that_many)

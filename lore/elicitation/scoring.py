@@ -69,11 +69,11 @@ def load_scorer(
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto", device: str = "auto",
     batch_tokens: NonNegativeInt = 0, lm: ModelChoice = OF_BASIS,
 ) -> Scorer:  # fmt: skip
-    """Load the reward model of what was read from a file; InputError for another than the file's.
+    """Load the reward model of a file's users; InputError for a model other than the file's.
 
     Args:
-        learned: what ``load_learned`` gives.
-        basis: the file.
+        learned: what ``load_learned`` gives of the file.
+        basis: basis file of a run, or mixed_logit file.
         max_length: most tokens of a conversation; of longer ones the end is kept.
         dtype: of arithmetic; auto is bfloat16 on a GPU and float32 on a CPU.
         device: auto (a GPU if there is one), cpu, cuda, or one GPU such as cuda:1.

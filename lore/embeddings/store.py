@@ -386,14 +386,14 @@ def _finish(folder: Path, plan: _Plan) -> Store | None:
         return None
     rows = torch.tensor([row[key] for key in plan.keys])[plan.rows]
     index = _as_bytes({"rows": rows}, _identity(plan.facts, SETTINGS | TEXTS), shards=shards)
-    notes, tensors = zip(*(_open(folder / name) for name in shards), strict=True)
+    notes = [_open(folder / name)[0] for name in shards]
     head = _open(folder / HEAD)[1].get("head")
     sums = {name: file_sha256(folder / name) for name in (*shards, HEAD)}
     full = {
         **plan.facts, **plan.counts,
         "tokens_computed": sum(note.get("tokens_computed", 0) for note in notes),
         "method": ", ".join(sorted({note.get("method", "") for note in notes})),
-        "num_features": tensors[0]["embeddings"].shape[1],
+        "num_features": _open(folder / shards[0])[1]["embeddings"].shape[1],
         "reference": "none" if head is None else f"score head with {len(head)} outputs",
         "files": sums | {INDEX: sha256(index)}, "complete": True,
     }  # fmt: skip
