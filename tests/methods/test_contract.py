@@ -226,7 +226,7 @@ def test_a_rank_that_the_data_cannot_support_is_refused_by_its_flag(name, field,
 def test_the_greatest_rank_that_the_data_support_is_taken():
     for name, field in set(RANKS) - FREE:
         check(name, methods.METHODS[name](**{field: (12,) if field == "ranks" else 12}), _small())
-    assert {name for name, _ in RANKS} == {"lore", "pref", "rbd", "mlp"}
+    assert {name for name, _ in RANKS} == {"lore", "pref", "rbd", "mlp", "mixed_logit"}
 
 
 @pytest.mark.parametrize("name", methods.METHODS)
