@@ -348,6 +348,7 @@ class Validation:
 
     def __init__(self, task: Task, directions: int = DIRECTIONS) -> None:
         names, data = _names(task.train), task.train
+        count = round(ENOUGH / len(data))
         if data.num_users > MOST_USERS:
             order = sorted(range(len(names)), key=lambda u: digest([names[u], task.seed, "choice"]))
             kept = torch.zeros(data.num_users, dtype=torch.bool, device=data.device)
@@ -359,7 +360,7 @@ class Validation:
         elif not sizes:
             most = int(torch.tensor([len(unit) for unit in task.few.units()]).median())
             sizes = [min(size, most) for size in SHOTS]
-        shots, count = tuple(sorted(set(sizes))), round(ENOUGH / len(task.train))
+        shots = tuple(sorted(set(sizes)))
         if shots:
             count = max(count, round(ENOUGH_NEW / (NEW * task.train.num_users)))
         count = min(MOST_SPLITS, max(1, count))
