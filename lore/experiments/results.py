@@ -149,7 +149,7 @@ class Results:
             for seed, r in known.items() for of in [r[column]]
         }  # fmt: skip
         if control and samples and not all(fit["personal"] for fit in self.fits(label)):
-            own = self.figures(label, "", name, measure, shots)
+            own = self.figures(label, "", name, measure, shots, kind)
             samples |= {seed: of for seed, of in own.items() if seed not in samples}
         return samples
 

@@ -397,10 +397,6 @@ class MixedFit(Fitted):
         """The seen users' standardised places along these [U, 8]."""
         return None if self.prior is None else self.users.double() @ self.places()
 
-    def describe(self) -> dict[str, Any]:
-        """The choice and what else was tried, the training curves, and the tastes' variances."""
-        return self.facts
-
     def save(self, path: Path, new: Tensor, facts: Mapping[str, Any]) -> None:
         """Keep mu, directions, prior and every user's deviation by name in a safetensors file."""
         facts = dict(facts)

@@ -153,7 +153,7 @@ def test_the_order_of_users_and_comparisons_and_the_seed_do_not_matter(fit: Fitt
     assert float(((one > 0) == (other > 0)).double().mean()) > (0.7 if drawn else 0.97)
 
 
-def test_swapped_labels_mirror_theaccuracy(fit: Fitted, task: Task):
+def test_swapped_labels_mirror_the_accuracy(fit: Fitted, task: Task):
     flipped = task.seen.flipped(torch.ones(len(task.seen), dtype=torch.bool))
     logits = fit.logits(fit.view(task.seen), fit.users, task.seen.user)
     mirrored = fit.logits(fit.view(flipped), fit.users, task.seen.user)

@@ -140,8 +140,9 @@ def by_third(results: Results, label: str, name: str, shots: int | None) -> dict
     own = results.figures(label, "", name, "accuracy", shots)
     if not own or not set(own) <= set(losses) or min(map(len, own.values())) < 3:
         return {}
-    order = {seed: np.array_split(np.argsort(losses[seed], kind="stable"), 3) for seed in own}
-    parts = [{seed: own[seed].iloc[order[seed][third]] for seed in own} for third in range(3)]
+    order = {seed: losses[seed].to_numpy().argsort(kind="stable") for seed in own}
+    rows = {seed: np.array_split(order[seed], 3) for seed in own}
+    parts = [{seed: own[seed].iloc[rows[seed][third]] for seed in own} for third in range(3)]
     return {third: summarise([part]) for third, part in zip(THIRDS, parts, strict=True)}
 
 

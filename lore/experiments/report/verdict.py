@@ -133,5 +133,5 @@ def verdict(results: Results) -> str:
     kind, lines = kind_sentence(results), [f"{v.text}." for v in verdicts(results)]
     lines = lines or ["no personal method was fitted, so there is nothing to judge."]
     if len(lines) == 1:
-        return " ".join(["Verdict:", *filter(None, [kind]), *lines])
+        return " ".join(filter(None, ["Verdict:", kind, *lines]))
     return "\n".join([f"Verdict: {kind}".rstrip(), *(f"- {line}" for line in lines)])

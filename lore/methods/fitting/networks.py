@@ -246,6 +246,7 @@ class Mixing(Network):
         """Losses [n] of some comparisons, given weights [U', K] and whose they are [n]."""
         return self.loss(self.logits(view[rows], weights, user))
 
+
 def pair_weights(users: Users, by_user: bool) -> Tensor:
     """Weights of comparisons [N], 1 on average: users count alike (eq. 10), or comparisons do."""
     weight = users.weight / users.user_weight()[users.user] if by_user else users.weight
