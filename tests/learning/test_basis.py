@@ -95,7 +95,7 @@ NO_BASIS = {
     "NaN": {"V": V * float("nan")}, "NaN weights": {"W": W * float("nan")},
     "weights of seven": {"W": 7 * W}, "weights below zero": {"W": W.flip(1) * 2 - W},
     "new weights of seven": {"W_unseen": 7 * W_UNSEEN}, "no weights": {"W": W[:0].clone()},
-    "no columns": {"V": V[:, :0].clone(), "W": W[:, :0].clone()},
+    "no rows": {"V": V[:0].clone()}, "no columns": {"V": V[:, :0].clone(), "W": W[:, :0].clone()},
     "names cut": {"users": "["}, "a number of names": {"users": "5"},
     "more names": {"users": '["a", "b", "c"]'}, "a name twice": {"users": '["ann", "ann"]'},
     "names of numbers": {"users": "[1, 2]"}, "settings cut": {"settings": "{"},

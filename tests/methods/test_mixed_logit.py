@@ -177,7 +177,8 @@ def test_a_covariance_of_a_given_rank_maximises_what_em_maximises() -> None:
 
 
 def test_long_steps_end_where_short_ones_do() -> None:
-    """Of a given rank, S is what plain EM finds, round by round; eight rounds come nearer."""
+    """Of a given rank, S is what plain EM finds, round by round; eight rounds come nearer. The last
+    step is a plain one."""
     data, _ = world(users=60)
     view, strengths = given(data).view(data), Candidate(0.01, 0.5, 0.3, 1.0, 2)
     slow = Prior(torch.zeros(6).double(), 3 * torch.eye(6).double())
@@ -186,7 +187,8 @@ def test_long_steps_end_where_short_ones_do() -> None:
         moment = posteriors(view, data, slow, moment=True).moment
         slow = Prior(slow.mean, _leading((moment + 0.3 * torch.eye(6)) / 61, 2, 0.3))
         plain.append(slow.cov)
-    prior, _ = estimate(view, data, strengths, rounds=80)
+    once, prior = (estimate(view, data, strengths, rounds=n)[0] for n in (1, 80))
+    torch.testing.assert_close(once.cov, plain[0], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(prior.cov, slow.cov, rtol=0.01, atol=0.01)
     near = estimate(view, data, strengths, rounds=8)[0].cov
     assert (near - slow.cov).norm() < 0.7 * (plain[7] - slow.cov).norm()
@@ -417,9 +419,10 @@ def changed_file(folder: Path, facts: dict | None = None, **tensors: Tensor | No
     return path
 
 
-def test_strengths_are_given_together() -> None:
+@pytest.mark.parametrize("strengths", [{"l_mu": 1.0}, {"rank": 2}])
+def test_strengths_are_given_together(strengths: dict) -> None:
     with pytest.raises(InputError, match="give all four"):
-        check("mixed_logit", MixedLogit(l_mu=1.0), task(world(users=3)[0]))
+        check("mixed_logit", MixedLogit(**strengths), task(world(users=3)[0]))
 
 
 # ------------------------------------------------------------------- the choice
