@@ -180,8 +180,8 @@ class Rough(NamedTuple):
 
 class Search:
     """The choice of the strengths: each walks by half decades to where validation is best; ridge BT
-    first, then an isotropic S on all floors, then EM, of full and of low rank, if better by the
-    standard errors above."""
+    first, then an isotropic S on all floors, then EM of full and of low rank, from where it is
+    better than that; the richer has to be better by the standard errors above."""
 
     def __init__(self, data: Validation) -> None:
         self.data = data
@@ -191,21 +191,24 @@ class Search:
 
     def run(self) -> tuple[Candidate, float, list[dict[str, Any]]]:
         """The chosen strengths, the scale of the log odds, and a record of every candidate."""
-        found = choose_ridge(self.data)
-        l_mu = found.candidate
+        first = choose_ridge(self.data)
+        l_mu = first.candidate
         ridge = best = Candidate(None, l_mu)
-        kept = [Rough(ridge, mu[:, 0]) for mu in found.kept]
-        self.tries.found[ridge] = kept, found.scores
+        kept = [Rough(ridge, mu[:, 0]) for mu in first.kept]
+        self.tries.found[ridge] = kept, first.scores
         self.plain = {id(s): each.mu for s, each in zip(self.data.splits, kept, strict=True)}
         isotropic = self._isotropic(l_mu)
         if self.tries(isotropic) < self.tries(ridge):
-            full = self._walk(replace(isotropic, pi=FIRST_PI, start=isotropic.tau2), ("pi", "tau2"))
+            full = replace(isotropic, pi=FIRST_PI, start=isotropic.tau2)
             rest = max(RANGES["tau2"][0], isotropic.tau2 / RISE)
             low = replace(isotropic, pi=RANGES["pi"][0], rank=FIRST_RANK, tau2=rest)
-            rich = min(full, self._walk(low, ("rank", "tau2")), key=self.tries)
+            walks = ((full, ("pi", "tau2")), (low, ("rank", "tau2")))
+            found = [self._walk(x, names) for x, names in walks
+                     if self.tries(x) < self.tries(isotropic)]  # fmt: skip
+            rich = min(found, key=self.tries, default=isotropic)
             best = rich if self._earns(rich, isotropic, RICHER) else isotropic
             best = best if self._earns(best, ridge, PERSONAL) else ridge
-        return best, self._scale(best), found.tried + self.tries.tried
+        return best, self._scale(best), first.tried + self.tries.tried
 
     def _isotropic(self, l_mu: float) -> Candidate:
         """The best floor, tau2 and l_mu of an isotropic S."""
