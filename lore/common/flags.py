@@ -53,10 +53,11 @@ class Flags:
         self.groups = dict.fromkeys(name.rpartition(".")[0] for name in self.types if "." in name)
 
     def read(self, words: Sequence[str]) -> dict[str, Any]:
-        """The arguments asked for, ``quiet`` apart; help is printed, and raises SystemExit."""
+        """The arguments asked for, ``quiet`` apart; SystemExit after help, which is written out."""
         given = self._gather(words)
         if "help" in given:
-            print(self.help(*given["help"][:1]), flush=True)
+            sys.stdout.write(f"{self.help(*given['help'][:1])}\n")
+            sys.stdout.flush()  # here, so that a closed pipe is noticed here
             sys.exit()
         try:
             settings = self.parser.parse_args(self._spell(given))

@@ -18,6 +18,7 @@ from torch import Tensor
 from lore.common.files import InputError
 from lore.learning.comparisons import Comparisons, DenseFeatures, RowFeatures, Users
 from lore.learning.method import Task, check
+from lore.methods.fitting import validation
 from lore.methods.fitting.geometry import measure
 from lore.methods.fitting.lbfgs import minimise
 from lore.methods.fitting.posterior import (
@@ -527,6 +528,17 @@ def test_a_choice_looks_at_500_users_at_most() -> None:
     assert torch.equal(splits[0].fit.features.x, again[0].fit.features.x)
     few, _ = world(users=500, pairs=4, F=2)
     assert Validation(task(few)).splits[0].num_users == 500
+
+
+@pytest.mark.parametrize(("share", "number"), [(0.4, 1), (1, 1), (2, 2), (3, 3), (9, 4)])
+def test_small_data_are_split_several_times(share: float, number: int, monkeypatch) -> None:
+    """By the comparisons of all users, though a choice looks at 500 of them."""
+    data, _ = world(users=600, pairs=4, F=2)
+    monkeypatch.setattr(validation, "ENOUGH", share * len(data))
+    splits = Validation(task(data)).splits
+    assert len(splits) == number
+    fits = {tuple(split.fit.features.x.flatten().tolist()) for split in splits}
+    assert len(fits) == number  # no two alike
 
 
 def test_dialogues_are_held_out_whole_and_pseudo_new_users_too() -> None:
