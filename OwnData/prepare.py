@@ -52,14 +52,14 @@ def main(
     table = tables.tabulate(read(source, columns, funnel, split, extra), funnel)
     table = tables.keep_users(table, "users", min_comparisons, "comparisons", funnel)
     table, held_out = hold_out.hold_out(table, split, seed, funnel)
+    pairs = hold_out.pair_names(table)
     if not table.dialog_id.iloc[0]:  # what hangs together is a dialogue of its own
-        pairs = hold_out.pair_names(table)
         table = table.assign(dialog_id=hold_out.connected(pairs, table.row))
     table = number_turns(table).assign(seen=True)
     if table.user_id.nunique() > 1:  # else there is no other to be unseen
         table = tables.split_users(table, seed, seen_fraction)
-    of_a_row = table.groupby([table.place, hold_out.pair_names(table)]).row
-    ties = of_a_row.transform("nunique") > 1  # halves of a tie are no second judgment of a pair
+    rows = table.groupby([table.place, pairs]).row.transform("nunique")
+    ties = rows > 1  # halves of a tie are no second judgment of a pair
     judged_again = retest(table[~ties], "chosen_name", "rejected_name")
     conversations, table = tables.number_conversations(table, funnel)
     settings = {"source": source, "columns": asdict(columns), "min_comparisons": min_comparisons,
@@ -99,14 +99,12 @@ def numbers_beside(row: Choice, extra: Sequence[str], funnel: tables.Funnel) -> 
     require(not extra or single, f"{row.place}: --extra needs one response on either side")
     found = {}
     for name in extra:
-        for side, (place, cells, response) in zip(tables.EXTRA, row.sources, strict=True):
-            column = f"{response}_{name}"
-            there = column in cells
-            require(there, f"{place} has no column {column}, which --extra {name} reads")
+        for start, (place, cells, side) in zip(tables.EXTRA.values(), row.sources, strict=True):
+            column = f"{side}_{name}"
+            require(column in cells, f"{place} has no column {column}, which --extra {name} reads")
             cell = own_rows.as_number(cells[column])
             missing = cell in (None, "") or cell != cell
-            value = math.nan if missing else raw.number(cell, place, column)
-            found[f"{tables.EXTRA[side]}{name}"] = value
+            found[f"{start}{name}"] = math.nan if missing else raw.number(cell, place, column)
             funnel.count(f"responses without {name}", missing)
     return found
 

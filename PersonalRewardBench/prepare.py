@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.common.cli import cli
 from lore.common.files import digest, require
 from lore.embeddings import store as embeddings
-from lore.preparing import messages, raw, tables
+from lore.preparing import hold_out, messages, raw, tables
 
 HERE = Path(__file__).resolve().parent
 COLUMNS = ("user_id", "split", "context", "chosen", "rejected")  # many judges' columns are left out
@@ -35,9 +35,8 @@ def main(
         embeddings.check_model(embedding)
     funnel = tables.Funnel()
     table = tables.tabulate(read(source, funnel), funnel)
-    what, both = "users with comparisons for training and for test", tables.on_both_sides(table)
-    table = tables.keep(table, both, funnel, what).assign(seen=True)
-    conversations, table = tables.number_conversations(table, funnel)
+    table, _ = hold_out.hold_out(table, "given", 0, funnel)
+    conversations, table = tables.number_conversations(table.assign(seen=True), funnel)
     info = {"dataset": "PersonalRewardBench", "settings": {"source": source}}
     print(tables.write_prepared(out, conversations, table, info, funnel, embedding.get("shard")))
     if embed:

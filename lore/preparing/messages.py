@@ -4,7 +4,7 @@ import ast
 import json
 import re
 import warnings
-from itertools import chain, cycle, takewhile
+from itertools import chain, cycle
 from typing import Any
 
 from lore.common.files import InputError, require
@@ -62,16 +62,15 @@ def conversation(cell: Any, place: str, what: str) -> Conversation:
     cell = structure(cell, place, what)
     if not isinstance(cell, list):
         raise InputError(f"{place}: {what} must be a list of role and content")
-    return [_message(message, place) for message in cell]
-
-
-def _message(message: Any, place: str) -> dict[str, str]:
-    if not is_message(message):
-        raise InputError(f"{place}: a message must have role and content, unlike {message!r:.60}")
-    role, content = (next(message[k] for k in keys if k in message) for keys in KEYS)
-    known = ROLES.get(raw.name(role, place, "role").strip().lower(), "")
-    require(bool(known), f"{place}: the role {role!r:.40} is not known; {', '.join(ROLES)} are")
-    return {"role": known, "content": raw.text(content, place, "content")}
+    found = []
+    for each in cell:
+        right = is_message(each)
+        require(right, f"{place}: a message must have role and content, unlike {each!r:.60}")
+        role, content = (next(each[k] for k in keys if k in each) for keys in KEYS)
+        known = ROLES.get(raw.name(role, place, "role").strip().lower(), "")
+        require(bool(known), f"{place}: the role {role!r:.40} is not known; {', '.join(ROLES)} are")
+        found.append({"role": known, "content": raw.text(content, place, "content")})
+    return found
 
 
 def answers(cell: Any, place: str, what: str) -> list[Conversation]:
@@ -99,9 +98,3 @@ def turns(prompts: list[str], replies: list[str], place: str, what: str) -> Conv
     cells = chain(*zip(prompts, replies, strict=True))
     said = zip(cycle(("user", "assistant")), cells, strict=False)
     return [{"role": role, "content": raw.text(cell, place, f"each {what}")} for role, cell in said]
-
-
-def shared_beginning(some: list[Conversation]) -> Conversation:
-    """The messages that all of these begin with."""
-    alike = takewhile(lambda same: all(m == same[0] for m in same), zip(*some, strict=False))
-    return [same[0] for same in alike]

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from itertools import chain, permutations
+from itertools import chain, permutations, product, takewhile
 from typing import Any, Literal, NamedTuple
 
 from lore.common.files import InputError, digest, require
@@ -83,6 +83,8 @@ class Columns:
 
 USUAL = Columns()
 NAMES = tuple(vars(USUAL))[:14]  # the fields that are names of columns
+NEEDED = {"pairs": ("chosen", "rejected"), "votes": ("first", "second", "winner"),
+          "ratings": ("response", "rating")}  # fmt: skip
 
 
 class Choice(NamedTuple):
@@ -116,15 +118,14 @@ def read_choices(
     if not rows:
         return []
     layout, columns = _find_layout(*rows[0], columns, judged)
-    needed, read = LAYOUTS[layout]
-    for place, row in rows:
-        _check_columns(place, row, columns, needed)
-    if layout == "pairs" and judged:
-        _refuse_names(rows, columns)
+    _check_columns(rows, columns, layout, judged)
     typed = {str(row.get(columns.user)) for _, row in rows if row.get(columns.user)}
     if joined := len(typed) - len(set(map(_same_name, typed))):
         log.info("%d spellings of users' names were joined with others (Unicode, blanks)", joined)
-    return read(rows, columns)
+    if layout == "pairs":
+        sides = (columns.chosen, columns.rejected)
+        return [_choice(place, row, columns, sides) for place, row in rows]
+    return _votes(rows, columns) if layout == "votes" else _ratings(rows, columns)
 
 
 # ------------------------------------------------------------------------- What is where
@@ -166,17 +167,16 @@ def _with_winner(row: Cells) -> Cells:
 
 def resolve(row: Cells, columns: Columns) -> Columns:
     """The columns with user, prompt and messages under the names that this row has for them."""
-    usual: dict[str, Sequence[str]] = {}
+    found: dict[str, list[str]] = {}
     if columns.user == USUAL.user and columns.user not in row and not columns.user_name:
-        usual["user"] = USERS
+        found["user"] = _known(USERS, row)
     named = (columns.prompt, columns.messages) != (USUAL.prompt, USUAL.messages)
     if not named and not {columns.prompt, columns.messages} & row.keys():
         half = "instruction" if row.get("input") else ""  # the rest of the prompt is the input then
-        usual["prompt"] = [name for name in PROMPTS if name != half]
-        if _known(DIALOGUES, row):
-            usual |= {"prompt": (), "messages": DIALOGUES}
-    known = {what: _known(names, row) for what, names in usual.items()}
-    return replace(columns, **{what: names[0] for what, names in known.items() if names})
+        found["messages"] = _known(DIALOGUES, row)
+        if not found["messages"]:
+            found["prompt"] = _known([name for name in PROMPTS if name != half], row)
+    return replace(columns, **{what: names[0] for what, names in found.items() if names})
 
 
 def _find_layout(place: str, row: Cells, columns: Columns, judged: bool) -> tuple[str, Columns]:
@@ -185,16 +185,13 @@ def _find_layout(place: str, row: Cells, columns: Columns, judged: bool) -> tupl
     flags = {name for name in NAMES if getattr(columns, name) != getattr(USUAL, name)}
     has_pairs = flags & {"chosen", "rejected"} or {known.chosen, known.rejected} <= row.keys()
     ratings = [name for name in RATINGS if name in row and columns.response in row]
-    if flags & {"first", "second"} or columns.winner not in ("", NONE):
-        layout = "votes"
-    elif "rating" in flags or has_pairs:
-        layout = "ratings" if "rating" in flags else "pairs"
-    else:  # pairs in the end: which of their columns are missing is said later
-        layout = "votes" if _pairs_of_names(row) else "ratings" if ratings else "pairs"
-    if layout == "votes":
-        known = _two_and_winner(place, row, known, judged)
-    elif layout == "ratings":
-        known = replace(known, rating=columns.rating or ratings[0])
+    others = not has_pairs and "rating" not in flags and _pairs_of_names(row)
+    if flags & {"first", "second"} or columns.winner not in ("", NONE) or others:
+        layout, known = "votes", _two_and_winner(place, row, known, judged)
+    elif "rating" in flags or ratings and not has_pairs:
+        layout, known = "ratings", replace(known, rating=columns.rating or ratings[0])
+    else:  # which of their columns are missing is said later
+        layout = "pairs"
     names = {name: getattr(known, name) for name in NAMES}
     if layout == "pairs" and has_pairs and judged and not columns.winner:
         unused = [name for name in _known(VERDICTS, row) if name not in names.values()]
@@ -234,25 +231,20 @@ def _two_and_winner(place: str, row: Cells, columns: Columns, judged: bool) -> C
     return replace(columns, first=first, second=second, winner=winner or NONE)
 
 
-def _refuse_names(rows: Sequence[Row], columns: Columns) -> None:
-    """Refuse chosen or rejected responses that are names of responses, such as A and B."""
-    for side in (columns.chosen, columns.rejected):
+def _check_columns(rows: Sequence[Row], columns: Columns, layout: str, judged: bool) -> None:
+    """Responses, which are no names such as A and B, and what has no usual name must be there."""
+    for (place, row), name in product(rows, NAMES):
+        column, needed = getattr(columns, name), name in NEEDED[layout]
+        if (needed or column != getattr(USUAL, name)) and column not in ("", NONE, *row):
+            other = " (or give --first, --second and --winner, or --rating)" * needed
+            raise InputError(f"{place} has no column {column}, only {_there(row)}; --{name} says "
+                             f"which one holds it{other}")  # fmt: skip
+    for side in (columns.chosen, columns.rejected) if layout == "pairs" and judged else ():
         values = {str(row[side]).strip() for _, row in rows}
         said, some = _table(rows[0][0]), ", ".join(sorted(values))
         require(len(rows) < 6 or len(values) >= 4 or max(map(len, values)) >= 20, f"{said}: {side} "
                 f"holds nothing but {some:.80}, which are no responses; if it says which of two is "
                 f"better, give --first, --second and --winner {side}")  # fmt: skip
-
-
-def _check_columns(place: str, row: Cells, columns: Columns, needed: Sequence[str]) -> None:
-    """What must be there: the responses, and whatever has another name than the usual one."""
-    for name in NAMES:
-        column = getattr(columns, name)
-        must = name in needed or column != getattr(USUAL, name)
-        if must and column not in row and column not in ("", NONE):
-            other = " (or give --first, --second and --winner, or --rating)" * (name in needed)
-            raise InputError(f"{place} has no column {column}, only {_there(row)}; --{name} says "
-                             f"which one holds it{other}")  # fmt: skip
 
 
 def _there(row: Cells) -> str:
@@ -289,7 +281,7 @@ def read_endings(
         alike, both = len(begun) == 1, " and ".join(names)
         require(alike, f"{place}: some of {both} begin with the assistant, others not")
         if True in begun:
-            _check_prompt(place, row, columns, names, messages.shared_beginning(every))
+            _check_prompt(place, row, columns, both, every)
         else:
             history = _read_history(place, row, columns)
             found = [[[*history, *talk] for talk in some] for some in found] if history else []
@@ -319,11 +311,12 @@ def _read_history(place: str, row: Cells, columns: Columns) -> Conversation:
 
 
 def _check_prompt(
-    place: str, row: Cells, columns: Columns, names: Sequence[str], shared: Conversation
+    place: str, row: Cells, columns: Columns, both: str, talks: Sequence[Conversation]
 ) -> None:
     """Conversations begin alike, and with the prompt and messages of the row if it has them."""
+    alike = takewhile(lambda same: all(m == same[0] for m in same), zip(*talks, strict=False))
+    shared = [same[0] for same in alike]
     prompts = [message["content"].strip() for message in shared if message["role"] == "user"]
-    both = " and ".join(names)
     require(bool(prompts), f"{place}: {both} do not begin with the same message of the user")
     for name in (columns.messages, columns.prompt):
         cell, right = structure(row.get(name), place, name), True
@@ -343,7 +336,11 @@ def _choice(place: str, row: Cells, columns: Columns, names: Sequence[str]) -> C
                     for c in (columns.user, columns.dialog))  # fmt: skip
     user = columns.user_name or _same_name(user)
     split = raw.text(row.get(columns.split), place, columns.split)
-    weight, time = _weight(place, row, columns.weight), _time(place, row, columns.timestamp)
+    cell = row.get(columns.weight)
+    weight = 1.0 if cell in (None, "") else raw.number(as_number(cell), place, columns.weight)
+    require(LIGHTEST <= weight <= HEAVIEST, f"{place}: {columns.weight} must be above 0, from "
+            f"{LIGHTEST:g} to {HEAVIEST:g}; remove the row if it is not to count")  # fmt: skip
+    time = _time(place, row, columns.timestamp)
     sources = tuple((place, row, name) for name in names)
     left_out = "" if found else NO_PROMPT
     return Choice(place, chosen, rejected, user, dialog, split, weight, time, sources, left_out)
@@ -352,15 +349,6 @@ def _choice(place: str, row: Cells, columns: Columns, names: Sequence[str]) -> C
 def _same_name(name: str) -> str:
     """A user's name as all spellings of it are joined."""
     return unicodedata.normalize("NFC", name).strip()
-
-
-def _weight(place: str, row: Cells, column: str) -> float:
-    """One where the row does not say."""
-    cell = row.get(column)
-    weight = 1.0 if cell in (None, "") else raw.number(as_number(cell), place, column)
-    require(LIGHTEST <= weight <= HEAVIEST, f"{place}: {column} must be above 0, from {LIGHTEST:g} "
-            f"to {HEAVIEST:g}; remove the row if it is not to count")  # fmt: skip
-    return weight
 
 
 def _time(place: str, row: Cells, column: str) -> float:
@@ -386,12 +374,6 @@ def as_number(cell: Any) -> Any:
 
 
 # --------------------------------------------------------------------------- Layouts
-
-
-def _pairs(rows: Sequence[Row], columns: Columns) -> list[Choice]:
-    """Chosen and rejected responses."""
-    sides = (columns.chosen, columns.rejected)
-    return [_choice(place, row, columns, sides) for place, row in rows]
 
 
 def _votes(rows: Sequence[Row], columns: Columns) -> list[Choice]:
@@ -473,22 +455,12 @@ def _ratings(rows: Sequence[Row], columns: Columns) -> list[Choice]:
             of_user[pair.user][name] = pair
     number = columns.pairs_per_user
     found = [pairs[key] for pairs in of_user.values() for key in sorted(draw(pairs, number, 0))]
-    log.info("%d ratings make %d comparisons, %d of which follow from two others of the same user",
-             len(rows), len(found), _following(found))  # fmt: skip
-    return left_out + found
-
-
-def _following(choices: Sequence[Choice]) -> int:
-    """How many of these follow from two others: a over b and b over c say a over c."""
-    named = [(c.user, digest(c.chosen[0]), digest(c.rejected[0])) for c in choices]
+    named = [(c.user, digest(c.chosen[0]), digest(c.rejected[0])) for c in found]
     worse = defaultdict(set)
-    for user, chosen, rejected in named:
-        worse[user, chosen].add(rejected)
-    return sum(any(c in worse.get((u, b), ()) for b in worse[u, a]) for u, a, c in named)
-
-
-LAYOUTS = {  # the columns that a layout needs, and what makes choices of its rows
-    "pairs": (("chosen", "rejected"), _pairs),
-    "votes": (("first", "second", "winner"), _votes),
-    "ratings": (("response", "rating"), _ratings),
-}
+    for user, one, other in named:
+        worse[user, one].add(other)
+    # a over b and b over c say a over c
+    follow = sum(any(c in worse.get((u, b), ()) for b in worse[u, a]) for u, a, c in named)
+    log.info("%d ratings make %d comparisons, %d of which follow from two others of the same user",
+             len(rows), len(found), follow)  # fmt: skip
+    return left_out + found

@@ -10,7 +10,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, TextIO
@@ -53,8 +53,16 @@ def read_rows(source: str, table: str, columns: Iterable[str], **hub: Any) -> Ro
         files = next(filter(None, found), [])  # those of the first format that is there
         require(bool(files), f"--source {source} has none of {', '.join(names)}")
         rows = chain.from_iterable(map(read_file, files))
-    elif "files" in hub:
-        rows = _hub_files(source, advice, **hub)
+    elif pattern := hub.get("files"):  # `datasets` would not find these in its cache offline
+        from huggingface_hub import snapshot_download
+
+        wanted = {"repo_type": "dataset", "revision": hub["revision"], "allow_patterns": pattern}
+        with _one_line(source, advice):
+            folder = Path(snapshot_download(source, **wanted))
+        files = sorted(folder.glob(pattern))
+        none = f"--source {source} has no {pattern} at revision {hub['revision']}; {advice}"
+        require(bool(files), none)
+        rows = chain.from_iterable(map(read_file, files))
     else:
         rows = _numbered(f"{source} {table}", _load_hub(source, advice, **hub))
     yield from check_columns(rows, columns)
@@ -148,7 +156,11 @@ def _csv_rows(file: Path) -> Numbered:
     csv.field_size_limit(2**31 - 1)  # dialogues are longer than the 128 KB that are usual
     with _open(file, newline="") as lines:
         head = next((line for line in lines if line.strip()), "")
-        separator = _separator(file, head)
+        separator = usual = "\t" if ".tsv" in file.name else ","
+        with suppress(csv.Error):  # of a single column
+            separator = csv.Sniffer().sniff(head, "".join(SEPARATORS)).delimiter
+        if separator != usual:
+            log.info("%s: cells are separated by %s", file, SEPARATORS[separator])
         lines.seek(0)
         rows = csv.reader(lines, delimiter=separator, strict=True)
         names = next(filter(None, rows), [])
@@ -161,18 +173,6 @@ def _csv_rows(file: Path) -> Numbered:
                     f"{SEPARATORS[separator]}")  # fmt: skip
             filled = zip_longest(names, cells, fillvalue="")  # empty ones at the end may be missing
             yield number, {name: Cell(cell) for name, cell in filled}
-
-
-def _separator(file: Path, head: str) -> str:
-    """What separates the cells of a table, by its first line; said where it is not the usual."""
-    usual = "\t" if ".tsv" in file.name else ","
-    try:
-        found = csv.Sniffer().sniff(head, "".join(SEPARATORS)).delimiter
-    except csv.Error:  # a single column
-        return usual
-    if found != usual:
-        log.info("%s: cells are separated by %s", file, SEPARATORS[found])
-    return found
 
 
 def _open(file: Path, newline: str | None = None) -> TextIO:
@@ -196,18 +196,6 @@ ENDINGS = (*READERS, *(f"{ending}.gz" for ending in READERS if ending != ".parqu
 
 def _numbered(table: str, rows: Iterable[dict[str, Any]]) -> Rows:
     return ((f"{table} row {number}", row) for number, row in enumerate(rows, start=1))
-
-
-def _hub_files(source: str, advice: str, files: str, revision: str) -> Rows:
-    """Rows of certain files, which ``datasets`` would not find in its cache without the hub."""
-    from huggingface_hub import snapshot_download
-
-    wanted = {"repo_type": "dataset", "revision": revision, "allow_patterns": files}
-    with _one_line(source, advice):
-        folder = snapshot_download(source, **wanted)
-    found = sorted(Path(folder).glob(files))
-    require(bool(found), f"--source {source} has no {files} at revision {revision}; {advice}")
-    return chain.from_iterable(map(read_file, found))
 
 
 def _load_hub(source: str, advice: str, **hub: Any) -> Any:

@@ -230,7 +230,19 @@ def number_conversations(
     names = ["chosen_name", "rejected_name"]
     order = ["user_id", "dialog_id", "turn", *names, "split", "weight", *extra]
     table = comparisons.sort_values(order, ignore_index=True)
-    _count_sets(table, funnel)
+    if table.seen.nunique() == 2:
+        for kind, rows in (("seen", table.seen), ("unseen", ~table.seen)):
+            funnel.count(f"{kind} users", table[rows].user_id.nunique())
+    prompts = first_prompts(table.chosen)
+    for side, what in (("train", "training"), (VALIDATION, "validation"), ("test", "test")):
+        if len(part := table[table.split == side]):
+            funnel.count(f"{what} comparisons", len(part))
+            funnel.count(f"{what} dialogues", part.groupby(["user_id", "dialog_id"]).ngroups)
+            funnel.count(f"first prompts of {what} dialogues", prompts[part.index].nunique())
+    train, test = (prompts[table.split == side] for side in SPLITS)
+    after = test[test.isin(train)]
+    funnel.count("first prompts on both sides", after.nunique())
+    funnel.count("test comparisons after such a prompt", len(after))
     named, talks = (table[two].to_numpy().ravel() for two in (names, list(EXTRA)))
     numbers, conversations = distinct(named, talks)
     table[list(EXTRA)] = numbers.reshape(-1, 2)
@@ -242,22 +254,6 @@ def extra_names(comparisons: pd.DataFrame) -> list[str]:
     """The names of further features: numbers that a table has of either response."""
     start = EXTRA["chosen"]
     return [name.removeprefix(start) for name in comparisons if name.startswith(start)]
-
-
-def _count_sets(comparisons: pd.DataFrame, funnel: Funnel) -> None:
-    if comparisons.seen.nunique() == 2:
-        for kind, rows in (("seen", comparisons.seen), ("unseen", ~comparisons.seen)):
-            funnel.count(f"{kind} users", comparisons[rows].user_id.nunique())
-    table = comparisons.assign(prompt=first_prompts(comparisons.chosen))
-    train, val, test = (table[table.split == side] for side in ("train", VALIDATION, "test"))
-    for side, part in {"training": train, "validation": val, "test": test}.items():
-        if len(part):
-            funnel.count(f"{side} comparisons", len(part))
-            funnel.count(f"{side} dialogues", part.groupby(["user_id", "dialog_id"]).ngroups)
-            funnel.count(f"first prompts of {side} dialogues", part.prompt.nunique())
-    after = test.prompt[test.prompt.isin(train.prompt)]
-    funnel.count("first prompts on both sides", after.nunique())
-    funnel.count("test comparisons after such a prompt", len(after))
 
 
 def overlap(conversations: Sequence[Conversation], comparisons: pd.DataFrame) -> dict[str, Any]:
