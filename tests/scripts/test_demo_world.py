@@ -141,7 +141,7 @@ def converted(home, monkeypatch) -> Path:
     def convert(source: Path, folder: Path) -> None:
         (folder / smollm2.BODY).write_bytes(b"weights")
         (folder / "config.json").write_text(json.dumps({"hidden_size": 4}))
-        smollm2._write_index(folder, ["model.norm.weight"])
+        smollm2._write_index(folder, {"model.norm.weight": smollm2.BODY})
 
     monkeypatch.setattr(smollm2, "_convert", convert)
     monkeypatch.setattr(smollm2, "_package_folder", lambda: home)
@@ -164,7 +164,7 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path, home):
 
 def test_a_head_of_the_wrong_size_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 4}))
-    smollm2._write_index(tmp_path, ["model.norm.weight"])
+    smollm2._write_index(tmp_path, {"model.norm.weight": smollm2.BODY})
     with pytest.raises(InputError, match=r"\(4,\) is expected"):
         smollm2.save_head(tmp_path, torch.zeros(5))
     smollm2.save_head(tmp_path, torch.arange(4.0))
@@ -173,7 +173,8 @@ def test_a_head_of_the_wrong_size_is_refused(tmp_path):
 
 def test_checkpoints_share_one_file_of_weights_and_have_heads_of_their_own(tmp_path, converted):
     plain = smollm2.reward_model(tmp_path / "plain")
-    fitted = smollm2.reward_model(tmp_path / "fitted", torch.arange(4.0))
+    fitted = smollm2.reward_model(tmp_path / "fitted")
+    smollm2.save_head(fitted, torch.arange(4.0))
     folders = (converted, plain, fitted)
     numbers = {name: {(folder / name).stat().st_ino for folder in folders}
                for name in (smollm2.BODY, "config.json")}  # fmt: skip
@@ -226,7 +227,8 @@ def test_the_command_makes_a_checkpoint_beside_the_shared_weights(checkpoint, tm
 def test_checkpoint_serves_stock_transformers(checkpoint):
     assert [path.name for path in checkpoint.parent.iterdir()] == ["model"]
     head = torch.linspace(-1, 1, 576)
-    assert smollm2.reward_model(checkpoint, head) == checkpoint
+    smollm2.save_head(checkpoint, head)
+    assert smollm2.reward_model(checkpoint) == checkpoint
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     model = AutoModelForSequenceClassification.from_pretrained(checkpoint)
     assert model.dtype == torch.float32 and model.config.num_labels == 1
