@@ -27,11 +27,6 @@ class Pass(NamedTuple):
     pooled: tuple[Tensor, Tensor]  # batch number and place of the tokens whose states are averaged
     counts: Tensor  # how many of these each conversation has, one's after the other's
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens computed, padding left out."""
-        return int(self.mask.sum()) if self.mask is not None else self.ids.numel()
-
 
 def shared_prefix(a: Tokens, b: Tokens) -> int:
     """Number of tokens with which both begin."""
@@ -129,23 +124,17 @@ def tree_blocks(ends: Tensor, device: torch.device | str) -> "BlockMask":
 
 def batches(tokens: list[Tokens], starts: list[int], budget: int) -> Iterator[Pass]:
     """Conversations of similar length padded to at most ``budget`` tokens; 0: one at a time."""
-    batch: list[int] = []
-    for row in sorted(range(len(tokens)), key=lambda row: -len(tokens[row])):
-        if batch and (len(batch) + 1) * len(tokens[batch[0]]) > budget:
-            yield _padded(batch, tokens, starts)
-            batch = []
-        batch.append(row)
-    yield _padded(batch, tokens, starts)
-
-
-def _padded(rows: list[int], tokens: list[Tokens], starts: list[int]) -> Pass:
-    lengths = torch.tensor([len(tokens[i]) for i in rows])
-    first = torch.tensor([starts[i] for i in rows])
-    place = torch.arange(int(lengths.max())).expand(len(rows), -1)
-    mask = place < lengths[:, None]
-    ids = torch.zeros(mask.shape, dtype=torch.long)  # any id will do: no real token sees padding
-    ids[mask] = torch.from_numpy(np.concatenate([tokens[i] for i in rows]))
-    is_pooled = mask & (place >= first[:, None])
-    pooled, counts = is_pooled.nonzero(as_tuple=True), is_pooled.sum(1)
-    mask = None if mask.all() else mask.long()  # attention is fastest without a mask
-    return Pass(rows, ids, None, mask, None, pooled, counts)
+    order = sorted(range(len(tokens)), key=lambda row: -len(tokens[row]))
+    while order:
+        most = max(budget // len(tokens[order[0]]), 1)
+        rows, order = order[:most], order[most:]
+        lengths = torch.tensor([len(tokens[i]) for i in rows])
+        first = torch.tensor([starts[i] for i in rows])
+        place = torch.arange(int(lengths.max())).expand(len(rows), -1)
+        mask = place < lengths[:, None]
+        ids = torch.zeros(mask.shape, dtype=torch.long)  # any id: no real token sees padding
+        ids[mask] = torch.from_numpy(np.concatenate([tokens[i] for i in rows]))
+        is_pooled = mask & (place >= first[:, None])
+        pooled, counts = is_pooled.nonzero(as_tuple=True), is_pooled.sum(1)
+        mask = None if mask.all() else mask.long()  # attention is fastest without a mask
+        yield Pass(rows, ids, None, mask, None, pooled, counts)

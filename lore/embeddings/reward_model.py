@@ -35,7 +35,6 @@ LOGIT_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 3e-3}
 TREE_MODELS = ("llama", "qwen2", "qwen3", "mistral", "gemma")
 # Rotary embeddings that give a token the same angles whatever else is in its batch.
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
-FULL = "full_attention"
 ENCODERS = re.compile("albert|bert|electra|deberta|mpnet|xlnet")  # kinds whose tokens see the next
 NOT_FINITE = "the model gives embeddings that are not finite: try another --dtype"
 SMALL = "without a network, `python tools/smollm2.py` makes a small model"
@@ -178,11 +177,11 @@ def model_facts(source: Source, tokenizer: Any) -> dict[str, str | None]:
     else:
         config = try_to_load_from_cache(source.model, "config.json", revision=source.revision)
         revision = Path(str(config)).parent.name
-    return {
-        "model": _from_anywhere(source.model), "revision": revision, "weights_sha256": weights,
-        "tokenizer": _from_anywhere(source.tokenizer or source.model),
-        "template_sha256": sha256(tokenizer.get_chat_template().encode()),
-    }  # fmt: skip
+    names = (source.model, source.tokenizer or source.model)
+    model, writer = (os.path.abspath(name) if Path(name).is_dir() else name for name in names)
+    template = sha256(tokenizer.get_chat_template().encode())
+    return {"model": model, "revision": revision, "weights_sha256": weights,
+            "tokenizer": writer, "template_sha256": template}  # fmt: skip
 
 
 def _find(name: str | None, path: str | Path, what: str) -> str:
@@ -211,11 +210,6 @@ def check_model(
         log.warning("WARNING: %s; the rewards may mean nothing", problem)
 
 
-def _from_anywhere(name: str) -> str:
-    """A name that means the same in every working directory; a hub name stays as it is."""
-    return os.path.abspath(name) if Path(name).is_dir() else name
-
-
 def device_and_dtype(device: str, dtype: str) -> tuple[str, str]:
     """What auto stands for: a GPU and bfloat16, else a CPU and float32. InputError for a device
     that is not here."""
@@ -227,10 +221,7 @@ def device_and_dtype(device: str, dtype: str) -> tuple[str, str]:
 
 def sha256(*parts: bytes | memoryview) -> str:
     """SHA-256 of bytes, one part after the other."""
-    total = hashlib.sha256()
-    for part in parts:
-        total.update(part)
-    return total.hexdigest()
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def render_text(tokenizer: Any, conversation: Conversation, is_prompt: bool = False) -> str:
@@ -271,9 +262,6 @@ def cut_tokens(ids: Tokens, bos: int | None, max_length: int, truncation_side: s
     return np.append(first, ids[len(ids) - max_length + len(first) :])
 
 
-# --------------------------------------------------------------------------- Engine
-
-
 @dataclass
 class Engine:
     """A loaded reward model, and how it is given its conversations (see ``store.embed``)."""
@@ -302,13 +290,14 @@ class Engine:
         code takes for the head, column 0 [F] of the body's last nn.Linear if that is F long."""
         if self.pool != "last":
             return {}
-        tensors = {"head": self.head} if self.has_head else {}
-        if self.has_head and getattr(self.model.score, "bias", None) is not None:
-            tensors["bias"] = self.model.score.bias.detach()
+        tensors = {"head": self.head}
+        if self.has_head:
+            tensors["bias"] = getattr(self.model.score, "bias", None)
         linear = [m for m in self.body.modules() if isinstance(m, torch.nn.Linear)]
         if linear and len(linear[-1].weight) == self.model.config.get_text_config().hidden_size:
-            tensors["last_linear"] = linear[-1].weight.detach()[:, 0]
-        return {name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}
+            tensors["last_linear"] = linear[-1].weight[:, 0]
+        there = {name: tensor.detach() for name, tensor in tensors.items() if tensor is not None}
+        return {name: tensor.float().cpu().contiguous() for name, tensor in there.items()}
 
     def embed(self, tokens: list[Tokens], bar: tqdm, starts: list[int] | None = None) -> Tensor:
         """Embeddings [n, F] of n distinct, sorted conversations, in the model's dtype: the mean of
@@ -346,7 +335,7 @@ class Engine:
             out = rows.new_empty(len(tokens), rows.shape[1]) if out is None else out
             out[step.rows] = rows
             bar.update(sum(len(tokens[row]) for row in step.rows))
-            self.tokens_computed += step.num_tokens
+            self.tokens_computed += step.ids.numel() if step.mask is None else int(step.mask.sum())
         require(bool(out.isfinite().all()), NOT_FINITE)
         return out.cpu()
 
@@ -393,26 +382,23 @@ class Engine:
         require(bool(row.isfinite().all()), NOT_FINITE)
         if not self.has_head:
             return
-        alone = torch.from_numpy(ids)[None].to(self.model.device)
-        logit = self.model(input_ids=alone, use_cache=False).logits[0]
-        if self._gives(row[None], logit).all():
-            return
-        hidden = self.body(input_ids=alone, use_cache=False).last_hidden_state[0]
-        places = self._gives(hidden, logit).nonzero()[:, 0].tolist()
-        other = "this model's logit is not its score head times the last hidden state"
-        require(bool(places), other)
-        is_last = places[-1] + 1 == len(ids)
-        require(is_last, f"this model pools token {places[-1] + 1} of {len(ids)}, not the last")
-        wrong = f"the {self.method} method does not give what a conversation alone gives"
-        raise InputError(f"{wrong}: use --method single")
-
-    def _gives(self, states: Tensor, logit: Tensor) -> Tensor:
-        """Whether the score head makes this logit [outputs] of hidden states [n, F]; [n]."""
-        known, states, dtype = self.reference(), states.float().cpu(), str(self.model.dtype)
+        alone = {"input_ids": torch.from_numpy(ids)[None].to(self.model.device)}
+        logit = self.model(**alone, use_cache=False).logits[0].float().cpu()
+        states = self.body(**alone, use_cache=False).last_hidden_state[0]
+        states, known = torch.vstack([row, states]).float().cpu(), self.reference()
         own = torch.nn.functional.linear(states, known["head"], known.get("bias"))
         scale = states.abs() @ known["head"].abs().T + 1e-6
-        tolerance = LOGIT_TOLERANCE[dtype.removeprefix("torch.")]
-        return ((own - logit.float().cpu()).abs() <= tolerance * scale).all(1)
+        tolerance = LOGIT_TOLERANCE[str(self.model.dtype).removeprefix("torch.")]
+        gives_it = ((own - logit).abs() <= tolerance * scale).all(1)  # [row, then each token]
+        if gives_it[0]:
+            return
+        places = gives_it.nonzero()[:, 0].tolist()  # numbered from 1
+        other = "this model's logit is not its score head times the last hidden state"
+        require(bool(places), other)
+        is_last = places[-1] == len(ids)
+        require(is_last, f"this model pools token {places[-1]} of {len(ids)}, not the last")
+        wrong = f"the {self.method} method does not give what a conversation alone gives"
+        raise InputError(f"{wrong}: use --method single")
 
 
 def load_engine(
@@ -437,16 +423,15 @@ def choose_method(config: Any, method: str, attention: str) -> tuple[str, str]:
     """The method for a model's config, and why; InputError if the one asked for would be wrong."""
     kind = config.model_type
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    windows = [layer for layer in getattr(config, "layer_types", None) or [] if layer != FULL]
-    reason = ""
-    if kind not in TREE_MODELS:
-        reason = f"the tree mask has not been checked for {kind} models"
-    elif windows or (kind == "mistral" and config.sliding_window):
-        reason = f"this {kind} model's attention has a sliding window"
-    elif rope not in STATIC_ROPE:
-        reason = f"its {rope} position embedding depends on the batch"
-    elif attention not in ("sdpa", "eager"):
-        reason = f"{attention} attention takes no tree mask"
+    windows = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    windows = windows or (kind == "mistral" and config.sliding_window)
+    reasons = {
+        f"the tree mask has not been checked for {kind} models": kind not in TREE_MODELS,
+        f"this {kind} model's attention has a sliding window": windows,
+        f"its {rope} position embedding depends on the batch": rope not in STATIC_ROPE,
+        f"{attention} attention takes no tree mask": attention not in ("sdpa", "eager"),
+    }
+    reason = next((why for why, holds in reasons.items() if holds), "")
     require(method != "tree" or not reason, f"--method tree: {reason}; use --method auto")
     if method != "auto":
         return method, "as given"
