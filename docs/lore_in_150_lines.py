@@ -15,13 +15,13 @@ from scipy.optimize import minimize
 from torch.nn.functional import logsigmoid
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lore.embeddings.store import open_store
+from lore.embeddings.store import Store
 from lore.preparing.tables import read_comparisons
 
 
 def read(folder):
     """(split, seen) -> the differences x [N, F], whose they are [N], and how many users."""
-    store = open_store(folder / "embeddings")
+    store = Store(folder / "embeddings")
     e, table = store.rows(torch.arange(len(store))).float(), read_comparisons(folder, len(store))
     table = table.sort_values(["user_id", "dialog_id", "turn", "rejected"], kind="stable")
     sets = {}

@@ -24,7 +24,7 @@ def test_it_has_150_lines_and_imports_the_readers_alone():
     assert len(text.splitlines()) <= 150
     ours = [line for line in text.splitlines() if line.startswith(("from lore", "import lore"))]
     assert ours == [
-        "from lore.embeddings.store import open_store",
+        "from lore.embeddings.store import Store",
         "from lore.preparing.tables import read_comparisons",
     ]
 

@@ -11,13 +11,12 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import safetensors.torch
@@ -107,51 +106,47 @@ def check_model(settings: Mapping[str, Any]) -> None:
     reward_model.load_tokenizer(source)
 
 
-def open_store(folder: str | Path) -> "Store":
-    """Finished embeddings; InputError if there are none, or a file is missing, cut or edited."""
-    return Store(Path(folder))
-
-
 class Store:
-    """Finished embeddings on disk, memory-mapped, one row per conversation; all files must have the
-    facts, shapes and types of the manifest, and its checksums (shards when first opened here)."""
+    """Finished embeddings on disk, memory-mapped, one row of ``num_features`` per conversation.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    ``head`` [F] is the model's own score head in float32, None unless it has one with one output;
+    ``last_linear`` [F] is what the published code takes for it, see ``Engine.reference``.
+    InputError if there are none, or a file is missing, cut or edited: all must have the facts,
+    shapes and types of the manifest, and its checksums (shards when first opened here).
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        folder = self.folder = Path(folder)
         self.manifest = read_manifest(folder)
         self.verify(_found(folder / VERIFIED))
-        note, tensors = self._open(INDEX, SETTINGS | TEXTS)
+        self.num_features: int = self.manifest["num_features"]
+        note, tensors = _open(folder / INDEX)
+        ours = note.get("identity") == _identity(self.manifest, SETTINGS | TEXTS)
+        require(ours, f"{folder / INDEX} is of other embeddings than {MANIFEST} says: {AGAIN}")
         number = self.manifest["num_conversations"]
         self._rows = expect(folder / INDEX, tensors, AGAIN, "rows", torch.int64, number)
-        self._head = _open(folder / HEAD)[1]
-        require_finite(folder / HEAD, self._head, AGAIN)
+        _, tensors = _open(folder / HEAD)
+        require_finite(folder / HEAD, tensors, AGAIN)
         shapes = {"head": (None, self.num_features), "last_linear": (self.num_features,)}
-        for name in [name for name in shapes if name in self._head]:
-            expect(folder / HEAD, self._head, AGAIN, name, torch.float32, *shapes[name])
+        for name in [name for name in shapes if name in tensors]:
+            expect(folder / HEAD, tensors, AGAIN, name, torch.float32, *shapes[name])
+        head, self.last_linear = tensors.get("head", ()), tensors.get("last_linear")
+        self.head = head[0] if len(head) == 1 else None
         names = note.get("shards")
         listed = isinstance(names, list) and {*map(str, names), INDEX, HEAD}
         same = listed == set(self.manifest["files"])
         require(same, f"{folder / MANIFEST} names other files than {INDEX}: {AGAIN}")
-        self._shards = [self._shard(name) for name in names]
+        self._shards, form = [], (getattr(torch, self.manifest["dtype"]), None, self.num_features)
+        for path in [folder / name for name in names]:
+            _, tensors = _open(path)
+            rows = expect(path, tensors, AGAIN, "embeddings", *form)
+            expect(path, tensors, AGAIN, "keys", torch.uint8, len(rows), KEY)
+            self._shards.append(rows)
         self._ends = torch.tensor([len(shard) for shard in self._shards]).cumsum(0)
         inside = (self._rows >= 0) & (self._rows < self._ends[-1])
         require(bool(inside.all()), f"{folder / INDEX}: names rows that are not there; {AGAIN}")
         whole = len(self._rows.unique()) == self.manifest["num_distinct"]
         require(whole, f"{folder / INDEX} and {MANIFEST} do not belong together: {AGAIN}")
-
-    def _open(self, file: str, facts: Iterable[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Note and tensors of a file that was written for these facts of the manifest."""
-        note, tensors = _open(self.folder / file)
-        ours = note.get("identity") == _identity(self.manifest, facts)
-        require(ours, f"{self.folder / file} is of other embeddings than {MANIFEST} says: {AGAIN}")
-        return note, tensors
-
-    def _shard(self, file: str) -> Tensor:
-        _, tensors = self._open(file, SETTINGS)
-        form = getattr(torch, self.manifest["dtype"]), None, self.num_features
-        rows = expect(self.folder / file, tensors, AGAIN, "embeddings", *form)
-        expect(self.folder / file, tensors, AGAIN, "keys", torch.uint8, len(rows), KEY)
-        return rows
 
     def verify(self, known: Mapping[str, Any] | None = None) -> None:
         """InputError if a file's checksum is not the manifest's; shards with the size, time and
@@ -168,22 +163,6 @@ class Store:
 
     def __len__(self) -> int:
         return len(self._rows)
-
-    @property
-    def num_features(self) -> int:
-        """F, the width of a row."""
-        return self.manifest["num_features"]
-
-    @property
-    def head(self) -> Tensor | None:
-        """The model's own score head [F] in float32; None unless it has one with one output."""
-        head = self._head.get("head", ())
-        return head[0] if len(head) == 1 else None
-
-    @property
-    def last_linear(self) -> Tensor | None:
-        """What the published code takes for the score head [F], see ``Engine.reference``."""
-        return self._head.get("last_linear")
 
     def rows(self, index: Tensor) -> Tensor:
         """Embeddings [n, F] in float32 of the conversations numbered ``index`` [n], read alone."""
@@ -213,26 +192,24 @@ def _checked(conversations: Sequence[Conversation]) -> list[Conversation]:
         where = f"conversation {row}"
         if isinstance(each, str | Mapping) or not isinstance(each, Iterable):
             raise InputError(f"{where}: expected a list of messages, not {each!r}")
-        checked.append([_message(f"{where}, message {i}", m) for i, m in enumerate(each)])
+        checked.append([])
+        for i, message in enumerate(each):
+            here = f"{where}, message {i}"
+            if not isinstance(message, Mapping):
+                raise InputError(f"{here}: expected role and content, not {message!r}")
+            for key in ("role", "content"):
+                text = message.get(key)
+                is_text = isinstance(text, str)
+                require(is_text, f"{here}: {key} must be one text, not {type(text).__name__}")
+                whole = text.isascii() or text.encode(errors="replace").decode() == text
+                require(whole, f"{here}: {key} holds half a surrogate pair; clean the text")
+            checked[-1].append({"role": message["role"], "content": message["content"]})
         require(bool(checked[-1]), f"{where} has no messages")
     require(bool(checked), "there are no conversations to embed")
     return checked
 
 
-def _message(where: str, message: Any) -> dict[str, str]:
-    if not isinstance(message, Mapping):
-        raise InputError(f"{where}: expected role and content, not {message!r}")
-    for key in ("role", "content"):
-        text = message.get(key)
-        is_text = isinstance(text, str)
-        require(is_text, f"{where}: {key} must be one text, not {type(text).__name__}")
-        whole = text.isascii() or text.encode(errors="replace").decode() == text
-        require(whole, f"{where}: {key} holds half a surrogate pair; clean the text")
-    return {"role": message["role"], "content": message["content"]}
-
-
-@dataclass(frozen=True)
-class _Plan:
+class _Plan(NamedTuple):
     """What is to be embedded; it follows from the inputs alone."""
 
     tokens: list[tuple[bytes, int]]  # distinct, sorted: big-endian ids, first token that counts
@@ -242,17 +219,6 @@ class _Plan:
     source: str  # hash of those that a row depends on besides its tokens
     counts: dict[str, int]  # what was counted on the way
     shard_size: int  # most conversations in a shard
-
-    def shards(self, there: Collection[bytes]) -> list[list[int]]:
-        """The distinct conversations whose keys are not there, by shard; a run that goes on, with
-        whole shards there, makes the others as they would have been."""
-        new = [i for i, key in enumerate(self.keys) if key not in there]
-        return [new[i : i + self.shard_size] for i in range(0, len(new), self.shard_size)]
-
-    def name(self, shard: list[int]) -> str:
-        """The file of a shard, such as embeddings-00001-0f3a9c5e.safetensors."""
-        keys = sha256(*(self.keys[i] for i in shard))
-        return f"embeddings-{shard[0] // self.shard_size + 1:05d}-{keys[:8]}.safetensors"
 
 
 def _identity(facts: Mapping[str, Any], names: Iterable[str]) -> str:
@@ -306,62 +272,52 @@ def _worker(shard: str | None) -> tuple[int, int]:
     return (part - 1) * processes + int(os.environ.get("RANK", 0)), parts * processes
 
 
-# ------------------------------------------------------------------------------ Disk
-
-
 def _complete(
     folder: Path, plan: _Plan, load: Callable[[], Engine], worker: int, workers: int, progress: bool
 ) -> Store | None:
     """Embed what is missing of this worker's share; the model is loaded only for that."""
-    is_claimed = _check_folder(folder, plan)
-    missing = plan.shards(set().union(*_found_shards(folder, plan).values()))
-    if used := len(plan.tokens) - sum(map(len, missing)):
-        log.info("%d of %d distinct conversations are there and used again", used, len(plan.keys))
-    own = [shard for shard in missing if shard[0] // plan.shard_size % workers == worker]
-    engine = load() if own or not _is_sound(folder / HEAD, plan.source) else None
-    if not is_claimed:  # once the model is there, so that a damaged one claims nothing
-        claim = json.dumps({**plan.facts, "complete": False}, indent=2)
-        _write(folder / MANIFEST, claim.encode())
-    if engine is not None:
-        _write(folder / HEAD, _as_bytes(engine.reference(), plan.source))
-        _embed_shards(folder, plan, engine, own, progress and worker == 0)
-    return _finish(folder, plan)
-
-
-def _check_folder(folder: Path, plan: _Plan) -> bool:
-    """Whether a folder has a manifest; InputError if it is of another model or setting."""
-    found, head = _found(folder / MANIFEST), {}
+    claim, head = _found(folder / MANIFEST), {}
     with suppress(InputError):
         head, _ = _open(folder / HEAD)
-    if found and head.get("identity") != plan.source:  # else a manifest that differs was edited
-        remedy = "take another folder or remove this one"
+    if claim and head.get("identity") != plan.source:  # else a manifest that differs was edited
         for key in SETTINGS:
-            has, asked = found.get(key), plan.facts[key]
+            has, asked = claim.get(key), plan.facts[key]
             holds = f"{folder} holds embeddings with {key} = {has}, but {asked} is asked for"
-            require(has == asked, f"{holds}: {remedy}")
-    return bool(found)
-
-
-def _embed_shards(
-    folder: Path, plan: _Plan, engine: Engine, shards: list[list[int]], progress: bool
-) -> None:
-    total = sum(len(plan.tokens[i][0]) // 4 for shard in shards for i in shard)
-    begin = time.perf_counter()
-    with tqdm(total=total, unit="tok", unit_scale=True, disable=not progress or None) as bar:
-        for shard in shards:
+            require(has == asked, f"{holds}: take another folder or remove this one")
+    there = set().union(*_found_shards(folder, plan).values())
+    new = [i for i, key in enumerate(plan.keys) if key not in there]
+    if used := len(plan.keys) - len(new):
+        log.info("%d of %d distinct conversations are there and used again", used, len(plan.keys))
+    # A run that goes on, with whole shards there, makes the others as they would have been.
+    missing = [new[i : i + plan.shard_size] for i in range(0, len(new), plan.shard_size)]
+    own = [shard for shard in missing if shard[0] // plan.shard_size % workers == worker]
+    engine = load() if own or not _is_sound(folder / HEAD, plan.source) else None
+    if not claim:  # once the model is there, so that a damaged one claims nothing
+        claim = plan.facts | {"complete": False}
+        _write(folder / MANIFEST, json.dumps(claim, indent=2).encode())
+    if engine is None:
+        return _finish(folder, plan)
+    _write(folder / HEAD, _as_bytes(engine.reference(), plan.source))
+    total = sum(len(plan.tokens[i][0]) // 4 for shard in own for i in shard)
+    shown, begin = progress and worker == 0, time.perf_counter()
+    with tqdm(total=total, unit="tok", unit_scale=True, disable=not shown or None) as bar:
+        for shard in own:
             before = engine.tokens_computed
             texts, starts = zip(*(plan.tokens[i] for i in shard), strict=True)
             tokens = [np.frombuffer(ids, ">u4").astype(np.int64) for ids in texts]
-            keys = bytearray(b"".join(plan.keys[i] for i in shard))
+            keys = bytearray().join(plan.keys[i] for i in shard)
             rows = {"embeddings": engine.embed(tokens, bar, list(starts)),
                     "keys": torch.frombuffer(keys, dtype=torch.uint8).view(-1, KEY)}  # fmt: skip
             note = {"method": engine.method, "tokens_computed": engine.tokens_computed - before}
-            _write(folder / plan.name(shard), _as_bytes(rows, plan.source, **note))
+            number = shard[0] // plan.shard_size + 1
+            name = f"embeddings-{number:05d}-{sha256(keys)[:8]}.safetensors"
+            _write(folder / name, _as_bytes(rows, plan.source, **note))
     computed, seconds = engine.tokens_computed, time.perf_counter() - begin
     log.info(
         "%d conversations, %d distinct, %d cut, %d tokens; now %d tokens computed, %.0f a second",
         *(len(plan.rows), *plan.counts.values(), computed, computed / seconds),
     )
+    return _finish(folder, plan)
 
 
 def _found_shards(folder: Path, plan: _Plan) -> dict[str, list[bytes]]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lore.common.files import InputError, require
-from lore.embeddings.store import Store, open_store
+from lore.embeddings.store import Store
 from lore.learning.comparisons import Comparisons, RowFeatures
 from lore.learning.kinds import shares_of_test
 from lore.learning.method import Task
@@ -203,7 +203,7 @@ def load(data: Path, dataset: str | None = None) -> tuple[dict[str, Any], Store]
     info = preparing.read_info(data, dataset)
     folder = data / "embeddings"
     require(folder.exists(), f"{folder}: not there; embed the conversations first")
-    store = open_store(folder)
+    store = Store(folder)
     store.check(info["conversations_sha256"])
     return info, store
 

@@ -265,7 +265,7 @@ def test_a_bit_that_flips_under_the_same_time_is_found_by_verify(copied, tmp_pat
     path, times = path_of(data, SHARD), path_of(data, SHARD).stat()
     flip(path)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert len(embeddings.open_store(data / "embeddings")) == len(store)  # what --verify is for
+    assert len(embeddings.Store(data / "embeddings")) == len(store)  # what --verify is for
     with pytest.raises(InputError, match=f"{path.name} is not the file that was embedded"):
         store.verify()
     settings = {"data": data, "results": tmp_path, "ranks": 1, "iterations": 2, "verify": "true"}

@@ -168,7 +168,7 @@ def hubbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hubbed]:
 def store(hubbed: Hubbed, name: str) -> embeddings.Store:
     """What a job, which went well, embedded."""
     assert hubbed.online[name].status == 0, hubbed.online[name].err
-    return embeddings.open_store(hubbed.folder / "out" / name / "embeddings")
+    return embeddings.Store(hubbed.folder / "out" / name / "embeddings")
 
 
 # ------------------------------------------------------------------------- The good way
@@ -273,10 +273,10 @@ def test_nothing_half_written_is_believed(hubbed):
     assert preparing.read_info(made)["counts"]["comparisons"] == 40
     talks, local = preparing.read_conversations(made), str(hubbed.folder / "flaky")
     plain = embeddings.embed(talks, hubbed.folder / "plain", model=local, progress=False)
-    some, resumed = torch.arange(len(talks)), embeddings.open_store(made / "embeddings")
+    some, resumed = torch.arange(len(talks)), embeddings.Store(made / "embeddings")
     assert len(talks) == 80 and plain.rows(some).equal(resumed.rows(some))
     with pytest.raises(InputError, match="no finished embeddings"):
-        embeddings.open_store(hubbed.folder / "out" / "none" / "embeddings")
+        embeddings.Store(hubbed.folder / "out" / "none" / "embeddings")
 
 
 def test_a_wrong_model_is_noticed_before_the_data_are_downloaded(hubbed):

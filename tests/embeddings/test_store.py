@@ -28,7 +28,7 @@ from lore.common.files import InputError, digest
 from lore.embeddings import reward_model
 from lore.embeddings import store as embeddings
 from lore.embeddings.reward_model import Engine, render
-from lore.embeddings.store import embed, open_store
+from lore.embeddings.store import Store, embed
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = models.TREE_KINDS | {
@@ -176,7 +176,7 @@ def test_batching_adds_no_error_to_bfloat16s_own(llama, make):
 
 
 def test_head_is_the_models_own_and_gives_its_logits(llama, finished):
-    store = open_store(finished)
+    store = Store(finished)
     model = AutoModelForSequenceClassification.from_pretrained(llama)
     assert torch.equal(store.head, model.score.weight[0])
     assert torch.equal(store.last_linear, model.model.layers[-1].mlp.down_proj.weight[:, 0])
@@ -465,7 +465,7 @@ def test_files_and_manifest(finished):
 
 
 def test_reading_maps_the_shards_and_takes_any_rows(finished):
-    store = open_store(finished)
+    store = Store(finished)
     assert (len(store), store.num_features) == (15, 32)
     index = torch.tensor([14, 0, 3, 3, 9])
     rows = store.rows(index)
@@ -496,7 +496,7 @@ def test_damaged_files_are_made_again(name, damage, finished, make):
         path.write_bytes(data[: len(data) // 2])
     message = "no finished" if (name, damage) == ("manifest.json", "remove") else name
     with pytest.raises(InputError, match=message):
-        open_store(finished)
+        Store(finished)
     make("finished")
     assert contents(finished) == before
 
@@ -530,7 +530,7 @@ def test_a_read_only_disk_that_was_never_opened_is_read(finished, tmp_path):
     alone = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
     if shutil.which("unshare") is None or subprocess.run([*alone, mount]).returncode:
         pytest.skip("read-only mounts cannot be made here")
-    code = f"from lore.embeddings.store import *; print(len(open_store({str(finished)!r})))"
+    code = f"from lore.embeddings.store import *; print(len(Store({str(finished)!r})))"
     (tmp_path / "script.py").write_text(code, encoding="utf-8")
     run = [*alone, f"{mount} && PYTHONPATH={ROOT} {sys.executable} {tmp_path}/script.py"]
     done = subprocess.run(run, capture_output=True, text=True, timeout=120)
@@ -573,7 +573,7 @@ def test_a_row_more_embeds_its_texts_alone(finished, make, embedded, caplog):
 
 
 def test_a_finished_run_other_order_and_fewer_texts_load_no_model(make, finished, monkeypatch):
-    before, rows = contents(finished), all_rows(open_store(finished))
+    before, rows = contents(finished), all_rows(Store(finished))
     monkeypatch.setattr(reward_model, "load_engine", lambda *_: pytest.fail("loaded a model"))
     assert len(make("finished")) == 15 and contents(finished) == before
     assert torch.equal(all_rows(make("finished", some_chats()[::-1])), rows.flip(0))
@@ -596,7 +596,7 @@ def test_new_texts_take_a_killed_run_into_account(make, tmp_path, finished, embe
     monkeypatch.setattr(embeddings, "_write", killed)
     with pytest.raises(KeyboardInterrupt):
         make("finished", more)
-    assert len(open_store(finished)) == 15  # what was there is there still
+    assert len(Store(finished)) == 15  # what was there is there still
     monkeypatch.setattr(embeddings, "_write", plain)
     make("finished", more)
     assert embedded[2:] == [4, 2] and contents(finished) == contents(tmp_path / "whole")
@@ -731,7 +731,7 @@ def test_killed_anywhere_it_resumes_to_the_same_bytes(forked, llama, made):
         states.add(len(list(folder.iterdir())))
         if point < POINTS - 1:  # the last falls into the note on checksums, when all is written
             with pytest.raises(InputError, match="no finished embeddings"):
-                open_store(folder)
+                Store(folder)
         embed(some_chats(), folder, model=str(llama), shard_size=4, progress=False)
         assert contents(folder) == contents(made)
     assert len(states) > 4
@@ -748,7 +748,7 @@ def test_parts_of_a_job_array_complete_each_other(tmp_path, make, finished, monk
     assert make("parts", shard="2/3") is None
     assert list(shards_of(folder)) == list(shards_of(finished))[1:2]
     with pytest.raises(InputError, match="no finished embeddings"):
-        open_store(folder)
+        Store(folder)
     assert make("parts", shard="3/3") is None
     monkeypatch.setenv("WORLD_SIZE", "2")  # two ranks in the last part: six workers in all
     monkeypatch.setenv("RANK", "0")

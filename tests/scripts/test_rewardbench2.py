@@ -18,7 +18,7 @@ import models
 import running
 from lore.common.files import InputError
 from lore.embeddings.reward_model import ModelChoice
-from lore.embeddings.store import embed, open_store
+from lore.embeddings.store import Store, embed
 from lore.methods.saved import load_learned
 from PRISM import eval_rb2
 from PRISM import rewardbench2 as rb2
@@ -259,7 +259,7 @@ def test_script_reports_every_reward_from_one_pass(tmp_path, source, model, basi
     assert list(table.columns) == ["Mean", *rb2.OFFICIAL]
     pd.testing.assert_frame_equal(table, pd.read_csv(tmp_path / "table.csv", index_col="reward"))
 
-    store, basis = open_store(tmp_path / "embeddings"), load_learned(basis_file)
+    store, basis = Store(tmp_path / "embeddings"), load_learned(basis_file)
     rows = store.rows(torch.arange(len(store)))
     texts = [text for row in raw_rows() for text in row["chosen"] + row["rejected"]]
     odds = rows @ basis.V / 100  # a basis' rewards are log odds, a hundredth of x V w
