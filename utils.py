@@ -7,7 +7,6 @@ x^T V w / 100. ``from utils import *`` gives torch, np, nn and F as well.
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +18,7 @@ from torch import Tensor, nn  # noqa: F401 (scripts take nn from here)
 from lore.common.devices import sum_over_processes
 from lore.common.files import InputError, require  # noqa: F401 (scripts catch InputError from here)
 from lore.learning import comparisons
-from lore.learning.basis import TEMPERATURE, Basis, save_basis
+from lore.learning.basis import TEMPERATURE, Basis
 from lore.learning.comparisons import Comparisons, Seed, Users, as_generator, check_features
 from lore.learning.grid import check_reference, fit_bases, grid
 from lore.learning.simulated_users import *  # noqa: F403 (all that it has is published)
@@ -75,8 +74,7 @@ class LoRe:
         dtype: torch.dtype | None = None, progress: bool = False, distributed: bool = False,
     ) -> None:  # fmt: skip
         users, rank = num_classes, num_basis_vectors
-        require(rank >= 0, f"rank {rank}: ranks start at 0 (the reference)")
-        require(rank > 0, "rank 0 is the reference itself and is not trained")
+        require(rank > 0, f"rank {rank}: ranks start at 0, the reference, which is not trained")
         if rank > (limit := min(num_features, users)):  # as the published code allows
             log.warning(
                 "rank %d is more than %d users and %d features can support: columns beyond %d are "
@@ -101,8 +99,6 @@ class LoRe:
 
     def penalty(self, V: Tensor, step: int) -> Tensor:
         """alpha sum_k ||V[:, k] - reference||^2 for V [F, K]."""
-        if not self.alpha:
-            return 0 * V.sum()
         return self.alpha * (V - self.reference.to(V)[:, None]).square().sum()
 
     def train(
@@ -153,8 +149,6 @@ class LoRe_regularized(LoRe):
 
     def penalty(self, V: Tensor, step: int) -> Tensor:
         """alpha_t mean_k (1 - cos(V[:, k], reference)) for V [F, K]."""
-        if not self.schedule(step):
-            return 0 * V.sum()
         cosines = F.cosine_similarity(V, self.reference.to(V)[:, None], dim=0)
         return self.schedule(step) * (1 - cosines).mean()
 
@@ -182,11 +176,10 @@ class PersonalizeBatch:
     ) -> None:  # fmt: skip
         require(num_basis_vectors >= 1, f"the rank must be at least 1, not {num_basis_vectors}")
         self.num_classes, self.num_features = num_classes, num_features
-        steps = {"num_iterations": num_iterations, "learning_rate": learning_rate}
-        self.settings = steps | settings
+        self.settings = {"num_iterations": num_iterations, "learning_rate": learning_rate}
+        self.settings |= settings
         self.dtype = dtype or torch.get_default_dtype()
         self.logits = draw_logits(num_classes, num_basis_vectors, generator, self.dtype)
-        self.losses: list[float] = []
 
     def train(
         self, X: Sequence[Tensor], V: Tensor, weights: Sequence[Tensor] | None = None
@@ -197,9 +190,7 @@ class PersonalizeBatch:
         _check_basis(V, self.num_features, self.logits.shape[1], X[0])
         data = Comparisons.from_list(X, weights)
         Z = data.project(V.detach().to(self.dtype))
-        self.losses = []
-        given = Z, data, self.logits, preference_loss
-        return list(fit_weights(*given, losses=self.losses, **self.settings))
+        return list(fit_weights(Z, data, self.logits, preference_loss, **self.settings))
 
 
 def draw_logits(users: int, rank: int, generator: Seed, dtype: torch.dtype | None = None) -> Tensor:
@@ -262,8 +253,6 @@ def run(
     estimator: type[LoRe] = LoRe, num_iterations: int = 1000, learning_rate: float = 0.5,
     few_shot_iterations: int = 500, few_shot_learning_rate: float = 0.1,
     optimizer: OptimizerFactory | None = None, generator: Seed = None, progress: bool = True,
-    save_dir: str | Path | None = None,
-    user_ids: Sequence[str] = (), unseen_user_ids: Sequence[str] = (),
 ) -> Accuracies:  # fmt: skip
     """Fit, personalise and evaluate every (alpha, K) (the experiment of Table 1).
 
@@ -275,7 +264,6 @@ def run(
         num_iterations, learning_rate: of the estimator; those of few shots of the new users.
         generator: seed or generator of all initial values; for each (alpha, K) W, V and then the
             new users' logits are drawn, as if the ranks were fitted one after the other.
-        save_dir: folder for a basis file per (alpha, K), with the users' names.
     """
     generator, starts = as_generator(generator), []
     sets = _pack_all(
@@ -291,15 +279,10 @@ def run(
     how |= {"num_iterations": few_shot_iterations, "learning_rate": few_shot_learning_rate}
     rows = []
     for basis, start in zip(bases, starts, strict=True):
-        basis.users, basis.users_unseen = list(user_ids), list(unseen_user_ids)
         projected = [data.project(basis.V) for data in sets]
-        basis.W_unseen = W = personalize(basis, sets[2], projected[2], start, **how)
+        W = personalize(basis, sets[2], projected[2], start, **how)
         four = zip(sets, projected, (basis.W, basis.W, W, W), strict=True)
         rows.append([data.accuracies(_rewards(Z, w, data)).cpu().numpy() for data, Z, w in four])
-        if save_dir is not None:
-            alpha = f"-alpha{basis.settings['alpha']:g}" if len(alpha_list) > 1 else ""
-            name = f"basis-K{basis.settings['rank']:02d}{alpha}.safetensors"
-            save_basis(Path(save_dir) / name, basis)
     means, spreads = (np.array([[f(u) for u in row] for row in rows]) for f in (np.mean, np.std))
     return Accuracies(*means.T, *spreads.T)
 
@@ -316,8 +299,10 @@ def _pack_all(
     """Pack several lists of features, each with the number of users it must have."""
     for X, users in sets:
         require(len(X) == users, f"{len(X)} users' features given where {users} are expected")
-        check_features(X, sets[0][0][0].shape[-1] if users else None)
-    return [Comparisons.from_list(X, device=device) for X, _ in sets]
+    packed = [Comparisons.from_list(X, device=device) for X, _ in sets]
+    widths = sorted({data.num_features for data in packed})
+    require(len(widths) == 1, f"users of {widths} features: as many are expected of all")
+    return packed
 
 
 def _points(ranks: Sequence[int], alphas: Sequence[float]) -> list[dict[str, Any]]:
@@ -366,9 +351,19 @@ def run_few_shot_vary_shots(
         (test_features_sparse_unseen, N_unseen), device=device,
     )  # fmt: skip
     comparisons.warn_of_short_users(int(few.counts.min()), num_shots)
+    own = torch.arange(len(few)).split(few.counts.tolist())
+
+    def draw(columns: int) -> None:
+        """Every size, trial and user's comparisons, by number, and the users' initial logits."""
+        rows, logits = [], []
+        for size in num_shots:
+            for _ in range(trials):
+                rows += [row[torch.randperm(len(row), generator=generator)[:size]] for row in own]
+                logits.append(draw_logits(N_unseen, columns, generator))
+        draws.append((rows, torch.cat(logits)))
+
     bases = fit_bases(
-        estimator, _points(K_list, alpha_list), V_final, train, N, None,
-        lambda columns: draws.append(_draw_shots(few, num_shots, trials, columns, generator)),
+        estimator, _points(K_list, alpha_list), V_final, train, N, None, draw,
         num_iterations=num_iterations, learning_rate=learning_rate, generator=generator,
         optimizer=optimizer, progress=progress,
     )  # fmt: skip
@@ -387,19 +382,6 @@ def run_few_shot_vary_shots(
         rows.append([f(1) for means in both for f in (means.mean, means.std)])  # of [S, trials]
     columns = np.array(rows).transpose(1, 0, 2)  # [4, alphas * ranks, S]
     return ShotAccuracies(*(columns[:, 0] if len(bases) == 1 else columns))
-
-
-def _draw_shots(
-    few: Comparisons, sizes: Sequence[int], trials: int, columns: int, generator: Seed
-) -> tuple[list[Tensor], Tensor]:
-    """Numbers of the comparisons of every size, trial and user, and the users' initial logits."""
-    own = torch.arange(len(few)).split(few.counts.tolist())
-    rows, logits = [], []
-    for size in sizes:
-        for _ in range(trials):
-            rows += [row[torch.randperm(len(row), generator=generator)[:size]] for row in own]
-            logits.append(draw_logits(len(own), columns, generator))
-    return rows, torch.cat(logits)
 
 
 # ------------------------------------------------------------- Single functions

@@ -51,20 +51,17 @@ def _backproject(parts: Iterator[tuple[slice, Tensor]], G: Tensor, num_features:
 
 
 class DenseFeatures:
-    """Differences x [N, F] of any float type, in memory or memory-mapped; products are formed on
-    ``device``, by default where x lies."""
+    """Differences x [N, F] of any float type, in memory or memory-mapped."""
 
-    def __init__(self, x: Tensor, device: Device = None) -> None:
-        self.x = x
-        self.device = torch.device(device) if device is not None else x.device
-        self.num_features = x.shape[1]
+    def __init__(self, x: Tensor) -> None:
+        self.x, self.device, self.num_features = x, x.device, x.shape[1]
 
     def __len__(self) -> int:
         return len(self.x)
 
     def _parts(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         for part in _chunks(len(self), self.num_features, self.device):
-            yield part, self.x[part].to(self.device, dtype)
+            yield part, self.x[part].to(dtype)
 
     def project(self, V: Tensor) -> Tensor:
         """X V [N, C] for V [F, C]."""
@@ -76,12 +73,12 @@ class DenseFeatures:
 
     def select(self, rows: Tensor) -> "DenseFeatures":
         """Some of the comparisons, by their numbers [n]."""
-        return DenseFeatures(self.x[rows.to(self.x.device)], self.device)
+        return DenseFeatures(self.x[rows.to(self.device)])
 
     def flipped(self, coin: Tensor) -> "DenseFeatures":
         """Chosen and rejected swapped where the coin [N] is true."""
-        sign = 1 - 2 * coin.to(self.x.device, self.x.dtype)
-        return DenseFeatures(self.x * sign[:, None], self.device)
+        sign = 1 - 2 * coin.to(self.device, self.x.dtype)
+        return DenseFeatures(self.x * sign[:, None])
 
 
 class RowFeatures:
@@ -395,14 +392,14 @@ def _pack(X: Sequence[Tensor]) -> Tensor:
     return first.detach().as_strided((sum(map(len, X)), first.shape[1]), (first.shape[1], 1))
 
 
-def check_features(X: Sequence[Tensor], width: int | None = None) -> None:
+def check_features(X: Sequence[Tensor]) -> None:
     """InputError, with the user and row, unless X is U finite tensors [m_u, F] on one device."""
     require(len(X) > 0, "no users: give a list with one tensor [comparisons, features] per user")
     for u, x in enumerate(X):
         require(isinstance(x, Tensor), f"user {u}: a torch tensor is expected, not {type(x)}")
         require(x.ndim == 2, f"user {u}: features must be [comparisons, features], not {x.ndim}-D")
         require(len(x) > 0, f"user {u} has no comparisons: leave the user out")
-        found, expected = x.shape[1], width or X[0].shape[1]
+        found, expected = x.shape[1], X[0].shape[1]
         require(found == expected, f"user {u}: {found} features where {expected} are expected")
         require(x.device == X[0].device, f"user {u}: features on {x.device}, not {X[0].device}")
         for row in (~torch.isfinite(x).all(1)).nonzero()[:1, 0].tolist():

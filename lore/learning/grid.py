@@ -48,32 +48,29 @@ def fit_bases(
     model is trained after the other.
     """
     direction = check_reference(reference, data.num_features)
-    in_turn = then is not None and estimator.drops_columns
-    models, bases = [], []
+    bases: list[Basis] = []
+    untrained: dict[int, Model] = {}  # by the place of the basis
+
+    def train() -> None:
+        models = list(untrained.values())
+        trained = train_together(models, data, checkpoint) if models else []
+        for place, model, (W, V) in zip(untrained, models, trained, strict=True):
+            bases[place].W, bases[place].V, bases[place].losses = W, V, model.losses
+        untrained.clear()
+
     for point in points:
-        rank, about = point["rank"], {"shrinkage": point["shrinkage"], **settings}
-        require(rank != 0 or direction is not None, "rank 0 is the reference model: there is none")
-        given = direction, point["alpha"], num_users, data.num_features, rank
-        models.append((point, estimator(*given, **about) if rank else None))
-        if in_turn:
-            bases += _train(models[-1:], direction, data, num_users)
-            rank = bases[-1].V.shape[1]
+        rank, W = point["rank"], torch.ones(num_users, 1, device=data.device)
+        if rank:
+            given = direction, point["alpha"], num_users, data.num_features, rank
+            untrained[len(bases)] = estimator(*given, shrinkage=point["shrinkage"], **settings)
+        require(rank or direction is not None, "rank 0 is the reference model: there is none")
+        V = torch.empty(0) if rank else direction.float()[:, None].to(data.device)
+        bases.append(Basis(V, W, direction, settings=dict(point)))
         if then is not None:
-            then(rank if point["rank"] > 1 else 0)
-    return bases if in_turn else _train(models, direction, data, num_users, checkpoint)
-
-
-def _train(
-    models: Sequence[tuple[dict[str, Any], Model | None]], reference: Tensor | None,
-    data: Comparisons, num_users: int, checkpoint: Checkpoint | None = None,
-) -> list[Basis]:  # fmt: skip
-    some = [model for _, model in models if model is not None]
-    trained, bases = iter(train_together(some, data, checkpoint) if some else []), []
-    for point, model in models:
-        if model is None:
-            V, losses = reference.float()[:, None].to(data.device), torch.empty(0)
-            W = torch.ones(num_users, 1, device=data.device)
-        else:
-            (W, V), losses = next(trained), model.losses
-        bases.append(Basis(V, W, reference, settings=dict(point), losses=losses))
+            columns = rank
+            if estimator.drops_columns:
+                train()
+                columns = bases[-1].V.shape[1]
+            then(columns if rank > 1 else 0)
+    train()
     return bases

@@ -123,13 +123,17 @@ class Training:
                    total=lead.num_iterations, disable=not lead.progress or None)  # fmt: skip
         for step in bar:
             for optimizer, wanted in self.turns:  # what the last one starts from is recorded
-                self.losses[step] = _step(optimizer, partial(self._set_gradients, step, *wanted))
+                self.losses[step] = optimizer.step(partial(self._set_gradients, step, *wanted))
             if lead.progress and step % 50 == 0:
                 bar.set_postfix(loss=" ".join(f"{x:.4f}" for x in self.losses[step].tolist()))
             if checkpoint:
                 checkpoint.tick(self, step + 1)
         self.check_finite(lead.num_iterations)
-        return self._results()
+        W = gather_rows(simplex(self.logits, self.ranks), lead.processes)
+        for m, model in enumerate(self.models):
+            model.losses = self.losses[:, m].cpu().clone()
+        parts = zip(self.models, W.split(self.ranks, 1), self.V.split(self.ranks, 1), strict=True)
+        return [model.finish(w.contiguous(), v.contiguous()) for model, w, v in parts]
 
     def check_finite(self, step: int) -> None:
         """Raise InputError if weights or bases are not numbers after a step."""
@@ -138,7 +142,7 @@ class Training:
 
     def _set_gradients(self, step: int, of_weights: bool, of_basis: bool) -> Tensor:
         """Put gradients into the logits and the basis; returns every model's objective [M]."""
-        W = simplex(self.logits, self.ranks)
+        W, lead = simplex(self.logits, self.ranks), self.models[0]
         V = self.V.detach().T.contiguous().T  # products are faster with each column in a row
         losses, dW, dV = W.new_zeros(len(self.models)), torch.zeros_like(W), torch.zeros_like(V)
         gradients = self._by_direction if self.by_direction else self._by_projection
@@ -147,9 +151,26 @@ class Training:
             losses += found[0]
             dW[users] += found[1]
             dV += found[2]
-        if of_weights:
-            losses = losses + self._set_weights_gradient(W, dW)
-        return self._set_basis_gradient(losses, dV, step) if of_basis else losses
+        if of_weights:  # through the softmax, with the pull to the population
+            mean = None
+            if self.strength is not None:
+                sums = torch.cat([W.sum(0), W.new_tensor([len(W)])])
+                sums = sum_over_processes(sums, lead.processes)
+                mean = sums[:-1] / sums[-1]
+            given = self.logits, dW, self.ranks, mean, self.strength
+            self.logits.grad, pulls = logits_gradient(*given)
+            losses = losses + pulls
+        if not of_basis:
+            return losses
+        dV, losses = (sum_over_processes(some, lead.processes) for some in (dV, losses))
+        if any(model.alpha for model in self.models):  # with the pull to the reference
+            V = self.V.detach().requires_grad_()
+            pairs = zip(self.models, V.split(self.ranks, 1), strict=True)
+            pulls = [m.penalty(part, step) if m.alpha else part.new_zeros(()) for m, part in pairs]
+            pulls = torch.stack(pulls)
+            dV, losses = dV + torch.autograd.grad(pulls.sum(), V)[0], losses + pulls.detach()
+        self.V.grad = dV.contiguous()
+        return losses
 
     def _by_direction(
         self, data: Comparisons, V: Tensor, W: Tensor, c: Tensor, of_weights: bool, of_basis: bool
@@ -186,39 +207,6 @@ class Training:
             dV = data.backproject(G * own)
         return losses, dW, dV
 
-    def _set_weights_gradient(self, W: Tensor, dW: Tensor) -> Tensor:
-        """Through the softmax, with the pull to the population; returns the pull's losses [M]."""
-        mean = None
-        if self.strength is not None:
-            sums = torch.cat([W.sum(0), W.new_tensor([len(W)])])
-            sums = sum_over_processes(sums, self.models[0].processes)
-            mean = sums[:-1] / sums[-1]
-        given = self.logits, dW, self.ranks, mean, self.strength
-        self.logits.grad, pulls = logits_gradient(*given)
-        return pulls
-
-    def _set_basis_gradient(self, losses: Tensor, dV: Tensor, step: int) -> Tensor:
-        """With the pull to the reference, summed over processes; returns all losses [M]."""
-        processes = self.models[0].processes
-        dV, losses = sum_over_processes(dV, processes), sum_over_processes(losses, processes)
-        if any(model.alpha for model in self.models):
-            V = self.V.detach().requires_grad_()
-            pairs = zip(self.models, V.split(self.ranks, 1), strict=True)
-            penalties = torch.stack([model.penalty(part, step) for model, part in pairs])
-            dV = dV + torch.autograd.grad(penalties.sum(), V)[0]
-            losses = losses + penalties.detach()
-        self.V.grad = dV.contiguous()
-        return losses
-
-    def _results(self) -> list[tuple[Tensor, Tensor]]:
-        W = gather_rows(simplex(self.logits, self.ranks), self.models[0].processes)
-        parts = zip(self.models, W.split(self.ranks, 1), self.V.split(self.ranks, 1), strict=True)
-        results = []
-        for i, (model, w, v) in enumerate(parts):
-            model.losses = self.losses[:, i].cpu().clone()
-            results.append(model.finish(w.contiguous(), v.contiguous()))
-        return results
-
 
 def train_together(
     models: Sequence[Model], data: Comparisons, checkpoint: "Checkpoint | None" = None
@@ -234,35 +222,15 @@ def train_together(
     return [Training([model], data).fit(None)[0] for model in models]
 
 
-def _step(optimizer: Optimizer, gradients: Callable[[], Tensor]) -> Tensor:
-    """One step; returns the objectives [M] at the point it started from."""
-    found: list[Tensor] = []
-
-    def total() -> Tensor:
-        found.append(gradients())
-        return found[-1].sum()
-
-    optimizer.step(total)
-    return found[0]
-
-
-def _bar(turns: Sequence[Any], label: str, shown: bool) -> Iterable[Any]:
-    hidden = not shown or None  # None is as stderr is: no bars where that is no terminal
-    return tqdm(turns, label, disable=hidden, leave=False)
-
-
 def fit_weights(
-    Z: Tensor, users: Users, logits: Tensor, loss: Loss, *,
-    num_iterations: int = 500, learning_rate: float = 0.1,
-    optimizer: OptimizerFactory | None = None,
-    shrinkage: float = 0.0, population: Tensor | None = None,
-    progress: bool = False, losses: list[float] | None = None,
+    Z: Tensor, users: Users, logits: Tensor, loss: Loss, *, num_iterations: int = 500,
+    learning_rate: float = 0.1, optimizer: OptimizerFactory | None = None, shrinkage: float = 0.0,
+    population: Tensor | None = None, progress: bool = False,
 ) -> Tensor:  # fmt: skip
     """Weights [U, K] on the simplex for a fixed basis (eq. 11): each user's minimise the mean loss
     of that user's products z^T w, from initial logits [U, K] and comparisons Z = X V [N, K].
 
-    ``shrinkage`` pulls towards the ``population``'s weights [K], in comparisons; to ``losses`` the
-    sum over users is appended at every step.
+    ``shrinkage`` pulls towards the ``population``'s weights [K], in comparisons.
     """
     require(not shrinkage or population is not None, "shrinkage needs the population's weights")
     logits, ranks = logits.detach().to(Z, copy=True), [Z.shape[1]]
@@ -281,10 +249,9 @@ def fit_weights(
         return total + pulls
 
     steps = make_optimizer(optimizer, [logits], learning_rate)
-    for _ in _bar(range(num_iterations), "users' weights", progress):
-        total = _step(steps, gradient)
-        if losses is not None:
-            losses.append(float(total))
+    hidden = not progress or None  # None is as stderr is: no bars where that is no terminal
+    for _ in tqdm(range(num_iterations), "users' weights", disable=hidden, leave=False):
+        steps.step(gradient)
     require(bool(logits.isfinite().all()), f"in the fit of users' weights {DIVERGED}")
     return logits.softmax(1)
 
@@ -296,7 +263,8 @@ def own_directions(
     """Every user's own reward direction [U, F], from zero; ``data`` is held in memory, ``loss`` is
     of the products x^T v."""
     directions = []
-    for _, _, part in _bar(list(data.parts(2, CACHE_BYTES)), "own models", progress):
+    parts = list(data.parts(2, CACHE_BYTES))
+    for _, _, part in tqdm(parts, "own models", leave=False, disable=not progress or None):
         x = part.features.x.float()
         V = x.new_zeros(part.num_users, x.shape[1])
         c = (part.weight / part.user_weight()[part.user]).to(x)
@@ -343,7 +311,7 @@ class Checkpoint:
 
     def restore(self, training: Training) -> int:
         """Bring the training to the last kept state; returns the step to go on from. InputError if
-        the state is damaged, or of other models, settings or data."""
+        the state is damaged, or of other models, settings or data. Nothing is unpickled."""
         step = max(self._steps(), default=0)
         if training.models[0].processes > 1:
             last = torch.tensor(step, device=training.V.device)
@@ -352,7 +320,16 @@ class Checkpoint:
         if step == 0:
             return 0
         file = self._file(step)
-        state = _read_state(file, step, training)
+        remedy = "remove it to go on from an earlier state, or from the start"
+        try:
+            state = torch.load(file, weights_only=True, map_location="cpu")  # Adam counts there
+            known = state.pop("sha256")
+            whole = known == checksum(state) and state["step"] == step
+        except Exception as error:  # torch names no common class for what a damaged file raises
+            raise InputError(f"{file}: damaged; {remedy}") from error
+        require(whole, f"{file}: is not as it was written; {remedy}")
+        same = state["identity"] == _identity(training)
+        require(same, f"{file}: belongs to a training with other settings or data; {remedy}")
         training.logits.copy_(state["logits"])
         training.V.copy_(state["V"])
         for optimizer, kept in zip(training.optimizers, state["optimizers"], strict=True):
@@ -360,11 +337,6 @@ class Checkpoint:
         training.losses[:step] = state["losses"]
         log.info("going on from step %d of %s", step, file)
         return step
-
-    def remove(self) -> None:
-        """Delete the kept states of this process."""
-        for step in self._steps():
-            self._file(step).unlink(missing_ok=True)
 
     def _file(self, step: int | str) -> Path:
         process = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
@@ -374,21 +346,6 @@ class Checkpoint:
         """Steps of the kept states; a file of another name is none of them."""
         files = self.path.parent.glob(self._file("*").name)
         return sorted(int(n) for n in (file.name.split(".")[-2] for file in files) if n.isdecimal())
-
-
-def _read_state(file: Path, step: int, training: Training) -> dict[str, Any]:
-    """The state after a step, as ``Checkpoint.tick`` wrote it; nothing is unpickled."""
-    remedy = "remove it to go on from an earlier state, or from the start"
-    try:
-        state = torch.load(file, weights_only=True, map_location="cpu")  # Adam counts there
-        known = state.pop("sha256")
-        whole = known == checksum(state) and state["step"] == step
-    except Exception as error:  # torch names no common class for what a damaged file raises
-        raise InputError(f"{file}: damaged; {remedy}") from error
-    require(whole, f"{file}: is not as it was written; {remedy}")
-    same = state["identity"] == _identity(training)
-    require(same, f"{file}: belongs to a training with other settings or data; {remedy}")
-    return state
 
 
 def _identity(training: Training) -> dict[str, Any]:

@@ -16,7 +16,6 @@ import reference
 import utils
 from lore.common.files import InputError
 from lore.learning import comparisons
-from lore.learning.basis import load_basis
 from lore.learning.comparisons import Comparisons, RowFeatures
 from lore.learning.training import Checkpoint, Training
 from planted import prefer
@@ -289,25 +288,21 @@ def test_swapping_chosen_and_rejected_mirrors_the_accuracy_and_scale_does_not_ma
 # ------------------------------------------------------------ Pipeline and files
 
 
-def test_run_equals_its_parts_and_saves_what_it_reports(tmp_path):
-    X = users([8] * 9, dtype=torch.float32)
-    direction = torch.randn(12)
-    names = [f"user-{i}" for i in range(6)]
-    result = utils.run([0, 1, 3], [0.0, 0.1], direction[:, None], [x[:5] for x in X[:6]],
-                       [x[5:] for x in X[:6]], [x[:5] for x in X[6:]], [x[5:] for x in X[6:]],
-                       6, 3, "cpu", generator=7, num_iterations=40, progress=False,
-                       save_dir=tmp_path, user_ids=names)  # fmt: skip
+def test_run_reports_what_its_bases_give_for_every_alpha_and_rank(monkeypatch):
+    X, v, bases, fit = users([8] * 9, dtype=torch.float32), torch.randn(12), [], utils.fit_bases
+    monkeypatch.setattr(utils, "fit_bases", lambda *a, **k: bases.extend(fit(*a, **k)) or bases)
+    train, seen = zip(*(x.split([5, 3]) for x in X), strict=True)
+    sets = train[:6], seen[:6], train[6:], seen[6:]
+    quick = {"num_iterations": 40, "progress": False, "generator": 7}
+    result = utils.run([0, 1, 3], [0.0, 0.1], v[:, None], *sets, 6, 3, "cpu", **quick)
     assert [len(column) for column in result] == [6] * 8
-    base = [reference.accuracy(x[5:], direction[:, None], torch.ones(1)) for x in X[:6]]
-    assert result[1][0] == pytest.approx(np.mean(base)) == pytest.approx(result.seen[3])
-    assert result.seen_std[0] == pytest.approx(np.std(base))
-    basis = load_basis(tmp_path / "basis-K03-alpha0.1.safetensors")
-    assert basis.users == names and basis.settings["rank"] == 3
-    torch.testing.assert_close(basis.reference, direction)
-    for found, W, some in ((result.seen, basis.W, X[:6]), (result.unseen, basis.W_unseen, X[6:])):
-        again = [reference.accuracy(x[5:], basis.V, w) for x, w in zip(some, W, strict=True)]
-        assert found[5] == pytest.approx(np.mean(again))
-    assert len(list(tmp_path.iterdir())) == 6
+    settings = [(basis.settings["alpha"], basis.settings["rank"]) for basis in bases]
+    assert settings == [(alpha, rank) for alpha in (0.0, 0.1) for rank in (0, 1, 3)]
+    assert torch.equal(bases[0].V, v[:, None]) and torch.equal(bases[3].W, torch.ones(6, 1))
+    for basis, mean, std in zip(bases, result.seen, result.seen_std, strict=True):
+        pairs = zip(seen[:6], basis.W, strict=True)
+        of_users = [reference.accuracy(x, basis.V, w) for x, w in pairs]
+        assert (mean, std) == (pytest.approx(np.mean(of_users)), pytest.approx(np.std(of_users)))
 
 
 @pytest.mark.usefixtures("blocks")
@@ -353,13 +348,12 @@ def test_training_goes_on_from_a_checkpoint(tmp_path, caplog):
     assert len(resumed.losses) == 90 and resumed.losses.min() > 0
     with pytest.raises(InputError, match="other settings"):
         utils.train_together([fit(91)], data, rest)
-    rest.remove()
-    assert not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------------- Bad input
 
 GOOD = users([3, 4], dtype=torch.float32)
+GOOD_OF_FIVE = users([3, 4], F=5)
 
 
 def bad(u, row, value):
@@ -389,6 +383,7 @@ BAD = [
     (lambda: utils.evaluate_model(GOOD[0], ON_META, torch.ones(2)), "move them to one device"),
     (lambda: utils.run([0], [0], None, *[GOOD] * 4, 2, 2, progress=False), "there is none"),
     (lambda: utils.run([1], [0], None, *[GOOD] * 4, 3, 2), "2 users' features given where 3"),
+    (lambda: utils.run([1], [0], None, *[GOOD] * 3, GOOD_OF_FIVE, 2, 2), r"of \[5, 12\] features"),
 ]
 
 
