@@ -23,8 +23,6 @@ from lore.methods.saved import Learned, load_learned
 from PRISM import rewardbench2 as rb2
 from PRISM.rewardbench2 import Head, HeadFile
 
-CACHE = ROOT / "PRISM" / "data" / "rewardbench2"
-PAPERS = {"model": rm.PAPERS_MODEL}
 NO_FILE = HeadFile()
 
 
@@ -60,14 +58,16 @@ def main(
     if save_csv:
         inputs = source, basis, file.rm_head, file.head_bias
         check_output(Path(save_csv), "--save-csv", begins("reward,"), inputs)
+    of_basis = "--users and --list-users belong to --basis: give the basis file that knows them"
+    require(bool(basis) or not (users or list_users), of_basis)
     learned = load_learned(basis) if basis else None
     if list_users:
-        require(learned is not None, "--list-users lists the users of a basis: give --basis")
         print("\n".join(learned.names))
         return
     bench = rb2.read_bench(source, split, subset, limit)
-    heads = {**file.heads(), **basis_heads(learned, users)}
-    model = lm.of_basis(learned.settings, basis) if learned else lm.resolve(PAPERS, "")
+    heads = file.heads() | (basis_heads(learned, users) if learned else {})
+    papers = {"model": rm.PAPERS_MODEL}
+    model = lm.of_basis(learned.settings, basis) if learned else lm.resolve(papers, "")
     mode = check_mode(mode, model, heads)
     folder = results_folder(results, model)
     rewards = all_rewards(rb2.as_conversations(bench), heads, model, mode, **scoring)
@@ -83,11 +83,8 @@ def main(
         print(worst.to_string(index=False))
 
 
-def basis_heads(basis: Learned | None, users: Sequence[str]) -> dict[str, Head]:
+def basis_heads(basis: Learned, users: Sequence[str]) -> dict[str, Head]:
     """Heads of a basis or a mixed logit: its columns, average user, and the users asked for."""
-    if basis is None:
-        require(not users, "--users belongs to --basis: give the basis file that knows them")
-        return {}
     directions = {**basis.columns(), "average user": basis.direction()}
     directions |= {f"user {name}": basis.direction(name, "--users") for name in users}
     return {name: Head(direction) for name, direction in directions.items()}
@@ -131,7 +128,8 @@ def all_rewards(
         own = rb2.own_rewards(source, conversations, *limits, batch_size, device, dtype, shown)
         return {"model": own}
     facts = [source[:3], source.pool, (dtype, *limits), conversations]
-    folder = embeddings or CACHE / f"{rb2.slug(source.model)}-{digest(facts)[:8]}"
+    name = f"{rb2.slug(source.model)}-{digest(facts)[:8]}"
+    folder = embeddings or ROOT / "PRISM" / "data" / "rewardbench2" / name
     store = embed(  # named one by one: these are no flags of this script
         conversations, folder, model=source.model, tokenizer=source.tokenizer,
         revision=source.revision, trust_remote_code=source.trust_remote_code, pool=source.pool,
@@ -152,12 +150,11 @@ def official_length(source: rm.Source, max_length: int) -> int:
 
 
 def results_folder(results: str | None, source: rm.Source) -> Path:
-    """The folder for results, made; InputError if it has files that are none of this script's."""
+    """The folder for results; InputError if it has files that are none of this script's."""
     folder = Path(results) if results else ROOT / "results/rewardbench2" / rb2.slug(source.model)
     check_output(folder / "scores.csv", "--results", begins("reward,"))
     for path in sorted((folder / "scores").glob("*.json")):
         check_output(path, "--results", has_keys("model", "num_correct", "scores"))
-    (folder / "scores").mkdir(parents=True, exist_ok=True)
     return folder
 
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -29,9 +29,6 @@ OFFICIAL = {"Factuality": 475, "Precise IF": 160, "Math": 183, "Safety": 450, "F
             "Ties": 102}  # fmt: skip
 
 
-# --------------------------------------------------------------------- Scoring
-
-
 class Row(NamedTuple):
     """The scores of one prompt's completions, the ``num_correct`` correct ones first."""
 
@@ -47,8 +44,7 @@ def score(rows: Iterable[Row]) -> dict[str, float]:
     groups: dict[str, list[Row]] = {}
     for row in map(Row._make, rows):
         place, number, count = f"row {row.id!r} ({row.subset})", row.num_correct, len(row.scores)
-        finite = bool(np.isfinite(row.scores).all())
-        require(finite, f"{place} has a score that is not a finite number")
+        require(bool(np.isfinite(row.scores).all()), f"{place} has a score that is not finite")
         said = f"{place}: num_correct is {number} of {count} completions"
         require(1 <= number < count, f"{said}; at least one must be correct and one incorrect")
         groups.setdefault(row.subset, []).append(row)
@@ -101,9 +97,6 @@ def _mean(values: Sequence[float] | np.ndarray) -> float:
     return float(np.mean(values)) if len(values) else 0.0
 
 
-# ------------------------------------------------------------------------ Data
-
-
 def read_bench(source: str, split: str, subset: Sequence[str], limit: int) -> pd.DataFrame:
     """Rows of RewardBench 2 with the ``COLUMNS``, all checked; the arguments are the script's."""
     if source.endswith(raw.ENDINGS):
@@ -140,14 +133,9 @@ def _checked_row(place: str, row: Mapping[str, Any]) -> dict[str, Any]:
     return found | {"num_correct": chosen}
 
 
-def completions(bench: pd.DataFrame) -> pd.Series:
-    """The texts of every row, the chosen ones first."""
-    return bench["chosen"] + bench["rejected"]
-
-
 def scored_rows(bench: pd.DataFrame, rewards: np.ndarray) -> list[Row]:
     """Rows with their scores, from the rewards [completions] of ``as_conversations``."""
-    ends = completions(bench).map(len).cumsum()
+    ends = (bench["chosen"] + bench["rejected"]).map(len).cumsum()
     parts = [part.tolist() for part in np.split(rewards, ends[:-1])]
     return [*map(Row, bench["id"], bench["subset"], bench["num_correct"], parts)]
 
@@ -156,12 +144,9 @@ def as_conversations(bench: pd.DataFrame) -> list[rm.Conversation]:
     """One user and one assistant message for every completion, a row's chosen ones first."""
     return [
         [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
-        for prompt, texts in zip(bench["prompt"], completions(bench), strict=True)
-        for text in texts
+        for prompt, chosen, rejected in bench[["prompt", "chosen", "rejected"]].to_numpy()
+        for text in chosen + rejected
     ]
-
-
-# ------------------------------------------------------------------------ Rewards
 
 
 class Head(NamedTuple):
@@ -173,7 +158,7 @@ class Head(NamedTuple):
 
 def length_baseline(bench: pd.DataFrame) -> np.ndarray:
     """Rewards [completions] that prefer the shortest response, in characters."""
-    return np.array([-float(len(text)) for texts in completions(bench) for text in texts])
+    return np.array([-float(len(chat[1]["content"])) for chat in as_conversations(bench)])
 
 
 def head_rewards(store: Store, heads: Mapping[str, Head]) -> Rewards:
@@ -190,7 +175,7 @@ def head_rewards(store: Store, heads: Mapping[str, Head]) -> Rewards:
 @torch.inference_mode()
 def own_rewards(
     source: rm.Source, conversations: Sequence[rm.Conversation], max_length: int,
-    truncation_side: str, batch_size: int, device: str, dtype: str, progress: bool = True,
+    truncation_side: str, batch_size: int, device: str, dtype: str, progress: bool,
 ) -> np.ndarray:  # fmt: skip
     """Logits [conversations] of the model's own classification forward, in batches of one length;
     InputError if it cannot be loaded or has no score head with one output."""
@@ -201,8 +186,8 @@ def own_rewards(
     require(one, f"{lacks}: give one with --rm_head or --basis")
     tokenizer = rm.load_tokenizer(source)
     limits = tokenizer.bos_token_id, max_length, truncation_side
-    rendered = (np.array(rm.render(tokenizer, each)) for each in conversations)
-    tokens = [rm.cut_tokens(ids, *limits) for ids in rendered]
+    texts = (rm.render_text(tokenizer, each) for each in conversations)
+    tokens = [rm.cut_tokens(ids, *limits) for ids in rm.tokenize(tokenizer, texts)]
     longest_first = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
     groups = [list(group) for _, group in groupby(longest_first, key=lambda i: len(tokens[i]))]
     batches = [g[i : i + batch_size] for g in groups for i in range(0, len(g), batch_size)]
@@ -213,30 +198,22 @@ def own_rewards(
     return rewards
 
 
-# --------------------------------------------------------------------- Reporting
-
-
 def is_official(bench: pd.DataFrame) -> bool:
     """Whether each subset has as many rows as in the official benchmark."""
     return bench["subset"].value_counts().to_dict() == OFFICIAL
 
 
-def score_table(bench: pd.DataFrame, rewards: Rewards) -> pd.DataFrame:
-    """One row per reward: the mean of subsets (Score if official, else Mean), then each subset."""
-    scores = {name: score(scored_rows(bench, values)) for name, values in rewards.items()}
+def save(folder: Path, csv: str | None, bench: pd.DataFrame, rewards: Rewards) -> pd.DataFrame:
+    """Write and return the table: one row per reward, the mean of subsets (Score if official, else
+    Mean), then each subset; and scores/<reward>.json for every reward, in the official layout:
+    lists of id, subset, scores and results, null in Ties, whose rows are scored together."""
+    scored = {name: scored_rows(bench, values) for name, values in rewards.items()}
+    scores = {name: score(rows) for name, rows in scored.items()}
     table = pd.DataFrame.from_dict(scores, orient="index").rename_axis("reward")
     table.insert(0, "Score" if is_official(bench) else "Mean", table.pop("Overall"))
-    return table
-
-
-def save(folder: Path, csv: str | None, bench: pd.DataFrame, rewards: Rewards) -> pd.DataFrame:
-    """The table, written with scores/<reward>.json in the official layout for every reward: lists
-    of id, subset, scores and results, which are null in Ties, whose rows are scored together."""
-    table = score_table(bench, rewards)
     for path in filter(None, (folder / "scores.csv", csv)):
         write_whole(Path(path), table.to_csv)
-    for name, values in rewards.items():
-        rows = scored_rows(bench, values)
+    for name, rows in scored.items():
         record = {field: [getattr(row, field) for row in rows] for field in Row._fields}
         record["results"] = [
             None if row.subset.lower() == "ties" else row_result(row.scores) for row in rows
@@ -255,15 +232,12 @@ def worst_failures(bench: pd.DataFrame, rewards: np.ndarray, top_k: int) -> pd.D
     """The rows where a rejected completion beats a chosen one by most, with shortened texts."""
     failures = []
     for row, (*_, n, scores) in zip(bench.itertuples(), scored_rows(bench, rewards), strict=True):
-        lowest, highest = np.argmin(scores[:n]), np.argmax(scores[n:])
-        texts = {"chosen": row.chosen[lowest], "rejected": row.rejected[highest]}
-        short = {k: " ".join(v.split())[:40] for k, v in {"prompt": row.prompt, **texts}.items()}
+        chosen, rejected = row.chosen[np.argmin(scores[:n])], row.rejected[np.argmax(scores[n:])]
+        texts = {"prompt": row.prompt, "chosen": chosen, "rejected": rejected}
+        short = {name: " ".join(text.split())[:40] for name, text in texts.items()}
         failures.append({"margin": -margin(n, scores), "subset": row.subset, "id": row.id, **short})
     table = pd.DataFrame(failures)
     return table[table["margin"] > 0].nlargest(top_k, "margin")
-
-
-# ------------------------------------------------------------------ Files of heads
 
 
 @dataclass(frozen=True)
@@ -292,41 +266,38 @@ class HeadFile:
             biases = [float(self.head_bias or 0)]
         except ValueError:
             biases = read_head(self.head_bias).flatten().tolist()
-        flag, fits = f"--head_bias {self.head_bias}", len(biases) in (1, len(columns))
-        require(fits, f"{flag}: {len(biases)} numbers for {len(columns)} heads")
+        flag, count = f"--head_bias {self.head_bias}", len(columns)
+        require(len(biases) in (1, count), f"{flag}: {len(biases)} numbers for {count} heads")
         require(bool(np.isfinite(biases).all()), f"{flag}: a finite number is expected")
-        biases *= len(columns) // len(biases)
-        return {f"head {i + 1}": Head(columns[i], biases[i]) for i in range(len(columns))}
+        both = zip(columns, biases * (count // len(biases)), strict=True)
+        return {f"head {i}": Head(*head) for i, head in enumerate(both, start=1)}
 
 
 def read_head(path: str, key: str | None = None) -> Tensor:
     """Heads [F, B] of a .npy, .pt or .safetensors file with a tensor of shape (F,), (F, 1), (F, B)
     or (1, F), under ``key`` if it holds several; nothing is unpickled, InputError for all else."""
-    entries = _read_tensors(Path(path))
-    if isinstance(entries, dict):
-        named = {str(name): entry for name, entry in entries.items()}
-        key = next(iter(named)) if key is None and len(named) == 1 else key
-        require(key in named, f"{path}: choose one of {', '.join(named)} with --head_key")
-        entries = named[key]
-    one = isinstance(entries, Tensor) and entries.dim() in (1, 2) and entries.numel() > 0
-    require(one, f"{path}: a head is one tensor of shape (F,), (F, 1), (F, B) or (1, F)")
-    plain = entries.layout == torch.strided and entries.device.type == "cpu"
-    real = plain and entries.dtype in NUMBERS
-    require(real, f"{path}: a head holds plain real numbers, not {entries.dtype}")
-    head = entries.detach().float()
-    require(bool(head.isfinite().all()), f"{path}: the head holds numbers that are not finite")
-    return head.reshape(-1, 1) if head.dim() == 1 or len(head) == 1 else head
-
-
-def _read_tensors(path: Path) -> Tensor | dict[str, Tensor]:
-    require(path.is_file(), f"{path}: no such head file")
-    readers = {
+    readers: dict[str, Callable[[], Any]] = {
         ".npy": lambda: torch.from_numpy(np.load(path, allow_pickle=False)),
         ".pt": lambda: torch.load(path, map_location="cpu", weights_only=True),
         ".safetensors": lambda: load_file(path),
     }
-    require(path.suffix in readers, f"{path}: a head file is one of {', '.join(readers)}")
+    ending = Path(path).suffix
+    require(Path(path).is_file(), f"{path}: no such head file")
+    require(ending in readers, f"{path}: a head file is one of {', '.join(readers)}")
     try:
-        return readers[path.suffix]()
+        found = readers[ending]()
     except Exception as bad:  # what damaged files raise has no common class
         raise InputError(f"{path}: cannot be read ({first_line(bad)})") from bad
+    if isinstance(found, dict):
+        named = {str(name): entry for name, entry in found.items()}
+        key = next(iter(named)) if key is None and len(named) == 1 else key
+        require(key in named, f"{path}: choose one of {', '.join(named)} with --head_key")
+        found = named[key]
+    one = isinstance(found, Tensor) and found.dim() in (1, 2) and found.numel() > 0
+    require(one, f"{path}: a head is one tensor of shape (F,), (F, 1), (F, B) or (1, F)")
+    plain = found.layout == torch.strided and found.device.type == "cpu"
+    real = plain and found.dtype in NUMBERS
+    require(real, f"{path}: a head holds plain real numbers, not {found.dtype}")
+    head = found.detach().float()
+    require(bool(head.isfinite().all()), f"{path}: the head holds numbers that are not finite")
+    return head.reshape(-1, 1) if head.dim() == 1 or len(head) == 1 else head

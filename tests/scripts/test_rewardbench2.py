@@ -380,9 +380,9 @@ def test_any_source_has_the_same_rows_of_which_subsets_and_the_first_are_taken(t
     assert len(rb2.read_bench(source, "test", [], 4)) == 4
 
 
-def test_only_the_official_rows_give_an_official_score(source, monkeypatch):
+def test_only_the_official_rows_give_an_official_score(tmp_path, source, monkeypatch):
     def columns(rows):
-        return list(rb2.score_table(rows, {"shortest": rb2.length_baseline(rows)}))
+        return list(rb2.save(tmp_path, None, rows, {"shortest": rb2.length_baseline(rows)}))
 
     rows, subsets = rb2.read_bench(source, "test", [], 0), list(rb2.OFFICIAL)
     assert sum(rb2.OFFICIAL.values()) == 1865 and columns(rows) == ["Mean", *subsets]
@@ -551,7 +551,8 @@ def test_malformed_empty_and_missing_sources(tmp_path, text, says):
     [
         ({"subset": ["Maths"]}, "--subset Maths.*Factuality, Focus, Math, Precise IF"),
         ({"basis": "{basis}", "users": ["dan"]}, "--users dan.*3 users, such as ann, 17, new"),
-        ({"users": ["ann"]}, "--users belongs to --basis"),
+        ({"list_users": True}, "--users and --list-users belong to --basis"),
+        ({"users": ["ann"]}, "--users and --list-users belong to --basis"),
         ({"head_key": "a"}, "belong to --rm_head"),
         ({"save_csv": "{folder}"}, "--save-csv .* is a folder"),
         ({"save_csv": "{wide}"}, "--save-csv .*wide.npy: is there and not what this writes"),
