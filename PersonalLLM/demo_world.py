@@ -10,7 +10,6 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -32,17 +31,17 @@ from lore.embeddings.store import embed
 
 HERE = Path(__file__).resolve().parent
 NAMES = [f"response_{i}" for i in range(1, 9)]
+HASH = "head_sha256"  # in world.json, once the world is finished
 
 # How much of each ingredient the eight responses to a prompt hold; shuffled for each prompt.
-AMOUNTS: dict[str, tuple[int, ...]] = {
+AMOUNTS: dict[str, tuple[int | str, ...]] = {
     "steps": (1, 1, 1, 2, 2, 2, 3, 3),
     "listed": (0, 0, 0, 0, 0, 1, 1, 1),
-    "register": (-1, -1, 0, 0, 0, 0, 1, 1),  # casual, plain, formal
+    "register": ("casual", "casual", "plain", "plain", "plain", "plain", "formal", "formal"),
     "exclaims": (0, 0, 0, 0, 0, 1, 1, 1),
 }
 OTHERS = ("warmth", "cases", "hedges", "figures", "voice", "questions")
 AMOUNTS |= dict.fromkeys(OTHERS, (0, 0, 0, 0, 0, 1, 1, 2))
-REGISTERS = {-1: "casual", 0: "plain", 1: "formal"}
 
 
 @cache
@@ -51,26 +50,23 @@ def words() -> dict[str, Any]:
     return json.loads((HERE / "demo_words.json").read_text(encoding="utf-8"))
 
 
-def write_response(topic: str, amounts: dict[str, int], rng: np.random.Generator) -> str:
+def write_response(topic: str, amounts: dict[str, int | str], rng: np.random.Generator) -> str:
     """A response about a topic, with the given amount of each ingredient of AMOUNTS."""
     steps, cases = words()["topics"][topic].values()
-    frames = rng.permutation(words()["frames"][REGISTERS[amounts["register"]]])
-    chosen = _some(steps, amounts["steps"], rng)
+    frames = rng.permutation(words()["frames"][amounts["register"]])
+    chosen = rng.permutation(steps)[: amounts["steps"]]
     body = [frame.format(step) for frame, step in zip(frames, chosen, strict=False)]
-    around = [f"For example, {case}" for case in _some(cases, amounts["cases"], rng)]
+    around = [f"For example, {case}" for case in rng.permutation(cases)[: amounts["cases"]]]
     for name, phrases in words()["phrases"].items():
-        around += [p.format(rng.integers(2, 60)) for p in _some(phrases, amounts[name], rng)]
-    around = _some(around, None, rng)
+        some = rng.permutation(phrases)[: amounts[name]]
+        around += [phrase.format(rng.integers(2, 60)) for phrase in some]
+    around = rng.permutation(around).tolist()
     opening, closing = around[: len(around) // 3], around[len(around) // 3 :]
     mark = "!" if amounts["exclaims"] else "."
     if not amounts["listed"]:
         return _prose(opening + body + closing, mark)
     bullets = "\n".join(f"- {line[0].upper() + line[1:]}" for line in body)
     return f"{_prose(opening, mark)}\n{bullets}\n{_prose(closing, mark)}".strip()
-
-
-def _some(phrases: Sequence[str], number: int | None, rng: np.random.Generator) -> list[str]:
-    return [str(phrase) for phrase in rng.permutation(phrases)[:number]]
 
 
 def _prose(lines: list[str], mark: str) -> str:
@@ -196,7 +192,7 @@ def main(
     }  # fmt: skip
     says, head = out / "world.json", model / smollm2.HEAD
     # An earlier run finished this world, and the model still has the head that it fitted.
-    if not head.exists() or files.read_json(says) != with_head(world, head):
+    if not head.exists() or files.read_json(says) != world | {HASH: files.file_sha256(head)}:
         made = says.exists()
         files.check_output(says, "--out", files.has_keys("measures"))
         for split in ("train", "test"):
@@ -206,23 +202,14 @@ def main(
         tables = {"train": add_scores(train, train), "test": add_scores(test, train)}
         for split, table in tables.items():
             files.write_whole(out / f"{split}.parquet", partial(table.to_parquet, index=False))
-        fit_model(smollm2.reward_model(model, layers=layers), tables["train"][:head_prompts])
-        files.write_text(says, json.dumps(with_head(world, head), indent=2))
+        smollm2.reward_model(model, layers=layers)
+        conversations = average_preferences(tables["train"][:head_prompts])
+        with tempfile.TemporaryDirectory() as folder:
+            store = embed(conversations, folder, model=str(model), dtype="float32")
+            rows = store.rows(torch.arange(len(store))).numpy()
+        smollm2.save_head(model, fit_head(rows[:head_prompts], rows[head_prompts:]))
+        files.write_text(says, json.dumps(world | {HASH: files.file_sha256(head)}, indent=2))
     print(f"{train_prompts} train and {test_prompts} test prompts: {out}, reward model: {model}")
-
-
-def with_head(world: dict[str, Any], head: Path) -> dict[str, Any]:
-    """What is said of a finished world: its settings and the head of its reward model."""
-    return world | {"head_sha256": files.file_sha256(head)}
-
-
-def fit_model(model: Path, table: pd.DataFrame) -> None:
-    """Give a reward model the score head that fits an average user of these prompts."""
-    conversations = average_preferences(table)
-    with tempfile.TemporaryDirectory() as folder:
-        store = embed(conversations, folder, model=str(model), dtype="float32")
-        rows = store.rows(torch.arange(len(store))).numpy()
-    smollm2.save_head(model, fit_head(rows[: len(table)], rows[len(table) :]))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -42,12 +43,10 @@ HUB = {
 MADE = {
     "How do I keep basil alive?": (
         "Give it sun, and water it when the soil is dry.", "Basil dies. Buy a new one.",
-        "Water, light, warmth - and pinch off the flowers!", "I don't know.",
-    ),
+        "Water, light, warmth - and pinch off the flowers!", "I don't know."),
     "Why is the sky blue?": (
         "Air scatters blue light more than red light.", "Because of the sea.",
-        "Good question! Nobody knows for sure, but it is beautiful.", "Rayleigh scattering: 1/λ⁴.",
-    ),
+        "Good question! Nobody knows for sure, but it is beautiful.", "Rayleigh scattering: 1/λ⁴."),
 }  # fmt: skip
 CHATS = [
     [[{"role": "user", "content": ask}, {"role": "assistant", "content": say}] for say in responses]
@@ -90,29 +89,31 @@ def main(
     pooled = f"{basis} reads {source.pool} states, a score head the last token's: --pool last alone"
     require(source.pool == "last", f"{pooled} can be exported")
     if push:
-        claim(push)
+        with on_hub(push, "is its name right, and `hf auth login` done?") as hub:
+            hub.create_repo(push, private=True, exist_ok=True)
+            held = set(hub.list_repo_files(push)) - {".gitattributes"}
+        require(not held, f"--push {push}: {min(held, default='')} is there; name another")
     model, tokenizer = load_model(source, dtype), reward_model.load_tokenizer(source)
     replace_head(model, rewards, learned.center)
     settle(tokenizer, model)
-    about = {"folder": push or out.name, "adapter": adapter, **held_out(basis, average)}
-    text = card(source, model, tokenizer, learned, about)
-    write_checkpoint(out, source, model, tokenizer, text, adapter)
+    about = {"folder": push or out.name, "adapter": adapter, "average": average}
+    about |= {**origin(source), **held_out(basis, average)}
+    write_checkpoint(out, model, tokenizer, card(model, tokenizer, learned, about), about)
     print(f"{', '.join(rewards)}: {out}")
     if push:
-        advice = f"{out} is written, `hf upload` can go on"
-        on_hub(push, lambda hub: hub.upload_folder(folder_path=out, repo_id=push), advice)
+        with on_hub(push, f"{out} is written, `hf upload` can go on") as hub:
+            hub.upload_folder(folder_path=out, repo_id=push)
         print(f"uploaded to {push}, which only its members can see")
 
 
 def load_model(source: Source, dtype: str) -> Any:
     """The reward model, or language model, as one for sequence classification."""
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification as Loader  # takes seconds
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # that a language model has no score head does not matter
     options = {"dtype": dtype, "num_labels": 1, "ignore_mismatched_sizes": True}
-    loader = AutoModelForSequenceClassification
-    return reward_model.pretrained(loader, source.model, source, **options).eval()
+    return reward_model.pretrained(Loader, source.model, source, **options).eval()
 
 
 def replace_head(model: Any, rewards: Mapping[str, Tensor], center: Tensor | None) -> None:
@@ -123,19 +124,17 @@ def replace_head(model: Any, rewards: Mapping[str, Tensor], center: Tensor | Non
     for a model without a score head, or with embeddings of another size.
     """
     old, head = getattr(model, "score", None), torch.stack(list(rewards.values()))
-    linear = isinstance(old, nn.Linear)
+    linear, (labels, size) = isinstance(old, nn.Linear), head.shape
     require(linear, f"{type(model).__name__} has no linear score head: it cannot be exported")
-    sizes = f"the basis has {head.shape[1]} features, the model {old.in_features}: "
-    same = old.in_features == head.shape[1]
-    require(same, f"{sizes}name the model it was learned with by --model")
+    sizes = f"the basis has {size} features, the model {old.in_features}"
+    require(old.in_features == size, f"{sizes}: name the model it was learned with by --model")
     biased = old.bias is not None
-    model.score = nn.Linear(*head.T.shape, bias=biased, dtype=old.weight.dtype)
+    model.score = nn.Linear(size, labels, bias=biased, dtype=old.weight.dtype)
     model.score.weight.data = head.to(old.weight)
-    at_center = torch.zeros(len(head))
-    if center is not None:
-        at_center = model.score.weight.detach().float() @ center  # of the head as it is rounded
+    mean = torch.zeros(size) if center is None else center
+    at_center = model.score.weight.detach().float() @ mean  # of the head as it is rounded
     if biased:
-        model.score.bias.data, at_center = -at_center.to(old.bias), torch.zeros(len(head))
+        model.score.bias.data, at_center = -at_center.to(old.bias), torch.zeros(labels)
     offsets = None if center is None else at_center.tolist()
     model.config.id2label = dict(enumerate(rewards))
     model.config.label2id = {label: i for i, label in enumerate(rewards)}
@@ -155,7 +154,8 @@ def settle(tokenizer: Any, model: Any) -> None:
     from tokenizers import processors
 
     expected = render(tokenizer, FIRST)
-    if _stock(tokenizer)["input_ids"][0].tolist() != expected:
+    stock = partial(tokenizer.apply_chat_template, FIRST, return_tensors="pt", return_dict=True)
+    if stock()["input_ids"][0].tolist() != expected:
         tokenizer.chat_template = "{{ bos_token }}" + tokenizer.get_chat_template()
     if not _is_plain(tokenizer) and tokenizer.is_fast:
         nothing = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
@@ -164,15 +164,11 @@ def settle(tokenizer: Any, model: Any) -> None:
     last = tokenizer.convert_ids_to_tokens(expected[-1])
     tokenizer.pad_token = next((t for t in special if t not in (None, last)), None)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    tokens = _stock(tokenizer)
+    tokens = stock()
     hidden = model.base_model(**tokens).last_hidden_state[0, -1]
     same = torch.allclose(model(**tokens).logits[0], model.score(hidden), rtol=1e-2, atol=1e-3)
     if tokens["input_ids"][0].tolist() != expected or not same:
         raise InputError("stock transformers would not give this model's rewards: not exported")
-
-
-def _stock(tokenizer: Any) -> Any:
-    return tokenizer.apply_chat_template(FIRST, return_tensors="pt", return_dict=True)
 
 
 def _is_plain(tokenizer: Any) -> bool:
@@ -188,12 +184,11 @@ def strip_cost(tokenizer: Any, model: Any) -> float | None:
     def logits(text: str) -> Tensor:
         return model(**tokenizer(text, add_special_tokens=False, return_tensors="pt")).logits[0]
 
-    write = partial(tokenizer.apply_chat_template, tokenize=False)
-    texts, turned = [list(map(write, chats)) for chats in CHATS], []
-    if all(text == text.rstrip() for some in texts for text in some):
-        return None
-    for some in texts:
-        both = [(logits(text), logits(text.rstrip())) for text in some]
+    write, turned = partial(tokenizer.apply_chat_template, tokenize=False), []
+    for texts in (list(map(write, chats)) for chats in CHATS):
+        if texts == [text.rstrip() for text in texts]:
+            return None
+        both = [(logits(text), logits(text.rstrip())) for text in texts]
         turned += [(i > k) != (j > m) for (i, j), (k, m) in combinations(both, 2)]
     return float(torch.stack(turned).float().mean())
 
@@ -219,42 +214,34 @@ def held_out(basis: Path, average: bool) -> dict[str, Any]:
     new = f", then {counts['few']:,} of {len(people['unseen'])} new ones"
     return {
         "rows": rows, "kinds": kind_sentence(results),
-        "learned_from": known + (new if people["unseen"] else ""),
-        "seeds": len(results.repeats), "average": average,
+        "learned_from": known + (new if people["unseen"] else ""), "seeds": len(results.repeats),
     }  # fmt: skip
 
 
-def card(
-    source: Source, model: Any, tokenizer: Any, learned: Learned, about: Mapping[str, Any]
-) -> str:
+def origin(source: Source) -> dict[str, str | None]:
+    """A model for the card: its name (of a local folder the last part, as another machine has no
+    such folder), its name on the hub, and its licence as its own card names it, else other."""
+    from huggingface_hub import ModelCard
+
+    folder, there = Path(source.model), Path(source.model).is_dir()
+    try:
+        license = ModelCard.load(folder / "README.md" if there else source.model).data.license
+    except Exception:  # whatever the hub's client raises, a card without a licence can be written
+        license = None
+    model, base = (folder.resolve().name, None) if there else (source.model, source.model)
+    return {"model": model, "base": base, "license": license or "other"}
+
+
+def card(model: Any, tokenizer: Any, learned: Learned, about: Mapping[str, Any]) -> str:
     """The model card, from tools/exported/card.md."""
     labels = list(model.config.id2label.values())
     options = {"trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.ChainableUndefined}
     text = (EXPORTED / "card.md").read_text(encoding="utf-8")
     return jinja2.Environment(**options).from_string(text).render(
         learned=learned, labels=labels, whole=labels == list(learned.columns()),
-        model=_name(source), base=None if Path(source.model).is_dir() else source.model,
-        license=license_of(source), dataset=HUB.get(str(learned.settings.get("dataset"))),
-        offset=model.config.lore["offset"], plain=_is_plain(tokenizer),
-        cost=strip_cost(tokenizer, model), **about,
+        dataset=HUB.get(str(learned.settings.get("dataset"))), plain=_is_plain(tokenizer),
+        offset=model.config.lore["offset"], cost=strip_cost(tokenizer, model), **about,
     )  # fmt: skip
-
-
-def _name(source: Source) -> str:
-    """The model's name; of a local folder the last part, as another machine has no such folder."""
-    return Path(source.model).resolve().name if Path(source.model).is_dir() else source.model
-
-
-def license_of(source: Source) -> str:
-    """The model's licence as its card names it, else other."""
-    from huggingface_hub import ModelCard
-
-    folder = Path(source.model)
-    try:
-        card = ModelCard.load(folder / "README.md" if folder.is_dir() else source.model)
-        return card.data.license or "other"
-    except Exception:  # whatever the hub's client raises, a card without a licence can be written
-        return "other"
 
 
 def save_adapter(folder: Path, model: Any, base: str) -> None:
@@ -280,7 +267,7 @@ def save_adapter(folder: Path, model: Any, base: str) -> None:
 
 
 def write_checkpoint(
-    out: Path, source: Source, model: Any, tokenizer: Any, text: str, adapter: bool
+    out: Path, model: Any, tokenizer: Any, text: str, about: Mapping[str, Any]
 ) -> None:
     """Write the model with reward.py, or an adapter; tokenizer and card; whole or not at all."""
     try:
@@ -288,8 +275,8 @@ def write_checkpoint(
         with tempfile.TemporaryDirectory(".part", f"{out.name}.", out.parent) as beside:
             draft = Path(beside) / out.name
             draft.mkdir()
-            if adapter:
-                save_adapter(draft, model, _name(source))
+            if about["adapter"]:
+                save_adapter(draft, model, about["model"])
             else:
                 model.save_pretrained(draft)
                 shutil.copyfile(EXPORTED / "reward.py", draft / "reward.py")
@@ -302,23 +289,13 @@ def write_checkpoint(
         raise InputError(f"--out {out}: cannot be written ({error})") from error
 
 
-def claim(name: str) -> None:
-    """Make a private repository on the hub, or find it empty; InputError if it cannot be used."""
-
-    def make(hub: Any) -> set[str]:
-        hub.create_repo(name, private=True, exist_ok=True)
-        return set(hub.list_repo_files(name)) - {".gitattributes"}
-
-    held = on_hub(name, make, "is its name right, and `hf auth login` done?")
-    require(not held, f"--push {name}: {min(held, default='')} is there; name another repository")
-
-
-def on_hub(name: str, act: Callable[[Any], Any], advice: str) -> Any:
-    """What the hub's client gives; InputError with its first line and advice if it fails."""
+@contextmanager
+def on_hub(name: str, advice: str) -> Iterator[Any]:
+    """The hub's client; if it fails, InputError with its first line and advice."""
     from huggingface_hub import HfApi
 
     try:
-        return act(HfApi())
+        yield HfApi()
     except Exception as error:  # what the hub's client raises has no common class
         raise InputError(f"--push {name}: {first_line(error)}; {advice}") from error
 

@@ -4,7 +4,6 @@
 """
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -13,28 +12,7 @@ from lore.common.files import require
 from lore.common.settings import NonNegativeInt
 from lore.experiments.report.intervals import columns
 from lore.experiments.report.tables import Table, markdown, measure_table, report
-from lore.experiments.results import Results, read_results
-
-
-def _side_by_side(runs: dict[str, Results]) -> str:
-    """The accuracy of several runs in one table, a column for each set or number of shots."""
-    together: Table = {}
-    for name, results in runs.items():
-        shown = {column.name for column in columns(results)}
-        for row, cells in measure_table(results, "accuracy").items():
-            for column, cell in cells.items():
-                if column in shown:
-                    together.setdefault(row, {})[f"{name} {column}"] = cell.split(" [")[0]
-    return markdown(together)
-
-
-def _shown(results: Results, only: Sequence[str], ranks: Sequence[int]) -> list[str]:
-    """The labels to print; of ranks above 1 those listed."""
-    found = [label for label in results.labels if not only or label in only]
-    if ranks:
-        rank = {la: results.fits(la)[0]["settings"].get("rank") or 0 for la in found}
-        found = [label for label in found if rank[label] in (0, 1, *ranks)]
-    return found
+from lore.experiments.results import read_results
 
 
 def main(
@@ -53,12 +31,22 @@ def main(
     known = {label for results in read.values() for label in results.labels}
     unknown = [label for label in only if label not in known]
     require(not unknown, f"--only {' '.join(unknown)}: these runs have {', '.join(sorted(known))}")
-    texts = [
-        report(run, _shown(results, only, ranks) if only or ranks else ())
-        for run, results in zip(runs, read.values(), strict=True)
-    ]
-    if len(runs) > 1:
-        texts.append(_side_by_side(read))
+    texts = []
+    for run, results in zip(runs, read.values(), strict=True):
+        shown = [label for label in results.labels if not only or label in only]
+        if ranks:
+            rank = {label: results.says(label, "settings").get("rank") or 0 for label in shown}
+            shown = [label for label in shown if rank[label] in (0, 1, *ranks)]
+        texts.append(report(run, shown if only or ranks else ()))
+    if len(runs) > 1:  # their accuracies in one table, a column for each set or number of shots
+        together: Table = {}
+        for name, results in read.items():
+            wanted = [column.name for column in columns(results)]
+            for row, cells in measure_table(results, "accuracy").items():
+                some = {f"{name} {c}": cells[c].split(" [")[0] for c in cells if c in wanted}
+                if some:
+                    together[row] = together.get(row, {}) | some
+        texts.append(markdown(together))
     sys.stdout.write("\n\n".join(texts) + "\n")
 
 

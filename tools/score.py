@@ -20,8 +20,6 @@ from lore.embeddings.reward_model import OF_BASIS, ModelChoice
 from lore.methods.saved import load_learned
 from lore.preparing.own_rows import USUAL, Columns
 
-AVERAGE = "average user"
-
 
 def main(
     basis: Path, user: tuple[str, ...] = (), texts: Path | None = None, average: bool = False,
@@ -50,10 +48,10 @@ def main(
     if list_users:
         print("\n".join(learned.names))
         return
-    require(bool(user) or average, "--user is missing: name users, or give --average true")
-    for name in user:
-        learned.direction(name, "--user")  # an error for one who is not in the file
-    users = {name: name for name in user} | ({AVERAGE: None} if average else {})
+    users = {name: name for name in user} | ({"average user": None} if average else {})
+    require(bool(users), "--user is missing: name users, or give --average true")
+    for known in users.values():
+        learned.direction(known, "--user")  # an error for one who is not in the file
     require(texts is not None, "--texts is missing: name the file of what is to be scored")
     if out:
         require(out.suffix in (".csv", ".jsonl"), f"--out {out}: end its name in .csv or .jsonl")
@@ -61,12 +59,9 @@ def main(
         check_output(out, "--out", begins(head), [basis, texts])
     drafts = read_candidates(texts, columns)
     scorer = load_scorer(learned, basis, lm=lm, **loading)
-    rows, tables = scorer.embed(drafts, progress), []
-    for name, known in users.items():
-        table = ranking(drafts, *scorer.score(rows, known)).drop(columns="p_over_next")
-        table.insert(0, "user", name)
-        tables.append(table)
-    table = pd.concat(tables, ignore_index=True)
+    rows = scorer.embed(drafts, progress)
+    tables = {name: ranking(drafts, *scorer.score(rows, known)) for name, known in users.items()}
+    table = pd.concat(tables, names=["user", None]).reset_index("user").drop(columns="p_over_next")
     if out is None:
         print(table.to_string(index=False, max_colwidth=60, float_format="%.3f", na_rep=""))
     elif out.suffix == ".csv":

@@ -15,9 +15,10 @@ import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import bottle
 
@@ -33,6 +34,7 @@ from lore.methods.saved import load_learned
 log = logging.getLogger(__name__)
 
 Query = str | Conversation
+Waiting = tuple[Sequence[Query], Sequence[str | None], Future[list[float]]]  # users, rewards
 LARGEST = 16 << 20  # bytes of a body
 TOGETHER = 256  # queries in one pass through the model
 
@@ -53,11 +55,9 @@ def main(
     scorer = load_scorer(load_learned(basis), basis, lm=lm, **loading)
     server = start(scorer, host, port, max_queries)
     log.info("POST http://%s:%d/get_reward; Ctrl-C ends it", host, server.server_port)
-    with server:
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            log.info("stopped")
+    with server, suppress(KeyboardInterrupt):
+        server.serve_forever()
+    log.info("stopped")
 
 
 def start(scorer: Scorer, host: str, port: int, max_queries: int) -> Server:
@@ -123,14 +123,6 @@ def _is_query(query: Any) -> bool:
     return fits and all(isinstance(m.get(key), str) for m in query for key in ("role", "content"))
 
 
-class Waiting(NamedTuple):
-    """A request that waits for its rewards."""
-
-    queries: Sequence[Query]
-    users: Sequence[str | None]
-    rewards: Future[list[float]]
-
-
 class Batches:
     """Queries of all requests, scored by one thread that takes what waits together."""
 
@@ -142,37 +134,35 @@ class Batches:
         """Wait for the rewards of queries, each for its user; InputError for one not known."""
         for user in set(users) - {None}:
             self.scorer.learned.direction(user, "user")
-        request = Waiting(queries, users, Future())
-        self.waiting.put(request)
-        return request.rewards.result()
+        rewards: Future[list[float]] = Future()
+        self.waiting.put((queries, users, rewards))
+        return rewards.result()
 
     def _work(self) -> None:
         while True:
             batch = [self.waiting.get()]
-            while sum(len(one.queries) for one in batch) < TOGETHER and not self.waiting.empty():
+            while sum(len(some) for some, *_ in batch) < TOGETHER and not self.waiting.empty():
                 batch.append(self.waiting.get())
             self._answer(batch)
 
     def _answer(self, batch: list[Waiting]) -> None:
         """Give every request its rewards, or say what is wrong with it."""
+        users = [user for _, some, _ in batch for user in some]
         try:
-            for one, rewards in zip(batch, self._rewards(batch), strict=True):
-                one.rewards.set_result(rewards)
+            rows = self.scorer.embed([query for queries, *_ in batch for query in queries])
+            rewards = rows.new_empty(len(rows))
+            for user in set(users):
+                own = [place for place, other in enumerate(users) if other == user]
+                rewards[own] = self.scorer.score(rows[own], user)[0]
+            parts = rewards.split([len(queries) for queries, *_ in batch])
+            for (*_, future), part in zip(batch, parts, strict=True):
+                future.set_result(part.tolist())
         except Exception as error:
             if len(batch) == 1:  # whatever it is, the client must not wait for ever
-                batch[0].rewards.set_exception(error)
+                batch[0][-1].set_exception(error)
             else:
                 for one in batch:  # one by one, so that a mistake harms no other request
                     self._answer([one])
-
-    def _rewards(self, batch: list[Waiting]) -> list[list[float]]:
-        rows = self.scorer.embed([query for one in batch for query in one.queries])
-        users = [user for one in batch for user in one.users]
-        rewards = rows.new_empty(len(rows))
-        for user in set(users):
-            own = [place for place, other in enumerate(users) if other == user]
-            rewards[own] = self.scorer.score(rows[own], user)[0]
-        return [part.tolist() for part in rewards.split([len(one.queries) for one in batch])]
 
 
 if __name__ == "__main__":

@@ -11,39 +11,24 @@ arguments for the same position convinces them more. Get it, convert it, prepare
 import gzip
 import json
 import sys
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 from xml.etree import ElementTree
+
+import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.common.cli import cli
 from lore.common.files import InputError, check_output, digest, require, write_whole
 from lore.common.settings import PositiveInt, SeedNumber
-from lore.preparing.tables import Funnel, draw
+from lore.preparing.tables import Funnel, halve
 
 OUT = Path(__file__).resolve().parents[1] / "RedditTLDR" / "data-ukp" / "raw"
 ANSWERS = {"a1": 0, "a2": 1, "equal": None}
-SPLITS = {"train": "train", "validation": "valid"}
+SPLITS = {"train": ("train", "train"), "validation": ("valid", "test")}  # theirs, and of halve
 OF_A_PAIR = ("id", "debateMetaData/title", "arg1/stance", "arg1/text", "arg2/text")
-
-
-class Judgment(NamedTuple):
-    """One worker's answer: the first (0) or the second (1) argument, None for neither."""
-
-    topic: str  # name of the file
-    pair: str
-    worker: str
-    title: str
-    stance: str
-    texts: list[str]  # two
-    choice: int | None
-
-    @property
-    def unit(self) -> str:
-        """Names the two texts, in either order; some stand in the corpus under two numbers."""
-        return digest([self.title, self.stance, *sorted(self.texts)])
+COLUMNS = ("topic", "pair", "title", "stance", "texts", "unit", "worker", "answer")
 
 
 def main(
@@ -63,18 +48,17 @@ def main(
     """
     files = sorted(source.glob("*.xml"))
     require(bool(files), f"--source {source} has no .xml files; name UKPConvArg1-full-XML")
-    judgments, funnel = [judgment for file in files for judgment in read(file)], Funnel()
-    kept = keep(judgments, min_judgments, funnel, ties)
-    units = {judgment.unit for judgment in kept}
-    train = draw(units, (len(units) + 1) // 2, seed)
-    workers = sorted({judgment.worker for judgment in kept})
-    names = {worker: f"w{number:03d}" for number, worker in enumerate(workers)}
+    every, funnel = [judgment for file in files for judgment in read(file)], Funnel()
+    kept = keep(pd.DataFrame(every, columns=COLUMNS), min_judgments, funnel, ties)
+    codes, workers = pd.factorize(kept["worker"], sort=True)
+    kept = kept.assign(worker=[f"w{code:03d}" for code in codes], side=halve(kept["unit"], seed))
     paths = {split: out / f"{split}.jsonl.gz" for split in SPLITS}
     for path in paths.values():
         check_output(path, "--out", is_ours)
     for split, path in paths.items():
-        side = [each for each in kept if (each.unit in train) == (split == "train")]
-        rows = sorted((row(each, names, split) for each in side), key=json.dumps)
+        name, side = SPLITS[split]
+        some = kept[kept["side"] == side].to_dict("records")
+        rows = sorted((row(judgment, name) for judgment in some), key=json.dumps)
         funnel.count(f"judgments in {split}", len(rows))
         lines = "".join(json.dumps(each) + "\n" for each in rows).encode()
         compressed = gzip.compress(lines, mtime=0)  # the same bytes for the same rows
@@ -83,22 +67,22 @@ def main(
     print(f"wrote {len(kept):,} judgments of {len(workers):,} workers to {out}")
 
 
-def read(file: Path) -> list[Judgment]:
-    """The judgments in a file; InputError for damaged XML, or a pair that lacks something."""
+def read(file: Path) -> Iterator[tuple[Any, ...]]:
+    """The judgments in a file, a row of COLUMNS each: topic is the file's name, and unit names the
+    two texts in either order (some stand in the corpus under two numbers). InputError for damaged
+    XML, or a pair that lacks something."""
     try:
         root = ElementTree.parse(file).getroot()
     except ElementTree.ParseError as error:
         raise InputError(f"{file} is not valid XML: {error}") from error
-    judgments = []
     for number, pair in enumerate(root.iter("annotatedArgumentPair"), start=1):
         place = f"{file} pair {number}"
         name, title, stance, *texts = (content(pair, path, place) for path in OF_A_PAIR)
+        unit = digest([title, stance, *sorted(texts)])
         for answer in pair.iterfind("mTurkAssignments/mTurkAssignment"):
             worker, value = (content(answer, path, place) for path in ("turkID", "value"))
             require(value in ANSWERS, f"{place}: value must be a1, a2 or equal, not {value!r:.40}")
-            found = Judgment(file.stem, name, worker, title, stance, texts, ANSWERS[value])
-            judgments.append(found)
-    return judgments
+            yield file.stem, name, title, stance, texts, unit, worker, value
 
 
 def content(element: ElementTree.Element, path: str, place: str) -> str:
@@ -108,38 +92,35 @@ def content(element: ElementTree.Element, path: str, place: str) -> str:
     return found
 
 
-def keep(
-    judgments: Sequence[Judgment], min_judgments: int, funnel: Funnel, ties: bool
-) -> list[Judgment]:
+def keep(judgments: pd.DataFrame, least: int, funnel: Funnel, ties: bool) -> pd.DataFrame:
     """The judgments, decided or with ties all, of the workers with enough decided ones."""
-    decided = [judgment for judgment in judgments if judgment.choice is not None]
-    sizes = Counter(judgment.worker for judgment in decided)
-    some = judgments if ties else decided
-    kept = [judgment for judgment in some if sizes[judgment.worker] >= min_judgments]
-    pairs = {judgment.pair for judgment in kept}
-    busy = f"workers with at least {min_judgments} decided judgments"
-    funnel.count("topics and positions", len({judgment.topic for judgment in judgments}))
+    decided = judgments["answer"] != "equal"
+    sizes = judgments["worker"][decided].value_counts()
+    busy = judgments["worker"].isin(sizes.index[sizes >= least])
+    kept = judgments[busy if ties else busy & decided]
+    funnel.count("topics and positions", judgments["topic"].nunique())
     funnel.count("judgments", len(judgments))
-    funnel.count("workers", len({judgment.worker for judgment in judgments}))
-    funnel.count("decided judgments", len(decided))
-    funnel.count(busy, len({judgment.worker for judgment in kept}))
+    funnel.count("workers", judgments["worker"].nunique())
+    funnel.count("decided judgments", decided.sum())
+    funnel.count(f"workers with at least {least} decided judgments", kept["worker"].nunique())
     funnel.count("judgments of these workers", len(kept))
-    funnel.count("argument pairs", len(pairs))
-    funnel.count("arguments", len({name for pair in pairs for name in pair.split("_")}))
-    require(bool(kept), f"no worker has {min_judgments} decided judgments; lower --min-judgments")
+    funnel.count("argument pairs", kept["pair"].nunique())
+    funnel.count("arguments", kept["pair"].str.split("_").explode().nunique())
+    require(len(kept) > 0, f"no worker has {least} decided judgments; lower --min-judgments")
     return kept
 
 
-def row(judgment: Judgment, names: dict[str, str], split: str) -> dict[str, object]:
+def row(judgment: dict[str, Any], split: str) -> dict[str, Any]:
     """A judgment as a row of the comparisons in openai/summarize_from_feedback."""
-    post = f"{judgment.title} Position: {judgment.stance}."
-    info = {"id": judgment.pair, "post": post, "title": judgment.title}
-    summaries = [{"text": text, "policy": "human", "note": None} for text in judgment.texts]
+    title, choice = judgment["title"], ANSWERS[judgment["answer"]]
+    post = f"{title} Position: {judgment['stance']}."
+    info = {"id": judgment["pair"], "post": post, "title": title}
+    summaries = [{"text": text, "policy": "human", "note": None} for text in judgment["texts"]]
     return {
         "info": {**info, "subreddit": None, "site": None, "article": None},
-        "summaries": summaries, "choice": judgment.choice, "worker": names[judgment.worker],
-        "batch": judgment.topic, "split": SPLITS[split],
-        "extra": {"confidence": None, **({"tie": True} if judgment.choice is None else {})},
+        "summaries": summaries, "choice": choice, "worker": judgment["worker"],
+        "batch": judgment["topic"], "split": split,
+        "extra": {"confidence": None, **({"tie": True} if choice is None else {})},
     }  # fmt: skip
 
 

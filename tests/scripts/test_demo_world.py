@@ -56,12 +56,12 @@ def test_more_prompts_than_can_be_written_are_refused(monkeypatch):
 @pytest.mark.parametrize(
     ("changed", "measured", "least"),
     [({"steps": 3}, "words", 0), ({"listed": 1}, "bullets", 0), ({"cases": 2}, "examples", 0),
-     ({"exclaims": 1}, "exclamations", 0), ({"register": 1, "steps": 3}, "formal", 3),
-     ({"register": -1, "steps": 3}, "casual", 3),  # it shows in every sentence
+     ({"exclaims": 1}, "exclamations", 0), ({"register": "formal", "steps": 3}, "formal", 3),
+     ({"register": "casual", "steps": 3}, "casual", 3),  # it shows in every sentence
      *(({name: 2}, name, 0) for name in ("warmth", "hedges", "figures", "voice", "questions"))],
 )  # fmt: skip
 def test_an_ingredient_moves_its_measure_in_every_topic(changed, measured, least):
-    plain = {name: 0 for name in world.AMOUNTS} | {"steps": 1}
+    plain = dict.fromkeys(world.AMOUNTS, 0) | {"steps": 1, "register": "plain"}
     for topic in WORDS["topics"]:
         texts = [world.write_response(topic, amounts, np.random.default_rng(1))
                  for amounts in (plain, plain | changed)]  # fmt: skip

@@ -140,9 +140,9 @@ def test_a_request_that_the_template_refuses_spoils_no_other_of_its_batch(served
         return embed(texts)
 
     monkeypatch.setattr(served.scorer, "embed", refusing)
-    batch = [serve.Waiting([query], ["ann"], Future()) for query in "abc!defg"]
+    batch = [([query], ["ann"], Future()) for query in "abc!defg"]
     serve.Batches(served.scorer)._answer(batch)
-    failed = [one.rewards.exception(timeout=60) for one in batch]
+    failed = [rewards.exception(timeout=60) for *_, rewards in batch]
     assert failed[:3] == failed[4:7] == [None] * 3 and "cannot write this" in str(failed[3])
 
 

@@ -78,8 +78,7 @@ def trl_reward(prompts, completions, user=None, **_):
 
 def reward_func(queries, prompts, labels=None, **_):
     """For OpenRLHF's --remote_rm_url reward.py; --label_key names the column with the user."""
-    named = labels is not None and any(labels)
-    found = torch.tensor(rewards(queries, labels if named else None))
+    found = torch.tensor(rewards(queries, labels if any(labels or ()) else None))
     return {"rewards": found, "scores": found, "extra_logs": {}}
 
 
@@ -91,8 +90,6 @@ def compute_score(data_source, solution_str, ground_truth=None, extra_info=None,
 def compute_scores(data_sources, solution_strs, ground_truths, extra_infos, **_):
     """The same for verl's batch reward manager."""
     infos = [info or {} for info in extra_infos]
-    chats = [
-        conversation(info["prompt"], said) for info, said in zip(infos, solution_strs, strict=True)
-    ]
     users = [info.get("user") for info in infos]
-    return rewards(chats, users if any(users) else None)
+    prompts = [info["prompt"] for info in infos]
+    return trl_reward(prompts, solution_strs, users if any(users) else None)
