@@ -96,17 +96,15 @@ class Sweep:
 def evaluate(fit: Fitted, task: Task, own: Tensor) -> Iterator[dict[str, Any]]:
     """Records of a fit and its controls on all sets there are, new users having all their shots
     and their own states [U', S]."""
-    every = {"train": (task.train, fit.users), "seen": (task.seen, fit.users),
-             "few_shot": (task.few, own), "unseen": (task.unseen, own)}  # fmt: skip
-    every = {name: part for name, part in every.items() if part[0] is not None}
-    sets = {name: (fit.view(data), data, state) for name, (data, state) in every.items()}
+    every = [("train", task.train, fit.users), ("seen", task.seen, fit.users),
+             ("few_shot", task.few, own), ("unseen", task.unseen, own)]  # fmt: skip
+    sets = {name: (fit.view(data), data, state) for name, data, state in every if data is not None}
     held_out, kinds = [name for name in ("seen", "unseen") if name in sets], _kinds(task)
     controlled = fit.personal and fit.controlled
     for name, (view, data, state) in sets.items():
-        swapped = ()
+        more = [name in held_out, kinds.get(name)]
         if name == "unseen" and controlled:
-            swapped = fit.adapt(_relabelled(fit, task.few), task.few, task.seed)[None]
-        more = name in held_out, kinds.get(name), swapped
+            more += [fit.adapt(_relabelled(fit, task.few), task.few, task.seed)[None]]
         yield _record(fit, "", name, _measure(fit, view, data, state[None], *more))
     if not controlled:
         return
@@ -146,9 +144,8 @@ def _measure(
     fit: Fitted, view: View, data: Users, states: Tensor, whole: bool = False,
     kind: np.ndarray | None = None, swapped: Sequence[Tensor] = (),
 ) -> dict[str, Any]:  # fmt: skip
-    """Figures [T, U] of every user with each of the states [T, U, S]; ``whole`` adds those of all
-    comparisons together [T], ``kind``, places in ``KINDS`` [N], those of each kind apart, and
-    ``swapped``, states from swapped labels for the first of ``states``, the label sensitivity."""
+    """Figures of every user with each of the states [T, U, S]: [T, U], or [T] of all comparisons
+    together where ``whole``; also by ``kind`` [N], and against states from ``swapped`` labels."""
     logits = [fit.logits(view, state, data.user) for state in states]
     found = _figures(data, logits)
     if whole:

@@ -1,10 +1,11 @@
 """A run's figures, read from results.json, as reports see them; a label is free text."""
 
 import collections
+import dataclasses
 import functools
 import json
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,8 +35,8 @@ class Measure(NamedTuple):
         return f"{rounded:{'+' if signed else ''}.{self.decimals}f}"
 
     def between(self, low: float, high: float) -> str:
-        """An interval in the measure's unit."""
-        return f"[{self.text(low)}, {self.text(high)}]"
+        """[low, high] in the measure's unit, nothing where there is none."""
+        return f"[{self.text(low)}, {self.text(high)}]" if math.isfinite(low) else ""
 
 
 MEASURES = {
@@ -54,7 +55,7 @@ ALWAYS = ("accuracy", "log_loss")  # of every record; the others where it has th
 Samples = dict[int, pd.Series]  # repeat -> a figure of every user
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Results:
     """A run as it was written.
 
@@ -86,8 +87,7 @@ class Results:
     def label_of(self, method: str) -> str | None:
         """The label that stands for a method: the chosen one, else the last; None for none."""
         found = [la for la in self.of_method(method) if not self.says(la, "random_label")]
-        chosen = [la for la in found if self.says(la, "chosen")]
-        return (chosen or found or [None])[-1]
+        return ([la for la in found if self.says(la, "chosen")] or found or [None])[-1]
 
     @property
     def judged(self) -> list[str]:
@@ -98,7 +98,7 @@ class Results:
     def fits(self, label: str) -> list[dict[str, Any]]:
         """What is written of a label's fit, one a repeat."""
         method = self.methods.get(label)
-        parts = [repeat["methods"].get(method, {"fits": []}) for repeat in self.repeats]
+        parts = [r["methods"][method] for r in self.repeats if method in r["methods"]]
         return [fit for part in parts for fit in part["fits"] if fit["label"] == label]
 
     def says(self, label: str, key: str) -> Any:
@@ -164,10 +164,7 @@ class Results:
 
     def only(self, labels: Iterable[str]) -> "Results":
         """The same run with these labels alone."""
-        some = set(labels)
-        methods = {label: method for label, method in self.methods.items() if label in some}
-        kept = [r for r in self.records if r["label"] in some]
-        return Results(self.settings, self.repeats, kept, methods)
+        return dataclasses.replace(self, methods={label: self.methods[label] for label in labels})
 
     @property
     def title(self) -> str:

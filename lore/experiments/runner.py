@@ -14,12 +14,12 @@ from torch import Tensor
 
 from lore.common.cli import cli
 from lore.common.devices import pick_device, processes, wait_for_all
-from lore.common.files import lock_folder, require
+from lore.common.files import digest, lock_folder, require
 from lore.common.settings import Name, NonNegativeInt, SeedNumber
 from lore.experiments.judging import Sweep
 from lore.experiments.report.tables import report
 from lore.experiments.results import BASELINES
-from lore.experiments.runs import Run, run_folder
+from lore.experiments.runs import Run, plain
 from lore.experiments.splits import Feature, Tasks
 from lore.experiments.trackers import Tracker, check_tracker, track
 from lore.learning.method import Fitted, Method, Task, check
@@ -109,8 +109,9 @@ def open_run(
     require(sweep is None or alone, why)
     if settings.verify:
         dataset.store.verify()
-    every = {name: getattr(settings, name) for name in METHODS}
-    folder = run_folder(settings.results, settings.name, shared, every)
+    every = {name: getattr(settings, name) for name in METHODS}  # what a run is named after
+    name = settings.name or f"{script}-{digest(plain([shared, every]))[:8]}"
+    folder = settings.results / dataset.dataset / name
     with lock_folder(folder) if first else nullcontext():
         run = Run.start(folder, shared)
         wait_for_all()  # the first one writes only when all have read what is there
@@ -150,22 +151,20 @@ class Experiment:
     def unfinished(self) -> Iterator[tuple[Task, str, Timed]]:
         """What is not finished yet: task, name and method, seed by seed. A mistake in the settings
         of any of a seed's methods is an InputError before the first fit."""
-        settings, sweep, here = self.settings, self.sweep, processes()
-        methods, first = settings.chosen(), here[0] == 0
-        about = {"checkpoint_every": settings.checkpoint_every,
-                 "progress": settings.progress and first,
-                 "shots": tuple(sweep.shots) if sweep else ()}  # fmt: skip
+        settings, sweep, dataset = self.settings, self.sweep, self.dataset
+        methods, here, first = settings.chosen(), processes(), processes()[0] == 0
+        every, shots = settings.checkpoint_every, sweep.shots if sweep else ()
+        about = {"checkpoint_every": every, "progress": settings.progress and first, "shots": shots}
         for seed, names in self.run.missing(settings.seeds, methods).items():
-            reference = self.dataset.reference(settings.reference)
-            device = pick_device(settings.device)
-            task = self.dataset.task(seed, device, reference, settings.stream, here, **about)
-            why = f"no user of {self.dataset.dataset} is unseen, so that no new user's shots could"
-            require(not sweep or task.few is not None, f"{why} vary: run train_basis.py")
+            device, reference = pick_device(settings.device), dataset.reference(settings.reference)
+            task = dataset.task(seed, device, reference, settings.stream, here, **about)
+            why = f"no user of {dataset.dataset} is unseen, so that no new user's shots could vary"
+            require(not sweep or task.few is not None, f"{why}: run train_basis.py")
             for name in names:
                 check(name, methods[name], task)
             if first:
                 self.run.begin()
-                self.about = _about(self.dataset, task)
+                self.about = _about(dataset, task)
             for name in names:
                 task.state = self.run.state(seed, name)
                 self.timed = Timed(methods[name])
@@ -189,8 +188,8 @@ class Experiment:
             if fit.file and self.sweep is None:
                 self._save_basis(fit, task)
         role = "baseline" if name in BASELINES else "method"
-        described = [_describe(fit, role, task, self.dataset) for fit in fits]
-        done = {"settings": self.timed.method, **self.timed.seconds, "fits": described,
+        done = {"settings": self.timed.method, **self.timed.seconds,
+                "fits": [_describe(fit, role, task, self.dataset) for fit in fits],
                 "records": list(records)}  # fmt: skip
         self.run.add(task.seed, self.about, name, done, list(self.settings.chosen()))
         track(self.settings.log, self.run.folder, task.seed, done)
@@ -201,8 +200,7 @@ class Experiment:
         store, manifest = self.dataset.store, self.dataset.store.manifest
         spread = torch.linspace(0, len(store) - 1, min(len(store), CENTERED), dtype=torch.float64)
         kept = ("model", "tokenizer", "revision", "weights_sha256", "template_sha256", "pool")
-        facts = {
-            **{key: manifest[key] for key in kept if key in manifest},
+        facts = {key: manifest[key] for key in kept if key in manifest} | {
             "dataset": self.dataset.dataset, "seed": task.seed,
             "users": task.train.names, "users_unseen": getattr(task.few, "names", []),
             "center": store.rows(spread.long()).double().mean(0).float(),
@@ -210,8 +208,7 @@ class Experiment:
         }  # fmt: skip
         if task.few is not None and (known := fit.spread(task.few)) is not None:
             facts["known_unseen"] = known
-        new = fit.users[:0] if fit.new_users is None else fit.new_users
-        fit.save(self.run.folder / fit.written, new, facts)
+        fit.save(self.run.folder / fit.written, fit.new_users, facts)
 
     def report(self) -> str:
         """The table, the verdict and where the files lie; empty on all processes but the first."""
@@ -247,8 +244,7 @@ def _describe(fit: Fitted, role: str, task: Task, dataset: Tasks) -> dict[str, A
 
 
 def _likes(directions: Tensor, task: Task, dataset: Tasks) -> list[dict[str, Any]]:
-    """The held-out responses of most extreme reward, compared with the prompt's mean, along each
-    direction of V [F, C]."""
+    """Held-out responses of most extreme reward, less the prompt's mean, for directions [F, C]."""
     rows, talks = task.seen.features.index, dataset.conversations
     rewards = task.seen.features.pairs(lambda e: e @ directions.to(e)).values.cpu()  # [R, C]
     prompts = [str(talks[row][:-1]) for row in rows.tolist()]

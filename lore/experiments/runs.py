@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lore.common.files import InputError, digest, read_json, require, write_text
+from lore.common.files import InputError, read_json, require, write_text
 from lore.experiments.results import read_written, write_results
 
 PACKAGES = ("torch", "numpy", "pandas", "transformers", "datasets", "scipy")
@@ -21,7 +21,7 @@ class Run:
 
     folder: Path
     settings: dict[str, Any]
-    results: dict[str, Any]
+    repeats: dict[int, dict[str, Any]]  # by seed, as results.json has them
 
     @classmethod
     def start(cls, folder: Path, settings: Mapping[str, Any]) -> "Run":
@@ -39,7 +39,8 @@ class Run:
             apart = differences(old, settings)
             why = f"{folder}: holds a run with other settings ({apart}); choose another --name"
             require(not apart, why)
-        return cls(folder, settings, {"seeds": (found or {}).get("seeds") or []})
+        done = (found or {}).get("seeds") or []
+        return cls(folder, settings, {repeat["seed"]: repeat for repeat in done})
 
     def begin(self) -> None:
         """Make the folder with its settings, once nothing is left that could be refused."""
@@ -55,7 +56,7 @@ class Run:
         than those in ``methods``."""
         missing: dict[int, list[str]] = {}
         for seed in seeds:
-            done = self.part(seed)["methods"]
+            done = self.repeats.get(seed, {"methods": {}})["methods"]
             for name, method in methods.items():
                 if name not in done:
                     missing.setdefault(seed, []).append(name)
@@ -63,10 +64,6 @@ class Run:
                     why = f"{name} was fitted with other settings ({differences(old, new)})"
                     raise InputError(f"{self.folder}: {why}; choose another --name")
         return missing
-
-    def part(self, seed: int) -> dict[str, Any]:
-        """What is finished of a repeat."""
-        return next((p for p in self.results["seeds"] if p["seed"] == seed), {"methods": {}})
 
     def add(
         self, seed: int, about: Mapping[str, Any], name: str, method: Mapping[str, Any],
@@ -77,20 +74,18 @@ class Run:
 
         ``about`` has the repeat's users and comparisons, ``method`` its settings, fits, records.
         """
-        seeds = {p["seed"]: p for p in self.results["seeds"]}
-        part = seeds.setdefault(seed, {"seed": seed, **about, "methods": {}})
-        done = {**part["methods"], name: {**method, "settings": plain(method["settings"])}}
-        part["methods"] = {m: done[m] for m in dict.fromkeys([*order, *done]) if m in done}
-        self.results["seeds"] = list(seeds.values())
-        kept = json.loads((self.folder / "settings.json").read_text(encoding="utf-8"))
         drawn = [fit.get(k) for fit in method["fits"] for k in ("losses", "spectrum", "weights")]
         try:  # elsewhere infinity is a strength: that of what a fit goes without
             json.dumps([method["records"], drawn], allow_nan=False)
         except ValueError:
-            why = "its figures hold NaN or infinity, so that nothing of it is kept; fit it with "
-            why += "other settings, such as a lower learning rate"
-            raise InputError(f"{name}, seed {seed}: {why}") from None
-        write_results(self.folder, {**kept, **self.results})
+            why = "its figures hold NaN or infinity, so that nothing of it is kept"
+            todo = "fit it with other settings, such as a lower learning rate"
+            raise InputError(f"{name}, seed {seed}: {why}; {todo}") from None
+        repeat = self.repeats.setdefault(seed, {"seed": seed, **about, "methods": {}})
+        done = {**repeat["methods"], name: {**method, "settings": plain(method["settings"])}}
+        repeat["methods"] = {m: done[m] for m in dict.fromkeys([*order, *done]) if m in done}
+        kept = read_json(self.folder / "settings.json")
+        write_results(self.folder, {**kept, "seeds": list(self.repeats.values())})
 
     def state(self, seed: int, name: str) -> Path:
         """Where the state of a method's training is kept, with a suffix."""
@@ -108,15 +103,6 @@ class Run:
                 self.forget(seed, name)
         for draft in self.folder.glob("*.part"):
             draft.unlink(missing_ok=True)
-
-
-def run_folder(
-    results: Path, name: str | None, settings: Mapping[str, Any], methods: Mapping[str, Any]
-) -> Path:
-    """Where a run lies: without a name, it has one after the settings that all methods share and
-    those of every method there is."""
-    short = f"{settings['script']}-{digest(plain([settings, methods]))[:8]}"
-    return results / settings["dataset"] / (name or short)
 
 
 def plain(settings: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lore.common.files import require
+from lore.experiments.results import ALWAYS
 
 Tracker = Literal["none", "tensorboard", "wandb"]
 
@@ -20,8 +21,8 @@ def check_tracker(tracker: Tracker) -> None:
 
 
 def track(tracker: Tracker, folder: Path, seed: int, method: Mapping[str, Any]) -> None:
-    """Write a finished method, as results.json has it, into a run's folder, each of its fits as a
-    run of its own; see ``scalars``."""
+    """Write a finished method, as results.json has it, into a run's folder: each fit's ``scalars``
+    as a run of its own."""
     for fit in method["fits"] if tracker != "none" else ():
         name = f"{fit['label']}, seed {seed}".replace("/", " ")
         steps = scalars(fit, method["records"])
@@ -50,14 +51,11 @@ def scalars(
     steps: dict[int, dict[str, float]] = defaultdict(dict)
     for number, loss in enumerate(fit.get("losses", ())):
         steps[number * fit.get("loss_step", 1)]["loss"] = loss
-    tried = fit.get("tried") or ()
-    losses = tried.values() if isinstance(tried, Mapping) else (one.get("loss") for one in tried)
-    for number, loss in enumerate(losses):
-        if loss is not None:
-            steps[number]["validation/log_loss"] = loss
+    for number, one in enumerate(fit.get("tried") or ()):
+        if one.get("loss") is not None:
+            steps[number]["validation/log_loss"] = one["loss"]
     for record in records:
         if record["label"] == fit["label"] and not record["control"]:
-            for key in ("accuracy", "log_loss"):
-                mean = float(np.mean(record[key]))
-                steps[record["shots"] or 0][f"{record['set']}/{key}"] = mean
+            for key in ALWAYS:
+                steps[record["shots"] or 0][f"{record['set']}/{key}"] = float(np.mean(record[key]))
     return dict(sorted(steps.items()))

@@ -642,8 +642,7 @@ def test_a_training_that_diverges_is_one_line_and_leaves_no_state(world, tmp_pat
 
 def test_figures_that_are_no_numbers_are_never_written(four, tmp_path):
     _, folder = tiny(four, tmp_path, methods=())
-    shared = saved(folder)["settings"]
-    run = runs.Run.start(runs.run_folder(tmp_path, "here", shared, {}), shared)
+    run = runs.Run.start(folder, saved(folder)["settings"])
     before = (folder / "results.json").read_bytes()
     bad = {"settings": {}, "fits": [{"losses": [float("nan")]}], "records": []}
     with pytest.raises(InputError, match="lore, seed 0: its figures hold NaN or infinity"):
@@ -730,11 +729,11 @@ def test_finished_methods_and_repeats_are_kept_and_the_missing_ones_fitted(
 
 def test_methods_of_earlier_commands_keep_their_order(tmp_path):
     (tmp_path / "settings.json").write_text("{}")
-    run = runs.Run(tmp_path, {}, {"seeds": []})
+    run = runs.Run(tmp_path, {}, {})
     names = [f"method {letter}" for letter in "abcdefgh"]
     for name in names:
         run.add(0, {}, name, {"settings": {}, "fits": [], "records": []}, [name])
-    assert list(run.part(0)["methods"]) == names[::-1]  # those of this command come first
+    assert list(run.repeats[0]["methods"]) == names[::-1]  # those of this command come first
 
 
 def test_basis_files_are_named_as_written_and_hold_their_repeat(four, tmp_path):

@@ -9,12 +9,11 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from lore.experiments.results import BT, MEASURES, Results, Samples, shots_name
+from lore.experiments.results import MEASURES, Results, Samples, shots_name
 
 RESAMPLES = 2000
 MOST_RESAMPLED = 10_000  # users; of more, the normal interval is the bootstrap's to its own noise
 LEAST_USERS = 5  # of an interval
-THIRDS = ("usual", "between", "unusual")
 
 
 class Summary(NamedTuple):
@@ -95,8 +94,7 @@ def difference(
 
 def interval(measure: str, summary: Summary) -> str:
     """[low, high] in the measure's unit, nothing where there is none."""
-    known = np.isfinite(summary.low)
-    return MEASURES[measure].between(summary.low, summary.high) if known else ""
+    return MEASURES[measure].between(summary.low, summary.high)
 
 
 def shots_to_reach(shots: Sequence[float], values: Sequence[float], level: float) -> float:
@@ -130,20 +128,6 @@ def equivalent_random_shots(
     if len(users) < LEAST_USERS:
         return middle, math.nan, math.nan
     return middle, *map(float, np.quantile(drawn, (0.025, 0.975), method="inverted_cdf"))
-
-
-def by_third(results: Results, label: str, name: str, shots: int | None) -> dict[str, Summary]:
-    """A label's held-out accuracy on a set among users in thirds, from usual to unusual ones, whose
-    own training choices BT predicts badly. Empty without BT, or with fewer than three users."""
-    training = {"seen": "train", "unseen": "few_shot"}[name]
-    losses = results.figures(results.label_of(BT) or "", "", training, "log_loss", shots)
-    own = results.figures(label, "", name, "accuracy", shots)
-    if not own or not set(own) <= set(losses) or min(map(len, own.values())) < 3:
-        return {}
-    order = {seed: losses[seed].to_numpy().argsort(kind="stable") for seed in own}
-    rows = {seed: np.array_split(order[seed], 3) for seed in own}
-    parts = [{seed: own[seed].iloc[rows[seed][third]] for seed in own} for third in range(3)]
-    return {third: summarise([part]) for third, part in zip(THIRDS, parts, strict=True)}
 
 
 class Column(NamedTuple):

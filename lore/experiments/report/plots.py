@@ -67,15 +67,26 @@ def marker(results: Results, label: str) -> str:
 
 def measure_panels(results: Results) -> list[Panel]:
     """Accuracy and log loss of seen and unseen users, or of new users against shots."""
-    setting = varying_setting(results)
-    draw = _draw_shots if results.sweep else _draw_setting if setting else _draw_labels
-    given = {"setting": setting} if draw is _draw_setting else {}
     return [
         Panel(f"{name} users", f"{MEASURES[measure].name} ({MEASURES[measure].unit})",
-              functools.partial(draw, results=results, measure=measure, name=name, **given))
+              functools.partial(_draw_measure, results=results, measure=measure, name=name))
         for measure in ALWAYS
         for name in (("unseen",) if results.sweep else held_out(results))
     ]  # fmt: skip
+
+
+def _draw_measure(axes: "Axes", results: Results, measure: str, name: str) -> None:
+    """The labels' figures, and level lines of reference and chance, which stretch no axis."""
+    setting = varying_setting(results)
+    draw = _draw_shots if results.sweep else _draw_setting if setting else _draw_labels
+    draw(axes, results, measure, name, *([setting] if draw is _draw_setting else []))
+    most, reference = max(results.shots(), default=None), results.label_of("reference") or ""
+    found = level(results, reference, "", measure, (name,), most)
+    limits, lines = axes.get_ylim(), [("chance", CHANCE[measure], ":")]
+    for text, value, style in lines + ([("reference", found.mean, "-")] if found else []):
+        value *= MEASURES[measure].scale
+        axes.axhline(value, c="0.6", lw=1, ls=style, label=text, zorder=0)
+    axes.set_ylim(limits)
 
 
 def varying_setting(results: Results) -> str | None:
@@ -121,7 +132,6 @@ def _draw_setting(axes: "Axes", results: Results, measure: str, name: str, setti
             _line(axes, measure, found, text, line is lines[-1] and not control, **style)
     axes.set_xticks(range(len(places)), [f"{place:g}" for place in places])
     axes.set_xlabel(setting)
-    _levels(axes, results, measure, name)
 
 
 def _draw_labels(axes: "Axes", results: Results, measure: str, name: str) -> None:
@@ -140,7 +150,6 @@ def _draw_labels(axes: "Axes", results: Results, measure: str, name: str) -> Non
     turned = {"rotation": 35, "ha": "right"} if long else {}
     axes.set_xticks(range(len(labels)), labels, **turned)
     axes.set_xlim(-0.6, len(labels) - 0.4)
-    _levels(axes, results, measure, name)
 
 
 def _draw_shots(axes: "Axes", results: Results, measure: str, name: str) -> None:
@@ -159,7 +168,6 @@ def _draw_shots(axes: "Axes", results: Results, measure: str, name: str) -> None
     axes.set_xticks(shots, map(str, shots))
     axes.set_xticks([], minor=True)
     axes.set_xlabel(f"shots: {results.settings.get('unit', 'comparisons')} of each user")
-    _levels(axes, results, measure, name, shots[-1] if shots else None)
 
 
 def _scaled(measure: str, found: Sequence[tuple[float, Summary]]) -> np.ndarray:
@@ -179,19 +187,6 @@ def _line(
         axes.plot(x, mean, label=text, **style)
         if band:
             axes.fill_between(x, low, high, color=style["color"], alpha=0.15, lw=0)
-
-
-def _levels(
-    axes: "Axes", results: Results, measure: str, name: str, shots: int | None = None
-) -> None:
-    """Level lines of reference and chance, which do not stretch the axis."""
-    limits, unit = axes.get_ylim(), MEASURES[measure]
-    reference = results.label_of("reference")
-    found = level(results, reference, "", measure, (name,), shots) if reference else None
-    lines = [("chance", CHANCE[measure], ":")] + ([("reference", found.mean, "-")] if found else [])
-    for text, value, style in lines:
-        axes.axhline(unit.scale * value, c="0.6", lw=1, ls=style, label=text, zorder=0)
-    axes.set_ylim(limits)
 
 
 def _drawn(results: Results, key: str) -> list[tuple[str, dict[str, Any]]]:

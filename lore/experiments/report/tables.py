@@ -1,8 +1,9 @@
 """Tables, differences and verdict of a run, made from its results.json alone."""
 
 import functools
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -21,24 +22,18 @@ INTERVAL = "mean [95 % interval over users]"
 ABOUT = 10  # chosen shots that are counted in random ones
 
 Table = dict[str, dict[str, str]]  # row -> column -> cell
+Cells = dict[tuple[str, str], Summary | None]  # by row and column
 
 
-def _cell(measure: str, summary: Summary | None, paired: bool = False) -> str:
-    """Mean, interval over users and, but for differences, standard deviation over repeats."""
-    if summary is None:
-        return ""
-    unit = MEASURES[measure]
-    text = unit.text(summary.mean, signed=paired)
-    if len(summary.repeats) > 1 and not paired:
-        text += f" ± {unit.text(float(np.std(summary.repeats, ddof=1)))}"
-    return f"{text} {intervals.interval(measure, summary)}".rstrip()
-
-
-def _table(cells: dict[tuple[str, str], Summary | None], measure: str, **how: bool) -> Table:
-    """Summaries by row and column as a table of the rows in which something stands."""
-    table: Table = {}
-    for (row, column), summary in cells.items():
-        table.setdefault(row, {})[column] = _cell(measure, summary, **how)
+def _table(cells: Cells, measure: str, paired: bool = False) -> Table:
+    """Means with intervals and, unless paired, deviations over repeats, in rows that have any."""
+    unit, table = MEASURES[measure], defaultdict(dict)
+    for (row, column), found in cells.items():
+        text = "" if found is None else unit.text(found.mean, signed=paired)
+        if found and len(found.repeats) > 1 and not paired:
+            text += f" ± {unit.text(float(np.std(found.repeats, ddof=1)))}"
+        end = intervals.interval(measure, found) if found else ""
+        table[row][column] = f"{text} {end}".rstrip()
     return {name: row for name, row in table.items() if any(row.values())}
 
 
@@ -67,13 +62,20 @@ def difference_table(results: Results, measure: str) -> Table:
 
 
 def unusual_table(results: Results) -> Table:
-    """Accuracy among users whom BT's shared reward describes well, less well and badly."""
-    shots = max(results.shots()) if results.sweep else None
-    return _table({
-        (label, f"{name}, {third}"): summary
-        for label in results.labels for name in intervals.held_out(results)
-        for third, summary in intervals.by_third(results, label, name, shots).items()
-    }, "accuracy")  # fmt: skip
+    """Accuracy among users in thirds, from usual to unusual ones, whose own training choices BT
+    predicts badly. Empty without BT, or with fewer than three users."""
+    shots, cells = max(results.shots(), default=None), {}
+    for label, name in product(results.labels, intervals.held_out(results)):
+        training = {"seen": "train", "unseen": "few_shot"}[name]
+        losses = results.figures(results.label_of("bt") or "", "", training, "log_loss", shots)
+        own = results.figures(label, "", name, "accuracy", shots)
+        if own and set(own) <= set(losses) and min(map(len, own.values())) >= 3:
+            order = {seed: losses[seed].to_numpy().argsort(kind="stable") for seed in own}
+            rows = {seed: np.array_split(order[seed], 3) for seed in own}
+            for part, third in enumerate(("usual", "between", "unusual")):
+                users = {seed: own[seed].iloc[rows[seed][part]] for seed in own}
+                cells[label, f"{name}, {third}"] = intervals.summarise([users])
+    return _table(cells, "accuracy")
 
 
 def kind_table(results: Results, measure: str) -> Table:
