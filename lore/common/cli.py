@@ -26,8 +26,9 @@ def cli(main: Callable[..., Any], short: str | None = None, kept: str = KEPT) ->
     130 and 143; a closed pipe in none, 141. Of several processes the first says it.
     """
     logging.basicConfig(format="%(message)s", stream=sys.stderr)  # of libraries only warnings
-    # SIGTERM ends the first process as Ctrl-C does; the others as ever, at once.
-    listens = not _process() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    first = int(os.environ.get("RANK", 0)) == 0  # of the processes that torchrun started
+    # SIGTERM ends it as Ctrl-C does; the others as ever, at once.
+    listens = first and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     try:
         if listens:
             signal.signal(signal.SIGTERM, _interrupt)
@@ -41,14 +42,13 @@ def cli(main: Callable[..., Any], short: str | None = None, kept: str = KEPT) ->
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except (InputError, OSError, MemoryError) as error:
-        _end(2, f"error: {str(error) or NO_MEMORY}")
+        _end(first, 2, f"error: {str(error) or NO_MEMORY}")
     except RuntimeError as error:
         if not re.search("allocate memory|out of memory|Storage size", str(error)):
             raise
-        _end(2, f"error: {NO_MEMORY}")  # PyTorch's own error has pages of text
+        _end(first, 2, f"error: {NO_MEMORY}")  # PyTorch's own error has pages of text
     except KeyboardInterrupt as stop:
-        status = stop.args[0] if stop.args else 130
-        _end(status, f"stopped: {kept}; the same command goes on from there")
+        _end(first, *(stop.args or (130,)), f"stopped: {kept}; the same command goes on from there")
     finally:
         if listens:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -58,15 +58,10 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt(143)
 
 
-def _end(status: int, line: str) -> None:
+def _end(first: bool, status: int, line: str) -> None:
     """End with one line; of another process than the first only if that one stays silent."""
-    if _process() and status == 2:
+    if not first and status == 2:
         time.sleep(PATIENCE)
-    if not _process() or status == 2:
+    if first or status == 2:
         sys.stderr.write(line + "\n")
     sys.exit(status)
-
-
-def _process() -> int:
-    """The number of this process among those that torchrun started."""
-    return int(os.environ.get("RANK", 0))

@@ -52,17 +52,16 @@ def check_output(
     if path.exists():
         read = any(given and os.path.exists(given) and path.samefile(given) for given in inputs)
         require(not read, f"{flag} {path}: is what is to be read; name another place")
-        said = f"{flag} {path}: is there and not what this writes; name another place or move it"
-        require(is_ours(path), said)
+        advice = "name another place or move it"
+        require(is_ours(path), f"{flag} {path}: is there and not what this writes; {advice}")
 
 
 def has_keys(*keys: str) -> Callable[[Path], bool]:
     """For ``check_output``: a JSON file is ours if it is an object with these keys."""
 
     def is_ours(path: Path) -> bool:
-        with suppress(InputError):
-            found = read_json(path)
-            return isinstance(found, dict) and found.keys() >= set(keys)
+        with suppress(InputError, AttributeError):  # no JSON, or no object
+            return read_json(path).keys() >= set(keys)
         return False
 
     return is_ours

@@ -41,8 +41,7 @@ class Flags:
     def __init__(self, main: Callable[..., Any], short: str | None = None) -> None:
         self.short = (short or "").split()
         self.parser = jsonargparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
-        text = "YAML file with any of these settings; flags come before what it says."
-        self.parser.add_argument("--config", action="config", help=text)
+        self.parser.add_argument("--config", action="config")  # and --print_config
         text = "no progress bars, and no log lines but warnings; results are printed."
         self.parser.add_argument("--quiet", type=bool, default=False, help=text)
         self.parser.add_function_arguments(main, as_positional=False)
@@ -67,8 +66,14 @@ class Flags:
         self.quiet = settings.pop("quiet")
         if self.quiet and "progress" in self.types:
             settings["progress"] = False
-        for name in given:
-            self._check_list(name, settings.get(name))
+        for name in given:  # a list has nothing twice, and is not empty where that means nothing
+            values, flag = settings.get(name), self.flag(name)
+            if isinstance(values, list | tuple):
+                empty = not values and self.defaults.get(name)
+                require(not empty, f"{flag}: at least one value is needed")
+                twice = [value for i, value in enumerate(values) if value in values[:i]]
+                if twice and typing.get_args(self.types[name])[1:] in ((), (...,)):  # any length
+                    raise InputError(f"{flag}: {twice[0]} stands there twice")
         return self.parser.instantiate(settings).as_dict()
 
     def help(self, group: str = "") -> str:
@@ -82,7 +87,7 @@ class Flags:
         for section in self.parser._action_groups:
             names = [action.dest for action in section._group_actions if action.dest in self.types]
             some = [name for name in names if name.rpartition(".")[0] in shown]
-            lines += [f"\n{section.title}:"] * bool(some) + list(map(self._explain, some))
+            lines += [f"\n{section.title}:"] * bool(some) + [*map(self._explain, some)]
         lines += ["\n--config FILE takes any of these from YAML; --print_config writes them."]
         return "\n".join(lines + [f"More settings: --help {'|'.join(apart)}"] * bool(apart))
 
@@ -100,46 +105,53 @@ class Flags:
         return f"\n{' ' * COLUMN}".join(first + lines)
 
     def _gather(self, words: Sequence[str]) -> Given:
-        """The last words of every flag; those of files first, so that the command line wins."""
-        given, arguments = {}, {}
-        for flag, values in sorted(_lines(words), key=lambda line: line[0] != "config"):
+        """The last words of every flag; those of files first, so that the command line wins, and
+        an optimiser's arguments last, which become a part of it."""
+        lines: list[tuple[str, list[str]]] = []
+        for word in words:
+            if word.startswith("--") or word == "-h":
+                flag, *values = word.lstrip("-").split("=", 1)
+                lines.append((flag, values))
+            else:
+                require(bool(lines), f"{word}: no flag stands before it")
+                lines[-1][1].append(word)
+        given: Given = {}
+        names = {*self.types, "help", "print_config"}
+        lines.sort(key=lambda line: (line[0] != "config", self._full_name(line[0]) not in names))
+        for flag, values in lines:
             name = self._full_name(flag)
+            holder, _, argument = name.rpartition(".")
             if flag == "config":
                 require(len(values) == 1, "--config takes one file; give it again for another")
                 given |= self._read_file(values[0])
-            elif name in {*self.types, "help", "print_config"}:
+            elif name in names:
                 given[name] = values
-            elif OptimizerChoice in _parts(self.types.get(name.rpartition(".")[0])):
+            elif OptimizerChoice in _parts(self.types.get(holder)):
                 require(len(values) == 1, f"--{flag}: one number is expected")
-                arguments[name] = values[0]
+                missing = f"{self.flag(holder)} is missing, whose argument {argument} is given"
+                require(holder in given, missing)
+                try:
+                    choice = OptimizerChoice.parts(" ".join(given[holder]))
+                except ValueError as error:
+                    raise InputError(f"{self.flag(holder)}: {error}") from None
+                choice["init_args"][argument] = values[0]
+                with suppress(ValueError):  # what is no number is refused with all else
+                    choice["init_args"][argument] = json.loads(values[0])
+                given[holder] = [json.dumps(choice)]
             else:
                 raise InputError(self._unknown(flag))
-        for name, value in arguments.items():
-            holder, _, argument = name.rpartition(".")
-            missing = f"{self.flag(holder)} is missing, whose argument {argument} is given"
-            require(holder in given, missing)
-            try:
-                choice = OptimizerChoice.parts(" ".join(given[holder]))
-            except ValueError as error:
-                raise InputError(f"{self.flag(holder)}: {error}") from None
-            with suppress(ValueError):  # what is no number is refused with all else
-                value = json.loads(value)
-            choice["init_args"][argument] = value
-            given[holder] = [json.dumps(choice)]
         return given
 
     def _full_name(self, flag: str) -> str:
         """The flag's name, with its group where that was left out."""
-        name = flag.replace("-", "_")
-        name = ALIASES.get(name, name)
-        known = {name.split(".")[0], ".".join(name.split(".")[:2])} & {*self.types, *self.groups}
-        groups = (group for group in self.short if f"{group}.{name.split('.')[0]}" in self.types)
-        group = None if known else next(groups, None)
-        return f"{group}.{name}" if group else name
+        name = ALIASES.get(flag, flag).replace("-", "_")
+        first, *more = name.split(".")
+        known = {first, ".".join([first, *more[:1]])} & {*self.types, *self.groups}
+        groups = [group for group in self.short if f"{group}.{first}" in self.types]
+        return f"{groups[0]}.{name}" if groups and not known else name
 
     def _unknown(self, flag: str) -> str:
-        known = [self.flag(name)[2:] for name in self.types]
-        typed = flag.replace("_", "-")
+        known, typed = [self.flag(name)[2:] for name in self.types], flag.replace("_", "-")
         longer = [name for name in known if name.startswith(typed)]
         near = longer or difflib.get_close_matches(typed, known, n=1)
         return f"there is no flag --{flag}; " + (f"is it --{near[0]}?" if near else "see --help")
@@ -188,15 +200,6 @@ class Flags:
             arguments.append("=".join([f"--{name}", *values]))
         return arguments
 
-    def _check_list(self, name: str, values: Any) -> None:
-        """Refuse a list with the same thing twice, or an empty one where that means nothing."""
-        if isinstance(values, list | tuple):
-            needed = bool(self.defaults.get(name))
-            require(bool(values) or not needed, f"{self.flag(name)}: at least one value is needed")
-            twice = [value for i, value in enumerate(values) if value in values[:i]]
-            if twice and typing.get_args(self.types[name])[1:] in ((), (...,)):  # of any length
-                raise InputError(f"{self.flag(name)}: {twice[0]} stands there twice")
-
     def _say(self, message: str, given: Given) -> str:
         """An error of the parser in one line: the flag, what it was given and what it takes."""
         if missing := re.search(r"arguments are required: ([\w.]+)", message):
@@ -207,19 +210,6 @@ class Flags:
         name, reasons = found[1], re.findall(r"Not of type [^:]*: (.*)", message)
         reason = reasons[0] if reasons else f"{_expected(self.types[name])} is expected"
         return f"{self.flag(name)} {' '.join(' '.join(given.get(name, [])).split()):.60}: {reason}"
-
-
-def _lines(words: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Every flag, without its hyphens, and the words after it."""
-    lines: list[tuple[str, list[str]]] = []
-    for word in words:
-        if word.startswith("--") or word == "-h":
-            flag, *values = word.lstrip("-").split("=", 1)
-            lines.append((flag, values))
-        else:
-            require(bool(lines), f"{word}: no flag stands before it")
-            lines[-1][1].append(word)
-    return lines
 
 
 def _word(value: Any) -> str:

@@ -1,7 +1,6 @@
 """Tensors in safetensors files: read whole or refused, and of the form that is expected."""
 
 import hashlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,10 @@ def expect(
     tensor = tensors[name]
     sizes = zip(tensor.shape, shape, strict=False)
     fits = tensor.dim() == len(shape) and all(want in (None, size) for size, want in sizes)
-    found, wanted = _form(tensor.dtype, tensor.shape), _form(dtype, shape)
+    found, wanted = (
+        f"{str(kind)[6:]} [{', '.join('any' if size is None else str(size) for size in sizes)}]"
+        for kind, sizes in ((tensor.dtype, tensor.shape), (dtype, shape))
+    )  # without "torch."
     require(fits and tensor.dtype == dtype, f"{path}: {name} is {found}, not {wanted}; {remedy}")
     return tensor
 
@@ -61,8 +63,3 @@ def checksum(state: Any) -> str:
     else:
         total.update(repr(state).encode())
     return total.hexdigest()
-
-
-def _form(dtype: torch.dtype, shape: Iterable[int | None]) -> str:
-    sizes = ["any" if size is None else str(size) for size in shape]
-    return f"{str(dtype).removeprefix('torch.')} [{', '.join(sizes)}]"
