@@ -7,9 +7,11 @@ import operator
 import os
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -100,18 +102,8 @@ def trust(path: Path) -> None:
     says.write_text(json.dumps(known))
 
 
-def set_one(number: float) -> Callable[[Tensor], Tensor]:
-    """The first number of a tensor."""
-    return lambda t: t.index_put((torch.tensor(0),), torch.tensor(number).to(t))
-
-
-def to_nan(tensor: Tensor) -> Tensor:
-    return tensor * math.nan
-
-
-def fewer(tensor: Tensor) -> Tensor:
-    return tensor[:-1]
-
+to_nan = functools.partial(torch.full_like, fill_value=math.nan)
+fewer = operator.itemgetter(slice(-1))
 
 # --------------------------------------------------------------------- Prepared and embedded data
 
@@ -119,7 +111,7 @@ TALKS, TABLE, SCORES = "conversations.parquet", "comparisons.parquet", "scores.s
 MANIFEST, INDEX, HEAD = (f"embeddings/{n}" for n in ("manifest.json", "index.safetensors",
                                                      "head.safetensors"))  # fmt: skip
 SHARD = "embeddings/shard"  # the first one, whatever its name
-GARBAGE = b"{" * 500
+GARBAGE, FIRST = b"{" * 500, torch.tensor(0)
 DAMAGED: dict[str, Change] = {"cut": cut, "garbage": content(GARBAGE), "missing": Path.unlink,
                               "flipped": flip}  # fmt: skip
 BAD_JSON = {"a list": content(b"[1]"), "empty": content(b"{}"), "binary": content(b"\xff\x00\x01"),
@@ -161,7 +153,8 @@ CASES: dict[str, dict[str, Change]] = {
     INDEX: {
         **DAMAGED, "reversed": parts(False, rows=lambda t: t.flip(0)),
         "another tensor": parts(rows=GONE), "floats": parts(rows=Tensor.float),
-        "past the end": parts(rows=set_one(10**6)), "negative": parts(rows=set_one(-1)),
+        "past the end": parts(rows=lambda t: t.index_fill(0, FIRST, 10**6)),
+        "negative": parts(rows=lambda t: t.index_fill(0, FIRST, -1)),
         "fewer": parts(rows=fewer), "one": parts(rows=torch.zeros_like),
     },
     SHARD: {
@@ -215,10 +208,16 @@ def all_bytes(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in files}
 
 
-def one_line(error: pytest.ExceptionInfo, *words: str) -> None:
+@contextmanager
+def refused(folder: Path, *words: str) -> Iterator[pytest.ExceptionInfo]:
+    """An InputError of one line that has these words; the folder stays as it is."""
+    before = all_bytes(folder)
+    with pytest.raises(InputError) as error:
+        yield error
     said = str(error.value)
-    assert "\n" not in said and len(said) < 600
+    assert "\n" not in said and len(said) < 600 and "weights_only" not in said
     assert [word for word in words if word not in said] == [], said
+    assert all_bytes(folder) == before and not Path("ran").exists()
 
 
 def every(cases: dict[str, dict[str, Change]]) -> pytest.MarkDecorator:
@@ -233,30 +232,21 @@ def test_a_file_that_is_not_as_written_is_named_and_left_alone(copied, name, wha
     opened(data)
     path = path_of(data, name)
     CASES[name][what](path)
-    before = all_bytes(data)
-    with pytest.raises(InputError) as error:
-        opened(data)
     said = {"flipped": "is not the file that prepare.py", "missing": "not there; run prepare"}
-    one_line(error, said.get(what, "") if name == TALKS else "")
+    with refused(data, said.get(what, "") if name == TALKS else "") as error:
+        opened(data)
     assert any(str(where) in str(error.value) for where in (path, data / "embeddings"))
-    assert all_bytes(data) == before
 
 
 def test_a_folder_as_prepared_is_opened_twice_and_verified_once(copied, monkeypatch):
-    data = copied("PRISM")
-    read: list[str] = []
-
-    def note(path: Path) -> str:
-        read.append(path.name)
-        return file_sha256(path)
-
-    monkeypatch.setattr(embeddings, "file_sha256", note)
-    first, second = opened(data), len(read)
+    data, hashed = copied("PRISM"), mock.Mock(side_effect=file_sha256)
+    monkeypatch.setattr(embeddings, "file_sha256", hashed)
+    store, first = opened(data).store, hashed.call_count
+    assert first == len(store.manifest["files"])
     opened(data)
-    shards = [name for name in read if name.startswith("embeddings-")]
-    assert len(shards) == len(first.store.manifest["files"]) - 2 and len(read) == second + 2
-    first.store.verify()
-    assert len([name for name in read if name.startswith("embeddings-")]) == 2 * len(shards)
+    assert hashed.call_count == first + 2  # the index and the head, and no shard
+    store.verify()
+    assert hashed.call_count == 2 * first + 2
 
 
 def test_a_bit_that_flips_under_the_same_time_is_found_by_verify(copied, tmp_path):
@@ -299,7 +289,7 @@ def flip_inside(path: Path) -> None:
 
 
 def another_step(step: str) -> Change:
-    """Another number in the file's name, and the same beside it."""
+    """The same beside it, named after another step."""
     return lambda path: shutil.copy(path, path.with_name(f"state.0.{step}.pt"))
 
 
@@ -346,12 +336,9 @@ def test_a_state_that_is_not_as_written_is_named_and_left_alone(
     folder = shutil.copytree(kept_states, tmp_path / "states")
     monkeypatch.chdir(tmp_path)
     STATES[what](folder / "state.0.20.pt")
-    before = all_bytes(folder)
     last = max(folder.iterdir(), key=lambda path: int(path.name.split(".")[2]))
-    with pytest.raises(InputError) as error:
+    with refused(folder, str(last), "remove it"):
         trained(folder)
-    one_line(error, str(last), "remove it")
-    assert all_bytes(folder) == before and not Path("ran").exists()
 
 
 def test_an_earlier_state_is_gone_on_from_and_other_files_are_none(kept_states, tmp_path):
@@ -394,11 +381,9 @@ def test_a_damaged_model_is_named_and_claims_no_folder(model, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     MODELS[name][what](folder / name)
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    with pytest.raises(InputError) as error:
+    with refused(tmp_path, str(folder)):
         embeddings.embed([talk], tmp_path / "out", model=str(folder), progress=False)
-    one_line(error, str(folder))
-    assert "weights_only" not in str(error.value)
-    assert not (tmp_path / "out").exists() and not Path("ran").exists()
+    assert not (tmp_path / "out").exists()
 
 
 # ------------------------------------------------------------------------------- Two at once
@@ -406,9 +391,9 @@ def test_a_damaged_model_is_named_and_claims_no_folder(model, tmp_path, monkeypa
 
 def test_whoever_comes_second_is_told_the_firsts_process(tmp_path):
     folder = tmp_path / "out"
-    with lock_folder(folder), pytest.raises(InputError) as error, lock_folder(folder):
+    said = f"{folder}: process {os.getpid()} "
+    with lock_folder(folder), refused(tmp_path, said), lock_folder(folder):
         pass
-    one_line(error, str(folder), f"process {os.getpid()} ")
     with lock_folder(folder, "1/2"), lock_folder(folder, "2/2"), lock_folder(folder):
         assert not folder.exists()
     assert not list(tmp_path.iterdir())
@@ -416,18 +401,19 @@ def test_whoever_comes_second_is_told_the_firsts_process(tmp_path):
 
 @pytest.mark.slow
 def test_two_runs_of_a_command_on_one_folder_do_not_mix(dataset, model, tmp_path):
-    prism, data = dataset("PRISM"), tmp_path / "data"
-    train = {"data": prism.data, "results": tmp_path, "name": "a", "ranks": 1, "iterations": 2}
-    for script, settings, folder in (
-        ("prepare", {"source": prism.source, "out": data}, data),
-        ("generate-prism-embeddings", {"data": data, "model": model, "progress": "false"},
-         data / "embeddings"),
-        ("train_basis", train, tmp_path / "PRISM" / "a"),
-    ):  # fmt: skip
+    data, hold = tmp_path / "data", {"results": tmp_path, "name": "a", "ranks": 1, "iterations": 2}
+    steps = {
+        "prepare": ({"source": dataset("PRISM").source, "out": data}, data),
+        "generate-prism-embeddings": (
+            {"data": data, "model": model, "progress": "false"}, data / "embeddings"
+        ),
+        "train_basis": ({"data": dataset("PRISM").data, **hold}, tmp_path / "PRISM" / "a"),
+    }  # fmt: skip
+    for script, (settings, folder) in steps.items():
         with lock_folder(folder):
-            refused = running.invoke(f"PRISM/{script}.py", settings)
-        assert refused.status == 2 and not folder.exists()
-        said = refused.err.strip().splitlines()[-1]
+            found = running.invoke(f"PRISM/{script}.py", settings)
+        assert found.status == 2 and not folder.exists()
+        said = found.err.strip().splitlines()[-1]
         assert said.startswith("error: ") and f"process {os.getpid()} works on it" in said
         if script == "prepare":  # which the next one needs
             assert running.invoke(f"PRISM/{script}.py", settings).status == 0

@@ -6,6 +6,7 @@ As a program it answers jobs, a line of JSON each, so that the imports are paid 
 import faulthandler
 import gc
 import json
+import math
 import os
 import random
 import signal
@@ -13,16 +14,17 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 import people
+import warm
 from lore.experiments import judging
 from lore.experiments import runner as experiments
 from lore.methods.mixed_logit import MixedLogit
@@ -42,46 +44,6 @@ WRITES = {"open", "write", "write_record", "write_end_of_file", "serialize_file"
           "replace", "unlink", "mkdir"}  # fmt: skip
 
 
-class Calls:
-    """Counts calls of functions, and of those that change files, while a function runs; ``kill`` is
-    "calls" or "writes", and at which one the process ends with SIGKILL."""
-
-    def __init__(self, kill: tuple[str, int] | None = None) -> None:
-        self.counts, self.kill = {"calls": 0, "writes": 0}, kill
-
-    def run(self, function: Callable[[], Any]) -> None:
-        """Call a function, and count."""
-        sys.setprofile(self._count)
-        try:
-            function()
-        finally:
-            sys.setprofile(None)
-
-    def _count(self, _: FrameType, event: str, function: Any) -> None:
-        if event not in ("call", "c_call"):
-            return
-        self.counts["calls"] += 1
-        self.counts["writes"] += event == "c_call" and function.__name__ in WRITES
-        if self.kill and self.counts[self.kill[0]] >= self.kill[1]:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def child(work: Callable[[], Any]) -> int:
-    """Do work in a forked process; its number."""
-    number = os.fork()
-    if number:
-        return number
-    status = 1
-    try:
-        work()
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(status)
-
-
 def status(number: int) -> int:
     """How a child ended: -9 by SIGKILL, -6 where it hung and had to say where it was."""
     until, ended = time.monotonic() + PATIENCE, (0, 0)
@@ -94,61 +56,62 @@ def status(number: int) -> int:
     return os.waitstatus_to_exitcode(ended[1])
 
 
-class Job:
+class Job(NamedTuple):
     """Runs of one case, in folders of their own: one undisturbed, the others killed and resumed."""
 
-    def __init__(self, case: str, processes: int, folder: str) -> None:
-        self.settings, self.processes = QUICK | CASES[case], processes
-        self.folder, self.meetings = Path(folder), 0
+    case: str
+    processes: int
+    folder: str
 
-    def _work(self, rank: int, name: str, meeting: Path, calls: Calls | None) -> None:
+    def be(self, name: str, rank: int, meeting: str, limit: tuple[str, float] | None) -> None:
+        """A process of a run, which ends with SIGKILL at so many "calls", or calls that write; with
+        a limit it notes how many there were."""
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(self.processes)}
         if self.processes > 1:
             where = {"init_method": f"file://{meeting}", "rank": rank}
             dist.init_process_group("gloo", world_size=self.processes, **where)
-        fit = partial(people.fit, PEOPLE, self.folder / name, **self.settings)
-        if calls is None:
-            fit()
-            return
-        calls.run(fit)
-        (self.folder / f"counts-{rank}").write_text(json.dumps(calls.counts))
+        counts = {"calls": 0, "writes": 0}
 
-    def start(self, name: str, calls: Sequence[Calls | None]) -> list[int]:
-        """Start a run; what counts the calls of each process, if anything does."""
-        self.meetings += 1
-        meeting = self.folder / f"meeting-{self.meetings}"
-        works = [partial(self._work, r, name, meeting, some) for r, some in enumerate(calls)]
-        return [child(work) for work in works]
+        def count(_: FrameType, event: str, function: Any) -> None:
+            if event in ("call", "c_call"):
+                counts["calls"] += 1
+                counts["writes"] += event == "c_call" and function.__name__ in WRITES
+                if counts[limit[0]] >= limit[1]:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
-    def finish(self, name: str, counted: bool = False) -> None:
-        """A run to its end."""
-        calls = [Calls() if counted else None for _ in range(self.processes)]
-        ends = [status(number) for number in self.start(name, calls)]
-        assert ends == [0] * self.processes, (name, ends)
+        sys.setprofile(limit and count)
+        try:
+            people.fit(PEOPLE, Path(self.folder, name), **QUICK | CASES[self.case])
+        finally:
+            sys.setprofile(None)
+        if limit:
+            Path(self.folder, f"counts-{rank}").write_text(json.dumps(counts))
 
-    def killed(self, name: str, rank: int, what: str, moment: int) -> None:
-        """A run of which one process is killed, and at once the others, as torchrun does."""
-        calls: list[Calls | None] = [None] * self.processes
-        calls[rank] = Calls((what, moment))
-        children = self.start(name, calls)
-        end = status(children.pop(rank))
-        for other in children:
-            os.kill(other, signal.SIGKILL)
-            status(other)
-        assert end == -signal.SIGKILL, (name, end)
+    def run(self, name: str, limits: Mapping[int, tuple[str, float]]) -> None:
+        """A run; when a process is killed at its limit the others are at once, as by torchrun."""
+        meeting, ranks = tempfile.mktemp(dir=self.folder), range(self.processes)
+        ranks = sorted(ranks, key=lambda rank: rank not in limits)
+        works = [partial(self.be, name, rank, meeting, limits.get(rank)) for rank in ranks]
+        children, ends = [warm.fork(work) for work in works], []
+        is_killed = any(at < math.inf for _, at in limits.values())
+        for number in children:
+            if ends and is_killed:
+                os.kill(number, signal.SIGKILL)
+            ends.append(status(number))
+        assert ends[0] == -signal.SIGKILL if is_killed else not any(ends), (name, ends)
 
     def answer(self) -> list[str]:
         """Do all; the moments."""
-        self.finish("whole", counted=True)
-        files = [self.folder / f"counts-{rank}" for rank in range(self.processes)]
+        self.run("whole", dict.fromkeys(range(self.processes), ("calls", math.inf)))
+        files = [Path(self.folder, f"counts-{rank}") for rank in range(self.processes)]
         counts = [json.loads(file.read_text()) for file in files]
         draw, moments = random.Random(17), []
         for number in range(MOMENTS):
             rank, what = draw.randrange(self.processes), ("calls", "writes")[number % 2]
             place = 0.99 * (number + draw.random()) / MOMENTS  # early, late and between
             moment = 1 + int(place * counts[rank][what])
-            self.killed(f"{number}", rank, what, moment)
-            self.finish(f"{number}")
+            self.run(f"{number}", {rank: (what, moment)})
+            self.run(f"{number}", {})
             moments.append(f"process {rank}, {what} {moment} of {counts[rank][what]}")
         return moments
 

@@ -102,13 +102,11 @@ def keep(line: socket.socket) -> None:
     os.chdir(asked["cwd"])
     os.environ.clear()
     os.environ |= asked["env"]
-    together = {}
-    if asked["number"] > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        together = {"WORLD_SIZE": asked["number"], "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [together and together | {"RANK": i, "LOCAL_RANK": i} for i in range(asked["number"])]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    together = {"WORLD_SIZE": asked["number"], "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [together | {"RANK": i, "LOCAL_RANK": i} for i in range(asked["number"])]
     children = {fork(lambda rank=rank: be(asked["words"], rank)) for rank in ranks}
     statuses = []
     while children:

@@ -36,12 +36,15 @@ TURNS = ("first", "second", "third", "fourth")
 class _World:
     """Random texts, and what tastes make of them."""
 
-    def __init__(self, seed: int, tastes: int = 2) -> None:
+    def __init__(self, seed: int = 0, tastes: int = 2) -> None:
         self.rng = np.random.default_rng(seed)
         self.values = self.rng.standard_normal((tastes, len(WORDS)))
 
     def text(self, words: int = 6) -> str:
         return " ".join(self.rng.choice(WORDS, words))
+
+    def question(self) -> str:
+        return f"what of {self.text(3)}?"
 
     def texts(self, count: int) -> list[str]:
         """Distinct texts."""
@@ -57,33 +60,30 @@ class _World:
         return int(np.argmax([self.score(taste, text) for text in texts]))
 
 
-def personalllm(folder: Path, *, train: int = 24, test: int = 8, seed: int = 0) -> Path:
+def personalllm(folder: Path, *, train: int = 24, test: int = 8) -> Path:
     """PersonalLLM: prompts with eight responses, each with ten scores (train and test.parquet)."""
-    world = _World(seed, len(SCORERS))
+    world = _World(tastes=len(SCORERS))
     for split, prompts in {"train": train, "test": test}.items():
         rows = []
         for number in range(prompts):
-            row: dict[str, Any] = {"prompt": f"{split} {number}: what of {world.text(3)}?"}
+            rows.append({"prompt": f"{split} {number}: {world.question()}"})
             for i, response in enumerate(world.texts(8), start=1):
-                row[f"response_{i}"] = response
-                for taste, scorer in enumerate(SCORERS):
-                    row[f"response_{i}_{scorer}"] = world.score(taste, response)
-            rows.append(row)
+                scores = {f"response_{i}_{name}": world.score(taste, response)
+                          for taste, name in enumerate(SCORERS)}  # fmt: skip
+                rows[-1] |= {f"response_{i}": response, **scores}
         write(folder / f"{split}.parquet", rows)
     return folder
 
 
-def tldr(
-    folder: Path, *, workers: int = 6, annotations: int = 30, posts: int = 12, seed: int = 0
-) -> Path:
+def tldr(folder: Path, *, workers: int = 6, annotations: int = 30) -> Path:
     """Reddit TLDR: train and validation.jsonl.gz, ``annotations`` of each worker in either."""
-    world = _World(seed)
-    texts = [f"post {number} on {world.text(4)}" for number in range(posts)]
+    world = _World()
+    texts = [f"post {number} on {world.text(4)}" for number in range(12)]
     summaries = [world.texts(6) for _ in texts]
     for split, name in {"train": "train", "validation": "valid2"}.items():
         rows = []
         for number in range(workers * annotations):
-            worker, post = number % workers, int(world.rng.integers(posts))
+            worker, post = number % workers, int(world.rng.integers(len(texts)))
             pair = list(map(str, world.rng.permutation(summaries[post])[:2]))
             rows.append({
                 "info": {"id": f"t3_{post}", "post": texts[post], "title": f"title {post}",
@@ -96,16 +96,14 @@ def tldr(
     return folder
 
 
-def prism(
-    folder: Path, *, users: int = 8, dialogues: int = 6, turns: int = 3, seed: int = 0
-) -> Path:
+def prism(folder: Path, *, users: int = 8, dialogues: int = 6) -> Path:
     """PRISM: survey and conversations.jsonl; user i has dialogues + i % 3 dialogues."""
-    world, survey, conversations = _World(seed), [], []
+    world, survey, conversations = _World(), [], []
     for user in range(users):
         count, name = dialogues + user % 3, f"user{user}"
         survey.append({"user_id": name, "num_completed_conversations": count, "age": "25-34"})
         for _ in range(count):
-            history = _prism_history(world, user % 2, int(world.rng.integers(1, turns + 1)))
+            history = _prism_history(world, user % 2, int(world.rng.integers(1, 4)))
             conversations.append({
                 "conversation_id": f"c{len(conversations)}", "user_id": name,
                 "conversation_type": "unguided", "opening_prompt": history[0]["content"],
@@ -120,7 +118,7 @@ def prism(
 def _prism_history(world: _World, taste: int, turns: int) -> list[dict[str, Any]]:
     history: list[dict[str, Any]] = []
     for turn in range(turns):
-        history.append({"turn": turn, "role": "user", "content": f"what of {world.text(3)}?"})
+        history.append({"turn": turn, "role": "user", "content": world.question()})
         responses = world.texts(2 if turn else 4)
         best = world.best(taste, responses)
         for i, response in enumerate(responses):
@@ -131,18 +129,16 @@ def _prism_history(world: _World, taste: int, turns: int) -> list[dict[str, Any]
 
 
 def community(
-    folder: Path, *, annotators: int = 6, conversations: int = 12,
-    languages: Sequence[str] = ("en", "fr"), seed: int = 0,
-) -> Path:  # fmt: skip
+    folder: Path, *, annotators: int = 6, conversations: int = 12, languages: str = "en fr"
+) -> Path:
     """Community Alignment: train.parquet, one to four turns, ``annotators`` for each language.
 
     Every third conversation opens with one of four prompts of its language, whose candidates are
     the same for everybody; annotator i has conversations + i % 3 of them.
     """
-    world = _World(seed)
-    rows = []
-    for language in languages:
-        shared = [(f"{language} what of {world.text(3)}?", world.texts(4)) for _ in range(4)]
+    world, rows = _World(), []
+    for language in languages.split():
+        shared = [(f"{language} {world.question()}", world.texts(4)) for _ in range(4)]
         for annotator in range(annotators):
             for number in range(conversations + annotator % 3):
                 opening = None if number % 3 else shared[number % 4]
@@ -158,14 +154,12 @@ def _community_turns(
 ) -> dict[str, Any]:
     count, row = int(world.rng.integers(1, 5)), {}
     for number, turn in enumerate(TURNS):
-        ask, answers = f"what of {world.text(3)}?", world.texts(4)
-        if number == 0 and opening:
-            ask, answers = opening
+        drawn = world.question(), world.texts(4)
+        ask, answers = opening if opening and number == 0 else drawn
         cells = [ask, *answers, f"response_{'abcd'[world.best(taste, answers)]}", "it is better"]
         names = ["prompt", *(f"response_{x}" for x in "abcd"), "preferred_response", "feedback"]
-        empty = ["EMPTY STRING"] * len(names)
-        filled = zip(names, cells if number < count else empty, strict=True)
-        row |= {f"{turn}_turn_{name}": cell for name, cell in filled}
+        for name, cell in zip(names, cells, strict=True):
+            row[f"{turn}_turn_{name}"] = cell if number < count else "EMPTY STRING"
     about = ("age", "gender", "education_level", "political", "ethnicity", "country")
     row |= {f"annotator_{name}": "EMPTY STRING" for name in about}
     flags = {"in_balanced_subset": False, "in_balanced_subset_10": False}
@@ -178,17 +172,16 @@ def rewardbench(folder: Path, *, users: int = 6, comparisons: int = 9, seed: int
 
     User i has comparisons + i % 3 rows. A dialogue of two turns gives every third row.
     """
-    world, files = _World(seed), ("train", "validation", "test")
-    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in files}
+    world, rows = _World(seed), {"train": [], "validation": [], "test": []}
     for user in range(users):
         for number in range(comparisons + user % 3):
-            context = [{"content": f"what of {world.text(3)}?", "role": "user"}]
+            context = [{"content": world.question(), "role": "user"}]
             if number % 3 == 2:
                 context += [{"content": world.text(), "role": "model"},
                             {"content": f"and of {world.text(3)}?", "role": "user"}]  # fmt: skip
             pair = world.texts(2)
             best = world.best(user % 2, pair)
-            rows[files[user % 3]].append({
+            rows[list(rows)[user % 3]].append({
                 "conversation_id": f"c{user}.{number}", "user_id": f"user{user}",
                 "context": context, "chosen": {"content": pair[best], "role": "model"},
                 "rejected": {"content": pair[1 - best], "role": "model"},
@@ -210,12 +203,11 @@ def own_rows(users: int = 6, count: int = 12, winner: bool = False) -> list[dict
         pair = [f"answer {number}", f"a longer answer {number}"]
         for user in range(users):
             best = int(rng.random() >= (0.2 if user % 2 else 0.8))
-            row = {"user": f"u{user}", "prompt": f"prompt {number % 5}"}
+            rows.append({"user": f"u{user}", "prompt": f"prompt {number % 5}"})
             if winner:
-                row |= {"response_a": pair[0], "response_b": pair[1], "preferred": "ab"[best]}
+                rows[-1] |= dict(response_a=pair[0], response_b=pair[1], preferred="ab"[best])
             else:
-                row |= {"chosen": pair[best], "rejected": pair[1 - best]}
-            rows.append(row)
+                rows[-1] |= dict(chosen=pair[best], rejected=pair[1 - best])
     return rows
 
 
@@ -230,7 +222,7 @@ SMALL = {
     "PersonalLLM": (personalllm, {"train": 3, "test": 1}),
     "RedditTLDR": (tldr, {"workers": 2, "annotations": 2}),
     "PRISM": (prism, {"users": 3, "dialogues": 2}),
-    "CommunityAlignment": (community, {"annotators": 2, "conversations": 3, "languages": ("en",)}),
+    "CommunityAlignment": (community, {"annotators": 2, "conversations": 3, "languages": "en"}),
     "PersonalRewardBench": (rewardbench, {"users": 3, "comparisons": 3}),
     "OwnData": (own, {"users": 2, "count": 2}),
     "OwnData votes": (own, {"users": 2, "count": 2, "winner": True}),
@@ -269,11 +261,6 @@ def edit(path: Path, change: Callable[[list[dict[str, Any]]], Any]) -> None:
     rows = read(path)
     change(rows)
     write(path, rows)
-
-
-def shuffle(path: Path, seed: int = 0) -> None:
-    """Put a raw table's rows in another order."""
-    edit(path, random.Random(seed).shuffle)
 
 
 def script(name: str) -> ModuleType:

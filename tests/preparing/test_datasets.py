@@ -122,7 +122,7 @@ WORLD_SAYS = {  # messages in the longest conversation, whether all are seen, an
 @pytest.mark.parametrize(
     ("name", "size", "settings"),
     [*((name, {}, {}) for name in ("RedditTLDR", "PRISM", "PersonalRewardBench")),
-     *(("CommunityAlignment", {"languages": ("en", "fr", "hi")}, {"language": language})
+     *(("CommunityAlignment", {"languages": "en fr hi"}, {"language": language})
        for language in ("en", "fr"))],
 )  # fmt: skip
 def test_comparisons_are_those_of_a_plain_loop(tmp_path, name, size, settings):
