@@ -7,7 +7,6 @@
 import ast
 import functools
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,15 +15,10 @@ import utils
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
-    ["lore", "lore.common"],
-    ["lore.preparing", "lore.embeddings", "lore.learning"],
-    ["utils"],
-    ["lore.methods"],
-    ["lore.elicitation"],
-    ["lore.experiments"],
-    ["tools", "benchmarks", "datasets"],
-]
-FLOOR = {wing: number for number, wings in enumerate(FLOORS) for wing in wings}
+    "lore lore.common", "lore.preparing lore.embeddings lore.learning", "utils", "lore.methods",
+    "lore.elicitation", "lore.experiments", "tools benchmarks datasets",
+]  # fmt: skip
+FLOOR = {wing: number for number, wings in enumerate(FLOORS) for wing in wings.split()}
 DATASETS = {path.parent.name for path in ROOT.glob("*/prepare.py")}
 TOP = DATASETS | {
     "utils.py", "requirements.txt", "requirements-dev.txt", "README.md", "LICENSE",
@@ -43,16 +37,11 @@ PUBLISHED = [
 ]  # fmt: skip
 
 
-def _modules() -> dict[str, Path]:
-    """Every module of the product by the name that it is imported by."""
-    found = [ROOT / "utils.py", *ROOT.glob("lore/**/*.py")]
-    for folder in (*DATASETS, "tools", "benchmarks"):
-        found += ROOT.glob(f"{folder}/*.py")
-    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in found]
-    return {name.removesuffix(".__init__"): path for name, path in zip(names, found, strict=True)}
-
-
-MODULES = _modules()
+# Every module of the product by the name that it is imported by
+FILES = [ROOT / "utils.py", *ROOT.glob("lore/**/*.py")]
+FILES += [path for name in (*DATASETS, "tools", "benchmarks") for path in ROOT.glob(f"{name}/*.py")]
+MODULES = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in FILES}
+MODULES = {name.removesuffix(".__init__"): path for name, path in MODULES.items()}
 
 
 def wing_of(module: str) -> str:
@@ -62,24 +51,14 @@ def wing_of(module: str) -> str:
     return "datasets" if wing in DATASETS else wing
 
 
-def statements(tree: ast.AST) -> Iterator[ast.AST]:
-    """Imports anywhere in a module, but for those that only a type checker reads."""
-    for node in ast.iter_child_nodes(tree):
-        hint = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            yield node
-        elif not hint:
-            yield from statements(node)
-
-
 @functools.cache
 def imported(module: str) -> set[str]:
     """The product's modules that a module imports, anywhere in it."""
     names: set[str] = set()
-    for node in statements(ast.parse(MODULES[module].read_text())):
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif node.level == 0 and node.module:
+        elif isinstance(node, ast.ImportFrom):
             names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
     folder = module.rpartition(".")[0]  # scripts import what stands beside them
     beside = {f"{folder}.{name}" for name in names} if not module.startswith("lore") else set()
@@ -90,13 +69,9 @@ def imported(module: str) -> set[str]:
 
 
 def test_every_import_runs_down_the_wings() -> None:
-    up = [
-        f"{module} imports {other}"
-        for module in MODULES
-        for other in imported(module)
-        if wing_of(module) != wing_of(other) and FLOOR[wing_of(other)] >= FLOOR[wing_of(module)]
-    ]
-    assert not up
+    pairs = [(module, other) for module in MODULES for other in imported(module)]
+    wings = {pair: tuple(map(wing_of, pair)) for pair in pairs}
+    assert not [p for p, (a, b) in wings.items() if a != b and FLOOR[b] >= FLOOR[a]]
 
 
 def test_no_script_imports_another_datasets() -> None:
@@ -113,11 +88,8 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     assert not left, f"a circle among {sorted(left)}"
 
 
-def test_every_wing_is_known() -> None:
+def test_every_wing_is_known_and_no_module_is_long() -> None:
     assert {wing_of(module) for module in MODULES} == FLOOR.keys()
-
-
-def test_no_module_is_long() -> None:
     lines = {m: len(path.read_text().splitlines()) for m, path in MODULES.items()}
     assert {m: n for m, n in lines.items() if n > LONGEST} == {}
 

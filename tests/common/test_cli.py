@@ -47,22 +47,11 @@ def call(monkeypatch, capsys) -> Call:
 
 @dataclass(frozen=True)
 class Lore:
-    """Settings of a method.
-
-    Args:
-        ranks: Ranks.
-        iterations: Steps.
-        select_rank: Choose.
-    """
+    """Settings of a method."""
 
     ranks: tuple[int, ...] = (5,)
     iterations: int = 1000
     select_rank: bool = False
-
-
-GIVEN = Lore((2, 3))
-DEFAULTS = {"lore": GIVEN, "alpha": (0.0,), "users": (), "few_shot": 9, "learning_rate": 0.1,
-            "embed": True, "silent": False, "name": None}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -102,17 +91,17 @@ def test_flags_become_arguments_or_are_refused_by_name(call, tmp_path, monkeypat
     def main(
         alpha: tuple[float, ...] = (0.0,), users: tuple[str, ...] = (), few_shot: int = 9,
         learning_rate: float = 0.1, embed: bool = True, silent: bool = False,
-        name: str | None = None, lore: Lore = GIVEN,
+        name: str | None = None, lore: Lore = Lore((2, 3)),  # noqa: B008
     ) -> None:  # fmt: skip
         """Nothing."""
-        given.update(locals())
+        given.update({name: value for name, value in locals().items() if name != "given"})
 
     status, err = call(main, line, "lore")
     if isinstance(expected, str):
         assert status == 2 and expected in err and not given
     else:
         assert status == 0, err
-        assert {name: given[name] for name in DEFAULTS} == {**DEFAULTS, **expected}
+        assert given == {**dict(zip(given, main.__defaults__, strict=True)), **expected}
         assert {type(x) for x in given["alpha"]} == {float}
 
 
@@ -125,9 +114,8 @@ def test_quiet_leaves_warnings_and_results(call, monkeypatch, line, progress, sa
     results = []
 
     def main(progress: bool = True) -> None:
-        """Say much."""
-        for name in ("lore.learning.training", "httpx"):
-            logging.getLogger(name).info("a step")
+        logging.getLogger("lore.learning.training").info("a step")
+        logging.getLogger("httpx").info("a step")
         logging.getLogger("httpx").warning("a warning")
         results.append(progress)
 
@@ -145,7 +133,6 @@ def fails(error: BaseException) -> Callable[[], None]:
     """A script that ends with an error."""
 
     def main() -> None:
-        """Nothing."""
         raise error
 
     return main
@@ -177,7 +164,7 @@ def test_a_mistake_of_ours_keeps_its_traceback(call, error):
 
 def test_a_draft_does_not_outlive_a_stopped_command(tmp_path):
     def write(draft: Path) -> None:
-        draft.write_text("half", encoding="utf-8")
+        draft.touch()
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -209,26 +196,19 @@ TRAIN = "PRISM/train_basis.py"
 OTHERS = [name for name in METHODS if name != "lore"]
 
 
-def test_help_is_a_screen_of_the_scripts_and_lores_own_flags(monkeypatch):
+def test_help_is_a_screen_of_lores_own_flags_and_that_of_a_method_has_its_settings(monkeypatch):
     monkeypatch.setenv("COLUMNS", "110")
-    text = running.invoke(TRAIN, {}, "--help").out
-    flags = set(re.findall(r"(?m)^  (--[\w.-]+)", text))
-    assert {"--data", "--seeds", "--methods", "--ranks", "--alpha", "--optimizer"} < flags
-    assert not [flag for flag in flags if "." in flag]
+    text, flags = running.invoke(TRAIN, {}, "--help").out, re.compile(r"(?m)^  (--[\w.-]+)")
+    found = set(flags.findall(text))
+    assert {"--data", "--seeds", "--methods", "--ranks", "--alpha", "--optimizer"} < found
+    assert not [flag for flag in found if "." in flag]
     assert text.count("\n") < 60 and max(map(len, text.splitlines())) <= 110
     assert f"--help {'|'.join(OTHERS)}\n" in text
     assert "--ranks 0 1 5 10 15 20 25 50" in text and "--trials" not in text
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_help_of_a_method_has_its_settings_alone(name):
-    text = running.invoke(TRAIN, {}, "--help", name.replace("_", "-")).out
-    flags = re.findall(r"(?m)^  (--[\w.-]+)", text)
-    expected = [f"--{name}.{field.name}".replace("_", "-") for field in fields(METHODS[name])]
-    assert sorted(flags) == sorted(expected)
-
-
-def test_help_of_what_is_no_method_is_refused():
+    for name in OTHERS:
+        found = flags.findall(running.invoke(TRAIN, {}, "--help", name.replace("_", "-")).out)
+        expected = [f"--{name}.{field.name}".replace("_", "-") for field in fields(METHODS[name])]
+        assert sorted(found) == sorted(expected)
     outcome = running.invoke(TRAIN, {}, "--help", "palm")
     assert outcome.status == 2 and outcome.err.startswith("error: --help palm: there ")
     assert "pal|vpl" in outcome.err and outcome.err.count("\n") == 1
@@ -251,7 +231,6 @@ def test_help_imports_nothing_heavy(tmp_path, monkeypatch):
 @pytest.mark.parametrize("line", ["", "--help"])
 def test_a_closed_pipe_ends_without_a_word(call, monkeypatch, line):
     def main() -> None:
-        """Print much."""
         print("x\n" * 100_000)
 
     read, write = os.pipe()

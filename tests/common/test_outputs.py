@@ -9,45 +9,40 @@ import worlds
 from lore.common.files import InputError, begins, check_output, has_keys
 
 
-def prepare(source: Path, out: Path) -> running.Outcome:
-    return running.invoke("OwnData/prepare.py", {"source": source, "out": out, "embed": "false"})
-
-
-def test_a_source_is_not_replaced_by_what_is_made_of_it(tmp_path: Path) -> None:
-    source = tmp_path / "mine" / "comparisons.parquet"
-    worlds.write(source, worlds.own_rows())
-    before = source.read_bytes()
-    outcome = prepare(source, source.parent)
-    assert outcome.status == 2 and "is what is to be read" in outcome.err, outcome.err
-    assert source.read_bytes() == before and list(source.parent.iterdir()) == [source]
+def prepare(source: Path, out: Path, refused: str = "") -> None:
+    """OwnData's prepare.py ends well, or is refused with nothing written."""
+    before = [(path, path.read_bytes()) for path in out.glob("*")]
+    given = {"source": source, "out": out, "embed": "false"}
+    outcome = running.invoke("OwnData/prepare.py", given)
+    assert outcome.status == (2 if refused else 0) and refused in outcome.err, outcome.err
+    assert not refused or [(path, path.read_bytes()) for path in out.glob("*")] == before
 
 
 def test_only_what_the_project_wrote_is_written_again(tmp_path: Path) -> None:
+    theirs = tmp_path / "mine" / "comparisons.parquet"
+    worlds.write(theirs, worlds.own_rows())
+    prepare(theirs, theirs.parent, refused="is what is to be read")
     source, out = worlds.own(tmp_path) / "mine.jsonl", tmp_path / "out"
-    theirs = out / "conversations.parquet"
-    worlds.write(theirs, [{"anything": 1}])
-    before = theirs.read_bytes()
-    outcome = prepare(source, out)
-    assert outcome.status == 2 and "conversations.parquet" in outcome.err, outcome.err
-    assert theirs.read_bytes() == before
-    theirs.unlink()
+    worlds.write(out / "conversations.parquet", [{"anything": 1}])
+    prepare(source, out, refused="conversations.parquet")
+    (out / "conversations.parquet").unlink()
     for killed in (False, False, True, False):
         if killed:
             (out / "prepare.json").unlink()
-        assert prepare(source, out).status == 0
+        prepare(source, out)
 
 
-@pytest.mark.parametrize("text", ['{"other": 1}', "[1, 2]", "no JSON", ""])
-def test_a_file_without_our_keys_is_not_ours(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "profile.json"
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(InputError, match=r"--profile .*profile.json: is there and not what"):
-        check_output(path, "--profile", has_keys("user", "weights"))
+def test_a_file_without_our_keys_is_not_ours(tmp_path: Path) -> None:
+    path, is_ours = tmp_path / "profile.json", has_keys("user", "weights")
+    for text in ('{"other": 1}', "[1, 2]", "no JSON", "null", ""):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(InputError, match=r"--profile .*profile.json: is there and not what"):
+            check_output(path, "--profile", is_ours)
     path.write_text('{"user": "ann", "weights": []}', encoding="utf-8")
-    check_output(path, "--profile", has_keys("user", "weights"))
+    check_output(path, "--profile", is_ours)
     with pytest.raises(InputError, match="is what is to be read"):
-        check_output(path, "--profile", has_keys("user", "weights"), [None, path])
-    check_output(tmp_path / "new.json", "--profile", has_keys("user"))
+        check_output(path, "--profile", is_ours, [None, path])
+    check_output(tmp_path / "new.json", "--profile", is_ours)
 
 
 def test_a_place_that_takes_no_file_is_refused_before_the_work(tmp_path: Path) -> None:

@@ -75,12 +75,8 @@ REFUSED = {
     "tools/ukpconvarg.py": "--min-judgments 0 | --seed x",
     "tools/report.py": "--ranks -1 | --ranks 2 2",
 }
-CASES = [
-    (script, words.strip())
-    for script, lines in REFUSED.items()
-    for line in lines.strip().splitlines()
-    for words in line.split("|")
-]
+CASES = [(script, words.strip()) for script, lines in REFUSED.items()
+         for line in lines.strip().splitlines() for words in line.split("|")]  # fmt: skip
 
 
 @pytest.mark.slow
@@ -96,15 +92,12 @@ def test_a_senseless_value_is_refused_by_its_flag(tmp_path, monkeypatch, script,
 @functools.cache
 def flags_of(script: str) -> Flags:
     """The flags that a script takes."""
-    made = []
-
-    def remember(flags: Flags, *_: object) -> None:
-        made.append(flags)
-        raise Parsed
-
-    with mock.patch.object(Flags, "read", remember), pytest.raises(Parsed):
+    with (
+        mock.patch.object(Flags, "read", autospec=True, side_effect=Parsed) as read,
+        pytest.raises(Parsed),
+    ):
         running.invoke(script, {})
-    return made[0]
+    return read.call_args.args[0]
 
 
 def numbers(hint: object) -> set[type]:
@@ -116,10 +109,10 @@ def numbers(hint: object) -> set[type]:
 
 def filled(hint: object, value: str) -> str:
     """A value of a flag in the form that its type has, each number being the value."""
-    parts = [part for part in typing.get_args(hint) if part is not Ellipsis]
-    if typing.get_origin(hint) is tuple:
-        return f"[{','.join(filled(part, value) for part in parts)}]"
-    return value
+    if typing.get_origin(hint) is not tuple:
+        return value
+    parts = (filled(part, value) for part in typing.get_args(hint) if part is not Ellipsis)
+    return f"[{','.join(parts)}]"
 
 
 @pytest.mark.slow
@@ -152,8 +145,8 @@ def test_help_explains_each_flag_and_says_what_a_number_may_be(script):
 
 
 def test_values_are_pythons_own():
-    words = ["--ranks", "1", "2", "--alpha", "1e3", "--seeds", "4", "--checkpoint-every", "7"]
-    read = flags_of(TRAIN).read([*words, "--name", "x", "--rbd.strengths", "[[1,2]]"])
+    words = "--ranks 1 2 --alpha 1e3 --seeds 4 --name x --rbd.strengths [[1,2]]"
+    read = flags_of(TRAIN).read([*words.split(), "--checkpoint-every", "7"])
     values = [*read["lore"].ranks, *read["seeds"], read["checkpoint_every"], *read["lore"].alpha]
     values += [read["name"], *read["rbd"].strengths[0]]
     assert values == [1, 2, 4, 7, 1e3, "x", 1.0, 2.0]
@@ -180,8 +173,8 @@ def test_flags_are_not_abbreviated(words):
 
 
 def test_several_groups_flags_may_go_without_their_names():
-    words = ["--basis", "b", "--choices", "c", "--candidates", "d", "--chosen", "x", "--model", "m"]
-    read = flags_of("tools/rank_responses.py").read(words)
+    words = "--basis b --choices c --candidates d --chosen x --model m"
+    read = flags_of("tools/rank_responses.py").read(words.split())
     assert read["columns"].chosen == "x" and read["lm"] == ModelChoice("m")
     shown = running.invoke("tools/rank_responses.py", {}, "--help").out
     assert " --chosen " in shown and " --any-model " in shown and "--lm." not in shown
@@ -203,16 +196,13 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("text", CONFIGS)
-def test_a_config_file_is_held_to_the_same(tmp_path, text):
-    (tmp_path / "c.yaml").write_text(text)
-    assert_refused(running.invoke(TRAIN, {"config": tmp_path / "c.yaml"}), CONFIGS[text])
-
-
-def test_a_config_file_that_is_none_is_refused(tmp_path):
+def test_a_config_file_is_held_to_the_same(tmp_path):
+    for number, text in enumerate(CONFIGS):
+        (tmp_path / f"{number}").write_text(text)
     (tmp_path / "bytes").write_bytes(bytes(range(256)))
-    for file, said in {"bytes": "YAML", "nothing": "No such file", ".": "Is a directory"}.items():
-        assert_refused(running.invoke(TRAIN, {"config": tmp_path / file}), "--config", said)
+    others = {"bytes": "YAML", "nothing": "No such file", ".": "Is a directory"}
+    for file, said in (dict(enumerate(CONFIGS.values())) | others).items():
+        assert_refused(running.invoke(TRAIN, {"config": tmp_path / f"{file}"}), said)
 
 
 def test_what_the_documents_say_of_torchrun_is_a_command():
@@ -263,30 +253,22 @@ CALLS = [
 ]
 GIVEN = [  # words of a command line, or what stands in a config file
     *([f"--optimizer={json.dumps(call)}"] for call in CALLS),
-    ["--optimizer", "os.system", "--optimizer.command", TOUCH],
-    ["--optimizer", "subprocess.Popen"],
-    ["--optimizer", "trap.Trap", "--optimizer.lr", "0.1"],
-    ["--optimizer.help", "trap.Trap"],
-    ["--lore", "trap.Trap"],
-    ['--lore={"class_path": "trap.Trap"}'],
-    ["--mlp", "trap.Trap"],
+    ["--optimizer", "os.system", "--optimizer.command", TOUCH], ["--optimizer", "subprocess.Popen"],
+    ["--optimizer", "trap.Trap", "--optimizer.lr", "0.1"], ["--optimizer.help", "trap.Trap"],
+    ["--lore", "trap.Trap"], ['--lore={"class_path": "trap.Trap"}'], ["--mlp", "trap.Trap"],
     *(json.dumps({"lore": {"optimizer": call}}) for call in CALLS),  # JSON is YAML
-    "lore: {optimizer: trap.Trap}",
-    "lore: {class_path: trap.Trap}",
-    "lore: trap.Trap",
+    "lore: {optimizer: trap.Trap}", "lore: {class_path: trap.Trap}", "lore: trap.Trap",
     "pal: {class_path: trap.Trap, init_args: {}}",
     json.dumps({"seeds": CALLS[2], "checkpoint_every": CALLS[2]}),
     f"name: !!python/object/apply:os.system ['{TOUCH}']",
-    "name: !!python/object/new:trap.Trap []",
+    "name: !!python/object/new:trap.Trap []", "name: !!python/module:trap",
     "lore: {optimizer: !!python/name:trap.Trap }",
-    "name: !!python/module:trap",
-]
+]  # fmt: skip
 
 
 @pytest.fixture
-def trap(dataset, tmp_path, monkeypatch) -> Iterator[Path]:
-    """A folder with a module that leaves a trace when it is imported; and data to train on."""
-    dataset("PRISM")
+def trap(tmp_path, monkeypatch) -> Iterator[Path]:
+    """A folder with a module that leaves a trace when it is imported."""
     (tmp_path / "trap.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -295,12 +277,11 @@ def trap(dataset, tmp_path, monkeypatch) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("given", GIVEN, ids=str)
-def test_nothing_that_is_given_is_run_or_imported(trap, dataset, given):
+def test_nothing_that_is_given_is_run_or_imported(dataset, trap, given):
     (trap / "config.yaml").write_text(given if isinstance(given, str) else "")
     words = given if isinstance(given, list) else []
-    where = {"data": dataset("PRISM").data, "results": trap / "results", "ranks": 2}
-    quick = {"iterations": 2, "few_shot_iterations": 2, "progress": "false"}
-    outcome = running.invoke(TRAIN, where | quick, *words, "--config", "config.yaml")
+    where = {"data": dataset("PRISM").data, "results": trap / "results", "config": "config.yaml"}
+    outcome = running.invoke(TRAIN, {**where, "ranks": 2, "iterations": 2}, *words)
     assert not (trap / "ran").exists() and "trap" not in sys.modules
     assert_refused(outcome)
     assert not (trap / "results").exists()

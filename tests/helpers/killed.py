@@ -85,7 +85,8 @@ class Job(NamedTuple):
         finally:
             sys.setprofile(None)
         if limit:
-            Path(self.folder, f"counts-{rank}").write_text(json.dumps(counts))
+            path = Path(self.folder, f"counts-{rank}")
+            path.write_text(json.dumps(counts), encoding="utf-8")
 
     def run(self, name: str, limits: Mapping[int, tuple[str, float]]) -> None:
         """A run; when a process is killed at its limit the others are at once, as by torchrun."""
