@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.common.cli import cli
 from lore.common.files import begins, check_output, require, write_whole
 from lore.elicitation.choices import read_candidates
-from lore.elicitation.scoring import load_scorer
+from lore.elicitation.scoring import Scorer
 from lore.elicitation.user import ranking
 from lore.embeddings.reward_model import OF_BASIS, ModelChoice
 from lore.methods.saved import load_learned
@@ -58,7 +58,7 @@ def main(
         head = "user,line,prompt,place" if out.suffix == ".csv" else '{"user":'
         check_output(out, "--out", begins(head), [basis, texts])
     drafts = read_candidates(texts, columns)
-    scorer = load_scorer(learned, basis, lm=lm, **loading)
+    scorer = Scorer(learned, basis, lm=lm, **loading)
     rows = scorer.embed(drafts, progress)
     tables = {name: ranking(drafts, *scorer.score(rows, known)) for name, known in users.items()}
     table = pd.concat(tables, names=["user", None]).reset_index("user").drop(columns="p_over_next")

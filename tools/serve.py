@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.common.cli import cli
 from lore.common.files import InputError, require
 from lore.common.settings import Port, PositiveInt
-from lore.elicitation.scoring import Scorer, load_scorer
+from lore.elicitation.scoring import Scorer
 from lore.elicitation.web import Server, listen
 from lore.embeddings.reward_model import OF_BASIS, Conversation, ModelChoice
 from lore.methods.saved import load_learned
@@ -52,7 +52,7 @@ def main(
         max_queries: most queries of a request.
         lm: the reward model.
     """
-    scorer = load_scorer(load_learned(basis), basis, lm=lm, **loading)
+    scorer = Scorer(load_learned(basis), basis, lm=lm, **loading)
     server = start(scorer, host, port, max_queries)
     log.info("POST http://%s:%d/get_reward; Ctrl-C ends it", host, server.server_port)
     with server, suppress(KeyboardInterrupt):

@@ -1,9 +1,8 @@
 """Rewards of conversations for every user of a file, from one forward pass."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from torch import Tensor
@@ -19,16 +18,34 @@ from lore.methods.saved import Learned
 SAID = "\N{WHITE SQUARE}"  # stands for what is said where a template's own end is looked for
 
 
-@dataclass
 class Scorer:
-    """A file's users with the reward model loaded; of a conversation's tokens the last are kept."""
+    """A file's users with the reward model loaded."""
 
-    learned: Learned
-    engine: models.Engine
-    tokenizer: Any
-    max_length: int
+    def __init__(
+        self, learned: Learned, basis: Path, max_length: PositiveInt = 4096,
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto", device: str = "auto",
+        batch_tokens: NonNegativeInt = 0, lm: ModelChoice = OF_BASIS,
+    ) -> None:  # fmt: skip
+        """Load the model; InputError for a model other than the file's.
 
-    def __post_init__(self) -> None:
+        Args:
+            learned: what ``load_learned`` gives of the file.
+            basis: basis file of a run, or mixed_logit file.
+            max_length: most tokens of a conversation; of longer ones the end is kept.
+            dtype: of arithmetic; auto is bfloat16 on a GPU and float32 on a CPU.
+            device: auto (a GPU if there is one), cpu, cuda, or one GPU such as cuda:1.
+            batch_tokens: most tokens in one forward pass; 0 means 1024 on a CPU, 4096 on a GPU.
+            lm: the reward model.
+        """
+        source = lm.of_basis(learned.settings, basis)
+        pooled = f"{basis} reads {source.pool} states: tools/rank_responses.py ranks by these"
+        require(source.pool == "last", f"{pooled}, but texts are scored by the last token's alone")
+        check_width(source, len(learned.direction()))
+        device, dtype = models.device_and_dtype(device, dtype)
+        batch_tokens = batch_tokens or (1024 if device == "cpu" else 4096)
+        self.learned, self.max_length = learned, max_length
+        self.engine = models.load_engine(source, dtype, device, "sdpa", "auto", batch_tokens)
+        self.tokenizer = models.load_tokenizer(source)
         chat = [{"role": role, "content": SAID} for role in ("user", "assistant")]
         self.end = self._write(chat).rpartition(SAID)[2]
 
@@ -62,29 +79,3 @@ class Scorer:
         The user is one of the file, else InputError; None is the average user.
         """
         return rows @ self.learned.direction(user, "--user"), self.learned.deviations(rows, user)
-
-
-def load_scorer(
-    learned: Learned, basis: Path, max_length: PositiveInt = 4096,
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto", device: str = "auto",
-    batch_tokens: NonNegativeInt = 0, lm: ModelChoice = OF_BASIS,
-) -> Scorer:  # fmt: skip
-    """Load the reward model of a file's users; InputError for a model other than the file's.
-
-    Args:
-        learned: what ``load_learned`` gives of the file.
-        basis: basis file of a run, or mixed_logit file.
-        max_length: most tokens of a conversation; of longer ones the end is kept.
-        dtype: of arithmetic; auto is bfloat16 on a GPU and float32 on a CPU.
-        device: auto (a GPU if there is one), cpu, cuda, or one GPU such as cuda:1.
-        batch_tokens: most tokens in one forward pass; 0 means 1024 on a CPU, 4096 on a GPU.
-        lm: the reward model.
-    """
-    source = lm.of_basis(learned.settings, basis)
-    pooled = f"{basis} reads {source.pool} states: tools/rank_responses.py ranks by these"
-    require(source.pool == "last", f"{pooled}, but texts are scored by the last token's alone")
-    check_width(source, len(learned.direction()))
-    device, dtype = models.device_and_dtype(device, dtype)
-    batch_tokens = batch_tokens or (1024 if device == "cpu" else 4096)
-    engine = models.load_engine(source, dtype, device, "sdpa", "auto", batch_tokens)
-    return Scorer(learned, engine, models.load_tokenizer(source), max_length)

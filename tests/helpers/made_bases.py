@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from lore.elicitation.scoring import Scorer, load_scorer
+from lore.elicitation.scoring import Scorer
 from lore.embeddings import store as embeddings
 from lore.learning.basis import Basis, save_basis
 from lore.methods.fitting.posterior import Evidence, Prior
@@ -66,7 +66,7 @@ def make_mixed(
 
 def scorer_of(path: Path, **given: Any) -> Scorer:
     """A file's users with the reward model loaded."""
-    return load_scorer(load_learned(path), path, **given)
+    return Scorer(load_learned(path), path, **given)
 
 
 def embed(model: Path, folder: Path, chats: list = CHATS, **given: Any) -> torch.Tensor:
