@@ -60,8 +60,8 @@ def main(
     with lock_folder(answers):
         book, pairs, found = Answers(answers, user), read_pool(pool, columns), load_fit(basis)
         offered = read_candidates(candidates, columns) if candidates else []
-        material = gather(found, pairs, book, offered, **embedding)
-        session = Session(found.fit, material, book, criterion, tolerance / 100, most, seed)
+        about = pairs, offered, gather(found, pairs, book, offered, **embedding), book
+        session = Session(found.fit, *about, criterion, tolerance / 100, most, seed)
         if page:
             ask_on_page(session, profile, port)
         else:

@@ -15,15 +15,7 @@ from lore.elicitation.web import listen
 
 log = logging.getLogger(__name__)
 
-HEADERS = {
-    "Content-Security-Policy": (
-        "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-        "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
-    ),
-    "Cache-Control": "no-store",
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-}
+HEADERS = {"Cache-Control": "no-store", "X-Frame-Options": "DENY"}
 
 
 class Page:
@@ -50,31 +42,24 @@ class Page:
         word, key = (bottle.request.forms.getunicode(name, "") for name in ("do", "question"))
         try:
             with self.lock:
+                question = self.session.question()
                 if bottle.request.method == "POST":
-                    self._press(word, key)
+                    if key == (question.pair.key if question else ""):  # it is asked still
+                        self.closed |= word == "quit"
+                        if word in ACTIONS:
+                            self.session.do(word)
                     if not self.closed:
                         bottle.redirect(self.path, 303)
-                return self._render()
+                question = None if self.closed else question
+                found = None if question else self.session.save(self.profile)
+                bottle.response.headers.update(HEADERS)
+                return self.template.render(
+                    session=self.session, question=question, closed=self.closed, found=found,
+                    speakers=SPEAKERS, profile=self.profile,
+                )  # fmt: skip
         except InputError as error:
             log.error("%s", error)
             return bottle.HTTPError(500, str(error))
-
-    def _press(self, word: str, key: str) -> None:
-        """Do what a button says, unless it belongs to a question that is not asked any more."""
-        question = self.session.question()
-        if key == (question.pair.key if question else ""):
-            self.closed |= word == "quit"
-            if word in ACTIONS:
-                self.session.do(word)
-
-    def _render(self) -> str:
-        bottle.response.headers.update(HEADERS)
-        question = None if self.closed else self.session.question()
-        found = None if question else self.session.save(self.profile)
-        return self.template.render(
-            session=self.session, question=question, closed=self.closed, found=found,
-            speakers=SPEAKERS, profile=self.profile,
-        )  # fmt: skip
 
 
 def ask_on_page(session: Session, profile: Path, port: int = 0) -> None:

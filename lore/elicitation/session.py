@@ -3,7 +3,6 @@
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,9 +11,9 @@ import torch
 from torch import Tensor
 
 from lore.common.files import digest, require, write_text
+from lore.elicitation import criteria
 from lore.elicitation.choices import Answers, Pair
-from lore.elicitation.criteria import Criterion, QuestionPool, UserPosterior, next_question
-from lore.elicitation.outlook import look_ahead, useful_questions
+from lore.elicitation.criteria import Criterion, QuestionPool, UserPosterior
 from lore.elicitation.user import FittedFile, User, as_records, view_conversations
 from lore.methods.lore import LoreFit
 from lore.methods.mixed_logit import MixedFit
@@ -33,92 +32,83 @@ class Question(NamedTuple):
     shown: tuple[str, str]
 
 
-@dataclass
-class Material:
-    """All that a session is about."""
+Views = Mapping[str, Tensor]  # conversations as the fit views them [C], by their digests
 
-    pairs: list[Pair]  # the pool
-    candidates: list[Conversation]  # that end in responses to be ranked; may be none
-    views: Mapping[str, Tensor]  # every conversation as the fit views it [C], by its digest
+
+def gather(
+    found: FittedFile, pairs: list[Pair], answers: Answers, candidates: list[Conversation],
+    **embedding: Any,
+) -> Views:  # fmt: skip
+    """Embed the pool, the candidates and, where it is not among these, what was answered before, by
+    ``view_conversations``; InputError for a file that knows no differences between people."""
+    alike = f"{found.path} knows no differences between users, so that there is nothing to ask: "
+    alike += "it has rank 1, one user, or no personal part"
+    require(found.fit.population() is not None, alike)
+    texts = [*(one for pair in pairs for one in pair.conversations), *candidates]
+    rows = view_conversations(found, texts, **embedding)
+    views = dict(zip(map(digest, texts), rows, strict=True))
+    answered = {digest(c): c for *both, _ in answers.comparisons for c in both}
+    if others := {key: c for key, c in answered.items() if key not in views}:
+        rows = view_conversations(found, [*others.values()], **embedding | {"embeddings": None})
+        views |= zip(others, rows, strict=True)
+    return views
+
+
+def target_pairs(
+    pool: Sequence[Pair], candidates: Sequence[Conversation], generator: torch.Generator
+) -> list[Sequence[Conversation]]:
+    """Pairs whose order matters: of candidates for the same prompt, or of the pool where there are
+    none; ``MOST_TARGETS`` drawn from more."""
+    groups = defaultdict(list)
+    for one in candidates:
+        groups[digest(one[:-1])].append(one)
+    pairs = [both for some in groups.values() for both in combinations(some, 2)]
+    pairs = pairs or [pair.conversations for pair in pool]
+    drawn = torch.randperm(len(pairs), generator=generator)[:MOST_TARGETS].sort().values
+    return [pairs[number] for number in drawn.tolist()]
+
+
+class Session:
+    """Questions to one person, one after the other, however they are put.
+
+    The fit's ``population`` must not be None; ``views`` has all conversations of the pool, the
+    candidates, which are to be ranked, and the answers. Asking stops after ``most`` answers, if not
+    0, or when ``criteria.HORIZON`` more would raise the expected accuracy by less than
+    ``tolerance``. The seed is of which response is shown first, which of equally good questions is
+    asked, and LoRe's initial weights.
+    """
+
+    def __init__(
+        self, fit: LoreFit | MixedFit, pairs: list[Pair], candidates: list[Conversation],
+        views: Views, answers: Answers, criterion: Criterion = "d_optimal",
+        tolerance: float = 0.005, most: int = 0, seed: int = 0,
+    ) -> None:  # fmt: skip
+        self.fit, self.pairs, self.candidates, self.views = fit, pairs, candidates, views
+        self.answers, self.criterion, self.seed = answers, criterion, seed
+        self.tolerance, self.most, self.insist = tolerance, most, False
+        pool = fit.questions(self.differences([pair.conversations for pair in pairs]))
+        targets = target_pairs(pairs, candidates, torch.Generator().manual_seed(seed))
+        self.pool, self.targets = QuestionPool(pool), fit.questions(self.differences(targets))
+        prior = fit.population()
+        nothing = UserPosterior(prior.mean, prior.cov)
+        self.before = criteria.look_ahead(nothing, self.targets, pool[:0])[0]
+        self._learn()
 
     def differences(self, pairs: Sequence[Sequence[Conversation]]) -> Tensor:
         """First minus second of pairs of these conversations [n, C]."""
         rows = [self.views[digest(one)] - self.views[digest(other)] for one, other in pairs]
         return torch.stack(rows) if rows else torch.empty(0, len(next(iter(self.views.values()))))
 
-    def targets(self, generator: torch.Generator) -> Tensor:
-        """Pairs whose order matters [T, C]: of candidates for the same prompt, or of the pool where
-        there are none; ``MOST_TARGETS`` drawn from more."""
-        groups = defaultdict(list)
-        for one in self.candidates:
-            groups[digest(one[:-1])].append(one)
-        pairs = [both for some in groups.values() for both in combinations(some, 2)]
-        pairs = pairs or [pair.conversations for pair in self.pairs]
-        drawn = torch.randperm(len(pairs), generator=generator)[:MOST_TARGETS].sort().values
-        return self.differences([pairs[number] for number in drawn.tolist()])
-
-
-def gather(
-    found: FittedFile, pairs: list[Pair], answers: Answers, candidates: list[Conversation],
-    embeddings: Path | None = None, **embedding: Any,
-) -> Material:  # fmt: skip
-    """Embed the pool, the candidates and, where it is not among these, what was answered before.
-
-    InputError for a file that knows no differences between people.
-
-    Args:
-        embeddings: folder that keeps the embeddings of pool and candidates for another time.
-        embedding: more arguments of ``view_conversations``.
-    """
-    alike = f"{found.path} knows no differences between users, so that there is nothing to ask: "
-    alike += "it has rank 1, one user, or no personal part"
-    require(found.fit.population() is not None, alike)
-    texts = [*(one for pair in pairs for one in pair.conversations), *candidates]
-    rows = view_conversations(found, texts, embeddings, **embedding)
-    views = dict(zip(map(digest, texts), rows, strict=True))
-    answered = {digest(c): c for *both, _ in answers.comparisons for c in both}
-    if others := {key: c for key, c in answered.items() if key not in views}:
-        rows = view_conversations(found, list(others.values()), **embedding)
-        views |= zip(others, rows, strict=True)
-    return Material(pairs, candidates, views)
-
-
-class Session:
-    """Questions to one person, one after the other, however they are put.
-
-    The fit's ``population`` must not be None. Asking stops after ``most`` answers, if not 0, or
-    when ``outlook.HORIZON`` more would raise the expected accuracy by less than ``tolerance``. The
-    seed is of which response is shown first, which of equally good questions is asked, and LoRe's
-    initial weights.
-    """
-
-    def __init__(
-        self, fit: LoreFit | MixedFit, material: Material, answers: Answers,
-        criterion: Criterion = "d_optimal", tolerance: float = 0.005, most: int = 0,
-        seed: int = 0,
-    ) -> None:  # fmt: skip
-        self.fit, self.material, self.answers = fit, material, answers
-        self.criterion, self.tolerance, self.most, self.seed = criterion, tolerance, most, seed
-        pairs = [pair.conversations for pair in material.pairs]
-        self.pool = QuestionPool(fit.questions(material.differences(pairs)))
-        self.targets = fit.questions(material.targets(torch.Generator().manual_seed(seed)))
-        none = self.pool.rows[:0]
-        nothing = UserPosterior.after(fit.population(), none)
-        self.before = look_ahead(nothing, self.targets, none)[0]
-        self.insist = False
-        self._learn()
-
     def _learn(self) -> None:
         """Take in the answers as they now are."""
-        settled = self.answers.settled
-        done = torch.tensor([pair.key in settled for pair in self.material.pairs])
+        settled, comparisons = self.answers.settled, self.answers.comparisons
+        done = torch.tensor([pair.key in settled for pair in self.pairs])
         self.settled, self.left = done.nonzero()[:, 0].tolist(), self.pool.rows[~done]
-        comparisons = self.answers.comparisons
-        choices = self.material.differences([both for *both, _ in comparisons])
+        choices = self.differences([both for *both, _ in comparisons])
         weight = torch.tensor([weight for *_, weight in comparisons])
         self.user = User(self.fit, choices, weight, self.seed)
-        self.accuracy = look_ahead(self.user.posterior, self.targets, self.left)
-        self.useful = useful_questions(self.accuracy, self.tolerance)
+        self.accuracy = criteria.look_ahead(self.user.posterior, self.targets, self.left)
+        self.useful = criteria.useful_questions(self.accuracy, self.tolerance)
 
     @property
     def reason(self) -> str:
@@ -138,10 +128,10 @@ class Session:
         """The question that waits for an answer, after a restart the same; None at the end."""
         if self.reason:
             return None
-        last = self.answers.last_question
+        known, last = self.user.posterior, self.answers.last_question
         seed = int(digest([self.seed, last])[:12], 16)
-        place = next_question(self.user.posterior, self.pool, self.criterion, self.settled, seed)
-        pair = self.material.pairs[place]
+        place = criteria.next_question(known, self.pool, self.criterion, self.settled, seed)
+        pair = self.pairs[place]
         turned = int(digest([self.seed, pair.key])[0], 16) % 2
         return Question(last + 1, pair, pair.texts[::-1] if turned else pair.texts)
 
@@ -180,7 +170,7 @@ class Session:
 
     def save(self, path: Path) -> dict[str, Any]:
         """Write the profile, and return it: weights and the ranking of candidates, if any."""
-        user, candidates = self.user, self.material.candidates
+        user = self.user
         profile = {
             "user": self.answers.user, "method": self.fit.label,
             "answers": len(self.answers), "skipped": len(self.answers.skips),
@@ -189,8 +179,8 @@ class Session:
             "expected_accuracy_without_answers": self.before,
             "questions_still_useful": self.useful,
         }  # fmt: skip
-        if candidates:
-            views = torch.stack([self.material.views[digest(one)] for one in candidates])
-            profile["ranking"] = as_records(user.rank(candidates, views))
+        if self.candidates:
+            views = torch.stack([self.views[digest(one)] for one in self.candidates])
+            profile["ranking"] = as_records(user.rank(self.candidates, views))
         write_text(path, json.dumps(profile, indent=2))
         return profile

@@ -2,7 +2,7 @@
 
 import shutil
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TextIO
 
 from lore.elicitation.session import SPEAKERS, Question, Session
@@ -10,7 +10,7 @@ from lore.elicitation.session import SPEAKERS, Question, Session
 WIDEST = 100  # longer lines are hard to read
 WORDS = {"a": "a", "b": "b", "s": "skip", "u": "undo", "q": "quit", "m": "more", "": ""}
 WORDS |= {word: word for word in WORDS.values()}
-FINAL = ("", "quit", "undo", "more")  # words that are understood once asking is over
+ASKING, FINAL = ("a", "b", "skip", "undo", "quit"), ("", "quit", "undo", "more")  # words understood
 
 
 class Terminal:
@@ -26,29 +26,32 @@ class Terminal:
         self.height = lines if source.isatty() and out.isatty() else 0
 
     def run(self) -> None:
-        """Ask until the person quits, or asking is over."""
-        word = ""
+        """Ask until the person quits, or asking is over; then one may still go back or on."""
+        word = "?"
         while word != "quit":
-            question = self.session.question()
-            word = self._over() if question is None else self._put(question)
+            question, progress = self.session.question(), self.session.progress
+            if question:
+                progress = [textwrap.shorten(line, self.width) for line in progress]
+                prompt = "Which is better? a, b, (s)kip, (u)ndo, (q)uit: "
+                word = self._ask([*progress, *self._lines(question)], prompt, ASKING)
+            else:
+                more = ", (m)ore questions" if len(self.session.left) else ""
+                prompt = f"Enter to finish, (u)ndo{more}: "
+                lines = [*progress, f"Done: {self.session.reason}."]
+                word = self._ask(lines, prompt, FINAL) or "quit"
             if word != "quit" and not self.session.do(word):
                 self._say("There is nothing to undo.")
 
-    def _put(self, question: Question) -> str:
-        """Show a question, and read what to do."""
-        progress = [textwrap.shorten(line, self.width) for line in self.session.progress]
-        word = self._page([*progress, *self._lines(question)])
-        while word not in ("a", "b", "skip", "undo", "quit"):
-            word = self._read("Which is better? a, b, (s)kip, (u)ndo, (q)uit: ")
+    def _ask(self, lines: list[str], prompt: str, words: Sequence[str]) -> str:
+        """Show lines, a page at a time, until one of the words is typed, if between two pages."""
+        step = max(1, self.height - 1) if self.height else len(lines)
+        pages, word = [lines[i : i + step] for i in range(0, len(lines), step)], ""
+        while pages and not word:
+            self._say(*pages.pop(0))
+            word = self._read("-- Enter for more --  " if pages else prompt)
+        while word not in words:
+            word = self._read(prompt)
         return word
-
-    def _over(self) -> str:
-        """Say why asking is over; the person may still go back or on."""
-        self._say(*self.session.progress, f"Done: {self.session.reason}.")
-        more = ", (m)ore questions" if len(self.session.left) else ""
-        while (word := self._read(f"Enter to finish, (u)ndo{more}: ")) not in FINAL:
-            pass
-        return word or "quit"
 
     def _lines(self, question: Question) -> Iterator[str]:
         yield f"── Question {question.number} ".ljust(self.width, "─")
@@ -64,15 +67,6 @@ class Terminal:
             parts = textwrap.wrap(line, self.width - 2, drop_whitespace=False) or [""]
             yield from (f"  {part.rstrip()}" for part in parts)
         yield ""
-
-    def _page(self, lines: list[str]) -> str:
-        """Show lines a page at a time; the word typed between two pages, if it is one."""
-        step = max(1, self.height - 1) if self.height else len(lines)
-        for first in range(0, len(lines), step):
-            self._say(*lines[first : first + step])
-            if first + step < len(lines) and (word := self._read("-- Enter for more --  ")):
-                return word
-        return ""
 
     def _say(self, *lines: str) -> None:
         self.out.write("\n".join([*lines, ""]))

@@ -40,12 +40,13 @@ class FittedFile(NamedTuple):
 def load_fit(path: Path) -> FittedFile:
     """Read a basis file or a mixed logit; InputError for no such file, a damaged or another one."""
     learned = load_learned(path)
-    if not isinstance(learned, Basis):
-        directions = learned.fit.all_directions().float()
-        return FittedFile(path, learned.fit, directions, learned.settings)
-    own = learned.settings.get("estimator") == "lore_regularized"
-    method = Lore(estimator="lore_regularized" if own else "lore")
-    return FittedFile(path, LoreFit(method, learned, "LoRe"), learned.V, learned.settings)
+    if isinstance(learned, Basis):
+        own = learned.settings.get("estimator") == "lore_regularized"
+        method = Lore(estimator="lore_regularized" if own else "lore")
+        fit, directions = LoreFit(method, learned, "LoRe"), learned.V
+    else:
+        fit, directions = learned.fit, learned.fit.all_directions().float()
+    return FittedFile(path, fit, directions, learned.settings)
 
 
 def view_conversations(

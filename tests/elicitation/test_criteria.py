@@ -1,4 +1,4 @@
-"""criteria.py: what answers say of a user, and the question to ask next."""
+"""criteria.py: what answers say of a user, the question to ask next, and what more would add."""
 
 import math
 import time
@@ -10,7 +10,8 @@ from torch import Tensor
 from lore.common.files import InputError
 from lore.elicitation import criteria
 from lore.elicitation.criteria import CRITERIA, QuestionPool, UserPosterior, next_question
-from lore.methods.fitting.posterior import Prior
+from lore.learning.comparisons import Users
+from lore.methods.fitting.posterior import Prior, posteriors
 from made_bases import standard
 
 
@@ -70,7 +71,7 @@ def test_no_question_comes_twice_and_a_pair_that_was_asked_comes_last(criterion)
     for number in range(15):
         earlier.append(next_question(after(rows[earlier]), pool, criterion, earlier, number))
     assert sorted(earlier) == list(range(15))
-    assert len(criteria.distinct(rows)[earlier[:5]].unique()) == 5
+    assert len({tuple(rows[i].abs().tolist()) for i in earlier[:5]}) == 5
     with pytest.raises(InputError, match="nothing left to ask"):
         next_question(after(rows), pool, criterion, earlier)
 
@@ -81,16 +82,6 @@ def test_among_equals_any_may_be_asked():
     assert found == {0, 1, 3}
 
 
-def test_an_empty_pool_and_an_unknown_criterion_are_refused():
-    with pytest.raises(InputError, match="nothing to ask"):
-        QuestionPool(torch.zeros(0, 2))
-    with pytest.raises(InputError, match="NaN or infinity"):
-        QuestionPool(torch.tensor([[0.0, math.nan]]))
-    rows = torch.zeros(3, 2)
-    with pytest.raises(InputError, match="criterion surprise: there are random, d_optimal"):
-        next_question(after(rows[:0]), QuestionPool(rows), "surprise")
-
-
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_ten_thousand_questions_take_well_under_a_second(criterion):
     rows = questions(10_000, 8)
@@ -98,3 +89,40 @@ def test_ten_thousand_questions_take_well_under_a_second(criterion):
     begin = time.perf_counter()
     next_question(posterior, pool, criterion, [0], 0)
     assert time.perf_counter() - begin < 1
+
+
+def test_expected_accuracy_is_what_simulated_people_give():
+    logits, now, later = torch.tensor([[0.3, -2.0, 0.0], [1.0, 4.0, 9.0], [0.8] * 3]).double()
+    noise = torch.randn(2, 200_000, 3, generator=torch.Generator().manual_seed(0)).double()
+    mean = logits + (now - later).sqrt() * noise[0]  # once more is known
+    chance = torch.sigmoid(mean + later.sqrt() * noise[1])
+    expected = torch.where(mean > 0, chance, 1 - chance).mean()
+    assert abs(criteria.expected_accuracy(logits, now, later) - expected) < 0.002
+
+
+def test_looking_ahead_foretells_the_accuracy_of_people_who_are_asked():
+    rng, people, K = torch.Generator().manual_seed(0), 1500, 3
+    targets, pool = (2 * torch.randn(n, 1 + K, generator=rng).double() for n in (200, 12))
+    prior = standard(K)
+    foretold = criteria.look_ahead(UserPosterior(prior.mean, prior.cov), targets, pool)
+    tastes = torch.cat([torch.ones(people, 1), torch.randn(people, K, generator=rng)], 1).double()
+    chances = torch.sigmoid(tastes @ pool.T)
+    signs = torch.where(torch.rand(people, 12, generator=rng) < chances, 1.0, -1.0).double()
+    answers = (signs[:, :, None] * pool).flatten(0, 1)
+    modes = posteriors(answers, Users([12] * people), prior, tolerance=1e-6).mode
+    guesses = targets[:, 0] + modes @ targets[:, 1:].T > 0
+    truth = torch.sigmoid(tastes @ targets.T)
+    accuracy = torch.where(guesses, truth, 1 - truth).mean()
+    assert foretold[12] > foretold[0] + 0.1
+    assert float(accuracy) == pytest.approx(foretold[12], abs=0.01)
+
+
+def test_the_outlook_says_how_many_more_questions_are_worth_it():
+    pool, useful = torch.tensor([[0.0, 3.0]] * 30).double(), {}
+    for variance in (1e-6, 1):
+        posterior = UserPosterior(standard(1).mean, variance * standard(1).cov)
+        accuracy = criteria.look_ahead(posterior, pool, pool)
+        useful[variance] = criteria.useful_questions(accuracy, 0.005)
+    assert useful[1e-6] == 0 < useful[1] < 20 == len(accuracy) - 1
+    assert len(criteria.look_ahead(posterior, pool, pool[:4])) == 5
+    assert criteria.useful_questions([0.7, 0.74, 0.75], 0.02) == 1
