@@ -32,7 +32,8 @@ def main(
     Args:
         basis: basis file of a run, or mixed_logit file.
         choices: the user's choices, a file of rows in any layout that OwnData/prepare.py reads
-            (docs/formats.md), such as "prompt", "chosen" and "rejected".
+            (docs/formats.md), such as "prompt", "chosen" and "rejected"; rows that name no user
+            are those of the one whom others name.
         candidates: a file with "prompt" or "messages", and "response" (one text or a list).
         columns: what the columns are called, such as --chosen better.
         save: also write the ranking to this .csv, or weights and ranking to this .json file.

@@ -3,21 +3,22 @@
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from itertools import combinations, product
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lore.common.files import InputError, digest, require, write_whole
+from lore.common.files import digest, require, write_whole
 from lore.preparing import own_rows
 from lore.preparing.messages import Conversation
-from lore.preparing.own_rows import USUAL, Choice, Columns
+from lore.preparing.own_rows import USUAL, Cells, Choice, Columns
 from lore.preparing.raw import read_file
 
 log = logging.getLogger(__name__)
@@ -28,18 +29,14 @@ NAMELESS = "me"  # the user where no name is given
 NO_TEXT = "the prompt or a message is empty"
 
 
-class UserChoices(NamedTuple):
-    """One person's choices, a pair for every chosen and rejected response of a row."""
-
-    chosen: list[Conversation]
-    rejected: list[Conversation]
-    row: Tensor  # the number of the row that each pair comes from, from 0 [n]
-    weight: Tensor  # how much each pair counts [n]; pairs share the weight of their row
-
-
-def read_user_choices(file: Path, columns: Columns = USUAL) -> UserChoices:
+def read_user_choices(
+    file: Path, columns: Columns = USUAL
+) -> tuple[list[Conversation], list[Conversation], Tensor, Tensor]:
     """One person's choices from a file, in any layout of docs/formats.md; ties are left out.
 
+    There is a pair for every chosen and rejected response of a row: the chosen and the rejected
+    conversations, from which row each comes, from 0 [n], and how much it counts, pairs sharing the
+    weight of their row [n]. Rows that name no user are those of the one whom other rows name.
     InputError for no rows, a row that lacks something, or rows of several users.
     """
     choices = own_rows.read_choices(read_file(file), columns)
@@ -49,9 +46,9 @@ def read_user_choices(file: Path, columns: Columns = USUAL) -> UserChoices:
         log.info("%s: %d ties left out", file, len(choices) - len(counted))
     require(bool(counted), f"{file}: every row is a tie, so that nothing is preferred")
     pairs = [(*pair, i) for i, choice in enumerate(counted) for pair in _pairs(choice, columns)]
-    _only_user(file, counted)
+    _only_user(file, choices)
     chosen, rejected, weight, row = map(list, zip(*pairs, strict=True))
-    return UserChoices(chosen, rejected, torch.tensor(row), torch.tensor(weight).double())
+    return chosen, rejected, torch.tensor(row), torch.tensor(weight).double()
 
 
 def _pairs(choice: Choice, columns: Columns = USUAL) -> Iterator[Comparison]:
@@ -61,20 +58,18 @@ def _pairs(choice: Choice, columns: Columns = USUAL) -> Iterator[Comparison]:
     weight = choice.weight / (len(choice.chosen) * len(choice.rejected))
     for pair in product(choice.chosen, choice.rejected):
         require(pair[0] != pair[1], f"{choice.place}: {' and '.join(names)} are equal")
-        for conversation, name in zip(pair, names, strict=True):
-            _require_text(conversation, choice.place, name)
+        for talk, name in zip(pair, names, strict=True):
+            require(bool(talk[-1]["content"]), f"{choice.place}: {name} is empty")
         yield *pair, weight
-
-
-def _require_text(conversation: Conversation, place: str, what: str) -> None:
-    require(bool(conversation[-1]["content"]), f"{place}: {what} is empty")
 
 
 def _only_user(file: Path, choices: Sequence[Choice]) -> str:
     """Whose these choices are, "" where none names a user; InputError where several are named."""
-    users = {choice.user for choice in choices if choice.user}
-    some = ", ".join(sorted(users)[:3])
-    require(len(users) <= 1, f"{file} has the choices of {len(users)} users ({some}); keep one's")
+    users = Counter(choice.user for choice in choices)
+    nameless, some = users.pop("", 0), ", ".join(sorted(users)[:3])
+    more = f" and {nameless} that name none" if nameless else ""
+    several = f"{file} has the choices of {len(users)} users ({some}){more}; keep one's"
+    require(len(users) <= 1, several)
     return some
 
 
@@ -94,15 +89,12 @@ def read_candidates(file: Path, columns: Columns = USUAL) -> list[Conversation]:
     return candidates
 
 
-def _endings(
-    place: str, row: Mapping[str, Any], columns: Columns, column: str
-) -> list[Conversation]:
+def _endings(place: str, row: Cells, columns: Columns, column: str) -> list[Conversation]:
     """The conversations that end in the responses of a column."""
     found = own_rows.read_endings(place, row, columns, [column])
-    if found is None:
-        raise InputError(f"{place}: {NO_TEXT}")
-    for conversation in found[0]:
-        _require_text(conversation, place, column)
+    require(found is not None, f"{place}: {NO_TEXT}")
+    for talk in found[0]:
+        require(bool(talk[-1]["content"]), f"{place}: {column} is empty")
     return found[0]
 
 
@@ -147,8 +139,8 @@ def read_pool(file: Path, columns: Columns = USUAL) -> list[Pair]:
         compared += [(choice.place, *both) for both in product(choice.chosen, choice.rejected)]
     pairs: dict[str, Pair] = {}
     for place, one, other in compared:
-        for conversation in (one, other):
-            _require_text(conversation, place, "a response")
+        for talk in (one, other):
+            require(bool(talk[-1]["content"]), f"{place}: a response is empty")
         alike = f"{place}: both responses must be one message each, after the same dialogue"
         require(one[:-1] == other[:-1], alike)
         if one != other:
@@ -181,9 +173,8 @@ class Answers:
             require(good, f"{self.skipped}: not a file of skipped questions; move it away")
         for number, row in enumerate(rows, start=1):
             place = f"{self.path} row {number}"
-            other = "answers are kept as chosen and rejected, so name another file for --answers"
-            good = row.keys() >= {"chosen", "rejected"}
-            require(good, f"{place} lacks chosen or rejected; {other}")
+            require(row.keys() >= {"chosen", "rejected"}, f"{place} lacks chosen or rejected; "
+                    "answers are kept as chosen and rejected, so name another file for --answers")
             choices += own_rows.read_choices([(place, row)])
         self.comparisons = [pair for choice in choices for pair in _pairs(choice)]
         numbers = [row.get("question") for row in (*rows, *skips)]
@@ -228,8 +219,7 @@ class Answers:
         return last > 0
 
     def _save(self, rows: list[dict[str, Any]], skips: list[dict[str, Any]]) -> None:
-        """Write what has changed, whole or not at all, so that a kill or a power cut leaves every
-        answer but the last."""
+        """Write what has changed; a kill or a power cut leaves every answer but the last."""
         for path, old, new in ((self.path, self.rows, rows), (self.skipped, self.skips, skips)):
             if new != old:
                 write_whole(path, partial(_write_lines, new))

@@ -303,9 +303,9 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 def test_choices_and_pools_are_read_from_the_same_layouts(tmp_path):
     file = write(tmp_path / "votes.csv", [{**TWO, "preferred": x} for x in ("A", "B", "tie")])
-    liked = read_user_choices(file)
-    assert [talk[-1]["content"] for talk in liked.chosen] == ["one", "two"]
-    assert liked.row.tolist() == [0, 1]
+    chosen, _, row, _ = read_user_choices(file)
+    assert [talk[-1]["content"] for talk in chosen] == ["one", "two"]
+    assert row.tolist() == [0, 1]
     for some in (file, write(tmp_path / "pool.csv", [TWO])):  # no winner is needed
         [pair] = read_pool(some)
         assert pair.texts == ("one", "two")
@@ -318,9 +318,8 @@ def prepared(file: Path, columns: Columns) -> list[dict[str, Any]]:
 
 def agree(file: Path, columns: Columns) -> None:
     """rank_responses.py and ask.py --pool read what prepare.py reads, each row as heavy."""
-    rows, found = prepared(file, columns), read_user_choices(file, columns)
-    for name, some in (("chosen", found.chosen), ("rejected", found.rejected),
-                       ("weight", found.weight.tolist())):  # fmt: skip
+    rows, (chosen, rejected, _, weight) = prepared(file, columns), read_user_choices(file, columns)
+    for name, some in (("chosen", chosen), ("rejected", rejected), ("weight", weight.tolist())):
         assert some == [row[name] for row in rows]
     if any(row["chosen"][:-1] != row["rejected"][:-1] for row in rows):
         with pytest.raises(InputError, match="must be one message each, after the same dialogue"):

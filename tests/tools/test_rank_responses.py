@@ -74,18 +74,6 @@ def test_weights_find_the_column_and_candidates_come_in_its_order(world, tmp_pat
     assert reward == pytest.approx(best["reward"], rel=1e-4, abs=1e-6)
 
 
-def test_ranking_is_within_a_prompt_and_rank_one_has_no_weights_to_learn(world, model, tmp_path):
-    rows = [{"prompt": p, "response": r} for r in ("a b", "c", "d e f") for p in ("One?", "Two?")]
-    given = {"basis": make_basis(tmp_path, model, rank=1),
-             "candidates": write_lines(tmp_path / "two.jsonl", rows)}  # fmt: skip
-    rank_responses.main(**world[0] | given, save=tmp_path / "found.csv", progress=False)
-    table = pd.read_csv(tmp_path / "found.csv")
-    assert table["prompt"].tolist() == ["One?"] * 3 + ["Two?"] * 3
-    assert table["place"].tolist() == [1, 2, 3] * 2
-    for _, part in table.groupby("prompt"):
-        assert part["reward"].is_monotonic_decreasing
-
-
 @pytest.mark.slow
 def test_responses_are_ranked_by_the_states_that_the_basis_reads(world, model, tmp_path):
     path = make_basis(tmp_path, model, pool="layer:2")
@@ -97,18 +85,23 @@ def test_responses_are_ranked_by_the_states_that_the_basis_reads(world, model, t
 
 
 @pytest.mark.slow
-def test_files_are_taken_by_their_names_and_the_model_from_the_basis_folder(world, model, tmp_path):
-    """The command in its own folder; the model's name is from the basis file's folder."""
+def test_files_are_taken_by_their_names_and_ranked_within_a_prompt(world, model, tmp_path):
+    """The command in its own folder, by a basis of rank 1 whose model is named by its folder."""
     (tmp_path / "model").symlink_to(model)
-    given = {"basis": make_basis(tmp_path, Path("model")), "save": tmp_path / "found.csv"}
-    for name in ("choices", "candidates"):
-        given[name] = tmp_path / f"{name}[1]*.jsonl"
-        given[name].write_text(world[0][name].read_text())
+    rows = [{"prompt": p, "response": r} for r in ("a b", "c", "d e f") for p in ("One?", "Two?")]
+    given = {"basis": make_basis(tmp_path, Path("model"), rank=1), "save": tmp_path / "found.csv"}
+    choices = world[0]["choices"].read_text().splitlines()
+    for name, lines in (("choices", choices), ("candidates", rows)):
+        given[name] = write_lines(tmp_path / f"{name}[1]*.jsonl", lines)
         (tmp_path / f"{name}1x.jsonl").write_text("not this one")
     flags = {"method": "single", "dtype": "float32"}
     done = running.invoke("tools/rank_responses.py", {**given, **flags})
-    assert done.status == 0 and done.out.startswith("weights: "), done.err
-    assert len(pd.read_csv(tmp_path / "found.csv")) == 20
+    assert done.status == 0 and done.out.startswith("leave-one-out: "), done.err  # no weights
+    table = pd.read_csv(tmp_path / "found.csv")
+    assert table["prompt"].tolist() == ["One?"] * 3 + ["Two?"] * 3
+    assert table["place"].tolist() == [1, 2, 3] * 2
+    for _, part in table.groupby("prompt"):
+        assert part["reward"].is_monotonic_decreasing
 
 
 # --------------------------------------------------------------------- Leave one out
@@ -158,10 +151,11 @@ def test_a_mixed_logit_knows_less_with_fewer_choices(tmp_path):
 # ----------------------------------------------------------------------------- Files
 
 GOOD = {"prompt": "Which?", "chosen": "a", "rejected": "b"}
+VOTE = {"prompt": "Which?", "response_a": "a", "response_b": "b", "winner": "a"}
 
 
 @pytest.mark.parametrize(
-    ("lines", "message"),
+    ("given", "message"),
     [
         (["{"], "row 1 is not valid JSON"),
         ([GOOD, {"prompt": "Which?", "chosen": "a"}], "row 2 has no column rejected"),
@@ -172,15 +166,27 @@ GOOD = {"prompt": "Which?", "chosen": "a", "rejected": "b"}
         ([GOOD | {"prompt": ""}], "row 1: the prompt or a message is empty"),
         ([GOOD | {"messages": [{"role": "user", "content": "a"}]}], "row 1 has both prompt and"),
         ([{"chosen": "a", "rejected": "b"}], "row 1 has neither prompt nor messages"),
-        ([GOOD | {"user": "al"}, GOOD | {"user": "bo"}], r"the choices of 2 users \(al, bo\)"),
+        ([GOOD | {"user": "al"}, GOOD | {"user": "bo"}], r"of 2 users \(al, bo\); keep one's"),
+        ([GOOD, GOOD | {"user": "bo"}, GOOD | {"user": "al"}], r"\(al, bo\) and 1 that name none"),
+        ([VOTE | {"user": "al"}, VOTE | {"user": "bo", "winner": "tie"}], "of 2 users"),
         ([], "is empty"),
+        ({"candidates": Path("absent.jsonl")}, "absent.jsonl cannot be read: .*No such file"),
+        ({"save": Path("found.txt")}, r"\.csv or \.json"),
+        ({"save": Path("missing/found.csv")}, "there is no folder .*missing"),
     ],
 )
-def test_a_bad_line_is_named_before_a_model_is_loaded(tmp_path, lines, message):
-    basis = make_basis(tmp_path, tmp_path / "no-model")
-    choices = write_lines(tmp_path / "choices.jsonl", lines)
+def test_a_bad_file_is_named_before_a_model_is_loaded(world, tmp_path, given, message):
+    if isinstance(given, list):
+        given = {"choices": write_lines(tmp_path / "choices.jsonl", given)}
+    given = {"basis": make_basis(tmp_path, tmp_path / "no-model"), **given}
     with pytest.raises(InputError, match=message):
-        rank_responses.main(basis, choices, choices)
+        rank_responses.main(**world[0] | given)
+
+
+def test_a_model_of_another_width_is_refused(world, model, tmp_path):
+    given = world[0] | {"basis": make_basis(tmp_path, model, features=31)}
+    with pytest.raises(InputError, match="32 features, the basis 31"):
+        rank_responses.main(**given, progress=False)
 
 
 def test_a_row_may_name_several_responses_and_columns_may_have_other_names(
@@ -188,14 +194,14 @@ def test_a_row_may_name_several_responses_and_columns_may_have_other_names(
 ):
     row = {"ask": "Which?", "chosen": ["a", "b"], "rejected": ["c", "d"]}
     file, columns = write_lines(tmp_path / "rows.jsonl", [row]), Columns(prompt="ask")
-    found = read_user_choices(file, columns)
-    assert found.chosen == [talk("Which?", text) for text in "aabb"]
-    assert found.rejected == [talk("Which?", text) for text in "cdcd"]
-    assert found.row.tolist() == [0] * 4 and found.weight.tolist() == [0.25] * 4
+    chosen, rejected, number, weight = read_user_choices(file, columns)
+    assert chosen == [talk("Which?", text) for text in "aabb"]
+    assert rejected == [talk("Which?", text) for text in "cdcd"]
+    assert number.tolist() == [0] * 4 and weight.tolist() == [0.25] * 4
     (tmp_path / "drafts.csv").write_text('ask,response\nWhich?,"[""e"", ""f""]"\n')
     drafts = read_candidates(tmp_path / "drafts.csv", columns)
     assert drafts == [talk("Which?", text) for text in "ef"]
-    write_lines(file, [row | {"ask": f"{i}?"} for i in range(3)])
+    write_lines(file, [row | {"ask": f"{i}?", "user": i % 2 * "al"} for i in range(3)])
     given = {"choices": file, "candidates": tmp_path / "drafts.csv", "columns": columns}
     rank_responses.main(**world[0] | given, progress=False)
     assert "of 12 choices predicted from the other rows" in capsys.readouterr().out
@@ -209,19 +215,3 @@ def test_candidates_may_be_whole_conversations(tmp_path):
     file = write_lines(tmp_path / "none.jsonl", [{"messages": whole[:1]}])
     with pytest.raises(InputError, match="messages must end with a message of the assistant"):
         read_candidates(file)
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"candidates": Path("absent.jsonl")}, "absent.jsonl cannot be read: .*No such file"),
-        ({"save": Path("found.txt")}, r"\.csv or \.json"),
-        ({"save": Path("missing/found.csv")}, "there is no folder .*missing"),
-        ({"features": 31}, "32 features, the basis 31"),
-    ],
-)
-def test_wrong_files_are_refused(world, model, tmp_path, given, message):
-    if "features" in given:
-        given = {"basis": make_basis(tmp_path, model, **given)}
-    with pytest.raises(InputError, match=message):
-        rank_responses.main(**world[0] | given, progress=False)
