@@ -1,7 +1,6 @@
 """Exports in TRL, as its users call it: rewards of GRPO, and a start for RewardTrainer."""
 
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -16,16 +15,11 @@ from tools import export
 pytestmark = pytest.mark.slow
 QUIET = {"report_to": "none", "logging_steps": 1, "use_cpu": True, "save_strategy": "no",
          "disable_tqdm": True, "bf16": False, "gradient_checkpointing": False}  # fmt: skip
+SIZE = {"per_device_train_batch_size": 4}
 
 
-@pytest.fixture(scope="module")
-def libraries() -> tuple[ModuleType, ModuleType]:
-    """TRL and datasets, which take seconds to import."""
-    return pytest.importorskip("trl"), pytest.importorskip("datasets")
-
-
-def test_grpo_learns_from_two_users_rewards_of_one_model(tmp_path: Path, libraries) -> None:
-    trl, datasets = libraries
+def test_grpo_learns_from_two_users_rewards_of_one_model(tmp_path: Path) -> None:
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")  # take seconds
     path = make_basis(tmp_path, models.tiny_qwen(tmp_path / "model"))
     export.main(path, tmp_path / "out", users=("ann", "new"))
     reward, calls = load_reward(tmp_path / "out"), []
@@ -40,10 +34,8 @@ def test_grpo_learns_from_two_users_rewards_of_one_model(tmp_path: Path, librari
     policy = models.tiny_qwen(tmp_path / "policy", form="ForCausalLM")
     trainer = trl.GRPOTrainer(
         model=str(policy), reward_funcs=trl_reward, train_dataset=datasets.Dataset.from_list(rows),
-        args=trl.GRPOConfig(
-            str(tmp_path / "run"), max_steps=3, per_device_train_batch_size=4, num_generations=2,
-            max_completion_length=6, **QUIET,
-        ),
+        args=trl.GRPOConfig(str(tmp_path / "run"), max_steps=3, num_generations=2,
+                            max_completion_length=6, **QUIET, **SIZE),
     )  # fmt: skip
     before = [p.detach().clone() for p in trainer.model.parameters()]
     trainer.train()
@@ -60,24 +52,20 @@ def test_grpo_learns_from_two_users_rewards_of_one_model(tmp_path: Path, librari
     assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def test_reward_trainer_starts_from_an_export_at_its_own_loss(tmp_path: Path, libraries) -> None:
-    trl, datasets = libraries
+def test_reward_trainer_starts_from_an_export_at_its_own_loss(tmp_path: Path) -> None:
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     path = make_basis(tmp_path, models.tiny_qwen(tmp_path / "model"))
     export.main(path, tmp_path / "out", users=("ann",))
-    pairs = [(CHATS[i], CHATS[j]) for i, j in ((0, 1), (2, 1), (3, 4), (5, 3))]
-    rows = [{"chosen": chosen, "rejected": rejected} for chosen, rejected in pairs]
+    places = {"chosen": (0, 2, 3, 5), "rejected": (1, 1, 4, 3)}
+    rows = {name: [CHATS[i] for i in some] for name, some in places.items()}
     trainer = trl.RewardTrainer(
         model=AutoModelForSequenceClassification.from_pretrained(tmp_path / "out"),
         processing_class=AutoTokenizer.from_pretrained(tmp_path / "out"),
-        train_dataset=datasets.Dataset.from_list(rows),
-        args=trl.RewardConfig(
-            str(tmp_path / "run"), max_steps=1, per_device_train_batch_size=4, **QUIET
-        ),
+        train_dataset=datasets.Dataset.from_dict(rows),
+        args=trl.RewardConfig(str(tmp_path / "run"), max_steps=1, **QUIET, **SIZE),
     )
     trainer.train()
     loss = next(log["loss"] for log in trainer.state.log_history if "loss" in log)
-    liked, other = (
-        stock_rewards(tmp_path / "out", False, [pair[side] for pair in pairs]) for side in (0, 1)
-    )
+    liked, other = (stock_rewards(tmp_path / "out", False, chats) for chats in rows.values())
     expected = float(-logsigmoid(liked - other).mean())
     assert loss == pytest.approx(expected, abs=1e-3) and loss < 2
