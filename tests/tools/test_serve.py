@@ -21,6 +21,8 @@ from lore.embeddings.reward_model import render_text
 from made_bases import CHATS, make_basis, scorer_of
 from tools import serve
 
+USERS = ["ann", "new"]
+
 
 class Served(NamedTuple):
     """A server, and the users' rewards of what it may be asked, computed beforehand."""
@@ -62,8 +64,7 @@ def post(port: int, body: Any, path: str = "/get_reward") -> tuple[int, dict[str
 def test_sixty_four_clients_at_once_lose_nothing_and_mix_no_users(served):
     texts = [f"answer {i} {'very ' * (i % 5)}good" for i in range(192)]
     chats = [[CHATS[0][0], {"role": "assistant", "content": text}] for text in texts]
-    rows = served.scorer.embed(chats)
-    users = ("ann", "17", "new", None)
+    rows, users = served.scorer.embed(chats), ("ann", "17", "new", None)
     expected = {user: served.scorer.score(rows, user)[0] for user in users}
     gaps = [(expected["ann"] - expected[user]).abs().max() for user in users[1:]]
     assert min(gaps) > 1e-3  # or else a mixture would go unnoticed
@@ -75,37 +76,31 @@ def test_sixty_four_clients_at_once_lose_nothing_and_mix_no_users(served):
         together.wait()
         for _ in range(2):
             status, found = post(served.port, {"query": [chats[i] for i in own], "user": user})
-            assert status == 200
-            wanted = expected[user][own].tolist()
-            assert found["rewards"] == pytest.approx(wanted, abs=1e-5, rel=1e-4)
+            wanted = pytest.approx(expected[user][own].tolist(), abs=1e-5, rel=1e-4)
+            assert status == 200 and found["rewards"] == wanted
 
     with ThreadPoolExecutor(64) as pool:
-        for done in [pool.submit(ask, client) for client in range(64)]:
-            done.result()
+        assert list(pool.map(ask, range(64))) == [None] * 64
     assert sum(served.passes) == 2 * 192 and len(served.passes) < 128  # some went together
 
 
 def test_texts_users_of_each_query_and_openrlhfs_labels(served):
     texts = [render_text(served.scorer.tokenizer, chat) for chat in CHATS[:2]]
     rows = served.scorer.embed(CHATS[:2])
-    wanted = [float(served.scorer.score(rows[i : i + 1], user)[0])
-              for i, user in enumerate(("ann", "new"))]  # fmt: skip
+    mine = [float(served.scorer.score(rows[i : i + 1], user)[0]) for i, user in enumerate(USERS)]
+    average = served.scorer.score(rows)[0].tolist()
+    cases = [({"user": USERS}, mine), ({"labels": USERS, "prompts": ["", ""]}, mine)]
+    cases += [(given, average) for given in ({}, {"labels": ["", ""]}, {"user": None})]
     for query in (CHATS[:2], texts, [text.rstrip() for text in texts]):
-        for given in ({"user": ["ann", "new"]}, {"labels": ["ann", "new"], "prompts": ["", ""]}):
+        for given, wanted in cases:
             status, found = post(served.port, {"query": query, **given})
             assert status == 200 and found["rewards"] == pytest.approx(wanted, abs=1e-5)
-    average = served.scorer.score(rows)[0].tolist()
-    for given in ({}, {"labels": ["", ""]}, {"user": None}):
-        found = post(served.port, {"query": texts, **given})[1]
-        assert found["rewards"] == pytest.approx(average, abs=1e-5)
 
 
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [
-        (b"no JSON", 400, "the body is not JSON"),
-        (b"[" * 100_000, 400, "the body is not JSON"),
-        (b"\xff\xfe", 400, "the body is not JSON"),
+        *((body, 400, "body is not JSON") for body in (b"no JSON", b"[" * 100_000, b"\xff\xfe")),
         *(({"query": query}, 400, '"query" must be a list of texts or of lists of role and')
           for query in (None, [], [5], ["  "], [[]], [[{"role": "user"}]])),
         ({"query": ["hi"] * 101}, 400, "101 entries, more than --max-queries"),
