@@ -51,7 +51,7 @@ def svd_start(
     first = shared / shared.norm().clamp(min=1e-12)
     beside = own - own @ first @ first.T
     V = torch.cat([first, torch.linalg.svd(beside, full_matrices=False)[2][: rank - 1].T], 1)
-    mean, ridge = V.T @ shared[:, 0], strengths[1] * torch.eye(rank).to(V)
+    mean, ridge = V.T @ shared[:, 0], strengths[1] * torch.eye(V.shape[1]).to(V)
     return V, mean, linear.solve_users(project(data, geometry.raw(V)), data, ridge, mean) - mean
 
 
@@ -119,7 +119,7 @@ class RBD(LinearPeer):
         note = f"strengths {strengths}, {len(losses)} steps of L-BFGS."
         settings = {"population": population, "deviation": deviation}
         fitted = self._fitted((geometry.raw(V), mean, away), settings, losses, note)
-        floor = 1e-6 * V.square().sum() * torch.eye(self.rank).to(V)
+        floor = 1e-6 * V.square().sum() * torch.eye(V.shape[1]).to(V)
         fitted.ridge = deviation * (V.T @ V + floor)
         return fitted, None
 

@@ -223,9 +223,12 @@ def test_a_rank_that_the_data_cannot_support_is_refused_by_its_flag(name, field,
         assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_the_greatest_rank_that_the_data_support_is_taken():
+@pytest.mark.slow
+def test_the_greatest_rank_that_the_data_support_is_fitted():
     for name, field in set(RANKS) - FREE:
-        check(name, methods.METHODS[name](**{field: (12,) if field == "ranks" else 12}), _small())
+        method = methods.METHODS[name](**BRIEF[name] | {field: (12,) if field == "ranks" else 12})
+        check(name, method, _small())
+        assert method.fit(_small())[-1].users.shape == (12, 12)
     assert {name for name, _ in RANKS} == {"lore", "pref", "rbd", "mlp", "mixed_logit"}
 
 
