@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from lore.common.settings import PositiveFloat, Rate, Steps
-from lore.learning.comparisons import Comparisons, Seed, Users
+from lore.learning.comparisons import Comparisons, Users
 from lore.learning.method import Task
 from lore.methods.fitting import linear
 from lore.methods.fitting.geometry import Geometry
@@ -46,9 +45,7 @@ def tail_loss_of_pairs(losses: Tensor) -> Tensor:
 
 def mean_losses(Z: Tensor, users: Users, s: Tensor) -> Tensor:
     """Each user's mean loss [U] with mixture softmax(s_u), for logits s [U, 2]."""
-    logits = (Z * s.softmax(1)[users.user]).sum(1)
-    lost = users.sum((users.weight * softplus(-logits))[:, None])[:, 0]
-    return lost / users.user_weight().clamp(min=1e-300)
+    return users.log_losses((Z * s.softmax(1)[users.user]).sum(1))
 
 
 def inner_gradient(Z: Tensor, users: Users, s: Tensor) -> Tensor:
@@ -68,18 +65,6 @@ def inner_steps(
         g = inner_gradient(Z, users, s)
         s = s - rate * (g / (g.abs() + EPSILON) if adam else g)
     return s
-
-
-class MRMFitted(LinearFitted):
-    """A fit of MRM: state [2], the weights of the two rewards."""
-
-    start: Tensor  # logits of the weights that everyone begins with [2]
-    inner: tuple[float, int, bool]  # rate and number of the steps from there; whether Adam's
-
-    def adapt(self, view: Tensor, users: Users, seed: Seed) -> Tensor:
-        """Weights [U', 2] after the inner steps from the common start."""
-        start = self.start.expand(users.num_users, K)
-        return inner_steps(view, users, start, *self.inner).softmax(1)
 
 
 @dataclass(frozen=True)
@@ -108,7 +93,7 @@ class MRM(LinearPeer):
 
     def converged(
         self, data: Comparisons, geometry: Geometry, strength: float, warm: Any, tolerance: float
-    ) -> tuple[MRMFitted, list[Tensor]]:
+    ) -> tuple[LinearFitted, list[Tensor]]:
         """The minimum over mean and half difference of A's columns, and s; see ``LinearPeer``."""
         episode = _episode(data.units())
         (query, users), (support, known) = [(rows, data.pick(rows, n)) for rows, n in episode]
@@ -143,17 +128,21 @@ class MRM(LinearPeer):
 
     def _fitted(
         self, data: Comparisons, A: Tensor, s: Tensor, rate: float, steps: int, losses: list[float]
-    ) -> MRMFitted:
-        settings, mean = {"inner_rate": rate, "inner_steps": steps}, s.softmax(0)
+    ) -> LinearFitted:
+        def solve(view: Tensor, users: Users, generator: Any) -> Tensor:
+            start = s.expand(users.num_users, K)
+            return inner_steps(view, users, start, rate, steps, self.faithful).softmax(1)
+
+        settings = {"inner_rate": rate, "inner_steps": steps}
         note = f"{steps} inner step(s) at {rate:g}; {len(losses)} outer steps."
-        users = mean.new_zeros(0, K)  # none is kept: they adapt as new ones do
-        fitted = MRMFitted(self, "MRM", settings, SCALE * A, users, losses, note, mean)
-        fitted.start, fitted.inner = s, (rate, steps, self.faithful)
+        users = s.new_zeros(0, K)  # none is kept: they adapt as new ones do
+        given = settings, SCALE * A, users, s.softmax(0), solve, losses, note
+        fitted = LinearFitted(self, "MRM", *given)
         fitted.users = fitted.adapt(fitted.view(data), data, 0)
         fitted.facts["parameters"] += K  # the start
         return fitted
 
-    def published(self, task: Task) -> MRMFitted:
+    def published(self, task: Task) -> LinearFitted:
         """The published epochs of Adam."""
         data, generator = task.local_train, torch.Generator().manual_seed(task.seed)
         A = 2 * torch.rand(data.num_features, K, generator=generator) - 1

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lore.common.settings import PositiveFloat
-from lore.learning.comparisons import Comparisons, Seed, Users
+from lore.learning.comparisons import Comparisons, Users
 from lore.learning.method import Fitted
 from lore.methods.fitting.geometry import Geometry, measure
 from lore.methods.fitting.linear import LinearFitted, LinearPeer, project, slopes, solve_users
@@ -72,12 +72,7 @@ def shrunk_slopes(t: Tensor, users: Users, prior: Prior) -> Tensor:
 class PEBSFitted(LinearFitted):
     """A fit of PEBS: state [1], the slope."""
 
-    prior: Prior
     describe = Fitted.describe  # one direction has no spectrum
-
-    def adapt(self, view: Tensor, users: Users, seed: Seed) -> Tensor:
-        """Shrunk slopes [U', 1]; the prior's mean where there are no comparisons."""
-        return shrunk_slopes(view[:, 0], users, self.prior)
 
 
 @dataclass(frozen=True)
@@ -136,8 +131,10 @@ class PEBS(LinearPeer):
         mean = v.new_tensor([max(prior.mean, LEAST * LEAST)])
         spread = f"{prior.mean:.2f}, standard deviation {prior.variance**0.5:.2f} between users"
         settings, note = {"strength": strength}, f"ridge {strength:g}; slopes {spread}."
-        fitted = PEBSFitted(self, "PEBS", settings, v, users, losses, note, mean)
-        fitted.prior = prior
+        given = "PEBS", settings, v, users, mean
+        fitted = PEBSFitted(
+            self, *given, lambda view, some, _: shrunk_slopes(view[:, 0], some, prior), losses, note
+        )
         fitted.facts["parameters"] += 2  # of the prior
         fitted.facts["slopes"] = users[:, 0].tolist()
         return fitted

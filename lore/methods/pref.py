@@ -40,17 +40,14 @@ def objective(
     return loss, [by_A, by_W + ridge * W]
 
 
-class PReFFitted(LinearFitted):
-    """A fit of PReF: state u, the signed weights."""
-
-    def published(self, view: Tensor, users: Users, generator: torch.Generator) -> Tensor:
-        """SGD on every user's mean loss."""
-        start = torch.randn(users.num_users, view.shape[1], generator=generator)
-        w, mass = start.to(view), users.user_weight().clamp(min=1e-300)[:, None]
-        for _ in range(USER_STEPS):
-            logits = (view * w[users.user]).sum(1)
-            w = w - USER_RATE * users.sum(view, linear.slopes(users, logits)) / mass
-        return w
+def published_weights(view: Tensor, users: Users, generator: torch.Generator | None) -> Tensor:
+    """Weights [U', K] by SGD on every user's mean loss."""
+    start = torch.randn(users.num_users, view.shape[1], generator=generator)
+    w, mass = start.to(view), users.user_weight().clamp(min=1e-300)[:, None]
+    for _ in range(USER_STEPS):
+        logits = (view * w[users.user]).sum(1)
+        w = w - USER_RATE * users.sum(view, linear.slopes(users, logits)) / mass
+    return w
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,7 @@ class PReF(LinearPeer):
 
     def converged(
         self, data: Comparisons, geometry: Geometry, strength: float, warm: Any, tolerance: float
-    ) -> tuple[PReFFitted, Any]:
+    ) -> tuple[LinearFitted, Any]:
         """The penalised objective's minimum; see ``LinearPeer``."""
         if warm is None:  # both of the same size, as the ridge would have them
             A, W = svd_start(data, self.rank)
@@ -99,9 +96,11 @@ class PReF(LinearPeer):
         # A ridge that shrinks all to nothing, a saddle for weaker ones, is no start for them
         collapsed = float(project(data, A).norm(dim=1).mean()) < COLLAPSED
         note = f"ridge {strength:g}, {len(losses)} steps of L-BFGS."
-        return self._fitted(A, W, strength, losses, note), None if collapsed else (A, W)
+        settings, ridge = {"ridge": strength}, strength * torch.eye(W.shape[1]).to(W)
+        fitted = self._fitted(settings, A, W, ridge, losses, note)
+        return fitted, None if collapsed else (A, W)
 
-    def published(self, task: Task) -> PReFFitted:
+    def published(self, task: Task) -> LinearFitted:
         """The published SGD."""
         data = task.local_train
         A, W = svd_start(data, self.rank)
@@ -119,12 +118,8 @@ class PReF(LinearPeer):
             W = W.index_add(0, here, by_W / mass, alpha=-RATE)
             losses.append(float(loss / mass))
         note = f"published: {STEPS} steps of SGD on {BATCH} comparisons."
-        return self._fitted(A, W, None, losses, note)
+        return self._fitted({}, A, W, published_weights, losses, note)
 
-    def _fitted(
-        self, A: Tensor, W: Tensor, ridge: float | None, losses: list[float], note: str
-    ) -> PReFFitted:
-        settings = {"rank": self.rank} | ({} if ridge is None else {"ridge": ridge})
-        fitted = PReFFitted(self, f"PReF K={self.rank}", settings, A, W, losses, note)
-        fitted.ridge = None if ridge is None else ridge * torch.eye(W.shape[1]).to(W)
-        return fitted
+    def _fitted(self, settings: dict[str, Any], A: Tensor, W: Tensor, *how: Any) -> LinearFitted:
+        settings = {"rank": self.rank, **settings}
+        return LinearFitted(self, f"PReF K={self.rank}", settings, A, W, W.mean(0), *how)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,26 +56,25 @@ def svd_start(
     return V, mean, linear.solve_users(project(data, geometry.raw(V)), data, ridge, mean) - mean
 
 
-class RBDFitted(LinearFitted):
-    """A fit of RBD: state w_u, the sum of the mean weights and the user's deviation."""
-
-    def published(self, view: Tensor, users: Users, generator: torch.Generator) -> Tensor:
-        """Adam on the deviations of all users together."""
-        start = torch.randn(users.num_users, view.shape[1], generator=generator)
-        away, total = START * start.to(view), users.weight.sum().clamp(min=1e-300)
-        ridge = 2 * DEVIATION * self.basis.T @ self.basis / users.num_users
-        adam, best, waited = torch.optim.Adam([away], lr=USER_RATE), float("inf"), 0
-        for _ in range(USER_STEPS):
-            logits = (view * (self.population_state + away)[users.user]).sum(1)
-            slope = linear.slopes(users, logits) / total
-            lost = float(users.weight @ softplus(-logits) / total)
-            lost += float((away @ ridge * away).sum()) / 2
-            best, waited = (lost, 0) if lost < best - LEAST else (best, waited + 1)
-            if waited >= USER_PATIENCE:
-                break
-            away.grad = users.sum(view, slope) + away @ ridge
-            adam.step()
-        return self.population_state + away
+def published_weights(
+    V: Tensor, mean: Tensor, view: Tensor, users: Users, generator: torch.Generator | None
+) -> Tensor:
+    """Weights [U', K], mean and deviations, by Adam on the deviations of all users together."""
+    start = torch.randn(users.num_users, view.shape[1], generator=generator)
+    away, total = START * start.to(view), users.weight.sum().clamp(min=1e-300)
+    ridge = 2 * DEVIATION * V.T @ V / users.num_users
+    adam, best, waited = torch.optim.Adam([away], lr=USER_RATE), float("inf"), 0
+    for _ in range(USER_STEPS):
+        logits = (view * (mean + away)[users.user]).sum(1)
+        slope = linear.slopes(users, logits) / total
+        lost = float(users.weight @ softplus(-logits) / total)
+        lost += float((away @ ridge * away).sum()) / 2
+        best, waited = (lost, 0) if lost < best - LEAST else (best, waited + 1)
+        if waited >= USER_PATIENCE:
+            break
+        away.grad = users.sum(view, slope) + away @ ridge
+        adam.step()
+    return mean + away
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class RBD(LinearPeer):
 
     def converged(
         self, data: Comparisons, geometry: Geometry, strength: Any, warm: Any, tolerance: float
-    ) -> tuple[RBDFitted, None]:
+    ) -> tuple[LinearFitted, None]:
         """The objective's minimum, always from the same start; see ``LinearPeer``."""
         start = svd_start(data, geometry, self.rank, strength)
         V, mean, away = start
@@ -118,22 +118,18 @@ class RBD(LinearPeer):
         strengths = f"{population:g} (population) and {deviation:g} (users)"
         note = f"strengths {strengths}, {len(losses)} steps of L-BFGS."
         settings = {"population": population, "deviation": deviation}
-        fitted = self._fitted((geometry.raw(V), mean, away), settings, losses, note)
-        floor = 1e-6 * V.square().sum() * torch.eye(V.shape[1]).to(V)
-        fitted.ridge = deviation * (V.T @ V + floor)
-        return fitted, None
+        ridge = deviation * (V.T @ V + 1e-6 * V.square().sum() * torch.eye(V.shape[1]).to(V))
+        raw = geometry.raw(V), mean, away
+        return self._fitted(settings, raw, ridge, losses, note), None
 
-    def _fitted(
-        self, found: Parameters, settings: dict[str, Any], losses: list[float], note: str
-    ) -> RBDFitted:
-        V, mean, away = found
-        settings = {"rank": self.rank, **settings}
-        given = f"RBD K={self.rank}", settings, V, mean + away, losses, note
-        fitted = RBDFitted(self, *given, mean)
+    def _fitted(self, settings: dict[str, Any], found: Parameters, *how: Any) -> LinearFitted:
+        (V, mean, away), settings = found, {"rank": self.rank, **settings}
+        label = f"RBD K={self.rank}"
+        fitted = LinearFitted(self, label, settings, V, mean + away, mean, *how)
         fitted.facts["parameters"] += len(mean)
         return fitted
 
-    def published(self, task: Task) -> RBDFitted:
+    def published(self, task: Task) -> LinearFitted:
         """The published Adam, stopped on held-out dialogues."""
         split = hold_out(task.local_train, task.seed, task.kinds, task.validation)
         require(split.held is not None, "no user has two dialogues: RBD cannot stop on validation")
@@ -163,4 +159,5 @@ class RBD(LinearPeer):
             V.grad, mean.grad, away.grad = (gradient / total for gradient in gradients)
             adam.step()
         note = f"published: held-out log loss {best:.4f} at best, {len(losses)} steps."
-        return self._fitted(kept, {}, losses, note)
+        solve = partial(published_weights, *kept[:2])
+        return self._fitted({}, kept, solve, losses, note)

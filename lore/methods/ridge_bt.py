@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 STRENGTHS = tuple(10 ** (x / 2) for x in range(5, -7, -1))  # 316 to .001, from the strongest on
 ROUGH, FINE = 3e-5, 1e-8  # tolerances while choosing and at the end, shares of the objective
+BEND = 0.2  # a comparison's mean curvature in its log odds, where choices are fairly sure
 
 
 def precision(data: Comparisons) -> torch.dtype:
@@ -33,18 +34,15 @@ def precision(data: Comparisons) -> torch.dtype:
     return torch.float64 if dense else torch.float32
 
 
-def inverse_curvature(
-    geometry: Geometry, strengths: Tensor, bend: Tensor | float = 0.2
-) -> Callable[[Tensor], Tensor]:
+def inverse_curvature(geometry: Geometry, strengths: Tensor) -> Callable[[Tensor], Tensor]:
     """Applies an estimate of a loss's inverse curvature, diagonal along the leading directions, to
-    columns with priors of such strengths [C]; ``bend`` is a comparison's mean curvature in its log
-    odds [C], as of choices that are fairly sure."""
-    return partial(geometry.apply, 1 / (geometry.curvature()[:, None] * bend + strengths))
+    columns with priors of such strengths [C], as if choices were fairly sure."""
+    return partial(geometry.apply, 1 / (geometry.curvature()[:, None] * BEND + strengths))
 
 
 def fit_shared(
     data: Comparisons, geometry: Geometry, strength: float, start: Tensor | None = None,
-    processes: int = 1, tolerance: float = FINE, iterations: int = 1000,
+    processes: int = 1, tolerance: float = FINE,
 ) -> Minimum:  # fmt: skip
     """The shared reward mu [F, 1], among stretched features, with the greatest posterior density.
 
@@ -65,7 +63,7 @@ def fit_shared(
     if start is None:
         start = geometry.directions.new_zeros(data.num_features, 1)
     inverse = inverse_curvature(geometry, geometry.values.new_tensor([strength]))
-    return minimise(loss, start, inverse, tolerance, iterations)
+    return minimise(loss, start, inverse, tolerance, 1000)
 
 
 class SharedFit(Fitted):

@@ -73,28 +73,22 @@ def measure(data: Comparisons, processes: int = 1, directions: int = DIRECTIONS)
     D operations a pass over this process's comparisons. InputError where all differences are zero.
     """
     generator = torch.Generator().manual_seed(0)
-    F, like = data.num_features, torch.zeros(0, device=data.device)
-    D = min(directions, F)
-    Q = torch.randn(F, min(F, D + 8), generator=generator).to(like)
+    F, D = data.num_features, min(directions, data.num_features)
+    Q = torch.randn(F, min(F, D + 8), generator=generator).to(data.device)
     count = int(sum_over_processes(torch.tensor(float(len(data))), processes))
 
     def moment(V: Tensor) -> Tensor:
         return sum_over_processes(data.backproject(data.project(V)), processes) / count
 
     Q = torch.linalg.qr(Q)[0]
-    for _ in range(ROUNDS):
-        MQ = moment(Q)
-        if Q.shape[1] == F:
-            break
-        Q = torch.linalg.qr(MQ)[0]
-    else:
-        MQ = moment(Q)
-    values, vectors = torch.linalg.eigh((Q.T @ MQ).double())
+    for _ in range(ROUNDS if Q.shape[1] < F else 0):
+        Q = torch.linalg.qr(moment(Q))[0]
+    values, vectors = torch.linalg.eigh((Q.T @ moment(Q)).double())
     values = values.flip(0)[:D].clamp(min=0)
     Q = torch.linalg.qr((Q.double() @ vectors.flip(1))[:, :D])[0]  # orthonormal in double too
     signs = torch.randint(2, (F, PROBES), generator=generator).to(Q) * 2 - 1
     signs = signs - Q @ (Q.T @ signs)
-    left = 0.0 if D == F else float((signs * moment(signs.to(like)).double()).sum() / PROBES)
+    left = 0.0 if D == F else float((signs * moment(signs.float()).double()).sum() / PROBES)
     square = float(values.sum()) + left
     require(square > 0, "the two embeddings of every training comparison are equal: the model does "
             "not tell these responses apart")  # fmt: skip

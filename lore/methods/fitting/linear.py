@@ -21,27 +21,25 @@ from lore.methods.ridge_bt import FINE, ROUGH, inverse_curvature, precision
 
 TRIES = 12  # configurations that every method may try
 HALVINGS = tuple(2.0**k for k in range(4, 4 - TRIES, -1))  # ridges to try, 16 to 1/128
+Solver = Callable[[Tensor, Users, torch.Generator | None], Tensor]
 
 
 class LinearFitted(Fitted):
     """Log odds x' V s: a shared basis V [F, K], and a user's state s [K]; questions are 0 and X V,
     the population is a Gaussian like the seen users' states.
 
-    Where there is no ridge, ``published(view, users, generator)`` gives states by the published
-    steps from a random start. The method's setting is added to label and settings; of the losses at
-    most 400 are kept; the population's state is the users' mean if ``mean`` is None.
+    ``solve(view, users, generator)`` gives users' states [U', K]; if it is a ridge [K, K], they are
+    the least of loss and ridge about the population's state. The method's setting is added to label
+    and settings; of the losses at most 400 are kept.
     """
-
-    ridge: Tensor | None = None  # [K, K], about the population's state; None: as published
 
     def __init__(
         self, method: Peer, label: str, settings: dict[str, Any], basis: Tensor, users: Tensor,
-        losses: Sequence[float], note: str, mean: Tensor | None = None,
+        population: Tensor, solve: Solver | Tensor, losses: Sequence[float], note: str,
     ) -> None:  # fmt: skip
         self.label = method.named(label)
         self.settings = {"setting": method.setting, **settings}
-        self.basis, self.users = basis, users
-        self.population_state = users.mean(0) if mean is None else mean
+        self.basis, self.users, self.population_state, self.solve = basis, users, population, solve
         step, size = max(1, math.ceil(len(losses) / 400)), basis.numel() + users.numel()
         self.facts = {
             "parameters": size, "tried": [], "losses": list(losses[::step]), "loss_step": step,
@@ -53,11 +51,10 @@ class LinearFitted(Fitted):
         return project(data, self.basis)
 
     def adapt(self, view: Tensor, users: Users, seed: Seed) -> Tensor:
-        """States [U', K]: the exact minimum of loss and ridge, or the published fit."""
-        if self.ridge is None:
-            found = self.published(view, users, as_generator(seed))
-            return torch.where(users.counts[:, None] > 0, found, self.population_state)
-        return solve_users(view, users, self.ridge, self.population_state)
+        if isinstance(self.solve, Tensor):
+            return solve_users(view, users, self.solve, self.population_state)
+        found = self.solve(view, users, as_generator(seed))
+        return torch.where(users.counts[:, None] > 0, found, self.population_state)
 
     def logits(self, view: Tensor, state: Tensor, user: Tensor) -> Tensor:
         return (view * state[user]).sum(1)
