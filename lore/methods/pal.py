@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from lore.common.files import require
 from lore.common.settings import Epochs, Layers, Rank, Width
@@ -130,10 +131,9 @@ def _orders(counts: Tensor, generator: torch.Generator | None) -> Tensor:
     most = int(counts.max())
     place = torch.arange(most, device=counts.device).expand(len(counts), -1)
     real, first = place < counts[:, None], (counts.cumsum(0) - counts)[:, None]
-    orders = torch.zeros(len(counts), (NEW_USER_EPOCHS + 1) * most, dtype=torch.long)
-    orders = orders.to(counts.device)
-    for number in range(NEW_USER_EPOCHS):
+    passes = []
+    for _ in range(NEW_USER_EPOCHS):
         keys = torch.rand(len(counts), most, generator=generator).to(counts.device)
-        shuffled = first + keys.masked_fill(~real, 2).argsort(1)
-        orders.scatter_(1, place + number * counts[:, None], shuffled)
-    return orders[:, : NEW_USER_EPOCHS * most]
+        passes.append(first + keys.masked_fill(~real, 2).argsort(1))
+    both = zip(torch.stack(passes, 1), counts.tolist(), strict=True)
+    return pad_sequence([orders[:, :count].flatten() for orders, count in both], batch_first=True)

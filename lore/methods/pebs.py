@@ -100,44 +100,39 @@ class PEBS(LinearPeer):
         self, data: Comparisons, geometry: Geometry, strength: float, warm: Any, tolerance: float
     ) -> tuple[PEBSFitted, None]:
         """The reward and every user's slope; see ``LinearPeer``."""
+        held, whose = data, torch.arange(data.num_users)  # whom slopes are measured of
         if self.faithful:
-            return self._apart(data, strength, tolerance), None
-        v, losses = _reward(data, strength, tolerance)
+            split = hold_out(data, 0)
+            v, losses = _reward(split.fit, strength, tolerance)
+            held, whose = split.held, split.whose
+            t = None if held is None else project(held, v)[:, 0]
+        else:
+            v, losses = _reward(data, strength, tolerance)
+            t = self._unseen(data, strength)
+        prior = Prior(1.0, 1.0, 0.0) if held is None else empirical_prior(t, held)
+        users = v.new_full((data.num_users, 1), prior.mean)
+        if held is not None:
+            users[whose.to(v.device)] = shrunk_slopes(t, held, prior)
+        mean = v.new_tensor([max(prior.mean, LEAST * LEAST)])
+        spread = f"{prior.mean:.2f}, standard deviation {prior.variance**0.5:.2f} between users"
+        note = f"ridge {strength:g}; slopes {spread}."
+        fitted = PEBSFitted(
+            self, "PEBS", {"strength": strength}, v, users, mean,
+            lambda view, some, _: shrunk_slopes(view[:, 0], some, prior), losses, note,
+        )  # fmt: skip
+        fitted.facts["parameters"] += 2  # of the prior
+        fitted.facts["slopes"] = users[:, 0].tolist()
+        return fitted, None
+
+    def _unseen(self, data: Comparisons, strength: float) -> Tensor:
+        """Reward differences [N] by rewards that were fitted to other dialogues of the users."""
         fold = torch.zeros(len(data), dtype=torch.long, device=data.device)
         for units in data.units():  # a user's dialogues in turn
             for place, rows in enumerate(units):
                 fold[rows.to(fold.device)] = place % FOLDS
         others = [fold != k if (fold != k).any() else fold == k for k in range(FOLDS)]
         parts = [_reward(data.select(rows), strength, ROUGH)[0] for rows in others]
-        unseen = project(data, torch.cat(parts, 1)).gather(1, fold[:, None])[:, 0]
-        prior = empirical_prior(unseen, data)
-        return self._fitted(v, shrunk_slopes(unseen, data, prior), prior, strength, losses), None
-
-    def _apart(self, data: Comparisons, strength: float, tolerance: float) -> PEBSFitted:
-        split = hold_out(data, 0)
-        v, losses = _reward(split.fit, strength, tolerance)
-        prior = Prior(1.0, 1.0, 0.0)
-        users = v.new_ones(data.num_users, 1)
-        if split.held is not None:
-            t = project(split.held, v)[:, 0]
-            prior = empirical_prior(t, split.held)
-            users.fill_(prior.mean)
-            users[split.whose.to(v.device)] = shrunk_slopes(t, split.held, prior)
-        return self._fitted(v, users, prior, strength, losses)
-
-    def _fitted(
-        self, v: Tensor, users: Tensor, prior: Prior, strength: float, losses: list[float]
-    ) -> PEBSFitted:
-        mean = v.new_tensor([max(prior.mean, LEAST * LEAST)])
-        spread = f"{prior.mean:.2f}, standard deviation {prior.variance**0.5:.2f} between users"
-        settings, note = {"strength": strength}, f"ridge {strength:g}; slopes {spread}."
-        given = "PEBS", settings, v, users, mean
-        fitted = PEBSFitted(
-            self, *given, lambda view, some, _: shrunk_slopes(view[:, 0], some, prior), losses, note
-        )
-        fitted.facts["parameters"] += 2  # of the prior
-        fitted.facts["slopes"] = users[:, 0].tolist()
-        return fitted
+        return project(data, torch.cat(parts, 1)).gather(1, fold[:, None])[:, 0]
 
 
 def _reward(data: Comparisons, strength: float, tolerance: float) -> tuple[Tensor, list[float]]:

@@ -67,10 +67,7 @@ class VPL(Networked):
         rate, decay = (RATE, DECAY) if faithful else (3e-3, 1e-2)
         optimizer = torch.optim.AdamW(fit.net.parameters(), lr=rate, weight_decay=decay)
         total, step = epochs * math.ceil(len(data) / BATCH), itertools.count()
-        schedule = None  # making one sets the rate of the first step
-        if faithful:
-            share = partial(networks.cosine, warm=max(1, round(WARM_UP * total)), total=total)
-            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+        cosine = partial(networks.cosine, warm=max(1, round(WARM_UP * total)), total=total)
         pairs, weight = fit.scaled(data), networks.pair_weights(data, not faithful)
 
         def epoch() -> Iterator[Tensor]:
@@ -86,8 +83,10 @@ class VPL(Networked):
                 slope = 0.1 + 0.9 * (1 - turn) / 2 if faithful else 1.0  # up, again and again
                 yield weight[targets] @ softplus(-logits) / len(targets) + model * slope * kl
 
-        held_out = held and (lambda: held.losses(fit, fit.adapt(fit.view(data), data, 0)))
-        fit.descend(optimizer, epoch, epochs, held_out, schedule)
+        schedule = {"share": cosine} if faithful else {}
+        fit.descend(
+            optimizer, epoch, epochs, held, lambda: fit.adapt(fit.view(data), data, 0), **schedule
+        )
         fit.read(data, task.seed)
         return fit
 

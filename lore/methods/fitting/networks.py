@@ -134,16 +134,17 @@ class Network(Fitted):
 
     def descend(
         self, optimizer: torch.optim.Optimizer, epoch: Callable[[], Iterable[Tensor]], epochs: int,
-        held: Callable[[], Tensor] | None = None,
-        schedule: torch.optim.lr_scheduler.LRScheduler | None = None, patience: int = PATIENCE,
+        held: HeldOut | None, users: Callable[[], Tensor], patience: int = PATIENCE,
+        share: Callable[[int], float] = lambda step: 1.0,
     ) -> None:  # fmt: skip
         """Train, and keep the best parameters, the loss of every step, and passes until these.
 
-        ``epoch`` yields the loss of every batch of a pass, for a step each; the schedule is by
-        step. ``held`` gives the present held-out log losses: training ends after ``patience``
-        epochs without an improvement of ``TOLERANCE``, though not within ``PLATEAU`` steps; without
-        it, at the last.
+        ``epoch`` yields the loss of every batch of a pass, for a step each, at a share of the rate;
+        ``users`` gives the present states. Training ends after ``patience`` epochs in which the
+        held-out log loss did not improve by ``TOLERANCE``, though not within ``PLATEAU`` steps;
+        without held-out comparisons, at the last epoch.
         """
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         losses, best, self.epochs, kept = [], math.inf, 0, []
         for number in range(1, epochs + 1):
@@ -151,14 +152,13 @@ class Network(Fitted):
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
-                if schedule is not None:
-                    schedule.step()
+                schedule.step()
                 losses.append(loss.detach())
             if held is None:
                 self.epochs = number
                 continue
             with torch.no_grad():
-                now = float(held().mean())
+                now = float(held.losses(self, users()).mean())
             if now < best - TOLERANCE:
                 best, self.epochs = now, number
                 kept = [p.detach().clone() for p in parameters]
@@ -226,8 +226,7 @@ class Mixing(Network):
                 logits = self.logits(view, self.free[who].softmax(1), own)
                 yield weight[some] @ self.loss(logits) / len(some)
 
-        held_out = held and (lambda: held.losses(self, self.free.softmax(1)))
-        self.descend(optimizer, epoch, epochs, held_out, **settings)
+        self.descend(optimizer, epoch, epochs, held, lambda: self.free.softmax(1), **settings)
         self.users = self.free.softmax(1)
         self.population_state = self.users.mean(0)
 
