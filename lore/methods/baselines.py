@@ -24,7 +24,7 @@ class Reference:
         if task.reference is None:
             return []
         V = task.reference.float()[:, None].to(task.train.device)
-        W = torch.ones(task.train.num_users, 1, device=task.train.device)
+        W = V.new_ones(task.train.num_users, 1)
         fit = LoreFit(Lore(), Basis(V, W, task.reference, settings={"rank": 0}), "reference")
         fit.file = "basis-K00"
         return [fit]
@@ -76,17 +76,15 @@ class OwnFit(Fitted):
 
     def adapt(self, view: Pairs | RowFeatures, users: Users, seed: Seed) -> Tensor:
         """Each user's own direction [U', F]; zero for those without comparisons."""
-        lore, there = self.lore, users.counts > 0
+        lore, there = self.lore, (users.counts > 0).nonzero()[:, 0]
         states = self.population_state.repeat(users.num_users, 1)
-        if there.any():
-            some, found = Users(users.counts[there], users.weight), []
-            how = lore.few_shot_iterations, lore.learning_rate, lore.optimizer, self.progress
-            for who, rows in some.user_blocks(self.at_once):
-                numbers = torch.arange(len(some), device=users.device)[rows]
-                features = DenseFeatures(_pairs(view, numbers).difference())
-                own = Comparisons(features, some.counts[who], some.weight[rows])
-                found.append(own_directions(own, preference_loss, *how))
-            states[there] = torch.cat(found)
+        some = Users(users.counts[there], users.weight)
+        how = lore.few_shot_iterations, lore.learning_rate, lore.optimizer, self.progress
+        for who, rows in some.user_blocks(self.at_once):
+            numbers = torch.arange(rows.start, rows.stop, device=users.device)
+            features = DenseFeatures(_pairs(view, numbers).difference())
+            own = Comparisons(features, some.counts[who], some.weight[rows])
+            states[there[who]] = own_directions(own, preference_loss, *how)
         return states
 
     def logits(self, view: Pairs | RowFeatures, state: Tensor, user: Tensor) -> Tensor:

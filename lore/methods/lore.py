@@ -22,7 +22,8 @@ from lore.methods.fitting.validation import Split, Validation, choose
 from utils import TEMPERATURE, LoRe, LoRe_regularized, personalize
 
 ESTIMATORS = {"lore": LoRe, "lore_regularized": LoRe_regularized}
-POINTS = 400  # of the training curve that is kept
+CURVE = 400  # points of the training curve that are kept
+Points = list[dict[str, Any]]  # settings of ranks, pulls and shrinkages, see ``grid``
 
 
 @dataclass(frozen=True)
@@ -85,15 +86,12 @@ class Lore:
         """A fit for every alpha, rank and shrinkage; last the chosen one, where one is chosen."""
         ranks = [rank for rank in self.ranks if rank > 1]
         fits = self._fit(task, grid(ranks, self.alpha, self.shrinkage), "ranks")
-        if self.select_rank:
-            grid_points = grid([1, *ranks], self.alpha, self.shrinkage)
-            fits.append(self._chosen(task, grid_points, fits))
-        return fits
+        points = grid([1, *ranks], self.alpha, self.shrinkage)
+        return [*fits, self._chosen(task, points, fits)] if self.select_rank else fits
 
     def _fit(
-        self, task: Task, grid_points: list[dict[str, Any]], state: str = "",
-        data: Comparisons | None = None, users: int = 0,
-    ) -> "list[LoreFit]":  # fmt: skip
+        self, task: Task, points: Points, state: str, data: Comparisons | None = None, users: int = 0
+    ) -> "list[LoreFit]":
         """Fits to this process's comparisons, or to some, which have so many users in all."""
         checkpoint = None
         if state and task.state is not None and task.checkpoint_every:
@@ -101,32 +99,30 @@ class Lore:
             checkpoint = Checkpoint(path, task.checkpoint_every)
         steps = {} if self.iterations is None else {"num_iterations": self.iterations}
         bases = fit_bases(
-            ESTIMATORS[self.estimator], grid_points, task.reference, data or task.local_train,
+            ESTIMATORS[self.estimator], points, task.reference, data or task.local_train,
             users or task.train.num_users, checkpoint,
             generator=task.seed, distributed=task.processes > 1, progress=task.progress,
             learning_rate=self.learning_rate, optimizer=self.optimizer, **steps,
         )  # fmt: skip
         return [LoreFit(self, basis) for basis in bases]
 
-    def _chosen(
-        self, task: Task, grid_points: list[dict[str, Any]], fits: "list[LoreFit]"
-    ) -> "LoreFit":
+    def _chosen(self, task: Task, points: Points, fits: "list[LoreFit]") -> "LoreFit":
         """The fit whose settings have the lowest log loss on validation."""
 
         def fit(split: Split, number: int, all_fits: list[LoreFit] | None) -> Any:
             if all_fits is None:  # the settings share passes over the features
                 first, users = rows_before(split.fit.num_users, task.processes)
-                all_fits = self._fit(task, grid_points, "", split.fit, users)
+                all_fits = self._fit(task, points, "", split.fit, users)
                 for each in all_fits:  # this process's users
                     each.users = each.users[first : first + split.fit.num_users]
             return all_fits[number], all_fits
 
-        found = choose(Validation(task), range(len(grid_points)), fit)
+        found = choose(Validation(task), range(len(points)), fit)
         label = found.kept[0][found.candidate].label
-        again = {fit.label: fit for fit in fits}
-        if label not in again:  # rank 1, which is not fitted here otherwise
-            again |= {fit.label: fit for fit in self.fit_shared(task)}
-        chosen = LoreFit(self, again[label].basis, "LoRe, chosen")
+        if label not in [fit.label for fit in fits]:  # rank 1, which is not fitted here otherwise
+            fits = self.fit_shared(task)
+        basis = next(fit.basis for fit in fits if fit.label == label)
+        chosen = LoreFit(self, basis, "LoRe, chosen")
         chosen.tried, chosen.chosen = found.tried, True
         return chosen
 
@@ -166,8 +162,8 @@ class LoreFit(Fitted):
         if not self.personal:
             return view.new_zeros(users.num_users, 0)
         there, states = users.counts > 0, self.population_state.to(view).repeat(users.num_users, 1)
-        some = users if there.all() else Users(users.counts[there], users.weight)
         if there.any():
+            some = Users(users.counts[there], users.weight)
             states[there] = personalize(self.basis, some, view, seed, **self.method.few_shot())
         return states
 
@@ -206,7 +202,7 @@ class LoreFit(Fitted):
             note += f"; a user's weights have {entropy:.0%} of the largest possible entropy"
         if self.tried:
             note = f"chosen on validation: {self.setting_label}; {note}"
-        step = max(1, len(losses) // POINTS)
+        step = max(1, len(losses) // CURVE)
         return {
             "columns": columns, "effective_rank": effective, "weight_entropy": entropy,
             "spectrum": singular.tolist(), "losses": losses[::step].tolist(), "loss_step": step,

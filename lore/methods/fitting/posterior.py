@@ -32,12 +32,12 @@ class Prior:
     cov: Tensor
 
     @classmethod
-    def of_users(cls, tastes: Tensor, least: float = 1e-3) -> "Prior":
-        """The Gaussian with the mean and covariance of at least two users' tastes [U, K]; ``least``
-        is added to all variances, as a share of their mean."""
+    def of_users(cls, tastes: Tensor) -> "Prior":
+        """The Gaussian with the mean and covariance of at least two users' tastes [U, K]; a
+        thousandth of the mean variance is added to all."""
         tastes = tastes.double()
         cov = torch.cov(tastes.T).reshape(tastes.shape[1], -1)
-        floor = least * cov.diagonal().mean() + 1e-8
+        floor = 1e-3 * cov.diagonal().mean() + 1e-8
         return cls(tastes.mean(0), cov + floor * torch.eye(len(cov)).to(cov))
 
     @cached_property
@@ -135,8 +135,10 @@ def _modes(
     for _ in range(ITERATIONS):
         p = torch.sigmoid(a + t)
         slope, rise = w * p * (1 - p), w * (1 - p)
-        if dual:
-            step = _dual_step(G, slope, rise, t) - x
+        if dual:  # algorithm 3.1's a less x
+            root, b = slope.sqrt(), slope * t + rise
+            inner = _plus_one((root[:, :, None] * G).mul_(root[:, None]))
+            step = b - root * _solve(inner, root * _times(G, b)) - x
             change = _times(G, step)
         else:
             step = _solve(_plus_one(Z.mT @ (slope[..., None] * Z)), _times(Z.mT, rise) - x)
@@ -154,21 +156,12 @@ def _modes(
     return (_times(Z.mT, x) if dual else x), torch.sigmoid(a + t)
 
 
-def _dual_step(G: Tensor, slope: Tensor, rise: Tensor, t: Tensor) -> Tensor:
-    """Newton's next c [B, n]: algorithm 3.1's a, from curvature, gradient and log odds."""
-    root = slope.sqrt()
-    b = slope * t + rise
-    inner = _plus_one((root[:, :, None] * G).mul_(root[:, None]))
-    return b - root * _solve(inner, root * _times(G, b))
-
-
 def _times(matrix: Tensor, vector: Tensor) -> Tensor:
     return (matrix @ vector[..., None])[..., 0]
 
 
 def _solve(matrix: Tensor, vector: Tensor) -> Tensor:
-    factor = torch.linalg.cholesky(matrix)
-    return torch.cholesky_solve(vector[..., None], factor)[..., 0]
+    return torch.cholesky_solve(vector[..., None], torch.linalg.cholesky(matrix))[..., 0]
 
 
 def _plus_one(matrix: Tensor) -> Tensor:
