@@ -90,8 +90,9 @@ class Lore:
         return [*fits, self._chosen(task, points, fits)] if self.select_rank else fits
 
     def _fit(
-        self, task: Task, points: Points, state: str, data: Comparisons | None = None, users: int = 0
-    ) -> "list[LoreFit]":
+        self, task: Task, points: Points, state: str, data: Comparisons | None = None,
+        users: int = 0,
+    ) -> "list[LoreFit]":  # fmt: skip
         """Fits to this process's comparisons, or to some, which have so many users in all."""
         checkpoint = None
         if state and task.state is not None and task.checkpoint_every:

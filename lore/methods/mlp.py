@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lore.common.settings import Epochs, PositiveWidth, Rank
-from lore.learning.comparisons import Comparisons, Pairs, Users
+from lore.learning.comparisons import Comparisons, Pairs, Seed, Users
 from lore.learning.method import Task
 from lore.methods.fitting import networks
 from lore.methods.fitting.networks import Grid, Mixing, Networked, linear
@@ -57,8 +57,7 @@ class MLP(Networked):
         weights = {"params": [fit.free], "lr": 0.5 if self.faithful else 0.05, "weight_decay": 0.0}
         optimizer = torch.optim.AdamW([layers, weights])
         size = len(data) if self.faithful else 64
-        weight = networks.pair_weights(data, True)
-        fit.train(data, weight, optimizer, size, generator, held, epochs)
+        fit.train(data, True, optimizer, size, generator, held, epochs)
         return fit
 
 
@@ -83,9 +82,7 @@ class FittedMLP(Mixing):
         """The user's mixture of the differences of rewards [N]."""
         return (view.difference() * state[user]).sum(1)
 
-    def published(self, view: Pairs, users: Users, generator: torch.Generator) -> Tensor:
-        """LoRe's fit: from N(0, 1), 500 steps of Adam."""
-        start = torch.randn(users.num_users, len(self.population_state), generator=generator)
-        return networks.solve_weights(
-            partial(self.losses_of, view), users, start.to(users.device), steps=500, tolerance=-1.0
-        )
+    def published(self, view: Pairs, users: Users, start: Tensor, generator: Seed) -> Tensor:
+        """LoRe's fit: 500 steps of Adam."""
+        losses = partial(self.losses_of, view)
+        return networks.solve_weights(losses, users, start, steps=500, tolerance=-1.0)

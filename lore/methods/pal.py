@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lore.common.files import require
 from lore.common.settings import Epochs, Layers, Rank, Width
-from lore.learning.comparisons import Comparisons, Pairs, Users
+from lore.learning.comparisons import Comparisons, Pairs, Seed, Users
 from lore.learning.method import Task
 from lore.methods.fitting import networks
 from lore.methods.fitting.networks import Grid, Mixing, Networked, linear
@@ -65,10 +65,9 @@ class PAL(Networked):
         faster = 1 if self.faithful else 10
         f = {"params": fit.f.parameters(), "lr": RATE * faster, "weight_decay": DECAY}
         others = {"params": [fit.prototypes, fit.free], "lr": WEIGHT_RATE * faster}
-        weight = networks.pair_weights(data, not self.faithful)
-        size, patience = (BATCH, {"patience": epochs}) if self.faithful else (64, {})
-        optimizer = torch.optim.Adam([f, others])
-        fit.train(data, weight, optimizer, size, generator, held, epochs, **patience)
+        size, patience = (BATCH, epochs) if self.faithful else (64, networks.PATIENCE)
+        how = not self.faithful, torch.optim.Adam([f, others]), size
+        fit.train(data, *how, generator, held, epochs, patience)
         return fit
 
 
@@ -103,12 +102,11 @@ class FittedPAL(Mixing):
             parts.append(far.square() - near.square() if self.squared else far - near)
         return torch.cat(parts)
 
-    def published(self, view: Pairs, users: Users, generator: torch.Generator) -> Tensor:
-        """Weights [U', K] by the published fit: from N(0, 1), a step at each comparison, 20 times.
-        A published batch holds 4 comparisons, mostly of different users, and Adam is blind to the
-        size of gradients: so every user is given steps of its own, all users at a time."""
-        start = torch.randn(users.num_users, len(self.population_state), generator=generator)
-        found = start.to(users.device)
+    def published(self, view: Pairs, users: Users, start: Tensor, generator: Seed) -> Tensor:
+        """Weights [U', K] by the published fit: a step at each comparison, 20 times. A published
+        batch holds 4 comparisons, mostly of different users, and Adam is blind to the size of
+        gradients: so every user is given steps of its own, all users at a time."""
+        found = start.clone()
         for who, rows in users.user_blocks(networks.BLOCK, padded=True):
             order = _orders(users.counts[who], generator) + rows.start
             free = found[who].clone().requires_grad_()

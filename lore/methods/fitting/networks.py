@@ -198,7 +198,7 @@ class Network(Fitted):
 class Mixing(Network):
     """A network whose users mix K outputs: weights [K] are on the simplex, and the population's are
     the mean of the seen users'; ``variant`` is the ridge of new users', whose published fit is
-    ``published(view, users, generator)``."""
+    ``published(view, users, start, generator)`` from logits that are drawn from N(0, 1)."""
 
     free: Tensor  # logits [U, K] of the seen users' weights
 
@@ -212,11 +212,11 @@ class Mixing(Network):
         return softplus(-logits)
 
     def train(
-        self, data: Comparisons, weight: Tensor, optimizer: torch.optim.Optimizer, size: int,
-        generator: torch.Generator, held: HeldOut | None, epochs: int, **settings: Any,
+        self, data: Comparisons, by_user: bool, optimizer: torch.optim.Optimizer, size: int,
+        generator: torch.Generator, held: HeldOut | None, epochs: int, patience: int = PATIENCE,
     ) -> None:  # fmt: skip
-        """Descend, a batch of so many comparisons, which weigh ``weight`` [N], after the other."""
-        pairs = self.scaled(data)
+        """Descend, a batch of so many comparisons after the other; see ``pair_weights``."""
+        pairs, weight = self.scaled(data), pair_weights(data, by_user)
 
         def epoch() -> Iterator[Tensor]:
             for some in batches(len(data), size, generator):
@@ -226,7 +226,7 @@ class Mixing(Network):
                 logits = self.logits(view, self.free[who].softmax(1), own)
                 yield weight[some] @ self.loss(logits) / len(some)
 
-        self.descend(optimizer, epoch, epochs, held, lambda: self.free.softmax(1), **settings)
+        self.descend(optimizer, epoch, epochs, held, lambda: self.free.softmax(1), patience)
         self.users = self.free.softmax(1)
         self.population_state = self.users.mean(0)
 
@@ -234,10 +234,12 @@ class Mixing(Network):
         """Weights [U', K] that fit users' comparisons, all else fixed (eq. 11)."""
         if len(users) == 0:
             return self.population_state.repeat(users.num_users, 1)
+        start = self.population_state.log().repeat(users.num_users, 1)
         if self.faithful:
-            found = self.published(view, users, as_generator(seed))
+            generator = as_generator(seed)
+            start = torch.randn(start.shape, generator=generator).to(start)
+            found = self.published(view, users, start, generator)
         else:
-            start = self.population_state.log().repeat(users.num_users, 1)
             found = solve_weights(partial(self.losses_of, view), users, start, self.variant)
         return torch.where(users.counts[:, None] > 0, found, self.population_state)
 
