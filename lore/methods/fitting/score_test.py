@@ -52,8 +52,12 @@ def score_test(data: Comparisons) -> ScoreTest:
     own = _apart(data, (data.weight * (1 - p))[:, None] * Z)
     pairs = float((data.counts.square() - data.counts).sum())
     kept = float(_apart(data, torch.ones_like(p)[:, None]).sum()) / max(1.0, pairs)
-    slope = data.weight * p * (1 - p)
-    information = float(kept * _information(data, Z, slope))
+    slope, counts = data.weight * p * (1 - p), data.counts.tolist()
+    # How fast the statistic grows with the variance, by a user's pairs: less each one with itself
+    information = -(slope * Z.square().sum(1)).square().sum()
+    for part, weight in zip(Z.split(counts), slope.split(counts), strict=True):
+        information = information + ((part.T * weight) @ part).square().sum()
+    information = float(kept * information)
     error, found = float(own.square().sum().sqrt()), float(own.sum())
     statistic = found / error if error > 0 else 0.0  # in standard errors
     variance = found / max(information, 1e-300)
@@ -79,26 +83,16 @@ def _apart(data: Comparisons, Y: Tensor) -> Tensor:
 
     alike = partial(squares, data.user, Y)  # of equal keys, a comparison with itself included
 
+    alone, x = torch.arange(len(Y), device=data.device), data.features
+    dialog = alone if data.dialogs is None else data.dialogs.to(data.device)
+    if not isinstance(x, RowFeatures):
+        return alike() - alike(dialog)
+    ends = torch.stack([x.chosen, x.rejected]).sort(0).values
+
     def response(*keys: Tensor) -> Tensor:
         """The same over pairs that share a response."""
-        x = data.features
-        assert isinstance(x, RowFeatures)
-        ends = torch.stack([x.chosen, x.rejected]).sort(0).values
         twice = [key.repeat(2) for key in keys]
         both = squares(data.user.repeat(2), Y.repeat(2, 1), ends.flatten(), *twice)
         return both - alike(*ends, *keys)  # those that share two were counted twice
 
-    rows = isinstance(data.features, RowFeatures)
-    alone = torch.arange(len(Y), device=data.device)
-    dialog = alone if data.dialogs is None else data.dialogs.to(data.device)
-    shared = alike(dialog) + (response() - response(dialog) if rows else 0)
-    return alike() - shared
-
-
-def _information(data: Comparisons, Z: Tensor, slope: Tensor) -> Tensor:
-    """How fast the statistic grows with the variance of tastes, by pairs of comparisons of a user:
-    sum over users of |H_u|^2 less what every comparison has with itself."""
-    counts, pairs = data.counts.tolist(), -(slope * Z.square().sum(1)).square().sum()
-    for part, weight in zip(Z.split(counts), slope.split(counts), strict=True):
-        pairs = pairs + ((part.T * weight) @ part).square().sum()
-    return pairs
+    return alike() - (alike(dialog) + (response() - response(dialog)))
