@@ -35,7 +35,7 @@ def task(
     for kind in ("seen", "new"):
         tastes = shared + spread * strength * torch.randn(users, rank, generator=g) @ basis[:, 1:].T
         for part, count in (("few", shots), ("test", held_out)):
-            sets[kind, part] = _choices(table, tastes, count, kind, g)
+            sets[kind, part] = choices(table, tastes @ table.T, count, g, kind)
     reference = (shared + 0.5 * torch.randn(features, generator=g)) * 100
     return Task(
         train=sets["seen", "few"], few=sets["new", "few"], seen=sets["seen", "test"],
@@ -74,15 +74,16 @@ def prefer(
     return torch.where(wins, first, second), torch.where(wins, second, first)
 
 
-def _choices(
-    table: Tensor, tastes: Tensor, count: int, kind: str, g: torch.Generator
+def choices(
+    table: Tensor, values: Tensor, count: int, g: torch.Generator, kind: str = "user"
 ) -> Comparisons:
-    n = count * len(tastes)
+    """So many logistic choices of each user between rows [R, F], which they value so [U, R]."""
+    n = count * len(values)
     first = torch.randint(len(table), (n,), generator=g)
     second = (first + 1 + torch.randint(len(table) - 1, (n,), generator=g)) % len(table)
-    user = torch.arange(len(tastes)).repeat_interleave(count)
-    logits = ((table[first] - table[second]) * tastes[user]).sum(1)
+    user = torch.arange(len(values)).repeat_interleave(count)
+    logits = values[user, first] - values[user, second]
     chosen, rejected = prefer(logits, first, second, g)
     features = RowFeatures(lambda rows: table[rows], table.shape[1], chosen, rejected)
-    names = [f"{kind} {u}" for u in range(len(tastes))]
-    return Comparisons(features, [count] * len(tastes), names=names)
+    names = [f"{kind} {u}" for u in range(len(values))]
+    return Comparisons(features, [count] * len(values), names=names)

@@ -6,6 +6,7 @@ from test_mixed_logit import world
 
 from lore.learning.comparisons import Comparisons, DenseFeatures, RowFeatures
 from lore.methods.fitting.score_test import score_test
+from planted import prefer
 
 
 def rejections(taste: float, worlds: int, **more: int) -> float:
@@ -69,12 +70,9 @@ def choices(kind: str, shared: bool, seed: int, taste: float = 0.0) -> Compariso
         ends = few.gather(1, two.flatten(1)).view(-1, 2)
     else:
         ends = torch.arange(2 * users * pairs).view(-1, 2)
-    user = torch.arange(users).repeat_interleave(pairs)
-    difference = reward[user, ends[:, 0]] - reward[user, ends[:, 1]]
-    sure = torch.sigmoid(1.5 * difference) if kind != "rating" else (difference > 0).float()
-    swap = torch.rand(len(ends), generator=g) > sure
-    ends = torch.where(swap[:, None], ends.flip(1), ends)
-    features = RowFeatures(lambda i: table[i], 8, ends[:, 0], ends[:, 1])
+    user, (first, second) = torch.arange(users).repeat_interleave(pairs), ends.T
+    sure = 1.5 * (reward[user, first] - reward[user, second]) * (1e9 if kind == "rating" else 1)
+    features = RowFeatures(lambda i: table[i], 8, *prefer(sure, first, second, g))
     return Comparisons(features, [pairs] * users)
 
 
