@@ -97,10 +97,8 @@ def carry_out(name: str, script: str, given: running.Flags) -> running.Outcome:
 @contextmanager
 def without_plots() -> Iterator[None]:
     """Runs within this process write tables alone: plots and pages take far longer."""
-    with (
-        mock.patch("lore.experiments.report.tables.write_plots", lambda *given: []),
-        mock.patch("lore.experiments.report.tables.write_report", lambda *given: None),
-    ):
+    module = "lore.experiments.report.tables"
+    with mock.patch.multiple(module, write_plots=lambda *_: [], write_report=lambda *_: None):
         yield
 
 

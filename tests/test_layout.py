@@ -14,11 +14,9 @@ import pytest
 import utils
 
 ROOT = Path(__file__).resolve().parents[1]
-FLOORS = [
-    "lore lore.common", "lore.preparing lore.embeddings lore.learning", "utils", "lore.methods",
-    "lore.elicitation", "lore.experiments", "tools benchmarks datasets",
-]  # fmt: skip
-FLOOR = {wing: number for number, wings in enumerate(FLOORS) for wing in wings.split()}
+FLOORS = """lore lore.common < lore.preparing lore.embeddings lore.learning < utils < lore.methods
+            < lore.elicitation < lore.experiments < tools benchmarks datasets"""
+FLOOR = {wing: n for n, wings in enumerate(FLOORS.split("<")) for wing in wings.split()}
 DATASETS = {path.parent.name for path in ROOT.glob("*/prepare.py")}
 TOP = DATASETS | {
     "utils.py", "requirements.txt", "requirements-dev.txt", "README.md", "LICENSE",

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -30,27 +31,19 @@ FLAGS = running.flags({k: list(v) if isinstance(v, tuple) else v for k, v in SIZ
 CASES = core.cases(**SIZES)
 
 
-@pytest.mark.parametrize("number", range(5))
-def test_plain_loops_compute_what_they_are_timed_against(number):
-    case = CASES[number].settings
-    ours, plain = (side.answer(case, who) for who in (False, True))
+@pytest.mark.parametrize("case", CASES[:5], ids=lambda case: case.name)
+def test_plain_loops_compute_what_they_are_timed_against(case):
+    ours, plain = (side.answer(case.settings, who) for who in (False, True))
     assert len(ours["seconds"]) == len(plain["seconds"]) == 2  # of three steps
     assert core._deviation({"a": [ours], "b": [plain]}) < 1e-4
-    other = side.answer({**case, "seed": 1}, False)
+    other = side.answer({**case.settings, "seed": 1}, False)
     assert core._deviation({"a": [ours], "b": [plain], "c": [other]}) > 0.1
 
 
 def test_a_sweep_is_timed_as_one(monkeypatch):
-    case, calls = CASES[5].settings, []
-    run = utils.run_few_shot_vary_shots
-
-    def remember(*given, **more):
-        calls.append(run(*given, **more))
-        return calls[-1]
-
-    monkeypatch.setattr(utils, "run_few_shot_vary_shots", remember)
-    assert len(side.answer(case, False)["seconds"]) == 1
-    assert calls[0].unseen.shape == (3,)
+    case, run, found = CASES[5].settings, utils.run_few_shot_vary_shots, []
+    monkeypatch.setattr(utils, run.__name__, lambda *args, **more: found.append(run(*args, **more)))
+    assert len(side.answer(case, False)["seconds"]) == 1 and found[0].unseen.shape == (3,)
     monkeypatch.setattr(side, "timed", lambda work, device: (work(), 7.0)[1])
     assert side.answer(case, True)["seconds"] == [7.0 * 2]  # of one trial to two
     many = side.answer({**case, "steps": 500}, True)["seconds"]
@@ -75,13 +68,10 @@ def test_a_folder_that_is_no_checkout_is_refused(tmp_path):
         core.measure(CASES, 1, [tmp_path])
 
 
-@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
-def test_growth_is_the_exponent_over_the_decade(power):
-    values = [20 * factor for factor in scaling.FACTORS]
-    assert scaling._exponent(values, [1e-3 * v**power for v in values]) == pytest.approx(power)
-
-
-def test_a_million_users_are_counted_by_proportion():
+def test_growth_is_the_exponent_over_a_decade_and_a_million_users_are_counted_by_proportion():
+    values = np.multiply(20, scaling.FACTORS)
+    for power in (0.5, 1.0, 2.0):
+        assert scaling._exponent(values, 1e-3 * values**power) == pytest.approx(power)
     found = scaling._account(1_000_000, 50, 4096, 5, "bfloat16", 2e9)
     expected = {
         "comparisons": 50e6, "differences in bfloat16": 409.6, "differences in float32": 819.2,
@@ -109,9 +99,6 @@ def test_extra_memory_is_the_process_own():
     assert len(before) and 70e6 < int(done.stdout) < 90e6, done.stderr
 
 
-# --------------------------------------------------------------------------- As commands
-
-
 def run(script: str, *flags: str, status: int = 0) -> running.Outcome:
     done = running.invoke(f"benchmarks/{script}", {}, *flags)
     assert done.status == status, done.out + done.err
@@ -124,24 +111,23 @@ def table(printed: str) -> pd.DataFrame:
 
 
 def test_the_flags_of_the_core_make_its_cases(monkeypatch, capsys):
-    asked = []
-    monkeypatch.setattr(core, "measure", lambda *given: asked.append(given) or [{"case": "x"}])
+    measure = mock.Mock(return_value=[{"case": "x"}])
+    monkeypatch.setattr(core, "measure", measure)
     core.main(**Flags(core.main).read([*FLAGS, "--rounds=1"]))
-    assert asked == [(CASES, 1, ())] and core.note() in capsys.readouterr().out
+    measure.assert_called_once_with(CASES, 1, ())
+    assert core.note() in capsys.readouterr().out
 
 
-class Within(core.Side):
+def within(checkout: str | Path) -> mock.Mock:
     """A side in this process, which needs no imports of its own; it measures no memory."""
 
-    def __init__(self, checkout: str | Path) -> None:
-        self.name = str(checkout)
-
-    def ask(self, settings: dict) -> dict:
+    def ask(settings: dict) -> dict:
         fresh = settings.pop("memory", False)
-        return {"extra": 7e6} if fresh else side.answer(settings, self.name == "plain")
+        return {"extra": 7e6} if fresh else side.answer(settings, str(checkout) == "plain")
 
-    def close(self) -> None:
-        """Nothing."""
+    found = mock.Mock(ask=ask)
+    found.name = str(checkout)
+    return found
 
 
 @pytest.mark.slow
@@ -164,7 +150,7 @@ def test_a_model_that_is_missing_is_named(tmp_path):
 @pytest.mark.slow
 def test_one_table_holds_core_embedding_and_mixed_logit(monkeypatch, model, tmp_path):
     (tmp_path / "other").symlink_to(ROOT)
-    monkeypatch.setattr(core, "Side", Within)
+    monkeypatch.setattr(core, "Side", within)
     other = [f"--against={tmp_path / 'other'}", "--rounds=1"]
     done = run("all.py", *FLAGS, *other, f"--model={model}", "--texts", "2", "2", "2", "2")
     rows = table(done.out)

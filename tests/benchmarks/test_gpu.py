@@ -1,5 +1,6 @@
 """``make gpu``, at tiny sizes on a CPU."""
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator
@@ -49,12 +50,9 @@ def test_a_wrong_row_misses_its_aim(monkeypatch):
 
 def _slow(device: str, tiny: bool) -> Iterator[dict[str, Any]]:
     yield {"case": "quick"}
-    until = time.monotonic() + 30
-    while time.monotonic() < until:
-        try:
+    for _ in range(3000):
+        with contextlib.suppress(Exception):  # a fallback that must not swallow the limit
             time.sleep(0.01)
-        except Exception:  # a fallback that must not swallow the limit
-            continue
     yield {"case": "never"}
 
 

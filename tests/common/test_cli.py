@@ -190,8 +190,6 @@ def test_files_are_readable_by_whoever_the_umask_lets(tmp_path):
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-# ------------------------------------------------------------------------------- Help
-
 TRAIN = "PRISM/train_basis.py"
 OTHERS = [name for name in METHODS if name != "lore"]
 

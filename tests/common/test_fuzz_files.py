@@ -35,13 +35,10 @@ CELLS = st.recursive(
 
 def mutated(data: bytes, how: str, place: float, more: bytes) -> bytes:
     """The bytes with a bit flipped, the rest cut off, some put in, or some made zero."""
-    at = int(place * len(data))
-    return {
-        "flip": data[:at] + bytes([data[at] ^ (1 << more[0] % 8)]) + data[at + 1 :],
-        "cut": data[:at],
-        "insert": data[:at] + more + data[at:],
-        "zero": data[:at] + bytes(len(more)) + data[at + len(more) :],
-    }[how]
+    before, after = data[: int(place * len(data))], data[int(place * len(data)) :]
+    flipped = bytes([after[0] ^ (1 << more[0] % 8)]) + after[1:]
+    zero = bytes(len(more)) + after[len(more) :]
+    return before + {"flip": flipped, "cut": b"", "insert": more + after, "zero": zero}[how]
 
 
 @pytest.fixture(scope="module", params=["PRISM", "PersonalLLM"])

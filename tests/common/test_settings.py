@@ -29,8 +29,6 @@ def assert_refused(outcome: Outcome, *words: str) -> None:
     assert outcome.out == "" and [word for word in words if word not in outcome.err] == []
 
 
-# --------------------------------------------------------------------------- Values
-
 # What ended in a traceback, or was taken without a word, and the flag that the line must name.
 REFUSED = {
     TRAIN: """
@@ -75,8 +73,9 @@ REFUSED = {
     "tools/ukpconvarg.py": "--min-judgments 0 | --seed x",
     "tools/report.py": "--ranks -1 | --ranks 2 2",
 }
-CASES = [(script, words.strip()) for script, lines in REFUSED.items()
-         for line in lines.strip().splitlines() for words in line.split("|")]  # fmt: skip
+CASES = []
+for script, lines in REFUSED.items():
+    CASES += [(script, words) for words in re.split(r"\s*[|\n]\s*", lines.strip())]
 
 
 @pytest.mark.slow
@@ -151,9 +150,6 @@ def test_values_are_pythons_own():
     values += [read["name"], *read["rbd"].strengths[0]]
     assert values == [1, 2, 4, 7, 1e3, "x", 1.0, 2.0]
     assert [type(value) for value in values] == [int] * 4 + [float, str, float, float]
-
-
-# ----------------------------------------------------------------------------- Names
 
 
 WORDS = {
@@ -242,8 +238,6 @@ def test_a_datasets_name_is_no_path(tmp_path):
     assert_refused(running.invoke(TRAIN, {"data": tmp_path}), "prepare.json")
 
 
-# ------------------------------------------------------------------- Code execution
-
 TOUCH = "touch ran"  # a shell command that leaves a trace
 MODULE = "from pathlib import Path\nPath('ran').touch()\nfrom torch.optim import SGD as Trap\n"
 CALLS = [
@@ -251,19 +245,25 @@ CALLS = [
     {"class_path": "builtins.eval", "init_args": {"source": "open('ran', 'w')"}},
     {"class_path": "os.system", "init_args": {"command": TOUCH}},
 ]
+WORDS_GIVEN = (
+    "--optimizer subprocess.Popen | --optimizer trap.Trap --optimizer.lr 0.1 | --mlp trap.Trap | "
+    '--optimizer.help trap.Trap | --lore trap.Trap | --lore={"class_path":"trap.Trap"}'
+)
 GIVEN = [  # words of a command line, or what stands in a config file
     *([f"--optimizer={json.dumps(call)}"] for call in CALLS),
-    ["--optimizer", "os.system", "--optimizer.command", TOUCH], ["--optimizer", "subprocess.Popen"],
-    ["--optimizer", "trap.Trap", "--optimizer.lr", "0.1"], ["--optimizer.help", "trap.Trap"],
-    ["--lore", "trap.Trap"], ['--lore={"class_path": "trap.Trap"}'], ["--mlp", "trap.Trap"],
+    ["--optimizer", "os.system", "--optimizer.command", TOUCH],
+    *map(str.split, WORDS_GIVEN.split(" | ")),
     *(json.dumps({"lore": {"optimizer": call}}) for call in CALLS),  # JSON is YAML
-    "lore: {optimizer: trap.Trap}", "lore: {class_path: trap.Trap}", "lore: trap.Trap",
+    "lore: {optimizer: trap.Trap}",
+    "lore: {class_path: trap.Trap}",
+    "lore: trap.Trap",
     "pal: {class_path: trap.Trap, init_args: {}}",
     json.dumps({"seeds": CALLS[2], "checkpoint_every": CALLS[2]}),
     f"name: !!python/object/apply:os.system ['{TOUCH}']",
-    "name: !!python/object/new:trap.Trap []", "name: !!python/module:trap",
+    "name: !!python/object/new:trap.Trap []",
     "lore: {optimizer: !!python/name:trap.Trap }",
-]  # fmt: skip
+    "name: !!python/module:trap",
+]
 
 
 @pytest.fixture

@@ -78,14 +78,11 @@ def embed(model: Path, folder: Path, chats: list = CHATS, **given: Any) -> torch
 def stock_rewards(folder: Path, batch: bool, chats: list = CHATS) -> torch.Tensor:
     """[n, labels], by nothing but what the model card says."""
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype="auto")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    write = AutoTokenizer.from_pretrained(folder).apply_chat_template
     groups = [chats] if batch else [[chat] for chat in chats]
+    given = {"return_tensors": "pt", "return_dict": True, "padding": batch}
     with torch.no_grad():
-        return torch.cat([
-            model(**tokenizer.apply_chat_template(
-                group, return_tensors="pt", return_dict=True, padding=batch
-            )).logits for group in groups
-        ]).float()  # fmt: skip
+        return torch.cat([model(**write(group, **given)).logits for group in groups]).float()
 
 
 def write_lines(path: Path, rows: list) -> Path:

@@ -68,9 +68,9 @@ def personalllm(folder: Path, *, train: int = 24, test: int = 8) -> Path:
         for number in range(prompts):
             rows.append({"prompt": f"{split} {number}: {world.question()}"})
             for i, response in enumerate(world.texts(8), start=1):
-                scores = {f"response_{i}_{name}": world.score(taste, response)
-                          for taste, name in enumerate(SCORERS)}  # fmt: skip
-                rows[-1] |= {f"response_{i}": response, **scores}
+                rows[-1][f"response_{i}"] = response
+                for taste, scorer in enumerate(SCORERS):
+                    rows[-1][f"response_{i}_{scorer}"] = world.score(taste, response)
         write(folder / f"{split}.parquet", rows)
     return folder
 
