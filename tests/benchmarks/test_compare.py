@@ -9,25 +9,19 @@ import torch
 import compare
 import comparison_data
 import made_results as made
-from comparison_data import WORLDS, choose, plant
+import running
+from comparison_data import choose, plant
 from lore.common.files import InputError
 from lore.experiments import splits
 
 CPU = torch.device("cpu")
-NONE = {name: Path("nowhere") for name in ("jokes", "ukp", "prism", "demo")}
-PRISM = next(world for world in WORLDS if world.name == "prism")
+NONE = dict.fromkeys(("jokes", "ukp", "prism", "demo"), Path("nowhere"))
 
 
 def cells(text: str, row: str) -> dict[str, str]:
     """The cells of a row of a Markdown table, by column, of all tables that have the row."""
-    found, head = {}, []
-    for line in text.splitlines():
-        parts = [part.strip() for part in line.strip("| ").split("|")]
-        if line.startswith("| ") and line.count("|") > 3 and parts[0] != row:
-            head = head if line.split("|")[1].strip() else parts
-        elif line.startswith("| "):
-            found |= dict(zip(head, parts[1:], strict=True))
-    return found
+    tables = [running.table("\n" + part) for part in text.split("\n\n") if part.startswith("|")]
+    return dict(cell for table in tables for cell in table.get(row, {}).items())
 
 
 @pytest.fixture
