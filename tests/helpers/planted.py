@@ -1,6 +1,7 @@
 """Planted worlds: users whose tastes are known, as a task that methods learn from."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +10,15 @@ from lore.learning.comparisons import Comparisons, RowFeatures
 from lore.learning.method import Fitted, Task
 
 F, ROWS = 12, 400
+# Settings of every method but LoRe with few steps, where it need not learn much.
+QUICK: dict[str, dict[str, Any]] = {
+    "ridge_bt": {"strength": 1.0}, "pebs": {"strengths": (1.0,)}, "mrm": {"strengths": (1.0,)},
+    "mixed_logit": {"floor": 0.1, "l_mu": 0.3, "tau2": 1.0, "pi": 10.0},
+    "pal": {"prototypes": (2,), "width": 8, "layers": 1, "epochs": 2},
+    "vpl": {"betas": (1e-4,), "hidden": 8, "latent": 4, "epochs": 2},
+    "mlp": {"ranks": (2,), "hidden": 8, "epochs": 2}, "pref": {"rank": 2, "strengths": (1.0,)},
+    "rbd": {"rank": 2, "strengths": ((1.0, 1.0),)},
+}  # fmt: skip
 
 
 def task(

@@ -16,23 +16,15 @@ from lore.methods import mrm, pal, pref, rbd, ridge_bt
 from lore.methods.fitting import lbfgs, linear, networks
 
 STEPS = 3  # enough for every line to run
+LORE = {"ranks": (3,), "iterations": 5, "few_shot_iterations": 3}
 FEW: dict[str, list[dict[str, Any]]] = {
-    "ridge_bt": [{}],
-    "lore": [
-        {"ranks": (3,), "iterations": 5, "few_shot_iterations": 3, "alpha": (0.1,),
-         "shrinkage": (1.0,), "select_rank": True},
-        {"ranks": (3,), "iterations": 5, "few_shot_iterations": 3,
-         "estimator": "lore_regularized", "alpha": (1.0,)},
-    ],
-    "mixed_logit": [{"floor": 0.1, "l_mu": 0.3, "tau2": 1.0, "pi": 10.0}],
-    "pal": [{"prototypes": (3,), "epochs": 1}, {"setting": "faithful", "epochs": 1}],
-    "vpl": [{"betas": (1e-4,), "hidden": 8, "epochs": 1}, {"setting": "faithful", "epochs": 1}],
-    "pref": [{"strengths": (1.0,)}, {"setting": "faithful"}],
-    "mrm": [{"strengths": (1.0, 0.3), "inner_steps": 2}, {"setting": "faithful"}],
-    "rbd": [{"rank": 2, "strengths": ((1.0, 1.0),)}, {"rank": 2, "setting": "faithful"}],
-    "pebs": [{"strengths": (1.0,)}],
-    "mlp": [{"ranks": (2,), "hidden": 8, "epochs": 1}, {"setting": "faithful", "epochs": 1}],
+    **{name: [quick] for name, quick in planted.QUICK.items()}, "ridge_bt": [{}],
+    "lore": [LORE | {"alpha": (0.1,), "shrinkage": (1.0,), "select_rank": True},
+             LORE | {"alpha": (1.0,), "estimator": "lore_regularized"}],
 }  # fmt: skip
+for name, few in {"pal": {"epochs": 1}, "vpl": {"epochs": 1}, "mlp": {"epochs": 1}, "mrm": {},
+                  "rbd": {"rank": 2}, "pref": {}}.items():  # fmt: skip
+    FEW[name].append({"setting": "faithful"} | few)
 
 
 def task(device: torch.device) -> Task:

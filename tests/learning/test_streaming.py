@@ -1,13 +1,13 @@
 """Features read from disk at every pass give the rows that features in memory give."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import people
+import planted
 from lore import methods
 from lore.experiments import runner as experiments
 from lore.learning import comparisons
@@ -15,15 +15,6 @@ from lore.learning.comparisons import draw_shots
 from lore.methods import baselines as shared
 from lore.methods.lore import Lore
 
-QUICK: dict[str, dict[str, Any]] = {
-    "ridge_bt": {"strength": 1.0},
-    "mixed_logit": {"floor": 0.1, "l_mu": 0.3, "tau2": 1.0, "pi": 10.0},
-    "pal": {"prototypes": (2,), "width": 8, "layers": 1, "epochs": 2},
-    "vpl": {"betas": (1e-4,), "hidden": 8, "latent": 4, "epochs": 2},
-    "mlp": {"ranks": (2,), "hidden": 8, "epochs": 2}, "pref": {"rank": 2, "strengths": (1.0,)},
-    "rbd": {"rank": 2, "strengths": ((1.0, 1.0),)}, "pebs": {"strengths": (1.0,)},
-    "mrm": {"strengths": (1.0,)},
-}  # fmt: skip
 FIGURES = ("accuracy", "log_loss", "brier", "label_sensitivity")
 
 
@@ -49,7 +40,7 @@ def assert_same(results: Path) -> list[tuple]:
 
 @pytest.mark.slow
 def test_every_method_has_the_same_rows_streamed_and_in_memory(world, tmp_path):
-    given = {name: methods.METHODS[name](**quick) for name, quick in QUICK.items()}
+    given = {name: methods.METHODS[name](**quick) for name, quick in planted.QUICK.items()}
     given["methods"] = tuple(methods.METHODS)
     for stream in (False, True):
         people.fit(world, tmp_path, name=str(stream), stream=stream, **given)

@@ -17,7 +17,7 @@ import utils
 from lore.common.files import InputError
 from lore.learning import comparisons
 from lore.learning.comparisons import Comparisons, RowFeatures
-from lore.learning.training import Checkpoint, Training
+from lore.learning.training import Training
 from planted import prefer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,13 +35,6 @@ COUNTS = [3, 1, 7, 4, 9, 2]
 def direction(dtype=torch.float64):
     """A reference [F]."""
     return users([1], seed=5, dtype=dtype)[0][0]
-
-
-def start(estimator, K, X, seed=1, dtype=torch.float64):
-    """The initial values that a model with this seed draws."""
-    torch.manual_seed(seed)
-    draw = torch.randn if estimator is utils.LoRe else torch.rand
-    return draw(len(X), K, dtype=dtype), torch.randn(X[0].shape[1], K, dtype=dtype)
 
 
 def model(K, steps, estimator=utils.LoRe, alpha=0.0, seed=1, **more):
@@ -81,34 +74,27 @@ def weights_of(X):
     return [torch.rand(len(x), generator=g, dtype=x.dtype) + 0.1 for x in X]
 
 
+JOINT, ALTERNATING = utils.LoRe, utils.LoRe_regularized
+
+
 @pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISION)
-@pytest.mark.parametrize(("alpha", "K", "shrinkage", "weigh"), [
-    (0.0, 3, 0.0, None), (0.02, 3, 0.0, None), (0.0, 1, 0.0, None), (0.0, 3, 2.5, None),
-    (0.0, 3, 0.0, weights_of)])  # fmt: skip
-def test_joint_follows_the_reference(alpha, K, shrinkage, weigh, dtype, tolerance):
-    X, more = users(COUNTS, dtype=dtype), {"dtype": dtype, "shrinkage": shrinkage}
-    c = weigh and weigh(X)
-    given = X, *start(utils.LoRe, K, X, dtype=dtype), 50, 0.5, direction(dtype), alpha, c
-    logits, V, losses = reference.joint(*given, shrinkage)
-    fit = model(K, 50, alpha=alpha, **more)
-    close(fit.train(X, c), (logits.softmax(1), V), tolerance)
+@pytest.mark.parametrize(("estimator", "alpha", "K", "shrinkage", "weigh"), [
+    (JOINT, 0.0, 3, 0.0, None), (JOINT, 0.02, 3, 0.0, None), (JOINT, 0.0, 1, 0.0, None),
+    (JOINT, 0.0, 3, 2.5, None), (JOINT, 0.0, 3, 0.0, weights_of), (ALTERNATING, 0.0, 4, 0.0, None),
+    (ALTERNATING, 100.0, 4, 0.0, None), (ALTERNATING, 10.0, 4, 0.0, weights_of),
+])  # fmt: skip
+def test_training_follows_the_reference(estimator, alpha, K, shrinkage, weigh, dtype, tolerance):
+    X = users(COUNTS, dtype=dtype)
+    c, fit = weigh and weigh(X), model(K, 60, estimator, alpha, dtype=dtype, shrinkage=shrinkage)
+    given = X, fit.W0, fit.V0, 60, 0.5, direction(dtype), alpha, c
+    joint = estimator is JOINT
+    found = reference.joint(*given, shrinkage) if joint else reference.alternating(*given)
+    W, V, losses = found[0].softmax(1), *found[1:]
+    kept = (W.amax(0) >= 1e-2) | joint
+    close(fit.train(X, c), (W[:, kept], V[:, kept]), tolerance)
     if not shrinkage:
         close(fit.losses, losses, tolerance)
-
-
-@pytest.mark.usefixtures("blocks")
-@pytest.mark.parametrize(("dtype", "tolerance"), PRECISION)
-@pytest.mark.parametrize(("alpha", "weigh"), [(0.0, None), (100.0, None), (10.0, weights_of)])
-def test_alternating_follows_the_reference(alpha, weigh, dtype, tolerance):
-    X, regularized = users(COUNTS, dtype=dtype), utils.LoRe_regularized
-    c = weigh and weigh(X)
-    given = X, *start(regularized, 4, X, dtype=dtype), 60, 0.5, direction(dtype), alpha, c
-    logits, V, losses = reference.alternating(*given)
-    fit, expected = model(4, 60, regularized, alpha, dtype=dtype), logits.softmax(1)
-    kept = expected.amax(0) >= 1e-2
-    close(fit.train(X, c), (expected[:, kept], V[:, kept]), tolerance)
-    close(fit.losses, losses, tolerance)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISION)
@@ -128,14 +114,11 @@ def test_a_comparison_of_weight_two_is_that_comparison_twice():
     X = users([4, 3])
     twice = [torch.cat([x, x[:1]]) for x in X]
     c = [torch.tensor([2.0] + [1.0] * (len(x) - 1)) for x in X]
-    fit = functools.partial(utils.LoRe, None, 0, 2, 12, 2, 40, generator=0, dtype=torch.float64)
-    close(fit().train(X, c)[1], fit().train(twice)[1])
-    V, W = torch.randn(12, 2, dtype=torch.float64), torch.rand(2, 2, dtype=torch.float64)
-    found = [
-        some.accuracies((some.project(V) * W[some.user]).sum(1))
-        for some in (Comparisons.from_list(X, c), Comparisons.from_list(twice))
-    ]
-    torch.testing.assert_close(*found)
+    packed = Comparisons.from_list(X, c), Comparisons.from_list(twice)
+    logits = [data.features.x[:, 0] for data in packed]
+    for measure in ("accuracies", "log_losses"):
+        pair = (getattr(data, measure)(z) for data, z in zip(packed, logits, strict=True))
+        torch.testing.assert_close(*pair)
 
 
 LBFGS = functools.partial(torch.optim.LBFGS, lr=0.5)
@@ -143,7 +126,7 @@ LBFGS = functools.partial(torch.optim.LBFGS, lr=0.5)
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("blocks")
-@pytest.mark.parametrize("estimator", [utils.LoRe, utils.LoRe_regularized])
+@pytest.mark.parametrize("estimator", [JOINT, ALTERNATING])
 @pytest.mark.parametrize(("optimizer", "steps"), [(None, 40), (LBFGS, 5)])
 def test_models_trained_side_by_side_follow_their_own_trajectories(estimator, optimizer, steps):
     cases = [(1, 0.0, 0.0), (3, 0.1, 0.0), (2, 0.0, 3.0), (5, 0.1, 1.0)][: 4 if steps > 5 else 2]
@@ -160,19 +143,14 @@ def test_models_trained_side_by_side_follow_their_own_trajectories(estimator, op
 def test_float32_arithmetic_on_any_float_input_and_views_are_not_copied():
     whole = torch.cat(users(COUNTS, dtype=torch.float32))
     views = list(whole.split(COUNTS))
-    data = Comparisons.from_list(views)
-    assert data.features.x.data_ptr() == whole.data_ptr()
-    fit = functools.partial(model, 2, 30, dtype=torch.float32)
-    expected = fit().train(views)[1]
-    assert expected.dtype == torch.float32
-    for dtype, tolerance in ((torch.float64, 1e-6), (torch.float16, 1e-2), (torch.bfloat16, 5e-2)):
-        V = fit().train([x.to(dtype) for x in views])[1]
+    assert Comparisons.from_list(views).features.x.data_ptr() == whole.data_ptr()
+    assert torch.equal(Comparisons.from_list(views[::-1]).features.x, torch.cat(views[::-1]))
+    expected = model(2, 30, dtype=torch.float32).train([x.clone() for x in views])[1]
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-6), (torch.float16, 1e-2),
+                             (torch.bfloat16, 5e-2)):  # fmt: skip
+        V = model(2, 30, dtype=torch.float32).train([x.to(dtype) for x in views])[1]
         assert V.dtype == torch.float32
         close(V, expected, tolerance)
-    strangers = [x.clone() for x in views]
-    close(fit().train(strangers)[1], expected, 1e-6)
-    backwards = Comparisons.from_list(views[::-1])
-    torch.testing.assert_close(backwards.features.x, torch.cat(views[::-1]))
 
 
 def test_streamed_features_equal_dense_ones(monkeypatch):
@@ -214,7 +192,7 @@ def test_gradients_by_finite_differences():
     torch.optim.AdamW, functools.partial(torch.optim.SGD, lr=20.0, momentum=0.9),
     functools.partial(torch.optim.LBFGS, lr=0.5, max_iter=4),
 ])  # fmt: skip
-@pytest.mark.parametrize("estimator", [utils.LoRe, utils.LoRe_regularized])
+@pytest.mark.parametrize("estimator", [JOINT, ALTERNATING])
 def test_other_optimisers_lower_the_loss(optimizer, estimator):
     X = users(COUNTS, dtype=torch.float32)
     fit = estimator(None, 0, 6, 12, 2, 60, 0.1, generator=0, optimizer=optimizer)
@@ -225,35 +203,28 @@ def test_other_optimisers_lower_the_loss(optimizer, estimator):
 # --------------------------------------------------------------- Planted worlds
 
 
-def planted(counts, F=16, K=3, seed=0):
-    """Users with low-rank rewards: comparisons ordered by V* w*, with logistic noise."""
+def planted(m, U=120, F=16, K=3, seed=0):
+    """U users with m comparisons each, ordered by V* w* with logistic noise."""
     g = torch.Generator().manual_seed(seed)
     V = torch.linalg.qr(torch.randn(F, K, generator=g))[0] * 4
     torch.manual_seed(seed)
-    W = torch.distributions.Dirichlet(torch.full((K,), 0.3)).sample((len(counts),))
-    X = [torch.randn(m, F, generator=g) for m in counts]
-    return [prefer(x @ V @ w, x, -x, g)[0] for x, w in zip(X, W, strict=True)], V, W
+    W = torch.distributions.Dirichlet(torch.full((K,), 0.3)).sample((U,))
+    X = torch.randn(U, m, F, generator=g)
+    return list(prefer((X @ V @ W[:, :, None])[..., 0], X, -X, g)[0]), V, W
 
 
 @pytest.mark.slow
-def test_the_planted_subspace_is_recovered_as_comparisons_grow():
+def test_what_is_planted_is_recovered_as_comparisons_grow_also_for_new_users():
     angles = []
     for m in (10, 60, 360):
-        X, V, _ = planted([m] * 80)
-        learned = utils.solve_regularized(None, 0, X, 3, 600, 0.5, generator=0)[1]
+        X, V, W = planted(m)
+        learned = utils.solve_regularized(None, 0, X[:80], 3, 600, 0.5, generator=0)[1]
         cosines = torch.linalg.svdvals(torch.linalg.qr(learned)[0].T @ torch.linalg.qr(V)[0])
         angles.append(float(cosines.clamp(max=1).acos().max()))  # the largest principal angle
     assert angles[0] > angles[1] > angles[2]
     assert angles[2] < 0.35
-
-
-@pytest.mark.slow
-def test_new_users_come_within_two_points_of_the_planted_model():
-    X, V, W = planted([300] * 120)
-    few, test = [x[:150] for x in X[80:]], [x[150:] for x in X[80:]]
-    learned, alone = (
-        utils.solve_regularized(None, 0, X[:80], K, 600, 0.5, generator=0)[1] for K in (3, 1)
-    )
+    alone = utils.learn_single_reward(X[:80], 600, generator=0)
+    few, test = zip(*(x.split(m // 2) for x in X[80:]), strict=True)
     fitted = utils.learn_multiple_few_shot(few, learned, 500, 0.1, generator=1)
     ours = utils.eval_multiple(fitted, learned, test).mean()
     assert ours > utils.eval_multiple(W[80:], V, test).mean() - 0.02
@@ -313,41 +284,15 @@ def test_own_rewards_follow_each_users_plain_fit():
     close(utils.learn_multiple(X, 30, weights=c), expected, 1e-4)
 
 
-@pytest.mark.slow
-def test_own_and_shared_rewards():
-    X = users([20] * 6, F=16, dtype=torch.float32)  # more comparisons than features, just
-    directions, w = utils.learn_multiple(X, 200), torch.ones(6, 1)
-    accuracy = utils.eval_multiple(w, directions, X)
-    shared = utils.learn_single_reward(X, 100, generator=0)
-    assert accuracy.min() > 0.8
-    assert accuracy.mean() > utils.eval_multiple(w, shared, X).mean() + 0.1
-    close(shared, utils.solve_regularized(None, 0, X, 1, 100, 0.5, generator=0)[1], 1e-6)
-    pulled = utils.learn_single_reward_regularized(torch.ones(16), 1e4, X, 100, generator=0)
-    assert torch.nn.functional.cosine_similarity(pulled[:, 0], torch.ones(16), dim=0) > 0.95
-
-
-def test_training_goes_on_from_a_checkpoint(tmp_path, caplog):
-    fit = functools.partial(model, 3, alpha=0.1)
-    data, checkpoint = Comparisons.from_list(users(COUNTS)), Checkpoint(tmp_path / "state", 20)
-    whole = utils.train_together([fit(90)], data)[0]
-
-    def fail_at_50(training, step, tick=checkpoint.tick):
-        tick(training, step)
-        if step == 50:
-            raise KeyboardInterrupt
-
-    checkpoint.tick = fail_at_50
-    with pytest.raises(KeyboardInterrupt):
-        utils.train_together([fit(90)], data, checkpoint)
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["state.0.20.pt", "state.0.40.pt"]
-    resumed, rest = fit(90), Checkpoint(tmp_path / "state", 20)
-    with caplog.at_level("INFO"):
-        W, V = utils.train_together([resumed], data, rest)[0]
-    assert "going on from step 40 of" in caplog.text
-    assert torch.equal(W, whole[0]) and torch.equal(V, whole[1])
-    assert len(resumed.losses) == 90 and resumed.losses.min() > 0
-    with pytest.raises(InputError, match="other settings"):
-        utils.train_together([fit(91)], data, rest)
+def test_one_reward_for_all_is_rank_one_and_own_rewards_are_judged_by_user():
+    X = users(COUNTS, dtype=torch.float32)
+    shared = utils.learn_single_reward(X, 20, generator=0)
+    close(shared, utils.solve_regularized(None, 0, X, 1, 20, 0.5, generator=0)[1], 1e-6)
+    pulled = utils.learn_single_reward_regularized(torch.ones(12), 1e4, X, 100, generator=0)
+    assert torch.nn.functional.cosine_similarity(pulled[:, 0], torch.ones(12), dim=0) > 0.95
+    w, own = torch.ones(6, 1), torch.randn(6, 12, 1)
+    expected = [reference.accuracy(x, V, w[0]) for x, V in zip(X, own, strict=True)]
+    assert utils.eval_multiple(w, list(own), X) == pytest.approx(expected)
 
 
 # ---------------------------------------------------------------------- Bad input
