@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from lore.common.files import require
-from lore.common.kinds import KINDS
+from lore.common.kinds import KINDS, kinds
 from lore.common.settings import NonNegativeInt, PositiveInt
 from lore.elicitation.criteria import CRITERIA, Criterion, choose_shots
 from lore.experiments import metrics
 from lore.experiments.results import ALWAYS
 from lore.learning.comparisons import Comparisons, Shots, Users, draw_shots
-from lore.learning.kinds import kinds_of_test
+from lore.learning.kinds import judged_sets
 from lore.learning.method import Fitted, Task, View
 
 PERMUTATIONS = 10  # over which other users' weights are averaged
@@ -124,7 +124,8 @@ def evaluate(fit: Fitted, task: Task, own: Tensor) -> Iterator[dict[str, Any]]:
 
 def _kinds(task: Task) -> dict[str, np.ndarray]:
     """Kinds of the held-out comparisons by set, where there are several in a set."""
-    found = kinds_of_test(task.train, task.few, task.seen, task.unseen)
+    sets = judged_sets(task.train, task.few, task.seen, task.unseen)
+    found = {name: kinds(*parts) for name, parts in sets.items()}
     return {name: kind for name, kind in found.items() if len(np.unique(kind)) > 1}
 
 

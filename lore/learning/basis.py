@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -89,15 +90,12 @@ def save_basis(path: str | Path, basis: Basis) -> None:
     for names, W in ((basis.users, basis.W), (basis.users_unseen, basis.W_unseen)):
         rows = 0 if W is None else len(W)
         require(len(names) in (0, rows), f"{len(names)} user ids for {rows} rows of weights")
-    kept = {
-        name: tensor.detach().float().cpu().contiguous().clone()
-        for name in TENSORS
-        if (tensor := getattr(basis, name)) is not None
-    }
-    names = {name: list(map(str, getattr(basis, name))) for name in ("users", "users_unseen")}
-    metadata = {name: json.dumps(users) for name, users in names.items()}
-    metadata |= {"unit": UNIT, "settings": json.dumps(basis.settings, default=str)}
-    write_whole(Path(path), lambda draft: save_file(kept, draft, metadata=metadata))
+    found = {name: x for name in TENSORS if (x := getattr(basis, name)) is not None}
+    kept = {name: x.detach().float().cpu().contiguous().clone() for name, x in found.items()}
+    notes = {"users": [*map(str, basis.users)], "users_unseen": [*map(str, basis.users_unseen)]}
+    notes |= {"settings": basis.settings}
+    metadata = {name: json.dumps(note, default=str) for name, note in notes.items()}
+    write_whole(Path(path), lambda draft: save_file(kept, draft, metadata | {"unit": UNIT}))
 
 
 def load_basis(path: str | Path) -> Basis:
@@ -122,13 +120,10 @@ def load_basis(path: str | Path) -> Basis:
     require_finite(path, tensors, REMEDY)
     check(V.numel() > 0 and len(tensors["W"]) > 0, "V or W is empty")
     notes = {}
-    for name, default in {"users": [], "users_unseen": [], "settings": {}}.items():
-        try:
-            notes[name] = json.loads(metadata[name]) if name in metadata else default
-        except (ValueError, RecursionError):
-            notes[name] = None
-        fits = isinstance(notes[name], type(default))
-        fits = fits and all(isinstance(key, str) for key in notes[name])
+    for name, kind in {"users": list, "users_unseen": list, "settings": dict}.items():
+        with suppress(ValueError, RecursionError):
+            notes[name] = json.loads(metadata[name]) if name in metadata else kind()
+        fits = isinstance(notes.get(name), kind) and all(isinstance(x, str) for x in notes[name])
         check(fits, f"{name} are not as expected")
     basis = Basis(**tensors, **notes)
     for name, names in (("W", basis.users), ("W_unseen", basis.users_unseen)):

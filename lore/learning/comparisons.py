@@ -174,9 +174,6 @@ class Pairs:
         return self.values[self.chosen] - self.values[self.rejected]
 
 
-# ------------------------------------------------------------------------ Users
-
-
 class Users:
     """Whose each comparison is, ``user`` [N], ascending, from their counts [U], which may be 0, and
     what each weighs [N], positive, by default one; by default on the weights' device."""
@@ -286,7 +283,7 @@ class Users:
 class Comparisons(Users):
     """The comparisons of U users, at least one of each, with their features: counts and weights as
     for ``Users``, the users' names [U] or none, and the number of each comparison's dialogue [N],
-    None where every one stands alone."""
+    None where every one stands alone. ``project`` and ``backproject`` are the features'."""
 
     def __init__(
         self, features: Features, counts: Sequence[int] | Tensor, weight: Tensor | None = None,
@@ -295,6 +292,7 @@ class Comparisons(Users):
         super().__init__(counts, weight, features.device)
         self.features, self.names, self.dialogs = features, list(names), dialogs
         self.num_features = features.num_features
+        self.project, self.backproject = features.project, features.backproject
         require(self.num_users > 0, "no users: give at least one user with comparisons")
         for u, count in enumerate(self.counts.tolist()):
             require(count > 0, f"user {u} has no comparisons: leave the user out")
@@ -313,14 +311,6 @@ class Comparisons(Users):
                 require(w.shape == (len(x),), f"user {u}: {len(x)} comparisons, {len(w)} weights")
             weight = torch.cat([w.double() for w in weights])
         return cls(DenseFeatures(_pack(X).to(device or X[0].device)), list(map(len, X)), weight)
-
-    def project(self, V: Tensor) -> Tensor:
-        """X V [N, C] for V [F, C]."""
-        return self.features.project(V)
-
-    def backproject(self, G: Tensor) -> Tensor:
-        """X^T G [F, C] for G [N, C]."""
-        return self.features.backproject(G)
 
     def select(self, keep: Tensor) -> "Comparisons":
         """Those where ``keep`` [N] is true; users left without any are left out."""
@@ -404,9 +394,6 @@ def check_features(X: Sequence[Tensor]) -> None:
         require(x.device == X[0].device, f"user {u}: features on {x.device}, not {X[0].device}")
         for row in (~torch.isfinite(x).all(1)).nonzero()[:1, 0].tolist():
             raise InputError(f"user {u}, row {row}: NaN or infinity among the features")
-
-
-# ------------------------------------------------------------------------ Shots
 
 
 @dataclass

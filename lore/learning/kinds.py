@@ -1,7 +1,6 @@
 """Kinds of held-out comparisons as shares, from row numbers alone; no label is looked at."""
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lore.common.kinds import KINDS, Judged, kinds
 from lore.learning.comparisons import Comparisons, RowFeatures
@@ -29,21 +28,17 @@ def shares(held_out: Judged, own: Judged, training: Judged) -> Shares:
     return {name: float(weight[kind == number].sum()) for number, name in enumerate(KINDS)}
 
 
-def kinds_of_test(*sets: Comparisons | None) -> dict[str, NDArray[np.int8]]:
-    """Kind of each held-out comparison, as its place in ``KINDS``, by set as ``shares_of_test``."""
-    return {name: kinds(*parts) for name, parts in _judged(*sets).items()}
-
-
 def shares_of_test(*sets: Comparisons | None) -> dict[str, Shares] | None:
     """Kinds of the held-out comparisons of ``seen`` and, if any, ``unseen`` users, from a task's
     sets: train, few, seen and unseen. None without row numbers."""
-    return {name: shares(*parts) for name, parts in _judged(*sets).items()} or None
+    return {name: shares(*parts) for name, parts in judged_sets(*sets).items()} or None
 
 
-def _judged(
+def judged_sets(
     train: Comparisons, few: Comparisons | None, seen: Comparisons, unseen: Comparisons | None
 ) -> dict[str, tuple[Judged, Judged, Judged]]:
-    """What is held out, the same users' own and the training comparisons, by set."""
+    """What is held out, the same users' own and the training comparisons, as ``kinds`` takes them,
+    by set as ``shares_of_test``; empty without row numbers."""
     sets = [data for data in (train, few, seen, unseen) if data is not None]
     if not all(isinstance(data.features, RowFeatures) and data.names for data in sets):
         return {}

@@ -112,12 +112,8 @@ def create_dataset_prism_shots(
     embeddings: Dialogs, shots: int, generator: Seed = None
 ) -> list[Tensor]:
     """The same from ``shots`` random dialogues of each user; all of them where there are fewer."""
-    require(shots >= 1, f"{shots} shots: at least 1 is needed")
-    warn_of_short_users(min(map(len, embeddings.values())), [shots])
-    generator = as_generator(generator)
-    drawn = {}
-    for user, dialogs in embeddings.items():
-        names = list(dialogs)
-        order = torch.randperm(len(names), generator=generator)[:shots].tolist()
-        drawn[user] = {names[i]: dialogs[names[i]] for i in order}
+    drawn, numbers = {}, [torch.arange(len(dialogs)) for dialogs in embeddings.values()]
+    for user, some in zip(embeddings, sample_shots(numbers, shots, generator), strict=True):
+        names = list(embeddings[user])
+        drawn[user] = {names[i]: embeddings[user][names[i]] for i in some.tolist()}
     return create_dataset_prism(drawn)

@@ -52,9 +52,6 @@ def simplex(logits: Tensor, ranks: Sequence[int]) -> Tensor:
     return torch.cat([part.softmax(1) for part in logits.split(ranks, 1)], 1)
 
 
-# -------------------------------------------------------------------- Gradients
-
-
 def loss_and_slope(loss: Loss, products: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """Losses [M] of products [N, M] with coefficients c [N], and their slope in these [N, M]."""
     with torch.enable_grad():
@@ -79,9 +76,6 @@ def logits_gradient(
             pulls = torch.stack([part.sum() for part in parts])
         (gradient,) = torch.autograd.grad((W * dW).sum() + pulls.sum(), logits)
     return gradient, pulls.detach()
-
-
-# --------------------------------------------------------------------- Training
 
 
 class Training:
@@ -262,28 +256,26 @@ def own_directions(
 ) -> Tensor:  # fmt: skip
     """Every user's own reward direction [U, F], from zero; ``data`` is held in memory, ``loss`` is
     of the products x^T v."""
-    directions = []
-    parts = list(data.parts(2, CACHE_BYTES))
-    for _, _, part in tqdm(parts, "own models", leave=False, disable=not progress or None):
+
+    def fit(part: Comparisons) -> Tensor:
         x = part.features.x.float()
         V = x.new_zeros(part.num_users, x.shape[1])
         c = (part.weight / part.user_weight()[part.user]).to(x)
         steps = make_optimizer(optimizer, [V], learning_rate)
+
+        def gradient() -> Tensor:
+            losses, slope = loss_and_slope(loss, part.dots(x, V[:, None]), c)
+            V.grad = part.sums(x, slope)[:, 0]
+            return losses.sum()
+
         for _ in range(num_iterations):
-            steps.step(partial(_own_gradient, part, x, c, V, loss))
+            steps.step(gradient)
         require(bool(V.isfinite().all()), f"in the fit of users' own models {DIVERGED}")
-        directions.append(V)
-    return torch.cat(directions)
+        return V
 
-
-def _own_gradient(users: Users, x: Tensor, c: Tensor, V: Tensor, loss: Loss) -> Tensor:
-    """Loss of users' own directions V [B, F] on their x [n, F] with coefficients c [n]."""
-    losses, slope = loss_and_slope(loss, users.dots(x, V[:, None]), c)
-    V.grad = users.sums(x, slope)[:, 0]
-    return losses.sum()
-
-
-# ------------------------------------------------------------------ Checkpoints
+    parts = [part for _, _, part in data.parts(2, CACHE_BYTES)]
+    bar = tqdm(parts, "own models", leave=False, disable=not progress or None)
+    return torch.cat([fit(part) for part in bar])
 
 
 @dataclass
