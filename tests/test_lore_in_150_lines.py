@@ -1,7 +1,5 @@
 """docs/lore_in_150_lines.py gives what the scripts give."""
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,20 +7,21 @@ import pytest
 import torch
 
 import running
+import worlds
 from lore.experiments.judging import judge
 from lore.experiments.splits import given_split
 from lore.methods.lore import Lore
 from lore.methods.mixed_logit import MixedLogit
 from lore.methods.ridge_bt import RidgeBT
 
-FILE = running.ROOT / "docs" / "lore_in_150_lines.py"
+FILE = "docs/lore_in_150_lines.py"
 STRENGTHS = {"floor": 0.01, "l_mu": 0.3, "tau2": 3.0, "pi": 10.0}
 
 
 def test_it_has_150_lines_and_imports_the_readers_alone():
-    text = FILE.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 150
-    ours = [line for line in text.splitlines() if line.startswith(("from lore", "import lore"))]
+    lines = (running.ROOT / FILE).read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 150
+    ours = [line for line in lines if line.startswith(("from lore", "import lore"))]
     assert ours == [
         "from lore.embeddings.store import Store",
         "from lore.preparing.tables import read_comparisons",
@@ -35,10 +34,7 @@ def test_its_figures_are_those_of_the_scripts(model: Path, tmp_path: Path):
     flags = {"source": source, "model": model, "out": tmp_path / "data", "split": "pairs"}
     prepared = running.invoke("OwnData/prepare.py", flags)
     assert prepared.status == 0, prepared.err
-    spec = importlib.util.spec_from_file_location("lore_in_150_lines", FILE)
-    script = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(running.ROOT))
-    spec.loader.exec_module(script)
+    script = worlds.script(FILE)
     data = script.read(tmp_path / "data")
     found = script.fit_and_judge(data, **STRENGTHS)
     plain = script.fit_and_judge(data, **STRENGTHS | {"floor": 0})  # of plain features

@@ -89,38 +89,31 @@ accuracies = eval_multiple(w, V, test_features_sparse_unseen)
 """
 
 
-def _regularized_in_turn(names: dict, ranks: list[int], alpha: float) -> list[np.ndarray]:
-    """The plain loop of ``run_regularized``: columns are dropped, then new users' logits drawn."""
-    train, seen, few, unseen = names["sets"]
-    results = []
-    for K in ranks:
-        logits, V = torch.rand(len(train), K), torch.randn(F, K)
-        given = names["V_final"][:, 0], alpha
-        logits, V, _ = reference.alternating(train, logits, V, 60, 0.5, *given)
-        W = logits.softmax(1)
-        kept = W.amax(0) >= 1e-2
-        W, V = W[:, kept], V[:, kept]
-        start = torch.randn(len(few), V.shape[1]) if K > 1 else torch.ones(len(few), 1)
-        w = reference.few_shot(few, V, start, 15, 0.5)
-        results.append(_accuracies([(train, W), (seen, W), (few, w), (unseen, w)], V))
-        names.setdefault("columns", []).append(V.shape[1])
-    return [np.mean([row[part] for row in results], 1) for part in range(4)]
-
-
-def test_the_public_prism_script_runs_to_its_end_where_columns_are_dropped(X):
+def test_the_public_prism_script_gives_what_a_plain_loop_gives_where_columns_are_dropped(X):
     X = [x + 60 * X[0][0] / X[0][0].norm() for x in X]  # much alike: columns stay unused
+    seen, few, unseen = ([x[some] for x in X] for some in (slice(5, 8), slice(5), slice(4, 8)))
     names = {
-        "train_features": X, "test_features_sparse": [x[5:] for x in X], "N": USERS,
-        "train_features_unseen": [x[:5] for x in X], "N_unseen": USERS,
-        "test_features_sparse_unseen": [x[4:] for x in X], "V_final": X[0][0][:, None],
-        "K_list": [1, 5, 3], "alpha_list": [0.1],
+        "train_features": X, "test_features_sparse": seen, "N": USERS, "N_unseen": USERS,
+        "train_features_unseen": few, "test_features_sparse_unseen": unseen,
+        "V_final": X[0][0][:, None], "K_list": [1, 5, 3], "alpha_list": [0.1],
     }  # fmt: skip
     exec(PRISM, names)
     torch.manual_seed(7)
-    expected = _regularized_in_turn(names, [1, 5, 3], 0.1)
-    assert names["columns"][1] < 5  # or this test shows nothing
-    for name, mean in zip(("train", "seen", "few", "unseen"), expected, strict=True):
-        assert names[name] == pytest.approx(mean), name
+    expected, columns = [], []
+    for K in names["K_list"]:  # columns are dropped, then new users' logits drawn
+        given = torch.rand(USERS, K), torch.randn(F, K), 60, 0.5, X[0][0], 0.1
+        logits, V, _ = reference.alternating(X, *given)
+        W = logits.softmax(1)
+        kept = W.amax(0) >= 1e-2
+        W, V = W[:, kept], V[:, kept]
+        columns.append(V.shape[1])
+        start = torch.randn(USERS, columns[-1]) if K > 1 else torch.ones(USERS, 1)
+        w = reference.few_shot(few, V, start, 15, 0.5)
+        parts = (X, W), (seen, W), (few, w), (unseen, w)
+        expected.append(np.mean(_accuracies(parts, V), 1))
+    assert columns[1] < 5  # or this test shows nothing
+    found = [names[part] for part in ("train", "seen", "few", "unseen")]
+    np.testing.assert_allclose(found, np.transpose(expected), rtol=1e-6)
     assert names["few_mean"].shape == names["unseen_std"].shape == (2, 2)
     assert len(names["accuracies"]) == USERS
 
@@ -180,7 +173,9 @@ def test_prism_dialogues_become_differences():
     torch.testing.assert_close(X[0][2], pairs[2][0] - pairs[2][1])
     assert [len(x) for x in X] == [3, 3]
     some = utils.create_dataset_prism_shots(world, 1, generator=0)
-    assert len(some[0]) in (1, 2) and len(some[1]) == 3
+    torch.manual_seed(0)
+    kept = X[0][:2] if torch.randperm(2)[0] == 0 else X[0][2:]
+    assert torch.equal(some[0], kept) and torch.equal(some[1], X[1])
 
 
 @pytest.mark.parametrize(("fraction", "rows"), [(0.5, 3), (0.01, 1), (1.0, 7)])
@@ -192,26 +187,26 @@ def test_a_sparse_tensor_has_the_whole_number_of_rows(fraction, rows):
 
 
 def test_the_current_dialogue_counts_alpha_times(X):
-    V = torch.randn(F, 3)
+    V, how = torch.randn(F, 3), {"num_iterations": 40, "learning_rate": 0.1, "generator": 5}
     earlier, now = [x[:5] for x in X], [x[5:] for x in X]
     thrice = [torch.cat([a, b, b, b]) for a, b in zip(earlier, now, strict=True)]
     for alpha, plain in ((3.0, thrice), (0.0, earlier)):
-        torch.manual_seed(5)
-        weighted = utils.learn_multiple_few_shot_weighted(alpha, earlier, now, V, 40, 0.1)
-        torch.manual_seed(5)
-        expected = utils.learn_multiple_few_shot(plain, V, 40, 0.1)
+        weighted = utils.learn_multiple_few_shot_weighted(alpha, earlier, now, V, **how)
+        expected = utils.learn_multiple_few_shot(plain, V, **how)
         torch.testing.assert_close(weighted, expected, rtol=0, atol=1e-4 if alpha else 1e-6)
 
 
-def test_solve_is_the_joint_fit_without_a_pull_and_every_user_can_be_fitted_alone(X):
-    torch.manual_seed(6)
-    W, V = utils.solve(X, 2, 10, 0.5)
-    torch.manual_seed(6)
-    expected = utils.LoRe(None, 0, USERS, F, 2, 10, 0.5).train(X)
-    torch.testing.assert_close(V, expected[1])
-    torch.testing.assert_close(W, expected[0])
+def test_single_functions_are_fits_of_the_classes(X):
+    how, alike = (10, 0.5), torch.testing.assert_close
+    W, V = utils.solve(X, 2, *how, generator=6)
+    alike((W, V), utils.LoRe(None, 0, USERS, F, 2, *how, generator=6).train(X))
+    shared = utils.learn_single_reward(X, *how, generator=6)
+    alike(shared, utils.solve_regularized(None, 0, X, 1, *how, generator=6)[1])
+    pulled = utils.learn_single_reward_regularized(torch.ones(F), 1e4, X, 100, generator=0)
+    assert torch.nn.functional.cosine_similarity(pulled[:, 0], torch.ones(F), dim=0) > 0.95
     few = utils.PersonalizeBatch(USERS, F, 2, 10, 0.1).train(X, V)
     assert isinstance(few, list) and few[4].shape == W[4].shape == (2,)
     own = utils.solve_multi_reward(X, 20, 0.5)
-    assert [v.shape for v in own] == [(F, 1)] * USERS
-    torch.testing.assert_close(own[2], utils.learn_multiple([X[2]], 20, 0.5)[0])
+    alike(own[2], utils.learn_multiple([X[2]], 20, 0.5)[0])
+    accuracies = [reference.accuracy(x, v, torch.ones(1)) for x, v in zip(X, own, strict=True)]
+    assert utils.eval_multiple(torch.ones(USERS, 1), own, X) == pytest.approx(accuracies)

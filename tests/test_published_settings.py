@@ -1,7 +1,7 @@
 """Faithfulness itself: every default and constant that a publication gives, with its source.
 
-One row is (source, where, settings). Where is a script (its ``main`` or, for LoRe's
-settings, its ``LORE``), a function or class of ``utils``, or a method's module or class.
+One row is (source, where, settings). Where are scripts (their ``main`` or, for LoRe's settings,
+their ``LORE``), functions or classes of ``utils``, or a method's module or class.
 """
 
 import importlib
@@ -24,9 +24,8 @@ PUBLISHED: list[tuple[str, str, dict[str, Any]]] = [
         few_shot_iterations=500, few_shot_learning_rate=0.1)),
     (CODE, "utils.LoRe", dict(num_iterations=1000, learning_rate=0.5)),
     (CODE, "utils.LoRe_regularized", dict(num_iterations=20_000, learning_rate=0.5)),
-    (CODE, "utils.solve_regularized", dict(num_iterations=1000, learning_rate=1e-2)),
-    (CODE, "utils.learn_multiple_few_shot", dict(num_iterations=1000, learning_rate=1e-2)),
-    (CODE, "utils.learn_multiple_few_shot_weighted", dict(num_iterations=1000, learning_rate=1e-2)),
+    (CODE, "utils.solve_regularized utils.learn_multiple_few_shot "
+        "utils.learn_multiple_few_shot_weighted", dict(num_iterations=1000, learning_rate=1e-2)),
     (CODE, "utils", dict(TEMPERATURE=100.0, MIN_WEIGHT=1e-2)),
     (PAPER, "PersonalLLM/train_basis.py", dict(users=1000, unseen_users=1000, pairs_per_user=45,
         few_shot_pairs=9, dirichlet_alpha=1e-3)),
@@ -44,16 +43,14 @@ PUBLISHED: list[tuple[str, str, dict[str, Any]]] = [
     (SCRIPT, "PRISM/train_basis.py", dict(ranks=(0, 1, 5, 10, 15, 20, 25, 50), alpha=(1e4,),
         estimator="lore_regularized")),
     (SCRIPT, "PRISM/vary_fewshot.py", dict(alpha=(1e4,))),
-    (EQUATION, "PersonalLLM/train_basis.py", dict(alpha=(0.0,), estimator="lore", shrinkage=(0.0,),
-        learning_rate=0.5, few_shot_iterations=500)),
-    (EQUATION, "RedditTLDR/train_basis.py", dict(alpha=(0.0,), estimator="lore", shrinkage=(0.0,),
-        learning_rate=0.5, few_shot_iterations=500)),
+    (EQUATION, "PersonalLLM/train_basis.py RedditTLDR/train_basis.py", dict(alpha=(0.0,),
+        estimator="lore", shrinkage=(0.0,), learning_rate=0.5, few_shot_iterations=500)),
     # Peers with the setting "faithful"
     ("PAL's code", "pal", dict(WIDTH=512, BATCH=4, EPOCHS=20, RATE=1e-4, DECAY=1e-2,
         WEIGHT_RATE=5e-3, NEW_USER_RATE=5e-3, NEW_USER_EPOCHS=20)),
     ("VPL's code", "vpl", dict(UNITS=512, CONTEXT=8, BATCH=32, EPOCHS=2, RATE=1e-4, DECAY=1e-3,
         WARM_UP=0.03, CYCLE=10_000)),
-    ("VPL's UF-P-4 script", "vpl.VPL", {"betas[0]": 3e-6}),
+    ("VPL's UF-P-4 script", "vpl.VPL", {"betas": 3e-6}),  # the first of them
     ("MRM's code", "mrm", dict(K=2, SCALE=1e-2, QUERY=0.9, TAIL=0.5, SHARPNESS=0.5, USERS=2,
         EPOCHS=200, WARM_UP=0.05, CLIP=1.0, EPSILON=1e-8)),
     ("MRM's PRISM script", "mrm.MRM", dict(rate=1e-3, inner_rate=1e-3)),
@@ -65,8 +62,9 @@ PUBLISHED: list[tuple[str, str, dict[str, Any]]] = [
     ("RBD's code, as tuned", "rbd.RBD", dict(rank=8)),
 ]  # fmt: skip
 TABLE = [
-    (where, setting, value, source)
-    for source, where, settings in PUBLISHED
+    pytest.param(where, setting, value, source, id=f"{where}:{setting}")
+    for source, places, settings in PUBLISHED
+    for where in places.split()
     for setting, value in settings.items()
 ]
 
@@ -82,30 +80,22 @@ def default_of(where: str, setting: str) -> Any:
         settings = parameters[group].default
         assert settings is getattr(module, group.upper())
         return getattr(settings, setting)
-    if where == "utils":
-        return getattr(utils, setting)
-    if where.startswith("utils."):
-        return _default_of_function(where.removeprefix("utils."), setting)
     name, _, inside = where.partition(".")
-    module = importlib.import_module(f"lore.methods.{name}")
-    if setting == "betas[0]":
-        return getattr(module, inside)().betas[0]
-    return getattr(getattr(module, inside)() if inside else module, setting)
-
-
-def _default_of_function(name: str, setting: str) -> Any:
-    if name == "run_regularized":  # hands its arguments on: what reaches ``run``
+    if name == "utils" and inside:
         given: dict[str, Any] = {}
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(utils, "run", lambda *args, **settings: given.update(settings))
-            utils.run_regularized()
-        return given.get(setting, _default_of_function("run", setting))
-    return inspect.signature(getattr(utils, name)).parameters[setting].default
+        if inside == "run_regularized":  # hands its arguments on: what reaches ``run``
+            inside = "run"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(utils, "run", lambda *args, **settings: given.update(settings))
+                utils.run_regularized()
+        parameters = inspect.signature(getattr(utils, inside)).parameters
+        return given.get(setting, parameters[setting].default)
+    module = utils if name == "utils" else importlib.import_module(f"lore.methods.{name}")
+    found = getattr(getattr(module, inside)() if inside else module, setting)
+    return found[0] if setting == "betas" else found
 
 
-@pytest.mark.parametrize(
-    ("where", "setting", "value", "source"), TABLE, ids=[f"{row[0]}:{row[1]}" for row in TABLE]
-)
+@pytest.mark.parametrize(("where", "setting", "value", "source"), TABLE)
 def test_a_published_setting_is_the_default(where: str, setting: str, value: Any, source: str):
     assert default_of(where, setting) == value, f"{source} has {value}"
 

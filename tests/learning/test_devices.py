@@ -68,13 +68,10 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "minimise", lambda *a: lbfgs.minimise(*a[:-1], STEPS))
     solve, few = networks.solve_weights, {"steps": STEPS}
     monkeypatch.setattr(networks, "solve_weights", lambda *a, **k: solve(*a, **k | few))
-    for module in (pref, rbd):
-        monkeypatch.setattr(module, "STEPS", STEPS)
-        monkeypatch.setattr(module, "USER_STEPS", STEPS)
-    for name in ("PERMUTATIONS", "SHUFFLES"):
-        monkeypatch.setattr(judging, name, 2)
-    monkeypatch.setattr(mrm, "EPOCHS", 1)
-    monkeypatch.setattr(pal, "NEW_USER_EPOCHS", 1)
+    changes = [(peer, name, STEPS) for peer in (pref, rbd) for name in ("STEPS", "USER_STEPS")]
+    changes += [(judging, name, 2) for name in ("PERMUTATIONS", "SHUFFLES")]
+    for module, name, value in (*changes, (mrm, "EPOCHS", 1), (pal, "NEW_USER_EPOCHS", 1)):
+        monkeypatch.setattr(module, name, value)
 
 
 @pytest.mark.slow
