@@ -34,7 +34,7 @@ from lore.methods.saved import load_learned
 log = logging.getLogger(__name__)
 
 Query = str | Conversation
-Waiting = tuple[Sequence[Query], Sequence[str | None], Future[list[float]]]  # users, rewards
+Waiting = tuple[Sequence[Query], Sequence[str | None], Future[list[float]]]  # of one request
 LARGEST = 16 << 20  # bytes of a body
 TOGETHER = 256  # queries in one pass through the model
 
