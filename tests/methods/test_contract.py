@@ -242,11 +242,7 @@ def test_a_method_of_one_process_is_refused_to_several_before_work(name):
 
 @dataclass(frozen=True)
 class Toy:
-    """Each user's mean comparison, added to that of all.
-
-    Args:
-        pull: comparisons that the users' mean counts for.
-    """
+    """Each user's mean comparison, added to that of all, which counts for ``pull`` comparisons."""
 
     pull: float = 1.0
 
@@ -280,9 +276,9 @@ def settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Settings with the toy method registered, in METHODS and as a field of Settings."""
     monkeypatch.setitem(methods.METHODS, "toy", Toy)
     fields = [("toy", Toy, dataclasses.field(default_factory=Toy))]
-    made = dataclasses.make_dataclass("Settings", fields, bases=(experiments.Settings,))
+    kind = dataclasses.make_dataclass("Settings", fields, bases=(experiments.Settings,))
     lore = methods.METHODS["lore"](ranks=(2,), iterations=20, few_shot_iterations=20)
-    return made(methods=("lore", "toy"), lore=lore, results=tmp_path, name="run", progress=False)
+    return kind(methods=("lore", "toy"), lore=lore, results=tmp_path, name="run", progress=False)
 
 
 @pytest.mark.slow

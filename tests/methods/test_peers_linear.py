@@ -259,20 +259,12 @@ def test_rbd_as_published_stops_where_held_out_loss_was_least():
 # ------------------------------------------------------------------------------------ MRM
 
 
-def test_mrms_first_adam_step_moves_a_weight_by_at_most_half_the_rate(world: Task):
-    Z = linear.project(world.few, torch.randn(FEATURES, 2, dtype=torch.float64))
-    for rate in (1e-3, 0.3):
-        start = torch.tensor([0.2, -0.1], dtype=torch.float64).expand(world.few.num_users, 2)
-        moved = mrm.inner_steps(Z, world.few, start, rate, 1, adam=True).softmax(1)
-        moved = moved - start.softmax(1)
-        assert rate / 4 < float(moved.abs().max()) <= rate / 2 + 1e-12
-
-
 def test_published_mrm_knows_no_user_from_another(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(mrm, "EPOCHS", 3)
     task = planted(tastes(30, apart=3))
-    fit = MRM(setting="faithful").fit(task)[0]
-    assert float((fit.users - fit.population_state).abs().max()) <= 0.0005 + 1e-12
+    fit = MRM(setting="faithful", inner_rate=2e-3).fit(task)[0]
+    moved = float((fit.users - fit.population_state).abs().max())  # by Adam's first step
+    assert moved == pytest.approx(2 * 2e-3 * float(fit.population_state.prod()), rel=0.01)
     view, user = fit.view(task.seen), task.seen.user
     own, other = (fit.logits(view, state, user) for state in (fit.users, fit.users.roll(1, 0)))
     assert float(((own > 0) == (other > 0)).double().mean()) > 0.995
