@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
-from torch.nn.attention.flex_attention import create_block_mask, create_mask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 from tqdm import tqdm
 
 import models
@@ -21,6 +21,7 @@ from lore.embeddings.reward_model import Engine, Source, load_engine
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 SIZES = st.tuples(st.integers(1, 60), st.integers(0, 60))
+NO_BAR = tqdm(disable=True)
 TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=6).map(tuple)
 
 
@@ -57,9 +58,14 @@ def tree_of(tokens: list[np.ndarray]) -> passes.Pass:
     return passes.tree_pass(list(range(len(tokens))), tokens, starts, shared)
 
 
-def listed(count: torch.Tensor, which: torch.Tensor) -> list[set[int]]:
-    """For each block of queries the blocks of keys."""
-    return [set(row[:n].tolist()) for n, row in zip(count[0, 0], which[0, 0], strict=True)]
+def blocks(mask: BlockMask) -> list[tuple[set[int], set[int]]]:
+    """For each block of queries, the blocks of keys taken whole, and all that are taken."""
+    both = mask.full_kv_num_blocks, mask.full_kv_indices, mask.kv_num_blocks, mask.kv_indices
+    found = []
+    for wholes, whole, parts, part in zip(*(each[0, 0] for each in both), strict=True):
+        full = set(whole[:wholes].tolist())
+        found.append((full, full | set(part[:parts].tolist())))
+    return found
 
 
 @hypothesis.settings(deadline=None)
@@ -100,45 +106,34 @@ def test_packing_is_the_cheapest_of_all_cuts(sizes):
 
 @pytest.mark.parametrize("length", [1, 127, 128, 129, 256, 640, 700])
 def test_the_block_mask_is_the_dense_mask(length):
+    skipped, taken_whole, size = 0, 0, (1, 1, length, length)
     for seed in range(4):
         ends = tree_of(conversations(6, seed)).ends[:length].clamp(max=length)
         ours, dense = passes.tree_blocks(ends, "cpu"), passes.tree_mask(ends, torch.float32)
-        sees = create_mask(ours.mask_mod, 1, 1, length, length, device="cpu")
+        sees = create_mask(ours.mask_mod, *size, device="cpu")
         assert torch.equal(sees, dense == 0)
-        made = create_block_mask(ours.mask_mod, 1, 1, length, length, device="cpu")
+        made = create_block_mask(ours.mask_mod, *size, device="cpu")
         assert ours.shape == made.shape
-        whole, taken = listed(ours.full_kv_num_blocks, ours.full_kv_indices), []
-        for mask in (ours, made):
-            full = listed(mask.full_kv_num_blocks, mask.full_kv_indices)
-            some = listed(mask.kv_num_blocks, mask.kv_indices)
-            taken.append([a | b for a, b in zip(some, full, strict=True)])
-        assert taken[0] == taken[1]
-        for query, keys in enumerate(whole):  # taken without asking the mask
-            for key in keys:
+        both = zip(blocks(ours), blocks(made), strict=True)
+        for query, ((whole, taken), (_, expected)) in enumerate(both):
+            assert taken == expected
+            skipped, taken_whole = skipped + query + 1 - len(taken), taken_whole + len(whole)
+            for key in whole:  # without asking the mask
                 assert sees[0, 0, 128 * query :, 128 * key : 128 * key + 128][:128].all()
-
-
-def test_blocks_are_skipped_and_taken_whole():
-    first, second = np.full(600, 7), np.full(600, 9)
-    first[300:] = 8
-    tokens = sorted([first, second, np.append(first[:500], 5)], key=tuple)
-    mask = passes.tree_blocks(tree_of(tokens).ends, "cpu")
-    number = mask.kv_indices.shape[2]
-    taken = int(mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum())
-    assert taken < number * (number + 1) / 2 and int(mask.full_kv_num_blocks.sum()) > 5
+    assert length < 640 or (skipped and taken_whole)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", models.TREE_KINDS, indirect=True)
 def test_rows_are_those_of_one_at_a_time_and_of_the_dense_mask(engine, uncompiled):
-    rows = {}
+    rows = []
     for method, flex in (("single", False), ("tree", False), ("tree", True)):
         engine.method, engine.flex = method, flex
-        rows[method, flex] = engine.embed(conversations(2), tqdm(disable=True))
+        rows.append(engine.embed(conversations(2), NO_BAR))
         assert engine.flex == flex and engine.model.config._attn_implementation == "sdpa"
-    flexed, length = rows["tree", True], float(rows["single", False].norm(dim=1).min())
-    for other in rows.values():
-        assert float((flexed - other).norm(dim=1).max()) < 1e-5 * length
+    length = float(rows[0].norm(dim=1).min())
+    for other in rows[:2]:
+        assert float((rows[2] - other).norm(dim=1).max()) < 1e-5 * length
 
 
 @pytest.mark.slow
@@ -149,22 +144,22 @@ def test_a_wrong_block_mask_stops_the_run(engine, uncompiled, monkeypatch):
     monkeypatch.setattr(reward_model, "tree_blocks", causal)
     engine.flex = True
     with pytest.raises(InputError, match="does not give what"):
-        engine.embed(conversations(1), tqdm(disable=True))
+        engine.embed(conversations(1), NO_BAR)
 
 
 def test_where_flexattention_cannot_run_trees_take_the_dense_mask(engine, monkeypatch, caplog):
     def fails(*_: Any) -> None:
         raise problem
 
-    dense = engine.embed(conversations(2), tqdm(disable=True))
+    dense = engine.embed(conversations(2), NO_BAR)
     monkeypatch.setattr(reward_model, "tree_blocks", fails)
     caplog.clear()
     engine.flex, problem = True, NotImplementedError("no kernel\nfor this card")
-    assert torch.equal(engine.embed(conversations(2), tqdm(disable=True)), dense)
+    assert torch.equal(engine.embed(conversations(2), NO_BAR), dense)
     warned = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
     assert len(warned) == 1 and warned[0].endswith("NotImplementedError: no kernel")
     assert not engine.flex
     engine.flex, problem = True, torch.cuda.OutOfMemoryError("full")  # which is no reason for it
     with pytest.raises(InputError, match="do not fit"):
-        engine.embed(conversations(2), tqdm(disable=True))
+        engine.embed(conversations(2), NO_BAR)
     assert engine.flex and engine.batch_tokens < 300

@@ -1,7 +1,6 @@
 """Embeddings equal those of plain transformers, whatever computes, kills or shares the run."""
 
 import errno
-import hashlib
 import json
 import logging
 import math
@@ -14,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+import killed
 import models
 import running
 from lore.common.files import InputError, digest
@@ -34,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MODELS = models.TREE_KINDS | {
     "llama, pad is eos": partial(models.tiny_llama, pad_is_eos=True),
     "sliding window": models.sliding_window,
+    "SmolLM2": models.smollm2,
 }
 METHODS = {
     "auto": {"shard_size": 512},
@@ -83,7 +85,7 @@ def distance(rows: torch.Tensor, other: torch.Tensor) -> float:
     return float(((rows - other).norm(dim=1) / other.norm(dim=1)).max())
 
 
-def all_rows(store: embeddings.Store) -> torch.Tensor:
+def all_rows(store: Store) -> torch.Tensor:
     return store.rows(torch.arange(len(store)))
 
 
@@ -124,15 +126,10 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return models.tiny_llama(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Path:
+def made(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
     """Finished embeddings, to be copied."""
     folder = tmp_path_factory.mktemp("made")
-    embed(some_chats(), folder, model=str(llama), shard_size=4, progress=False)
+    embed(some_chats(), folder, model=str(model), shard_size=4, progress=False)
     return folder
 
 
@@ -142,12 +139,12 @@ def finished(tmp_path: Path, made: Path) -> Path:
 
 
 @pytest.fixture
-def make(tmp_path: Path, llama: Path) -> Callable[..., embeddings.Store | None]:
+def make(tmp_path: Path, model: Path) -> Callable[..., Store | None]:
     """Embeds some conversations in a folder of the test: in several shards, without a bar."""
 
-    def run(name: str = "out", chats: list | None = None, **settings: Any) -> Any:
-        settings = {"model": llama, "shard_size": 4, "progress": False, **settings}
-        settings["model"] = str(settings["model"])
+    def run(name: str = "out", chats: list | None = None, **given: Any) -> Any:
+        settings = {"shard_size": 4, "progress": False, **given}
+        settings["model"] = str(given.get("model", model))
         return embed(chats or some_chats(), tmp_path / name, **settings)
 
     return run
@@ -166,35 +163,31 @@ def test_every_method_gives_the_rows_of_plain_transformers(kind, tmp_path, make)
         assert distance(all_rows(store), expected) < 1e-5, name
 
 
-def test_batching_adds_no_error_to_bfloat16s_own(llama, make):
-    exact = plain_rows(llama, some_chats())
-    own = distance(plain_rows(llama, some_chats(), torch.bfloat16), exact)
+def test_batching_adds_no_error_to_bfloat16s_own(model, make):
+    exact = plain_rows(model, some_chats())
+    own = distance(plain_rows(model, some_chats(), torch.bfloat16), exact)
     for method in ("tree", "sorted"):
         store = make(method, method=method, dtype="bfloat16", shard_size=512)
         assert store.manifest["dtype"] == "bfloat16"
         assert 1e-3 < distance(all_rows(store), exact) < 1.5 * own
 
 
-def test_head_is_the_models_own_and_gives_its_logits(llama, finished):
-    store = Store(finished)
-    model = AutoModelForSequenceClassification.from_pretrained(llama)
-    assert torch.equal(store.head, model.score.weight[0])
-    assert torch.equal(store.last_linear, model.model.layers[-1].mlp.down_proj.weight[:, 0])
-    ids = torch.tensor([render(AutoTokenizer.from_pretrained(llama), some_chats()[2])])
-    logit = model(ids).logits[0, 0]
+def test_head_is_the_models_own_and_gives_its_logits(model, finished):
+    store, own = Store(finished), AutoModelForSequenceClassification.from_pretrained(model)
+    assert torch.equal(store.head, own.score.weight[0])
+    assert torch.equal(store.last_linear, own.model.layers[-1].mlp.down_proj.weight[:, 0])
+    ids = torch.tensor([render(AutoTokenizer.from_pretrained(model), some_chats()[2])])
+    logit = own(ids).logits[0, 0]
     assert all_rows(store)[2] @ store.head == pytest.approx(logit.item(), rel=1e-4)
 
 
-def _first_token(self: Any, input_ids: torch.Tensor, **options: Any) -> Any:
-    return _logits(self, self.model(input_ids).last_hidden_state[:, 0])
+def forward(read: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., SimpleNamespace]:
+    """A model's forward pass that scores what is read of the last hidden state."""
 
+    def run(self: Any, input_ids: torch.Tensor, **options: Any) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.score(read(self.model(input_ids).last_hidden_state)))
 
-def _squashed(self: Any, input_ids: torch.Tensor, **options: Any) -> Any:
-    return _logits(self, self.model(input_ids).last_hidden_state[:, -1].tanh())
-
-
-def _logits(self: Any, states: torch.Tensor) -> Any:
-    return type("Output", (), {"logits": self.score(states)})
+    return run
 
 
 def _causal(ends: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -213,8 +206,8 @@ FORWARD = "transformers.LlamaForSequenceClassification.forward"
 @pytest.mark.parametrize(
     ("what", "wrong", "message"),
     [
-        (FORWARD, _first_token, "pools token 1 of"),
-        (FORWARD, _squashed, "score head times the last hidden state"),
+        (FORWARD, forward(lambda states: states[:, 0]), "pools token 1 of"),
+        (FORWARD, forward(lambda states: states[:, -1].tanh()), "score head times the last"),
         ("lore.embeddings.reward_model.tree_mask", _causal, "--method single"),
         ("lore.embeddings.reward_model.Engine._forward", _infinite, "--dtype"),
     ],
@@ -225,19 +218,9 @@ def test_another_pooling_head_or_mask_stops_the_run(what, wrong, message, monkey
         make()
 
 
-@pytest.mark.slow
-def test_smollm2_rows_equal_one_at_a_time(tmp_path, make):
-    model = models.smollm2(tmp_path / "model")
-    store = make(model=model, shard_size=512)
-    assert store.manifest["method"] == "tree"
-    assert store.manifest["tokens_given"] > 2 * store.manifest["tokens_computed"]
-    assert distance(all_rows(store), plain_rows(model, some_chats())) < 1e-5
-    assert store.head is None  # it is no reward model, and has no reference
-
-
 @pytest.mark.parametrize(("pool", "layer"), [("mean", -1), ("layer:2", 2)])
-def test_the_mean_over_the_response_is_that_of_plain_transformers(pool, layer, llama, make, caplog):
-    expected = plain_rows(llama, some_chats(), layer=layer, mean=True)
+def test_the_mean_over_the_response_is_that_of_plain_transformers(pool, layer, model, make, caplog):
+    expected = plain_rows(model, some_chats(), layer=layer, mean=True)
     for name in ("auto", "tree, small rows", "sorted", "single"):
         store = make(name, pool=pool, **METHODS[name])
         assert distance(all_rows(store), expected) < 1e-5, name
@@ -246,24 +229,24 @@ def test_the_mean_over_the_response_is_that_of_plain_transformers(pool, layer, l
     assert f"--pool {pool}: a score head reads the last token" in caplog.text
 
 
-def test_the_same_tokens_with_another_response_are_another_row(llama, make):
+def test_the_same_tokens_with_another_response_are_another_row(model, make):
     header = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
     chats = [chat("Hi", f"yes{header}no"), [*chat("Hi", "yes"), *chat("", "no")[1:]]]
     rows = all_rows(make("mean", chats, pool="mean"))
-    assert distance(rows, plain_rows(llama, chats, mean=True)) < 1e-5
+    assert distance(rows, plain_rows(model, chats, mean=True)) < 1e-5
     assert not torch.allclose(rows[0], rows[1])
     last = all_rows(make("last", chats))
     assert torch.equal(last[0], last[1])
 
 
-def test_long_conversations_are_cut_on_either_side_and_counted(llama, make):
-    tokenizer = AutoTokenizer.from_pretrained(llama)
+def test_long_conversations_are_cut_on_either_side_and_counted(model, make):
+    tokenizer = AutoTokenizer.from_pretrained(model)
     chats = [chat("Short", "one"), chat("Hello " * 9, "no " * 20)]
     ids = [render(tokenizer, each) for each in chats]
-    body = AutoModelForSequenceClassification.from_pretrained(llama).base_model
+    body = AutoModelForSequenceClassification.from_pretrained(model).base_model
     last = body(torch.tensor([ids[1][:40]])).last_hidden_state[:, -1].detach()
     for pool in ("last", "mean"):
-        expected = plain_rows(llama, chats, mean=pool == "mean", most=40)
+        expected = plain_rows(model, chats, mean=pool == "mean", most=40)
         left = make(f"left, {pool}", chats, max_length=40, pool=pool)
         assert distance(all_rows(left), expected) < 1e-5
         right = make(f"right, {pool}", chats, max_length=40, pool=pool, truncation_side="right")
@@ -273,8 +256,8 @@ def test_long_conversations_are_cut_on_either_side_and_counted(llama, make):
             assert store.manifest["tokens_given"] == len(ids[0]) + 40
 
 
-def test_one_bos_whether_template_or_tokenizer_writes_it(llama, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(llama)
+def test_one_bos_whether_template_or_tokenizer_writes_it(model, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(model)
     expected = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
     text = reward_model.render_text(tokenizer, chat("Hi"))
     assert text == expected
@@ -308,35 +291,24 @@ def test_what_is_not_text_is_refused_by_row(bad, message, tmp_path, make):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"model": "no/such-model"}, "no/such-model cannot be loaded"),
-        ({"tokenizer": "no/such-model"}, "no/such-model cannot be loaded"),
-        ({"device": "cuda:99"}, "--device cuda:99: not available here"),
-        ({"shard": "3/2"}, "--shard 3/2"),
-        ({"shard": "one"}, "--shard one"),
-        *(({"pool": pool}, f"--pool {pool}: .* has layers 1 to 3")
-          for pool in ("layer:4", "layer:0", "layer:x", "first:1", "median")),
-    ],
-)  # fmt: skip
-def test_bad_settings_are_refused_and_before_data_are_read(
-    settings, message, make, llama, monkeypatch
-):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match=message):
-        make(**settings)
-    with pytest.raises(InputError, match=message):
-        embeddings.check_model({"model": str(llama), **settings})
-
-
 NAN, FEW = torch.full((32,), math.nan), torch.zeros(120, 32)
 SCORE, EMBED = "score.weight", "model.embed_tokens.weight"
-REFUSED = {  # settings, or what makes a model; what is said
+ROPE = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+dynamic = partial(models.tiny_llama, rope_parameters=ROPE)
+EARLY = {  # before data are read; settings, or what makes a model; what is said
+    "model": ({"model": "no/such-model"}, "no/such-model cannot be loaded"),
+    "tokenizer": ({"tokenizer": "no/such-model"}, "no/such-model cannot be loaded"),
+    "device": ({"device": "cuda:99"}, "--device cuda:99: not available here"),
+    "share": ({"shard": "3/2"}, "--shard 3/2"),
+    "no share": ({"shard": "one"}, "--shard one"),
+    **{pool: ({"pool": pool}, f"--pool {pool}: .* has layers 1 to 3")
+       for pool in ("layer:4", "layer:0", "layer:x", "first:1", "median")},
+    "no template": (lambda at: templated(at, ""), "--tokenizer"),
+    "no folder": (lambda at: at / "missing", "there is no such folder"),
+}  # fmt: skip
+LATE = {
     "no tokens": ({"max_length": 0}, "positive"),
     "no batches": ({"batch_tokens": -1}, "positive"),
-    "no template": (lambda at: templated(at, ""), "--tokenizer"),
     "a refusing template": (lambda at: templated(at, "{{ raise_exception('odd roles') }}"),
                             "odd roles"),
     "fewer tokens than the tokenizer's": (lambda at: edited(at, {EMBED: FEW}, vocab_size=120),
@@ -348,42 +320,56 @@ REFUSED = {  # settings, or what makes a model; what is said
                      r"score.weight is \[1, 8\], but \[1, 32\] by its config.json"),
     "fewer layers": (lambda at: edited(at, {}, num_hidden_layers=4),
                      "its checkpoint lacks model.layers.3.input_layernorm.weight"),
-    "no folder": (lambda at: at / "missing", "there is no such folder"),
+    "a window": (lambda at: {"model": models.sliding_window(at), "method": "tree"}, "sliding"),
+    "a rope": (lambda at: {"model": dynamic(at), "method": "tree"}, "depends on the batch"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_settings_and_models_that_cannot_be_used_are_one_line(case, tmp_path, make):
-    given, message = REFUSED[case]
+@pytest.mark.parametrize("case", EARLY | LATE)
+def test_settings_and_models_that_cannot_be_used_are_one_line(
+    case, tmp_path, make, model, monkeypatch
+):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    given, message = (EARLY | LATE)[case]
+    given = given(tmp_path / "model") if callable(given) else given
+    given = given if isinstance(given, dict) else {"model": str(given)}
     with pytest.raises(InputError, match=message):
-        make(**given if isinstance(given, dict) else {"model": given(tmp_path / "model")})
+        make(**given)
+    if case in EARLY:
+        with pytest.raises(InputError, match=message):
+            embeddings.check_model({"model": str(model), **given})
 
 
 OTHER_HEAD = {SCORE: None, "value_head.weight": torch.ones(1, 32)}
-HEADS = {
+SAID = {  # a model; what is said of it; what the manifest has
     "none": (models.headless, "has no score head", "none"),
     "another name": (lambda at: edited(at, OTHER_HEAD), "value_head.weight is not used", "none"),
     "two outputs": (lambda at: models.tiny_llama(at, num_labels=2), "score head of 2 outputs",
                     "score head with 2 outputs"),
     "encoder": (lambda at: models.tiny_other(at, "Roberta"), "roberta models are encoders", "none"),
     "no sdpa": (lambda at: models.tiny_other(at, "Gemma2", sliding_window=8), "it takes eager",
-                "score head with 1 outputs"),
+                "sorted"),
     "fewer layers": (lambda at: edited(at, {}, num_hidden_layers=2),
                      "no place for: model.layers.2.input", "score head with 1 outputs"),
+    "a tree": (models.tiny_llama, "tree (shared prefixes are computed once)", "tree"),
+    "a window": (models.sliding_window, "sorted (this mistral model's attention has a", "sorted"),
+    "a rope": (dynamic, "single (its dynamic position embedding depends on the batch)", "single"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", HEADS)
-def test_what_a_checkpoint_has_in_place_of_a_score_head_is_said(
+@pytest.mark.parametrize("case", SAID)
+def test_what_a_checkpoint_lacks_and_which_method_it_takes_is_said(
     case, tmp_path, make, caplog, capfd
 ):
-    build, message, reference = HEADS[case]
+    build, message, noted = SAID[case]
     caplog.set_level("INFO")
     model = build(tmp_path / "model")
     capfd.readouterr()
     store = make(model=model)
-    assert message in caplog.text and store.manifest["reference"] == reference
-    assert (store.head is None) == ("1" not in reference)
+    reference = store.manifest["reference"]
+    assert message in caplog.text and noted in (reference, store.manifest["method"])
+    assert (store.head is None) == (reference != "score head with 1 outputs")
     assert "LOAD REPORT" not in caplog.text + capfd.readouterr().err  # nor a bar in a file
     if case == "none":
         assert distance(all_rows(store), plain_rows(model, some_chats())) < 1e-5
@@ -392,9 +378,9 @@ def test_what_a_checkpoint_has_in_place_of_a_score_head_is_said(
 # ------------------------------------------------------------------- Once, not twice
 
 
-def test_shared_tokens_and_duplicates_are_computed_once_and_counted(llama, make, caplog):
+def test_shared_tokens_and_duplicates_are_computed_once_and_counted(model, make, caplog):
     caplog.set_level(logging.INFO, logger="lore")
-    tokenizer = AutoTokenizer.from_pretrained(llama)
+    tokenizer = AutoTokenizer.from_pretrained(model)
     ids = [tuple(render(tokenizer, each)) for each in some_chats()]
     prefixes = {each[: i + 1] for each in ids for i in range(len(each))}
     manifest = make(batch_tokens=10**6, shard_size=512).manifest
@@ -406,29 +392,8 @@ def test_shared_tokens_and_duplicates_are_computed_once_and_counted(llama, make,
     assert caplog.messages[-1].startswith(expected)
 
 
-ROPE = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-
-
-@pytest.mark.parametrize(
-    ("build", "method", "why"),
-    [
-        (models.tiny_llama, "tree", "shared prefixes"),
-        (models.sliding_window, "sorted", "sliding window"),
-        (partial(models.tiny_llama, rope_parameters=ROPE), "single", "depends on the batch"),
-    ],
-)
-def test_method_is_chosen_by_architecture_and_said(build, method, why, tmp_path, make, caplog):
-    caplog.set_level(logging.INFO)
-    model = build(tmp_path / "model")
-    assert make(model=model).manifest["method"] == method
-    assert why in caplog.text
-    if method != "tree":
-        with pytest.raises(InputError, match=why):
-            make("forced", model=model, method="tree")
-
-
 @pytest.mark.parametrize("method", ["tree", "sorted"])
-def test_full_gpu_memory_halves_the_batches(method, llama, make, monkeypatch, caplog):
+def test_full_gpu_memory_halves_the_batches(method, model, make, monkeypatch, caplog):
     forward, sizes = Engine._forward, []
 
     def limited(self: Any, step: Any) -> torch.Tensor:
@@ -440,7 +405,7 @@ def test_full_gpu_memory_halves_the_batches(method, llama, make, monkeypatch, ca
     monkeypatch.setattr(Engine, "_forward", limited)
     store = make(method=method, shard_size=50, batch_tokens=1000)
     assert max(sizes) > 200 >= sizes[-1]
-    assert distance(all_rows(store), plain_rows(llama, some_chats())) < 1e-5
+    assert distance(all_rows(store), plain_rows(model, some_chats())) < 1e-5
     warnings = [line for line in caplog.messages if "memory is full" in line]
     lower = int(warnings[-1].split()[-1])  # as --batch-tokens in the warning
     smaller = make("smaller", method=method, shard_size=50, batch_tokens=lower)
@@ -450,18 +415,6 @@ def test_full_gpu_memory_halves_the_batches(method, llama, make, monkeypatch, ca
 
 
 # ------------------------------------------------------------------------- On disk
-
-
-def test_files_and_manifest(finished):
-    manifest, files = json.loads((finished / "manifest.json").read_text()), contents(finished)
-    shards = [f"embeddings-0000{i}-" for i in (1, 2, 3, 4)]
-    assert [name[:17] for name in files][:4] == shards
-    assert list(files)[4:] == ["head.safetensors", "index.safetensors", "manifest.json"]
-    del files["manifest.json"]
-    sums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    assert sums == manifest["files"]
-    assert manifest["conversations_sha256"] == digest(some_chats())
-    assert (manifest["num_features"], manifest["pool"]) == (32, "last")
 
 
 def test_reading_maps_the_shards_and_takes_any_rows(finished):
@@ -524,16 +477,15 @@ def test_a_store_of_something_else_is_refused(change, message, finished, make, t
 
 
 @pytest.mark.slow
-def test_a_read_only_disk_that_was_never_opened_is_read(finished, tmp_path):
+def test_a_read_only_disk_that_was_never_opened_is_read(finished):
     (finished / embeddings.VERIFIED).unlink(missing_ok=True)
     mount = f"mount --bind {finished} {finished} && mount -o remount,bind,ro {finished}"
     alone = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
     if shutil.which("unshare") is None or subprocess.run([*alone, mount]).returncode:
         pytest.skip("read-only mounts cannot be made here")
-    code = f"from lore.embeddings.store import *; print(len(Store({str(finished)!r})))"
-    (tmp_path / "script.py").write_text(code, encoding="utf-8")
-    run = [*alone, f"{mount} && PYTHONPATH={ROOT} {sys.executable} {tmp_path}/script.py"]
-    done = subprocess.run(run, capture_output=True, text=True, timeout=120)
+    code = f"from lore.embeddings.store import *; print(len(Store('{finished}')))"
+    run = [*alone, f'{mount} && {sys.executable} -c "{code}"']
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
     assert (done.stdout.strip(), done.returncode) == (str(len(some_chats())), 0), done.stderr
     assert not (finished / embeddings.VERIFIED).exists()
 
@@ -603,15 +555,15 @@ def test_new_texts_take_a_killed_run_into_account(make, tmp_path, finished, embe
 
 
 def test_a_local_model_is_known_by_its_files_and_by_a_path_that_holds_everywhere(
-    finished, make, tmp_path, llama, monkeypatch
+    finished, make, tmp_path, model, monkeypatch
 ):
-    (tmp_path / "moved").symlink_to(llama)
+    (tmp_path / "moved").symlink_to(model)
     make("finished", model=tmp_path / "moved")
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
-    near = os.path.relpath(llama)
+    near = os.path.relpath(model)
     manifest = make(model=near, tokenizer=near).manifest
-    assert (manifest["model"], manifest["tokenizer"]) == (str(llama), str(llama))
+    assert (manifest["model"], manifest["tokenizer"]) == (str(model), str(model))
 
 
 def test_two_processes_may_complete_the_manifest_at_once(tmp_path, make, finished, monkeypatch):
@@ -648,99 +600,54 @@ def test_a_full_disk_keeps_what_is_done(tmp_path, make, finished, monkeypatch):
 
 # --------------------------------------------------------------- Killed, or in parts
 
-POINTS = 20
+
+class Embedding(killed.Job):
+    """Embeds in forked processes that share a model; what a killed one leaves is not read."""
+
+    def __init__(self, model: str, processes: int, folder: Path) -> None:
+        self.model, self.processes, self.folder, self.meetings = model, processes, folder, 0
+        folder.mkdir()
+
+    def _work(self, rank: int, name: str, meeting: Path, calls: killed.Calls | None) -> None:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(self.processes)}
+        calls = calls or killed.Calls()
+        settings = {"model": self.model, "shard_size": 4, "progress": False}
+        calls.run(partial(embed, some_chats(), self.folder / name, **settings))
+        (self.folder / f"counts-{rank}").write_text(json.dumps(calls.counts))
+        if calls.kill:  # who of two writes what both need is a race: its last calls may not come
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def killed(self, name: str, *moment: Any) -> None:
+        super().killed(name, *moment)
+        try:
+            Store(self.folder / name)
+        except InputError as error:  # else it was killed when all was written
+            assert "no finished embeddings" in str(error)
 
 
-def kill_at_steps(folder: str, model: str) -> None:
-    """Embed in forked processes, which are killed at steps that write or compute."""
+def kill_at_moments(folder: str, model: str) -> None:
+    """Embed undisturbed, and killed at 20 moments and resumed, in one process and in two."""
     for name in ("load_config", "load_tokenizer", "load_engine"):  # once for all children
         setattr(reward_model, name, cache(getattr(reward_model, name)))
     torch.set_num_threads(1)  # a forked child cannot use its parent's threads
     tqdm.set_lock(threading.RLock())  # its own is shared by all children: who is killed keeps it
-    steps, limit = 0, None
-
-    def step(function: Callable) -> Callable:
-        def counted(*arguments: Any) -> Any:
-            nonlocal steps
-            steps += 1
-            if steps == limit:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*arguments)
-
-        return counted
-
-    for owner, name in [(os, "fsync"), (os, "replace"), (Engine, "_forward")]:
-        setattr(owner, name, step(getattr(owner, name)))
-
-    def run(out: str) -> int:
-        nonlocal steps
-        steps = 0
-        embed(some_chats(), Path(folder, out), model=model, shard_size=4, progress=False)
-        return steps
-
-    def fork(out: str, processes: int, killed: int | None = None, point: int = 0) -> list[int]:
-        """The steps of each process; one may be killed at a step, and then the other, as torchrun
-        does."""
-        nonlocal limit
-        children, counts = [], [Path(folder, f"steps-{rank}") for rank in range(processes)]
-        for rank, count in enumerate(counts):
-            os.environ |= {"WORLD_SIZE": str(processes), "RANK": str(rank)}
-            children.append(os.fork())
-            if not children[-1]:
-                limit = point if rank == killed else None
-                count.write_text(str(run(out)))
-                os._exit(0)
-        if killed is None:
-            assert [os.waitpid(child, 0)[1] for child in children] == [0] * processes
-            return [int(count.read_text()) for count in counts]
-        _, status = os.waitpid(children.pop(killed), 0)
-        assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
-        for child in children:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-        return []
-
-    total, both = run("whole"), fork("two", 2)
-    for point in range(POINTS):
-        fork(f"killed-{point}", 1, 0, 1 + point * (total - 1) // (POINTS - 1))
-        killed = point % 2  # who writes what both need is a race, so the last steps may not come
-        fork(f"both-{point}", 2, killed, 1 + point * both[killed] * 2 // (3 * POINTS))
-        fork(f"both-{point}", 2)
+    embed(some_chats(), Path(folder, "first"), model=model, progress=False)
+    for processes in (1, 2):
+        moments = Embedding(model, processes, Path(folder, str(processes))).answer()
+        assert len(set(moments)) == killed.MOMENTS
 
 
-@pytest.fixture(scope="module")
-def forked(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Path:
-    """Embeddings of an undisturbed process, of two at a time, and of 20 of each that were killed;
-    the pairs have gone on."""
-    folder = tmp_path_factory.mktemp("forked")
+@pytest.mark.slow
+def test_killed_anywhere_it_resumes_to_the_same_bytes(tmp_path, model, made):
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers"), str(Path(__file__).parent)])
     env = {**running.ENV, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
-    code = "import sys, test_store; test_store.kill_at_steps(*sys.argv[1:])"
-    command = [sys.executable, "-c", code, str(folder), str(llama)]
+    code = "import sys, test_store; test_store.kill_at_moments(*sys.argv[1:])"
+    command = [sys.executable, "-c", code, str(tmp_path), str(model)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    return folder
-
-
-@pytest.mark.slow
-def test_killed_anywhere_it_resumes_to_the_same_bytes(forked, llama, made):
-    assert contents(forked / "whole") == contents(made)
-    states = set()
-    for point in range(POINTS):
-        folder = forked / f"killed-{point}"
-        states.add(len(list(folder.iterdir())))
-        if point < POINTS - 1:  # the last falls into the note on checksums, when all is written
-            with pytest.raises(InputError, match="no finished embeddings"):
-                Store(folder)
-        embed(some_chats(), folder, model=str(llama), shard_size=4, progress=False)
-        assert contents(folder) == contents(made)
-    assert len(states) > 4
-
-
-@pytest.mark.slow
-def test_two_processes_write_the_same_bytes_killed_or_not(forked, made):
-    for name in ("two", *(f"both-{point}" for point in range(POINTS))):
-        assert contents(forked / name) == contents(made), name
+    for processes in "12":
+        for name in ("whole", *map(str, range(killed.MOMENTS))):
+            assert contents(tmp_path / processes / name) == contents(made), (processes, name)
 
 
 def test_parts_of_a_job_array_complete_each_other(tmp_path, make, finished, monkeypatch):
@@ -759,9 +666,9 @@ def test_parts_of_a_job_array_complete_each_other(tmp_path, make, finished, monk
 
 
 @pytest.mark.slow
-def test_the_benchmark_prints_its_cases(llama):
+def test_the_benchmark_prints_its_cases(model):
     sizes = ["--posts=2", "--dialogues=2", "--prompts=2", "--prism=2", "--parts=1"]
-    done = running.invoke("benchmarks/embedding.py", {"model": llama}, *sizes)
+    done = running.invoke("benchmarks/embedding.py", {"model": model}, *sizes)
     assert done.status == 0, done.err
     lines = [line for line in done.out.splitlines() if line.startswith("|")]
     table = running.table("\n" + "\n".join(lines))
