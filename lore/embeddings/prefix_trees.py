@@ -20,9 +20,8 @@ class Pass(NamedTuple):
     """One forward pass over some of a shard's conversations, and where their embeddings stand."""
 
     rows: list[int]  # numbers of the conversations in the shard
-    ids: Tensor  # [batch, length]
-    positions: Tensor | None  # of a tree's tokens [1, T]; None for 0, 1, 2, ...
-    mask: Tensor | None  # which tokens are real [batch, length]; None if all are
+    given: dict[str, Tensor]  # the model's input_ids, position_ids and attention_mask, as needed
+    num_tokens: int  # computed, padding left out
     ends: Tensor | None  # of a tree [T]: before this place a token's descendants end
     pooled: tuple[Tensor, Tensor]  # batch number and place of the tokens whose states are averaged
     counts: Tensor  # how many of these each conversation has, one's after the other's
@@ -83,7 +82,8 @@ def tree_pass(rows: list[int], tokens: list[Tokens], starts: list[int], shared: 
     places = np.concatenate(pooled)
     ids, depth, ends, places = map(torch.from_numpy, (ids, depth, ends, places))
     counts = torch.tensor([len(each) for each in pooled])
-    return Pass(rows, ids[None], depth[None], None, ends, (0 * places, places), counts)
+    given = {"input_ids": ids[None], "position_ids": depth[None]}
+    return Pass(rows, given, total, ends, (0 * places, places), counts)
 
 
 def tree_mask(ends: Tensor, dtype: torch.dtype) -> Tensor:
@@ -136,5 +136,6 @@ def batches(tokens: list[Tokens], starts: list[int], budget: int) -> Iterator[Pa
         ids[mask] = torch.from_numpy(np.concatenate([tokens[i] for i in rows]))
         is_pooled = mask & (place >= first[:, None])
         pooled, counts = is_pooled.nonzero(as_tuple=True), is_pooled.sum(1)
-        mask = None if mask.all() else mask.long()  # attention is fastest without a mask
-        yield Pass(rows, ids, None, mask, None, pooled, counts)
+        # Attention is fastest without a mask.
+        given = {"input_ids": ids} | ({} if mask.all() else {"attention_mask": mask.long()})
+        yield Pass(rows, given, int(mask.sum()), None, pooled, counts)

@@ -290,9 +290,8 @@ class Engine:
         code takes for the head, column 0 [F] of the body's last nn.Linear if that is F long."""
         if self.pool != "last":
             return {}
-        tensors = {"head": self.head}
-        if self.has_head:
-            tensors["bias"] = getattr(self.model.score, "bias", None)
+        bias = getattr(self.model.score, "bias", None) if self.has_head else None
+        tensors = {"head": self.head, "bias": bias}
         linear = [m for m in self.body.modules() if isinstance(m, torch.nn.Linear)]
         if linear and len(linear[-1].weight) == self.model.config.get_text_config().hidden_size:
             tensors["last_linear"] = linear[-1].weight[:, 0]
@@ -335,14 +334,13 @@ class Engine:
             out = rows.new_empty(len(tokens), rows.shape[1]) if out is None else out
             out[step.rows] = rows
             bar.update(sum(len(tokens[row]) for row in step.rows))
-            self.tokens_computed += step.ids.numel() if step.mask is None else int(step.mask.sum())
+            self.tokens_computed += step.num_tokens
         require(bool(out.isfinite().all()), NOT_FINITE)
         return out.cpu()
 
     def _forward(self, step: Pass) -> Tensor:
         """Embeddings [conversations of the pass, F]."""
-        given = {"input_ids": step.ids, "position_ids": step.positions, "attention_mask": step.mask}
-        given = {k: v.to(self.model.device) for k, v in given.items() if v is not None}
+        given = {name: tensor.to(self.model.device) for name, tensor in step.given.items()}
         hidden = self._hidden(given) if step.ends is None else self._tree_hidden(step.ends, given)
         states = hidden[step.pooled]
         if len(states) == len(step.rows):  # one each
@@ -352,10 +350,9 @@ class Engine:
 
     def _hidden(self, given: dict[str, Any]) -> Tensor:
         """Hidden states [batch, length, F]."""
-        if not self.pool.startswith("layer"):
-            return self.body(use_cache=False, **given).last_hidden_state
-        found = self.body(use_cache=False, output_hidden_states=True, **given)
-        return found.hidden_states[int(self.pool.partition(":")[2])]
+        layer = self.pool.partition(":")[2]
+        found = self.body(use_cache=False, output_hidden_states=bool(layer), **given)
+        return found.hidden_states[int(layer)] if layer else found.last_hidden_state
 
     def _tree_hidden(self, ends: Tensor, given: dict[str, Tensor]) -> Tensor:
         """Hidden states [1, T, F] of a tree, by FlexAttention or with the dense mask."""
@@ -415,8 +412,7 @@ def load_engine(
     # So that no token counts as padding: a model pools the last token before the padding.
     model.config.get_text_config().pad_token_id = -1
     flex = model.config._attn_implementation == "sdpa" and torch.device(device).type == "cuda"
-    model = model.to(device).eval()
-    return Engine(model, has_head, method, batch_tokens, flex, source.pool)
+    return Engine(model.to(device).eval(), has_head, method, batch_tokens, flex, source.pool)
 
 
 def choose_method(config: Any, method: str, attention: str) -> tuple[str, str]:

@@ -120,13 +120,12 @@ def _convert(source: Path, folder: Path) -> None:
     from transformers import AutoModel, AutoTokenizer, modeling_gguf_pytorch_utils
 
     log.info("converting SmolLM2-135M-Instruct once, which takes about 20 s")
-    package, options = Source(str(source)), {"gguf_file": WEIGHTS}
+    package, own = Source(str(source)), {"gguf_file": WEIGHTS}
     once = mock.patch.object(gguf, "GGUFReader", cache(gguf.GGUFReader))  # parsing takes longest
     bar = partial(tqdm, disable=None)  # of a terminal alone
     with once, mock.patch.object(modeling_gguf_pytorch_utils, "tqdm", bar):
-        tokenizer = pretrained(AutoTokenizer, package.model, package, **options)
-        options["dtype"] = torch.float32
-        model = pretrained(AutoModel, package.model, package, **options)
+        tokenizer = pretrained(AutoTokenizer, package.model, package, **own)
+        model = pretrained(AutoModel, package.model, package, dtype=torch.float32, **own)
     tokenizer.save_pretrained(folder)
     body = {f"model.{name}": value.contiguous() for name, value in model.state_dict().items()}
     save_file(body, folder / BODY, {"format": "pt"})

@@ -154,12 +154,15 @@ class Store:
         known, stamps = known or {}, {}
         for name, checksum in self.manifest["files"].items():
             path = self.folder / name
-            stamps[name] = _stamp(path)
+            require(path.is_file(), f"{path} is missing: {AGAIN}")
+            found = path.stat()
+            stamps[name] = [found.st_size, found.st_mtime_ns, found.st_ino]
             is_known = stamps[name] == known.get(name) and name not in (INDEX, HEAD)
             if not is_known and file_sha256(path) != checksum:
                 raise InputError(f"{path} is not the file that was embedded: {AGAIN}")
         if stamps != known:
-            _remember(self.folder, stamps)
+            with suppress(InputError):  # a read-only folder is verified each time
+                _write(self.folder / VERIFIED, json.dumps(stamps).encode())
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -361,7 +364,6 @@ def _finish(folder: Path, plan: _Plan) -> Store | None:
         except InputError:
             if _found(folder / MANIFEST) != full:
                 raise  # else another process completed it at the same time, and removed our draft
-        _remember(folder, {name: _stamp(folder / name) for name in full["files"]})
         for draft in folder.glob("*.part"):  # of a run that was killed
             draft.unlink(missing_ok=True)
     return Store(folder)
@@ -393,19 +395,6 @@ def _found(path: Path) -> dict[str, Any]:
         log.warning("%s", error)
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _stamp(path: Path) -> list[int]:
-    """What changes where a file is written again."""
-    require(path.is_file(), f"{path} is missing: {AGAIN}")
-    found = path.stat()
-    return [found.st_size, found.st_mtime_ns, found.st_ino]
-
-
-def _remember(folder: Path, stamps: Mapping[str, list[int]]) -> None:
-    """Keep what was verified, unless the folder is read-only: then it is verified each time."""
-    with suppress(InputError):
-        _write(folder / VERIFIED, json.dumps(stamps).encode())
 
 
 def _as_bytes(tensors: dict[str, Tensor], identity: str, **note: Any) -> bytes:

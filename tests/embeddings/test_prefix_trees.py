@@ -78,8 +78,8 @@ def test_tree_mask_lets_a_token_see_its_ancestors_only(lists):
     for row, places in zip(tokens, pooled, strict=True):
         path = sees[places[-1]].nonzero()[:, 0]
         assert path[len(row) // 2 :].tolist() == places.tolist()
-        assert tree.ids[0, path].tolist() == row.tolist()
-        assert tree.positions[0, path].tolist() == list(range(len(row)))
+        assert tree.given["input_ids"][0, path].tolist() == row.tolist()
+        assert tree.given["position_ids"][0, path].tolist() == list(range(len(row)))
     assert len(tree.ends) == len({ids[: i + 1] for ids in lists for i in range(len(ids))})
 
 

@@ -15,6 +15,7 @@ from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ import running
 from lore.common.files import InputError, digest
 from lore.embeddings import reward_model
 from lore.embeddings import store as embeddings
+from lore.embeddings.prefix_trees import tree_mask
 from lore.embeddings.reward_model import Engine, render
 from lore.embeddings.store import Store, embed
 
@@ -150,9 +152,6 @@ def make(tmp_path: Path, model: Path) -> Callable[..., Store | None]:
     return run
 
 
-# ------------------------------------------------------------------- The same rows
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_method_gives_the_rows_of_plain_transformers(kind, tmp_path, make):
@@ -190,17 +189,18 @@ def forward(read: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Simpl
     return run
 
 
-def _causal(ends: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return torch.full((len(ends), len(ends)), torch.finfo(dtype).min).triu(1)[None, None]
-
-
-def _infinite(self: Any, step: Any, right: Any = Engine._forward) -> torch.Tensor:
-    rows = right(self, step)
-    rows[0] /= 0  # not the one that is checked with the score head
-    return rows
-
-
 FORWARD = "transformers.LlamaForSequenceClassification.forward"
+OURS = "lore.embeddings.reward_model"
+
+
+def causal(ends: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A token sees all before it, whosever they are."""
+    return tree_mask(0 * ends + len(ends), dtype)
+
+
+def infinite(self: Any, step: Any, right: Any = Engine._forward) -> torch.Tensor:
+    """Another row than that which is checked with the score head."""
+    return right(self, step).index_fill(0, torch.tensor(0), math.inf)
 
 
 @pytest.mark.parametrize(
@@ -208,8 +208,8 @@ FORWARD = "transformers.LlamaForSequenceClassification.forward"
     [
         (FORWARD, forward(lambda states: states[:, 0]), "pools token 1 of"),
         (FORWARD, forward(lambda states: states[:, -1].tanh()), "score head times the last"),
-        ("lore.embeddings.reward_model.tree_mask", _causal, "--method single"),
-        ("lore.embeddings.reward_model.Engine._forward", _infinite, "--dtype"),
+        (f"{OURS}.tree_mask", causal, "--method single"),
+        (f"{OURS}.Engine._forward", infinite, "--dtype"),
     ],
 )
 def test_another_pooling_head_or_mask_stops_the_run(what, wrong, message, monkeypatch, make):
@@ -375,21 +375,17 @@ def test_what_a_checkpoint_lacks_and_which_method_it_takes_is_said(
         assert distance(all_rows(store), plain_rows(model, some_chats())) < 1e-5
 
 
-# ------------------------------------------------------------------- Once, not twice
-
-
 def test_shared_tokens_and_duplicates_are_computed_once_and_counted(model, make, caplog):
     caplog.set_level(logging.INFO, logger="lore")
     tokenizer = AutoTokenizer.from_pretrained(model)
     ids = [tuple(render(tokenizer, each)) for each in some_chats()]
     prefixes = {each[: i + 1] for each in ids for i in range(len(each))}
     manifest = make(batch_tokens=10**6, shard_size=512).manifest
-    assert manifest["tokens_given"] == sum(map(len, ids))
-    assert manifest["tokens_computed"] == len(prefixes)
+    given, computed = manifest["tokens_given"], manifest["tokens_computed"]
+    assert (given, computed) == (sum(map(len, ids)), len(prefixes))
     assert (manifest["num_conversations"], manifest["num_distinct"]) == (15, 14)
-    expected = f"15 conversations, 14 distinct, 0 cut, {manifest['tokens_given']} tokens; "
-    expected += f"now {manifest['tokens_computed']} tokens computed"
-    assert caplog.messages[-1].startswith(expected)
+    said = f"15 conversations, 14 distinct, 0 cut, {given} tokens; now {computed} tokens computed"
+    assert caplog.messages[-1].startswith(said)
 
 
 @pytest.mark.parametrize("method", ["tree", "sorted"])
@@ -397,8 +393,8 @@ def test_full_gpu_memory_halves_the_batches(method, model, make, monkeypatch, ca
     forward, sizes = Engine._forward, []
 
     def limited(self: Any, step: Any) -> torch.Tensor:
-        sizes.append(step.ids.numel())
-        if step.ids.numel() > 200:
+        sizes.append(step.given["input_ids"].numel())
+        if sizes[-1] > 200:
             raise torch.cuda.OutOfMemoryError("full")
         return forward(self, step)
 
@@ -412,9 +408,6 @@ def test_full_gpu_memory_halves_the_batches(method, model, make, monkeypatch, ca
     assert contents(store.folder) == contents(smaller.folder)
     with pytest.raises(InputError, match="--max-length"):
         make("long", [chat("Long " * 60, "end")], method=method)
-
-
-# ------------------------------------------------------------------------- On disk
 
 
 def test_reading_maps_the_shards_and_takes_any_rows(finished):
@@ -442,11 +435,8 @@ def test_damaged_files_are_made_again(name, damage, finished, make):
     name = list(shards_of(finished))[1] if name == "second shard" else name
     name = next(file for file in before if file.startswith(name))
     data, path = before[name], finished / name
-    path.unlink()
-    if damage == "flip":
-        path.write_bytes(data[:-5] + bytes([data[-5] ^ 1]) + data[-4:])
-    if damage == "cut":
-        path.write_bytes(data[: len(data) // 2])
+    left = {"flip": data[:-5] + bytes([data[-5] ^ 1]) + data[-4:], "cut": data[: len(data) // 2]}
+    path.write_bytes(left[damage]) if damage in left else path.unlink()
     message = "no finished" if (name, damage) == ("manifest.json", "remove") else name
     with pytest.raises(InputError, match=message):
         Store(finished)
@@ -490,20 +480,11 @@ def test_a_read_only_disk_that_was_never_opened_is_read(finished):
     assert not (finished / embeddings.VERIFIED).exists()
 
 
-# ----------------------------------------------------------------- Other conversations
-
-
 @pytest.fixture
-def embedded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def embedded() -> Iterator[Callable[[], list[int]]]:
     """How many conversations went through the model, each time that it was called."""
-    counts, plain = [], Engine.embed
-
-    def counted(self: Any, tokens: list, *given: Any) -> torch.Tensor:
-        counts.append(len(tokens))
-        return plain(self, tokens, *given)
-
-    monkeypatch.setattr(Engine, "embed", counted)
-    return counts
+    with mock.patch.object(Engine, "embed", autospec=True, side_effect=Engine.embed) as spy:
+        yield lambda: [len(call.args[1]) for call in spy.call_args_list]
 
 
 def test_a_row_more_embeds_its_texts_alone(finished, make, embedded, caplog):
@@ -511,17 +492,16 @@ def test_a_row_more_embeds_its_texts_alone(finished, make, embedded, caplog):
     before, shards = contents(finished), shards_of(finished)
     more = [chat("Hello there", "yes, and no"), *some_chats(), chat("A new one", "yes")]
     store = make("finished", more)
-    assert embedded == [2] and "14 of 16 distinct conversations are there and" in caplog.text
+    assert embedded() == [2] and "14 of 16 distinct conversations are there and" in caplog.text
     after = contents(finished)
     assert len(shards_of(finished)) == len(shards) + 1
     assert {name: after[name] for name in shards} == shards
     again = make("again", more)
-    assert embedded == [2, 4, 4, 4, 4]
+    assert embedded() == [2, 4, 4, 4, 4]
     assert distance(all_rows(store), all_rows(again)) < 1e-5
     assert torch.equal(all_rows(store)[1:-1], all_rows(make("finished")))
-    assert embedded == [2, 4, 4, 4, 4] and contents(finished) == after | {
-        name: before[name] for name in ("index.safetensors", "manifest.json")
-    }
+    old = {name: before[name] for name in ("index.safetensors", "manifest.json")}
+    assert embedded() == [2, 4, 4, 4, 4] and contents(finished) == after | old
 
 
 def test_a_finished_run_other_order_and_fewer_texts_load_no_model(make, finished, monkeypatch):
@@ -537,21 +517,15 @@ def test_new_texts_take_a_killed_run_into_account(make, tmp_path, finished, embe
     more = [*some_chats(), *(chat("More", "yes " * i) for i in range(1, 7))]
     shutil.copytree(finished, tmp_path / "whole")
     make("whole", more)
-    assert embedded == [4, 2]
-    plain = embeddings._write
-
-    def killed(path: Path, data: bytes) -> None:
-        plain(path, data)
-        if path.name.startswith("embeddings-"):
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(embeddings, "_write", killed)
+    assert embedded() == [4, 2]
+    ends = mock.Mock(side_effect=[None, None, KeyboardInterrupt])  # the head and a shard are done
+    monkeypatch.setattr(os, "fsync", ends)
     with pytest.raises(KeyboardInterrupt):
         make("finished", more)
+    monkeypatch.undo()
     assert len(Store(finished)) == 15  # what was there is there still
-    monkeypatch.setattr(embeddings, "_write", plain)
     make("finished", more)
-    assert embedded[2:] == [4, 2] and contents(finished) == contents(tmp_path / "whole")
+    assert embedded()[2:] == [4, 2] and contents(finished) == contents(tmp_path / "whole")
 
 
 def test_a_local_model_is_known_by_its_files_and_by_a_path_that_holds_everywhere(
@@ -581,15 +555,9 @@ def test_two_processes_may_complete_the_manifest_at_once(tmp_path, make, finishe
 
 
 def test_a_full_disk_keeps_what_is_done(tmp_path, make, finished, monkeypatch):
-    synced, fsync = [], os.fsync
-
-    def full(file: int) -> None:
-        synced.append(file)
-        if len(synced) > 4:  # manifest, head and two shards are done
-            raise OSError(errno.ENOSPC, "No space left on device")
-        fsync(file)
-
-    monkeypatch.setattr(os, "fsync", full)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    done = [None] * 4  # manifest, head and two shards
+    monkeypatch.setattr(os, "fsync", mock.Mock(side_effect=[*done, full]))
     with pytest.raises(InputError, match="embeddings-00003.* No space left on device"):
         make()
     assert len(contents(tmp_path / "out")) == 4
@@ -598,30 +566,22 @@ def test_a_full_disk_keeps_what_is_done(tmp_path, make, finished, monkeypatch):
     assert contents(tmp_path / "out") == contents(finished)
 
 
-# --------------------------------------------------------------- Killed, or in parts
-
-
 class Embedding(killed.Job):
-    """Embeds in forked processes that share a model; what a killed one leaves is not read."""
+    """Embeds with the model in ``case``; what a killed run leaves is whole or not read."""
 
-    def __init__(self, model: str, processes: int, folder: Path) -> None:
-        self.model, self.processes, self.folder, self.meetings = model, processes, folder, 0
-        folder.mkdir()
+    def work(self, folder: Path) -> None:
+        embed(some_chats(), folder, model=self.case, shard_size=4, progress=False)
 
-    def _work(self, rank: int, name: str, meeting: Path, calls: killed.Calls | None) -> None:
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(self.processes)}
-        calls = calls or killed.Calls()
-        settings = {"model": self.model, "shard_size": 4, "progress": False}
-        calls.run(partial(embed, some_chats(), self.folder / name, **settings))
-        (self.folder / f"counts-{rank}").write_text(json.dumps(calls.counts))
-        if calls.kill:  # who of two writes what both need is a race: its last calls may not come
-            os.kill(os.getpid(), signal.SIGKILL)
+    def be(self, name: str, rank: int, meeting: str, limit: tuple[str, float] | None) -> None:
+        super().be(name, rank, meeting, limit)
+        if limit and limit[1] < math.inf:  # who of two writes what both need is a race: the last
+            os.kill(os.getpid(), signal.SIGKILL)  # calls may not come
 
-    def killed(self, name: str, *moment: Any) -> None:
-        super().killed(name, *moment)
+    def run(self, name: str, limits: Any) -> None:
+        super().run(name, limits)
         try:
-            Store(self.folder / name)
-        except InputError as error:  # else it was killed when all was written
+            Store(Path(self.folder, name))
+        except InputError as error:
             assert "no finished embeddings" in str(error)
 
 
@@ -633,7 +593,8 @@ def kill_at_moments(folder: str, model: str) -> None:
     tqdm.set_lock(threading.RLock())  # its own is shared by all children: who is killed keeps it
     embed(some_chats(), Path(folder, "first"), model=model, progress=False)
     for processes in (1, 2):
-        moments = Embedding(model, processes, Path(folder, str(processes))).answer()
+        Path(folder, str(processes)).mkdir()
+        moments = Embedding(model, processes, str(Path(folder, str(processes)))).answer()
         assert len(set(moments)) == killed.MOMENTS
 
 

@@ -124,7 +124,14 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/api/validate-yaml":
             self._json({"errors": [], "warnings": []})
         elif path == "/api/repos/create":
-            self._create(lines[0])
+            name = f"{lines[0]['organization']}/{lines[0]['name']}"
+            if ("models", name) in hub.folders:
+                self._error(409, "RepoExists")
+                return
+            hub.push(name, {".gitattributes": b""})
+            if lines[0].get("private") or lines[0].get("visibility") == "private":
+                hub.private.add(name)
+            self._json({"url": f"{hub.url}/{name}"})
         elif not match:
             self._error(404, "RepoNotFound")
         elif match[2] == "preupload":
@@ -139,26 +146,20 @@ class _Handler(BaseHTTPRequestHandler):
             url = f"{hub.url}/{match[1]}/commit/main"
             self._json({"success": True, "commitUrl": url, "commitOid": "0" * 40})
 
-    def _create(self, wanted: dict[str, Any]) -> None:
-        hub, name = self.server.hub, f"{wanted['organization']}/{wanted['name']}"
-        if ("models", name) in hub.folders:
-            self._error(409, "RepoExists")
-            return
-        hub.push(name, {".gitattributes": b""})
-        if wanted.get("private") or wanted.get("visibility") == "private":
-            hub.private.add(name)
-        self._json({"url": f"{hub.url}/{name}"})
-
     def _about(self, name: str, folder: Path, what: str | None, rest: str | None) -> None:
         held = files(folder)
-        if what == "tree":
-            inside = unquote(rest.partition("/")[2]).strip("/")
-            below = [i for i in _listing(held) if i["path"].startswith(f"{inside}/") or not inside]
-            self._json(below) if below else self._error(404, "EntryNotFound")
-        else:
+        if what != "tree":
             about = {"id": name, "sha": commit(folder), "private": False, "gated": False}
             about["siblings"] = [{"rfilename": file} for file in held]
             self._json({**about, "lastModified": "2025-01-01T00:00:00.000Z", "downloads": 0})
+            return
+        inside = unquote(rest.partition("/")[2]).strip("/")
+        parents = {str(parent) for path in held for parent in Path(path).parents} - {"."}
+        listed = [{"type": "directory", "path": p, "oid": "0" * 40, "size": 0} for p in parents]
+        listed += [{"type": "file", "path": path, "oid": _etag(content), "size": len(content)}
+                   for path, content in held.items()]  # fmt: skip
+        below = [each for each in listed if not inside or each["path"].startswith(f"{inside}/")]
+        self._json(below) if below else self._error(404, "EntryNotFound")
 
     def _file(self, name: str, folder: Path, path: str) -> None:
         """A file or, where a range is given, the end of it; half where it is to be cut."""
@@ -190,12 +191,3 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
-
-
-def _listing(held: dict[str, bytes]) -> list[dict[str, Any]]:
-    """Files and folders as the hub lists them."""
-    parents = {str(parent) for name in held for parent in Path(name).parents} - {"."}
-    return [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in parents] + [
-        {"type": "file", "path": path, "oid": _etag(content), "size": len(content)}
-        for path, content in held.items()
-    ]

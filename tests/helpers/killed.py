@@ -63,6 +63,10 @@ class Job(NamedTuple):
     processes: int
     folder: str
 
+    def work(self, folder: Path) -> None:
+        """What is killed."""
+        people.fit(PEOPLE, folder, **QUICK | CASES[self.case])
+
     def be(self, name: str, rank: int, meeting: str, limit: tuple[str, float] | None) -> None:
         """A process of a run, which ends with SIGKILL at so many "calls", or calls that write; with
         a limit it notes how many there were."""
@@ -81,7 +85,7 @@ class Job(NamedTuple):
 
         sys.setprofile(limit and count)
         try:
-            people.fit(PEOPLE, Path(self.folder, name), **QUICK | CASES[self.case])
+            self.work(Path(self.folder, name))
         finally:
             sys.setprofile(None)
         if limit:

@@ -13,16 +13,13 @@ from lore.common.files import InputError
 from lore.embeddings.smollm2 import reward_model
 
 LLAMA_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
-    "{{ message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+    "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}"
+    "<|end_header_id|>\n\n{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
 CHATML_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 LLAMA_SPECIALS = ["<|begin_of_text|>", "<|eot_id|>", "<|pad|>", "<|start_header_id|>",
                   "<|end_header_id|>"]  # fmt: skip
@@ -40,25 +37,17 @@ def tiny_llama(folder: Path, *, pad_is_eos: bool = False, **config: Any) -> Path
 def tiny_qwen(folder: Path, *, kind: str = "Qwen3", **config: Any) -> Path:
     """A random Qwen-type reward model: ChatML, no BOS."""
     tokens = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    return _save(folder, kind, _tokenizer(CHATML_SPECIALS, CHATML_TEMPLATE, tokens), **config)
+    return _save(folder, kind, CHATML_SPECIALS, CHATML_TEMPLATE, tokens, **config)
 
 
 def tiny_other(folder: Path, kind: str, pad: str = "<|pad|>", **config: Any) -> Path:
     """A random reward model of another architecture ("Mistral", "Gemma"), Llama's tokenizer."""
     tokens = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "pad_token": pad}
-    return _save(folder, kind, _tokenizer(LLAMA_SPECIALS, LLAMA_TEMPLATE, tokens), **config)
+    return _save(folder, kind, LLAMA_SPECIALS, LLAMA_TEMPLATE, tokens, **config)
 
 
-def sliding_window(folder: Path, window: int = 8) -> Path:
-    """A random Mistral-type reward model whose attention sees only the latest tokens."""
-    return tiny_other(folder, "Mistral", sliding_window=window)
-
-
-def headless(folder: Path) -> Path:
-    """A random Llama language model: no score head in its checkpoint."""
-    return tiny_llama(folder, form="ForCausalLM")
-
-
+headless = partial(tiny_llama, form="ForCausalLM")  # no score head in its checkpoint
+sliding_window = partial(tiny_other, kind="Mistral", sliding_window=8)
 TREE_KINDS = {
     "llama": tiny_llama,
     "qwen2": partial(tiny_qwen, kind="Qwen2"),
@@ -76,36 +65,28 @@ def smollm2(folder: Path, layers: int | None = None) -> Path:
         pytest.skip(str(error))
 
 
-def _tokenizer(specials: list[str], template: str, tokens: dict[str, str]) -> Any:
-    """Bytes as tokens, so that nothing needs to be learnt or downloaded."""
+def _save(
+    folder: Path, kind: str, specials: list[str], template: str, tokens: dict[str, str],
+    form: str = "ForSequenceClassification", seed: int = 0, **config: Any,
+) -> Path:  # fmt: skip
+    """A model with bytes as tokens, so that nothing needs to be learnt or downloaded."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([*specials, *letters])}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(specials)
-    if "bos_token" in tokens:
-        bos = tokens["bos_token"]
+    if bos := tokens.get("bos_token"):
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, vocabulary[bos])]
         )
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **tokens)
     fast.chat_template = template
-    return fast
-
-
-def _save(
-    folder: Path, kind: str, tokenizer: Any, form: str = "ForSequenceClassification",
-    seed: int = 0, **config: Any,
-) -> Path:  # fmt: skip
     labels = {"num_labels": 1} if form == "ForSequenceClassification" else {}
-    settings = {**SIZES, **labels, "vocab_size": len(tokenizer), **config}
-    settings.setdefault("pad_token_id", tokenizer.pad_token_id)
-    settings.update(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    settings = {**SIZES, **labels, "vocab_size": len(fast), "pad_token_id": fast.pad_token_id}
+    settings |= {**config, "bos_token_id": fast.bos_token_id, "eos_token_id": fast.eos_token_id}
     torch.manual_seed(seed)
-    model = getattr(transformers, kind + form)(
-        getattr(transformers, f"{kind}Config")(**settings, initializer_range=0.1)
-    )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    config = getattr(transformers, f"{kind}Config")(**settings, initializer_range=0.1)
+    getattr(transformers, kind + form)(config).save_pretrained(folder)
+    fast.save_pretrained(folder)
     return folder
