@@ -31,8 +31,7 @@ def main(
         unseen_users: users who are known by a few comparisons alone.
         pairs_per_user: training prompts of each seen user.
         sweep: comparisons of a new user: how many, and how they are drawn.
-        pool: comparisons of each new user that shots are drawn from; by default as many as the
-            largest number of shots.
+        pool: comparisons of a new user that shots are drawn from; by default the largest of shots.
         lore: settings of LoRe; Bradley-Terry is fitted with the same.
     """
     chosen = Settings(lore=lore, **settings)

@@ -27,8 +27,7 @@ def main(
         pairs_per_user: random training comparisons of each seen worker.
         seen_fraction: share of the workers who are seen.
         sweep: comparisons of an unseen worker: how many, and how they are drawn.
-        pool: comparisons of each new user that shots are drawn from; by default as many as the
-            largest number of shots.
+        pool: comparisons of a new user that shots are drawn from; by default the largest of shots.
         lore: settings of LoRe; Bradley-Terry is fitted with the same.
     """
     chosen = Settings(lore=lore, **settings)

@@ -100,8 +100,7 @@ def connected(names: pd.Series, others: pd.Series) -> pd.Series:
     They must be on one side: one row's share a response, and a pair judged again tells the former.
     """
     one, other = pd.factorize(names)[0], pd.factorize(others)[0]
-    other += one.max() + 1
-    size = other.max() + 1
-    edges = coo_array((np.ones(len(one)), (one, other)), (size, size))
+    size = one.max() + other.max() + 2
+    edges = coo_array((np.ones(len(one)), (one, one.max() + 1 + other)), (size, size))
     group = connected_components(edges, directed=False)[1][one]
     return names.groupby(group).transform("min")

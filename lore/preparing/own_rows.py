@@ -38,8 +38,7 @@ class Columns:
         messages: the dialogue up to the response, a list of role and content.
         chosen: the response that the user chose, or a list of some; a text or a list of messages.
         rejected: the response that was not chosen, or a list of some.
-        first: one of two responses, of which winner names the better one; response_a and
-            response_b, output_1 and output_2, and the like are found.
+        first: one of two responses; response_a and response_b, text_1 and text_2, ... are found.
         second: the other one.
         winner: which of the two was preferred: a or b, 1 or 2, left or right, the columns' names;
             "none" says that no column tells.
@@ -241,7 +240,7 @@ def _check_columns(rows: Sequence[Row], columns: Columns, layout: str, judged: b
                              f"which one holds it{other}")  # fmt: skip
     for side in (columns.chosen, columns.rejected) if layout == "pairs" and judged else ():
         values = {str(row[side]).strip() for _, row in rows}
-        said, some = _table(rows[0][0]), ", ".join(sorted(values))
+        said, some = rows[0][0].rpartition(" row ")[0], ", ".join(sorted(values))
         require(len(rows) < 6 or len(values) >= 4 or max(map(len, values)) >= 20, f"{said}: {side} "
                 f"holds nothing but {some:.80}, which are no responses; if it says which of two is "
                 f"better, give --first, --second and --winner {side}")  # fmt: skip
@@ -250,11 +249,6 @@ def _check_columns(rows: Sequence[Row], columns: Columns, layout: str, judged: b
 def _there(row: Cells) -> str:
     """The names of a row's columns, the first twelve of them."""
     return ", ".join([*map(str, list(row)[:12]), *(["..."] if len(row) > 12 else [])])
-
-
-def _table(place: str) -> str:
-    """The file of a row's place."""
-    return place.rpartition(" row ")[0] or place
 
 
 # --------------------------------------------------------------------------- One row
@@ -377,15 +371,28 @@ def as_number(cell: Any) -> Any:
 
 
 def _votes(rows: Sequence[Row], columns: Columns) -> list[Choice]:
-    """Two responses and the name of the better one."""
-    sides = (columns.first, columns.second)
+    """Two responses and a verdict that names the better one or says that it is a tie."""
+    names, found = (columns.first, columns.second), []
     said = [_value(row.get(columns.winner)) for _, row in rows]
-    means = _meanings(Counter(said), columns, rows[0][0])
-    found = []
+    counts = Counter(said)
+    own = {_value(columns.first): 0, _value(columns.second): 1}
+    own |= dict.fromkeys(map(_value, columns.first_wins), 0)
+    own |= dict.fromkeys(map(_value, columns.second_wins), 1)
+    numbers = {value for value in counts if re.fullmatch(r"-?\d+", value) and value not in own}
+    scale = next((scale for need, scale in SCALES if need <= numbers <= scale.keys()), {})
+    means = {value: own.get(value, scale.get(value, _in_words(value))) for value in counts}
+    unknown = [f"{value!r:.40} ({counts[value]})" for value in counts if means[value] is None]
+    table, some = rows[0][0].rpartition(" row ")[0], ", ".join(unknown[:8])
+    require(not unknown, f"{table}: {columns.winner} has values that are not understood: {some}; "
+            "--first-wins and --second-wins say what they mean")  # fmt: skip
+    if columns.winner != NONE:
+        read = [f"{value[:40] or 'empty'} = {(*names, TIES)[meant]} ({counts[value]})"
+                for value, meant in sorted(means.items())]  # fmt: skip
+        log.info("%s: %s", columns.winner, ", ".join(read))
     for value, (place, row) in zip(said, rows, strict=True):
-        choice = _choice(place, row, columns, sides)
-        if means[value] != TIES or choice.left_out:
-            found.append(choice.turned() if means[value] == columns.second else choice)
+        choice = _choice(place, row, columns, names)
+        if means[value] != 2 or choice.left_out:
+            found.append(choice.turned() if means[value] == 1 else choice)
         elif columns.ties == "half":
             half = choice._replace(weight=choice.weight / 2)
             found += [half, half.turned()]
@@ -409,24 +416,6 @@ SCALES = (  # numbers that must be there, and what the numbers of such a scale m
     ({"2"}, {"1": 0, "2": 1}),
     ({"0", "1"}, {"0": 0, "1": 1}),
 )
-
-
-def _meanings(said: Counter[str], columns: Columns, place: str) -> dict[str, str]:
-    """The column that each verdict names, or TIES; InputError for what is not understood."""
-    sides = (columns.first, columns.second, TIES)
-    own = {_value(columns.first): 0, _value(columns.second): 1}
-    own |= dict.fromkeys(map(_value, columns.first_wins), 0)
-    own |= dict.fromkeys(map(_value, columns.second_wins), 1)
-    numbers = {value for value in said if re.fullmatch(r"-?\d+", value) and value not in own}
-    scale = next((scale for need, scale in SCALES if need <= numbers <= scale.keys()), {})
-    index = {value: own.get(value, scale.get(value, _in_words(value))) for value in said}
-    unknown = [f"{value!r:.40} ({said[value]})" for value in said if index[value] is None]
-    require(not unknown, f"{_table(place)}: {columns.winner} has values that are not understood: "
-            f"{', '.join(unknown[:8])}; --first-wins and --second-wins say what they mean")
-    if columns.winner != NONE:
-        read = [f"{v[:40] or 'empty'} = {sides[i]} ({said[v]})" for v, i in sorted(index.items())]
-        log.info("%s: %s", columns.winner, ", ".join(read))
-    return {value: sides[i] for value, i in index.items()}
 
 
 def _in_words(value: str) -> int | None:

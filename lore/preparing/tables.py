@@ -215,9 +215,8 @@ def distinct(
     names: Sequence[str], conversations: Iterable[Conversation]
 ) -> tuple[np.ndarray, list[Conversation]]:
     """The numbers of conversations in the order of first use, and those with different names."""
-    numbers, first = pd.factorize(np.asarray(names, object))
     named = dict(zip(names, conversations, strict=True))
-    return numbers, [named[name] for name in first]
+    return pd.factorize(np.asarray(names, object))[0], list(named.values())
 
 
 def number_conversations(
