@@ -1,9 +1,10 @@
 """Every dataset's prepare.py: comparisons, what is left out, who is kept, splits and overlap."""
 
+import functools
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,24 @@ DATA = worlds.ROOT.parent / "shared" / "data"
 Row = dict[str, Any]
 
 
-def prepare(name: str, source: Path | str, out: Path, **settings: Any) -> tuple[Row, pd.DataFrame]:
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Callable[..., Path]:
+    """A dataset's raw world, small and written once; no test changes it."""
+
+    @functools.cache
+    def get(name: str, **size: Any) -> Path:
+        small = {"CommunityAlignment": {"annotators": 4, "conversations": 8},
+                 "RedditTLDR": {"workers": 4}}.get(name, {})  # fmt: skip
+        return WORLDS[name][0](tmp_path_factory.mktemp("raw"), **{**small, **size})
+
+    return get
+
+
+def prepare(name: str, source: Path, out: Path, **settings: Any) -> tuple[Row, pd.DataFrame]:
     """What prepare.json says, and the comparisons with their conversations; none is embedded."""
     settings = {**WORLDS[name][2], **({} if name == "PRISM" else {"embed": False}), **settings}
     info = worlds.prepare(name, source, out, **settings)
-    is_scored = name == "PersonalLLM"
-    return info, pd.DataFrame() if is_scored else worlds.comparisons(out)
+    return info, pd.DataFrame() if name == "PersonalLLM" else worlds.comparisons(out)
 
 
 def asked(content: str) -> dict[str, str]:
@@ -97,6 +110,13 @@ def tables_of(source: Path) -> dict[str, list[Row]]:
     return {path.name.split(".")[0]: worlds.read(path) for path in source.iterdir()}
 
 
+def written(folder: Path, tables: dict[str, list[Row]], ending: str = "jsonl") -> Path:
+    """A source of such tables."""
+    for name, rows in tables.items():
+        worlds.write(folder / f"{name}.{ending}", rows)
+    return folder
+
+
 def expected(name: str, tables: dict[str, list[Row]], **more: Any) -> Counter[tuple]:
     """The comparisons that rows make, the conversations as JSON, by a plain loop."""
     loop = LOOPS[name][0]
@@ -111,22 +131,20 @@ def listed(name: str, table: pd.DataFrame) -> Counter[tuple]:
 
 
 WORLD_SAYS = {  # messages in the longest conversation, whether all are seen, and some counts
-    "RedditTLDR": (2, True, {"rows of train": 180, "rows of validation": 180}),
+    "RedditTLDR": (2, True, {"rows of train": 120, "rows of validation": 120}),
     "PRISM": (6, False, {"participants": 8, "seen users": 4, "first prompts on both sides": 0}),
-    "CommunityAlignment": (8, False, {"conversations": 234, "seen users": 3}),
+    "CommunityAlignment": (8, False, {"conversations": 70, "seen users": 2}),
     "PersonalRewardBench": (4, True, {"comparisons": 60, "training comparisons": 22,
                                       "validation comparisons": 20, "test comparisons": 18}),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "settings"),
-    [*((name, {}, {}) for name in ("RedditTLDR", "PRISM", "PersonalRewardBench")),
-     *(("CommunityAlignment", {"languages": "en fr hi"}, {"language": language})
-       for language in ("en", "fr"))],
-)  # fmt: skip
-def test_comparisons_are_those_of_a_plain_loop(tmp_path, name, size, settings):
-    source = WORLDS[name][0](tmp_path / "raw", **size)
+    ("name", "settings"),
+    [*((name, {}) for name in WORLD_SAYS), ("CommunityAlignment", {"language": "fr"})],
+)
+def test_comparisons_are_those_of_a_plain_loop(world, tmp_path, name, settings):
+    source = world(name)
     longest, all_seen, counts = WORLD_SAYS[name]
     info, table = prepare(name, source, tmp_path / "data", **settings)
     assert listed(name, table) == expected(name, tables_of(source), **settings)
@@ -192,12 +210,8 @@ def silent(which: int):
     return change
 
 
-def summary(place: int, text: str | None):
-    return lambda row: row["summaries"][place].update(text=text)
-
-
-def same_twice(row: Row) -> None:
-    row["summaries"][0]["text"] = row["summaries"][1]["text"]
+def summaries(*texts: str | None):
+    return given(summaries=[{"text": text} for text in texts])
 
 
 MODEL_SAYS = {"role": "model", "content": "hello"}
@@ -226,9 +240,9 @@ CASES = {
           for value in (None, "response_e")),
     ],
     ("RedditTLDR", "train"): [
-        (summary(0, ""), "rows with an empty summary", ALL),
-        (summary(1, None), "rows with an empty summary", ALL),
-        (same_twice, f"{REJECTED}equal to the chosen one", ALL),
+        (summaries("", "b"), "rows with an empty summary", ALL),
+        (summaries("a", None), "rows with an empty summary", ALL),
+        (summaries("a", "a"), f"{REJECTED}equal to the chosen one", ALL),
         (given(choice=None, extra={"tie": True}), "ties", ALL),
         *((given(info={"id": "t3_0", "post": post}), "rows without a post", ALL)
           for post in (None, "", "EMPTY STRING")),
@@ -248,16 +262,14 @@ CASES = {
     ("name", "file", "change", "why", "lost"),
     [(*key, *case) for key in CASES for case in CASES[key]],
 )
-def test_what_cannot_be_used_is_counted(tmp_path, capsys, name, file, change, why, lost):
-    tables = tables_of(WORLDS[name][0](tmp_path / "whole"))
+def test_what_cannot_be_used_is_counted(world, tmp_path, capsys, name, file, change, why, lost):
+    tables = tables_of(world(name))
     row = max(tables[file], key=lambda row: row.get("conversation_turns", 0))
     whole = expected(name, tables)
     of_row = expected(name, {file: [row]})
     change(row)
-    for other, rows in tables.items():
-        worlds.write(tmp_path / "raw" / f"{other}.jsonl", rows)
     settings = {"min_dialogues": 5} if name == "PRISM" else {}
-    info, table = prepare(name, tmp_path / "raw", tmp_path / "data", **settings)
+    info, table = prepare(name, written(tmp_path / "raw", tables), tmp_path / "data", **settings)
     assert {k: n for k, n in info["counts"].items() if "left out" in k} == {f"left out: {why}": 1}
     assert f"1  left out: {why}" in capsys.readouterr().out
     left = listed(name, table)
@@ -268,80 +280,53 @@ def test_what_cannot_be_used_is_counted(tmp_path, capsys, name, file, change, wh
 
 # ------------------------------------------------------------------------------ Who is kept
 
-
-def w01_and_w02(file: str, row: Row, number: int) -> bool:
-    """w01 has no test rows, w02 fifteen rows of either split."""
-    worker = row["worker"]
-    return not (worker == "w01" and file == "validation" or worker == "w02" and number >= 15 * 6)
-
-
-def one_of_en0(file: str, row: Row, number: int) -> bool:
-    return not number or row["annotator_id"] != "en0"
-
-
-def some_of_0_to_2(file: str, row: Row, number: int) -> bool:
-    without = {("user0", "train"), ("user1", "test"), ("user2", "val")}
-    return (row["user_id"], row["split"]) not in without
-
-
-def anything(file: str, row: Row, number: int) -> bool:
-    return True
-
-
 BOTH = "users with dialogues for training and for test"
+# w01 has no test rows, w02 fifteen rows of either split, en0 one row, user0 to user2 lack a split.
+WITHOUT = {
+    "RedditTLDR": lambda file, row, i: (row["worker"] == "w01" and file == "validation"
+                                        or row["worker"] == "w02" and i >= 15 * 4),
+    "CommunityAlignment": lambda file, row, i: i and row["annotator_id"] == "en0",
+    "PersonalRewardBench": lambda file, row, i: (row["user_id"], row["split"]) in (
+        ("user0", "train"), ("user1", "test"), ("user2", "val")),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("name", "keep", "settings", "counts", "lost"),
+    ("name", "settings", "counts", "lost"),
     [
-        ("PRISM", anything, {"min_dialogues": 7}, {"participants with at least 7 dialogues": 5},
+        ("PRISM", {"min_dialogues": 7}, {"participants with at least 7 dialogues": 5},
          {"user0", "user3", "user6"}),
-        ("RedditTLDR", w01_and_w02, {"min_annotations": 30},
-         {"workers with at least 30 annotations": 6,
-          "workers with at least 30 annotations, some in both splits": 5}, {"w01"}),
-        ("RedditTLDR", w01_and_w02, {"min_annotations": 31},
-         {"workers with at least 31 annotations": 4}, {"w01", "w02"}),
-        ("CommunityAlignment", anything, {"min_comparisons": 85}, {}, "fewer than 85"),
-        ("CommunityAlignment", one_of_en0, {"min_comparisons": 1},
-         {"annotators with at least 1 comparisons": 6, BOTH: 5}, {"en0"}),
-        ("PersonalRewardBench", some_of_0_to_2, {},
+        ("RedditTLDR", {"min_annotations": 30},
+         {"workers with at least 30 annotations": 4,
+          "workers with at least 30 annotations, some in both splits": 3}, {"w01"}),
+        ("RedditTLDR", {"min_annotations": 31}, {"workers with at least 31 annotations": 2},
+         {"w01", "w02"}),
+        ("CommunityAlignment", {"min_comparisons": 1},
+         {"annotators with at least 1 comparisons": 4, BOTH: 3}, {"en0"}),
+        ("CommunityAlignment", {"min_comparisons": 60},  # en3 has so many
+         {"annotators with at least 60 comparisons": 2}, {"en0", "en1"}),
+        ("PersonalRewardBench", {},
          {"users with comparisons": 6, "users with comparisons for training and for test": 4},
          {"user0", "user1"}),
     ],
 )  # fmt: skip
-def test_users_with_too_little_are_left_out(tmp_path, name, keep, settings, counts, lost):
-    source = WORLDS[name][0](tmp_path / "raw")
-    kept = {file: [row for number, row in enumerate(rows) if keep(file, row, number)]
-            for file, rows in tables_of(source).items()}  # fmt: skip
-    for path in source.iterdir():
-        worlds.write(path, kept[path.name.split(".")[0]])
-    info, table = prepare(name, source, tmp_path / "data", **settings)
-    whole, sizes = expected(name, kept), Counter()
-    for (user, *_), number in whole.items():
-        sizes[user] += number
-    if lost == "fewer than 85":
-        lost = {user for user, number in sizes.items() if number < 85}
-        counts = {"annotators with at least 85 comparisons": len(sizes) - len(lost)}
-    assert {**info["counts"], **counts} == info["counts"] and set() < lost < sizes.keys()
+def test_users_with_too_little_are_left_out(world, tmp_path, name, settings, counts, lost):
+    without = WITHOUT.get(name, lambda file, row, i: False)
+    kept = {file: [row for i, row in enumerate(rows) if not without(file, row, i)]
+            for file, rows in tables_of(world(name)).items()}  # fmt: skip
+    info, table = prepare(name, written(tmp_path / "raw", kept), tmp_path / "data", **settings)
+    whole = expected(name, kept)
+    assert {**info["counts"], **counts} == info["counts"] and lost < {user for user, *_ in whole}
     assert listed(name, table) == Counter({k: n for k, n in whole.items() if k[0] not in lost})
 
 
 @pytest.mark.parametrize("count", [0, None])
-def test_participants_without_a_completed_conversation_are_left_out(tmp_path, count):
-    source = worlds.prism(tmp_path / "raw")
-    change = given(num_completed_conversations=count)
-    worlds.edit(source / "survey.jsonl", lambda rows: change(rows[0]))
-    counts = prepare("PRISM", source, tmp_path / "data")[0]["counts"]
+def test_participants_without_a_completed_conversation_are_left_out(world, tmp_path, count):
+    tables = tables_of(world("PRISM"))
+    tables["survey"][0]["num_completed_conversations"] = count
+    counts = prepare("PRISM", written(tmp_path / "raw", tables), tmp_path / "data")[0]["counts"]
     assert counts["participants with a completed conversation"] == 7
     assert counts["left out: conversations of participants with no completed conversation"] == 6
-
-
-@pytest.mark.parametrize(
-    ("name", "users"), [("RedditTLDR", "workers"), ("PersonalRewardBench", "users")]
-)
-def test_a_single_user_is_prepared(tmp_path, name, users):
-    source = WORLDS[name][0](tmp_path / "raw", **{users: 1})
-    assert prepare(name, source, tmp_path / "data")[0]["counts"]["users with comparisons"] == 1
 
 
 # ------------------------------------------------------------------ Order, splits and overlap
@@ -352,16 +337,14 @@ def test_a_single_user_is_prepared(tmp_path, name, users):
     ("name", "more"),
     [*((name, {}) for name in WORLDS), ("CommunityAlignment", {"unseen_prompts": True})],
 )
-def test_order_of_the_rows_and_their_format_do_not_matter(tmp_path, name, more):
-    source = WORLDS[name][0](tmp_path / "raw", **WORLDS[name][1])
-    first, _ = prepare(name, source, tmp_path / "a", **more)
-    for path in list(source.iterdir()):
-        rows = worlds.read(path)
+def test_order_of_the_rows_and_their_format_do_not_matter(world, tmp_path, name, more):
+    source = world(name, **WORLDS[name][1])
+    tables, is_parquet = tables_of(source), any(source.glob("*.parquet"))
+    for rows in tables.values():
         random.Random(0).shuffle(rows)
-        stem, ending = path.name.split(".", 1)
-        other = "jsonl.gz" if ending == "parquet" else "parquet"
-        worlds.write(tmp_path / "b-raw" / f"{stem}.{other}", rows)
-    second, _ = prepare(name, tmp_path / "b-raw", tmp_path / "b", **more)
+    other = written(tmp_path / "raw", tables, "jsonl.gz" if is_parquet else "parquet")
+    first, second = (prepare(name, raw, tmp_path / out, **more)[0]
+                     for raw, out in ((source, "a"), (other, "b")))  # fmt: skip
     assert first.pop("settings") != second.pop("settings")  # another source
     assert first == second
     for file in first["files"]:
@@ -369,9 +352,8 @@ def test_order_of_the_rows_and_their_format_do_not_matter(tmp_path, name, more):
 
 
 @pytest.mark.parametrize(("name", "fraction"), [("PRISM", 0.75), ("CommunityAlignment", 0.34)])
-def test_splits_are_by_dialogue_and_by_user(tmp_path, name, fraction):
-    source = WORLDS[name][0](tmp_path / "raw", **WORLDS[name][1])
-    made = [prepare(name, source, tmp_path / str(seed), seed=seed, seen_fraction=fraction)
+def test_splits_are_by_dialogue_and_by_user(world, tmp_path, name, fraction):
+    made = [prepare(name, world(name), tmp_path / str(seed), seed=seed, seen_fraction=fraction)
             for seed in range(3)]  # fmt: skip
     for info, table in made:
         assert (table.groupby("dialog_id").split.nunique() == 1).all()
@@ -386,8 +368,8 @@ def test_splits_are_by_dialogue_and_by_user(tmp_path, name, fraction):
 
 
 @pytest.mark.parametrize("name", ["RedditTLDR", "PRISM", "CommunityAlignment"])
-def test_overlap_is_what_a_plain_loop_counts(tmp_path, name):
-    info, table = prepare(name, WORLDS[name][0](tmp_path / "raw"), tmp_path / "data")
+def test_overlap_is_what_a_plain_loop_counts(world, tmp_path, name):
+    info, table = prepare(name, world(name), tmp_path)
     train = [row for row in table.itertuples() if row.split == "train"]
     found = dict.fromkeys(("held_out", "prompt", "response", "both_responses", "pair"), 0)
     for row in table[table.split == "test"].itertuples():
@@ -403,11 +385,11 @@ def test_overlap_is_what_a_plain_loop_counts(tmp_path, name):
     assert f"Of {found['held_out']:,} held-out" in sentence and f"{found['pair']:,} the" in sentence
 
 
-def test_shared_prompts_are_counted_and_may_be_kept_apart(tmp_path):
-    source = worlds.community(tmp_path / "raw")
+def test_shared_prompts_are_counted_and_may_be_kept_apart(world, tmp_path):
+    source = world("CommunityAlignment")
     for unseen_prompts in (False, True):
-        out = tmp_path / str(unseen_prompts)
-        info, table = prepare("CommunityAlignment", source, out, unseen_prompts=unseen_prompts)
+        more = {"unseen_prompts": unseen_prompts}
+        info, table = prepare("CommunityAlignment", source, tmp_path / str(more), **more)
         prompts = table.chosen.map(lambda messages: messages[0]["content"])
         train, test = (set(prompts[table.split == side]) for side in ("train", "test"))
         assert bool(train & test) != unseen_prompts
@@ -419,58 +401,57 @@ def test_shared_prompts_are_counted_and_may_be_kept_apart(tmp_path):
     assert abs(len(train) - len(test)) <= 1
 
 
-def test_a_validation_comparison_is_none_that_training_has(tmp_path):
+def test_a_validation_comparison_is_none_that_training_has(world, tmp_path):
     """Overlap is told of training alone, and settings are chosen by the other."""
-    source = worlds.rewardbench(tmp_path / "raw", users=1)
-    rows = worlds.read(source / "train.parquet")
+    rows = tables_of(world("PersonalRewardBench", users=1))["train"]
     same = {key: rows[2][key] for key in ("context", "chosen", "rejected")}
     assert [row["split"] for row in rows[:3]] == ["train", "val", "test"]
     for number, pairs in ((0, 1), (1, 0)):
         some = [{**row, **same} if i == number else row for i, row in enumerate(rows)]
-        worlds.write(tmp_path / str(number) / "all.jsonl", some)
-        source, out = tmp_path / str(number), tmp_path / f"{number}-data"
-        assert prepare("PersonalRewardBench", source, out)[0]["overlap"]["pair"] == pairs
+        source = written(tmp_path / str(number), {"all": some})
+        info, _ = prepare("PersonalRewardBench", source, source / "data")
+        assert info["overlap"]["pair"] == pairs and info["counts"]["users with comparisons"] == 1
 
 
-def test_without_a_name_a_dialogue_is_its_first_prompt(tmp_path):
-    rows = worlds.read(worlds.rewardbench(tmp_path / "raw", users=1) / "train.parquet")
+def test_without_a_name_a_dialogue_is_its_first_prompt(world, tmp_path):
+    rows = tables_of(world("PersonalRewardBench", users=1))["train"]
     for row in rows:
         del row["conversation_id"]
     more = [MODEL_SAYS, asked("and then?")]
     rows[3] |= {"context": [*rows[0]["context"], *more], "chosen": "plainly"}
-    worlds.write(tmp_path / "bare" / "all.jsonl", rows)
-    _, table = prepare("PersonalRewardBench", tmp_path / "bare", tmp_path / "data")
+    source = written(tmp_path / "raw", {"all": rows})
+    _, table = prepare("PersonalRewardBench", source, tmp_path / "data")
     mine = table[table.split == "train"]
     (twice,) = mine.dialog_id[mine.dialog_id.duplicated()]
     assert sorted(mine.turn[mine.dialog_id == twice]) == [0, 1]
     assert said("plainly") in mine.chosen.map(lambda messages: messages[-1]).tolist()
 
 
-def test_a_choice_may_be_a_float(tmp_path):
+def test_a_choice_may_be_a_float(world, tmp_path):
     """A column of whole numbers with a gap anywhere is read as floats."""
-    source = worlds.tldr(tmp_path / "raw")
-    before = prepare("RedditTLDR", source, tmp_path / "a")[0]["data_sha256"]
-    worlds.edit(source / "train.jsonl.gz",
-                lambda rows: [row.update(choice=float(row["choice"])) for row in rows])  # fmt: skip
-    assert prepare("RedditTLDR", source, tmp_path / "b")[0]["data_sha256"] == before
+    tables = tables_of(world("RedditTLDR", workers=1))
+    for row in tables["train"]:
+        row["choice"] = float(row["choice"])
+    sources = world("RedditTLDR", workers=1), written(tmp_path / "raw", tables)
+    one, other = (prepare("RedditTLDR", raw, tmp_path / str(i))[0] for i, raw in enumerate(sources))
+    assert one["data_sha256"] == other["data_sha256"]
+    assert one["counts"]["users with comparisons"] == 1
 
 
 # --------------------------------------------------------------------- PersonalLLM's scores
 
 
-def test_scores_lie_with_their_conversations(tmp_path):
-    source = worlds.personalllm(tmp_path / "raw", train=10, test=4)
-    worlds.edit(
-        source / "train.parquet", lambda rows: rows[0].update(response_8=rows[0]["response_1"])
-    )
-    info, _ = prepare("PersonalLLM", source, tmp_path / "data")
+def test_scores_lie_with_their_conversations(world, tmp_path):
+    tables = tables_of(world("PersonalLLM", train=10, test=4))
+    tables["train"][0]["response_8"] = tables["train"][0]["response_1"]
+    info, _ = prepare("PersonalLLM", written(tmp_path / "raw", tables), tmp_path / "data")
     tensors = load_file(tmp_path / "data" / "scores.safetensors")
     talks = pq.read_table(tmp_path / "data" / "conversations.parquet")["messages"].to_pylist()
     for split, prompts in {"train": 10, "test": 4}.items():
         scores, rows = tensors[f"{split}.scores"], tensors[f"{split}.rows"]
         assert (scores.shape, scores.dtype) == ((prompts, 8, 10), np.float32)
         assert (rows.shape, rows.dtype) == ((prompts, 8), np.int64)
-        by_prompt = {row["prompt"]: row for row in worlds.read(source / f"{split}.parquet")}
+        by_prompt = {row["prompt"]: row for row in tables[split]}
         for prompt in range(prompts):
             row = by_prompt.pop(talks[rows[prompt, 0]][0]["content"])
             for i in range(8):
@@ -481,16 +462,12 @@ def test_scores_lie_with_their_conversations(tmp_path):
     assert len(talks) == info["counts"]["distinct conversations"] == 14 * 8 - 1
 
 
-def test_prompts_on_both_sides_and_empty_responses_are_counted(tmp_path, capsys):
-    source = worlds.personalllm(tmp_path / "raw")
-    first, second = worlds.read(source / "train.parquet")[:2]
-
-    def share(rows):
-        rows[2].update(prompt=first["prompt"], response_2="")
-        rows[3].update(prompt=second["prompt"], response_2=second["response_7"])
-
-    worlds.edit(source / "test.parquet", share)
-    info, _ = prepare("PersonalLLM", source, tmp_path / "data")
+def test_prompts_on_both_sides_and_empty_responses_are_counted(world, tmp_path, capsys):
+    tables = tables_of(world("PersonalLLM"))
+    first, second = tables["train"][:2]
+    tables["test"][2].update(prompt=first["prompt"], response_2="")
+    tables["test"][3].update(prompt=second["prompt"], response_2=second["response_7"])
+    info, _ = prepare("PersonalLLM", written(tmp_path / "raw", tables), tmp_path / "data")
     assert info["counts"]["prompts on both sides"] == 2
     assert info["counts"]["test responses without text"] == 1
     assert "2  prompts on both sides" in capsys.readouterr().out
@@ -502,30 +479,28 @@ def test_prompts_on_both_sides_and_empty_responses_are_counted(tmp_path, capsys)
 # ---------------------------------------------------------------- PRISM's list, and its text
 
 
-def test_the_list_form_prints_a_list_and_warns_everywhere(tmp_path, capsys, caplog):
-    source = worlds.prism(tmp_path / "raw")
-    info, table = prepare("PRISM", source, tmp_path / "data", rejected="list")
+def test_the_list_form_prints_a_list_and_warns_everywhere(world, tmp_path, capsys, caplog):
+    info, table = prepare("PRISM", world("PRISM"), tmp_path, rejected="list")
     assert "Python list" in info["warning"]
     assert f"WARNING: {info['warning']}" in capsys.readouterr().out
     answers: dict[tuple, set[str]] = {}
-    for *turn, lost in expected("PRISM", tables_of(source)):
+    for *turn, lost in expected("PRISM", tables_of(world("PRISM"))):
         answers.setdefault(tuple(turn), set()).add(json.loads(lost)[-1]["content"])
     found = {}
     for *turn, lost in listed("PRISM", table):  # one comparison a turn
         printed = json.loads(lost)[-1]["content"]
         found[tuple(turn)] = set(json.loads(printed.replace("'", '"')))
     assert found == answers and len(table) == len(answers)
-    read_info(tmp_path / "data")
+    read_info(tmp_path)
     assert info["warning"] in caplog.text
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("rejected", "brackets"), [("each", 0), ("list", 1)])
-def test_the_text_that_is_embedded(model, tmp_path, rejected, brackets):
+def test_the_text_that_is_embedded(model, world, tmp_path, rejected, brackets):
     """History and answer as plain text, one BOS; only the list form has its brackets."""
     tokenizer = models.transformers.AutoTokenizer.from_pretrained(model)
-    source = worlds.prism(tmp_path / "raw")
-    _, table = prepare("PRISM", source, tmp_path / "data", rejected=rejected)
+    _, table = prepare("PRISM", world("PRISM"), tmp_path, rejected=rejected)
     row = table[table.turn == 1].iloc[0]
     text = reward_model.render_text(tokenizer, row.rejected)
     assert text.count("[") == text.count("]") == brackets
@@ -547,45 +522,6 @@ def test_embedding_needs_a_prepared_folder_and_a_model(tmp_path, monkeypatch):
             worlds.prepare(name, tmp_path, tmp_path / "data", model=str(tmp_path / "typo"))
 
 
-# ---------------------------------------------------------------------- The hub, real data
-
-
-def test_data_come_from_the_hub(tmp_path, monkeypatch):
-    prism, tldr = worlds.prism(tmp_path / "prism"), worlds.tldr(tmp_path / "tldr")
-    calls = []
-
-    def load_dataset(path, **settings):
-        calls.append((path, settings))
-        return worlds.read(prism / f"{settings['name']}.jsonl")
-
-    def snapshot_download(name, **what):
-        calls.append((name, what["repo_type"], what["revision"]))
-        split = Path(what["allow_patterns"]).parts[1]
-        rows = worlds.read(tldr / f"{split}.jsonl.gz")
-        worlds.write(tmp_path / split / "comparisons" / split / "0000.parquet", rows)
-        return str(tmp_path / split)
-
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    for name, source, path in (("PRISM", prism, "HannahRoseKirk/prism-alignment"),
-                               ("RedditTLDR", tldr, "openai/summarize_from_feedback")):  # fmt: skip
-        hub, _ = prepare(name, path, tmp_path / f"{name} hub")
-        assert hub["files"] == prepare(name, source, tmp_path / f"{name} local")[0]["files"]
-    names, dump = ("survey", "conversations"), ("dataset", "refs/convert/parquet")
-    assert calls[:2] == [("HannahRoseKirk/prism-alignment", {"name": name, "split": "train"})
-                         for name in names]  # fmt: skip
-    assert set(calls[2:]) == {("openai/summarize_from_feedback", *dump)}
-
-
-def test_a_hub_out_of_reach_is_one_clear_line(tmp_path, monkeypatch):
-    def load_dataset(path, **settings):
-        raise ConnectionError("no route\nto the hub")
-
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    with pytest.raises(InputError, match=r"not load from the hub \(no route\); give a folder"):
-        prepare("PRISM", "nobody/nothing", tmp_path / "data")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "folder", "settings", "users"),
@@ -600,13 +536,12 @@ def test_the_real_data(tmp_path, name, folder, settings, users):
     if not (DATA / folder).exists():
         pytest.skip(f"{folder} is not beside the project")
     info, table = prepare(name, DATA / folder, tmp_path, **settings)
-    dialogues, whole = Counter(), expected(name, tables_of(DATA / folder))
-    if name == "PRISM":
-        dialogues.update(user for user, _ in {key[:2] for key in whole})
-    kept = {key for key in whole if key[-1] != key[-2] and '"EMPTY STRING"' not in key[-1]
-            and (name != "PRISM" or dialogues[key[0]] >= 4)}  # fmt: skip
-    assert set(listed(name, table)) == kept
-    assert info["counts"][users] == table.user_id.nunique() == 173
+    found, whole = listed(name, table), expected(name, tables_of(DATA / folder))
+    dialogues = Counter(user for user, _ in {key[:2] for key in whole})
+    kept = {key: n for key, n in whole.items() if key[-1] != key[-2]
+            and '"EMPTY STRING"' not in key[-1] and (name != "PRISM" or dialogues[key[0]] >= 4)
+            }  # fmt: skip
+    assert set(found) == set(kept) and info["counts"][users] == table.user_id.nunique() == 173
     if name == "RedditTLDR":
-        assert listed(name, table) == Counter({k: n for k, n in whole.items() if k in kept})
+        assert found == kept
         assert info["overlap"]["both_responses"] == info["overlap"]["held_out"] == 20_101
