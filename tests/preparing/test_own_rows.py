@@ -16,16 +16,13 @@ from lore.preparing.own_rows import Choice, Columns, read_choices
 from lore.preparing.raw import Cell, read_file
 from lore.preparing.tables import Funnel
 
-SIDES = ("user", "assistant")
+Rows = list[dict[str, Any]]
 CASES = Path(__file__).resolve().parents[3] / "shared" / "cases"
 
 
-def placed(rows: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    return [(f"t.jsonl row {i}", row) for i, row in enumerate(rows, start=1)]
-
-
-def read(rows: list[dict[str, Any]], **columns: Any) -> list[Choice]:
-    return read_choices(placed(rows), Columns(**columns))
+def read(rows: Rows, **columns: Any) -> list[Choice]:
+    placed = ((f"t.jsonl row {i}", row) for i, row in enumerate(rows, start=1))
+    return read_choices(placed, Columns(**columns))
 
 
 def said(choice: Choice) -> tuple[str, str]:
@@ -48,53 +45,34 @@ TWO = {"user": "ann", "prompt": "Why?", "response_a": "one", "response_b": "two"
 PAIR = {"user": "u", "prompt": "p", "chosen": "a", "rejected": "b"}
 
 
-def votes(*winners: Any, **columns: Any) -> list[str]:
-    """What won by each of these verdicts; "tie" for those left out."""
-    found = read([{**TWO, "preferred": winner} for winner in winners], **columns)
-    return ["tie" if choice.left_out == "ties" else said(choice)[0] for choice in found]
+def voted(*winners: Any) -> Rows:
+    return [{**TWO, "preferred": winner} for winner in winners]
+
+
+def winners(rows: Rows, **columns: Any) -> list[str]:
+    """What won in each row; "ties" for those left out."""
+    return [choice.left_out or said(choice)[0] for choice in read(rows, **columns)]
 
 
 @pytest.mark.parametrize(
-    ("values", "winners"),
+    "values",  # that say one, two and perhaps tie
     [
-        (["a", "b", "tie"], ["one", "two", "tie"]),
-        (["A", "B ", "Both"], ["one", "two", "tie"]),
-        ([1, 2], ["one", "two"]),
-        (["2.0", "1.0", ""], ["two", "one", "tie"]),
-        ([0, 1, None], ["one", "two", "tie"]),
-        ([-1, 0, 1], ["one", "tie", "two"]),
-        (["left", "right", "neither"], ["one", "two", "tie"]),
-        (["model_a", "model_b", "tie (bothbad)"], ["one", "two", "tie"]),
-        (["Answer A", "Answer B", "equal"], ["one", "two", "tie"]),
-        (["response_a", "response_b"], ["one", "two"]),
-        (["Response 1", "response-2", "no preference"], ["one", "two", "tie"]),
-        (["A is better", "B wins"], ["one", "two"]),
+        ["a", "b", "tie"], ["A", "B ", "Both"], [1, 2], ["1.0", "2.0", ""], [0, 1, None],
+        [-1, 1, 0], ["left", "right", "neither"], ["model_a", "model_b", "tie (bothbad)"],
+        ["Answer A", "Answer B", "equal"], ["response_a", "response_b"],
+        ["Response 1", "response-2", "no preference"], ["A is better", "B wins"],
     ],
-)
-def test_verdicts_are_read_as_people_write_them(values, winners):
-    assert votes(*values) == winners
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        (["A", "C", "C"], r"t.jsonl: preferred has values that are not understood: 'c' \(2\)"),
-        ([0, 1, 2], r"not understood: '0' \(1\), '1' \(1\), '2' \(1\); --first-wins and --second"),
-        ([1, 1], r"not understood: '1' \(2\)"),
-        ([True, False], r"not understood: 'true' \(1\), 'false' \(1\)"),
-        ([0.5, 1], "not understood: '0.5'"),
-    ],
-)
-def test_verdicts_that_are_not_understood_are_listed(values, message):
-    with pytest.raises(InputError, match=message):
-        votes(*values)
+)  # fmt: skip
+def test_verdicts_are_read_as_people_write_them(values):
+    assert winners(voted(*values)) == ["one", "two", "ties"][: len(values)]
 
 
 def test_flags_say_what_verdicts_and_ties_mean():
     given = {"first_wins": ("1",), "second_wins": ("0",)}
-    assert votes(0, 1, "tie", **given) == ["two", "one", "tie"]
-    assert votes("yes", "no", first_wins=("YES",), second_wins=("no",)) == ["one", "two"]
-    found = read([{**TWO, "preferred": "tie", "weight": 3}], ties="half")
+    assert winners(voted(0, 1, "tie"), **given) == ["two", "one", "ties"]
+    given = {"first_wins": ("YES",), "second_wins": ("no",)}
+    assert winners(voted("yes", "no"), **given) == ["one", "two"]
+    found = read([{**row, "weight": 3} for row in voted("tie")], ties="half")
     both = [(*said(choice), choice.weight) for choice in found]
     assert both == [("one", "two", 1.5), ("two", "one", 1.5)]
 
@@ -124,40 +102,44 @@ def test_common_names_of_columns_are_found_and_told(caplog, names):
 def test_three_columns_may_say_who_won():
     sides = ("winner_model_a", "winner_model_b", "winner_tie")
     rows = [TWO | {name: int(i == j) for j, name in enumerate(sides)} for i in range(3)]
-    found = read(rows)
-    assert [said(choice)[0] for choice in found[:2]] == ["one", "two"]
-    assert [choice.left_out for choice in found] == ["", "", "ties"]
+    assert winners(rows) == ["one", "two", "ties"]
+
+
+NAMED = [{**TWO, "best": "AB"[i % 2]} for i in range(8)]  # names of responses are no responses
 
 
 @pytest.mark.parametrize(
-    ("row", "columns", "message"),
+    ("rows", "columns", "message"),
     [
-        (TWO, {}, "two responses, response_a and response_b, but --winner must say which"),
-        ({**TWO, "label": 1, "choice": 2}, {}, "the better one: label, choice"),
-        ({**TWO, "winner": 1}, {"first": "response_a"}, "--first and --second go together"),
-        ({"text": "x", "winner": 1}, {"winner": "winner"}, "--first and --second must say which"),
-        ({**TWO, "text_1": "a", "text_2": "b", "winner": 1}, {"winner": "winner"},
-         "response_a and response_b; text_1 and text_2"),
-        ({**TWO, "preferred": "A"}, {"chosen": "response_a", "rejected": "response_b"},
-         "no flag uses the column preferred; .* --winner preferred, else --winner none"),
-        ({**TWO, "preferred": "A"}, {"winner": "best"}, "row 1 has no column best, only user, "),
-        ({**PAIR, "label": "safe"}, {}, "no flag uses the column label"),
+        *((voted(*values), {}, message) for values, message in (
+            (["A", "C", "C"], r"t.jsonl: preferred has values that are not understood: 'c' \(2\)"),
+            ([0, 1, 2], r"not understood: '0' \(1\), '1' \(1\), '2' \(1\); --first-wins and --sec"),
+            ([1, 1], r"not understood: '1' \(2\)"),
+            ([True, False], r"not understood: 'true' \(1\), 'false' \(1\)"),
+            ([0.5, 1], "not understood: '0.5'"))),
+        *(([row] * 3, columns, message) for row, columns, message in (
+            (TWO, {}, "two responses, response_a and response_b, but --winner must say which"),
+            ({**TWO, "label": 1, "choice": 2}, {}, "the better one: label, choice"),
+            ({**TWO, "winner": 1}, {"first": "response_a"}, "--first and --second go together"),
+            ({"text": "x", "winner": 1}, {"winner": "winner"}, "--first and --second must say whi"),
+            ({**TWO, "text_1": "a", "text_2": "b", "winner": 1}, {"winner": "winner"},
+             "response_a and response_b; text_1 and text_2"),
+            ({**TWO, "preferred": "A"}, {"chosen": "response_a", "rejected": "response_b"},
+             "no flag uses the column preferred; .* --winner preferred, else --winner none"),
+            ({**TWO, "preferred": "A"}, {"winner": "best"}, "row 1 has no column best, only user"),
+            ({**PAIR, "label": "safe"}, {}, "no flag uses the column label"))),
+        (NAMED, {"chosen": "best", "rejected": "response_b"},
+         "t.jsonl: best holds nothing but A, B, which are no responses"),
     ],
 )  # fmt: skip
-def test_a_layout_that_is_not_clear_is_refused(row, columns, message):
+def test_a_layout_or_verdicts_that_are_not_clear_are_refused(rows, columns, message):
     with pytest.raises(InputError, match=message):
-        read([row] * 3, **columns)
+        read(rows, **columns)
 
 
-def test_none_says_that_a_column_tells_no_winner():
+def test_few_rows_may_have_short_responses_and_none_says_that_no_column_tells_a_winner():
+    assert len(read(NAMED[:5], chosen="best", rejected="response_b")) == 5
     assert said(read([{**PAIR, "label": "safe"}], winner="none")[0]) == ("a", "b")
-
-
-def test_names_of_responses_are_no_responses():
-    rows = [{**TWO, "best": "AB"[i % 2]} for i in range(8)]
-    with pytest.raises(InputError, match="best holds nothing but A, B, which are no responses"):
-        read(rows, chosen="best", rejected="response_b")
-    assert len(read(rows[:5], chosen="best", rejected="response_b")) == 5
 
 
 # ------------------------------------------------------------------- Lists of messages
@@ -222,17 +204,14 @@ def test_a_text_of_another_file_than_a_table_stays_a_text():
 )
 def test_a_cell_that_begins_as_messages_must_be_some(cell):
     with pytest.raises(InputError, match="row 1: chosen begins as messages .*JSON nor Python"):
-        read([{"prompt": "Why?", "chosen": Cell(cell), "rejected": "no"}])
-    open_end = Cell('[{"role": "assistant", "content": "so"')  # no list: it does not end
-    [choice] = read([{"prompt": "Why?", "chosen": open_end, "rejected": "no"}])
-    assert said(choice) == (open_end, "no")
+        structure(Cell(cell), "row 1", "chosen")
 
 
 @pytest.mark.parametrize(
     "cell",
     ["[" * 10**5 + "]" * 10**5, "{" * 10**4 + "}", "[__import__('os').system('touch ran')]",
      "[open('ran', 'w')]", "{'role': 1}", "[1, 2]", "[]", "{}", "['\\d']", "[\x00]", "[9**9**9]",
-     "[lambda: 0]", '[{"a": "b"}]', "[None]"],
+     "[lambda: 0]", '[{"a": "b"}]', "[None]", '[{"role": "assistant", "content": "so"'],
 )  # fmt: skip
 def test_a_cell_that_looks_like_code_stays_a_text(tmp_path, monkeypatch, cell):
     monkeypatch.chdir(tmp_path)
@@ -243,11 +222,9 @@ def test_a_cell_that_looks_like_code_stays_a_text(tmp_path, monkeypatch, cell):
 # ------------------------------------------------------------------- Ratings and users
 
 
-def rated(*ratings: float, user: str = "ann", prompt: str = "Why?") -> list[dict[str, Any]]:
-    return [
-        {"user": user, "prompt": prompt, "response": f"answer {i}", "score": rating}
-        for i, rating in enumerate(ratings)
-    ]
+def rated(*ratings: float, **more: str) -> Rows:
+    asked = {"user": "ann", "prompt": "Why?", **more}
+    return [{**asked, "response": f"answer {i}", "score": r} for i, r in enumerate(ratings)]
 
 
 def test_ratings_of_one_prompt_make_pairs_of_their_user(caplog):
@@ -256,12 +233,10 @@ def test_ratings_of_one_prompt_make_pairs_of_their_user(caplog):
         found = read(rows, rating="score")
     pairs = sorted((c.user, c.chosen[0][0]["content"], *said(c)) for c in found)
     assert pairs == [
-        ("ann", "Else?", "answer 1", "answer 0"),
-        ("ann", "Why?", "answer 1", "answer 0"),
-        ("ann", "Why?", "answer 1", "answer 2"),
-        ("ann", "Why?", "answer 2", "answer 0"),
-        ("bob", "Why?", "answer 0", "answer 1"),
-    ]
+        (user, prompt, f"answer {better}", f"answer {worse}")
+        for user, prompt, better, worse in (("ann", "Else?", 1, 0), ("ann", "Why?", 1, 0),
+            ("ann", "Why?", 1, 2), ("ann", "Why?", 2, 0), ("bob", "Why?", 0, 1))
+    ]  # fmt: skip
     assert "7 ratings make 5 comparisons, 1 of which follow from two others" in caplog.text
     assert len(read(rows)) == 5  # found by its name
 
@@ -292,7 +267,7 @@ def test_one_name_and_one_prompt_serve_all_rows():
 # ------------------------------------------------------------------- The tools read alike
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+def write(path: Path, rows: Rows) -> Path:
     """A file of rows, lines of JSON or a table with semicolons."""
     if path.suffix == ".jsonl":
         worlds.write(path, rows)
@@ -301,26 +276,25 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def test_choices_and_pools_are_read_from_the_same_layouts(tmp_path):
-    file = write(tmp_path / "votes.csv", [{**TWO, "preferred": x} for x in ("A", "B", "tie")])
-    chosen, _, row, _ = read_user_choices(file)
-    assert [talk[-1]["content"] for talk in chosen] == ["one", "two"]
-    assert row.tolist() == [0, 1]
-    for some in (file, write(tmp_path / "pool.csv", [TWO])):  # no winner is needed
-        [pair] = read_pool(some)
+def test_of_choices_ties_are_left_out_and_a_pool_needs_no_winner(tmp_path):
+    liked = read_user_choices(write(tmp_path / "votes.csv", voted("A", "tie", "B")))
+    assert [talk[-1]["content"] for talk in liked.chosen] == ["one", "two"]
+    assert liked.row.tolist() == [0, 1]
+    for rows in ([TWO], voted("A", "B", "tie")):
+        [pair] = read_pool(write(tmp_path / "pool.csv", rows))
         assert pair.texts == ("one", "two")
 
 
-def prepared(file: Path, columns: Columns) -> list[dict[str, Any]]:
+def prepared(file: Path, columns: Columns) -> Rows:
     """What prepare.py makes of a file."""
     return worlds.script("OwnData/prepare.py").read(str(file), columns, Funnel())
 
 
 def agree(file: Path, columns: Columns) -> None:
     """rank_responses.py and ask.py --pool read what prepare.py reads, each row as heavy."""
-    rows, (chosen, rejected, _, weight) = prepared(file, columns), read_user_choices(file, columns)
-    for name, some in (("chosen", chosen), ("rejected", rejected), ("weight", weight.tolist())):
-        assert some == [row[name] for row in rows]
+    rows, found = prepared(file, columns), read_user_choices(file, columns)
+    found = zip(found.chosen, found.rejected, found.weight.tolist(), strict=True)
+    assert list(found) == [(row["chosen"], row["rejected"], row["weight"]) for row in rows]
     if any(row["chosen"][:-1] != row["rejected"][:-1] for row in rows):
         with pytest.raises(InputError, match="must be one message each, after the same dialogue"):
             read_pool(file, columns)
@@ -332,18 +306,14 @@ def agree(file: Path, columns: Columns) -> None:
 @pytest.mark.parametrize(
     ("name", "rows", "columns"),
     [
-        ("pairs.jsonl", [
-            {"user": "ann", "prompt": "Why?", "chosen": "so", "rejected": ["no", "or"]},
-            {"user": "ann", "prompt": "Else?", "chosen": "so", "rejected": "no", "weight": 3},
-        ], {}),
-        ("votes.csv", [{**TWO, "preferred": x} for x in ("a", "tie", "b")], {"ties": "half"}),
+        ("pairs.jsonl", [{**PAIR, "rejected": ["no", "or"]}, {**PAIR, "weight": 3}], {}),
+        ("votes.csv", voted("a", "tie", "b"), {"ties": "half"}),
         ("named.csv", [{**TWO, "best": x} for x in ("two", "one")],
          {"first": "response_a", "second": "response_b", "winner": "best",
           "first_wins": ("one",), "second_wins": ("two",)}),
         ("talks.jsonl", [{"worker_id": "ann", "chosen": [ASKED, answer], "rejected": [ASKED, BAD]}
                          for answer in (GOOD, message("assistant", "or"))], {}),
-        ("ratings.jsonl", [{"user": "ann", "prompt": "Why?", "response": f"answer {i}", "score": i}
-                           for i in range(4)], {"rating": "score", "margin": 2}),
+        ("ratings.jsonl", rated(*range(4)), {"rating": "score", "margin": 2}),
         ("alone.csv", [{"chosen": "so", "rejected": "no"}] * 2,
          {"user_name": "me", "prompt_text": "Which?"}),
     ],
@@ -354,21 +324,18 @@ def test_the_tools_read_every_layout_as_prepare_does(tmp_path, name, rows, colum
 
 # ------------------------------------------------------------------- Files that people have
 
-COUNTS = {
+OTHERS = {
     "C01-response-a-b-preferred.csv": ({}, 13),
     "C03-lmsys-lists-in-cells.csv": ({"user_name": "me"}, 9),
     "C03b-lmsys-winner-loser-cells.csv": ({}, 21),
     "C06-json-list-better-answer.json": ({}, 10),
-    "C07-trl-implicit-prompt.jsonl": ({}, 36),
-    "C09-message-lists-as-text.csv": ({}, 36),
     "C10-sharegpt-conversations.json": ({"user_name": "me"}, 6),
     "C11-crowd-pairs.tsv": ({"prompt_text": "Which argument is better?"}, 18),
-    "C13-bom.jsonl": ({}, 36),
-    "C14-blank-last-line.jsonl": ({}, 36),
-    "C15-semicolons.csv": ({}, 36),
-    "C16-list.json": ({}, 36),
-    "C18-roles-human-gpt.jsonl": ({}, 36),
 }
+SAME = ("C07-trl-implicit-prompt.jsonl", "C09-message-lists-as-text.csv", "C13-bom.jsonl",
+        "C14-blank-last-line.jsonl", "C15-semicolons.csv", "C16-list.json",
+        "C18-roles-human-gpt.jsonl")  # fmt: skip
+COUNTS = {**OTHERS, **dict.fromkeys(SAME, ({}, 36))}
 REFUSED = [
     ("C03-lmsys-lists-in-cells.csv", {}, "row 1 has no user; .* --user-name me names one"),
     ("C04-json-list-annotator-columns.json", {}, "response1 and response2, but --winner must say"),
@@ -390,8 +357,8 @@ def case(name: str) -> Path:
 def test_a_file_that_people_have_goes_in(name):
     columns, count = COUNTS[name]
     found = prepared(case(name), Columns(**columns))
-    assert len(found) == count
-    assert {tuple(m["role"] for m in row["chosen"][-2:]) for row in found} == {SIDES}
+    roles = {tuple(message["role"] for message in row["chosen"][-2:]) for row in found}
+    assert len(found) == count and roles == {("user", "assistant")}
     assert not any(row["chosen"][-1]["content"].startswith(("[{", '["')) for row in found)
     agree(case(name), Columns(**{**columns, "user_name": "me"}))
 
