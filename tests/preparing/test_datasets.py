@@ -15,10 +15,8 @@ import pytest
 from conftest import WORLDS
 from safetensors.numpy import load_file
 
-import models
 import worlds
 from lore.common.files import InputError
-from lore.embeddings import reward_model
 from lore.preparing import raw
 from lore.preparing.tables import read_info
 
@@ -57,37 +55,42 @@ def said(content: str) -> dict[str, str]:
 # --------------------------------------------------------------- Comparisons by plain loops
 
 
+Turns = list[tuple[str, str, list[str]]]  # what was asked, chosen and rejected
+
+
+def compared(key: tuple, turns: Turns) -> Iterator[tuple]:
+    """The comparisons of a dialogue, which goes on from what was chosen."""
+    history = []
+    for number, (prompt, won, others) in enumerate(turns):
+        history += [asked(prompt)]
+        for lost in others:
+            yield *key, number, [*history, said(won)], [*history, said(lost)]
+        history += [said(won)]
+
+
 def loop_tldr(file: str, row: Row) -> Iterator[tuple]:
     won, lost = (row["summaries"][i]["text"] for i in (row["choice"], 1 - row["choice"]))
-    key = (row["worker"], {"validation": "test"}.get(file, file), row["info"]["id"], 0)
-    yield *key, [asked(row["info"]["post"]), said(won)], [asked(row["info"]["post"]), said(lost)]
+    key = (row["worker"], {"validation": "test"}.get(file, file), row["info"]["id"])
+    return compared(key, [(row["info"]["post"], won, [lost])])
 
 
 def loop_prism(file: str, row: Row) -> Iterator[tuple]:
-    history = []
+    turns: Turns = []
     for turn in range(row.get("conversation_turns", 0)):
         ask, *answers = (m for m in row["conversation_history"] if m["turn"] == turn)
         (won,) = {m["content"] for m in answers if m["if_chosen"]}
-        history += [asked(ask["content"])]
-        for lost in {m["content"] for m in answers} - {won}:
-            key = (row["user_id"], row["conversation_id"], turn)
-            yield *key, [*history, said(won)], [*history, said(lost)]
-        history += [said(won)]
+        turns.append((ask["content"], won, sorted({m["content"] for m in answers} - {won})))
+    return compared((row["user_id"], row.get("conversation_id")), turns)
 
 
 def loop_community(file: str, row: Row, language: str = "en") -> Iterator[tuple]:
-    history = []
-    for number, turn in enumerate(worlds.TURNS):
-        prompt = row[f"{turn}_turn_prompt"]
-        if prompt == "EMPTY STRING" or row["assigned_lang"] != language:
-            break
-        history += [asked(prompt)]
-        answers = {f"response_{x}": row[f"{turn}_turn_response_{x}"] for x in "abcd"}
-        won = answers.pop(row[f"{turn}_turn_preferred_response"])
-        for lost in answers.values():
-            key = (row["annotator_id"], row["conversation_id"], number)
-            yield *key, [*history, said(won)], [*history, said(lost)]
-        history += [said(won)]
+    turns: Turns = []
+    for turn in worlds.TURNS if row["assigned_lang"] == language else ():
+        if (prompt := row[f"{turn}_turn_prompt"]) != "EMPTY STRING":
+            answers = {f"response_{x}": row[f"{turn}_turn_response_{x}"] for x in "abcd"}
+            won = answers.pop(row[f"{turn}_turn_preferred_response"])
+            turns.append((prompt, won, list(answers.values())))
+    return compared((row["annotator_id"], row["conversation_id"]), turns)
 
 
 def loop_rewardbench(file: str, row: Row) -> Iterator[tuple]:
@@ -96,13 +99,9 @@ def loop_rewardbench(file: str, row: Row) -> Iterator[tuple]:
     yield *key, *([*history, said(row[side]["content"])] for side in ("chosen", "rejected"))
 
 
-USER_AND_TURN = ("user_id", "dialog_id", "turn")
-LOOPS = {  # the loop, and the columns that name a comparison
-    "RedditTLDR": (loop_tldr, ("user_id", "split", "dialog_id", "turn")),
-    "PRISM": (loop_prism, USER_AND_TURN),
-    "CommunityAlignment": (loop_community, USER_AND_TURN),
-    "PersonalRewardBench": (loop_rewardbench, ("user_id", "split", "dialog_id", "turn")),
-}
+LOOPS = {"RedditTLDR": loop_tldr, "PRISM": loop_prism, "CommunityAlignment": loop_community,
+         "PersonalRewardBench": loop_rewardbench}  # fmt: skip
+KEY = ["user_id", "split", "dialog_id", "turn"]  # of a comparison; the split where it is given
 
 
 def tables_of(source: Path) -> dict[str, list[Row]]:
@@ -119,15 +118,15 @@ def written(folder: Path, tables: dict[str, list[Row]], ending: str = "jsonl") -
 
 def expected(name: str, tables: dict[str, list[Row]], **more: Any) -> Counter[tuple]:
     """The comparisons that rows make, the conversations as JSON, by a plain loop."""
-    loop = LOOPS[name][0]
     found = (each for file, rows in tables.items() for row in rows
-             for each in loop(file, row, **more))  # fmt: skip
+             for each in LOOPS[name](file, row, **more))  # fmt: skip
     return Counter((*key, json.dumps(won), json.dumps(lost)) for *key, won, lost in found)
 
 
 def listed(name: str, table: pd.DataFrame) -> Counter[tuple]:
     """The comparisons of a prepared folder in the same form."""
-    return Counter(worlds.as_tuples(table, LOOPS[name][1]))
+    is_given = name in ("RedditTLDR", "PersonalRewardBench")
+    return Counter(worlds.as_tuples(table, [key for key in KEY if is_given or key != "split"]))
 
 
 WORLD_SAYS = {  # messages in the longest conversation, whether all are seen, and some counts
@@ -476,7 +475,7 @@ def test_prompts_on_both_sides_and_empty_responses_are_counted(world, tmp_path, 
     assert sentence.startswith("Of 8 held-out prompts, 2 are training prompts too, 1 of them with")
 
 
-# ---------------------------------------------------------------- PRISM's list, and its text
+# ---------------------------------------------------- PRISM's list, a model, the real data
 
 
 def test_the_list_form_prints_a_list_and_warns_everywhere(world, tmp_path, capsys, caplog):
@@ -493,23 +492,6 @@ def test_the_list_form_prints_a_list_and_warns_everywhere(world, tmp_path, capsy
     assert found == answers and len(table) == len(answers)
     read_info(tmp_path)
     assert info["warning"] in caplog.text
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("rejected", "brackets"), [("each", 0), ("list", 1)])
-def test_the_text_that_is_embedded(model, world, tmp_path, rejected, brackets):
-    """History and answer as plain text, one BOS; only the list form has its brackets."""
-    tokenizer = models.transformers.AutoTokenizer.from_pretrained(model)
-    _, table = prepare("PRISM", world("PRISM"), tmp_path, rejected=rejected)
-    row = table[table.turn == 1].iloc[0]
-    text = reward_model.render_text(tokenizer, row.rejected)
-    assert text.count("[") == text.count("]") == brackets
-    spoken = [message["content"] for message in row.rejected]
-    places = [text.index(content) for content in spoken]
-    assert len(spoken) == 4 and places == sorted(places)
-    assert text.endswith(f"{spoken[-1]}<|eot_id|>")
-    ids = reward_model.render(tokenizer, row.rejected)
-    assert list(ids).count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
 
 
 def test_embedding_needs_a_prepared_folder_and_a_model(tmp_path, monkeypatch):

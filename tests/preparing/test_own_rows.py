@@ -237,6 +237,7 @@ def test_ratings_of_one_prompt_make_pairs_of_their_user(caplog):
         for user, prompt, better, worse in (("ann", "Else?", 1, 0), ("ann", "Why?", 1, 0),
             ("ann", "Why?", 1, 2), ("ann", "Why?", 2, 0), ("bob", "Why?", 0, 1))
     ]  # fmt: skip
+    assert {choice.weight for choice in found} == {1}
     assert "7 ratings make 5 comparisons, 1 of which follow from two others" in caplog.text
     assert len(read(rows)) == 5  # found by its name
 

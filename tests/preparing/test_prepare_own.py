@@ -1,6 +1,5 @@
 """OwnData/prepare.py: anybody's rows in any format, what is held out, what is beside a response."""
 
-import csv
 import json
 import math
 import random
@@ -19,6 +18,7 @@ from lore.preparing.own_rows import Columns, read_choices
 from worlds import own_rows
 
 Rows = list[dict[str, Any]]
+SIDES = ["chosen", "rejected"]
 ONE = {"user": "new", "prompt": "p", "chosen": "a", "rejected": "b"}
 
 
@@ -30,7 +30,7 @@ def own(folder: Path, rows: Rows | None = None, name: str = "mine.jsonl") -> Pat
 
 def prepare(source: Path | str, out: Path, **settings: Any) -> dict[str, Any]:
     """Run the script's main without embedding; what prepare.json says."""
-    return worlds.prepare("OwnData", source, out, **{"embed": False, **settings})
+    return worlds.prepare("OwnData", source, out, embed=False, **settings)
 
 
 def prepared(folder: Path, rows: Rows | None = None, **settings: Any) -> tuple[dict, pd.DataFrame]:
@@ -58,16 +58,14 @@ def last(talks: pd.Series) -> pd.Series:
 def test_every_row_is_a_comparison(tmp_path):
     rows = own_rows()
     info, table = prepared(tmp_path)
-    expected = sorted(
-        (r["user"], *(json.dumps(talk(r["prompt"], r[x])) for x in ("chosen", "rejected")))
-        for r in rows
+    assert worlds.as_tuples(table, ["user_id"]) == sorted(
+        (r["user"], *(json.dumps(talk(r["prompt"], r[side])) for side in SIDES)) for r in rows
     )
-    assert worlds.as_tuples(table, ["user_id"]) == expected
     assert (table.weight == 1).all() and (table.turn == 0).all()
     assert info["dataset"] == "OwnData" and info["counts"]["comparisons"] == len(rows) == 72
     assert info["counts"]["seen users"] == info["counts"]["unseen users"] == 3
     # without dialogues a pair is on one side whoever chose
-    pair = table[["chosen", "rejected"]].apply(lambda row: str(sorted(map(str, row))), axis=1)
+    pair = table[SIDES].apply(lambda row: str(sorted(map(str, row))), axis=1)
     assert pair.nunique() == 12 and (table.groupby(pair).split.nunique() == 1).all()
     assert (table.groupby(pair).size() == 6).all()  # so the sides could have differed
     assert table.groupby("split").size().to_dict() == {"test": 36, "train": 36}
@@ -76,18 +74,16 @@ def test_every_row_is_a_comparison(tmp_path):
 
 def test_with_dialogues_each_is_on_one_side(tmp_path):
     _, table = prepared(tmp_path, with_dialogues())
-    dialogues = table.groupby(["user_id", "dialog_id"])
-    assert (dialogues.split.nunique() == 1).all() and (dialogues.size() == 2).all()
-    halves = table.groupby(["user_id", "split"]).dialog_id.nunique().unstack()
-    assert (halves == 3).all().all()
+    sizes = table.groupby(["user_id", "split", "dialog_id"]).size()
+    assert (sizes == 2).all() and (sizes.groupby(["user_id", "split"]).size() == 3).all()
 
 
 def test_a_given_split_is_kept(tmp_path):
-    rows = [{**r, "split": ("train", "test", "val")[i // 6 % 3]} for i, r in enumerate(own_rows())]
+    sides = ("train", "test", "val")
+    rows = [{**row, "split": sides[i // 6 % 3]} for i, row in enumerate(own_rows())]
     info, table = prepared(tmp_path, rows)
-    found = {(answer.split()[-1], side) for answer, side in zip(last(table.chosen), table.split,
-                                                               strict=True)}  # fmt: skip
-    assert found == {(str(i), ("train", "test")[i % 3]) for i in range(12) if i % 3 < 2}
+    found = {*zip(last(table.chosen).map(lambda said: said.split()[-1]), table.split, strict=True)}
+    assert found == {(str(i), sides[i % 3]) for i in range(12) if i % 3 < 2}
     assert info["counts"]["left out: rows whose split is val"] == 24
 
 
@@ -97,19 +93,16 @@ def test_neither_the_order_of_the_rows_nor_the_format_matters(tmp_path):
         system = {"role": "system", "content": "be, brief"}
         asked = {"role": "user", "content": 'go "on"\nplease'}
         row |= {"weight": 2.0, "messages": [system, *talk(row.pop("prompt"), "x"), asked]}
-    found = [prepare(own(tmp_path / name, rows, f"mine.{name}"), tmp_path / name / "data")
-             for name in ("jsonl", "jsonl.gz", "parquet")]  # fmt: skip
+    sources = [own(tmp_path, rows, f"mine.{name}") for name in ("jsonl", "jsonl.gz", "parquet")]
     random.Random(1).shuffle(rows)
-    with (tmp_path / "mine.csv").open("w", newline="") as file:
-        table = csv.DictWriter(file, list(rows[0]))
-        table.writeheader()
-        table.writerows({**row, "messages": json.dumps(row["messages"])} for row in rows)
-    found.append(prepare(tmp_path / "mine.csv", tmp_path / "data"))
-    for i in range(2):
-        own(tmp_path / "folder", rows[i::2], f"part{i}.{('jsonl', 'parquet')[i]}")
-    found.append(prepare(tmp_path / "folder", tmp_path / "folder-data"))
+    for i, name in enumerate(("one.jsonl", "two.parquet")):
+        folder = own(tmp_path / "folder", rows[i::2], name).parent
+    table = pd.DataFrame([{**row, "messages": json.dumps(row["messages"])} for row in rows])
+    table.to_csv(tmp_path / "mine.csv", index=False)
+    sources += [folder, tmp_path / "mine.csv"]
+    found = [prepare(source, tmp_path / str(i)) for i, source in enumerate(sources)]
     assert all({**info, "settings": None} == {**found[0], "settings": None} for info in found)
-    roles = [m["role"] for m in worlds.comparisons(tmp_path / "data").chosen.iloc[0]]
+    roles = [m["role"] for m in worlds.comparisons(tmp_path / "0").chosen.iloc[0]]
     assert roles == ["system", "user", "assistant", "user", "assistant"]
 
 
@@ -135,11 +128,9 @@ def test_columns_have_the_names_that_flags_give(tmp_path):
     outcome = running.invoke("OwnData/prepare.py", flags)
     assert outcome.status == 0, outcome.err
     assert "       72  comparisons" in outcome.out.splitlines()
-    table = worlds.comparisons(tmp_path / "a")
+    table, (_, usual) = worlds.comparisons(tmp_path / "a"), prepared(tmp_path / "usual")
     assert set(table.user_id) == set("012345")
-    info = prepare(own(tmp_path / "usual"), tmp_path / "b")
-    distinct = {*map(str, table.chosen), *map(str, table.rejected)}
-    assert info["counts"]["distinct conversations"] == len(distinct)
+    assert worlds.as_tuples(table, ["turn"]) == worlds.as_tuples(usual, ["turn"])
 
 
 def test_lists_of_responses_share_the_weight_of_their_row(tmp_path):
@@ -147,8 +138,8 @@ def test_lists_of_responses_share_the_weight_of_their_row(tmp_path):
     rows[0] |= {"chosen": ["a", "b"], "rejected": ["c", "d", "a"], "weight": 10}
     info, table = prepared(tmp_path, rows)
     some = table[last(table.chosen).isin(["a", "b"])]
-    said = sorted(zip(last(some.chosen), last(some.rejected), strict=True))
-    assert said == [("a", "c"), ("a", "d"), ("b", "a"), ("b", "c"), ("b", "d")]
+    said = sorted(last(some.chosen) + last(some.rejected))
+    assert said == ["ac", "ad", "ba", "bc", "bd"]
     assert (some.weight == 2).all() and some.split.nunique() == 1  # they share responses
     assert info["counts"]["left out: rejected responses equal to the chosen one"] == 1
 
@@ -187,9 +178,9 @@ def test_times_are_numbers_or_dates():
 def test_users_of_one_side_or_with_few_comparisons_are_left_out(tmp_path):
     rows = [*own_rows(), ONE, *[{**ONE, "user": "twice"}] * 2]
     counts = prepared(tmp_path, rows)[0]["counts"]
-    assert counts["users with comparisons"] == 8
-    assert counts["users with at least 2 comparisons"] == 7
-    assert counts["users with comparisons for training and for test"] == 6  # one pair, one side
+    users = {"with comparisons": 8, "with at least 2 comparisons": 7,
+             "with comparisons for training and for test": 6}  # one pair is on one side
+    assert {what: counts[f"users {what}"] for what in users} == users
 
 
 def test_what_has_no_text_is_counted(tmp_path):
@@ -199,10 +190,10 @@ def test_what_has_no_text_is_counted(tmp_path):
     rows[2] |= {"prompt": None, "messages": [{"role": "user", "content": None}]}
     rows[3]["chosen"] = rows[3]["rejected"]
     counts = prepared(tmp_path, rows)[0]["counts"]
-    assert counts["left out: rows with an empty prompt or message"] == 2
-    assert counts["left out: chosen responses empty"] == 1
-    assert counts["left out: rejected responses empty"] == 1
-    assert counts["left out: rejected responses equal to the chosen one"] == 1
+    assert {what: number for what, number in counts.items() if "left out" in what} == {
+        "left out: chosen responses empty": 1, "left out: rejected responses empty": 1,
+        "left out: rejected responses equal to the chosen one": 1,
+        "left out: rows with an empty prompt or message": 2}  # fmt: skip
     assert counts["comparisons"] == 72 - 3 and counts["rows"] == 72
 
 
@@ -211,14 +202,14 @@ def test_what_has_no_text_is_counted(tmp_path):
 
 def beside(table: pd.DataFrame, name: str) -> list[tuple[str, float, float]]:
     """The chosen response, and the numbers beside it and beside the rejected one."""
-    sides = (table[f"extra {side} {name}"] for side in ("chosen", "rejected"))
+    sides = (table[f"extra {side} {name}"] for side in SIDES)
     return sorted(zip(last(table.chosen), *sides, strict=True))
 
 
 def test_numbers_beside_the_responses_are_kept_and_missing_ones_counted(tmp_path):
     rows = own_rows()
     for row in rows:
-        row |= {f"{side}_length": len(row[side]) for side in ("chosen", "rejected")}
+        row |= {f"{side}_length": len(row[side]) for side in SIDES}
     rows[0] |= {"chosen_length": None, "rejected_length": ""}
     info, table = prepared(tmp_path, rows, extra=("length",))
     found = beside(table, "length")
@@ -231,18 +222,14 @@ def test_numbers_beside_the_responses_are_kept_and_missing_ones_counted(tmp_path
 
 
 def test_numbers_go_with_their_responses_in_every_layout(tmp_path):
-    votes = [
-        {"user": "ann", "prompt": "p", "response_a": f"a{i}", "response_b": f"b{i}",
-         "winner": "ab"[i % 2], "response_a_safe": i, "response_b_safe": "0.5"}
-        for i in range(4)
-    ]  # fmt: skip
+    votes = [{"user": "ann", "prompt": "p", "response_a": f"a{i}", "response_b": f"b{i}",
+              "winner": "ab"[i % 2], "response_a_safe": i, "response_b_safe": "0.5"}
+             for i in range(4)]  # fmt: skip
     _, table = prepared(tmp_path / "a", votes, extra=("safe",), split="pairs")
     assert beside(table, "safe") == [("a0", 0, 0.5), ("a2", 2, 0.5), ("b1", 0.5, 1), ("b3", 0.5, 3)]
-    ratings = [
-        {"user": "ann", "prompt": f"p{i // 2}", "response": f"r{i}", "score": i, "response_safe": i}
-        for i in range(8)
-    ]
-    _, table = prepared(tmp_path / "b", ratings, extra=("safe",), split="pairs")
+    rated = [{"user": "ann", "prompt": f"p{i // 2}", "response": f"r{i}", "score": i,
+              "response_safe": i} for i in range(8)]  # fmt: skip
+    _, table = prepared(tmp_path / "b", rated, extra=("safe",), split="pairs")
     assert beside(table, "safe") == [(f"r{i}", i, i - 1) for i in (1, 3, 5, 7)]
 
 
@@ -251,20 +238,17 @@ def test_numbers_go_with_their_responses_in_every_layout(tmp_path):
 
 def ratings(users: int = 16, items: int = 25, count: int = 60, prompts: int = 1) -> Rows:
     """Choices between two of some items after a prompt, ``count`` by each user."""
-    rng, rows = random.Random(0), []
-    pairs = list(combinations(range(items), 2))
-    for user in range(users):
-        for i, pair in enumerate(rng.sample(pairs, count)):
-            chosen, rejected = (f"item {item}" for item in rng.sample(pair, 2))
-            row = {"user": f"u{user}", "prompt": f"which of these, {i % prompts}?"}
-            rows.append({**row, "chosen": chosen, "rejected": rejected})
-    return rows
+    rng, pairs = random.Random(0), list(combinations(range(items), 2))
+    return [{"user": f"u{user}", "prompt": f"which of these, {i % prompts}?",
+             **dict(zip(SIDES, (f"item {item}" for item in rng.sample(pair, 2)), strict=True))}
+            for user in range(users)
+            for i, pair in enumerate(rng.sample(pairs, count))]  # fmt: skip
 
 
 def sides(table: pd.DataFrame) -> list[set[str]]:
     """The conversations of training and those held out."""
-    parts = [table[table.split == side] for side in ("train", "test")]
-    return [set(map(str, part.chosen)) | set(map(str, part.rejected)) for part in parts]
+    parts = (table[table.split == side] for side in ("train", "test"))
+    return [{*map(str, part.chosen), *map(str, part.rejected)} for part in parts]
 
 
 def test_no_response_is_on_both_sides_where_responses_are_divided(tmp_path):
@@ -272,9 +256,8 @@ def test_no_response_is_on_both_sides_where_responses_are_divided(tmp_path):
     train, test = sides(table)
     assert not train & test and (len(train), len(test)) == (15, 10)
     crossing = info["split"]["crossing"]
-    assert crossing == 16 * 60 - len(table) > 0
     why = "left out: comparisons of a held-out response with one of training"
-    assert info["counts"][why] == crossing
+    assert crossing == info["counts"][why] == 16 * 60 - len(table) > 0
     assert f"{crossing:,} comparisons" in info["split"]["sentence"]
     for group in ("seen", "unseen"):  # all are new
         assert info["kinds"][group]["known"] == info["kinds"][group]["met"] == 0
@@ -316,22 +299,17 @@ def test_a_split_that_is_asked_for_overrules_the_column(tmp_path):
 @pytest.mark.parametrize("by", ["dialogs", "prompts", "responses", "pairs"])
 def test_a_pair_that_a_user_judged_twice_is_on_one_side(tmp_path, by):
     rows = [{**row, "dialog": f"d{i}"} for i, row in enumerate(ratings(prompts=30))]
-    again = [
-        {**row, "dialog": f"again{i}", "chosen": row["rejected"], "rejected": row["chosen"]}
-        for i, row in enumerate(rows[::3])
-    ]
-    prepared(tmp_path, rows + again, split=by)
+    rows += [{**row, "dialog": f"again{i}", "chosen": row["rejected"], "rejected": row["chosen"]}
+             for i, row in enumerate(rows[::3])]  # fmt: skip
+    prepared(tmp_path, rows, split=by)
     table = pd.read_parquet(tmp_path / "data" / "comparisons.parquet")
-    low, high = table[["chosen", "rejected"]].min(axis=1), table[["chosen", "rejected"]].max(axis=1)
-    judged = table.groupby([table.user_id, low, high])
+    judged = table.groupby([table.user_id, table[SIDES].min(axis=1), table[SIDES].max(axis=1)])
     assert (judged.size() == 2).sum() > 20 and (judged.split.nunique() == 1).all()
 
 
 def test_a_tie_that_counts_both_ways_is_not_judged_again(tmp_path):
-    names = {"user": "user", "prompt": "prompt", "chosen": "response_a", "rejected": "response_b"}
-    rows = [{name: row[column] for column, name in names.items()} for row in ratings()]
-    rows = [{**row, "winner": "tie" if i % 4 == 0 else "a"} for i, row in enumerate(rows)]
-    columns = Columns(ties="half")
+    columns = Columns(first="chosen", second="rejected", winner="won", ties="half")
+    rows = [{**row, "won": "tie" if i % 4 == 0 else "first"} for i, row in enumerate(ratings())]
     info, table = prepared(tmp_path, [*rows, rows[1], rows[2]], columns=columns, split="pairs")
     assert (table.weight == 0.5).sum() == 2 * len(rows) / 4
     assert info["retest"]["judged_again"] == 2 and info["retest"]["same"] == 1

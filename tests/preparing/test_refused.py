@@ -14,10 +14,6 @@ USER, ANSWER = {"role": "user", "content": "p"}, {"role": "assistant", "content"
 ASK = {"turn": 0, "role": "user", "content": "a"}
 
 
-def scored(value: Any) -> dict[str, Any]:
-    return {"response_2_beaver_7b": value}
-
-
 def said(**change: Any) -> dict[str, Any]:
     """A PRISM conversation of two messages, the second one changed."""
     answer = {"turn": 0, "role": "model", "content": "b", "if_chosen": True}
@@ -82,8 +78,8 @@ CASES: dict[tuple[str, str], list[tuple]] = {
         ({"response_5": None}, "has no response_5: eight responses are expected"),
         ({"response_5": 5}, "response_5 must be text, not a int"),
         ({"response_9": "one more"}, "has response_9: eight responses are expected"),
-        *((scored(value), f"response_2_beaver_7b must be a number, not {value!r:.40}") for value in
-          (None, "0.5", math.nan, math.inf, True, 1e39, -(10**400))),
+        *(({"response_2_beaver_7b": v}, f"response_2_beaver_7b must be a number, not {v!r:.40}")
+          for v in (None, "0.5", math.nan, math.inf, True, 1e39, -(10**400))),
         *(({column: GONE}, f"has no column {column}") for column in (
             "prompt", "response_8", "response_3_mistral_ray")),
     ],

@@ -3,7 +3,6 @@
 import gzip
 import json
 from functools import partial
-from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
@@ -17,11 +16,6 @@ from lore.preparing import tables as preparing
 from lore.preparing.tables import Funnel, Turn
 
 # ---------------------------------------------------------------------------------- Rows
-
-
-def write_bytes(path: Path, content: bytes) -> Path:
-    path.write_bytes(content)
-    return path
 
 
 FIRST = b'{"a": 1}\n'
@@ -72,30 +66,23 @@ def as_table(separator: str) -> str:
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [
-        ("t.json", json.dumps(ROWS, indent=1)),
-        ("t.json", LINES),
-        ("t.ndjson", LINES),
-        ("t.jsonl", LINES),
-        ("t.csv", as_table(",")),
-        ("t.csv", as_table(";")),
-        ("t.csv", as_table("\t")),
-        ("t.tsv", as_table("\t")),
-    ],
-)
+    [("t.json", json.dumps(ROWS, indent=1)),
+     *((f"t.{ending}", LINES) for ending in ("json", "ndjson", "jsonl")),
+     *(("t.csv", as_table(separator)) for separator in ",;\t"), ("t.tsv", as_table("\t"))],
+)  # fmt: skip
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_the_same_rows_are_read_from_files_of_any_kind(tmp_path, name, content, packed, encoding):
-    data = content.encode(encoding)
-    file = write_bytes(tmp_path / (name + ".gz" * packed), gzip.compress(data) if packed else data)
+    data, file = content.encode(encoding), tmp_path / (name + ".gz" * packed)
+    file.write_bytes(gzip.compress(data) if packed else data)
     assert [row for _, row in raw.read_file(file)] == ROWS
 
 
 def test_a_separator_that_is_found_is_told(tmp_path, caplog):
-    file = write_bytes(tmp_path / "t.csv", as_table(";").encode())
+    (tmp_path / "t.csv").write_text(as_table(";"))
     with caplog.at_level("INFO"):
-        list(raw.read_file(file))
-    assert f"{file}: cells are separated by semicolons" in caplog.messages
+        list(raw.read_file(tmp_path / "t.csv"))
+    assert f"{tmp_path / 't.csv'}: cells are separated by semicolons" in caplog.messages
 
 
 LONG = "x" * 200_000
@@ -114,19 +101,20 @@ LONG = "x" * 200_000
     ids=("missing", "blanks", "spreadsheet"),
 )  # fmt: skip
 def test_what_a_table_holds(tmp_path, name, content, rows):
-    file = write_bytes(tmp_path / name, content.encode())
-    assert [row for _, row in raw.read_file(file)] == rows
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    assert [row for _, row in raw.read_file(tmp_path / name)] == rows
 
 
 def test_a_source_is_a_folder_or_a_hub_dataset(tmp_path):
-    with pytest.raises(InputError, match="--source is empty"):
-        list(raw.read_rows("", "train", ()))
-    file = write_bytes(tmp_path / "train.jsonl", b'{"a": 1}\n')
-    with pytest.raises(InputError, match="train.jsonl is a file; name its folder"):
-        list(raw.read_rows(str(file), "train", ()))
+    file = tmp_path / "train.jsonl"
+    file.write_bytes(FIRST)
     assert list(raw.read_rows(str(tmp_path), "train", ("a",))) == [(f"{file} row 1", {"a": 1})]
-    with pytest.raises(InputError, match="row 1 has no column b, c"):
-        list(raw.read_rows(str(tmp_path), "train", ("a", "b", "c")))
+    for source, columns, message in (
+        ("", (), "--source is empty"), (file, (), "train.jsonl is a file; name its folder"),
+        (tmp_path, ("a", "b", "c"), "row 1 has no column b, c"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            list(raw.read_rows(str(source), "train", columns))
 
 
 # --------------------------------------------------------------------------------- Cells
@@ -186,8 +174,8 @@ def test_a_funnel_counts_in_the_order_of_the_work():
     funnel.count("rows")
     expected = [("rows", 2_000), ("users", 1), ("left out: a", 1), ("left out: b", 2)]
     assert list(funnel.counts.items()) == expected
-    lines = [f"{n:>9,}  {what}" for what, n in expected]
-    assert lines[0] == "    2,000  rows" and funnel.lines().split("\n") == lines
+    lines = ["    2,000  rows", *(f"        {n}  {what}" for what, n in expected[1:])]
+    assert funnel.lines().split("\n") == lines
     with pytest.raises(InputError, match="no comparisons are left: 2000 rows; 1 users; 1 left out"):
         funnel.require_some(pd.DataFrame())
 
@@ -202,13 +190,9 @@ def comparisons(users: int, dialogues: int) -> pd.DataFrame:
                         columns=["user_id", "dialog_id"])  # fmt: skip
 
 
-def test_half_of_each_users_dialogues_are_for_training():
+def test_dialogues_of_the_same_name_are_not_drawn_together():
     table = preparing.split_dialogues(comparisons(8, 5), 0, Funnel())
-    assert (table.groupby(["user_id", "dialog_id"]).split.nunique() == 1).all()
-    sizes = table.groupby(["user_id", "split"]).dialog_id.nunique().unstack()
-    assert (sizes.train == 3).all() and (sizes.test == 2).all()
-    by_user = table.groupby("user_id").apply(lambda rows: tuple(rows.split), include_groups=False)
-    assert by_user.nunique() > 1  # equal names of dialogues are not drawn together
+    assert table.groupby("user_id").split.agg(tuple).nunique() > 1
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.01, 1.0, -1.0, 2.0, float("nan")])

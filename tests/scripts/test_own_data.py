@@ -1,55 +1,29 @@
 """Anybody's rows, from a file to the page of a run by the three commands of the README."""
 
-import json
-import random
 import re
 from pathlib import Path
 
 import pytest
 
 import running
+import worlds
 from lore.common.files import InputError
 from lore.methods.saved import load_learned
 
 pytestmark = pytest.mark.slow
 EXAMPLE = running.ROOT / "OwnData" / "example.jsonl"
-WORDS = ["sun", "rain", "wind", "tea", "bread", "river", "stone", "light", "music", "paper"]
 QUICK = {
     "progress": "false", "iterations": 30, "few_shot_iterations": 30, "mixed_logit.floor": 0.1,
     "mixed_logit.l_mu": 1, "mixed_logit.tau2": 1, "mixed_logit.pi": 10,
 }  # fmt: skip
 
 
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def write(path: Path, rows: list[dict]) -> Path:
-    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    return path
-
-
-def choices(path: Path, users: int = 30, rows: int = 12) -> Path:
-    """Half of the users like short answers, the others long ones."""
-    draw, made = random.Random(0), []
-    for u in range(users):
-        for i in range(rows):
-            short, long = (" ".join(draw.choices(WORDS, k=k)) for k in (4, 16))
-            likes_short = (u % 2 == 0) == (draw.random() < 0.9)
-            chosen, rejected = (short, long) if likes_short else (long, short)
-            prompt = f"Tell me about {draw.choice(WORDS)}, number {i}"
-            sides = {"chosen": chosen, "rejected": rejected}
-            # the embeddings of a random model hardly tell which text is long
-            lengths = {f"{side}_length": len(text) for side, text in sides.items()}
-            made.append({"user": f"u{u:02d}", "prompt": prompt, **sides, **lengths})
-    return write(path, made)
-
-
 def few(path: Path, users: int) -> Path:
     """The example's rows of its first users."""
-    rows = read(EXAMPLE)
+    rows = worlds.read(EXAMPLE)
     names = sorted({row["user"] for row in rows})[:users]
-    return write(path, [row for row in rows if row["user"] in names])
+    worlds.write(path, [row for row in rows if row["user"] in names])
+    return path
 
 
 def case(name: str) -> Path:
@@ -71,34 +45,6 @@ def carried_out(source: Path, model: Path, folder: Path, **more: dict) -> None:
     for script, settings in steps.items():
         done = running.invoke(f"OwnData/{script}.py", {**settings, **more.get(script, {})})
         assert done.status == 0, done.err
-
-
-def layouts(row: dict[str, str], turned: bool) -> dict[str, list[dict]]:
-    """What a row of the example is in files of other layouts."""
-    asked = {"user": row["user"], "prompt": row["prompt"]}
-    sides = [row["chosen"], row["rejected"]]
-    first, second = reversed(sides) if turned else sides
-    question = {"role": "user", "content": row["prompt"]}
-    chosen, rejected = ([question, {"role": "assistant", "content": text}] for text in sides)
-    winner = {"winner": "B" if turned else "A", "response_a": first, "response_b": second}
-    ratings = [{"response": text, "rating": n} for text, n in zip(sides, (9, 2), strict=True)]
-    return {
-        "own": [row],
-        "winner": [{**asked, **winner}],
-        "messages": [{"user": row["user"], "chosen": chosen, "rejected": rejected}],
-        "ratings": [{**asked, **rating} for rating in ratings],
-    }
-
-
-def test_other_layouts_have_the_same_comparisons(tmp_path):
-    rows, made = [layouts(row, n % 2) for n, row in enumerate(read(EXAMPLE))], {}
-    for layout in rows[0]:
-        source = tmp_path / f"{layout}.jsonl"
-        write(source, [each for row in rows for each in row[layout]])
-        given = {"source": source, "out": tmp_path / layout, "embed": "false"}
-        assert running.invoke("OwnData/prepare.py", given).status == 0
-        made[layout] = [path.read_bytes() for path in sorted(given["out"].glob("*.parquet"))]
-        assert made[layout] == made["own"] != [], layout
 
 
 def test_the_example_becomes_a_page(model, tmp_path, monkeypatch):
@@ -144,8 +90,11 @@ def test_a_single_user_is_a_seen_one(model, tmp_path):
 
 @pytest.mark.usefixtures("no_plots")
 def test_further_features_are_learned_from_and_texts_without_them_are_refused(model, tmp_path):
+    rows = [{**row, "chosen_length": len(row["chosen"]), "rejected_length": len(row["rejected"])}
+            for row in worlds.own_rows()]  # fmt: skip
+    worlds.write(tmp_path / "mine.jsonl", rows)
     more = {"prepare": {"extra": ["length"]}, "train_basis": {"features": ["length"]}}
-    carried_out(choices(tmp_path / "mine.jsonl"), model, tmp_path, **more)
+    carried_out(tmp_path / "mine.jsonl", model, tmp_path, **more)
     files = list((tmp_path / "OwnData" / "fit").glob("*.safetensors"))
     assert len(files) > 1  # LoRe's and the mixed logit's
     for file in files:
