@@ -170,11 +170,6 @@ def history(change):
     return lambda row: row.update(conversation_history=change(row["conversation_history"]))
 
 
-def choose(which: bool):
-    """Every response is chosen, or none."""
-    return history(lambda h: [{**m, "if_chosen": which and m["role"] == "model"} for m in h])
-
-
 def says(content: str | None):
     """A rejected response of the first turn says this, or what the chosen one does."""
 
@@ -185,17 +180,11 @@ def says(content: str | None):
     return change
 
 
-def cells(row: Row, turn: str, value: str) -> Row:
-    return {name: value for name in row if name.startswith(f"{turn}_turn")}
-
-
-def gap(row: Row) -> None:
-    third = {name.replace("first", "third"): row[name] for name in cells(row, "first", "")}
-    row |= {**third, **cells(row, "second", "EMPTY STRING")}
-
-
-def no_first_turn(row: Row) -> None:
-    row |= {**cells(row, "first", "EMPTY STRING"), "second_turn_prompt": "is there a first?"}
+def emptied(turn: str):
+    """A turn of a Community Alignment dialogue without its texts."""
+    return lambda row: row.update({
+        name: "EMPTY STRING" for name in row if name.startswith(f"{turn}_turn")
+    })  # fmt: skip
 
 
 def silent(which: int):
@@ -219,8 +208,10 @@ ALL, CUT, REJECTED = None, "dialogues cut at ", "rejected responses "
 # What becomes of a row, why it is left out, and how many of its comparisons are lost (-3: but 3).
 CASES = {
     ("PRISM", "conversations"): [
-        (choose(True), f"{CUT}a turn with several chosen responses", ALL),
-        (choose(False), f"{CUT}a turn with no chosen responses", ALL),
+        (history(lambda h: [{**m, "if_chosen": m["role"] == "model"} for m in h]),
+         f"{CUT}a turn with several chosen responses", ALL),
+        (history(lambda h: [{**m, "if_chosen": False} for m in h]),
+         f"{CUT}a turn with no chosen responses", ALL),
         (history(lambda h: [{**m, "turn": m["turn"] + 1} for m in h]), f"{CUT}a missing turn", ALL),
         (history(lambda h: [m for m in h if m["turn"] != 1]), f"{CUT}a missing turn", 2),
         (history(lambda h: [*h, h[0]]), f"{CUT}a turn with several user messages", ALL),
@@ -230,8 +221,8 @@ CASES = {
         (says(None), f"{REJECTED}equal to the chosen one", 1),
     ],
     ("CommunityAlignment", "train"): [
-        (gap, f"{CUT}a missing turn", -3),
-        (no_first_turn, f"{CUT}a missing turn", ALL),
+        (emptied("second"), f"{CUT}a missing turn", -3),
+        (emptied("first"), f"{CUT}a missing turn", ALL),
         (silent(0), f"{CUT}an empty chosen response", ALL),
         (silent(1), f"{REJECTED}empty", 1),
         *((given(first_turn_preferred_response=value),
@@ -263,9 +254,8 @@ CASES = {
 )
 def test_what_cannot_be_used_is_counted(world, tmp_path, capsys, name, file, change, why, lost):
     tables = tables_of(world(name))
-    row = max(tables[file], key=lambda row: row.get("conversation_turns", 0))
-    whole = expected(name, tables)
-    of_row = expected(name, {file: [row]})
+    row = max(tables[file], key=lambda row: expected(name, {file: [row]}).total())  # with most
+    whole, of_row = expected(name, tables), expected(name, {file: [row]})
     change(row)
     settings = {"min_dialogues": 5} if name == "PRISM" else {}
     info, table = prepare(name, written(tmp_path / "raw", tables), tmp_path / "data", **settings)

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 
 import worlds
@@ -192,8 +191,7 @@ def test_lists_of_texts_are_the_turns_of_both_sides():
 def test_a_text_of_another_file_than_a_table_stays_a_text():
     row = {"prompt": '["p"]', "chosen": '["a", "b"]', "rejected": json.dumps([GOOD])}
     [choice] = read([row])
-    assert said(choice) == ('["a", "b"]', json.dumps([GOOD]))
-    assert choice.chosen[0][0]["content"] == '["p"]'
+    assert (choice.chosen[0][0]["content"], *said(choice)) == tuple(row.values())
     [choice] = read([{"prompt": Cell("p"), "chosen": Cell('["a", "b"]'), "rejected": Cell("[1]")}])
     assert [talk[-1]["content"] for talk in choice.chosen] == ["a", "b"]
     assert choice.rejected[0][-1]["content"] == "[1]"
@@ -268,21 +266,18 @@ def test_one_name_and_one_prompt_serve_all_rows():
 # ------------------------------------------------------------------- The tools read alike
 
 
-def write(path: Path, rows: Rows) -> Path:
-    """A file of rows, lines of JSON or a table with semicolons."""
-    if path.suffix == ".jsonl":
-        worlds.write(path, rows)
-    else:
-        pd.DataFrame(rows).to_csv(path, sep=";", index=False)
-    return path
+def write(folder: Path, rows: Rows) -> Path:
+    """A file of rows."""
+    worlds.write(folder / "rows.jsonl", rows)
+    return folder / "rows.jsonl"
 
 
 def test_of_choices_ties_are_left_out_and_a_pool_needs_no_winner(tmp_path):
-    liked = read_user_choices(write(tmp_path / "votes.csv", voted("A", "tie", "B")))
+    liked = read_user_choices(write(tmp_path, voted("A", "tie", "B")))
     assert [talk[-1]["content"] for talk in liked.chosen] == ["one", "two"]
     assert liked.row.tolist() == [0, 1]
     for rows in ([TWO], voted("A", "B", "tie")):
-        [pair] = read_pool(write(tmp_path / "pool.csv", rows))
+        [pair] = read_pool(write(tmp_path, rows))
         assert pair.texts == ("one", "two")
 
 
@@ -305,22 +300,21 @@ def agree(file: Path, columns: Columns) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "rows", "columns"),
+    ("rows", "columns"),
     [
-        ("pairs.jsonl", [{**PAIR, "rejected": ["no", "or"]}, {**PAIR, "weight": 3}], {}),
-        ("votes.csv", voted("a", "tie", "b"), {"ties": "half"}),
-        ("named.csv", [{**TWO, "best": x} for x in ("two", "one")],
+        ([{**PAIR, "rejected": ["no", "or"]}, {**PAIR, "weight": 3}], {}),
+        (voted("a", "tie", "b"), {"ties": "half"}),
+        ([{**TWO, "best": best} for best in ("two", "one")],
          {"first": "response_a", "second": "response_b", "winner": "best",
           "first_wins": ("one",), "second_wins": ("two",)}),
-        ("talks.jsonl", [{"worker_id": "ann", "chosen": [ASKED, answer], "rejected": [ASKED, BAD]}
-                         for answer in (GOOD, message("assistant", "or"))], {}),
-        ("ratings.jsonl", rated(*range(4)), {"rating": "score", "margin": 2}),
-        ("alone.csv", [{"chosen": "so", "rejected": "no"}] * 2,
-         {"user_name": "me", "prompt_text": "Which?"}),
+        ([{"worker_id": "ann", "chosen": [ASKED, answer], "rejected": [ASKED, BAD]}
+          for answer in (GOOD, message("assistant", "or"))], {}),
+        (rated(*range(4)), {"rating": "score", "margin": 2}),
+        ([{"chosen": "so", "rejected": "no"}] * 2, {"user_name": "me", "prompt_text": "Which?"}),
     ],
 )  # fmt: skip
-def test_the_tools_read_every_layout_as_prepare_does(tmp_path, name, rows, columns):
-    agree(write(tmp_path / name, rows), Columns(**columns))
+def test_the_tools_read_every_layout_as_prepare_does(tmp_path, rows, columns):
+    agree(write(tmp_path, rows), Columns(**columns))
 
 
 # ------------------------------------------------------------------- Files that people have

@@ -236,7 +236,7 @@ def test_numbers_go_with_their_responses_in_every_layout(tmp_path):
 # ----------------------------------------------------------------------------- What is held out
 
 
-def ratings(users: int = 16, items: int = 25, count: int = 60, prompts: int = 1) -> Rows:
+def ratings(users: int = 12, items: int = 25, count: int = 60, prompts: int = 1) -> Rows:
     """Choices between two of some items after a prompt, ``count`` by each user."""
     rng, pairs = random.Random(0), list(combinations(range(items), 2))
     return [{"user": f"u{user}", "prompt": f"which of these, {i % prompts}?",
@@ -257,7 +257,7 @@ def test_no_response_is_on_both_sides_where_responses_are_divided(tmp_path):
     assert not train & test and (len(train), len(test)) == (15, 10)
     crossing = info["split"]["crossing"]
     why = "left out: comparisons of a held-out response with one of training"
-    assert crossing == info["counts"][why] == 16 * 60 - len(table) > 0
+    assert crossing == info["counts"][why] == 12 * 60 - len(table) > 0
     assert f"{crossing:,} comparisons" in info["split"]["sentence"]
     for group in ("seen", "unseen"):  # all are new
         assert info["kinds"][group]["known"] == info["kinds"][group]["met"] == 0
