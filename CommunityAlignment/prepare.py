@@ -86,7 +86,7 @@ def read_turns(place: str, row: dict[str, Any]) -> tuple[list[tables.Turn], str]
         prompt, preferred = cells.pop("prompt"), cells.pop("preferred_response")
         if preferred not in cells:
             return turns, "dialogues cut at a preferred_response that names no response"
-        turns.append(tables.Turn(prompt, cells.pop(preferred), list(cells.values())))
+        turns.append((prompt, cells.pop(preferred), list(cells.values())))
     return turns, ""
 
 

@@ -55,7 +55,10 @@ def main(
     pairs = hold_out.pair_names(table)
     if not table.dialog_id.iloc[0]:  # what hangs together is a dialogue of its own
         table = table.assign(dialog_id=hold_out.connected(pairs, table.row))
-    table = number_turns(table).assign(seen=True)
+    before = table.chosen.map(lambda messages: digest(messages[:-1]))
+    order = zip(table.time, table.chosen.map(len), before, strict=True)  # by time, then by length
+    place = pd.Series(order, table.index).groupby([table.user_id, table.dialog_id]).rank("dense")
+    table = table.assign(turn=place.astype(int) - 1, seen=True)
     if table.user_id.nunique() > 1:  # else there is no other to be unseen
         table = tables.split_users(table, seed, seen_fraction)
     rows = table.groupby([table.place, pairs]).row.transform("nunique")
@@ -75,12 +78,19 @@ def read(
     source: str, columns: Columns, funnel: tables.Funnel,
     split: Split | None = None, extra: Sequence[str] = (),
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """The comparisons of all rows; those of a row share its weight."""
+    """The comparisons of all rows; those of a row share its weight. InputError for one without a
+    user, or where some rows name a dialogue or a split and others do not."""
     is_given, comparisons = split in (None, "given"), []
     rows = own_rows.read_choices(raw.read_all(source), columns)
     for number, row in enumerate(rows):
         funnel.count("rows")
-        check_alike(rows[0], row, columns)
+        require(bool(row.user), f"{row.place} has no {columns.user}; name the user, or the column "
+                "by --user; --user-name me names one user for all rows")  # fmt: skip
+        for what in ("dialog", "split"):
+            has, lacks = (row, rows[0]) if getattr(row, what) else (rows[0], row)
+            require(bool(getattr(has, what)) == bool(getattr(lacks, what)),
+                    f"{lacks.place} has no {getattr(columns, what)}, but {has.place} has; fill it "
+                    "in everywhere or leave the column out")  # fmt: skip
         if is_given and row.split and row.split not in tables.SPLITS:
             funnel.left_out(f"rows whose {columns.split} is {row.split}")
         elif row.left_out:
@@ -107,25 +117,6 @@ def numbers_beside(row: Choice, extra: Sequence[str], funnel: tables.Funnel) -> 
             found[f"{start}{name}"] = math.nan if missing else raw.number(cell, place, column)
             funnel.count(f"responses without {name}", missing)
     return found
-
-
-def check_alike(first: Choice, row: Choice, columns: Columns) -> None:
-    """Every row names a user, and all rows or none a dialogue and a split."""
-    require(bool(row.user), f"{row.place} has no {columns.user}; name the user, or the column by "
-            "--user; --user-name me names one user for all rows")  # fmt: skip
-    for what in ("dialog", "split"):
-        has, lacks = (row, first) if getattr(row, what) else (first, row)
-        require(bool(getattr(has, what)) == bool(getattr(lacks, what)),
-                f"{lacks.place} has no {getattr(columns, what)}, but {has.place} has; fill it in "
-                "everywhere or leave the column out")  # fmt: skip
-
-
-def number_turns(table: pd.DataFrame) -> pd.DataFrame:
-    """Add ``turn``, the place of each row in its dialogue: by time, then by length."""
-    before = table.chosen.map(lambda messages: digest(messages[:-1]))
-    place = pd.Series(zip(table.time, table.chosen.map(len), before, strict=True), table.index)
-    turn = place.groupby([table.user_id, table.dialog_id]).rank("dense")
-    return table.assign(turn=turn.astype(int) - 1)
 
 
 if __name__ == "__main__":

@@ -89,8 +89,15 @@ def read_turns(place: str, row: dict[str, Any], rejected: str) -> tuple[list[tab
     require(listed, f"{place}: conversation_history must be a list, not {history!r:.40}")
     said: dict[int, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for message in history:
-        kind = kind_of(place, message)
-        said[message["turn"]][kind].append(raw.text(message["content"], place, "content"))
+        fields = message if isinstance(message, dict) else {}
+        turn, is_chosen = fields.get("turn"), fields.get("if_chosen")
+        known = fields.get("role") in ("user", "model") and "content" in fields
+        require(known and type(turn) is int and turn >= 0, f"{place}: a message needs turn, "
+                f"role (user or model), content, unlike {message!r:.80}")  # fmt: skip
+        right = is_chosen in (True, False, None)
+        require(right, f"{place}: if_chosen must be true or false, not {is_chosen!r:.40}")
+        kind = "prompt" if message["role"] == "user" else "chosen" if is_chosen else "rejected"
+        said[turn][kind].append(raw.text(message["content"], place, "content"))
     turns: list[tables.Turn] = []
     for number, turn in sorted(said.items()):
         if number != len(turns):
@@ -101,20 +108,8 @@ def read_turns(place: str, row: dict[str, Any], rejected: str) -> tuple[list[tab
                 return turns, f"dialogues cut at a turn with {how_many} {what}s"
         lost = turn["rejected"]
         lost = [str(lost)] if rejected == "list" and lost else lost
-        turns.append(tables.Turn(turn["prompt"][0], turn["chosen"][0], lost))
+        turns.append((turn["prompt"][0], turn["chosen"][0], lost))
     return turns, ""
-
-
-def kind_of(place: str, message: Any) -> str:
-    """Whether a message is a prompt or a chosen or rejected response; InputError if it is none."""
-    fields = message if isinstance(message, dict) else {}
-    turn, is_chosen = fields.get("turn"), fields.get("if_chosen")
-    known = fields.get("role") in ("user", "model") and "content" in fields
-    error = f"{place}: a message needs turn, role (user or model), content, unlike {message!r:.80}"
-    require(known and type(turn) is int and turn >= 0, error)
-    right = is_chosen in (True, False, None)
-    require(right, f"{place}: if_chosen must be true or false, not {is_chosen!r:.40}")
-    return "prompt" if fields["role"] == "user" else "chosen" if is_chosen else "rejected"
 
 
 if __name__ == "__main__":

@@ -11,9 +11,7 @@ from lore.experiments.splits import given_split
 from lore.methods.lore import Lore
 
 HERE = Path(__file__).resolve().parent
-# The published scripts' estimator and pull, for both experiments alike; the paper's equation 10 is
-# --estimator lore --alpha 0.
-LORE = Lore(ranks=(5,), alpha=(1e4,), estimator="lore_regularized")
+LORE = Lore(ranks=(5,), alpha=(1e4,), estimator="lore_regularized")  # as in train_basis.py
 SWEEP = Sweep((1, 2, 3), trials=20)
 
 

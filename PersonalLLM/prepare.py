@@ -40,8 +40,11 @@ def main(
     talks = [[{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
              for some in prompts.values() for prompt, responses, _ in some
              for response in responses]  # fmt: skip
-    numbers, conversations = tables.distinct([digest(talk) for talk in talks], talks)
-    rows = np.split(numbers.reshape(-1, len(RESPONSES)), [len(prompts["train"])])
+    names = [digest(talk) for talk in talks]
+    distinct = dict(zip(names, talks, strict=True))
+    conversations, number = list(distinct.values()), {name: i for i, name in enumerate(distinct)}
+    rows = np.array([number[name] for name in names]).reshape(-1, len(RESPONSES))
+    rows = np.split(rows, [len(prompts["train"])])
     arrays = {f"{split}.rows": part for split, part in zip(prompts, rows, strict=True)}
     for split, some in prompts.items():
         arrays[f"{split}.scores"] = np.array([scores for *_, scores in some], np.float32)

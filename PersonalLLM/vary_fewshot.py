@@ -25,8 +25,7 @@ def main(
 
     Args:
         data: folder that prepare.py wrote.
-        dirichlet_alpha: how alike users are: their weights over the reward models are
-            Dirichlet(alpha * 1); the paper has 0.001, 0.01 and 0.1.
+        dirichlet_alpha: of users' weights over reward models; 0.001, 0.01 and 0.1 in the paper.
         users: seen users.
         unseen_users: users who are known by a few comparisons alone.
         pairs_per_user: training prompts of each seen user.

@@ -1,7 +1,6 @@
 """PersonalRewardBench: each user's own choices for training, for choosing settings and for test."""
 
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,18 +60,15 @@ def read(source: str, funnel: tables.Funnel) -> list[dict[str, Any]]:
             dialog = raw.name(name, place, "conversation_id") if known else digest(prompts[0])
             same = {"user_id": user, "split": split, "dialog_id": dialog, "weight": 1.0}
             same["turn"] = len(prompts) - 1
-            sides = ([[*history, response(place, row, name)]] for name in ("chosen", "rejected"))
+            sides = []
+            for side in ("chosen", "rejected"):  # a message with content, or the text itself
+                cell = row[side]
+                lacks = isinstance(cell, dict) and "content" not in cell
+                require(not lacks, f"{place}: {side} is a message without content")
+                said = raw.text(cell["content"] if isinstance(cell, dict) else cell, place, side)
+                sides.append([[*history, {"role": "assistant", "content": said}]])
             comparisons += tables.against(*sides, same, funnel)
     return comparisons
-
-
-def response(place: str, row: Mapping[str, Any], column: str) -> dict[str, str]:
-    """A response as a message: the cell is a message with content, or the text itself."""
-    cell = row[column]
-    if isinstance(cell, dict):
-        require("content" in cell, f"{place}: {column} is a message without content")
-        cell = cell["content"]
-    return {"role": "assistant", "content": raw.text(cell, place, column)}
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def read_turns(place: str, row: dict[str, Any]) -> tuple[list[tables.Turn], str]
         return [], "rows without a post"
     if "" in texts:
         return [], "rows with an empty summary"
-    return [tables.Turn(post, texts[int(choice)], [texts[1 - int(choice)]])], ""
+    return [(post, texts[int(choice)], [texts[1 - int(choice)]])], ""
 
 
 if __name__ == "__main__":

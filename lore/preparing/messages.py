@@ -75,20 +75,18 @@ def conversation(cell: Any, place: str, what: str) -> Conversation:
 
 def answers(cell: Any, place: str, what: str) -> list[Conversation]:
     """Every response of what ``structure`` finds as messages; a text is one of the assistant."""
-    if not isinstance(cell, list) or cell and is_message(cell[0]):
-        return [_answer(cell, place, what)]
-    require(bool(cell), f"{place}: {what} is an empty list; give a response or remove the row")
-    return [_answer(each, place, f"each {what}") for each in cell]
-
-
-def _answer(cell: Any, place: str, what: str) -> Conversation:
-    some = [cell] if is_message(cell) else cell
-    if isinstance(some, list) and some and is_message(some[0]):
-        found = conversation(some, place, what)
-        ends = found[-1]["role"] == "assistant"
-        require(ends, f"{place}: {what} must end with a message of the assistant")
-        return found
-    return [{"role": "assistant", "content": raw.text(cell, place, what)}]
+    require(cell != [], f"{place}: {what} is an empty list; give a response or remove the row")
+    several, found = isinstance(cell, list) and not is_message(cell[0]), []
+    what = f"each {what}" if several else what
+    for each in cell if several else [cell]:
+        some = [each] if is_message(each) else each
+        if isinstance(some, list) and some and is_message(some[0]):
+            found.append(conversation(some, place, what))
+            ends = found[-1][-1]["role"] == "assistant"
+            require(ends, f"{place}: {what} must end with a message of the assistant")
+        else:
+            found.append([{"role": "assistant", "content": raw.text(each, place, what)}])
+    return found
 
 
 def turns(prompts: list[str], replies: list[str], place: str, what: str) -> Conversation:

@@ -100,10 +100,6 @@ class Choice(NamedTuple):
     sources: tuple[tuple[str, Cells, str], ...]  # place, row and column of both sides
     left_out: str = ""  # why it does not count, such as a tie
 
-    def turned(self) -> "Choice":
-        sides = {"chosen": self.rejected, "rejected": self.chosen}
-        return self._replace(**sides, sources=self.sources[::-1])
-
 
 def read_choices(
     rows: Iterable[Row], columns: Columns = USUAL, judged: bool = True
@@ -391,11 +387,12 @@ def _votes(rows: Sequence[Row], columns: Columns) -> list[Choice]:
         log.info("%s: %s", columns.winner, ", ".join(read))
     for value, (place, row) in zip(said, rows, strict=True):
         choice = _choice(place, row, columns, names)
+        turned = choice._replace(chosen=choice.rejected, rejected=choice.chosen,
+                                 sources=choice.sources[::-1])  # fmt: skip
         if means[value] != 2 or choice.left_out:
-            found.append(choice.turned() if means[value] == 1 else choice)
+            found.append(turned if means[value] == 1 else choice)
         elif columns.ties == "half":
-            half = choice._replace(weight=choice.weight / 2)
-            found += [half, half.turned()]
+            found += [each._replace(weight=each.weight / 2) for each in (choice, turned)]
         else:
             found.append(choice._replace(left_out=TIES))
     return found

@@ -64,7 +64,8 @@ def read_rows(source: str, table: str, columns: Iterable[str], **hub: Any) -> Ro
         require(bool(files), none)
         rows = chain.from_iterable(map(read_file, files))
     else:
-        rows = _numbered(f"{source} {table}", _load_hub(source, advice, **hub))
+        loaded = enumerate(_load_hub(source, advice, **hub), start=1)
+        rows = ((f"{source} {table} row {number}", row) for number, row in loaded)
     yield from check_columns(rows, columns)
 
 
@@ -93,8 +94,8 @@ def read_all(source: str) -> Rows:
         splits = _load_hub(source, f"give a file that ends in {endings}")
         for split, rows in splits.items():
             more = {"split": split} if len(splits) > 1 else {}
-            for place, row in _numbered(f"{source} {split}", rows):
-                yield place, {**more, **row}
+            for number, row in enumerate(rows, start=1):
+                yield f"{source} {split} row {number}", {**more, **row}
 
 
 def read_file(file: Path) -> Rows:
@@ -192,10 +193,6 @@ def _refuse_twins(names: Iterable[str], place: str, what: str) -> None:
 READERS = dict.fromkeys((".jsonl", ".ndjson", ".json"), _json_rows)
 READERS |= {".csv": _csv_rows, ".tsv": _csv_rows, ".parquet": _parquet_rows}
 ENDINGS = (*READERS, *(f"{ending}.gz" for ending in READERS if ending != ".parquet"))
-
-
-def _numbered(table: str, rows: Iterable[dict[str, Any]]) -> Rows:
-    return ((f"{table} row {number}", row) for number, row in enumerate(rows, start=1))
 
 
 def _load_hub(source: str, advice: str, **hub: Any) -> Any:

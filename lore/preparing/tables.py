@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -53,12 +53,7 @@ VALIDATION = "val"  # a third split, of datasets that have one for choices
 # -------------------------------------------------------------------------- Comparisons
 
 
-class Turn(NamedTuple):
-    """One turn of a dialogue: what the user said, the response chosen and those rejected."""
-
-    prompt: str
-    chosen: str
-    rejected: list[str]
+Turn = tuple[str, str, list[str]]  # what the user said, the response chosen and those rejected
 
 
 class Funnel:
@@ -211,14 +206,6 @@ def first_prompts(talks: pd.Series) -> pd.Series:
 # ---------------------------------------------------------------------- Numbers for texts
 
 
-def distinct(
-    names: Sequence[str], conversations: Iterable[Conversation]
-) -> tuple[np.ndarray, list[Conversation]]:
-    """The numbers of conversations in the order of first use, and those with different names."""
-    named = dict(zip(names, conversations, strict=True))
-    return pd.factorize(np.asarray(names, object))[0], list(named.values())
-
-
 def number_conversations(
     comparisons: pd.DataFrame, funnel: Funnel
 ) -> tuple[list[Conversation], pd.DataFrame]:
@@ -243,8 +230,8 @@ def number_conversations(
     funnel.count("first prompts on both sides", after.nunique())
     funnel.count("test comparisons after such a prompt", len(after))
     named, talks = (table[two].to_numpy().ravel() for two in (names, list(EXTRA)))
-    numbers, conversations = distinct(named, talks)
-    table[list(EXTRA)] = numbers.reshape(-1, 2)
+    conversations = list(dict(zip(named, talks, strict=True)).values())  # in order of first use
+    table[list(EXTRA)] = pd.factorize(named)[0].reshape(-1, 2)
     funnel.count("distinct conversations", len(conversations))
     return conversations, table[[*COLUMNS, *extra]].astype(COLUMNS)
 
@@ -293,11 +280,18 @@ def write_prepared(
     the conversations' numbers, train.rows and test.rows [P, R]. To info (dataset, settings and
     perhaps a warning, which every later output shows) come counts, hashes and what ``overlap``,
     ``count_kinds`` and ``retest`` find. Of n processes that share the embedding (i/n) each writes.
+    InputError for a folder of scripts, or with files of these names that no prepare.py wrote.
     """
     info = {**info, "counts": funnel.counts}
+    has_script, note = (folder / "prepare.py").exists(), folder / "prepare.json"
+    require(not has_script, f"--out {folder} holds scripts; name a folder for the data alone")
     with files.lock_folder(folder, share):
-        _check_folder(folder, info)
-        (folder / "prepare.json").unlink(missing_ok=True)  # a half-written folder is not prepared
+        source = [info["settings"].get("source")]
+        files.check_output(note, "--out", files.has_keys("dataset", "files"), source)
+        is_ours = (lambda _: True) if note.exists() else _is_of_killed
+        for name in (COMPARISONS, TALKS, SCORES):
+            files.check_output(folder / name, "--out", is_ours, source)
+        note.unlink(missing_ok=True)  # a half-written folder is not prepared
         talks = folder / TALKS
         files.write_whole(talks, lambda draft: _write_conversations(draft, conversations))
         texts = digest(list(conversations))
@@ -311,23 +305,12 @@ def write_prepared(
             files.write_whole(path, lambda draft: save_file(table, draft))
         info |= {"conversations_sha256": texts, "data_sha256": digest([texts, content])}
         info["files"] = {file.name: files.file_sha256(file) for file in (talks, path)}
-        files.write_text(folder / "prepare.json", json.dumps(info, indent=2))
+        files.write_text(note, json.dumps(info, indent=2))
     says = [funnel.lines(), *(info[what]["sentence"] for what in PRINTED if info.get(what))]
     says += [f"WARNING: {info['warning']}"] if "warning" in info else []
     what = f"{len(table):,} comparisons" if isinstance(table, pd.DataFrame) else "scores"
     says += [f"prepared {what} of {len(conversations):,} conversations in {folder}"]
     return "\n".join(says)
-
-
-def _check_folder(folder: Path, info: Mapping[str, Any]) -> None:
-    """Refuse a folder of scripts, or with files of these names that no prepare.py wrote."""
-    has_script = (folder / "prepare.py").exists()
-    require(not has_script, f"--out {folder} holds scripts; name a folder for the data alone")
-    says, source = folder / "prepare.json", info["settings"].get("source")
-    files.check_output(says, "--out", files.has_keys("dataset", "files"), [source])
-    is_ours = (lambda _: True) if says.exists() else _is_of_killed
-    for name in (COMPARISONS, TALKS, SCORES):
-        files.check_output(folder / name, "--out", is_ours, [source])
 
 
 def _is_of_killed(path: Path) -> bool:

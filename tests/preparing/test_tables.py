@@ -13,7 +13,7 @@ import worlds
 from lore.common.files import InputError
 from lore.preparing import raw
 from lore.preparing import tables as preparing
-from lore.preparing.tables import Funnel, Turn
+from lore.preparing.tables import Funnel
 
 # ---------------------------------------------------------------------------------- Rows
 
@@ -153,7 +153,7 @@ def test_what_a_cell_cannot_hold(read, value, message):
     [(("q", "", ["b"]), "dialogues cut at an empty chosen response"), (("q", "b", ["b"]), "later")],
 )
 def test_the_first_reason_why_a_dialogue_ends_is_counted(last, why):
-    funnel, turns = Funnel(), [Turn("p", "a", ["b"]), Turn(*last)]
+    funnel, turns = Funnel(), [("p", "a", ["b"]), last]
     (found,) = preparing.compare(turns, "later", {"user_id": "ann"}, funnel)
     assert (found["user_id"], found["turn"], found["weight"]) == ("ann", 0, 1)
     assert funnel.counts[f"left out: {why}"] == 1
