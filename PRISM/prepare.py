@@ -51,7 +51,14 @@ def main(
 
 def read(source: str, rejected: str, funnel: tables.Funnel) -> list[dict[str, Any]]:
     """The comparisons of every conversation by a participant who completed one."""
-    completed = read_survey(source, funnel)
+    completed, column, hub = {}, "num_completed_conversations", {"name": "survey", "split": "train"}
+    for place, row in raw.read_rows(source, "survey", ("user_id", column), **hub):
+        name = raw.name(row["user_id"], place, "user_id")
+        require(name not in completed, f"{place} has the user_id of an earlier row")
+        count = 0 if row[column] is None else row[column]
+        completed[name] = raw.number(count, place, column) > 0
+    funnel.count("participants", len(completed))
+    funnel.count("participants with a completed conversation", sum(completed.values()))
     comparisons, names = [], set()
     hub = {"name": "conversations", "split": "train"}
     for place, row in raw.read_rows(source, "conversations", CONVERSATION, **hub):
@@ -67,19 +74,6 @@ def read(source: str, rejected: str, funnel: tables.Funnel) -> list[dict[str, An
             who = "with no completed conversation" if known else "who are not in the survey"
             funnel.left_out(f"conversations of participants {who}")
     return comparisons
-
-
-def read_survey(source: str, funnel: tables.Funnel) -> dict[str, bool]:
-    """Whether each participant completed a conversation."""
-    completed, column, hub = {}, "num_completed_conversations", {"name": "survey", "split": "train"}
-    for place, row in raw.read_rows(source, "survey", ("user_id", column), **hub):
-        name = raw.name(row["user_id"], place, "user_id")
-        require(name not in completed, f"{place} has the user_id of an earlier row")
-        count = 0 if row[column] is None else row[column]
-        completed[name] = raw.number(count, place, column) > 0
-    funnel.count("participants", len(completed))
-    funnel.count("participants with a completed conversation", sum(completed.values()))
-    return completed
 
 
 def read_turns(place: str, row: dict[str, Any], rejected: str) -> tuple[list[tables.Turn], str]:

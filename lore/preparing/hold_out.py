@@ -25,6 +25,7 @@ SAYS: dict[Split, str] = {  # the hardest first
     "pairs": "Half of the distinct comparisons are held out; their responses may stand in "
     "training, compared with others.",
 }
+GIVEN = {"given": "split", "dialogs": "dialog_id"}  # columns that hold what is divided, if given
 BOTH = "users with comparisons for training and for test"
 
 
@@ -41,7 +42,8 @@ def hold_out(
     InputError where ``by`` asks for what there is not, or nothing is left.
     """
     chosen = by or next(way for way in SAYS if _leaves_enough(table, way, seed))
-    require(_is_there(table, chosen), f"--split {chosen}: the rows have none; choose another")
+    there = bool(table[GIVEN.get(chosen, "user_id")].iloc[0])
+    require(there, f"--split {chosen}: the rows have none; choose another")
     split = _sides(table, chosen, seed)
     crossing = int((split == "").sum())
     funnel.left_out("comparisons of a held-out response with one of training", crossing)
@@ -53,15 +55,10 @@ def hold_out(
     return kept, {"by": chosen, "crossing": crossing, "sentence": sentence}
 
 
-def _is_there(table: pd.DataFrame, by: Split) -> bool:
-    column = {"given": "split", "dialogs": "dialog_id"}.get(by)
-    return column is None or bool(table[column].iloc[0])
-
-
 def _leaves_enough(table: pd.DataFrame, by: Split, seed: int) -> bool:
     """Whether a default may be this split; pairs always may."""
     if by not in ("prompts", "responses"):
-        return _is_there(table, by)
+        return bool(table[GIVEN.get(by, "user_id")].iloc[0])
     names = pd.concat([table.chosen_name, table.rejected_name])
     if (first_prompts(table.chosen) if by == "prompts" else names).nunique() < UNITS:
         return False

@@ -156,6 +156,24 @@ def test_comparisons_are_those_of_a_plain_loop(world, tmp_path, name, settings):
     messages = pq.read_table(tmp_path / "data" / "conversations.parquet")["messages"].to_pylist()
     assert len(set(map(str, messages))) == len(messages) == info["counts"]["distinct conversations"]
     assert {*rows.chosen, *rows.rejected} == set(range(len(messages)))
+    assert_overlap_is_counted(info["overlap"], table)
+
+
+def assert_overlap_is_counted(overlap: Row, table: pd.DataFrame) -> None:
+    """What prepare.json says of training and held-out comparisons is what a plain loop counts."""
+    train = [row for row in table.itertuples() if row.split == "train"]
+    found = dict.fromkeys(("held_out", "prompt", "response", "both_responses", "pair"), 0)
+    for row in table[table.split == "test"].itertuples():
+        known, known_too = ([talk in (t.chosen, t.rejected) for t in train]
+                            for talk in (row.chosen, row.rejected))  # fmt: skip
+        found["held_out"] += 1
+        found["prompt"] += any(row.chosen[:-1] == t.chosen[:-1] for t in train)
+        found["response"] += any(known) or any(known_too)
+        found["both_responses"] += any(known) and any(known_too)
+        found["pair"] += any(a and b for a, b in zip(known, known_too, strict=True))
+    sentence = overlap.pop("sentence")
+    assert overlap == found
+    assert f"Of {found['held_out']:,} held-out" in sentence and f"{found['pair']:,} the" in sentence
 
 
 # ------------------------------------------------------------------------- What is left out
@@ -354,24 +372,6 @@ def test_splits_are_by_dialogue_and_by_user(world, tmp_path, name, fraction):
     assert len({info["conversations_sha256"] for info, _ in made}) == 1
     assert len({tuple(table[table.seen].user_id.unique()) for _, table in made}) > 1
     assert len({tuple(table.split) for _, table in made}) == 3
-
-
-@pytest.mark.parametrize("name", ["RedditTLDR", "PRISM", "CommunityAlignment"])
-def test_overlap_is_what_a_plain_loop_counts(world, tmp_path, name):
-    info, table = prepare(name, world(name), tmp_path)
-    train = [row for row in table.itertuples() if row.split == "train"]
-    found = dict.fromkeys(("held_out", "prompt", "response", "both_responses", "pair"), 0)
-    for row in table[table.split == "test"].itertuples():
-        known = [row.chosen in (t.chosen, t.rejected) for t in train]
-        known_too = [row.rejected in (t.chosen, t.rejected) for t in train]
-        found["held_out"] += 1
-        found["prompt"] += any(row.chosen[:-1] == t.chosen[:-1] for t in train)
-        found["response"] += any(known) or any(known_too)
-        found["both_responses"] += any(known) and any(known_too)
-        found["pair"] += any(a and b for a, b in zip(known, known_too, strict=True))
-    sentence = info["overlap"].pop("sentence")
-    assert info["overlap"] == found
-    assert f"Of {found['held_out']:,} held-out" in sentence and f"{found['pair']:,} the" in sentence
 
 
 def test_shared_prompts_are_counted_and_may_be_kept_apart(world, tmp_path):

@@ -72,12 +72,6 @@ def test_every_row_is_a_comparison(tmp_path):
     assert info["overlap"]["pair"] == 0
 
 
-def test_with_dialogues_each_is_on_one_side(tmp_path):
-    _, table = prepared(tmp_path, with_dialogues())
-    sizes = table.groupby(["user_id", "split", "dialog_id"]).size()
-    assert (sizes == 2).all() and (sizes.groupby(["user_id", "split"]).size() == 3).all()
-
-
 def test_a_given_split_is_kept(tmp_path):
     sides = ("train", "test", "val")
     rows = [{**row, "split": sides[i // 6 % 3]} for i, row in enumerate(own_rows())]
@@ -102,8 +96,11 @@ def test_neither_the_order_of_the_rows_nor_the_format_matters(tmp_path):
     sources += [folder, tmp_path / "mine.csv"]
     found = [prepare(source, tmp_path / str(i)) for i, source in enumerate(sources)]
     assert all({**info, "settings": None} == {**found[0], "settings": None} for info in found)
-    roles = [m["role"] for m in worlds.comparisons(tmp_path / "0").chosen.iloc[0]]
+    table = worlds.comparisons(tmp_path / "0")
+    roles = [message["role"] for message in table.chosen.iloc[0]]
     assert roles == ["system", "user", "assistant", "user", "assistant"]
+    sizes = table.groupby(["user_id", "split", "dialog_id"]).size()  # each is on one side
+    assert (sizes == 2).all() and (sizes.groupby(["user_id", "split"]).size() == 3).all()
 
 
 def test_a_hub_dataset_with_several_splits_has_them(tmp_path, monkeypatch):
