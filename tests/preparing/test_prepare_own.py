@@ -52,9 +52,6 @@ def last(talks: pd.Series) -> pd.Series:
     return talks.map(lambda messages: messages[-1]["content"])
 
 
-# ------------------------------------------------------------------------- The good way
-
-
 def test_every_row_is_a_comparison(tmp_path):
     rows = own_rows()
     info, table = prepared(tmp_path)
@@ -194,9 +191,6 @@ def test_what_has_no_text_is_counted(tmp_path):
     assert counts["comparisons"] == 72 - 3 and counts["rows"] == 72
 
 
-# ------------------------------------------------------------------------ Further features
-
-
 def beside(table: pd.DataFrame, name: str) -> list[tuple[str, float, float]]:
     """The chosen response, and the numbers beside it and beside the rejected one."""
     sides = (table[f"extra {side} {name}"] for side in SIDES)
@@ -228,9 +222,6 @@ def test_numbers_go_with_their_responses_in_every_layout(tmp_path):
               "response_safe": i} for i in range(8)]  # fmt: skip
     _, table = prepared(tmp_path / "b", rated, extra=("safe",), split="pairs")
     assert beside(table, "safe") == [(f"r{i}", i, i - 1) for i in (1, 3, 5, 7)]
-
-
-# ----------------------------------------------------------------------------- What is held out
 
 
 def ratings(users: int = 12, items: int = 25, count: int = 60, prompts: int = 1) -> Rows:

@@ -15,9 +15,6 @@ from lore.preparing import raw
 from lore.preparing import tables as preparing
 from lore.preparing.tables import Funnel
 
-# ---------------------------------------------------------------------------------- Rows
-
-
 FIRST = b'{"a": 1}\n'
 
 
@@ -117,8 +114,6 @@ def test_a_source_is_a_folder_or_a_hub_dataset(tmp_path):
             list(raw.read_rows(str(source), "train", columns))
 
 
-# --------------------------------------------------------------------------------- Cells
-
 NOT = [True, ["a"], {"a": 1}, float("nan")]  # neither texts nor names nor numbers
 
 
@@ -143,9 +138,6 @@ def test_what_a_cell_holds():
 def test_what_a_cell_cannot_hold(read, value, message):
     with pytest.raises(InputError, match=message):
         read(value, "row 1", "score")
-
-
-# --------------------------------------------------------------------------- Comparisons
 
 
 @pytest.mark.parametrize(
@@ -173,9 +165,6 @@ def test_a_funnel_counts_in_the_order_of_the_work():
         funnel.require_some(pd.DataFrame())
 
 
-# -------------------------------------------------------------------------------- Splits
-
-
 def comparisons(users: int, dialogues: int) -> pd.DataFrame:
     """Two comparisons of every dialogue."""
     names = [divmod(i // 2, dialogues) for i in range(users * dialogues * 2)]
@@ -199,9 +188,6 @@ def test_the_first_prompt_is_the_first_thing_the_user_says():
         ("system", "s"), ("user", "p"), ("assistant", "a"), ("user", "q"))]  # fmt: skip
     talks = pd.Series([talk, talk[3:], []])
     assert preparing.first_prompts(talks).tolist() == ["p", "q", ""]
-
-
-# ------------------------------------------------------------------- The prepared folder
 
 
 def test_a_folder_of_scripts_takes_no_data(tmp_path):
