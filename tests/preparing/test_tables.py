@@ -56,9 +56,7 @@ LINES = "\n\n".join(json.dumps(row) for row in ROWS) + "\n \n"  # with blank one
 
 
 def as_table(separator: str) -> str:
-    """The rows as a table, the prompts quoted."""
-    cells = [[row["user"], '"' + row["prompt"].replace('"', '""') + '"'] for row in ROWS]
-    return "\n".join(separator.join(row) for row in [["user", "prompt"], *cells]) + "\n\n"
+    return pd.DataFrame(ROWS).to_csv(sep=separator, index=False) + "\n"
 
 
 @pytest.mark.parametrize(
