@@ -273,9 +273,9 @@ def write(folder: Path, rows: Rows) -> Path:
 
 
 def test_of_choices_ties_are_left_out_and_a_pool_needs_no_winner(tmp_path):
-    liked = read_user_choices(write(tmp_path, voted("A", "tie", "B")))
-    assert [talk[-1]["content"] for talk in liked.chosen] == ["one", "two"]
-    assert liked.row.tolist() == [0, 1]
+    chosen, _, row, _ = read_user_choices(write(tmp_path, voted("A", "tie", "B")))
+    assert [talk[-1]["content"] for talk in chosen] == ["one", "two"]
+    assert row.tolist() == [0, 1]
     for rows in ([TWO], voted("A", "B", "tie")):
         [pair] = read_pool(write(tmp_path, rows))
         assert pair.texts == ("one", "two")
@@ -288,8 +288,8 @@ def prepared(file: Path, columns: Columns) -> Rows:
 
 def agree(file: Path, columns: Columns) -> None:
     """rank_responses.py and ask.py --pool read what prepare.py reads, each row as heavy."""
-    rows, found = prepared(file, columns), read_user_choices(file, columns)
-    found = zip(found.chosen, found.rejected, found.weight.tolist(), strict=True)
+    rows, (chosen, rejected, _, weight) = prepared(file, columns), read_user_choices(file, columns)
+    found = zip(chosen, rejected, weight.tolist(), strict=True)
     assert list(found) == [(row["chosen"], row["rejected"], row["weight"]) for row in rows]
     if any(row["chosen"][:-1] != row["rejected"][:-1] for row in rows):
         with pytest.raises(InputError, match="must be one message each, after the same dialogue"):
