@@ -1,5 +1,6 @@
 """Anybody's rows, from a file to the page of a run by the three commands of the README."""
 
+import random
 import re
 from pathlib import Path
 
@@ -12,10 +13,28 @@ from lore.methods.saved import load_learned
 
 pytestmark = pytest.mark.slow
 EXAMPLE = running.ROOT / "OwnData" / "example.jsonl"
+WORDS = ["sun", "rain", "wind", "tea", "bread", "river", "stone", "light", "music", "paper"]
 QUICK = {
     "progress": "false", "iterations": 30, "few_shot_iterations": 30, "mixed_logit.floor": 0.1,
     "mixed_logit.l_mu": 1, "mixed_logit.tau2": 1, "mixed_logit.pi": 10,
 }  # fmt: skip
+
+
+def choices(path: Path, users: int = 30, rows: int = 12) -> Path:
+    """Half of the users like short answers, the others long ones."""
+    draw, made = random.Random(0), []
+    for u in range(users):
+        for i in range(rows):
+            short, long = (" ".join(draw.choices(WORDS, k=k)) for k in (4, 16))
+            likes_short = (u % 2 == 0) == (draw.random() < 0.9)
+            chosen, rejected = (short, long) if likes_short else (long, short)
+            prompt = f"Tell me about {draw.choice(WORDS)}, number {i}"
+            sides = {"chosen": chosen, "rejected": rejected}
+            # the embeddings of a random model hardly tell which text is long
+            lengths = {f"{side}_length": len(text) for side, text in sides.items()}
+            made.append({"user": f"u{u:02d}", "prompt": prompt, **sides, **lengths})
+    worlds.write(path, made)
+    return path
 
 
 def few(path: Path, users: int) -> Path:
@@ -90,11 +109,8 @@ def test_a_single_user_is_a_seen_one(model, tmp_path):
 
 @pytest.mark.usefixtures("no_plots")
 def test_further_features_are_learned_from_and_texts_without_them_are_refused(model, tmp_path):
-    rows = [{**row, "chosen_length": len(row["chosen"]), "rejected_length": len(row["rejected"])}
-            for row in worlds.own_rows()]  # fmt: skip
-    worlds.write(tmp_path / "mine.jsonl", rows)
     more = {"prepare": {"extra": ["length"]}, "train_basis": {"features": ["length"]}}
-    carried_out(tmp_path / "mine.jsonl", model, tmp_path, **more)
+    carried_out(choices(tmp_path / "mine.jsonl"), model, tmp_path, **more)
     files = list((tmp_path / "OwnData" / "fit").glob("*.safetensors"))
     assert len(files) > 1  # LoRe's and the mixed logit's
     for file in files:
