@@ -23,7 +23,6 @@ from lore.preparing.raw import read_file
 
 log = logging.getLogger(__name__)
 
-Side = Literal["a", "b"]
 Comparison = tuple[Conversation, Conversation, float]  # chosen, rejected, weight
 NAMELESS = "me"  # the user where no name is given
 NO_TEXT = "the prompt or a message is empty"
@@ -32,13 +31,11 @@ NO_TEXT = "the prompt or a message is empty"
 def read_user_choices(
     file: Path, columns: Columns = USUAL
 ) -> tuple[list[Conversation], list[Conversation], Tensor, Tensor]:
-    """One person's choices from a file, in any layout of docs/formats.md; ties are left out.
-
-    There is a pair for every chosen and rejected response of a row: the chosen and the rejected
+    """One person's choices from a file, in any layout of docs/formats.md; ties are left out. There
+    is a pair for every chosen and rejected response of a row: the chosen and the rejected
     conversations, from which row each comes, from 0 [n], and how much it counts, pairs sharing the
     weight of their row [n]. Rows that name no user are those of the one whom other rows name.
-    InputError for no rows, a row that lacks something, or rows of several users.
-    """
+    InputError for no rows, a row that lacks something, or rows of several users."""
     choices = own_rows.read_choices(read_file(file), columns)
     require(bool(choices), f"{file} is empty")
     counted = [choice for choice in choices if choice.left_out != own_rows.TIES]
@@ -75,9 +72,7 @@ def _only_user(file: Path, choices: Sequence[Choice]) -> str:
 
 def read_candidates(file: Path, columns: Columns = USUAL) -> list[Conversation]:
     """The conversations that end in a candidate response; "messages" alone may end in it.
-
-    InputError for no rows, or a row that lacks something.
-    """
+    InputError for no rows, or a row that lacks something."""
     candidates = []
     for place, row in read_file(file):
         known, column = own_rows.resolve(row, columns), columns.response
@@ -124,9 +119,7 @@ class Pair:
 
 def read_pool(file: Path, columns: Columns = USUAL) -> list[Pair]:
     """The distinct pairs in a file of choices, or of responses (a list: all pairs of them).
-
-    InputError for a row that lacks something, or no pair of two different texts.
-    """
+    InputError for a row that lacks something, or no pair of two different texts."""
     compared, others = [], []
     for place, row in read_file(file):
         if "responses" in row:
@@ -151,13 +144,11 @@ def read_pool(file: Path, columns: Columns = USUAL) -> list[Pair]:
 
 
 class Answers:
-    """What one person answered and skipped, on disk after every change.
-
-    The .jsonl file, which need not be there, has a row of choices for every answer: ``first`` says
-    which response was shown first, ``question`` counts answers and skipped questions, of which
-    ``last_question`` is the last. Choices that were in it before count too. What was skipped is in
-    ``<name>.skipped.jsonl``. InputError for rows that cannot be read, or are another user's.
-    """
+    """What one person answered and skipped, on disk after every change. The .jsonl file, which need
+    not be there, has a row of choices for every answer: ``first`` says which response was shown
+    first, ``question`` counts answers and skipped questions, of which ``last_question`` is the
+    last. Choices that were in it before count too. What was skipped is in
+    ``<name>.skipped.jsonl``. InputError for rows that cannot be read, or are another user's."""
 
     def __init__(self, path: Path, user: str = "") -> None:
         require(path.suffix == ".jsonl", f"--answers {path}: end its name in .jsonl")
@@ -193,7 +184,7 @@ class Answers:
         answered = {Pair.of(*both).key for *both, _ in self.comparisons}
         return answered | {row["pair"] for row in self.skips}
 
-    def answer(self, pair: Pair, shown: tuple[str, str], side: Side) -> None:
+    def answer(self, pair: Pair, shown: tuple[str, str], side: Literal["a", "b"]) -> None:
         """Keep that of a pair's responses, shown as a and b, the one of a side is the better."""
         chosen, rejected = shown if side == "a" else shown[::-1]
         before = {"messages": pair.history}

@@ -60,12 +60,10 @@ def next_question(
     earlier: Sequence[int] = (), generator: Seed = None,
 ) -> int:  # fmt: skip
     """The number of the question of a pool to ask next; InputError if nothing is left to ask.
-
     It has the greatest sum over its comparisons of p (1 - p) z' S z, with the posterior's mode and
     covariance S: how much an answer shrinks the posterior's volume. The generator draws among equal
     ones, and for "random" all are. ``earlier`` numbers those asked before, answered or not; a
-    question with a pair that was asked comes only if all that are left have one.
-    """
+    question with a pair that was asked comes only if all that are left have one."""
     left = torch.ones(len(pool.sizes), dtype=torch.bool)
     left[list(earlier)] = False
     require(bool(left.any()), "there is nothing left to ask: every question was asked")
@@ -84,11 +82,9 @@ def next_question(
 def choose_shots(
     fit: Fitted, few: Comparisons, sizes: Sequence[int], criterion: str, generator: torch.Generator
 ) -> Shots:
-    """New users' shots in the order in which the criterion asks for them, instead of at random.
-
-    A shot is one of ``few.units()``; the first of 10 shots are those of 5. No label is used before
-    its question is asked. The fit's ``population`` must not be None.
-    """
+    """New users' shots in the order in which the criterion asks for them, instead of at random. A
+    shot is one of ``few.units()``; the first of 10 shots are those of 5. No label is used before
+    its question is asked. The fit's ``population`` must not be None."""
     units, population = few.units(), fit.population()
     prior = Prior(population.mean.double().cpu(), population.cov.double().cpu())
     questions, weight = fit.questions(fit.view(few)).cpu(), few.weight.cpu()

@@ -19,11 +19,9 @@ HEADERS = {"Cache-Control": "no-store", "X-Frame-Options": "DENY"}
 
 
 class Page:
-    """A session as a page, a WSGI ``app``: every answer is a form that leads back to the page.
-
-    The profile is written once asking is over. Every address begins with the secret, so that
-    others on this machine cannot look in.
-    """
+    """A session as a page, a WSGI ``app``: every answer is a form that leads back to the page. The
+    profile is written once asking is over. Every address begins with the secret, so that others on
+    this machine cannot look in."""
 
     def __init__(self, session: Session, profile: Path, secret: str) -> None:
         self.session, self.profile, self.path = session, profile, f"/{secret}/"
@@ -35,10 +33,8 @@ class Page:
         self.app.route(self.path, ["GET", "POST"], self.respond)
 
     def respond(self) -> Any:
-        """The question, or what was learned once asking is over; a button leads back to these.
-
-        A full disk is a page that says so.
-        """
+        """The question, or what was learned once asking is over; a button leads back to these. A
+        full disk is a page that says so."""
         word, key = (bottle.request.forms.getunicode(name, "") for name in ("do", "question"))
         try:
             with self.lock:

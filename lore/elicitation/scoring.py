@@ -50,11 +50,9 @@ class Scorer:
         self.end = self._write(chat).rpartition(SAID)[2]
 
     def embed(self, texts: Sequence[str | Conversation], progress: bool = False) -> Tensor:
-        """Embeddings [n, F], minus the center where the file has it.
-
-        A text is a conversation, or what the chat template makes of one, whose end is mended where
-        it was stripped. InputError for an empty one, or where the template refuses.
-        """
+        """Embeddings [n, F], minus the center where the file has it. A text is a conversation, or
+        what the chat template makes of one, whose end is mended where it was stripped. InputError
+        for an empty one, or where the template refuses."""
         bos = self.tokenizer.bos_token_id
         written = models.tokenize(self.tokenizer, [self._write(text) for text in texts])
         cut = [models.cut_tokens(ids, bos, self.max_length, "left") for ids in written]
@@ -74,8 +72,6 @@ class Scorer:
         return text.removesuffix(self.end.rstrip()) + self.end
 
     def score(self, rows: Tensor, user: str | None = None) -> tuple[Tensor, Tensor | None]:
-        """Rewards [n] in log odds of embeddings [n, F], and standard deviations where known.
-
-        The user is one of the file, else InputError; None is the average user.
-        """
+        """Rewards [n] in log odds of embeddings [n, F], and standard deviations where known, of a
+        user of the file, else InputError, or of the average user, None."""
         return rows @ self.learned.direction(user, "--user"), self.learned.deviations(rows, user)

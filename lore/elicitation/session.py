@@ -69,14 +69,12 @@ def target_pairs(
 
 
 class Session:
-    """Questions to one person, one after the other, however they are put.
-
-    The fit's ``population`` must not be None; ``views`` has all conversations of the pool, the
-    candidates, which are to be ranked, and the answers. Asking stops after ``most`` answers, if not
-    0, or when ``criteria.HORIZON`` more would raise the expected accuracy by less than
-    ``tolerance``. The seed is of which response is shown first, which of equally good questions is
-    asked, and LoRe's initial weights.
-    """
+    """Questions to one person, one after the other, however they are put. The fit's ``population``
+    must not be None; ``views`` has all conversations of the pool, the candidates, which are to be
+    ranked, and the answers. Asking stops after ``most`` answers, if not 0, or when
+    ``criteria.HORIZON`` more would raise the expected accuracy by less than ``tolerance``. The seed
+    is of which response is shown first, which of equally good questions is asked, and LoRe's
+    initial weights."""
 
     def __init__(
         self, fit: LoreFit | MixedFit, pairs: list[Pair], candidates: list[Conversation],
@@ -89,8 +87,7 @@ class Session:
         pool = fit.questions(self.differences([pair.conversations for pair in pairs]))
         targets = target_pairs(pairs, candidates, torch.Generator().manual_seed(seed))
         self.pool, self.targets = QuestionPool(pool), fit.questions(self.differences(targets))
-        prior = fit.population()
-        nothing = UserPosterior(prior.mean, prior.cov)
+        nothing = UserPosterior.after(fit.population(), pool[:0])
         self.before = criteria.look_ahead(nothing, self.targets, pool[:0])[0]
         self._learn()
 
@@ -136,11 +133,9 @@ class Session:
         return Question(last + 1, pair, pair.texts[::-1] if turned else pair.texts)
 
     def do(self, word: str) -> bool:
-        """Do what the person says, one of ``ACTIONS``; False where there is nothing to do.
-
-        "skip" leaves the question for good, "undo" takes back the last answer or skip, and "more"
-        is to be asked on.
-        """
+        """Do what the person says, one of ``ACTIONS``; False where there is nothing to do. "skip"
+        leaves the question for good, "undo" takes back the last answer or skip, and "more" is to be
+        asked on."""
         question, done = self.question(), True
         if word == "more":
             self.insist = True

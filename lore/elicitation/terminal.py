@@ -14,10 +14,8 @@ ASKING, FINAL = ("a", "b", "skip", "undo", "quit"), ("", "quit", "undo", "more")
 
 
 class Terminal:
-    """Puts a session's questions and reads the answers; the end of the input is "quit".
-
-    ``height`` is the lines of a page, 0 for no pages: the terminal's, if it is one.
-    """
+    """Puts a session's questions and reads the answers; the end of the input is "quit". ``height``
+    is the lines of a page, 0 for no pages: the terminal's, if it is one."""
 
     def __init__(self, session: Session, source: TextIO, out: TextIO) -> None:
         self.session, self.source, self.out = session, source, out

@@ -78,16 +78,13 @@ def view_conversations(
 def check_width(source: Source, expected: int) -> None:
     """Refuse a model whose embeddings are of another size than the basis was learned on."""
     width = load_config(source).get_text_config().hidden_size
-    same = width == expected
-    require(same, f"--model {source.model} has {width} features, the basis {expected}")
+    require(width == expected, f"--model {source.model} has {width} features, the basis {expected}")
 
 
 @dataclass(frozen=True)
 class User:
-    """Who made choices [n, C], chosen minus rejected as a fit views them.
-
-    How much each counts is ``weight`` [n]; the seed is of the initial values of LoRe's weights.
-    """
+    """Who made choices [n, C], chosen minus rejected as a fit views them. How much each counts is
+    ``weight`` [n]; the seed is of the initial values of LoRe's weights."""
 
     fit: LoreFit | MixedFit
     choices: Tensor
@@ -132,10 +129,8 @@ class User:
         return deviations(Z, self.posterior.covariance)
 
     def leave_one_out(self, row: Tensor) -> Tensor:
-        """Log odds [n] of each choice by weights from those of all other rows; [0] of one row.
-
-        A row's pairs share responses and say too much of each other; ``row`` [n] numbers rows
-        from 0.
+        """Log odds [n] of each choice by weights from those of all other rows; [0] of one row. A
+        row's pairs share responses and say too much of each other; ``row`` [n] numbers rows from 0.
         """
         others = [(row != number).nonzero()[:, 0] for number in row.unique()]
         if len(others) < 2:
@@ -159,19 +154,15 @@ def agreement(left_out: Tensor) -> str:
     if not len(left_out):
         return "leave-one-out: needs two rows of choices"
     right, loss = int((left_out > 0).sum()), float(softplus(-left_out).mean())
-    return (
-        f"leave-one-out: {right} of {len(left_out)} choices predicted from the other rows, "
-        f"log loss {loss:.3f} (by chance {math.log(2):.3f})"
-    )
+    said = f"leave-one-out: {right} of {len(left_out)} choices predicted from the other rows, "
+    return said + f"log loss {loss:.3f} (by chance {math.log(2):.3f})"
 
 
 def ranking(
     candidates: Sequence[Conversation], rewards: Tensor, deviations: Tensor | None = None
 ) -> pd.DataFrame:
-    """One row per candidate, prompts in their order, the best first within a prompt.
-
-    ``p_over_next`` is the probability that it is preferred to the next one of its prompt.
-    """
+    """One row per candidate, prompts in their order, the best first within a prompt; with the
+    probability ``p_over_next`` that it is preferred to the next one of its prompt."""
     columns = {
         "line": range(1, len(candidates) + 1),
         "prompt": [history[-1]["content"] for *history, _ in candidates],
