@@ -4,12 +4,9 @@ import io
 import json
 import re
 import tempfile
-import urllib.parse
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -19,7 +16,7 @@ from conftest import without_plots
 from safetensors.numpy import load_file
 from scipy.optimize import minimize
 from scipy.special import expit
-from test_own_data import QUICK, WORDS, choices
+from test_own_data import WORDS, carried_out, choices
 
 import people
 import running
@@ -43,10 +40,8 @@ class Run(NamedTuple):
 
     def embedded(self, rows: Sequence[tuple[str, str]]) -> np.ndarray:
         """Embeddings [n, F] of responses to prompts."""
-        talks = [
-            [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
-            for prompt, text in rows
-        ]
+        talks = [[{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
+                 for prompt, text in rows]  # fmt: skip
         return embed(self.model, Path(tempfile.mkdtemp(dir=self.folder)), talks).double().numpy()
 
     def mode(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -79,17 +74,15 @@ class Run(NamedTuple):
 def run(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """train_basis.py and vary_fewshot.py --ask on thirty people's rows."""
     folder = tmp_path_factory.mktemp("run")
-    given = {"source": choices(folder / "rows.jsonl"), "out": folder / "data", "model": model}
-    done = running.invoke("OwnData/prepare.py", {**given, "progress": "false"})
-    assert done.status == 0, done.err
-    given = {"data": folder / "data", "results": folder, "methods": "mixed_logit", **QUICK}
-    shots = {"shots": list(SHOTS), "trials": 1, "ask": "d_optimal"}
+    fit = {"methods": "mixed_logit"}
+    shots = {**fit, "shots": list(SHOTS), "trials": 1, "ask": "d_optimal"}
     with without_plots():
-        for script, more in (("train_basis", {}), ("vary_fewshot", shots)):
-            done = running.invoke(f"OwnData/{script}.py", {**given, "name": script, **more})
-            assert done.status == 0, done.err
-    [file] = (folder / "OwnData" / "train_basis").glob("mixed_logit*.safetensors")
+        rows = choices(folder / "rows.jsonl")
+        carried_out(rows, model, folder, train_basis=fit, vary_fewshot=shots)
+    [file] = (folder / "OwnData" / "fit").glob("mixed_logit*.safetensors")
     read = (load_file(file)[name].astype(float) for name in ("mu", "directions", "covariance"))
+    drafts = [{"prompt": "Tell me", "response": text} for text in CANDIDATES]
+    write_lines(folder / "candidates.jsonl", drafts)
     return Run(folder, model, file, *read)
 
 
@@ -102,33 +95,23 @@ CANDIDATES = texts(1, 6)
 POOL = [(f"Q{i}", sorted(texts(2, 24)[2 * i : 2 * i + 2])) for i in range(12)]
 
 
-def candidates(folder: Path) -> Path:
-    rows = [{"prompt": "Tell me", "response": text} for text in CANDIDATES]
-    return write_lines(folder / "candidates.jsonl", rows)
-
-
 def same(run: Run, found: dict[str, Any], x: np.ndarray) -> None:
     """What is saved are tastes, rewards, deviations and probabilities after choices x [n, F]."""
     d, cov = run.mode(x)
     spread = run.directions @ np.linalg.cholesky(run.S)
     axes, sizes, _ = np.linalg.svd(spread, full_matrices=False)
     along = (axes.T @ run.directions / sizes[:, None])[:8]  # standardised, whichever their signs
-    for name, values in (("tastes", along @ d), ("standard_deviations", _sd(along, cov))):
-        np.testing.assert_allclose(np.abs(found[name]), np.abs(values), 0.01, 0.05, err_msg=name)
     e = run.embedded([("Tell me", text) for text in CANDIDATES])
-    rewards, Z = run.rewards(e, d), (e - e.mean(0)) @ run.directions
-    order = rewards.argsort()[::-1]
-    ranking = pd.DataFrame(found["ranking"])
+    rewards, within = run.rewards(e, d), (e - e.mean(0)) @ run.directions
+    sds, own = (np.sqrt(((Z @ cov) * Z).sum(1)) for Z in (along, within))
+    for name, values in (("tastes", along @ d), ("standard_deviations", sds)):
+        np.testing.assert_allclose(np.abs(found[name]), np.abs(values), 0.01, 0.05, err_msg=name)
+    order, ranking = rewards.argsort()[::-1], pd.DataFrame(found["ranking"])
     assert ranking["response"].tolist() == [CANDIDATES[i] for i in order]
-    wanted = {"reward": rewards[order], "deviation": _sd(Z, cov)[order],
+    wanted = {"reward": rewards[order], "deviation": own[order],
               "p_over_next": [*expit(-np.diff(rewards[order])), np.nan]}  # fmt: skip
     for name, values in wanted.items():
-        given = {"rtol": 1e-3, "atol": 1e-4, "err_msg": name}
-        np.testing.assert_allclose(ranking[name].astype(float), values, **given)
-
-
-def _sd(Z: np.ndarray, cov: np.ndarray) -> np.ndarray:
-    return np.sqrt(((Z @ cov) * Z).sum(1))
+        np.testing.assert_allclose(ranking[name].astype(float), values, 1e-3, 1e-4, err_msg=name)
 
 
 def test_rank_responses_gives_the_mode_of_the_users_deviation(run, tmp_path):
@@ -136,13 +119,12 @@ def test_rank_responses_gives_the_mode_of_the_users_deviation(run, tmp_path):
     rows = [{"prompt": "Why?", "chosen": a, "rejected": b}
             for a, b in zip(chosen, rejected, strict=True)]  # fmt: skip
     given = {"basis": run.file, "choices": write_lines(tmp_path / "ann.jsonl", rows),
-             "candidates": candidates(tmp_path), "progress": "false"}  # fmt: skip
+             "candidates": run.folder / "candidates.jsonl", "progress": "false"}  # fmt: skip
     done = running.invoke("tools/rank_responses.py", {**given, "save": tmp_path / "found.json"})
     assert done.status == 0, done.err
     e = run.embedded([("Why?", text) for text in chosen + rejected])
     x = e[:5] - e[5:]
-    found = json.loads((tmp_path / "found.json").read_text())
-    same(run, found, x)
+    same(run, json.loads((tmp_path / "found.json").read_text()), x)
     assert "tastes: " in done.out and " sd " in done.out
     odds = [run.rewards(x[i], run.mode(np.delete(x, i, 0))[0]) for i in range(5)]
     assert f"{sum(o > 0 for o in odds)} of 5 choices" in done.out
@@ -150,36 +132,15 @@ def test_rank_responses_gives_the_mode_of_the_users_deviation(run, tmp_path):
     assert loss == pytest.approx(np.logaddexp(0, -np.array(odds)).mean(), abs=1e-3)
 
 
-def answer_in_the_terminal(flags: dict[str, Any]) -> None:
-    with mock.patch("sys.stdin", io.StringIO("a\nb\nb\na\n\n")):
-        done = running.invoke("tools/ask.py", flags)
-    assert done.status == 0, done.err
-
-
-def answer_on_the_page(flags: dict[str, Any]) -> None:
-    process = running.start("tools/ask.py", {**flags, "page": "true"})
-    try:
-        said = iter(process.stderr.readline, "")
-        url = next(line.split()[1] for line in said if line.startswith("open http"))
-        page = urllib.request.urlopen(url, timeout=60).read().decode()
-        for word in ("b", "a", "a", "b", "quit"):
-            key = re.search('name="question" value="(.*?)"', page)[1]
-            form = urllib.parse.urlencode({"do": word, "question": key}).encode()
-            page = urllib.request.urlopen(url, form, timeout=60).read().decode()
-        assert "You may close this page" in page and "Tastes:" in page
-        assert process.wait(60) == 0
-    finally:
-        process.kill()
-
-
-@pytest.mark.parametrize("answer", [answer_in_the_terminal, answer_on_the_page])
-def test_ask_puts_the_d_optimal_questions(run, tmp_path, answer):
+def test_ask_puts_the_d_optimal_questions(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\nb\nb\na\n\n"))
     pool = [{"prompt": prompt, "responses": both} for prompt, both in POOL]
-    answer({
+    done = running.invoke("tools/ask.py", {
         "basis": run.file, "pool": write_lines(tmp_path / "pool.jsonl", pool), "user": "ann",
-        "candidates": candidates(tmp_path), "answers": tmp_path / "ann.jsonl", "tolerance": 0,
-        "most": 4, "progress": "false",
+        "candidates": run.folder / "candidates.jsonl", "answers": tmp_path / "ann.jsonl",
+        "tolerance": 0, "most": 4, "progress": "false",
     })  # fmt: skip
+    assert done.status == 0, done.err
     e = run.embedded([(prompt, text) for prompt, both in POOL for text in both])
     x, earlier, signs = e[::2] - e[1::2], [], []
     answers = [json.loads(line) for line in (tmp_path / "ann.jsonl").read_text().splitlines()]
@@ -210,7 +171,7 @@ def test_vary_fewshot_asks_the_d_optimal_questions(run):
                 t = run.rewards(test[(task.unseen.user == u).numpy()], d)
                 losses[number].append(np.logaddexp(0, -t).mean())
             order.append(run.next(own, order, np.ones(number)))
-    records = people.records(run.folder / "OwnData" / "vary_fewshot")
+    records = people.records(run.folder / "OwnData" / "shots")
     for size in SHOTS:
         found = records["Mixed logit, shots by d_optimal", "", "unseen", size]["log_loss"]
         assert found == pytest.approx(losses[size], abs=2e-4)

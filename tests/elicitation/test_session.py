@@ -2,10 +2,15 @@
 
 import io
 import json
+import re
+import threading
+import time
+import urllib.error
+import urllib.request
 from functools import partial
 from pathlib import Path
 from typing import Any
-from wsgiref.util import setup_testing_defaults
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +18,7 @@ import torch
 from lore.common.files import digest
 from lore.elicitation.choices import Answers, Pair, read_pool
 from lore.elicitation.criteria import CRITERIA
-from lore.elicitation.page import Page
+from lore.elicitation.page import ask_on_page
 from lore.elicitation.session import MOST_TARGETS, Session, target_pairs
 from lore.elicitation.terminal import Terminal
 from lore.methods.mixed_logit import MixedFit
@@ -22,8 +27,6 @@ from lore.preparing.own_rows import Columns
 from made_bases import standard, write_lines
 
 ASKED = [{"role": "user", "content": "Why?"}]
-ENVIRON = {"REQUEST_METHOD": "POST", "PATH_INFO": "/secret/",
-           "CONTENT_TYPE": "application/x-www-form-urlencoded"}  # fmt: skip
 
 
 def session(
@@ -33,7 +36,7 @@ def session(
     pool = [Pair(asked, (f"one {i}", f"other {i}")) for i in range(pairs)]
     keys = [digest(c) for pair in pool for c in pair.conversations]
     views = 2 * torch.randn(len(keys), 1 + K, generator=torch.Generator().manual_seed(0)).double()
-    fit = MixedFit(torch.zeros(5).double(), torch.zeros(5, K).double(), standard(K), {})
+    fit = MixedFit(torch.zeros(5).double(), torch.eye(5, K).double(), standard(K), {})
     known = dict(zip(keys, views, strict=True))
     return Session(fit, pool, [], known, Answers(path), **{"tolerance": 0, **changes})
 
@@ -134,13 +137,18 @@ def test_every_criterion_asks_and_asks_the_same_after_a_restart(tmp_path, criter
 # ------------------------------------------------------------ The terminal and the page
 
 
+def typed(path: Path, source: str | Any, height: int = 0, **changes: Any) -> tuple[Session, str]:
+    """A session in a terminal where these words are typed, and what it wrote."""
+    source = io.StringIO("\n".join(source.split(" ")) + "\n") if isinstance(source, str) else source
+    terminal = Terminal(session(path, **changes), source, io.StringIO())
+    terminal.height = height
+    terminal.run()
+    return terminal.session, terminal.out.getvalue()
+
+
 def test_long_texts_come_a_page_at_a_time_and_an_answer_may_come_early(tmp_path):
     long = [{"role": "user", "content": "\x1b[2J\n\n" + "word " * 200}]
-    out, own = io.StringIO(), session(tmp_path / "ann.jsonl", pairs=3, asked=long)
-    terminal = Terminal(own, io.StringIO("\n\nb\nq\n"), out)
-    terminal.height = 6
-    terminal.run()
-    text = out.getvalue()
+    own, text = typed(tmp_path / "ann.jsonl", "  b q", height=6, pairs=3, asked=long)
     assert text.count("-- Enter for more --") >= 4
     assert "\N{REPLACEMENT CHARACTER}[2J" in text and "\x1b" not in text
     assert max(map(len, text.splitlines())) <= 100
@@ -148,47 +156,59 @@ def test_long_texts_come_a_page_at_a_time_and_an_answer_may_come_early(tmp_path)
 
 
 def test_the_end_of_the_input_or_an_interrupt_quits(tmp_path):
-    class Interrupted(io.StringIO):
-        def readline(self, *_):
-            raise KeyboardInterrupt
-
-    own = session(tmp_path / "ann.jsonl")
-    for source in (io.StringIO(""), Interrupted()):
-        Terminal(own, source, io.StringIO()).run()
-    assert len(own.answers) == 0
+    interrupted = mock.Mock(**{"readline.side_effect": KeyboardInterrupt, "isatty.return_value": 0})
+    for source in (io.StringIO(""), interrupted):
+        assert len(typed(tmp_path / "ann.jsonl", source)[0].answers) == 0
 
 
 def test_who_is_done_may_go_back_or_on(tmp_path):
-    out, own = io.StringIO(), session(tmp_path / "ann.jsonl", most=1)
-    Terminal(own, io.StringIO("a\nu\nb\nm\na\nq\n"), out).run()
-    assert len(own.answers) == 2 and out.getvalue().count("--most is 1") == 2
+    own, said = typed(tmp_path / "ann.jsonl", "a u b m a q", most=1)
+    assert len(own.answers) == 2 and said.count("--most is 1") == 2
 
 
-def test_an_answer_that_cannot_be_written_is_not_taken_for_one_and_the_page_says_so(
-    tmp_path, monkeypatch
+def test_undo_takes_back_answers_and_skips_also_those_of_an_earlier_session(tmp_path):
+    path = tmp_path / "ann.jsonl"
+    own, first = typed(path, "a s q")
+    assert [row["question"] for row in own.answers.rows] == [1]
+    own, back = typed(path, "u u u what b q")
+    assert "There is nothing to undo." in back and own.answers.skips == []
+    question = re.search(r"── Question 1 ─+\n(.*?)\nWhich is better", first, re.DOTALL)[1]
+    assert question in back  # the same, in the same order
+    one, other = re.findall(r"\[[ab]\] -+\n  (.*)\n", question)
+    [row] = Answers(path).rows
+    assert (row["chosen"], row["rejected"], row["first"]) == (other, one, "rejected")
+
+
+def test_a_page_asks_on_and_an_answer_that_cannot_be_written_is_not_taken_for_one(
+    tmp_path, monkeypatch, caplog
 ):
+    caplog.set_level("INFO")
     own = session(tmp_path / "ann.jsonl")
-    page = Page(own, tmp_path / "ann.json", "secret")
+    server = threading.Thread(target=ask_on_page, args=(own, tmp_path / "ann.json"), daemon=True)
+    server.start()
+    while not (said := re.search(r"open (http://127.0.0.1:\S+)", caplog.text)):
+        time.sleep(0.01)
 
-    def post(word: str, key: str) -> str:
-        """The status line and the page."""
-        body, said = f"do={word}&question={key}".encode(), []
-        environ = ENVIRON | {"CONTENT_LENGTH": str(len(body)), "wsgi.input": io.BytesIO(body)}
-        setup_testing_defaults(environ)
-        text = b"".join(page.app(environ, lambda status, *_: said.append(status)))
-        return said[0] + text.decode()
+    def press(word: str, key: str) -> str:
+        """The page that follows a button of the question that is or was asked."""
+        form = f"do={word}&question={key}".encode()
+        return urllib.request.urlopen(said[1], form, timeout=60).read().decode()
 
     def full_disk(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    assert post("a", own.question().pair.key).startswith("303")
+    assert "Question 2: which is better?" in press("a", own.question().pair.key)
     key = own.question().pair.key
-    with monkeypatch.context() as patched:
+    with monkeypatch.context() as patched, pytest.raises(urllib.error.HTTPError) as refused:
         patched.setattr("os.fsync", full_disk)
-        said = post("a", key)
-    assert said.startswith("500") and "No space left on device" in said
+        press("a", key)
+    assert refused.value.code == 500 and "No space left on device" in refused.value.read().decode()
     assert len(own.answers) == len(Answers(tmp_path / "ann.jsonl")) == 1
     assert own.question().pair.key == key
     assert [file.name for file in tmp_path.iterdir()] == ["ann.jsonl"]
     for _ in range(2):  # the second one is of a question that is not asked any more
-        assert post("b", key).startswith("303") and len(own.answers) == 2
+        assert "Question 3: " in press("b", key) and len(own.answers) == 2
+    last = press("quit", own.question().pair.key)
+    assert "You may close this page" in last and "Tastes: " in last
+    server.join(60)
+    assert not server.is_alive() and json.loads((tmp_path / "ann.json").read_text())["answers"] == 2

@@ -24,8 +24,7 @@ class Tab:
     file descriptor ``said`` and writes answers to ``heard``."""
 
     def __init__(self, said: int, heard: int) -> None:
-        self.said, self.heard, self.session = said, heard, {}
-        self.sent, self.rest = 0, b""
+        self.said, self.heard, self.session, self.sent, self.rest = said, heard, {}, 0, b""
         target = self.tell("Target.createTarget", url="about:blank")
         self.session = self.tell("Target.attachToTarget", flatten=True, **target)
 
@@ -34,23 +33,16 @@ class Tab:
         self.sent += 1
         command = {"id": self.sent, "method": method, "params": parameters, **self.session}
         os.write(self.said, json.dumps(command).encode() + b"\0")
-        while (message := self._message()).get("id") != self.sent:
-            pass
+        message = {}
+        while message.get("id") != self.sent:  # what it says else is of no interest
+            while b"\0" not in self.rest:
+                more = os.read(self.heard, 1 << 16)
+                assert more, "the browser is gone"
+                self.rest += more
+            line, self.rest = self.rest.split(b"\0", 1)
+            message = json.loads(line)
         assert "result" in message, message
         return message["result"]
-
-    def _message(self) -> dict[str, Any]:
-        while b"\0" not in self.rest:
-            more = os.read(self.heard, 1 << 16)
-            assert more, "the browser is gone"
-            self.rest += more
-        message, self.rest = self.rest.split(b"\0", 1)
-        return json.loads(message)
-
-    def open(self, url: str, width: int) -> None:
-        """Go to an address on a screen of this width."""
-        self.resize(width)
-        self.tell("Page.navigate", url=url)
 
     def resize(self, width: int) -> None:
         """Show the page on another screen."""
@@ -81,8 +73,7 @@ class Tab:
 @contextmanager
 def a_tab(profile: Path) -> Iterator[Tab]:
     """A tab of a browser that lives as long as this context."""
-    to_browser, said = os.pipe()
-    heard, from_browser = os.pipe()
+    to_browser, said, heard, from_browser = *os.pipe(), *os.pipe()
     # The protocol's pipes are the file descriptors 3 and 4, which bash puts in place.
     shell = f'exec "$0" "$@" 3<&{to_browser} 4>&{from_browser}'
     command = [BROWSER, *FLAGS, f"--user-data-dir={profile}", "--remote-debugging-pipe"]

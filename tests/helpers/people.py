@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lore.experiments import splits
 from lore.experiments.judging import Sweep, judge
-from lore.experiments.results import read_written
+from lore.experiments.results import read_written as saved
 from lore.experiments.runner import Settings, open_run
 from lore.learning.comparisons import Comparisons
 from lore.methods.lore import Lore
@@ -46,11 +46,9 @@ class Tasks(splits.Tasks):
     @property
     def conversations(self) -> list[list[dict[str, str]]]:
         """One conversation for each row of the embeddings."""
-        return [
-            [{"role": "user", "content": f"what of {row // 2}?"},
-             {"role": "assistant", "content": f"answer {row}"}]
-            for row in range(len(self.store))
-        ]  # fmt: skip
+        return [[{"role": "user", "content": f"what of {row // 2}?"},
+                 {"role": "assistant", "content": f"answer {row}"}]
+                for row in range(len(self.store))]  # fmt: skip
 
 
 class People(NamedTuple):
@@ -96,18 +94,19 @@ LORE = set(Lore.__dataclass_fields__)
 def settings(results: Path, **changes: Any) -> Settings:
     """Settings of a quick run of rank 2, in which ridge BT chooses nothing; changes of LoRe's go to
     LoRe."""
-    lore = {"ranks": (2,), **QUICK, **{k: v for k, v in changes.items() if k in LORE}}
-    rest = {k: v for k, v in changes.items() if k not in LORE}
+    lore = {"ranks": (2,), **QUICK, **{k: changes.pop(k) for k in LORE & changes.keys()}}
     given = {"results": results, "name": "here", "progress": False, "device": "cpu"}
-    return Settings(**{"lore": Lore(**lore), "ridge_bt": RidgeBT(strength=1.0), **given, **rest})
+    given |= {"lore": Lore(**lore), "ridge_bt": RidgeBT(strength=1.0)}
+    return Settings(**given | changes)
 
 
-def train_basis(dataset: splits.Tasks, chosen: Settings) -> str:
-    """What the scripts of that name do."""
-    with open_run("train_basis", dataset, chosen) as run:
+def train_basis(dataset: splits.Tasks, chosen: Settings, sweep: Sweep | None = None) -> str:
+    """What the scripts of that name do; with a sweep, what those named vary_fewshot do."""
+    script = "vary_fewshot" if sweep else "train_basis"
+    with open_run(script, dataset, chosen, sweep) as run:
         for task, name, method in run.unfinished():
-            fits = method.fit(task)
-            run.save(task, name, fits, judge(fits, task))
+            fits = sweep.asking(method.fit(task)) if sweep else method.fit(task)
+            run.save(task, name, fits, (sweep.judge if sweep else judge)(fits, task))
     return run.report()
 
 
@@ -116,24 +115,13 @@ def vary_fewshot(
     ask: Sequence[str] = ("random",),
 ) -> str:  # fmt: skip
     """What the scripts of that name do."""
-    sweep = Sweep(tuple(shots), trials, tuple(ask))
-    with open_run("vary_fewshot", dataset, chosen, sweep) as run:
-        for task, name, method in run.unfinished():
-            fits = sweep.asking(method.fit(task))
-            run.save(task, name, fits, sweep.judge(fits, task))
-    return run.report()
+    return train_basis(dataset, chosen, Sweep(tuple(shots), trials, tuple(ask)))
 
 
 def fit(people: People, results: Path, **changes: Any) -> tuple[str, Path]:
     """A run of train_basis on the split that is given; what it prints, and its folder."""
     chosen = settings(results, **changes)
-    text = train_basis(people.tasks(), chosen)
-    return text, results / people.info["dataset"] / chosen.name
-
-
-def saved(folder: Path) -> dict[str, Any]:
-    """What results.json says."""
-    return read_written(folder)
+    return train_basis(people.tasks(), chosen), results / people.info["dataset"] / chosen.name
 
 
 def repeats(folder: Path) -> list[dict[str, Any]]:
