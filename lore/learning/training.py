@@ -117,7 +117,7 @@ class Training:
                    total=lead.num_iterations, disable=not lead.progress or None)  # fmt: skip
         for step in bar:
             for optimizer, wanted in self.turns:  # what the last one starts from is recorded
-                self.losses[step] = optimizer.step(partial(self._set_gradients, step, *wanted))
+                self.losses[step] = _step(optimizer, partial(self._set_gradients, step, *wanted))
             if lead.progress and step % 50 == 0:
                 bar.set_postfix(loss=" ".join(f"{x:.4f}" for x in self.losses[step].tolist()))
             if checkpoint:
@@ -214,6 +214,18 @@ def train_together(
     alone = "this optimiser needs all users in one process: use Adam, AdamW or SGD"
     require(models[0].processes == 1, alone)
     return [Training([model], data).fit(None)[0] for model in models]
+
+
+def _step(optimizer: Optimizer, gradients: Callable[[], Tensor]) -> Tensor:
+    """One step of any optimiser; returns the objectives [M] at the point it started from."""
+    found: list[Tensor] = []
+
+    def total() -> Tensor:
+        found.append(gradients())
+        return found[-1].sum()
+
+    optimizer.step(total)
+    return found[0]
 
 
 def fit_weights(
