@@ -137,7 +137,7 @@ def ask_world(world: World, folder: Path, seed: int, results: Path) -> None:
 
 def _sizes(few: Comparisons) -> list[int]:
     """How many questions each user's pool has."""
-    return [len(own) for own in few.units()]
+    return [len(own) for own in few.units]
 
 
 def judged(

@@ -83,9 +83,9 @@ def choose_shots(
     fit: Fitted, few: Comparisons, sizes: Sequence[int], criterion: str, generator: torch.Generator
 ) -> Shots:
     """New users' shots in the order in which the criterion asks for them, instead of at random. A
-    shot is one of ``few.units()``; the first of 10 shots are those of 5. No label is used before
+    shot is one of ``few.units``; the first of 10 shots are those of 5. No label is used before
     its question is asked. The fit's ``population`` must not be None."""
-    units, population = few.units(), fit.population()
+    units, population = few.units, fit.population()
     prior = Prior(population.mean.double().cpu(), population.cov.double().cpu())
     questions, weight = fit.questions(fit.view(few)).cpu(), few.weight.cpu()
     orders: list[list[int]] = [[] for _ in units]

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -51,17 +52,19 @@ def _backproject(parts: Iterator[tuple[slice, Tensor]], G: Tensor, num_features:
 
 
 class DenseFeatures:
-    """Differences x [N, F] of any float type, in memory or memory-mapped."""
+    """Differences x [N, F] of any float type, in memory or memory-mapped; products are formed on
+    ``device``, by default where x lies."""
 
-    def __init__(self, x: Tensor) -> None:
-        self.x, self.device, self.num_features = x, x.device, x.shape[1]
+    def __init__(self, x: Tensor, device: Device = None) -> None:
+        self.x, self.num_features = x, x.shape[1]
+        self.device = x.device if device is None else torch.device(device)
 
     def __len__(self) -> int:
         return len(self.x)
 
     def _parts(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         for part in _chunks(len(self), self.num_features, self.device):
-            yield part, self.x[part].to(dtype)
+            yield part, self.x[part].to(self.device, dtype)
 
     def project(self, V: Tensor) -> Tensor:
         """X V [N, C] for V [F, C]."""
@@ -73,12 +76,12 @@ class DenseFeatures:
 
     def select(self, rows: Tensor) -> "DenseFeatures":
         """Some of the comparisons, by their numbers [n]."""
-        return DenseFeatures(self.x[rows.to(self.device)])
+        return DenseFeatures(self.x[rows.to(self.x.device)], self.device)
 
     def flipped(self, coin: Tensor) -> "DenseFeatures":
         """Chosen and rejected swapped where the coin [N] is true."""
-        sign = 1 - 2 * coin.to(self.device, self.x.dtype)
-        return DenseFeatures(self.x * sign[:, None])
+        sign = 1 - 2 * coin.to(self.x.device, self.x.dtype)
+        return DenseFeatures(self.x * sign[:, None], self.device)
 
 
 class RowFeatures:
@@ -361,6 +364,7 @@ class Comparisons(Users):
         own = torch.tensor(owner, device=self.device) == process
         return self.select(own[self.user])
 
+    @cached_property
     def units(self) -> list[list[Tensor]]:
         """Each user's shots: the numbers of the comparisons of each dialogue, or of each one."""
         rows = torch.arange(len(self)).split(self.counts.tolist())
@@ -412,7 +416,7 @@ def draw_shots(
     """Draw new users' shots for every trial and size, all where there are too few: comparisons, or
     whole dialogues where the comparisons have dialogues."""
     require(trials >= 1 and all(size >= 0 for size in sizes), "at least one trial is needed")
-    generator, units = as_generator(generator), few.units()
+    generator, units = as_generator(generator), few.units
     warn_of_short_users(min(map(len, units)), sizes)
     none = torch.empty(0, dtype=torch.long)
     rows = []

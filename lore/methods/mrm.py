@@ -95,7 +95,7 @@ class MRM(LinearPeer):
         self, data: Comparisons, geometry: Geometry, strength: float, warm: Any, tolerance: float
     ) -> tuple[LinearFitted, list[Tensor]]:
         """The minimum over mean and half difference of A's columns, and s; see ``LinearPeer``."""
-        episode = _episode(data.units())
+        episode = _episode(data.units)
         (query, users), (support, known) = [(rows, data.pick(rows, n)) for rows, n in episode]
 
         def objective(B: Tensor, s: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -153,7 +153,7 @@ class MRM(LinearPeer):
         for _ in range(EPOCHS):
             for some in torch.randperm(data.num_users, generator=generator).split(USERS):
                 batch = data.select(torch.isin(data.user, some.to(data.device)))
-                episode = _episode(batch.units(), generator)
+                episode = _episode(batch.units, generator)
                 loss, gradients = _outer_gradients(batch, *given, self.inner_rate, episode)
                 given[0].grad, given[1].grad = gradients
                 torch.nn.utils.clip_grad_norm_(given, CLIP)

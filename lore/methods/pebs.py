@@ -127,7 +127,7 @@ class PEBS(LinearPeer):
     def _unseen(self, data: Comparisons, strength: float) -> Tensor:
         """Reward differences [N] by rewards that were fitted to other dialogues of the users."""
         fold = torch.zeros(len(data), dtype=torch.long, device=data.device)
-        for units in data.units():  # a user's dialogues in turn
+        for units in data.units:  # a user's dialogues in turn
             for place, rows in enumerate(units):
                 fold[rows.to(fold.device)] = place % FOLDS
         others = [fold != k if (fold != k).any() else fold == k for k in range(FOLDS)]
