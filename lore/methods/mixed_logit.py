@@ -28,7 +28,7 @@ from lore.learning.comparisons import Comparisons, Users
 from lore.learning.method import Fitted, Task
 from lore.methods.fitting.geometry import measure
 from lore.methods.fitting.posterior import TOLERANCE, Evidence, Prior, deviations, posteriors
-from lore.methods.fitting.validation import Split, Tries, Validation
+from lore.methods.fitting.validation import Scores, Split, Tries, Validation
 from lore.methods.ridge_bt import FINE, ROUGH, choose_ridge, fit_shared, precision
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ FIRST_TAU2, FIRST_PI, FIRST_RANK = 3.0, 10.0, 4
 # A deviation of 100 standard log odds is a choice without noise, and more says no more.
 RANGES = {"l_mu": (1e-3, 1e3), "tau2": (1e-3, 1e4), "pi": (1.0, 300.0), "rank": (1, 64)}
 RISE = 10.0  # EM of a given rank begins with so many times tau2
-ROUNDS, FEW_ROUNDS = 8, 3  # of EM: at the end, and from a neighbour's S while choosing
+ROUNDS, LOW_ROUNDS, FEW_ROUNDS = 5, 8, 2  # of EM: full rank, a given one, from a neighbour's S
 WHILE_FITTING = 1e-4  # tolerance of the log odds in EM
 SCALES = (0.8, 0.9, 1.1, 1.25)  # of all log odds, beside 1
 # Standard errors by which validation has to be better: a personal part than none, EM than an
@@ -130,16 +130,16 @@ class MixedLogit:
 
 def estimate(
     view: Tensor, users: Users, strengths: Candidate, start: Prior | None = None,
-    push: Tensor | None = None, rounds: int = ROUNDS, processes: int = 1,
+    push: Tensor | None = None, rounds: int | None = None, processes: int = 1,
 ) -> tuple[Prior, Tensor | None]:  # fmt: skip
     """The users' distribution of tastes N(0, S), by EM with Laplace's posteriors, and their push.
 
     S maximises the probability of the users' choices, given the view [N, 1 + D] of this process's
     users, times an inverse Wishart prior: S = (sum_u E[d_u d_u^T] + pi tau2 I) / (U + pi), every
     expectation given the last S. Of a given rank, S is B B^T + tau2 I: leading eigenvectors alone
-    are kept (Tipping and Bishop 1999), and all steps but the last are twice as long, as EM's are
-    short. It begins with ``start``, or as the strengths say, and the users' posteriors with
-    ``push``, see ``Posterior``.
+    are kept (Tipping and Bishop 1999). All steps but the last are twice as long, as EM's are short,
+    with no variance below the least that S can have. It begins with ``start``, or as the strengths
+    say, and the users' posteriors with ``push``, see ``Posterior``.
     """
     D = view.shape[1] - 1
     eye = torch.eye(D, dtype=torch.float64, device=view.device)
@@ -149,16 +149,18 @@ def estimate(
     first = strengths.start or strengths.tau2 * (RISE if strengths.rank else 1)
     prior = start or Prior(mean, first * eye)
     count = sum_over_processes(eye.new_tensor(float(users.num_users)), processes)
+    least = strengths.tau2
+    if not strengths.rank:
+        least *= strengths.pi / (float(count) + strengths.pi)
+    if rounds is None:
+        rounds = LOW_ROUNDS if strengths.rank else ROUNDS
     for left in reversed(range(rounds)):
         found = posteriors(view, users, prior, WHILE_FITTING, push, moment=True)
         push = found.push
         moments = sum_over_processes(found.moment, processes)
         S = (moments + strengths.pi * isotropic) / (count + strengths.pi)
-        S = (S + S.T) / 2
-        if strengths.rank:
-            S = prior.cov + (2 if left else 1) * (S - prior.cov)
-            S = _leading(S, strengths.rank, strengths.tau2)
-        prior = Prior(mean, S)
+        S = prior.cov + (2 if left else 1) * ((S + S.T) / 2 - prior.cov)
+        prior = Prior(mean, _leading(S, strengths.rank or D, least))
     return prior, push
 
 
@@ -186,7 +188,7 @@ class Search:
     def __init__(self, data: Validation) -> None:
         self.data = data
         self.tries = Tries(data, self._fit, _apart)
-        self.plain: dict[int, Tensor] = {}  # shared rewards of plain features, by split
+        self.plain: dict[int, Rough] = {}  # ridge BT on plain features, by split
         self.projected: dict[int, Tensor] = {}  # features along the directions, by set
 
     def run(self) -> tuple[Candidate, float, list[dict[str, Any]]]:
@@ -195,8 +197,7 @@ class Search:
         l_mu = first.candidate
         ridge = best = Candidate(None, l_mu)
         kept = [Rough(ridge, mu[:, 0]) for mu in first.kept]
-        self.tries.found[ridge] = kept, first.scores
-        self.plain = {id(s): each.mu for s, each in zip(self.data.splits, kept, strict=True)}
+        self.plain = {id(s): each for s, each in zip(self.data.splits, kept, strict=True)}
         isotropic = self._isotropic(l_mu)
         if self.tries(isotropic) < self.tries(ridge):
             full = replace(isotropic, pi=FIRST_PI, start=isotropic.tau2)
@@ -241,21 +242,30 @@ class Search:
 
     def _scale(self, best: Candidate) -> float:
         """A factor of all log odds, 1 unless another is better by two standard errors."""
-        fits, scored = self.tries.fits(best, self.tries.found[best][0])[0], {}
-        for scale in SCALES:
-            for fit in fits:
-                fit.scale = scale
-            scored[scale] = self.data.score(fits)
-        scale = min(scored, key=lambda s: scored[s])
-        gain, error = scored[scale].gain(self.tries(best))
+        plain, splits = self.tries(best).scores(), self.data.splits
+        fits = map(self._fit, splits, [best] * len(splits), self.tries(best).kept)
+        found = [split.logits(fit) for split, (fit, _) in zip(splits, fits, strict=True)]
+
+        def scaled(scale: float) -> Scores:
+            return Scores.mean([
+                split.scores(None if held is None else scale * held, [scale * x for x in new])
+                for split, (held, new) in zip(splits, found, strict=True)
+            ])
+
+        scored = {scale: scaled(scale) for scale in SCALES}
+        scale = min(scored, key=lambda s: scored[s].loss)
+        gain, error = scored[scale].gain(plain)
         return scale if gain > SCALED * error else 1.0
 
-    def _fit(self, split: Split, candidate: Candidate, near: Rough) -> "tuple[MixedFit, Rough]":
+    def _fit(
+        self, split: Split, candidate: Candidate, near: Rough | None
+    ) -> "tuple[MixedFit, Rough]":
         """The candidate fitted to a split's comparisons, roughly, from the nearest one's fit."""
+        near = near or self.plain[id(split)]
         geometry = replace(split.geometry, floor=candidate.floor)
         data, processes = split.fit, split.processes
         alike = near.candidate.floor == candidate.floor
-        mu = near.mu if alike else self.plain[id(split)]
+        mu = near.mu if alike else self.plain[id(split)].mu
         if not alike or near.candidate.l_mu != candidate.l_mu:
             start = geometry.stretched(mu[:, None])
             mu = fit_shared(data, geometry, candidate.l_mu, start, processes, ROUGH).x
@@ -268,9 +278,13 @@ class Search:
             return fit, Rough(candidate, mu)
         by_em = all(x.pi < math.inf and not x.rank for x in (near.candidate, candidate))
         start = near.prior if alike and by_em else None
-        rounds = FEW_ROUNDS if start else ROUNDS
+        rounds = FEW_ROUNDS if start else None
         view = fit.view(data)
-        fit.prior, push = estimate(view, data, candidate, start, near.push, rounds, processes)
+        if near.candidate == candidate:
+            fit.prior, push = near.prior, near.push
+        else:
+            given = start, near.push, rounds, processes
+            fit.prior, push = estimate(view, data, candidate, *given)
         found = posteriors(view, data, fit.prior, WHILE_FITTING, push)
         fit.users, fit.tolerance = found.mode, WHILE_FITTING
         return fit, Rough(candidate, mu, fit.prior, found.push)

@@ -399,7 +399,7 @@ def test_settings_are_chosen_on_the_validation_comparisons(all_seen, fitted):
     assert split.new is None and len(split.fit) == len(task.train)
     assert split.seen_rows.tolist() == list(range(12))
     assert torch.equal(split.held.features.x, task.validation.in_memory().features.x)
-    scores = Validation(task).score([fits[0]])
+    scores = split.score(fits[0])
     expected = people.plain(all_seen.store, task.validation, fits[0].basis.V, fits[0].basis.W)
     assert np.allclose(scores.seen, expected[1], atol=2e-5) and scores.new.isnan().all()
     assert scores.loss == pytest.approx(expected[1].mean(), abs=2e-5)

@@ -142,16 +142,19 @@ def test_every_comparison_stands_in_one_block() -> None:
             assert (users.user[row[mask]] == u).all() and int(mask.sum()) == int(users.counts[u])
 
 
-def test_the_evidence_of_all_choices_never_falls_while_the_prior_is_estimated() -> None:
+def test_what_em_maximises_never_falls_while_the_prior_is_estimated() -> None:
+    """The evidence of all choices times the inverse Wishart prior."""
     data, _ = world(users=30)
     x = data.features.x
     view = torch.cat([torch.zeros(len(x), 1).double(), x], 1)
     evidence = []
-    for rounds in (0, 1, 2, 4, 8):
+    for rounds in (0, 1, 2, 3, 4, 5, 8):
         prior, _ = estimate(view, data, Candidate(None, 1.0, 1.0, 1.0), rounds=rounds)
         parts = zip(view.split(30), data.weight.split(30), strict=True)
         S = prior.cov.numpy()
-        evidence.append(sum(laplace_by_scipy(Z.numpy(), w.numpy(), S)[2] for Z, w in parts))
+        prior_of_S = -(np.linalg.slogdet(S)[1] + np.trace(np.linalg.inv(S))) / 2
+        by_user = [laplace_by_scipy(Z.numpy(), w.numpy(), S)[2] for Z, w in parts]
+        evidence.append(sum(by_user) + prior_of_S)
     assert evidence[-1] > evidence[0] + 1
     assert all(b > a - 0.05 for a, b in itertools.pairwise(evidence))
 
@@ -177,22 +180,24 @@ def test_a_covariance_of_a_given_rank_maximises_what_em_maximises() -> None:
             assert bound(other @ other.T + rest * torch.eye(5)) < bound(S)
 
 
-def test_long_steps_end_where_short_ones_do() -> None:
-    """Of a given rank, S is what plain EM finds, round by round; eight rounds come nearer. The last
-    step is a plain one."""
+@pytest.mark.parametrize("rank", [2, None])
+def test_long_steps_end_where_short_ones_do(rank: int | None) -> None:
+    """S is what plain EM finds, round by round, and nearer after five rounds. The last step is a
+    plain one."""
     data, _ = world(users=60)
-    view, strengths = given(data).view(data), Candidate(0.01, 0.5, 0.3, 1.0, 2)
+    view, strengths = given(data).view(data), Candidate(0.01, 0.5, 0.3, 1.0, rank, start=3.0)
     slow = Prior(torch.zeros(6).double(), 3 * torch.eye(6).double())
     plain = []
     for _ in range(150):
         moment = posteriors(view, data, slow, moment=True).moment
-        slow = Prior(slow.mean, _leading((moment + 0.3 * torch.eye(6)) / 61, 2, 0.3))
+        S = (moment + 0.3 * torch.eye(6)) / 61
+        slow = Prior(slow.mean, _leading(S, rank, 0.3) if rank else S)
         plain.append(slow.cov)
     once, prior = (estimate(view, data, strengths, rounds=n)[0] for n in (1, 80))
     torch.testing.assert_close(once.cov, plain[0], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(prior.cov, slow.cov, rtol=0.01, atol=0.01)
-    near = estimate(view, data, strengths, rounds=8)[0].cov
-    assert (near - slow.cov).norm() < 0.7 * (plain[7] - slow.cov).norm()
+    near = estimate(view, data, strengths, rounds=5)[0].cov
+    assert (near - slow.cov).norm() < 0.7 * (plain[4] - slow.cov).norm()
 
 
 def test_planted_tastes_are_found_in_their_own_directions() -> None:
@@ -514,7 +519,7 @@ def test_intervals_with_everything_estimated_cover_less(pairs, F, taste, rank, c
     covered = float(((rewards @ x.T - found).abs() < 1.645 * sd).double().mean())
     with capsys.disabled():
         print(f"\n90 % cover {100 * covered:.0f} %: {pairs} comparisons, F {F}, rank {rank}")
-    assert 0.55 < covered < 0.97
+    assert 0.5 < covered < 0.97
 
 
 # ------------------------------------------------------------------- validation

@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -35,6 +35,7 @@ FIT, HELD_OUT, NEITHER = range(3)
 ENOUGH = 40_000  # comparisons: with fewer, several splits are made, as one chooses by chance
 ENOUGH_NEW = 20  # pseudo-new users, over all splits
 MOST_SPLITS = 4
+SURE = 1.0  # standard errors by which one of two is better, so that no further split is tried
 MOST_USERS = 500  # whom a choice looks at: among a few strengths, more would not choose better
 FLOORS = (None, 0.1, 0.01, 0.001)  # of the whitening of features, see ``Geometry``; None is plain
 WHITER = 2.0  # standard errors by which whitened features have to be better than plain ones
@@ -51,8 +52,12 @@ class HeldOut:
 
     def losses(self, fitted: Fitted, users: Tensor) -> Tensor:
         """Mean log loss of each user of ``held``, given the states [U, S] of ``fit``'s users."""
+        return self.held.log_losses(self.held_logits(fitted, users))
+
+    def held_logits(self, fitted: Fitted, users: Tensor) -> Tensor:
+        """Log odds of ``held``'s comparisons, as for ``losses``."""
         states = users[self.whose.to(users.device)]
-        return self.held.log_losses(fitted.logits(fitted.view(self.held), states, self.held.user))
+        return fitted.logits(fitted.view(self.held), states, self.held.user)
 
 
 @dataclass
@@ -77,7 +82,7 @@ def _numbers(data: Comparisons, seed: int) -> list[int]:
 def _shuffled(data: Comparisons, seed: int) -> list[list[Tensor]]:
     """Every user's dialogues or comparisons, in a random order that goes by the user's name."""
     found = []
-    for number, units in zip(_numbers(data, seed), data.units(), strict=True):
+    for number, units in zip(_numbers(data, seed), data.units, strict=True):
         order = torch.randperm(len(units), generator=torch.Generator().manual_seed(number))
         found.append([units[i] for i in order.tolist()])
     return found
@@ -251,6 +256,12 @@ class Scores:
     seen: Tensor
     new: Tensor
 
+    @classmethod
+    def mean(cls, parts: "Sequence[Scores]") -> "Scores":
+        """The means over splits."""
+        seen, new = (torch.stack([getattr(part, k) for part in parts]) for k in ("seen", "new"))
+        return cls(seen.nanmean(0), new.nanmean(0))
+
     @property
     def by_user(self) -> Tensor:
         """Of each user who was judged, as one known, as a new one or as both [U]; else NaN."""
@@ -266,9 +277,6 @@ class Scores:
     def loss(self) -> float:
         """What choices go by: the mean over users; infinity if there is none."""
         return self.means().get("loss", math.inf)
-
-    def __lt__(self, other: "Scores") -> bool:
-        return self.loss < other.loss
 
     def gain(self, other: "Scores") -> tuple[float, float]:
         """How much lower the loss is than another's, by user, and the standard error of that."""
@@ -318,23 +326,34 @@ class Split(HeldOut):
 
     def score(self, fitted: Fitted) -> Scores:
         """Log losses of a candidate fitted to ``fit``, whose users it knows, in that order."""
-        seen, new = torch.full((2, self.num_users), math.nan, dtype=torch.float64)
-        if self.held is not None:
-            seen[self.seen_rows] = self.losses(fitted, fitted.users).cpu()
+        return self.scores(*self.logits(fitted))
+
+    def logits(self, fitted: Fitted) -> tuple[Tensor | None, list[Tensor]]:
+        """Log odds of ``held``, and of the new users' held-out comparisons by number of shots."""
+        seen = None if self.held is None else self.held_logits(fitted, fitted.users)
+        if self.new is None:
+            return seen, []
+        few, held, data = fitted.view(self.new.few), fitted.view(self.new.held), self.new.held
+        sizes = self.shots if fitted.personal else self.shots[:1]
+        if sizes not in self.subsets:
+            self.subsets[sizes] = subset(self.new.few, sizes, self.seed)
+        rows, users = self.subsets[sizes]
+        states = fitted.adapt(few[rows], users, self.seed).split(self.new.few.num_users)
+        return seen, [fitted.logits(held, state, data.user) for state in states]
+
+    def scores(self, held: Tensor | None, new: Sequence[Tensor]) -> Scores:
+        """Log losses of what ``logits`` found."""
+        seen, apart = torch.full((2, self.num_users), math.nan, dtype=torch.float64)
+        if held is not None:
+            seen[self.seen_rows] = self.held.log_losses(held).cpu()
         if self.processes > 1:  # each of which knows some users
             both = torch.stack([seen.nan_to_num(), (~seen.isnan()).double()])
             sums = sum_over_processes(both, self.processes)
             seen = torch.where(sums[1] > 0, sums[0], math.nan)
-        if self.new is not None:
-            few, held, data = fitted.view(self.new.few), fitted.view(self.new.held), self.new.held
-            sizes = self.shots if fitted.personal else self.shots[:1]
-            if sizes not in self.subsets:
-                self.subsets[sizes] = subset(self.new.few, sizes, self.seed)
-            rows, users = self.subsets[sizes]
-            states = fitted.adapt(few[rows], users, self.seed).split(self.new.few.num_users)
-            each = [data.log_losses(fitted.logits(held, state, data.user)) for state in states]
-            new[self.new_rows] = torch.stack(each).mean(0).cpu()
-        return Scores(seen, new)
+        if new:
+            each = [self.new.held.log_losses(logits) for logits in new]
+            apart[self.new_rows] = torch.stack(each).mean(0).cpu()
+        return Scores(seen, apart)
 
 
 class Validation:
@@ -358,7 +377,7 @@ class Validation:
         if task.few is None:
             sizes = ()
         elif not sizes:
-            most = int(torch.tensor([len(unit) for unit in task.few.units()]).median())
+            most = int(torch.tensor([len(unit) for unit in task.few.units]).median())
             sizes = [min(size, most) for size in SHOTS]
         shots = tuple(sorted(set(sizes)))
         if shots:
@@ -374,15 +393,9 @@ class Validation:
         """Whether anything is held out at all."""
         return any(split.new is not None or len(split.seen_rows) for split in self.splits)
 
-    def score(self, fits: Sequence[Fitted]) -> Scores:
-        """Log losses by user of a candidate, fitted to each split."""
-        parts = [split.score(fit) for split, fit in zip(self.splits, fits, strict=True)]
-        seen, new = (torch.stack([getattr(part, k) for part in parts]) for k in ("seen", "new"))
-        return Scores(seen.nanmean(0), new.nanmean(0))
-
 
 Fit = Callable[[Split, Any, Any], tuple[Fitted, Any]]
-Search = Callable[[Callable[[int], Scores]], int]  # finds the best one's place from the scores
+Search = Callable[[Callable[[int], "Try"]], int]  # finds the best one's place from the scores
 
 
 @dataclass
@@ -407,42 +420,77 @@ def choose(
     require(data.possible, "no user has two dialogues, so nothing can be held out to choose by: "
             "give one value to choose from, not several")  # fmt: skip
     tries = Tries(data, lambda split, place, begin: fit(split, candidates[place], begin))
-    best = _best(tries, len(candidates), search)
-    require(tries(best).loss < math.inf, "every candidate's log loss on validation is NaN: are "
+    best = tries(_best(tries, len(candidates), search))
+    require(best.scores().loss < math.inf, "every candidate's log loss on validation is NaN: are "
             "the weights of the comparisons very small?")  # fmt: skip
-    return Chosen(candidates[best], tries(best), tries.found[best][0], tries.tried)
+    return Chosen(candidates[best.candidate], best.scores(), best.kept, tries.tried)
 
 
-def _best(scores: Callable[[int], Scores], count: int, search: Search | None) -> int:
+def _best(scores: Callable[[int], "Try"], count: int, search: Search | None) -> int:
     return min(range(count), key=scores) if search is None else search(scores)
 
 
+class Try:
+    """A candidate, fitted to one split after the other, as far as comparisons with others need."""
+
+    def __init__(self, tries: "Tries", candidate: Any) -> None:
+        self.tries, self.candidate = tries, candidate
+        self.kept: list[Any] = []  # what its fits returned beside them, by split
+        self.parts: list[Scores] = []  # its log losses, by split
+        self.settings: dict[str, Any] = {}
+
+    def scores(self, count: int | None = None) -> Scores:
+        """Log losses on the first splits, if None on all."""
+        count = len(self.tries.data.splits) if count is None else count
+        while len(self.parts) < count:
+            split = self.tries.data.splits[len(self.parts)]
+            fitted, kept = self.tries.fit(split, self.candidate, self._begin(len(self.parts)))
+            self.settings = fitted.settings
+            self.kept.append(kept)
+            self.parts.append(split.score(fitted))
+        return Scores.mean(self.parts[:count])
+
+    def _begin(self, place: int) -> Any:
+        """What the nearest candidate's fit to a split returned beside it; None at first."""
+        there = [one for one in self.tries.found.values() if len(one.kept) > place]
+        near = min(there, key=lambda one: self.tries.apart(one.candidate, self.candidate),
+                   default=None)  # fmt: skip
+        return None if near is None else near.kept[place]
+
+    def __lt__(self, other: "Try") -> bool:
+        """Whether the log loss is lower, on as few splits as make it sure."""
+        for count in range(1, len(self.tries.data.splits) + 1):
+            two, one = other.scores(count), self.scores(count)  # in the order of the search
+            gain, error = one.gain(two)
+            if abs(gain) > SURE * error:
+                break
+        return one.loss < two.loss
+
+    def gain(self, other: "Try") -> tuple[float, float]:
+        """As of ``Scores``, on all splits."""
+        return self.scores().gain(other.scores())
+
+
 class Tries:
-    """Log losses of candidates, each fitted to every split once, as for ``choose``: it begins where
-    the nearest one, by how far they are ``apart``, ended. ``found`` is what each candidate's fits
-    returned beside them, and its log losses; ``tried`` the settings and log losses of all."""
+    """The candidates of a choice, see ``choose``. A fit begins where that of the nearest candidate,
+    by how far they are ``apart``, ended."""
 
     def __init__(
         self, data: Validation, fit: Fit,
         apart: Callable[[Any, Any], float] = lambda one, other: abs(one - other),
     ) -> None:  # fmt: skip
         self.data, self.fit, self.apart = data, fit, apart
-        self.found: dict[Any, tuple[Sequence[Any], Scores]] = {}
-        self.tried: list[dict[str, Any]] = []
+        self.found: dict[Any, Try] = {}
 
-    def __call__(self, candidate: Any) -> Scores:
-        if candidate not in self.found:
-            near = min(self.found, key=partial(self.apart, candidate), default=None)
-            begin = [None] * len(self.data.splits) if near is None else self.found[near][0]
-            fits, kept = self.fits(candidate, begin)
-            self.found[candidate] = kept, self.data.score(fits)
-            self.tried.append({**fits[0].settings, **self.found[candidate][1].means()})
-        return self.found[candidate][1]
+    def __call__(self, candidate: Any) -> Try:
+        return self.found.setdefault(candidate, Try(self, candidate))
 
-    def fits(self, candidate: Any, begin: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
-        """A candidate's fits to the splits, and what they returned beside them."""
-        pairs = zip(self.data.splits, begin, strict=True)
-        return tuple(zip(*(self.fit(s, candidate, b) for s, b in pairs), strict=True))
+    @property
+    def tried(self) -> list[dict[str, Any]]:
+        """Settings and log losses of all candidates that were fitted, and on how many splits."""
+        fitted = [one for one in self.found.values() if one.parts]
+        return [{**one.settings, **one.scores(len(one.parts)).means(), "splits": len(one.parts)}
+                for one in fitted]  # fmt: skip
 
 
 def choose_whitened(
@@ -457,7 +505,7 @@ def choose_whitened(
     """
     wide, grid = len(floors), [(strength, floor) for strength in strengths for floor in floors]
 
-    def walk(scores: Callable[[int], Scores]) -> int:
+    def walk(scores: Callable[[int], Try]) -> int:
         plain = wide * _best(lambda place: scores(wide * place), len(strengths), search)
         if wide == 1:
             return plain
