@@ -181,7 +181,7 @@ def sweep(fit: Fitted, task: Task, draws: Shots) -> Iterator[dict[str, Any]]:
     W, fitted = _sweep_states(fit, few, task.few, draws, trials, g, True)  # [trials, S, U, ...]
     counts = draws.users_with_that_many
     for s, size in enumerate(draws.sizes):
-        if size and fitted is not None:
+        if size:
             judged = {key: x[:, s] for key, x in fitted.items()}
             yield _record(fit, "", "few_shot", judged, size, counts[s])
     states, swapped, kind = {"": W}, [()] * len(draws.sizes), _kinds(task).get("unseen")
@@ -207,9 +207,8 @@ def sweep(fit: Fitted, task: Task, draws: Shots) -> Iterator[dict[str, Any]]:
 
 def _sweep_states(
     fit: Fitted, view: View, few: Users, draws: Shots, trials: int, g: torch.Generator, judge: bool
-) -> tuple[Tensor, dict[str, Tensor] | None]:
-    """States [trials, S, U, state] from the shots, fitted side by side as memory allows; accuracy
-    and log loss on the shots themselves."""
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """States [trials, S, U, state] from the shots and, if to ``judge``, figures of the shots."""
     S, U = len(draws.sizes), few.num_users
     width = view.numel() // max(1, len(view)) if isinstance(view, Tensor) else view.num_features
     at_once = max(1, BATCH // (len(few) * S * max(width, 1))) * U * S
@@ -224,7 +223,7 @@ def _sweep_states(
             parts.append({"accuracy": users.accuracies(z), "log_loss": users.log_losses(z)})
     shape = (trials, S, U)
     judged = {key: torch.cat([part[key] for part in parts]).view(shape) for key in ALWAYS if judge}
-    return torch.cat(states).view(*shape, -1), judged or None
+    return torch.cat(states).view(*shape, -1), judged
 
 
 def _record(

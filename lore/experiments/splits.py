@@ -90,9 +90,8 @@ class Tasks:
         features are read from disk at every pass if they take more than half the free memory."""
         sets = self.draw(seed, device)
         if stream is None:
-            free = psutil.virtual_memory().available
-            if device.type == "cuda":
-                free = torch.cuda.mem_get_info(device)[0]
+            gpu = device.type == "cuda"
+            free = torch.cuda.mem_get_info(device)[0] if gpu else psutil.virtual_memory().available
             stream = len(sets.train) * self.store.num_features * 4 > free / 2
         kinds = shares_of_test(sets.train, sets.few, sets.seen, sets.unseen)
         return Task(

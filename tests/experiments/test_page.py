@@ -103,11 +103,6 @@ def test_where_nothing_is_personal_the_page_says_so(tmp_path):
 # -------------------------------------------------------------------- A browser
 
 
-def leading(cells: list[str]) -> list[Any]:
-    """The figure that each cell begins with, and blank ones as they are."""
-    return [float(cell.split()[0]) if cell else cell for cell in cells]
-
-
 def browse(url: Path, profile: Path, *flags: str) -> str:
     """What a real browser prints."""
     command = [BROWSER, *FLAGS, f"--user-data-dir={profile}", *flags, f"file://{url}"]
@@ -139,12 +134,13 @@ def test_a_browser_shows_the_page_within_its_width_and_sorts_its_tables(report, 
     dom = browse(outer, tmp_path / "profile", f"--window-size={width + 100},900", *flags)
     said = json.loads(html.unescape(re.search("<pre>(.*?)</pre>", dom, re.DOTALL)[1]))
     assert said["scrollWidth"] == said["clientWidth"] >= width - 20  # nothing sticks out
-    first, falling, rising, again = (order.split("|") for order in said["orders"])
-    figures = [float(cell.split()[0]) for cell in first if cell]
-    blank = [""] * first.count("")  # stay below all figures
-    assert blank and again == first
-    assert leading(falling) == sorted(figures, reverse=True) + blank != leading(first)
-    assert leading(rising) == sorted(figures) + blank
+    first, falling, rising, again = (
+        [float(cell.split()[0]) if cell else "" for cell in order.split("|")]
+        for order in said["orders"]
+    )
+    figures, blank = sorted(x for x in first if x != ""), [""] * first.count("")
+    assert blank and again == first != falling  # blank cells stay below all figures
+    assert (falling, rising) == (figures[::-1] + blank, figures + blank)
 
 
 @pytest.mark.slow

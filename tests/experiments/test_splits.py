@@ -61,13 +61,12 @@ def test_four_sets_are_what_the_table_says(caplog):
     sides = {"a": (True, "rre"), "b": (False, "re"), "c": (True, "er"), "d": (False, "rr")}
     with caplog.at_level("INFO"):
         sets = four(split_table(sides))
-    assert [(s.names, people.ends(s)) for s in sets[:4]] == [
-        (["a", "c"], ([0, 1, 6], [100, 101, 106])), (["a", "c"], ([2, 5], [102, 105])),
-        (["b"], ([3], [103])), (["b"], ([4], [104])),
+    assert [(s.names, s.counts.tolist(), *people.ends(s)) for s in sets[:4]] == [
+        (["a", "c"], [2, 1], [0, 1, 6], [100, 101, 106]),
+        (["a", "c"], [1, 1], [2, 5], [102, 105]),
+        (["b"], [1], [3], [103]), (["b"], [1], [4], [104]),
     ]  # fmt: skip
-    assert [s.counts.tolist() for s in sets[:4]] == [[2, 1], [1, 1], [1], [1]]
-    assert sets.validation is None
-    assert "left out 1 user" in caplog.text
+    assert sets.validation is None and "left out 1 user" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["seen", "unseen"])
@@ -80,10 +79,9 @@ def test_validation_comparisons_are_a_set_and_where_nobody_is_unseen_new_users_h
     sides = {"a": (True, "rvve"), "b": (True, "re"), "c": (True, "rv"), "d": (True, "erv")}
     sets = four(split_table(sides))
     assert sets.few is None and sets.unseen is None
-    assert sets.train.names == sets.seen.names == ["a", "b", "d"]
-    assert sets.validation.names == ["a", "d"]
-    assert people.ends(sets.validation)[0] == [1, 2, 10]
-    assert people.ends(sets.train)[0] == [0, 4, 9] and people.ends(sets.seen)[0] == [3, 5, 8]
+    assert [(s.names, people.ends(s)[0]) for s in (sets.train, sets.seen, sets.validation)] == [
+        (["a", "b", "d"], [0, 4, 9]), (["a", "b", "d"], [3, 5, 8]), (["a", "d"], [1, 2, 10])
+    ]  # fmt: skip
 
 
 def test_comparisons_keep_users_weights_and_dialogues_whatever_the_order_of_rows():
@@ -193,7 +191,6 @@ def test_drawn_splits_follow_the_seed_alone(world, loaded):
 
 def test_drawn_splits_take_samples_of_the_training_side_only(world, loaded):
     sets = splits.drawn_split(loaded, 0.25, 10, 4).draw(0, CPU)
-    assert (len(sets.train.names), len(sets.few.names)) == (3, 9)
     assert not set(sets.train.names) & set(sets.few.names)
     assert sets.train.counts.tolist() == [10] * 3 and sets.few.counts.tolist() == [4] * 9
     assert sets.few.dialogs is None  # a shot is a comparison
@@ -253,6 +250,28 @@ def test_simulated_users_follow_the_seed_and_have_no_more_pairs_than_prompts(sim
         splits.simulated_users(simulated[0], 0.1, 6, 4, 21, 5)
 
 
+@pytest.mark.parametrize(("which", "head", "words"), [
+    ("head", [1.0, 2.0], None), ("none", [1.0, 2.0], None), ("head", None, None),
+    ("last_linear", [1.0, 2.0], "the published code's mistaken one (last_linear)"),
+    ("head", [0.0, 0.0], "(head) is zero and says nothing"),
+    ("head", [0.5, 0.5], "(head) is 0.5 in every feature and says nothing"),
+])  # fmt: skip
+def test_the_reference_is_the_one_asked_for_and_one_that_says_nothing_is_warned_of(
+    world, caplog, which, head, words
+):
+    store = Rows(torch.zeros(2, 2), None if head is None else torch.tensor(head))
+    store.last_linear = torch.tensor([3.0, 4.0])
+    found = world._replace(store=store).tasks().reference(which)
+    expected = {"head": head, "none": None, "last_linear": [3.0, 4.0]}[which]
+    assert found is expected if expected is None else found.tolist() == expected
+    assert words in caplog.text if words else not caplog.text
+
+
+def test_a_warning_of_the_data_is_recorded_with_the_run(world):
+    facts = world._replace(info={**world.info, "warning": "odd"}).tasks().facts()
+    assert facts["warning"] == "odd" and facts["prepared"] == world.info
+
+
 # -------------------------------------------------------------- A folder that is not as prepared
 
 
@@ -280,41 +299,29 @@ def test_a_folder_of_another_form_is_named(dataset, tmp_path, edit, words):
 # ------------------------------------------------------------------------ Further features
 
 
-class Plain:
-    """Three conversations in the place of a store."""
-
-    num_features, head, last_linear = 2, torch.tensor([1.0, 2.0]), None
-    manifest: dict[str, str] = {}
-
-    def __len__(self) -> int:
-        return 4
-
-    def rows(self, index: torch.Tensor) -> torch.Tensor:
-        return torch.arange(8.0).reshape(4, 2)[index]
-
-
-def extended(**columns: list[float]) -> pd.DataFrame:
-    """Three training comparisons of 0, 1 and 2 with lengths, and a held-out one."""
+def extended(**columns: list[float]) -> splits.Extended:
+    """Three training comparisons of rows 0, 1 and 2 with lengths, and a held-out one of row 3."""
     table = {
-        "seen": [True] * 4, "split": ["train"] * 3 + ["test"],
+        "seen": True, "split": ["train"] * 3 + ["test"],
         "chosen": [0, 1, 2, 3], "rejected": [1, 2, 0, 0],
         "extra chosen length": [5.0, 2.0, np.nan, np.nan],
         "extra rejected length": [3.0, np.nan, 7.0, 5.0],
     }  # fmt: skip
-    return pd.DataFrame(table | columns)
+    store = Rows(torch.arange(8.0).reshape(4, 2), torch.tensor([1.0, 2.0]))
+    return splits.Extended(store, pd.DataFrame(table | columns))
 
 
 def test_further_features_are_the_mean_of_what_is_said_standardised_on_training() -> None:
-    store = splits.Extended(Plain(), extended())
+    store = extended()
     # 0 has 5, 7 and 5; 1 has 3 and 2; nothing is said of 2 and 3, which are the mean of the others
     means = torch.tensor([17 / 3, 2.5, (17 / 3 + 2.5) / 2, (17 / 3 + 2.5) / 2])
     unit = torch.stack([means[0] - means[1], means[1] - means[2], means[2] - means[0]])
     expected = (means - means.mean()) / unit.square().mean().sqrt()
     rows = store.rows(torch.tensor([2, 0, 1, 3]))
     torch.testing.assert_close(rows[:, 2], expected[[2, 0, 1, 3]])
-    torch.testing.assert_close(rows[:, :2], Plain().rows(torch.tensor([2, 0, 1, 3])))
+    assert rows[:, :2].tolist() == [[4, 5], [0, 1], [2, 3], [6, 7]]
     assert store.num_features == 3 and len(store) == 4 and store.last_linear is None
-    assert store.head.tolist() == [1, 2, 0] and store.manifest == {}
+    assert store.head.tolist() == [1, 2, 0] and store.manifest["model"] == "planted"
 
 
 @pytest.mark.parametrize(("name", "tasks"), [
@@ -341,4 +348,4 @@ def test_the_length_of_a_response_is_a_feature_of_every_kind_of_split(dataset, n
 def test_a_feature_that_never_differs_in_training_is_refused() -> None:
     same = {"extra chosen length": [1.0, 1.0, 1.0, 9.0], "extra rejected length": [1.0] * 4}
     with pytest.raises(InputError, match="the feature length differs in no training comparison"):
-        splits.Extended(Plain(), extended(**same))
+        extended(**same)

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-import running
+import people
 from lore.common.files import InputError
 from lore.experiments.trackers import check_tracker, track
-from people import saved
 
 FIT = {"label": "LoRe K=2", "settings": {"rank": 2}, "losses": [0.7, 0.5, 0.4], "loss_step": 10,
        "tried": [{"l": 1, "loss": 0.6}, {"l": 2, "note": "?"}, {"l": 3, "loss": 0.5}]}  # fmt: skip
@@ -60,17 +59,14 @@ def test_wandb_gets_every_step_once_and_in_order(tmp_path, wandb):
     about, *steps, last = wandb["LoRe K=2, seed 3"]
     assert about == {"project": "LoRe", "group": tmp_path.name, "config": {"rank": 2},
                      "dir": tmp_path, "name": "LoRe K=2, seed 3"}  # fmt: skip
-    found: dict = {}
-    for line in steps:
-        for key in line.keys() - {"step"}:
-            found.setdefault(key, {})[line["step"]] = line[key]
+    keys = {key for line in steps for key in line} - {"step"}
+    found = {key: {line["step"]: line[key] for line in steps if key in line} for key in keys}
     assert found == EXPECTED and last == "finished"
 
 
 def test_tensorboard_reads_what_is_written(tmp_path):
-    reason = "tensorboard is not installed"
     module = "tensorboard.backend.event_processing.event_accumulator"
-    events = pytest.importorskip(module, reason=reason)
+    events = pytest.importorskip(module, reason="tensorboard is not installed")
     track("tensorboard", tmp_path, 3, METHOD)
     found = events.EventAccumulator(str(tmp_path / "tensorboard" / "LoRe K=2, seed 3")).Reload()
     read = {key: {e.step: e.value for e in found.Scalars(key)} for key in found.Tags()["scalars"]}
@@ -86,15 +82,15 @@ def test_what_is_not_installed_is_refused(monkeypatch, tracker):
 
 
 @pytest.mark.usefixtures("no_plots")
-def test_a_run_logs_every_fit_of_every_seed(dataset, tmp_path, wandb):
-    settings = {"data": dataset("PRISM").data, "results": tmp_path, "name": "here", "ranks": 2,
-                "iterations": 5, "few_shot_iterations": 5, "log": "wandb"}  # fmt: skip
-    outcome = running.invoke("PRISM/train_basis.py", settings)
-    assert outcome.status == 0, outcome.err
-    (part,) = saved(tmp_path / "PRISM" / "here")["seeds"]
-    fits = [fit for method in part["methods"].values() for fit in method["fits"]]
-    assert len(fits) == len(wandb) > 3
-    for fit in fits:
-        _, *steps, last = wandb[f"{fit['label']}, seed 0"]
+def test_a_run_logs_every_fit_of_every_seed(tmp_path, wandb):
+    _, folder = people.fit(people.planted(users=4), tmp_path, seeds=(0, 1), log="wandb")
+    fits = [
+        (repeat["seed"], fit)
+        for repeat in people.saved(folder)["seeds"]
+        for method in repeat["methods"].values() for fit in method["fits"]
+    ]  # fmt: skip
+    assert len(fits) == len(wandb) > 6
+    for seed, fit in fits:
+        _, *steps, last = wandb[f"{fit['label']}, seed {seed}"]
         assert [line["loss"] for line in steps if "loss" in line] == fit.get("losses", [])
         assert last == "finished" and "seen/accuracy" in steps[0]

@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 from conftest import OWN_PROCESS, WORLDS, Dataset, carry_out, without_plots
 
-import models
 import running
+from lore.experiments.results import CONTROLS, row_name
 from lore.learning.basis import load_basis
 from lore.methods.lore import Lore
-from people import repeats, saved
+from people import repeats
 from running import Outcome, table
 
 QUICK = {"iterations": 60, "few_shot_iterations": 60, "progress": "false"}
@@ -98,13 +98,9 @@ def assert_shows_mean(cell: str, lines: list[dict[str, str]], line: dict, *names
     assert float(cell.split()[0]) == pytest.approx(100 * np.mean(some), rel=0, abs=0.0502)
 
 
-def row_name(line: dict[str, str]) -> str:
+def name_of(line: dict[str, str]) -> str:
     """The row of the table that shows a line of results.csv."""
-    return f"{line['label']}: {CONTROLS[line['control']]}" if line["control"] else line["label"]
-
-
-CONTROLS = {"population": "population average", "another": "another user's weights",
-            "shuffled": "shuffled labels"}  # fmt: skip
+    return row_name(line["label"], line["control"])
 
 
 def assert_ended_well(run: Run, name: str, script: str) -> None:
@@ -144,10 +140,10 @@ def test_train_basis_prints_what_it_saves(finished, name):
     run = finished(name, "train_basis")
     assert_ended_well(run, name, "train_basis")
     lines, printed = rows(run), table(run.outcome.out)
-    assert {row_name(line) for line in lines} == set(printed)
+    assert {name_of(line) for line in lines} == set(printed)
     for line in lines:
         if line["set"] in ("seen", "unseen"):
-            cell = printed[row_name(line)][line["set"]]
+            cell = printed[name_of(line)][line["set"]]
             assert_shows_mean(cell, lines, line, "label", "control", "set")
     seeds = [str(seed) for seed in TRAIN[name].get("seeds", [0])]
     assert sorted({line["seed"] for line in lines}) == seeds
@@ -157,6 +153,7 @@ def test_train_basis_prints_what_it_saves(finished, name):
     assert set(printed["reference"]) == columns
     bases = [load_basis(file) for file in run.folder.glob("basis-*.safetensors")]
     assert bases and {basis.settings["dataset"] for basis in bases} == {name}
+    assert ("LoRe, chosen" in printed) == ("select_rank" in TRAIN[name])
 
 
 @pytest.mark.parametrize("name", quick_and_slow(SWEEP))
@@ -166,27 +163,14 @@ def test_vary_fewshot_prints_what_it_saves(finished, name):
     lines, printed = rows(run), table(run.outcome.out)
     columns = [f"{s} shot{'s' * (s != 1)}" for s in SWEEP[name]["shots"]]
     assert list(printed["BT"]) == columns
-    others = printed.keys() - {row_name(line) for line in lines}
+    others = printed.keys() - {name_of(line) for line in lines}
     assert others == {"users with at least that many shots"}
     for line in lines:
         if line["set"] == "unseen":
-            cell = printed[row_name(line)][columns[SWEEP[name]["shots"].index(int(line["shots"]))]]
+            cell = printed[name_of(line)][columns[SWEEP[name]["shots"].index(int(line["shots"]))]]
             assert_shows_mean(cell, lines, line, "label", "control", "set", "shots")
     assert {line["method"] for line in lines} == {"reference", "bt", "own", "ridge_bt", "lore"}
     assert {line["control"] for line in lines} == {"", *CONTROLS}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["CommunityAlignment", "PersonalRewardBench"])
-def test_rank_is_chosen_and_marked(finished, name):
-    run = finished(name, "train_basis")
-    *fits, chosen = saved(run.folder)["seeds"][0]["methods"]["lore"]["fits"]
-    assert chosen["label"] == "LoRe, chosen" and chosen["settings"]["rank"] in (1, 2, 3)
-    assert {one["rank"] for one in chosen["tried"]} == {1, *(f["settings"]["rank"] for f in fits)}
-    assert "LoRe, chosen" in table(run.outcome.out)
-    best = min(chosen["tried"], key=lambda one: one["loss"])["rank"]
-    label = "BT" if best == 1 else f"LoRe K={best}"
-    assert f"- LoRe, chosen: chosen on validation: {label};" in run.outcome.out
 
 
 @pytest.mark.usefixtures("no_plots")
@@ -206,61 +190,6 @@ def test_two_repeats_of_a_command_give_the_same_results(finished, dataset, tmp_p
     again = running.invoke("RedditTLDR/vary_fewshot.py", {**where, **SWEEP["RedditTLDR"], **QUICK})
     assert again.status == 0, again.err
     assert repeats(run.folder) == repeats(tmp_path / "RedditTLDR/here")
-
-
-@pytest.mark.slow
-def test_reports_put_runs_side_by_side(finished, monkeypatch):
-    monkeypatch.setattr("lore.experiments.report.plots.write_plots", lambda *given: [])
-    monkeypatch.setattr("lore.experiments.report.page.write_report", lambda *given: None)
-    names = ("PersonalLLM", "PRISM")
-    runs = [finished(name, "train_basis").folder for name in names]
-    before = [(folder / "table.md").read_bytes() for folder in runs]
-    outcome = running.invoke("tools/report.py", {}, *map(str, runs))
-    assert outcome.status == 0, outcome.err
-    assert [(folder / "table.md").read_bytes() for folder in runs] == before
-    together = table("\n" + outcome.out.strip().split("\n\n")[-1])
-    for name, folder in zip(names, runs, strict=True):
-        alone = table(finished(name, "train_basis").outcome.out)
-        for part in ("seen", "unseen"):
-            cells = {row: columns[f"{folder} {part}"] for row, columns in together.items()}
-            assert any(cells.values())
-            expected = {row: alone[row][part].split(" [")[0] for row in alone if alone[row][part]}
-            assert {row: cell for row, cell in cells.items() if cell} == expected
-
-
-# -------------------------------------------------------------------- Published code
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("no_plots")
-def test_the_list_rendering_is_marked_in_every_output(dataset, model, tmp_path):
-    data, quick = tmp_path / "data", {"data": tmp_path / "data", "results": tmp_path, **QUICK}
-    steps = {
-        "prepare": {"source": dataset("PRISM").source, "out": data, "rejected": "list"},
-        "generate-prism-embeddings": {"data": data, "model": model, "progress": "false"},
-        "train_basis": {**quick, "run": "here", "ranks": [0, 1, 2]},
-        "vary_fewshot": {**quick, "run": "shots", "shots": [1], "trials": 2, "ranks": 2},
-    }
-    for script, settings in steps.items():
-        outcome = running.invoke(f"PRISM/{script}.py", settings)
-        assert outcome.status == 0, outcome.err
-        if script != "generate-prism-embeddings":  # which has a log line, no table
-            assert "WARNING" in outcome.out and "list" in outcome.out
-        if "run" in settings:
-            assert "WARNING" in (tmp_path / "PRISM" / settings["run"] / "table.md").read_text()
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("no_plots")
-def test_the_published_reference_is_marked(dataset, finished, tmp_path):
-    where = {"data": dataset("PRISM").data, "results": tmp_path, "run": "here"}
-    settings = {**where, "ranks": [0, 2], "reference": "last_linear", **QUICK}
-    outcome = running.invoke("PRISM/train_basis.py", settings)
-    assert outcome.status == 0, outcome.err
-    assert "WARNING: the reference is the published code's mistaken one" in outcome.out
-    right = finished("PRISM", "train_basis").outcome
-    assert "WARNING" not in right.out
-    assert table(right.out)["reference"] != table(outcome.out)["reference"]
 
 
 # -------------------------------------------------------------------------- Settings
@@ -310,67 +239,10 @@ def test_settings_can_be_written_down_and_read_back(tmp_path):
     assert again.out == first.out and "1.5" in first.out
 
 
-@pytest.mark.usefixtures("no_plots")
-def test_config_file_and_optimizer_reach_the_run(dataset, tmp_path):
-    config = tmp_path / "config.yaml"
-    lore = {"ranks": [2], "learning_rate": 0.25, "few_shot_iterations": 20, "iterations": 20}
-    config.write_text(json.dumps({"lore": lore}))  # which is YAML
-    where = {"data": dataset("PRISM").data, "results": tmp_path, "run": "here", "config": config}
-    optimizer = {"optimizer": "torch.optim.AdamW", "optimizer.lr": 0.05, "progress": "false"}
-    outcome = running.invoke("PRISM/train_basis.py", {**where, "iterations": 10, **optimizer})
-    assert outcome.status == 0, outcome.err
-    (part,) = saved(tmp_path / "PRISM/here")["seeds"]
-    kept = part["methods"]["lore"]["settings"]
-    assert (kept["ranks"], kept["learning_rate"]) == ([2], 0.25)
-    assert kept["iterations"] == 10  # the command line wins
-    assert "AdamW" in kept["optimizer"] and "lr=0.05" in kept["optimizer"]
-    assert "0x" not in kept["optimizer"]  # an address, which another process would not have
-    assert len(part["methods"]["lore"]["fits"][0]["losses"]) == 10
-
-
-# ---------------------------------------------------------------------- User's mistakes
-
-
-def refused(outcome: Outcome, *words: str) -> None:
-    """One line on stderr that says what is wrong, status 2, no results."""
-    line = outcome.err.strip().splitlines()[-1]
-    assert outcome.status == 2 and line.startswith("error: ")
-    assert "Traceback" not in outcome.err and "Results" not in outcome.out
-    for word in words:
-        assert word in line
-
-
 @pytest.mark.parametrize("script", [s for s in SCRIPTS if s.endswith(("_basis.py", "shot.py"))])
 def test_an_unprepared_folder_is_refused(script, tmp_path):
     outcome = running.invoke(script, {"data": tmp_path / "nothing"})
-    refused(outcome, str(tmp_path / "nothing"), "prepare.py")
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ({"ranks": [0, 40]}, ("--lore.ranks 40", "8")),  # of 32 features, of 8 seen users
-        ({"ranks": [0, 9]}, ("--lore.ranks 9", "8")),
-        ({"device": "cuda:7"}, ("--device", "cuda:7")),
-        ({"device": "abacus"}, ("--device", "abacus")),
-    ],
-)
-def test_what_cannot_be_is_refused_before_training(dataset, tmp_path, flags, words):
-    where = {"data": dataset("PRISM").data, "results": tmp_path / "results", **QUICK}
-    refused(running.invoke("PRISM/train_basis.py", {**where, "ranks": [0, 2], **flags}), *words)
-    assert not list((tmp_path / "results").rglob("results.json"))
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("no_plots")
-def test_without_a_score_head_there_is_no_reference(dataset, tmp_path):
-    model, data = models.headless(tmp_path / "model"), tmp_path / "data"
-    raw = {"source": dataset("PersonalLLM").source, "out": data, "model": model}
-    outcome = running.invoke("PersonalLLM/prepare.py", {**raw, "progress": "false"})
-    assert outcome.status == 0, outcome.err
-    settings = {**TRAIN["PersonalLLM"], **QUICK, "data": data, "results": tmp_path, "seeds": 0}
-    pulled = running.invoke("PersonalLLM/train_basis.py", {**settings, "alpha": 1})
-    refused(pulled, "--alpha", "score head")
-    outcome = running.invoke("PersonalLLM/train_basis.py", settings)
-    assert outcome.status == 0, outcome.err
-    assert {"BT", "LoRe K=2"} < set(table(outcome.out)) and "reference" not in table(outcome.out)
+    line = outcome.err.strip().splitlines()[-1]
+    assert outcome.status == 2 and line.startswith(f"error: {tmp_path / 'nothing'}")
+    assert "prepare.py" in line and "Traceback" not in outcome.err
+    assert "Results" not in outcome.out

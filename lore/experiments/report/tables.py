@@ -1,6 +1,5 @@
 """Tables, differences and verdict of a run, made from its results.json alone."""
 
-import functools
 from collections import Counter, defaultdict
 from collections.abc import Collection
 from itertools import product
@@ -129,23 +128,21 @@ def results_csv(results: Results) -> str:
     records = pd.DataFrame(results.records).astype(whole)
     table = records[["seed", "method", "label", "control", "set", "shots"]].copy()
     for measure in ALWAYS:
-        table[measure] = _means(records[measure])
+        table[measure] = records[measure].map(_mean)
         ends = [intervals.bootstrap(np.array(values)) for values in records[measure]]
         table[f"{measure}_low"], table[f"{measure}_high"] = zip(*ends, strict=True)
     table["num_users"] = records["users"].map(len)
     table["users_with_that_many"] = records["users_with_that_many"]
-    several = records["trials"].map(lambda of: isinstance(of, list) and len(of) > 1)
-    table["trials_sd"] = records["trials"][several].map(functools.partial(np.std, ddof=1))
+    table["trials_sd"] = [pd.Series(of, dtype=float).std() for of in records["trials"]]
     kinds = [name for name in records if name not in MEASURES and name.startswith(ALWAYS)]
     for measure in (*kinds, *(name for name in MEASURES if name in records)):
-        table[measure] = _means(records[measure])
+        table[measure] = records[measure].map(_mean)
     return table.to_csv(index=False, float_format="%.10g", lineterminator="\n")
 
 
-def _means(figures: pd.Series) -> list[float]:
-    """The mean of each record's figures, never -0; NaN where it has none."""
-    arrays = [np.array(of, float) for of in figures]
-    return [np.nan if np.isnan(of).all() else np.nanmean(of) + 0.0 for of in arrays]
+def _mean(figures: list[float | None] | float) -> float:
+    """A record's mean, never -0; NaN where it has no figures."""
+    return pd.Series(figures, dtype=float).mean() + 0.0
 
 
 def facts(results: Results) -> list[str]:
