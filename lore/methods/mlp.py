@@ -13,9 +13,43 @@ from lore.learning.comparisons import Comparisons, Pairs, Seed, Users
 from lore.learning.method import Task
 from lore.methods.fitting import networks
 from lore.methods.fitting.networks import Grid, Mixing, Networked, linear
-from lore.methods.fitting.validation import HeldOut
 
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "identity": nn.Identity}
+
+
+class FittedMLP(Mixing):
+    """A fitted basis A2 g(A1 e), the layers [*, F] -> [*, K]. A user's state is the weights [K] of
+    the rewards, whose logits begin at N(0, 1)."""
+
+    def __init__(self, method: "MLP", data: Comparisons, K: int, task: Task) -> None:
+        super().__init__("MLP", method, data, task)
+        self.by_user, self.batch = True, len(data) if self.faithful else 64
+        self.temperature = 100.0 if self.faithful else 1.0
+        first = linear(data.num_features, method.hidden, self.generator, bias=False)
+        second = linear(method.hidden, K, self.generator, bias=False)
+        self.layers = nn.Sequential(first, ACTIVATIONS[method.activation](), second)
+        self.layers.to(data.device)
+        self.draw(data, K)
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Adam, layers and weights at rates of their own."""
+        layers = {"params": self.layers.parameters(), "lr": 1e-3 if self.faithful else 3e-3}
+        layers["weight_decay"] = 0.0 if self.faithful else 0.01
+        weights = {"params": [self.free], "lr": 0.5 if self.faithful else 0.05, "weight_decay": 0.0}
+        return torch.optim.AdamW([layers, weights])
+
+    def outputs(self, rows: Tensor) -> Tensor:
+        """The K rewards of scaled rows: [n, K]."""
+        return self.layers(rows) / self.temperature
+
+    def logits(self, view: Pairs, state: Tensor, user: Tensor) -> Tensor:
+        """The user's mixture of the differences of rewards [N]."""
+        return (view.difference() * state[user]).sum(1)
+
+    def published(self, view: Pairs, users: Users, start: Tensor, generator: Seed) -> Tensor:
+        """LoRe's fit: 500 steps of Adam."""
+        losses = partial(self.losses_of, view)
+        return networks.solve_weights(losses, users, start, steps=500, tolerance=-1.0)
 
 
 @dataclass(frozen=True)
@@ -39,50 +73,9 @@ class MLP(Networked):
     hidden: PositiveWidth = 128
     activation: Literal["gelu", "relu", "identity"] = "gelu"
     epochs: Epochs = 0
+    network, passes = FittedMLP, 1000
 
     @property
     def grid(self) -> Grid:
         """Ranks, and ridges of new users' weights."""
         return ("rank", self.ranks), ("ridge", networks.RIDGES)
-
-    def train(
-        self, data: Comparisons, held: HeldOut | None, model: int, task: Task, epochs: int = 0
-    ) -> "FittedMLP":
-        """A fit of such a rank."""
-        epochs = epochs or self.epochs or (1000 if self.faithful else 60)
-        generator = torch.Generator().manual_seed(task.seed)
-        fit = FittedMLP(self, data, model, generator)
-        layers = {"params": fit.layers.parameters(), "lr": 1e-3 if self.faithful else 3e-3}
-        layers["weight_decay"] = 0.0 if self.faithful else 0.01
-        weights = {"params": [fit.free], "lr": 0.5 if self.faithful else 0.05, "weight_decay": 0.0}
-        optimizer = torch.optim.AdamW([layers, weights])
-        size = len(data) if self.faithful else 64
-        fit.train(data, True, optimizer, size, generator, held, epochs)
-        return fit
-
-
-class FittedMLP(Mixing):
-    """A fitted basis A2 g(A1 e), the layers [*, F] -> [*, K]. A user's state is the weights [K] of
-    the rewards, whose logits begin at N(0, 1)."""
-
-    def __init__(self, method: MLP, data: Comparisons, K: int, generator: torch.Generator) -> None:
-        super().__init__("MLP", method, data)
-        self.temperature = 100.0 if self.faithful else 1.0
-        first = linear(data.num_features, method.hidden, generator, bias=False)
-        second = linear(method.hidden, K, generator, bias=False)
-        self.layers = nn.Sequential(first, ACTIVATIONS[method.activation](), second)
-        self.layers.to(data.device)
-        self.draw(data, K, generator)
-
-    def outputs(self, rows: Tensor) -> Tensor:
-        """The K rewards of scaled rows: [n, K]."""
-        return self.layers(rows) / self.temperature
-
-    def logits(self, view: Pairs, state: Tensor, user: Tensor) -> Tensor:
-        """The user's mixture of the differences of rewards [N]."""
-        return (view.difference() * state[user]).sum(1)
-
-    def published(self, view: Pairs, users: Users, start: Tensor, generator: Seed) -> Tensor:
-        """LoRe's fit: 500 steps of Adam."""
-        losses = partial(self.losses_of, view)
-        return networks.solve_weights(losses, users, start, steps=500, tolerance=-1.0)

@@ -13,79 +13,35 @@ from lore.learning.comparisons import Comparisons, Pairs, Seed, Users
 from lore.learning.method import Task
 from lore.methods.fitting import networks
 from lore.methods.fitting.networks import Grid, Mixing, Networked, linear
-from lore.methods.fitting.validation import HeldOut, hold_out
+from lore.methods.fitting.validation import hold_out
 
 NEW_USER_RATE, NEW_USER_EPOCHS = 5e-3, 20  # published, as are:
 WIDTH, BATCH, EPOCHS = 512, 4, 20
 RATE, DECAY, WEIGHT_RATE = 1e-4, 0.01, 5e-3  # of f; of prototypes and users' weights
 
 
-@dataclass(frozen=True)
-class PAL(Networked):
-    """PAL-A.
-
-    ``faithful`` keeps the published constants, as above: rows as they are, 20 passes, the best by
-    held-out log loss kept; new users from random weights with 20 passes, the last one of which
-    counts, not the best on their test comparisons. ``converged`` scales rows, trains at ten times
-    the rates until the held-out log loss falls no more, and solves new users' weights, from the
-    seen users' mean, to 1e-4.
-
-    Args:
-        prototypes: numbers of prototypes K to try; ``faithful`` takes the first.
-        width: outputs D of every layer of f; 0 for 512 if faithful, else 128.
-        layers: linear layers of f, with GELU between them.
-        squared: compare squared distances.
-        epochs: passes over the data, at most; 0 for 20 if faithful, else 60.
-    """
-
-    prototypes: tuple[Rank, ...] = (2, 5, 10)
-    width: Width = 0
-    layers: Layers = 2
-    squared: bool = False
-    epochs: Epochs = 0
-
-    @property
-    def grid(self) -> Grid:
-        """Prototypes, and ridges of new users' weights."""
-        return ("prototypes", self.prototypes), ("ridge", networks.RIDGES)
-
-    def published(self, task: Task, model: int) -> "FittedPAL":
-        """Stopped, as published, on held-out comparisons."""
-        held = hold_out(task.train, task.seed, task.kinds, task.validation)
-        require(held.held is not None, "no user has two dialogues: nothing can be held out")
-        return self.train(held.fit, held, model, task)
-
-    def train(
-        self, data: Comparisons, held: HeldOut | None, model: int, task: Task, epochs: int = 0
-    ) -> "FittedPAL":
-        """A fit with so many prototypes."""
-        epochs = epochs or self.epochs or (EPOCHS if self.faithful else 60)
-        generator = torch.Generator().manual_seed(task.seed)
-        fit = FittedPAL(self, data, model, generator)
-        faster = 1 if self.faithful else 10
-        f = {"params": fit.f.parameters(), "lr": RATE * faster, "weight_decay": DECAY}
-        others = {"params": [fit.prototypes, fit.free], "lr": WEIGHT_RATE * faster}
-        size, patience = (BATCH, epochs) if self.faithful else (64, networks.PATIENCE)
-        how = not self.faithful, torch.optim.Adam([f, others]), size
-        fit.train(data, *how, generator, held, epochs, patience)
-        return fit
-
-
 class FittedPAL(Mixing):
     """A fitted PAL: the network f [*, F] -> [*, D], prototypes [K, F], at first unit vectors, and
     as a user's state their weights [K] in that user's ideal point."""
 
-    def __init__(self, method: PAL, data: Comparisons, K: int, generator: torch.Generator) -> None:
-        super().__init__("PAL", method, data)
-        self.squared = method.squared
+    def __init__(self, method: "PAL", data: Comparisons, K: int, task: Task) -> None:
+        super().__init__("PAL", method, data, task)
+        self.squared, self.batch = method.squared, BATCH if self.faithful else 64
         width, F = method.width or (WIDTH if self.faithful else 128), data.num_features
         layers: list[nn.Module] = []
         for number in range(method.layers):
-            layers += [linear(width if number else F, width, generator), nn.GELU()]
+            layers += [linear(width if number else F, width, self.generator), nn.GELU()]
         self.f = self.outputs = nn.Sequential(*layers[:-1]).to(data.device)
-        P = torch.randn(K, F, generator=generator)
+        P = torch.randn(K, F, generator=self.generator)
         self.prototypes = (P / P.norm(dim=1, keepdim=True)).to(data.device).requires_grad_()
-        self.draw(data, K, generator)
+        self.draw(data, K)
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Adam, f at a rate of its own."""
+        faster = 1 if self.faithful else 10
+        f = {"params": self.f.parameters(), "lr": RATE * faster, "weight_decay": DECAY}
+        others = {"params": [self.prototypes, self.free], "lr": WEIGHT_RATE * faster}
+        return torch.optim.Adam([f, others])
 
     def loss(self, logits: Tensor) -> Tensor:
         """The hinge loss of margin 1 of each logit [n]."""
@@ -135,3 +91,40 @@ def _orders(counts: Tensor, generator: torch.Generator | None) -> Tensor:
         passes.append(first + keys.masked_fill(~real, 2).argsort(1))
     both = zip(torch.stack(passes, 1), counts.tolist(), strict=True)
     return pad_sequence([orders[:, :count].flatten() for orders, count in both], batch_first=True)
+
+
+@dataclass(frozen=True)
+class PAL(Networked):
+    """PAL-A.
+
+    ``faithful`` keeps the published constants, as above: rows as they are, 20 passes, the best by
+    held-out log loss kept; new users from random weights with 20 passes, the last one of which
+    counts, not the best on their test comparisons. ``converged`` scales rows, trains at ten times
+    the rates until the held-out log loss falls no more, and solves new users' weights, from the
+    seen users' mean, to 1e-4.
+
+    Args:
+        prototypes: numbers of prototypes K to try; ``faithful`` takes the first.
+        width: outputs D of every layer of f; 0 for 512 if faithful, else 128.
+        layers: linear layers of f, with GELU between them.
+        squared: compare squared distances.
+        epochs: passes over the data, at most; 0 for 20 if faithful, else 60.
+    """
+
+    prototypes: tuple[Rank, ...] = (2, 5, 10)
+    width: Width = 0
+    layers: Layers = 2
+    squared: bool = False
+    epochs: Epochs = 0
+    network, passes = FittedPAL, EPOCHS
+
+    @property
+    def grid(self) -> Grid:
+        """Prototypes, and ridges of new users' weights."""
+        return ("prototypes", self.prototypes), ("ridge", networks.RIDGES)
+
+    def published(self, task: Task, model: int) -> networks.Network:
+        """Stopped, as published, on held-out comparisons."""
+        held = hold_out(task.train, task.seed, task.kinds, task.validation)
+        require(held.held is not None, "no user has two dialogues: nothing can be held out")
+        return self.train(held.fit, held, model, task)

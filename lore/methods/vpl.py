@@ -6,7 +6,6 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,89 +25,53 @@ UNITS, CONTEXT, BATCH, EPOCHS = 512, 8, 32, 2  # published, as are:
 RATE, DECAY, WARM_UP = 1e-4, 1e-3, 0.03
 
 
-@dataclass(frozen=True)
-class VPL(Networked):
-    """VPL, repaired.
-
-    ``faithful`` keeps the published constants, as above: rows as they are, a cosine rate, the KL
-    term times the first of ``betas`` on a rising cycle; the latent lies on a sphere in training and
-    not afterwards. ``converged`` scales rows, draws contexts of 0 to the largest number of shots,
-    which up to 16 comparisons share, trains until the held-out log loss falls no more, and tries
-    the sphere afterwards too. Without a context the latent is 0.
-
-    Args:
-        betas: weights of the KL term to try; ``faithful`` takes the first.
-        hidden: hidden units H; 0 for 512 if faithful, else 64.
-        latent: units L of the latent; -1 for 512 if faithful, else 32; 0 for none, which leaves
-            Bradley-Terry on a network.
-        epochs: passes over the data, at most; 0 for 2 if faithful, else 60.
-    """
-
-    betas: tuple[NonNegativeFloat, ...] = (3e-6, 3e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-    hidden: Width = 0
-    latent: Latent = -1
-    epochs: Epochs = 0
-
-    @property
-    def grid(self) -> Grid:
-        """Betas, and whether states are put on the sphere; one of each without a latent."""
-        count = None if self.latent else 1
-        return ("beta", self.betas[:count]), ("sphere", (0.0, 1.0)[:count])
-
-    def train(
-        self, data: Comparisons, held: HeldOut | None, model: float, task: Task, epochs: int = 0
-    ) -> "FittedVPL":
-        """A fit with such a weight of the KL term."""
-        epochs = epochs or self.epochs or (EPOCHS if self.faithful else 60)
-        longest, faithful = max(1, *task.shots) if task.shots else 50, self.faithful
-        most, sizes, batch = (1, (1, CONTEXT), BATCH) if faithful else (16, (0, longest), 8)
-        generator = torch.Generator().manual_seed(task.seed)
-        fit = FittedVPL(self, data, generator)
-        rate, decay = (RATE, DECAY) if faithful else (3e-3, 1e-2)
-        optimizer = torch.optim.AdamW(fit.net.parameters(), lr=rate, weight_decay=decay)
-        total, step = epochs * math.ceil(len(data) / BATCH), itertools.count()
-        cosine = partial(networks.cosine, warm=max(1, round(WARM_UP * total)), total=total)
-        pairs, weight = fit.scaled(data), networks.pair_weights(data, not faithful)
-
-        def epoch() -> Iterator[Tensor]:
-            if not fit.net.latent:
-                for some in batches(len(data), BATCH if faithful else 64, generator):
-                    some = some.to(data.device)
-                    logits = fit.net.decode(outputs(fit.net.first, pairs[some]), None, None)
-                    yield weight[some] @ softplus(-logits) / len(some)
-                return
-            for targets, *others in grouped(data, most, sizes, batch, generator):
-                logits, kl = fit.net(pairs, targets, *others, generator)
-                turn = math.cos(math.pi * (next(step) % CYCLE) / CYCLE)
-                slope = 0.1 + 0.9 * (1 - turn) / 2 if faithful else 1.0  # up, again and again
-                yield weight[targets] @ softplus(-logits) / len(targets) + model * slope * kl
-
-        schedule = {"share": cosine} if faithful else {}
-        fit.descend(
-            optimizer, epoch, epochs, held, lambda: fit.adapt(fit.view(data), data, 0), **schedule
-        )
-        fit.read(data, task.seed)
-        return fit
-
-
 class FittedVPL(Network):
     """A fitted VPL. A user's state is the mean [L] of the latent given that user's comparisons, the
     population's is 0; with ``variant`` 1 states are put on the sphere of the training."""
 
-    def __init__(self, method: VPL, data: Comparisons, generator: torch.Generator) -> None:
-        super().__init__("VPL", method, data)
+    def __init__(self, method: "VPL", data: Comparisons, beta: float, task: Task) -> None:
+        super().__init__("VPL", method, data, task)
         hidden = method.hidden or (UNITS if self.faithful else 64)
         latent = method.latent if method.latent >= 0 else (UNITS if self.faithful else 32)
-        self.net = Net(data.num_features, hidden, latent, generator).to(data.device)
-        self.outputs = self.net.first
+        self.net = Net(data.num_features, hidden, latent, self.generator).to(data.device)
+        self.outputs, self.batch = self.net.first, BATCH if self.faithful else 64
         self.population_state = torch.zeros(latent, device=data.device)
+        self.beta, self.seed, self.steps = beta, task.seed, itertools.count()
+        self.longest = max(1, *task.shots) if task.shots else 50  # context
 
-    def read(self, data: Comparisons, seed: int) -> None:
-        """The seen users' contexts, and how much of the latent is alive: accuracy on some training
-        comparisons with contexts of others: a user's own, the same swapped, another user's, none. A
-        collapsed latent makes no difference."""
-        view = self.view(data)
-        self.users, self.latents = self.adapt(view, data, seed), {}
+    def optimizer(self) -> torch.optim.Optimizer:
+        rate, decay = (RATE, DECAY) if self.faithful else (3e-3, 1e-2)
+        return torch.optim.AdamW(self.net.parameters(), lr=rate, weight_decay=decay)
+
+    def share(self, step: int, total: int) -> float:
+        warm = max(1, round(WARM_UP * total))
+        return networks.cosine(step, warm, total) if self.faithful else 1.0
+
+    def losses_of_pass(self, data: Comparisons, pairs: Pairs, weight: Tensor) -> Iterator[Tensor]:
+        g, faithful = self.generator, self.faithful
+        if not self.net.latent:
+            for some in batches(len(data), self.batch, g):
+                some = some.to(data.device)
+                first, nobody = outputs(self.outputs, pairs[some]), torch.zeros_like(some)
+                logits = self.net.decode(first, self.population_state[None], nobody)
+                yield weight[some] @ softplus(-logits) / len(some)
+            return
+        most, sizes, batch = (1, (1, CONTEXT), BATCH) if faithful else (16, (0, self.longest), 8)
+        for targets, *others in grouped(data, most, sizes, batch, g):
+            logits, kl = self.net(pairs, targets, *others, g)
+            turn = math.cos(math.pi * (next(self.steps) % CYCLE) / CYCLE)
+            slope = 0.1 + 0.9 * (1 - turn) / 2 if faithful else 1.0  # up, again and again
+            yield weight[targets] @ softplus(-logits) / len(targets) + self.beta * slope * kl
+
+    def states(self, data: Comparisons) -> Tensor:
+        return self.adapt(self.view(data), data, self.seed)
+
+    def train(self, data: Comparisons, held: HeldOut | None, epochs: int) -> None:
+        """Train, and read how much of the latent is alive: accuracy on some training comparisons
+        with contexts of others: a user's own, the same swapped, another user's, none. A collapsed
+        latent makes no difference."""
+        super().train(data, held, epochs)
+        self.latents, view, seed = {}, self.view(data), self.seed
         if not self.net.latent:
             return
         kl = divergence(*self._latents(view, data)).mean()
@@ -152,8 +115,6 @@ class FittedVPL(Network):
     @torch.no_grad()
     def logits(self, view: Pairs, state: Tensor, user: Tensor) -> Tensor:
         """Difference of the decoder's rewards [N]."""
-        if not self.net.latent:
-            return self.net.decode(view, None, None)
         z = on_sphere(state) if self.variant else state
         parts = torch.arange(len(view), device=user.device).split(1 << 16)
         return torch.cat([self.net.decode(view[some], z, user[some]) for some in parts])
@@ -200,8 +161,8 @@ class Net(nn.Module):
         self.latent = L
         self.item = linear(F, H, g, fan=F + L)
         self.hidden, self.reward = linear(H, H, g), linear(H, 1, g)
+        self.taste = linear(L, H, g, bias=False, fan=F + L)
         if L:
-            self.taste = linear(L, H, g, bias=False, fan=F + L)
             self.chosen = linear(F, H, g, fan=2 * F)
             self.rejected = linear(F, H, g, bias=False, fan=2 * F)
             self.pair_hidden, self.pair = linear(H, H, g), linear(H, L, g)
@@ -228,10 +189,10 @@ class Net(nn.Module):
         o = read.sum(1) / counts.clamp(min=1)[:, None]
         return self.mean(o).clamp(-1, 1), self.log_variance(o).clamp(-1, 1)
 
-    def decode(self, first: Pairs, z: Tensor | None, group: Tensor | None) -> Tensor:
+    def decode(self, first: Pairs, z: Tensor, group: Tensor) -> Tensor:
         """Difference of rewards [n] between chosen and rejected, the latents being z [G, L]."""
         items = first.values[:, : self.hidden.in_features]
-        taste = 0 if z is None else self.taste(z)[group]
+        taste = self.taste(z)[group]
         chosen, rejected = (
             self.reward(leaky_relu(self.hidden(leaky_relu(items[side] + taste, 0.2)), 0.2))[:, 0]
             for side in (first.chosen, first.rejected)
@@ -260,3 +221,34 @@ def on_sphere(z: Tensor) -> Tensor:
 def divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
     """KL divergence from N(0, I) of the latents [G]."""
     return (mean.square() + log_variance.exp() - 1 - log_variance).sum(1) / 2
+
+
+@dataclass(frozen=True)
+class VPL(Networked):
+    """VPL, repaired.
+
+    ``faithful`` keeps the published constants, as above: rows as they are, a cosine rate, the KL
+    term times the first of ``betas`` on a rising cycle; the latent lies on a sphere in training and
+    not afterwards. ``converged`` scales rows, draws contexts of 0 to the largest number of shots,
+    which up to 16 comparisons share, trains until the held-out log loss falls no more, and tries
+    the sphere afterwards too. Without a context the latent is 0.
+
+    Args:
+        betas: weights of the KL term to try; ``faithful`` takes the first.
+        hidden: hidden units H; 0 for 512 if faithful, else 64.
+        latent: units L of the latent; -1 for 512 if faithful, else 32; 0 for none, which leaves
+            Bradley-Terry on a network.
+        epochs: passes over the data, at most; 0 for 2 if faithful, else 60.
+    """
+
+    betas: tuple[NonNegativeFloat, ...] = (3e-6, 3e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+    hidden: Width = 0
+    latent: Latent = -1
+    epochs: Epochs = 0
+    network, passes = FittedVPL, EPOCHS
+
+    @property
+    def grid(self) -> Grid:
+        """Betas, and whether states are put on the sphere; one of each without a latent."""
+        count = None if self.latent else 1
+        return ("beta", self.betas[:count]), ("sphere", (0.0, 1.0)[:count])

@@ -189,7 +189,7 @@ def test_a_context_shares_no_comparison_nor_dialogue_with_its_targets() -> None:
 def test_mlp_with_the_identity_is_lore() -> None:
     task, g = planted("mlp"), torch.Generator().manual_seed(0)
     method = mlp.MLP("faithful", hidden=F, activation="identity")
-    fit = mlp.FittedMLP(method, task.train, 3, g)
+    fit = mlp.FittedMLP(method, task.train, 3, task)
     V, W = torch.randn(F, 3, generator=g), torch.rand(NEW, 3, generator=g).softmax(1)
     fit.layers[0].weight.data, fit.layers[2].weight.data = torch.eye(F), V.T.contiguous()
     lore = (task.unseen.project(V) * W[task.unseen.user]).sum(1) / 100

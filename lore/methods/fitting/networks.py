@@ -2,7 +2,7 @@
 rows at one scale, early stopping, choosing, users' weights."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -19,6 +19,7 @@ from lore.methods.fitting.validation import HeldOut, Peer, Split, Validation, ch
 CURVE = 400  # points of a training curve that are kept
 TOLERANCE = 1e-4  # an improvement of the held-out log loss, or of a user's objective, that counts
 PATIENCE = 10  # epochs without one before training stops
+PASSES = 60  # over the data, at most
 PLATEAU = 1500  # steps before which it never stops: tastes are often found late, all at once
 PATIENT_STEPS = 20  # the same of a user's weights, in steps
 BLOCK = 1 << 15  # comparisons of users who are fitted together, padded to the longest
@@ -78,12 +79,22 @@ class Networked(Peer):
     """A method with a network.
 
     ``grid`` is what is tried: a setting that needs a training for each value, and one that does
-    not. ``train(data, held, model, task, epochs)`` is a fit of a model to try, stopped by held-out
-    comparisons if there are any; the task gives seed and shots, and the method the most passes if
-    ``epochs`` is 0.
+    not. ``network(method, data, model, task)`` is what a training of such a value begins with.
     """
 
     grid: ClassVar[Grid]
+    network: ClassVar[Callable[..., "Network"]]
+    passes: ClassVar[int]  # published; else there are at most ``PASSES``
+
+    def train(
+        self, data: Comparisons, held: HeldOut | None, model: Any, task: Task, epochs: int = 0
+    ) -> "Network":
+        """A fit of a model to try, stopped by held-out comparisons if there are any; the task gives
+        seed and shots, and the method the most passes if ``epochs`` is 0."""
+        fit = self.network(self, data, model, task)
+        most = self.epochs or (self.passes if self.faithful else PASSES)
+        fit.train(data, held, epochs or most)
+        return fit
 
     def published(self, task: Task, model: Any) -> "Network":
         """The fit with the published constants and budget."""
@@ -119,36 +130,40 @@ class Networked(Peer):
 
 class Network(Fitted):
     """A fitted method with a network. Rows are divided by ``scale``, which is 1 if faithful;
-    ``outputs(rows)`` is what ``view`` keeps of scaled rows [n, F]: [n, *]."""
+    ``outputs(rows)`` is what ``view`` keeps of scaled rows [n, F]: [n, *]. ``optimizer()`` has all
+    that is trained, ``losses_of_pass(data, pairs, weight)`` yields the loss of every batch of a
+    pass, for a step each, and ``states(data)`` are the users' present ones."""
 
+    batch: int  # comparisons of a step
     losses: list[float]  # of training, and passes over the data
     epochs: int
     parameters: int  # trained numbers, the seen users' own included
     variant: float = 0.0  # of the setting that needs no other training
     tried: Sequence[dict[str, Any]] = ()
 
-    def __init__(self, name: str, method: Networked, data: Comparisons) -> None:
-        self.faithful = method.faithful
+    def __init__(self, name: str, method: Networked, data: Comparisons, task: Task) -> None:
+        self.faithful, self.by_user = method.faithful, not method.faithful  # see ``pair_weights``
+        self.patience = math.inf if self.faithful else PATIENCE
+        self.generator = torch.Generator().manual_seed(task.seed)
         self.label, self.settings = method.named(name), {"setting": method.setting}
         self.scale = 1.0 if self.faithful else row_scale(data)
 
-    def descend(
-        self, optimizer: torch.optim.Optimizer, epoch: Callable[[], Iterable[Tensor]], epochs: int,
-        held: HeldOut | None, users: Callable[[], Tensor], patience: int = PATIENCE,
-        share: Callable[[int], float] = lambda step: 1.0,
-    ) -> None:  # fmt: skip
+    def train(self, data: Comparisons, held: HeldOut | None, epochs: int) -> None:
         """Train, and keep the best parameters, the loss of every step, and passes until these.
 
-        ``epoch`` yields the loss of every batch of a pass, for a step each, at a share of the rate;
-        ``users`` gives the present states. Training ends after ``patience`` epochs in which the
-        held-out log loss did not improve by ``TOLERANCE``, though not within ``PLATEAU`` steps;
-        without held-out comparisons, at the last epoch.
+        Unless faithful, training ends after ``PATIENCE`` epochs in which the held-out log loss did
+        not improve by ``TOLERANCE``, though not within ``PLATEAU`` steps; without held-out
+        comparisons, at the last epoch.
         """
+        optimizer, total = self.optimizer(), epochs * math.ceil(len(data) / self.batch)
+        share = partial(self.share, total=total)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        pairs = rows_of(data).pairs(lambda e: e / self.scale)
+        weight = pair_weights(data, self.by_user)
         losses, best, self.epochs, kept = [], math.inf, 0, []
         for number in range(1, epochs + 1):
-            for loss in epoch():
+            for loss in self.losses_of_pass(data, pairs, weight):
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
@@ -158,11 +173,11 @@ class Network(Fitted):
                 self.epochs = number
                 continue
             with torch.no_grad():
-                now = float(held.losses(self, users()).mean())
+                now = float(held.losses(self, self.states(data)).mean())
             if now < best - TOLERANCE:
                 best, self.epochs = now, number
                 kept = [p.detach().clone() for p in parameters]
-            elif number - self.epochs >= patience and len(losses) >= PLATEAU:
+            elif number - self.epochs >= self.patience and len(losses) >= PLATEAU:
                 break
         for parameter, value in zip(parameters, kept, strict=bool(kept)):
             parameter.data.copy_(value)
@@ -170,6 +185,11 @@ class Network(Fitted):
             parameter.requires_grad_(False)
         self.losses = torch.stack(losses).tolist()
         self.parameters = sum(parameter.numel() for parameter in parameters)
+        self.users = self.states(data)
+
+    def share(self, step: int, total: int) -> float:
+        """Of the rates, at a step of so many."""
+        return 1.0
 
     def describe(self) -> dict[str, Any]:
         """Parameters, configurations tried, at most ``CURVE`` means of successive losses."""
@@ -190,45 +210,35 @@ class Network(Fitted):
         """The network's outputs for the distinct rows."""
         return rows_of(data).pairs(lambda e: self.outputs(e / self.scale))
 
-    def scaled(self, data: Comparisons) -> Pairs:
-        """The distinct rows divided by the scale, in memory."""
-        return rows_of(data).pairs(lambda e: e / self.scale)
-
 
 class Mixing(Network):
     """A network whose users mix K outputs: weights [K] are on the simplex, and the population's are
     the mean of the seen users'; ``variant`` is the ridge of new users', whose published fit is
     ``published(view, users, start, generator)`` from logits that are drawn from N(0, 1)."""
 
-    free: Tensor  # logits [U, K] of the seen users' weights
-
-    def draw(self, data: Comparisons, K: int, generator: torch.Generator) -> None:
-        """Begin with N(0, 1) logits of the seen users' weights."""
-        free = torch.randn(data.num_users, K, generator=generator)
+    def draw(self, data: Comparisons, K: int) -> None:
+        """Begin with N(0, 1) logits [U, K] of the seen users' weights."""
+        free = torch.randn(data.num_users, K, generator=self.generator)
         self.free = free.to(data.device).requires_grad_()
+
+    def states(self, data: Comparisons) -> Tensor:
+        return self.free.softmax(1)
+
+    @property
+    def population_state(self) -> Tensor:
+        return self.users.mean(0)
 
     def loss(self, logits: Tensor) -> Tensor:
         """The log loss of each logit [n]."""
         return softplus(-logits)
 
-    def train(
-        self, data: Comparisons, by_user: bool, optimizer: torch.optim.Optimizer, size: int,
-        generator: torch.Generator, held: HeldOut | None, epochs: int, patience: int = PATIENCE,
-    ) -> None:  # fmt: skip
-        """Descend, a batch of so many comparisons after the other; see ``pair_weights``."""
-        pairs, weight = self.scaled(data), pair_weights(data, by_user)
-
-        def epoch() -> Iterator[Tensor]:
-            for some in batches(len(data), size, generator):
-                some = some.to(data.device)
-                who, own = data.user[some].unique(return_inverse=True)
-                view = outputs(self.outputs, pairs[some])
-                logits = self.logits(view, self.free[who].softmax(1), own)
-                yield weight[some] @ self.loss(logits) / len(some)
-
-        self.descend(optimizer, epoch, epochs, held, lambda: self.free.softmax(1), patience)
-        self.users = self.free.softmax(1)
-        self.population_state = self.users.mean(0)
+    def losses_of_pass(self, data: Comparisons, pairs: Pairs, weight: Tensor) -> Iterator[Tensor]:
+        for some in batches(len(data), self.batch, self.generator):
+            some = some.to(data.device)
+            who, own = data.user[some].unique(return_inverse=True)
+            view = outputs(self.outputs, pairs[some])
+            logits = self.logits(view, self.free[who].softmax(1), own)
+            yield weight[some] @ self.loss(logits) / len(some)
 
     def adapt(self, view: View, users: Users, seed: Seed) -> Tensor:
         """Weights [U', K] that fit users' comparisons, all else fixed (eq. 11)."""
