@@ -15,8 +15,9 @@ sys.path.append(str(ROOT / "tests" / "helpers"))  # planted choices
 from safetensors.torch import load_file
 
 from lore.experiments import splits
-from lore.experiments.splits import Sets, Tasks
+from lore.experiments.splits import SIDES, Tasks
 from lore.learning.comparisons import Comparisons, RowFeatures
+from lore.learning.method import Task
 from lore.preparing import tables as preparing
 from lore.preparing.hold_out import hold_out
 from planted import prefer
@@ -58,7 +59,7 @@ def redrawn(data: Path, seen_fraction: float = 0.5) -> Tasks:
     info, store = splits.load(data)
     table = preparing.read_comparisons(data, len(store))
 
-    def draw(seed: int, device: torch.device) -> Sets:
+    def draw(seed: int, device: torch.device) -> Task:
         drawn = preparing.split_dialogues(table, seed, preparing.Funnel())
         drawn = preparing.split_users(drawn, seed, seen_fraction)
         return splits.four_sets(drawn, store, device, "dialogues")
@@ -78,7 +79,7 @@ def held_out_anew(data: Path, by: Literal["pairs", "responses"]) -> Tasks:
     table = preparing.read_comparisons(data, len(store))
     names = {f"{side}_name": table[side].astype(str) for side in ("chosen", "rejected")}
 
-    def draw(seed: int, device: torch.device) -> Sets:
+    def draw(seed: int, device: torch.device) -> Task:
         whole = table.assign(**names, row=range(len(table)))
         drawn, _ = hold_out(whole, by, seed, preparing.Funnel())
         drawn = preparing.split_users(drawn, seed, 0.5)
@@ -106,7 +107,7 @@ def planted(
     rows = {split: load_file(data / "scores.safetensors")[f"{split}.rows"] for split in SPLITS}
     about = {"planted": PLANTED, "spread": spread, "users": users, "held_out": held_out}
 
-    def draw(seed: int, device: torch.device) -> Sets:
+    def draw(seed: int, device: torch.device) -> Task:
         generator = torch.Generator().manual_seed(seed)
         rewards = plant(store.rows(torch.arange(len(store))), spread, 2 * users, generator)
         sets = []
@@ -116,7 +117,7 @@ def planted(
                 features = RowFeatures(store.rows, store.num_features, chosen, rejected, device)
                 names = [f"{kind} {seed}.{u}" for u in range(users)]
                 sets.append(Comparisons(features, [count] * users, names=names))
-        return Sets(*sets)
+        return Task(**dict(zip(SIDES, sets, strict=False)))
 
     return Tasks(info, store, draw, "comparisons", about, data)
 

@@ -2,10 +2,10 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -30,23 +30,13 @@ SIDES = {"train": (True, "train"), "seen": (True, "test"),
          "validation": (True, preparing.VALIDATION)}  # fmt: skip
 
 
-class Sets(NamedTuple):
-    """The sets of a ``Task``; None for those that a dataset does not have."""
-
-    train: Comparisons
-    seen: Comparisons
-    few: Comparisons | None
-    unseen: Comparisons | None
-    validation: Comparisons | None = None
-
-
 @dataclass
 class Tasks:
     """A prepared and embedded dataset, and how the repeats of an experiment are drawn from it."""
 
     info: dict[str, Any]  # what prepare.json says
     store: "Store | Extended"
-    draw: Callable[[int, torch.device], Sets]  # the sets of a seed, on a device
+    draw: Callable[[int, torch.device], Task]  # the sets of a seed, on a device, and no more
     unit: Unit  # what a shot is
     about: dict[str, Any]  # the script's own settings, recorded with the results
     folder: Path
@@ -94,10 +84,8 @@ class Tasks:
             free = torch.cuda.mem_get_info(device)[0] if gpu else psutil.virtual_memory().available
             stream = len(sets.train) * self.store.num_features * 4 > free / 2
         kinds = shares_of_test(sets.train, sets.few, sets.seen, sets.unseen)
-        return Task(
-            **sets._asdict(), reference=reference, seed=seed, stream=stream, kinds=kinds,
-            process=processes[0], processes=processes[1], **options,
-        )  # fmt: skip
+        return replace(sets, reference=reference, seed=seed, stream=stream, kinds=kinds,
+                       process=processes[0], processes=processes[1], **options)  # fmt: skip
 
 
 def given_split(data: Path, dataset: str | None = None, features: Sequence[Feature] = ()) -> Tasks:
@@ -107,7 +95,7 @@ def given_split(data: Path, dataset: str | None = None, features: Sequence[Featu
     alone = not table.duplicated(["user_id", "dialog_id"]).any()
     unit: Unit = "comparisons" if alone else "dialogues"
 
-    def draw(_: int, device: torch.device) -> Sets:
+    def draw(_: int, device: torch.device) -> Task:
         return four_sets(table, store, device, unit)
 
     return Tasks(info, store, draw, unit, about, data)
@@ -129,7 +117,7 @@ def drawn_split(
     about |= {"pairs_per_user": pairs_per_user, "few_shot_pairs": few_shot_pairs,
               "seen_fraction": seen_fraction}  # fmt: skip
 
-    def draw(seed: int, device: torch.device) -> Sets:
+    def draw(seed: int, device: torch.device) -> Task:
         drawn = preparing.split_users(table, seed, seen_fraction)
         drawn = drawn.sort_values(["user_id", "dialog_id", "chosen", "rejected"], kind="stable")
         drawn["order"] = np.random.default_rng(seed).random(len(drawn))
@@ -165,7 +153,7 @@ def simulated_users(
     table = pd.concat(pairs, ignore_index=True)
     store, about = _extended(data, store, table, about, features)
 
-    def draw(seed: int, device: torch.device) -> Sets:
+    def draw(seed: int, device: torch.device) -> Task:
         generator = torch.Generator().manual_seed(seed)
         W = generate_population(dirichlet_alpha, users + unseen_users, generator)
         groups = ("user", W[:users], pairs_per_user), ("new user", W[users:], few_shot_pairs)
@@ -177,7 +165,7 @@ def simulated_users(
                 features = RowFeatures(store.rows, store.num_features, *rows, device)
                 counts = [len(rows[0]) // len(names)] * len(names)
                 sets.append(Comparisons(features, counts, names=names))
-        return Sets(*sets)
+        return Task(**dict(zip(SIDES, sets, strict=False)))
 
     return Tasks(info, store, draw, "comparisons", about, data)
 
@@ -275,7 +263,7 @@ class Extended:
         return torch.cat([self._store.rows(index), self._extra[index]], 1)
 
 
-def four_sets(table: pd.DataFrame, store: Store, device: torch.device, unit: Unit) -> Sets:
+def four_sets(table: pd.DataFrame, store: Store, device: torch.device, unit: Unit) -> Task:
     """The sets of a table by its ``seen`` and ``split``, without users who lack training or test
     comparisons; InputError if no seen user is left, or no unseen one though the table has some."""
     both = preparing.on_both_sides(table)
@@ -292,7 +280,7 @@ def four_sets(table: pd.DataFrame, store: Store, device: torch.device, unit: Uni
         parts[name] = None if part.empty else _comparisons(part, store, device)
     if unit == "comparisons" and parts["few"] is not None:
         parts["few"].dialogs = None
-    return Sets(**parts)
+    return Task(**parts)
 
 
 def _comparisons(table: pd.DataFrame, store: Store, device: torch.device) -> Comparisons:

@@ -17,6 +17,7 @@ from lore.common.files import InputError, file_sha256
 from lore.experiments import splits
 from lore.learning import simulated_users as sampling
 from lore.learning.comparisons import Comparisons, DenseFeatures, RowFeatures
+from lore.learning.method import Task
 from lore.preparing import tables as preparing
 from people import Rows, listed
 
@@ -53,7 +54,12 @@ def split_table(sides: dict[str, tuple[bool, str]]) -> pd.DataFrame:
     return table.assign(chosen=range(len(rows)), rejected=range(100, 100 + len(rows)))
 
 
-def four(table: pd.DataFrame, unit: splits.Unit = "dialogues") -> splits.Sets:
+def parts(task: Task) -> list[Comparisons]:
+    """The four sets of a task."""
+    return [getattr(task, name) for name in ("train", "seen", "few", "unseen")]
+
+
+def four(table: pd.DataFrame, unit: splits.Unit = "dialogues") -> Task:
     return splits.four_sets(table, Rows(torch.zeros(200, 2), None), CPU, unit)
 
 
@@ -61,7 +67,7 @@ def test_four_sets_are_what_the_table_says(caplog):
     sides = {"a": (True, "rre"), "b": (False, "re"), "c": (True, "er"), "d": (False, "rr")}
     with caplog.at_level("INFO"):
         sets = four(split_table(sides))
-    assert [(s.names, s.counts.tolist(), *people.ends(s)) for s in sets[:4]] == [
+    assert [(s.names, s.counts.tolist(), *people.ends(s)) for s in parts(sets)] == [
         (["a", "c"], [2, 1], [0, 1, 6], [100, 101, 106]),
         (["a", "c"], [1, 1], [2, 5], [102, 105]),
         (["b"], [1], [3], [103]), (["b"], [1], [4], [104]),
@@ -156,11 +162,11 @@ def test_flipping_swaps_both_ends_of_those_that_are_named(world, in_memory):
 def test_a_given_split_is_the_same_for_every_seed(world, loaded):
     tasks = splits.given_split(loaded)
     first, second = (tasks.draw(seed, CPU) for seed in (0, 1))
-    assert [listed(s) for s in first[:4]] == [listed(s) for s in second[:4]]
+    assert [listed(s) for s in parts(first)] == [listed(s) for s in parts(second)]
     assert first.train.names == first.seen.names == [f"p{u:02d}" for u in (0, 1, 4, 5, 8, 9)]
     assert tasks.unit == "dialogues"
     own = world.tasks().draw(0, CPU)
-    assert [listed(s) for s in own[:4]] == [listed(s) for s in first[:4]]
+    assert [listed(s) for s in parts(own)] == [listed(s) for s in parts(first)]
 
 
 @pytest.mark.parametrize("draw", [
@@ -173,8 +179,8 @@ def test_comparisons_of_the_same_tokens_are_left_out(world, loaded, monkeypatch,
     cut = draw(loaded)
     assert cut.about == {**whole.about, "same_tokens": len(third)}
     assert f"left out {len(third)} of {len(chosen)} comparisons" in caplog.text
-    total = sum(len(some) for some in cut.draw(0, CPU)[:4])
-    assert total == sum(len(some) for some in whole.draw(0, CPU)[:4]) - len(third)
+    total = sum(len(some) for some in parts(cut.draw(0, CPU)))
+    assert total == sum(len(some) for some in parts(whole.draw(0, CPU))) - len(third)
     monkeypatch.setattr(world.store, "same", lambda some, _: torch.ones_like(some, dtype=bool))
     with pytest.raises(InputError, match="no comparisons are left: .*chat template"):
         draw(loaded)
@@ -186,7 +192,7 @@ def test_drawn_splits_follow_the_seed_alone(world, loaded):
     assert sets.train.names != other.train.names
     world.table.sample(frac=1, random_state=0).to_parquet(loaded / "comparisons.parquet")
     for again in (draw(0, CPU), splits.drawn_split(loaded, 0.25, 10, 4).draw(0, CPU)):
-        assert [sorted(listed(s)) for s in sets[:4]] == [sorted(listed(s)) for s in again[:4]]
+        assert [sorted(listed(s)) for s in parts(sets)] == [sorted(listed(s)) for s in parts(again)]
 
 
 def test_drawn_splits_take_samples_of_the_training_side_only(world, loaded):
@@ -194,7 +200,7 @@ def test_drawn_splits_take_samples_of_the_training_side_only(world, loaded):
     assert not set(sets.train.names) & set(sets.few.names)
     assert sets.train.counts.tolist() == [10] * 3 and sets.few.counts.tolist() == [4] * 9
     assert sets.few.dialogs is None  # a shot is a comparison
-    for part, split in zip(sets[:4], ("train", "test", "train", "test"), strict=True):
+    for part, split in zip(parts(sets), ("train", "test", "train", "test"), strict=True):
         side = world.table[(world.table.split == split) & world.table.user_id.isin(part.names)]
         owned = set(zip(side.user_id, side.chosen, side.rejected, strict=True))
         taken = {row[:3] for row in listed(part)}
@@ -223,10 +229,10 @@ def test_simulated_users_choose_as_a_plain_loop_does(simulated):
     data, scores, rows = simulated
     sets = splits.simulated_users(data, 0.1, 6, 4, 9, 5).draw(3, CPU)
     W = sampling.generate_population(0.1, 10, torch.Generator().manual_seed(3)).double()
-    assert [s.counts.tolist() for s in sets[:4]] == [[9] * 6, [7] * 6, [5] * 4, [7] * 4]
+    assert [s.counts.tolist() for s in parts(sets)] == [[9] * 6, [7] * 6, [5] * 4, [7] * 4]
     prompt_of = {int(row): p for p, some in enumerate(rows) for row in some}
     drawn = set()
-    for part, weights, side in zip(sets[:4], (W[:6], W[:6], W[6:], W[6:]), "rere", strict=True):
+    for part, weights, side in zip(parts(sets), (W[:6], W[:6], W[6:], W[6:]), "rere", strict=True):
         choices = torch.tensor(people.ends(part)).T.split(part.counts.tolist())
         for w, pairs_of_user in zip(weights, choices, strict=True):
             prompts = [prompt_of[int(chosen)] for chosen, _ in pairs_of_user]
@@ -243,7 +249,7 @@ def test_simulated_users_choose_as_a_plain_loop_does(simulated):
 def test_simulated_users_follow_the_seed_and_have_no_more_pairs_than_prompts(simulated):
     draw = splits.simulated_users(simulated[0], 0.1, 6, 4, 9, 5).draw
     first, again, other = (draw(seed, CPU) for seed in (0, 0, 1))
-    ends = [[people.ends(s) for s in sets[:4]] for sets in (first, again, other)]
+    ends = [[people.ends(s) for s in parts(sets)] for sets in (first, again, other)]
     assert ends[0] == ends[1] != ends[2]
     assert not set(first.train.names) & {*first.few.names, *other.train.names}
     with pytest.raises(InputError, match="21 .* 20 are there; lower --pairs-per-user"):

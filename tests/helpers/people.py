@@ -17,6 +17,7 @@ from lore.experiments.judging import Sweep, judge
 from lore.experiments.results import read_written as saved
 from lore.experiments.runner import Settings, open_run
 from lore.learning.comparisons import Comparisons
+from lore.learning.method import Task
 from lore.methods.lore import Lore
 from lore.methods.ridge_bt import RidgeBT
 
@@ -61,7 +62,7 @@ class People(NamedTuple):
     def tasks(self, unit: splits.Unit = "dialogues") -> splits.Tasks:
         """The split that is given in the table."""
 
-        def draw(seed: int, device: torch.device) -> splits.Sets:
+        def draw(seed: int, device: torch.device) -> Task:
             return splits.four_sets(self.table, self.store, device, unit)
 
         return Tasks(self.info, self.store, draw, unit, {}, Path())

@@ -15,7 +15,6 @@ import planted
 from lore import methods
 from lore.common.files import InputError
 from lore.experiments import runner as experiments
-from lore.experiments import splits
 from lore.learning.comparisons import Comparisons, Seed, Users
 from lore.learning.method import Fitted, Task, check
 from lore.methods import mrm, rbd
@@ -189,9 +188,8 @@ def test_a_choice_never_reads_a_test_comparison_and_is_the_same_twice(name: str)
 def made() -> people.Tasks:
     """A dataset whose repeats are planted."""
 
-    def draw(seed: int, device: torch.device) -> splits.Sets:
-        task = planted.task(users=12, shots=12, held_out=10, seed=seed)
-        return splits.Sets(task.train, task.seen, task.few, task.unseen)
+    def draw(seed: int, device: torch.device) -> Task:
+        return planted.task(users=12, shots=12, held_out=10, seed=seed)
 
     store = people.Rows(torch.zeros(planted.ROWS, planted.F), planted.task().reference)
     return people.Tasks({"dataset": "Made"}, store, draw, "comparisons", {}, Path())
