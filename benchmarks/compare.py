@@ -27,7 +27,7 @@ from lore.common.cli import cli
 from lore.common.files import require, write_text, write_whole
 from lore.common.settings import NonNegativeInt
 from lore.experiments.judging import Sweep, judge
-from lore.experiments.report.intervals import Summary, difference, interval, level
+from lore.experiments.report.intervals import Summary, difference, level
 from lore.experiments.report.plots import full_colour
 from lore.experiments.report.tables import markdown
 from lore.experiments.results import CONTROLS, MEASURES, Results, read_results, shots_name
@@ -244,7 +244,8 @@ def against_bt(row: Row, measure: str, name: str, shots: int | None = None) -> S
 
 def change(measure: str, paired: Summary) -> str:
     """A difference with its interval."""
-    return f"{MEASURES[measure].text(paired.mean, signed=True)} {interval(measure, paired)}".strip()
+    unit, (mean, low, high, _) = MEASURES[measure], paired
+    return f"{unit.text(mean, signed=True)} {unit.between(low, high)}".strip()
 
 
 def cost(row: Row) -> dict[str, str]:

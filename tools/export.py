@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from lore.common.files import UMASK, InputError, first_line, require, write_text
 from lore.embeddings import reward_model
 from lore.embeddings.reward_model import OF_BASIS, ModelChoice, Source, render
-from lore.experiments.report.intervals import columns, interval, level
+from lore.experiments.report.intervals import columns, level
 from lore.experiments.report.verdict import kind_sentence
 from lore.experiments.results import ALWAYS, MEASURES, read_results
 from lore.methods.saved import Learned, load_learned
@@ -207,7 +207,8 @@ def held_out(basis: Path, average: bool) -> dict[str, Any]:
         control = "population" if average and results.personal(label) else ""
         found = {m: level(results, label, control, m, *where) for m in ALWAYS}
         if all(found.values()):
-            cells = {m: f"{MEASURES[m].text(x.mean)} {interval(m, x)}" for m, x in found.items()}
+            units = {m: (MEASURES[m], *x[:3]) for m, x in found.items()}
+            cells = {m: f"{u.text(x)} {u.between(*ends)}" for m, (u, x, *ends) in units.items()}
             rows.append({"name": f"{name} users", **cells})
     people, counts = (results.repeats[0][name] for name in ("users", "comparisons"))
     known = f"{counts['train']:,} comparisons of {len(people['seen'])} users"

@@ -118,7 +118,8 @@ def open_run(
         yield Experiment(run, dataset, settings, sweep)
         if first:
             run.begin()
-            run.tidy(settings.seeds, settings.chosen())
+            states = [run.state(s, name) for s in settings.seeds for name in settings.chosen()]
+            run.forget("*.part", *(f"{state.name}-*" for state in states))  # of killed runs too
 
 
 @dataclass
@@ -171,7 +172,7 @@ class Experiment:
                 yield task, name, self.timed
                 wait_for_all()
                 if first:
-                    self.run.forget(seed, name)
+                    self.run.forget(f"{task.state.name}-*")
 
     def save(
         self, task: Task, name: str, fits: Sequence[Fitted], records: Sequence[dict[str, Any]]

@@ -4,7 +4,7 @@ import importlib.metadata
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,18 +91,10 @@ class Run:
         """Where the state of a method's training is kept, with a suffix."""
         return self.folder / f"state-seed{seed}-{name}"
 
-    def forget(self, seed: int, name: str) -> None:
-        """Remove the states of a method's training, every process's, once it is finished."""
-        for file in self.folder.glob(f"{self.state(seed, name).name}-*"):
+    def forget(self, *patterns: str) -> None:
+        """Remove files of the folder by their names."""
+        for file in (file for pattern in patterns for file in self.folder.glob(pattern)):
             file.unlink(missing_ok=True)
-
-    def tidy(self, seeds: Sequence[int], methods: Iterable[str]) -> None:
-        """At the end of all work, remove what runs have left that were killed."""
-        for seed in seeds:
-            for name in methods:
-                self.forget(seed, name)
-        for draft in self.folder.glob("*.part"):
-            draft.unlink(missing_ok=True)
 
 
 def plain(settings: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from lore.experiments.results import MEASURES, Results, Samples, shots_name
+from lore.experiments.results import Results, Samples, shots_name
 
 RESAMPLES = 2000
 MOST_RESAMPLED = 10_000  # users; of more, the normal interval is the bootstrap's to its own noise
@@ -90,11 +90,6 @@ def difference(
         rest = results.figures(*other, name, measure, shots)
         apart.append({seed: own[seed] - rest[seed] for seed in own if seed in rest})
     return summarise(apart)
-
-
-def interval(measure: str, summary: Summary) -> str:
-    """[low, high] in the measure's unit, nothing where there is none."""
-    return MEASURES[measure].between(summary.low, summary.high)
 
 
 def shots_to_reach(shots: Sequence[float], values: Sequence[float], level: float) -> float:

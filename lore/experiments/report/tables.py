@@ -31,7 +31,7 @@ def _table(cells: Cells, measure: str, paired: bool = False) -> Table:
         text = "" if found is None else unit.text(found.mean, signed=paired)
         if found and len(found.repeats) > 1 and not paired:
             text += f" ± {unit.text(float(np.std(found.repeats, ddof=1)))}"
-        end = intervals.interval(measure, found) if found else ""
+        end = unit.between(found.low, found.high) if found else ""
         table[row][column] = f"{text} {end}".rstrip()
     return {name: row for name, row in table.items() if any(row.values())}
 

@@ -49,8 +49,8 @@ class Verdict(NamedTuple):
 def difference_text(measure: str, summary: Summary) -> str:
     """A difference in points or nats with its interval."""
     unit = "points" if measure == "accuracy" else "nats"
-    value = MEASURES[measure].text(summary.mean, signed=True)
-    return f"{value} {unit} {intervals.interval(measure, summary)}".rstrip()
+    figure, (mean, low, high, _) = MEASURES[measure], summary
+    return f"{figure.text(mean, signed=True)} {unit} {figure.between(low, high)}".rstrip()
 
 
 def verdicts(results: Results) -> list[Verdict]:
