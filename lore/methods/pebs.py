@@ -11,7 +11,7 @@ from lore.learning.comparisons import Comparisons, Users
 from lore.learning.method import Fitted
 from lore.methods.fitting.geometry import Geometry, measure
 from lore.methods.fitting.linear import LinearFitted, LinearPeer, project, slopes, solve_users
-from lore.methods.fitting.validation import hold_out
+from lore.methods.fitting.validation import HeldOut, hold_out
 from lore.methods.ridge_bt import ROUGH, STRENGTHS, fit_shared
 
 FOLDS = 5  # of each user's dialogues, for rewards that have not seen what they are judged on
@@ -100,19 +100,15 @@ class PEBS(LinearPeer):
         self, data: Comparisons, geometry: Geometry, strength: float, warm: Any, tolerance: float
     ) -> tuple[PEBSFitted, None]:
         """The reward and every user's slope; see ``LinearPeer``."""
-        held, whose = data, torch.arange(data.num_users)  # whom slopes are measured of
-        if self.faithful:
-            split = hold_out(data, 0)
-            v, losses = _reward(split.fit, strength, tolerance)
-            held, whose = split.held, split.whose
-            t = None if held is None else project(held, v)[:, 0]
-        else:
-            v, losses = _reward(data, strength, tolerance)
-            t = self._unseen(data, strength)
-        prior = Prior(1.0, 1.0, 0.0) if held is None else empirical_prior(t, held)
-        users = v.new_full((data.num_users, 1), prior.mean)
-        if held is not None:
-            users[whose.to(v.device)] = shrunk_slopes(t, held, prior)
+        everyone = HeldOut(data, data, torch.arange(data.num_users))
+        split = hold_out(data, 0) if self.faithful else everyone
+        v, losses = _reward(split.fit, strength, tolerance)
+        prior, users = Prior(1.0, 1.0, 0.0), v.new_ones(data.num_users, 1)
+        if (held := split.held) is not None:  # what slopes are measured on
+            t = project(held, v)[:, 0] if self.faithful else self._unseen(data, strength)
+            prior = empirical_prior(t, held)
+            users[:] = prior.mean
+            users[split.whose.to(v.device)] = shrunk_slopes(t, held, prior)
         mean = v.new_tensor([max(prior.mean, LEAST * LEAST)])
         spread = f"{prior.mean:.2f}, standard deviation {prior.variance**0.5:.2f} between users"
         note = f"ridge {strength:g}; slopes {spread}."

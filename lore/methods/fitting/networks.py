@@ -79,12 +79,11 @@ class Networked(Peer):
     """A method with a network.
 
     ``grid`` is what is tried: a setting that needs a training for each value, and one that does
-    not. ``network(method, data, model, task)`` is what a training of such a value begins with.
+    not. ``network(method, data, model, task)`` is what a training of such a value begins with, and
+    ``passes`` are the published ones, else there are at most ``PASSES``.
     """
 
     grid: ClassVar[Grid]
-    network: ClassVar[Callable[..., "Network"]]
-    passes: ClassVar[int]  # published; else there are at most ``PASSES``
 
     def train(
         self, data: Comparisons, held: HeldOut | None, model: Any, task: Task, epochs: int = 0
@@ -143,7 +142,6 @@ class Network(Fitted):
 
     def __init__(self, name: str, method: Networked, data: Comparisons, task: Task) -> None:
         self.faithful, self.by_user = method.faithful, not method.faithful  # see ``pair_weights``
-        self.patience = math.inf if self.faithful else PATIENCE
         self.generator = torch.Generator().manual_seed(task.seed)
         self.label, self.settings = method.named(name), {"setting": method.setting}
         self.scale = 1.0 if self.faithful else row_scale(data)
@@ -177,7 +175,7 @@ class Network(Fitted):
             if now < best - TOLERANCE:
                 best, self.epochs = now, number
                 kept = [p.detach().clone() for p in parameters]
-            elif number - self.epochs >= self.patience and len(losses) >= PLATEAU:
+            elif not self.faithful and number - self.epochs >= PATIENCE and len(losses) >= PLATEAU:
                 break
         for parameter, value in zip(parameters, kept, strict=bool(kept)):
             parameter.data.copy_(value)
