@@ -222,15 +222,17 @@ class Search:
         return min((replace(best, floor=floor) for floor in FLOORS), key=self.tries)
 
     def _walk(self, best: Candidate, names: Sequence[str]) -> Candidate:
-        """From a candidate to one whose neighbours in each strength are no better."""
-        moved = True
+        """From a candidate to one whose neighbours in each strength are no better. None is returned
+        to: which of three is the best may depend on which two are compared, see ``Try``."""
+        moved, left = True, set()
         while moved:
             moved = False
             for name in names:
                 step = 2 if name == "rank" else STEP
                 for factor in (step, 1 / step):
                     other = _stepped(best, name, factor)
-                    while other and self.tries(other) < self.tries(best):
+                    while other and other not in left and self.tries(other) < self.tries(best):
+                        left.add(best)
                         best, moved = other, True
                         other = _stepped(best, name, factor)
             moved = moved and len(names) > 1

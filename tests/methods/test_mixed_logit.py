@@ -28,7 +28,15 @@ from lore.methods.fitting.posterior import (
     posteriors,
 )
 from lore.methods.fitting.validation import Validation, hold_out, pseudo_new, subset
-from lore.methods.mixed_logit import Candidate, MixedFit, MixedLogit, _leading, estimate, load
+from lore.methods.mixed_logit import (
+    Candidate,
+    MixedFit,
+    MixedLogit,
+    Search,
+    _leading,
+    estimate,
+    load,
+)
 from lore.methods.ridge_bt import STRENGTHS, RidgeBT, fit_shared, lowest
 from planted import prefer
 
@@ -523,6 +531,18 @@ def test_intervals_with_everything_estimated_cover_less(pairs, F, taste, rank, c
 
 
 # ------------------------------------------------------------------- validation
+
+
+@pytest.mark.timeout(20)
+def test_a_walk_ends_though_each_of_two_candidates_may_be_better_than_the_other() -> None:
+    class Better:
+        def __lt__(self, _other: "Better") -> bool:
+            return True
+
+    search = object.__new__(Search)
+    search.tries = lambda _candidate: Better()
+    first = Candidate(0.01, 1.0, 3.0)
+    assert search._walk(first, ("tau2", "l_mu")) != first
 
 
 def test_a_choice_looks_at_500_users_at_most() -> None:
