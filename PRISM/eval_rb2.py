@@ -19,7 +19,7 @@ from lore.common.files import begins, check_output, digest, has_keys, require
 from lore.common.settings import NonNegativeInt, PositiveInt
 from lore.embeddings import reward_model as rm
 from lore.embeddings.store import embed
-from lore.methods.saved import Learned, load_learned
+from lore.methods.saved import load_learned
 from PRISM import rewardbench2 as rb2
 from PRISM.rewardbench2 import Head, HeadFile
 
@@ -65,11 +65,17 @@ def main(
         print("\n".join(learned.names))
         return
     bench = rb2.read_bench(source, split, subset, limit)
-    heads = file.heads() | (basis_heads(learned, users) if learned else {})
-    papers = {"model": rm.PAPERS_MODEL}
+    heads, papers = file.heads(), {"model": rm.PAPERS_MODEL}
+    if learned:
+        directions = {**learned.columns(), "average user": learned.direction()}
+        directions |= {f"user {name}": learned.direction(name, "--users") for name in users}
+        heads |= {name: Head(direction) for name, direction in directions.items()}
     model = lm.of_basis(learned.settings, basis) if learned else lm.resolve(papers, "")
     mode = check_mode(mode, model, heads)
-    folder = results_folder(results, model)
+    folder = Path(results) if results else ROOT / "results/rewardbench2" / rb2.slug(model.model)
+    check_output(folder / "scores.csv", "--results", begins("reward,"))
+    for path in sorted((folder / "scores").glob("*.json")):
+        check_output(path, "--results", has_keys("model", "num_correct", "scores"))
     rewards = all_rewards(rb2.as_conversations(bench), heads, model, mode, **scoring)
     if rewards is None:
         return
@@ -81,13 +87,6 @@ def main(
     if verbose_failures:
         worst = rb2.worst_failures(bench, list(rewards.values())[-2], top_k)
         print(worst.to_string(index=False))
-
-
-def basis_heads(basis: Learned, users: Sequence[str]) -> dict[str, Head]:
-    """Heads of a basis or a mixed logit: its columns, average user, and the users asked for."""
-    directions = {**basis.columns(), "average user": basis.direction()}
-    directions |= {f"user {name}": basis.direction(name, "--users") for name in users}
-    return {name: Head(direction) for name, direction in directions.items()}
 
 
 def check_mode(mode: str, source: rm.Source, heads: Mapping[str, Head]) -> str:
@@ -147,15 +146,6 @@ def official_length(source: rm.Source, max_length: int) -> int:
     start = rm.render_text(tokenizer, [{"role": "user", "content": ""}])
     doubled = tokenizer(start)["input_ids"][:2] == [tokenizer.bos_token_id] * 2
     return min(max(max_length - doubled, 1), positions)
-
-
-def results_folder(results: str | None, source: rm.Source) -> Path:
-    """The folder for results; InputError if it has files that are none of this script's."""
-    folder = Path(results) if results else ROOT / "results/rewardbench2" / rb2.slug(source.model)
-    check_output(folder / "scores.csv", "--results", begins("reward,"))
-    for path in sorted((folder / "scores").glob("*.json")):
-        check_output(path, "--results", has_keys("model", "num_correct", "scores"))
-    return folder
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.common.cli import cli
@@ -41,9 +42,8 @@ def main(
              for some in prompts.values() for prompt, responses, _ in some
              for response in responses]  # fmt: skip
     names = [digest(talk) for talk in talks]
-    distinct = dict(zip(names, talks, strict=True))
-    conversations, number = list(distinct.values()), {name: i for i, name in enumerate(distinct)}
-    rows = np.array([number[name] for name in names]).reshape(-1, len(RESPONSES))
+    conversations = list(dict(zip(names, talks, strict=True)).values())  # in order of first use
+    rows = pd.factorize(np.array(names))[0].reshape(-1, len(RESPONSES))
     rows = np.split(rows, [len(prompts["train"])])
     arrays = {f"{split}.rows": part for split, part in zip(prompts, rows, strict=True)}
     for split, some in prompts.items():

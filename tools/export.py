@@ -93,7 +93,13 @@ def main(
             hub.create_repo(push, private=True, exist_ok=True)
             held = set(hub.list_repo_files(push)) - {".gitattributes"}
         require(not held, f"--push {push}: {min(held, default='')} is there; name another")
-    model, tokenizer = load_model(source, dtype), reward_model.load_tokenizer(source)
+    from transformers import AutoModelForSequenceClassification as Loader  # takes seconds
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # that a language model has no score head does not matter
+    options = {"dtype": dtype, "num_labels": 1, "ignore_mismatched_sizes": True}
+    model = reward_model.pretrained(Loader, source.model, source, **options).eval()
+    tokenizer = reward_model.load_tokenizer(source)
     replace_head(model, rewards, learned.center)
     settle(tokenizer, model)
     about = {"folder": push or out.name, "adapter": adapter, "average": average}
@@ -104,16 +110,6 @@ def main(
         with on_hub(push, f"{out} is written, `hf upload` can go on") as hub:
             hub.upload_folder(folder_path=out, repo_id=push)
         print(f"uploaded to {push}, which only its members can see")
-
-
-def load_model(source: Source, dtype: str) -> Any:
-    """The reward model, or language model, as one for sequence classification."""
-    from transformers import AutoModelForSequenceClassification as Loader  # takes seconds
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()  # that a language model has no score head does not matter
-    options = {"dtype": dtype, "num_labels": 1, "ignore_mismatched_sizes": True}
-    return reward_model.pretrained(Loader, source.model, source, **options).eval()
 
 
 def replace_head(model: Any, rewards: Mapping[str, Tensor], center: Tensor | None) -> None:

@@ -25,12 +25,16 @@ def require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` make a file beside the path, then put it in place, whole; or InputError."""
+def write_whole(path: Path, write: Callable[[Path], Any], lasting: bool = False) -> None:
+    """Let ``write`` make a file beside the path, then put it in place, whole; or InputError. What
+    is ``lasting`` is on the disk first, so that a power cut does not lose it."""
     draft = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(draft)
+        if lasting:
+            with draft.open("rb+") as file:
+                os.fsync(file.fileno())
         draft.chmod(0o666 & ~UMASK)  # safetensors keeps its files from all but their owner
         os.replace(draft, path)
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError
@@ -77,9 +81,9 @@ def begins(text: str) -> Callable[[Path], bool]:
     return is_ours
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    write_whole(path, lambda draft: draft.write_text(text, encoding="utf-8"))
+def write_text(path: Path, text: str, lasting: bool = False) -> None:
+    """Write a text file whole or not at all, see ``write_whole``."""
+    write_whole(path, lambda draft: draft.write_text(text, encoding="utf-8"), lasting)
 
 
 def read_json(path: Path) -> Any:

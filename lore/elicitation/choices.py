@@ -2,12 +2,11 @@
 
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lore.common.files import digest, require, write_whole
+from lore.common.files import digest, require, write_text
 from lore.preparing import own_rows
 from lore.preparing.messages import Conversation
 from lore.preparing.own_rows import USUAL, Cells, Choice, Columns
@@ -213,12 +212,5 @@ class Answers:
         """Write what has changed; a kill or a power cut leaves every answer but the last."""
         for path, old, new in ((self.path, self.rows, rows), (self.skipped, self.skips, skips)):
             if new != old:
-                write_whole(path, partial(_write_lines, new))
+                write_text(path, "".join(json.dumps(row) + "\n" for row in new), lasting=True)
         self._take(rows, skips)
-
-
-def _write_lines(rows: list[dict[str, Any]], path: Path) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())

@@ -61,7 +61,9 @@ class Terminal:
             yield from self._wrapped(text)
 
     def _wrapped(self, text: str) -> Iterator[str]:
-        for line in printable(text).expandtabs(4).splitlines():
+        # Without characters that would move the cursor or colour the terminal.
+        shown = (c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+        for line in "".join(shown).expandtabs(4).splitlines():
             parts = textwrap.wrap(line, self.width - 2, drop_whitespace=False) or [""]
             yield from (f"  {part.rstrip()}" for part in parts)
         yield ""
@@ -81,9 +83,3 @@ class Terminal:
             self._say("")
             return "quit"
         return WORDS.get(line.strip().lower(), "?")
-
-
-def printable(text: str) -> str:
-    """The text without characters that would move the cursor or colour the terminal."""
-    shown = (c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
-    return "".join(shown)

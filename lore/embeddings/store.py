@@ -405,15 +405,8 @@ def _as_bytes(tensors: dict[str, Tensor], identity: str, **note: Any) -> bytes:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, and have it on the disk: hours of work may be in it."""
-
-    def write(draft: Path) -> None:
-        with open(draft, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-
-    files.write_whole(path, write)
+    """Write a file that lasts, for hours of work may be in it."""
+    files.write_whole(path, lambda draft: draft.write_bytes(data), lasting=True)
 
 
 def _open(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
