@@ -181,8 +181,8 @@ def own_rewards(
     InputError if it cannot be loaded or has no score head with one output."""
     device, dtype = rm.device_and_dtype(device, dtype)
     engine = rm.load_engine(source, dtype, device, "sdpa", "single", max_length)
-    one = engine.head is not None and len(engine.head) == 1
     lacks = f"{source.model} has no score head with one output"
+    one = len(engine.reference().get("head", ())) == 1
     require(one, f"{lacks}: give one with --rm_head or --basis")
     tokenizer = rm.load_tokenizer(source)
     limits = tokenizer.bos_token_id, max_length, truncation_side

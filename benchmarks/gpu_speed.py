@@ -73,7 +73,7 @@ def _row(
     case: str, engine: Engine, seconds: float, alone: float, given: int, computed: int, peak: float
 ) -> Row:
     """What is said of a way. MFU leaves attention out: two operations a weight and token."""
-    body = sum(p.numel() for p in engine.body.layers.parameters())
+    body = sum(p.numel() for p in engine.model.base_model.layers.parameters())
     row = {
         "case": case, "seconds": f"{seconds:.2f}", "tokens/s": f"{given / seconds:.0f}",
         "times": f"{alone / seconds:.2f}", "token bound": f"{given / computed:.2f}",

@@ -10,7 +10,6 @@ from tqdm import tqdm
 
 from lore.common.files import require
 from lore.common.settings import NonNegativeInt, PositiveInt
-from lore.elicitation.user import check_width
 from lore.embeddings import reward_model as models
 from lore.embeddings.reward_model import OF_BASIS, Conversation, ModelChoice
 from lore.methods.saved import Learned
@@ -37,10 +36,9 @@ class Scorer:
             batch_tokens: most tokens in one forward pass; 0 means 1024 on a CPU, 4096 on a GPU.
             lm: the reward model.
         """
-        source = lm.of_basis(learned.settings, basis)
+        source = lm.of_basis(learned.settings, basis, len(learned.direction()))
         pooled = f"{basis} reads {source.pool} states: tools/rank_responses.py ranks by these"
         require(source.pool == "last", f"{pooled}, but texts are scored by the last token's alone")
-        check_width(source, len(learned.direction()))
         device, dtype = models.device_and_dtype(device, dtype)
         batch_tokens = batch_tokens or (1024 if device == "cpu" else 4096)
         self.learned, self.max_length = learned, max_length

@@ -17,7 +17,7 @@ from torch.nn.functional import softplus
 
 from lore.common.files import require
 from lore.elicitation.criteria import UserPosterior
-from lore.embeddings.reward_model import OF_BASIS, ModelChoice, Source, load_config
+from lore.embeddings.reward_model import OF_BASIS, ModelChoice
 from lore.embeddings.store import embed
 from lore.learning.basis import Basis
 from lore.learning.comparisons import Users
@@ -62,8 +62,7 @@ def view_conversations(
         lm: the reward model.
         embedding: more arguments of ``embeddings.embed``.
     """
-    source = lm.of_basis(found.settings, found.path)
-    check_width(source, len(found.directions))
+    source = lm.of_basis(found.settings, found.path, len(found.directions))
     with tempfile.TemporaryDirectory() as passing:
         store = embed(  # the model's arguments by name, so that these are no flags beside lm's
             conversations, embeddings or passing, model=source.model, tokenizer=source.tokenizer,
@@ -73,12 +72,6 @@ def view_conversations(
         require(store is not None, "run this in one process, without --shard")
         rows = store.rows(torch.arange(len(conversations)))
         return rows @ found.directions.to(rows)
-
-
-def check_width(source: Source, expected: int) -> None:
-    """Refuse a model whose embeddings are of another size than the basis was learned on."""
-    width = load_config(source).get_text_config().hidden_size
-    require(width == expected, f"--model {source.model} has {width} features, the basis {expected}")
 
 
 @dataclass(frozen=True)

@@ -69,11 +69,15 @@ class ModelChoice:
     trust_remote_code: bool = False
     any_model: bool = False
 
-    def of_basis(self, settings: Mapping[str, Any], path: str | Path) -> Source:
-        """The model for a basis with these settings in this file, as ``check_model`` allows it."""
+    def of_basis(self, settings: Mapping[str, Any], path: str | Path, width: int = 0) -> Source:
+        """The model for a basis with these settings in this file, as ``check_model`` allows it;
+        InputError if its embeddings are of another width than one given."""
         source = self.resolve(settings, path)
-        load_config(source)  # a hub model's commit is known once something of it is loaded
+        config = load_config(source)  # a hub model's commit is known once something is loaded
         check_model(settings, model_facts(source, load_tokenizer(source)), self.any_model)
+        size = config.get_text_config().hidden_size
+        sizes = f"--model {source.model} has {size} features, the basis {width}"
+        require(width in (0, size), sizes)
         return source
 
     def resolve(self, settings: Mapping[str, Any], path: str | Path) -> Source:
@@ -275,24 +279,15 @@ class Engine:
     tokens_computed: int = 0
     checked: bool = False
 
-    @property
-    def body(self) -> Any:
-        """The model without its score head."""
-        return self.model.base_model
-
-    @property
-    def head(self) -> Tensor | None:
-        """Score head [outputs, F]; None if the checkpoint has none."""
-        return self.model.score.weight.detach() if self.has_head else None
-
     def reference(self) -> dict[str, Tensor]:
-        """What the model scores the last token's state with: head, bias, and what the published
-        code takes for the head, column 0 [F] of the body's last nn.Linear if that is F long."""
+        """What the model scores the last token's state with: head [outputs, F] and bias, if it has
+        them, and what the published code takes for the head, column 0 [F] of the last nn.Linear of
+        the body, which is the model without its head, if that is F long."""
         if self.pool != "last":
             return {}
-        bias = getattr(self.model.score, "bias", None) if self.has_head else None
-        tensors = {"head": self.head, "bias": bias}
-        linear = [m for m in self.body.modules() if isinstance(m, torch.nn.Linear)]
+        score = self.model.score if self.has_head else None
+        tensors = {"head": getattr(score, "weight", None), "bias": getattr(score, "bias", None)}
+        linear = [m for m in self.model.base_model.modules() if isinstance(m, torch.nn.Linear)]
         if linear and len(linear[-1].weight) == self.model.config.get_text_config().hidden_size:
             tensors["last_linear"] = linear[-1].weight[:, 0]
         there = {name: tensor.detach() for name, tensor in tensors.items() if tensor is not None}
@@ -303,7 +298,7 @@ class Engine:
         the states from token ``starts`` on, or the last one. Passes are halved when GPU memory runs
         out. InputError for a conversation too long for that, a token that the model lacks, numbers
         that are not finite, or a logit that is not the score head times the embedding."""
-        known = self.body.get_input_embeddings().num_embeddings
+        known = self.model.base_model.get_input_embeddings().num_embeddings
         highest = max(int(ids.max()) for ids in tokens)
         knows = f"the tokenizer writes token {highest}, but the model knows {known} tokens only"
         require(highest < known, f"{knows}, from 0 on: name the model's own one with --tokenizer")
@@ -351,7 +346,7 @@ class Engine:
     def _hidden(self, given: dict[str, Any]) -> Tensor:
         """Hidden states [batch, length, F]."""
         layer = self.pool.partition(":")[2]
-        found = self.body(use_cache=False, output_hidden_states=bool(layer), **given)
+        found = self.model.base_model(use_cache=False, output_hidden_states=bool(layer), **given)
         return found.hidden_states[int(layer)] if layer else found.last_hidden_state
 
     def _tree_hidden(self, ends: Tensor, given: dict[str, Tensor]) -> Tensor:
@@ -381,7 +376,7 @@ class Engine:
             return
         alone = {"input_ids": torch.from_numpy(ids)[None].to(self.model.device)}
         logit = self.model(**alone, use_cache=False).logits[0].float().cpu()
-        states = self.body(**alone, use_cache=False).last_hidden_state[0]
+        states = self.model.base_model(**alone, use_cache=False).last_hidden_state[0]
         states, known = torch.vstack([row, states]).float().cpu(), self.reference()
         own = torch.nn.functional.linear(states, known["head"], known.get("bias"))
         scale = states.abs() @ known["head"].abs().T + 1e-6

@@ -72,7 +72,7 @@ def test_a_llamas_text_has_one_bos_and_a_long_one_keeps_it_and_its_end(model, tm
     torch.testing.assert_close(rows[1:], rows[:1].expand(2, -1))
     ids = scorer.tokenizer(text, add_special_tokens=False)["input_ids"]
     cut = torch.tensor([ids[:1] + ids[-19:]])
-    close(rows[0], scorer.engine.body(cut).last_hidden_state[0, -1])
+    close(rows[0], scorer.engine.model.base_model(cut).last_hidden_state[0, -1])
 
 
 def test_a_basis_has_weights_and_no_deviations_and_pooled_states_are_refused(model, tmp_path):
