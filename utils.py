@@ -293,9 +293,7 @@ def run_regularized(*args: Any, **settings: Any) -> Accuracies:
     return run(*args, **{"estimator": LoRe_regularized, **published, **settings})
 
 
-def _pack_all(
-    *sets: tuple[Sequence[Tensor], int], device: torch.device | str
-) -> list[Comparisons]:
+def _pack_all(*sets: tuple[Sequence[Tensor], int], device: torch.device | str) -> list[Comparisons]:
     """Pack several lists of features, each with the number of users it must have."""
     for X, users in sets:
         require(len(X) == users, f"{len(X)} users' features given where {users} are expected")

@@ -82,7 +82,7 @@ def main(
     rewards["shortest response"] = rb2.length_baseline(bench)
     table = rb2.save(folder, save_csv, bench, rewards)
     print(table.to_string(float_format="%.4f"))
-    if not rb2.is_official(bench):
+    if "Mean" in table:
         print("Mean is over the subsets shown and not official: these are not the official rows.")
     if verbose_failures:
         worst = rb2.worst_failures(bench, list(rewards.values())[-2], top_k)
@@ -120,7 +120,12 @@ def all_rewards(
         embeddings: folder that keeps the embeddings; by default one for this model, these settings
             and these completions under PRISM/data/rewardbench2.
     """
-    max_length = official_length(source, max_length)
+    positions = getattr(rm.load_config(source), "max_position_embeddings", None) or max_length
+    tokenizer = rm.load_tokenizer(source)
+    start = rm.render_text(tokenizer, [{"role": "user", "content": ""}])
+    # The harness counts a BOS of the template and one of the tokenizer, and then masks one of them.
+    doubled = tokenizer(start)["input_ids"][:2] == [tokenizer.bos_token_id] * 2
+    max_length = min(max(max_length - doubled, 1), positions)
     limits = max_length, truncation_side
     if mode == "seqclf":
         shown = embedding.get("progress", True)
@@ -136,16 +141,6 @@ def all_rewards(
         **embedding,
     )  # fmt: skip
     return rb2.head_rewards(store, heads) if store else None
-
-
-def official_length(source: rm.Source, max_length: int) -> int:
-    """Most tokens of a completion, at most the model's positions, for the harness's ``max_length``:
-    it counts a BOS of the template and one of the tokenizer, and then masks one of them."""
-    positions = getattr(rm.load_config(source), "max_position_embeddings", None) or max_length
-    tokenizer = rm.load_tokenizer(source)
-    start = rm.render_text(tokenizer, [{"role": "user", "content": ""}])
-    doubled = tokenizer(start)["input_ids"][:2] == [tokenizer.bos_token_id] * 2
-    return min(max(max_length - doubled, 1), positions)
 
 
 if __name__ == "__main__":

@@ -198,19 +198,16 @@ def own_rewards(
     return rewards
 
 
-def is_official(bench: pd.DataFrame) -> bool:
-    """Whether each subset has as many rows as in the official benchmark."""
-    return bench["subset"].value_counts().to_dict() == OFFICIAL
-
-
 def save(folder: Path, csv: str | None, bench: pd.DataFrame, rewards: Rewards) -> pd.DataFrame:
-    """Write and return the table: one row per reward, the mean of subsets (Score if official, else
-    Mean), then each subset; and scores/<reward>.json for every reward, in the official layout:
-    lists of id, subset, scores and results, null in Ties, whose rows are scored together."""
+    """Write and return the table: one row per reward, the mean of subsets (Score if each has as
+    many rows as officially, else Mean), then each subset; and scores/<reward>.json for every
+    reward, in the official layout: lists of id, subset, scores and results, null in Ties, whose
+    rows are scored together."""
     scored = {name: scored_rows(bench, values) for name, values in rewards.items()}
     scores = {name: score(rows) for name, rows in scored.items()}
     table = pd.DataFrame.from_dict(scores, orient="index").rename_axis("reward")
-    table.insert(0, "Score" if is_official(bench) else "Mean", table.pop("Overall"))
+    is_official = bench["subset"].value_counts().to_dict() == OFFICIAL
+    table.insert(0, "Score" if is_official else "Mean", table.pop("Overall"))
     for path in filter(None, (folder / "scores.csv", csv)):
         write_whole(Path(path), table.to_csv)
     for name, rows in scored.items():

@@ -156,14 +156,6 @@ def average_preferences(table: pd.DataFrame) -> list[Conversation]:
     ]
 
 
-def fit_head(chosen: np.ndarray, rejected: np.ndarray) -> torch.Tensor:
-    """Score head [F] that prefers chosen to rejected [pairs, F]: a logistic regression."""
-    x = chosen - rejected
-    model = LogisticRegression(fit_intercept=False, max_iter=1000)
-    model.fit(np.concatenate([x, -x]), np.repeat([1, 0], len(x)))
-    return torch.from_numpy(model.coef_[0]).float()
-
-
 def main(
     out: Path = HERE / "data" / "demo-source", model: Path = HERE / "data" / "smollm2",
     train_prompts: PositiveInt = 120, test_prompts: PositiveInt = 40,
@@ -207,7 +199,10 @@ def main(
         with tempfile.TemporaryDirectory() as folder:
             store = embed(conversations, folder, model=str(model), dtype="float32")
             rows = store.rows(torch.arange(len(store))).numpy()
-        smollm2.save_head(model, fit_head(rows[:head_prompts], rows[head_prompts:]))
+        x = rows[:head_prompts] - rows[head_prompts:]  # chosen minus rejected
+        fitted = LogisticRegression(fit_intercept=False, max_iter=1000)
+        fitted.fit(np.concatenate([x, -x]), np.repeat([1, 0], len(x)))
+        smollm2.save_head(model, torch.from_numpy(fitted.coef_[0]).float())
         files.write_text(says, json.dumps(world | {HASH: files.file_sha256(head)}, indent=2))
     print(f"{train_prompts} train and {test_prompts} test prompts: {out}, reward model: {model}")
 

@@ -398,22 +398,9 @@ def load_engine(
 ) -> Engine:
     """A reward model by arguments of ``store.embed``, none auto but the method; InputError if it
     cannot be loaded, is no decoder, or the method would be wrong for it."""
-    method, why = choose_method(load_config(source), method, attention)
-    log.info("embedding method: %s (%s)", method, why)
-    model, has_head = _load_model(source, getattr(torch, dtype), attention)
-    if has_head and source.pool != "last":
-        has_head, why = False, "a score head reads the last token's state"
-        log.warning("--pool %s: %s: there will be no reference (rank 0)", source.pool, why)
-    # So that no token counts as padding: a model pools the last token before the padding.
-    model.config.get_text_config().pad_token_id = -1
-    flex = model.config._attn_implementation == "sdpa" and torch.device(device).type == "cuda"
-    return Engine(model.to(device).eval(), has_head, method, batch_tokens, flex, source.pool)
-
-
-def choose_method(config: Any, method: str, attention: str) -> tuple[str, str]:
-    """The method for a model's config, and why; InputError if the one asked for would be wrong."""
-    kind = config.model_type
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    config = load_config(source)
+    kind, rope = config.model_type, getattr(config, "rope_parameters", None) or {}
+    rope = rope.get("rope_type", "default")
     windows = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     windows = windows or (kind == "mistral" and config.sliding_window)
     reasons = {
@@ -424,11 +411,19 @@ def choose_method(config: Any, method: str, attention: str) -> tuple[str, str]:
     }
     reason = next((why for why, holds in reasons.items() if holds), "")
     require(method != "tree" or not reason, f"--method tree: {reason}; use --method auto")
-    if method != "auto":
-        return method, "as given"
-    if not reason:
-        return "tree", "shared prefixes are computed once"
-    return "sorted" if rope in STATIC_ROPE else "single", reason
+    why = "as given"
+    if method == "auto":
+        why = reason or "shared prefixes are computed once"
+        method = "tree" if not reason else "sorted" if rope in STATIC_ROPE else "single"
+    log.info("embedding method: %s (%s)", method, why)
+    model, has_head = _load_model(source, getattr(torch, dtype), attention)
+    if has_head and source.pool != "last":
+        has_head, why = False, "a score head reads the last token's state"
+        log.warning("--pool %s: %s: there will be no reference (rank 0)", source.pool, why)
+    # So that no token counts as padding: a model pools the last token before the padding.
+    model.config.get_text_config().pad_token_id = -1
+    flex = model.config._attn_implementation == "sdpa" and torch.device(device).type == "cuda"
+    return Engine(model.to(device).eval(), has_head, method, batch_tokens, flex, source.pool)
 
 
 def _load_model(source: Source, dtype: torch.dtype, attention: str) -> tuple[Any, bool]:

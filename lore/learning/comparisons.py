@@ -207,34 +207,25 @@ class Users:
         return embedding_bag(*given, mode="sum", per_sample_weights=scale)
 
     def sums(self, x: Tensor, scale: Tensor) -> Tensor:
-        """Each user's sum of rows x [N, F] times each model's scale [N, M]: [U, M, F]."""
-        rows, model, starts = self._bags(scale.shape[1])
-        weights = scale[rows, model]
-        both = embedding_bag(rows, x, starts, mode="sum", per_sample_weights=weights)
-        return both.view(self.num_users, scale.shape[1], -1)
-
-    def _bags(self, models: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows and models of what is summed, and where each sum starts: all models of a user in
-        turn, while the cache holds that user's rows."""
+        """Each user's sum of rows x [N, F] times each model's scale [N, M]: [U, M, F]. All models
+        of a user are summed in turn, while the cache holds that user's rows."""
+        models = scale.shape[1]
         if models not in self._orders:
             order = self.user.repeat(models).argsort(stable=True)
             within = self.counts[:, None] * torch.arange(models, device=self.device)
             starts = models * self._starts[:, None] + within
             self._orders[models] = order % len(self), order // len(self), starts.flatten()
-        return self._orders[models]
+        rows, model, starts = self._orders[models]
+        weights = scale[rows, model]
+        both = embedding_bag(rows, x, starts, mode="sum", per_sample_weights=weights)
+        return both.view(self.num_users, models, -1)
 
     def dots(self, x: Tensor, directions: Tensor) -> Tensor:
         """Products of rows x [N, F] with their users' directions [U, M, F]: [N, M]."""
         models = directions.shape[1]
         if x.device.type != "cpu":
             return torch.stack([(x * d[self.user]).sum(1) for d in directions.unbind(1)], 1)
-        pattern = self._pattern(models).to(x.dtype)
-        flat = directions.flatten(0, 1)
-        return torch.sparse.sampled_addmm(pattern, x, flat.T, beta=0).values().view(-1, models)
-
-    def _pattern(self, models: int) -> Tensor:
-        """Which directions each row meets: sparse zeros [N, U M]."""
-        if models not in self._patterns:
+        if models not in self._patterns:  # which directions each row meets: sparse zeros [N, U M]
             n, meets = len(self), self.user[:, None] * models + torch.arange(models)
             with warnings.catch_warnings():  # torch announces that its CSR format may change
                 warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
@@ -242,7 +233,8 @@ class Users:
                     models * torch.arange(n + 1), meets.flatten(), torch.zeros(meets.numel()),
                     (n, self.num_users * models), check_invariants=True,
                 )  # fmt: skip
-        return self._patterns[models]
+        pattern, flat = self._patterns[models].to(x.dtype), directions.flatten(0, 1)
+        return torch.sparse.sampled_addmm(pattern, x, flat.T, beta=0).values().view(-1, models)
 
     def user_weight(self) -> Tensor:
         """Sum of the weights of each user's comparisons [U], in float64."""
