@@ -91,8 +91,6 @@ def test_how_often_five_users_choose_as_before_has_its_interval():
     assert (found["judged_again"], found["same"]) == (10, 0.5)
     assert found["interval"] == facts.wilson(0.5, 10)
     assert "in 50.0% (95 % interval 23.7% to 76.3%); others agree" in found["sentence"]
-
-
     # Newcombe (1998), Statistics in Medicine 17, table I: 81 of 263, 15 of 148, 0 of 20
     for hits, count, ends in ((81, 263, (0.2553, 0.3662)), (15, 148, (0.0624, 0.1605)),
                               (0, 20, (0.0, 0.1611))):  # fmt: skip

@@ -26,7 +26,7 @@ def test_only_what_the_project_wrote_is_written_again(tmp_path: Path) -> None:
     worlds.write(out / "conversations.parquet", [{"anything": 1}])
     prepare(source, out, refused="conversations.parquet")
     (out / "conversations.parquet").unlink()
-    for killed in (False, False, True, False):
+    for killed in (False, True, False):
         if killed:
             (out / "prepare.json").unlink()
         prepare(source, out)

@@ -1,5 +1,6 @@
 """Settings that make no sense, and files that would run code: refused in one line, before work."""
 
+import dataclasses
 import functools
 import importlib
 import json
@@ -11,12 +12,13 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from test_scripts import SCRIPTS, Parsed, parser_of
+from test_scripts import SCRIPTS
 
 import running
 from lore.common.files import InputError
 from lore.common.flags import Flags
 from lore.embeddings.reward_model import ModelChoice
+from lore.methods.lore import Lore
 from running import Outcome
 
 TRAIN = "PRISM/train_basis.py"
@@ -92,8 +94,8 @@ def test_a_senseless_value_is_refused_by_its_flag(tmp_path, monkeypatch, script,
 def flags_of(script: str) -> Flags:
     """The flags that a script takes."""
     with (
-        mock.patch.object(Flags, "read", autospec=True, side_effect=Parsed) as read,
-        pytest.raises(Parsed),
+        mock.patch.object(Flags, "read", autospec=True, side_effect=EOFError) as read,
+        pytest.raises(EOFError),
     ):
         running.invoke(script, {})
     return read.call_args.args[0]
@@ -141,6 +143,12 @@ def test_help_explains_each_flag_and_says_what_a_number_may_be(script):
     text = " ".join(" ".join(map(flags.help, ["", *flags.groups])).split())
     kinds = set().union(*map(numbers, flags.types.values()))
     assert [kind.__name__ for kind in kinds if kind.__name__ not in text] == []
+
+
+@pytest.mark.parametrize("script", [s for s in SCRIPTS if s.endswith("train_basis.py")])
+def test_every_setting_of_a_method_is_a_flag(script):
+    lore = {f"lore.{field.name}" for field in dataclasses.fields(Lore)}
+    assert lore | {"methods", "seeds", "device", "stream", "data"} < flags_of(script).types.keys()
 
 
 def test_values_are_pythons_own():
@@ -289,8 +297,8 @@ def test_nothing_that_is_given_is_run_or_imported(dataset, trap, given):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_no_flag_of_any_script_takes_a_class(script):
-    hints = [str(getattr(action, "_typehint", "")) for action in parser_of(script)._actions]
-    assert not [hint for hint in hints if "Callable" in hint or "Any" in hint or "type[" in hint]
+    hints = [getattr(action, "_typehint", "") for action in flags_of(script).parser._actions]
+    assert not re.search(r"Callable|Any|type\[", str(hints))
 
 
 def test_the_trap_works(trap):

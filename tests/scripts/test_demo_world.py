@@ -66,11 +66,11 @@ def test_more_prompts_than_can_be_written_are_refused_before_anything_is_made(
 )  # fmt: skip
 def test_an_ingredient_moves_its_measure_in_every_topic(changed, measured, least):
     plain = dict.fromkeys(world.AMOUNTS, 0) | {"steps": 1, "register": "plain"}
-    for topic in WORDS["topics"]:
-        texts = [world.write_response(topic, amounts, np.random.default_rng(1))
-                 for amounts in (plain, plain | changed)]  # fmt: skip
-        few, many = world.measure(texts)[measured]
-        assert many > few and many >= least**0.5
+    rng = np.random.default_rng
+    texts = [world.write_response(topic, amounts, rng(1))
+             for topic in WORDS["topics"] for amounts in (plain, plain | changed)]  # fmt: skip
+    few, many = world.measure(texts)[measured].to_numpy().reshape(-1, 2).T
+    assert (many > few).all() and (many >= least**0.5).all()
 
 
 def test_measures_count_what_a_reader_counts():
@@ -192,8 +192,6 @@ def test_the_command_makes_a_checkpoint_beside_the_shared_weights(checkpoint, tm
     assert done.out.strip() == str(tmp_path / "plain"), done.err
     sizes = [(folder / smollm2.BODY).stat().st_size for folder in (checkpoint, tmp_path / "plain")]
     assert sizes[0] == sizes[1] > 500e6
-    again = running.invoke("tools/smollm2.py", {}, str(tmp_path))
-    assert again.status == 2 and again.err.startswith("error: ")
 
 
 @pytest.mark.slow

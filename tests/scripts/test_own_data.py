@@ -74,25 +74,21 @@ def test_the_example_becomes_a_page(model, tmp_path, monkeypatch):
         assert "Mixed logit" in page and "LoRe K=5" in page and "held-out comparisons" in page
 
 
-@pytest.mark.usefixtures("no_plots")
-def test_the_defaults_fit_few_users(model, tmp_path):
-    carried_out(few(tmp_path / "six.jsonl", 6), model, tmp_path)
-    table = (tmp_path / "OwnData" / "fit" / "table.md").read_text()
-    assert "LoRe K=2" in table and "LoRe K=5" not in table  # three of them are seen
+FEW = {  # whose rows -> one of the runs, what its table has, and what it has not
+    "six of the example": ("fit", "LoRe K=2", "LoRe K=5"),  # three of them are seen
+    "C01-response-a-b-preferred.csv": ("fit", "LoRe K=", r"\d \[\.?\d"),  # an interval
+    "small.jsonl": ("shots", "at 2 shots", r"at (?!2 )\d+ shots"),  # five of six users have two
+}
 
 
 @pytest.mark.usefixtures("no_plots")
-def test_thirteen_votes_of_six_people_go_through_and_have_no_interval(model, tmp_path):
-    carried_out(case("C01-response-a-b-preferred.csv"), model, tmp_path)
-    table = (tmp_path / "OwnData" / "fit" / "table.md").read_text()
-    assert "LoRe K=" in table and not re.search(r"\d \[\.?\d", table)
-
-
-@pytest.mark.usefixtures("no_plots")
-def test_the_verdict_is_at_a_number_of_shots_that_users_have(model, tmp_path):
-    carried_out(case("small.jsonl"), model, tmp_path)
-    table = (tmp_path / "OwnData" / "shots" / "table.md").read_text()
-    assert set(re.findall(r"at (\d+) shots", table.split("Verdict:")[1])) == {"2"}  # 5 of 6 do
+@pytest.mark.parametrize("name", FEW)
+def test_few_users_are_fitted_and_judged_by_the_defaults(model, tmp_path, name):
+    run, has, lacks = FEW[name]
+    rows = few(tmp_path / "six.jsonl", 6) if name.startswith("six") else case(name)
+    carried_out(rows, model, tmp_path)
+    table = (tmp_path / "OwnData" / run / "table.md").read_text()
+    assert re.search(has, table) and not re.search(lacks, table)
 
 
 @pytest.mark.usefixtures("no_plots")

@@ -1,28 +1,21 @@
 """Every dataset's scripts from the raw world to table and plots, as a user runs them."""
 
 import contextlib
-import csv
-import dataclasses
 import functools
 import json
 import re
-import runpy
 import shutil
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
-from unittest import mock
 
-import jsonargparse
-import numpy as np
+import pandas as pd
 import pytest
 from conftest import OWN_PROCESS, WORLDS, Dataset, carry_out, without_plots
 
 import running
 from lore.experiments.results import CONTROLS, row_name
 from lore.learning.basis import load_basis
-from lore.methods.lore import Lore
 from people import repeats
 from running import Outcome, table
 
@@ -85,22 +78,17 @@ def finished(dataset: Callable[[str], Dataset], tmp_path_factory) -> Callable[[s
     return get
 
 
-def rows(run: Run) -> list[dict[str, str]]:
-    """The lines of results.csv."""
-    with (run.folder / "results.csv").open() as file:
-        return list(csv.DictReader(file))
+def rows_of(run: Run) -> pd.DataFrame:
+    """The lines of results.csv, each with the row of the table that shows it."""
+    lines = pd.read_csv(run.folder / "results.csv", keep_default_na=False)
+    return lines.assign(row=[*map(row_name, lines["label"], lines["control"])])
 
 
-def assert_shows_mean(cell: str, lines: list[dict[str, str]], line: dict, *names: str) -> None:
-    """A table's cell begins with the mean accuracy in percent of those lines of results.csv that
-    have the same in the columns of these names."""
-    some = [float(one["accuracy"]) for one in lines if all(one[k] == line[k] for k in names)]
-    assert float(cell.split()[0]) == pytest.approx(100 * np.mean(some), rel=0, abs=0.0502)
-
-
-def name_of(line: dict[str, str]) -> str:
-    """The row of the table that shows a line of results.csv."""
-    return row_name(line["label"], line["control"])
+def assert_shows_means(printed: dict, lines: pd.DataFrame, column: str) -> None:
+    """A cell of the table begins with the mean accuracy in percent of its lines."""
+    for (row, name), some in lines.groupby(["row", column]):
+        shown = float(printed[row][name].split()[0])
+        assert shown == pytest.approx(100 * some["accuracy"].astype(float).mean(), rel=0, abs=0.0502)
 
 
 def assert_ended_well(run: Run, name: str, script: str) -> None:
@@ -139,16 +127,12 @@ def test_prepare_and_embed_end_well(dataset, name):
 def test_train_basis_prints_what_it_saves(finished, name):
     run = finished(name, "train_basis")
     assert_ended_well(run, name, "train_basis")
-    lines, printed = rows(run), table(run.outcome.out)
-    assert {name_of(line) for line in lines} == set(printed)
-    for line in lines:
-        if line["set"] in ("seen", "unseen"):
-            cell = printed[name_of(line)][line["set"]]
-            assert_shows_mean(cell, lines, line, "label", "control", "set")
-    seeds = [str(seed) for seed in TRAIN[name].get("seeds", [0])]
-    assert sorted({line["seed"] for line in lines}) == seeds
+    lines, printed = rows_of(run), table(run.outcome.out)
+    assert set(lines["row"]) == set(printed)
+    assert_shows_means(printed, lines[lines["set"].isin(["seen", "unseen"])], "set")
+    assert set(lines["seed"]) == {*TRAIN[name].get("seeds", [0])}
     sets = {"train", "seen"} | (set() if name in SEEN_ONLY else {"few_shot", "unseen"})
-    assert {line["set"] for line in lines} == sets
+    assert set(lines["set"]) == sets
     columns = sets - {"few_shot"} | ({"overall"} if "unseen" in sets else set())
     assert set(printed["reference"]) == columns
     bases = [load_basis(file) for file in run.folder.glob("basis-*.safetensors")]
@@ -160,17 +144,14 @@ def test_train_basis_prints_what_it_saves(finished, name):
 def test_vary_fewshot_prints_what_it_saves(finished, name):
     run = finished(name, "vary_fewshot")
     assert_ended_well(run, name, "vary_fewshot")
-    lines, printed = rows(run), table(run.outcome.out)
-    columns = [f"{s} shot{'s' * (s != 1)}" for s in SWEEP[name]["shots"]]
-    assert list(printed["BT"]) == columns
-    others = printed.keys() - {name_of(line) for line in lines}
-    assert others == {"users with at least that many shots"}
-    for line in lines:
-        if line["set"] == "unseen":
-            cell = printed[name_of(line)][columns[SWEEP[name]["shots"].index(int(line["shots"]))]]
-            assert_shows_mean(cell, lines, line, "label", "control", "set", "shots")
-    assert {line["method"] for line in lines} == {"reference", "bt", "own", "ridge_bt", "lore"}
-    assert {line["control"] for line in lines} == {"", *CONTROLS}
+    lines, printed = rows_of(run), table(run.outcome.out)
+    columns = {s: f"{s} shot{'s' * (s != 1)}" for s in SWEEP[name]["shots"]}
+    assert list(printed["BT"]) == [*columns.values()]
+    assert printed.keys() - {*lines["row"]} == {"users with at least that many shots"}
+    new = lines[lines["set"] == "unseen"]
+    assert_shows_means(printed, new.assign(column=new["shots"].astype(int).map(columns)), "column")
+    assert set(lines["method"]) == {"reference", "bt", "own", "ridge_bt", "lore"}
+    assert set(lines["control"]) == {"", *CONTROLS}
 
 
 @pytest.mark.usefixtures("no_plots")
@@ -195,39 +176,9 @@ def test_two_repeats_of_a_command_give_the_same_results(finished, dataset, tmp_p
 # -------------------------------------------------------------------------- Settings
 
 
-class Parsed(Exception):
-    """A script came as far as its command line."""
-
-
-def parser_of(script: str) -> jsonargparse.ArgumentParser:
-    """The parser that a script makes of its main."""
-    made = []
-
-    def remember(parser: jsonargparse.ArgumentParser, *_: object) -> None:
-        made.append(parser)
-        raise Parsed
-
-    path = running.ROOT / script
-    with (
-        mock.patch.object(jsonargparse.ArgumentParser, "parse_args", remember),
-        mock.patch.object(sys, "argv", [path.name]),
-        mock.patch.object(sys, "path", [str(path.parent), *sys.path]),
-        pytest.raises(Parsed),
-    ):
-        runpy.run_path(str(path), run_name="__main__")
-    return made[0]
-
-
 def test_every_script_is_found():
     scripts = {f"{name}/{script}.py" for name in WORLDS for script in ("prepare", "train_basis")}
     assert scripts | {"tools/report.py", "PRISM/eval_rb2.py", "tools/export.py"} < set(SCRIPTS)
-
-
-@pytest.mark.parametrize("script", [s for s in SCRIPTS if s.endswith("train_basis.py")])
-def test_every_setting_of_a_method_is_a_flag(script):
-    flags = {flag for action in parser_of(script)._actions for flag in action.option_strings}
-    assert {f"--lore.{field.name}" for field in dataclasses.fields(Lore)} < flags
-    assert {"--methods", "--seeds", "--device", "--stream", "--data"} < flags
 
 
 def test_settings_can_be_written_down_and_read_back(tmp_path):

@@ -30,18 +30,18 @@ def world(tmp_path_factory: pytest.TempPathFactory, model: Path) -> tuple[dict, 
     """Files of a user who likes what the basis' second column likes, and how much of candidates."""
     folder, rng = tmp_path_factory.mktemp("world"), np.random.default_rng(0)
     path, words = make_basis(folder, model), [f"w{i}" for i in range(40)]
-    texts = [" ".join(rng.choice(words, 4)) for _ in range(80)]
+    texts = [" ".join(rng.choice(words, 4)) for _ in range(40)]
     e = embed(model, folder / "rows", [talk("Which?", text) for text in texts])
     rows = sorted(zip((e @ load_basis(path).V)[:, 1].tolist(), texts, strict=True))
     choices = [
         {"prompt": "Which?", "chosen": chosen, "rejected": rejected}
-        for (_, rejected), (_, chosen) in zip(rows[:30], rows[-30:], strict=True)
+        for (_, rejected), (_, chosen) in zip(rows[:15], rows[-15:], strict=True)
     ]
     choices[3]["messages"] = [{"role": "user", "content": choices[3].pop("prompt")}]
-    candidates = [{"prompt": "Which?", "response": text} for _, text in rows[30:50]]
+    candidates = [{"prompt": "Which?", "response": text} for _, text in rows[15:25]]
     files = {"choices": choices, "candidates": candidates}
     files = {name: write_lines(folder / f"{name}.jsonl", some) for name, some in files.items()}
-    return {"basis": path, **files}, [row[0] for row in rows[30:50]]
+    return {"basis": path, **files}, [row[0] for row in rows[15:25]]
 
 
 def ranked(folder: Path, files: dict[str, Path], **changes: Any) -> dict[str, Any]:
@@ -58,8 +58,8 @@ def test_weights_find_the_column_and_candidates_come_in_its_order(world, tmp_pat
     assert np.corrcoef(rewards.sort_index(), liking)[0, 1] > 0.9
     assert rewards.is_monotonic_decreasing
     printed = capsys.readouterr().out
-    assert f"{found['weights'][1]:.3f}" in printed and "of 30 choices predicted" in printed
-    assert printed.count("Which?") == 20
+    assert f"{found['weights'][1]:.3f}" in printed and "of 15 choices predicted" in printed
+    assert printed.count("Which?") == 10
     best, second = found["ranking"][:2]
     chance = 1 / (1 + math.exp(second["reward"] - best["reward"]))  # rewards are log odds
     assert best["p_over_next"] == pytest.approx(chance, rel=1e-4)
@@ -127,11 +127,11 @@ def test_leave_one_out_is_the_fit_without_each_choice(tmp_path):
 @pytest.mark.parametrize(("make", "size"), [(make_basis, 100), (make_mixed, 1)])
 def test_what_is_left_out_is_a_whole_row_with_all_its_pairs(tmp_path, make, size):
     fit = load_fit(make(tmp_path, None)).fit
-    noise = size * torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
-    Z, row = noise.repeat_interleave(3, 0), torch.arange(4).repeat_interleave(3)
-    weight = torch.tensor([0.01, 1, 3, 0.1])[row]
+    noise = size * torch.randn(3, 3, generator=torch.Generator().manual_seed(1))
+    Z, row = noise.repeat_interleave(3, 0), torch.arange(3).repeat_interleave(3)
+    weight = torch.tensor([0.01, 1, 3])[row]
     left_out = User(fit, Z, weight).leave_one_out(row)
-    for i in range(4):
+    for i in range(3):
         expected = User(fit, Z[row != i], weight[row != i]).rewards(Z[row == i])
         torch.testing.assert_close(left_out[row == i], expected, rtol=0.01, atol=0.005)
     one_row = User(fit, Z[:3]).leave_one_out(row[:3])  # nothing else to learn from
@@ -157,15 +157,10 @@ VOTE = {"prompt": "Which?", "response_a": "a", "response_b": "b", "winner": "a"}
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["{"], "row 1 is not valid JSON"),
         ([GOOD, {"prompt": "Which?", "chosen": "a"}], "row 2 has no column rejected"),
-        ([GOOD | {"chosen": [5]}], "row 1: each chosen must be text, not a int"),
         ([GOOD | {"chosen": ""}], "row 1: chosen is empty"),
         ([GOOD, GOOD | {"chosen": "b"}], "row 2: chosen and rejected are equal"),
-        ([GOOD | {"prompt": ["a"]}], "row 1: prompt must be text, not a list"),
         ([GOOD | {"prompt": ""}], "row 1: the prompt or a message is empty"),
-        ([GOOD | {"messages": [{"role": "user", "content": "a"}]}], "row 1 has both prompt and"),
-        ([{"chosen": "a", "rejected": "b"}], "row 1 has neither prompt nor messages"),
         ([GOOD | {"user": "al"}, GOOD | {"user": "bo"}], r"of 2 users \(al, bo\); keep one's"),
         ([GOOD, GOOD | {"user": "bo"}, GOOD | {"user": "al"}], r"\(al, bo\) and 1 that name none"),
         ([VOTE | {"user": "al"}, VOTE | {"user": "bo", "winner": "tie"}], "of 2 users"),
