@@ -73,7 +73,7 @@ PRISM = """
 from utils import *
 
 torch.manual_seed(7)
-settings = {"num_iterations": 60, "few_shot_iterations": 15, "progress": False}
+settings = {"num_iterations": 40, "few_shot_iterations": 15, "progress": False}
 sets = train_features, test_features_sparse, train_features_unseen, test_features_sparse_unseen
 sizes = N, N_unseen, "cpu"
 train, seen, few, unseen, *spreads = run_regularized(
@@ -83,7 +83,7 @@ few_mean, few_std, unseen_mean, unseen_std = run_few_shot_vary_shots(
     2, alpha_list, K_list[1:], [1, 3], sets[0], *sets[2:], V_final, *sizes,
     estimator=LoRe_regularized, **settings
 )
-W, V = solve_regularized_simplex(V_final, 0.1, train_features, 5, 60, 0.5)
+W, V = solve_regularized_simplex(V_final, 0.1, train_features, 5, 40, 0.5)
 w = learn_multiple_few_shot(train_features_unseen, V, 15, 0.5)
 accuracies = eval_multiple(w, V, test_features_sparse_unseen)
 """
@@ -101,7 +101,7 @@ def test_the_public_prism_script_gives_what_a_plain_loop_gives_where_columns_are
     torch.manual_seed(7)
     expected, columns = [], []
     for K in names["K_list"]:  # columns are dropped, then new users' logits drawn
-        given = torch.rand(USERS, K), torch.randn(F, K), 60, 0.5, X[0][0], 0.1
+        given = torch.rand(USERS, K), torch.randn(F, K), 40, 0.5, X[0][0], 0.1
         logits, V, _ = reference.alternating(X, *given)
         W = logits.softmax(1)
         kept = W.amax(0) >= 1e-2

@@ -162,16 +162,6 @@ def test_a_mistake_of_ours_keeps_its_traceback(call, error):
         call(fails(error))
 
 
-def test_a_draft_does_not_outlive_a_stopped_command(tmp_path):
-    def write(draft: Path) -> None:
-        draft.touch()
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_whole(tmp_path / "file", write)
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_first_of_several_processes_speaks(call, monkeypatch, rank):
     """Another one waits, in which time torchrun ends it; it speaks if it is not ended."""
@@ -183,8 +173,15 @@ def test_the_first_of_several_processes_speaks(call, monkeypatch, rank):
     assert call(fails(KeyboardInterrupt())) == (130, "" if rank else STOPPED)
 
 
-def test_files_are_readable_by_whoever_the_umask_lets(tmp_path):
+def test_files_are_readable_by_whoever_the_umask_lets_and_no_draft_is_left(tmp_path):
+    def stopped(draft: Path) -> None:
+        draft.touch()
+        raise KeyboardInterrupt
+
     path = tmp_path / "V.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(path, stopped)
+    assert not list(tmp_path.iterdir())
     write_whole(path, lambda draft: save_file({"V": torch.ones(2)}, draft))
     (tmp_path / "plain").touch()
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -4,13 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lore.common.kinds import KINDS, KNOWN, MET, NEW, Judged, kinds
+from lore.common.kinds import KINDS
 from lore.preparing import facts
-
-
-def judged(*rows: tuple[int, int, int]) -> Judged:
-    """Comparisons of (user, response, response)."""
-    return Judged(*np.array(rows, dtype=int).reshape(-1, 3).T)
 
 
 def ratings() -> pd.DataFrame:
@@ -32,18 +27,6 @@ def ratings() -> pd.DataFrame:
     ]
     table = pd.DataFrame(rows, columns=["user_id", "split", "chosen", "rejected"])
     return table.assign(seen=table.user_id.isin(["a", "b"]))
-
-
-def test_a_comparison_is_known_met_or_new_by_what_its_user_and_others_judged():
-    training = judged((0, 0, 1), (0, 1, 2), (1, 3, 4))
-    held_out = judged((0, 2, 0), (0, 2, 3), (1, 3, 4), (1, 0, 2), (0, 0, 9))
-    assert kinds(held_out, training, training).tolist() == [KNOWN, MET, KNOWN, MET, NEW]
-    shots = judged((5, 0, 7))
-    new_user = judged((5, 7, 0), (5, 7, 4), (6, 7, 0), (5, 7, 8))
-    assert kinds(new_user, shots, training).tolist() == [KNOWN, MET, NEW, NEW]
-    none = judged()
-    assert kinds(new_user, none, training).tolist() == [NEW] * 4
-    assert kinds(none, shots, training).shape == (0,)
 
 
 def test_counts_are_those_made_by_hand_and_neither_labels_nor_the_order_of_rows_matter():

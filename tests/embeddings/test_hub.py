@@ -198,6 +198,9 @@ def test_what_is_asked_for_and_that_requests_are_not_logged(hubbed):
     assert "bytes=" not in whole and "bytes=10485760-" in rest  # where it was cut; chunks are whole
     said = hubbed.online["PersonalLLM"].err  # the first job's, for later ones find the log set up
     assert "HTTP Request" not in said and "embedding method" in said
+    assert any("somebody/typo" in line for line in asked[: hubbed.between])
+    wrong = hubbed.online["no such model"]  # is noticed before the data are downloaded
+    assert "reading" not in wrong.err and "train prompts" not in wrong.out
 
 
 @pytest.mark.parametrize("name", ["PersonalLLM", "RedditTLDR"])
@@ -246,13 +249,6 @@ def test_nothing_half_written_is_believed(hubbed):
     assert len(talks) == 20 and plain.rows(some).equal(resumed.rows(some))
     with pytest.raises(InputError, match="no finished embeddings"):
         embeddings.Store(hubbed.folder / "out" / "none" / "embeddings")
-
-
-def test_a_wrong_model_is_noticed_before_the_data_are_downloaded(hubbed):
-    before = [line for line in hubbed.hub.requests[: hubbed.between] if "somebody/typo" in line]
-    assert before  # the model was asked for
-    outcome = hubbed.online["no such model"]
-    assert "reading" not in outcome.err and "train prompts" not in outcome.out
 
 
 def test_an_export_is_pushed_to_a_new_private_repository_and_to_no_other(hubbed):

@@ -87,8 +87,8 @@ def rows_of(run: Run) -> pd.DataFrame:
 def assert_shows_means(printed: dict, lines: pd.DataFrame, column: str) -> None:
     """A cell of the table begins with the mean accuracy in percent of its lines."""
     for (row, name), some in lines.groupby(["row", column]):
-        shown = float(printed[row][name].split()[0])
-        assert shown == pytest.approx(100 * some["accuracy"].astype(float).mean(), rel=0, abs=0.0502)
+        shown, mean = printed[row][name].split()[0], some["accuracy"].astype(float).mean()
+        assert float(shown) == pytest.approx(100 * mean, rel=0, abs=0.0502)
 
 
 def assert_ended_well(run: Run, name: str, script: str) -> None:
