@@ -88,7 +88,8 @@ def measure(
     if name and PRISM.exists():
         cases["d  PRISM, opening turns"] = _prism(load_tokenizer(Source(name)), sizes[3])
     _time(engine, [np.arange(9), np.arange(20)])
-    weights = [p for n, p in engine.body.named_parameters() if p.dim() > 1 and "embed" not in n]
+    named = engine.model.base_model.named_parameters()
+    weights = [p for n, p in named if p.dim() > 1 and "embed" not in n]
     speed = product_speed(weights[0].dtype, device)
     per_token = 2 * sum(p.numel() for p in weights) / speed
     return [

@@ -85,8 +85,9 @@ def test_a_redrawn_prism_is_what_prepare_draws_with_that_seed(dataset):
     data = dataset("PRISM").data
     drawn, given = comparison_data.redrawn(data).draw(0, CPU), splits.given_split(data).draw(0, CPU)
     other = comparison_data.redrawn(data).draw(1, CPU)
-    assert drawn[-1] is None is given[-1]  # no validation set
-    for ours, theirs in zip(drawn[:-1], given[:-1], strict=True):
+    assert drawn.validation is None is given.validation
+    for kind in ("train", "few", "seen", "unseen"):
+        ours, theirs = getattr(drawn, kind), getattr(given, kind)
         assert ours.names == theirs.names
         rows = (c.features.index[c.features.chosen] for c in (ours, theirs))
         assert torch.equal(*rows)
