@@ -57,7 +57,9 @@ def close(actual, expected, tolerance=1e-9):
 
 # ------------------------------------------------------------------- Trajectories
 
-PRECISION = [(torch.float64, 1e-9), (torch.float32, 1e-3)]
+PRECISION = [
+    (torch.float64, 1e-9), pytest.param(torch.float32, 1e-3, marks=pytest.mark.slow),
+]  # fmt: skip
 
 
 @pytest.fixture(params=["all in one block", "a few users a block"])
@@ -86,8 +88,8 @@ JOINT, ALTERNATING = utils.LoRe, utils.LoRe_regularized
 ])  # fmt: skip
 def test_training_follows_the_reference(estimator, alpha, K, shrinkage, weigh, dtype, tolerance):
     X = users(COUNTS, dtype=dtype)
-    c, fit = weigh and weigh(X), model(K, 60, estimator, alpha, dtype=dtype, shrinkage=shrinkage)
-    given = X, fit.W0, fit.V0, 60, 0.5, direction(dtype), alpha, c
+    c, fit = weigh and weigh(X), model(K, 25, estimator, alpha, dtype=dtype, shrinkage=shrinkage)
+    given = X, fit.W0, fit.V0, 25, 0.5, direction(dtype), alpha, c
     joint = estimator is JOINT
     found = reference.joint(*given, shrinkage) if joint else reference.alternating(*given)
     W, V, losses = found[0].softmax(1), *found[1:]
@@ -103,8 +105,8 @@ def test_few_shot_follows_the_reference(weigh, shrinkage, dtype, tolerance):
     X = users(COUNTS, dtype=dtype)
     V, c = users([12], F=3, seed=3, dtype=dtype, scale=1.0)[0], weigh and weigh(X)
     pull = {"population": torch.tensor([0.5, 0.3, 0.2], dtype=dtype), "shrinkage": shrinkage}
-    fit = utils.PersonalizeBatch(len(X), 12, 3, 100, 0.1, generator=2, dtype=dtype, **pull)
-    expected = reference.few_shot(X, V, fit.logits, 100, 0.1, c, **pull)
+    fit = utils.PersonalizeBatch(len(X), 12, 3, 30, 0.1, generator=2, dtype=dtype, **pull)
+    expected = reference.few_shot(X, V, fit.logits, 30, 0.1, c, **pull)
     close(fit.train(X, V, c), expected, tolerance)
 
 

@@ -1,6 +1,7 @@
 """What every method must do, whatever it is: one test for each line of METHODS."""
 
 import dataclasses
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,13 @@ from lore.experiments import runner as experiments
 from lore.learning.comparisons import Comparisons, Seed, Users
 from lore.learning.method import Fitted, Task, check
 from lore.methods import mrm, rbd
-from lore.methods.fitting import linear, networks
+from lore.methods.fitting import linear, networks, validation
 from planted import accuracy, adapted
 
 # Fewer steps where the defaults take long, and one strength where choosing is not the point.
 QUICK: dict[str, dict[str, Any]] = {
-    "ridge_bt": {}, "lore": {"ranks": (3,), "iterations": 400}, "mixed_logit": {},
+    "ridge_bt": {}, "mixed_logit": {},
+    "lore": {"ranks": (3,), "iterations": 400, "few_shot_iterations": 200},
     "pal": {"prototypes": (5,), "width": 32, "epochs": 10},
     "pal faithful": {"prototypes": (2,), "width": 16, "epochs": 2},
     "vpl": {"betas": (1e-4,), "hidden": 32, "epochs": 28},
@@ -48,6 +50,14 @@ VARIANTS = [
     pytest.param(name, marks=pytest.mark.slow) if name.split()[0] in NETWORKS else name
     for name in QUICK
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_splits() -> Iterator[None]:
+    """Choices on two splits at most: on four they take twice as long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(validation, "MOST_SPLITS", 2)
+        yield
 
 
 @pytest.fixture(scope="module")

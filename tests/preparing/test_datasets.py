@@ -298,25 +298,22 @@ WITHOUT = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("name", "settings", "counts", "lost"),
-    [
-        ("PRISM", {"min_dialogues": 7}, {"participants with at least 7 dialogues": 5},
-         {"user0", "user3", "user6"}),
-        ("RedditTLDR", {"min_annotations": 30},
-         {"workers with at least 30 annotations": 4,
-          "workers with at least 30 annotations, some in both splits": 3}, {"w01"}),
-        ("RedditTLDR", {"min_annotations": 31}, {"workers with at least 31 annotations": 2},
-         {"w01", "w02"}),
-        ("CommunityAlignment", {"min_comparisons": 1},
-         {"annotators with at least 1 comparisons": 4, BOTH: 3}, {"en0"}),
-        ("CommunityAlignment", {"min_comparisons": 60},  # en3 has so many
-         {"annotators with at least 60 comparisons": 2}, {"en0", "en1"}),
-        ("PersonalRewardBench", {},
-         {"users with comparisons": 6, "users with comparisons for training and for test": 4},
-         {"user0", "user1"}),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("name", "settings", "counts", "lost"), [
+    ("PRISM", {"min_dialogues": 7}, {"participants with at least 7 dialogues": 5},
+     {"user0", "user3", "user6"}),
+    ("RedditTLDR", {"min_annotations": 30},
+     {"workers with at least 30 annotations": 4,
+      "workers with at least 30 annotations, some in both splits": 3}, {"w01"}),
+    ("RedditTLDR", {"min_annotations": 31}, {"workers with at least 31 annotations": 2},
+     {"w01", "w02"}),
+    ("CommunityAlignment", {"min_comparisons": 1},
+     {"annotators with at least 1 comparisons": 4, BOTH: 3}, {"en0"}),
+    ("CommunityAlignment", {"min_comparisons": 60},  # en3 has so many
+     {"annotators with at least 60 comparisons": 2}, {"en0", "en1"}),
+    ("PersonalRewardBench", {},
+     {"users with comparisons": 6, "users with comparisons for training and for test": 4},
+     {"user0", "user1"}),
+])  # fmt: skip
 def test_users_with_too_little_are_left_out(world, tmp_path, name, settings, counts, lost):
     without = WITHOUT.get(name, lambda file, row, i: False)
     kept = {file: [row for i, row in enumerate(rows) if not without(file, row, i)]
@@ -495,14 +492,11 @@ def test_embedding_needs_a_prepared_folder_and_a_model(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "folder", "settings", "users"),
-    [
-        ("PRISM", "prism_slice", {"min_dialogues": 4}, "participants with at least 4 dialogues"),
-        ("RedditTLDR", "ukpconvarg_as_tldr", {"min_annotations": 50},
-         "workers with at least 50 annotations, some in both splits"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("name", "folder", "settings", "users"), [
+    ("PRISM", "prism_slice", {"min_dialogues": 4}, "participants with at least 4 dialogues"),
+    ("RedditTLDR", "ukpconvarg_as_tldr", {"min_annotations": 50},
+     "workers with at least 50 annotations, some in both splits"),
+])  # fmt: skip
 def test_the_real_data(tmp_path, name, folder, settings, users):
     """Counted once more from the raw files: 173 people in either, all pairs of unequal texts."""
     if not (DATA / folder).exists():

@@ -107,30 +107,27 @@ def test_three_columns_may_say_who_won():
 NAMED = [{**TWO, "best": "AB"[i % 2]} for i in range(8)]  # names of responses are no responses
 
 
-@pytest.mark.parametrize(
-    ("rows", "columns", "message"),
-    [
-        *((voted(*values), {}, message) for values, message in (
-            (["A", "C", "C"], r"t.jsonl: preferred has values that are not understood: 'c' \(2\)"),
-            ([0, 1, 2], r"not understood: '0' \(1\), '1' \(1\), '2' \(1\); --first-wins and --sec"),
-            ([1, 1], r"not understood: '1' \(2\)"),
-            ([True, False], r"not understood: 'true' \(1\), 'false' \(1\)"),
-            ([0.5, 1], "not understood: '0.5'"))),
-        *(([row] * 3, columns, message) for row, columns, message in (
-            (TWO, {}, "two responses, response_a and response_b, but --winner must say which"),
-            ({**TWO, "label": 1, "choice": 2}, {}, "the better one: label, choice"),
-            ({**TWO, "winner": 1}, {"first": "response_a"}, "--first and --second go together"),
-            ({"text": "x", "winner": 1}, {"winner": "winner"}, "--first and --second must say whi"),
-            ({**TWO, "text_1": "a", "text_2": "b", "winner": 1}, {"winner": "winner"},
-             "response_a and response_b; text_1 and text_2"),
-            ({**TWO, "preferred": "A"}, {"chosen": "response_a", "rejected": "response_b"},
-             "no flag uses the column preferred; .* --winner preferred, else --winner none"),
-            ({**TWO, "preferred": "A"}, {"winner": "best"}, "row 1 has no column best, only user"),
-            ({**PAIR, "label": "safe"}, {}, "no flag uses the column label"))),
-        (NAMED, {"chosen": "best", "rejected": "response_b"},
-         "t.jsonl: best holds nothing but A, B, which are no responses"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("rows", "columns", "message"), [
+    *((voted(*values), {}, message) for values, message in (
+        (["A", "C", "C"], r"t.jsonl: preferred has values that are not understood: 'c' \(2\)"),
+        ([0, 1, 2], r"not understood: '0' \(1\), '1' \(1\), '2' \(1\); --first-wins and --sec"),
+        ([1, 1], r"not understood: '1' \(2\)"),
+        ([True, False], r"not understood: 'true' \(1\), 'false' \(1\)"),
+        ([0.5, 1], "not understood: '0.5'"))),
+    *(([row] * 3, columns, message) for row, columns, message in (
+        (TWO, {}, "two responses, response_a and response_b, but --winner must say which"),
+        ({**TWO, "label": 1, "choice": 2}, {}, "the better one: label, choice"),
+        ({**TWO, "winner": 1}, {"first": "response_a"}, "--first and --second go together"),
+        ({"text": "x", "winner": 1}, {"winner": "winner"}, "--first and --second must say whi"),
+        ({**TWO, "text_1": "a", "text_2": "b", "winner": 1}, {"winner": "winner"},
+         "response_a and response_b; text_1 and text_2"),
+        ({**TWO, "preferred": "A"}, {"chosen": "response_a", "rejected": "response_b"},
+         "no flag uses the column preferred; .* --winner preferred, else --winner none"),
+        ({**TWO, "preferred": "A"}, {"winner": "best"}, "row 1 has no column best, only user"),
+        ({**PAIR, "label": "safe"}, {}, "no flag uses the column label"))),
+    (NAMED, {"chosen": "best", "rejected": "response_b"},
+     "t.jsonl: best holds nothing but A, B, which are no responses"),
+])  # fmt: skip
 def test_a_layout_or_verdicts_that_are_not_clear_are_refused(rows, columns, message):
     with pytest.raises(InputError, match=message):
         read(rows, **columns)
@@ -148,23 +145,20 @@ SHAREGPT = [{"from": "human", "value": "Why?"}], {"from": "gpt", "value": "so"}
 
 
 @pytest.mark.parametrize("as_csv", [False, True])
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]},
-        {"prompt": "Why?", "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]},
-        {"prompt": "Why?", "chosen": [GOOD], "rejected": [BAD]},
-        {"prompt": [ASKED], "chosen": [GOOD], "rejected": [BAD]},
-        {"prompt": [ASKED], "chosen": "so", "rejected": "no"},
-        {"messages": [ASKED], "chosen": [GOOD], "rejected": [BAD]},
-        {"messages": [ASKED], "chosen": GOOD, "rejected": BAD},
-        {"messages": [ASKED, GOOD], "prompt": "Why?", "chosen": [ASKED, GOOD],
-         "rejected": [ASKED, BAD]},
-        {"conversations": SHAREGPT[0], "chosen": SHAREGPT[1], "rejected": "no"},
-        {"prompt": ["Why?"], "chosen": ["so"], "rejected": ["no"]},
-        {"messages": [ASKED], "chosen": [[GOOD]], "rejected": [[BAD]]},
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("row", [
+    {"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]},
+    {"prompt": "Why?", "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]},
+    {"prompt": "Why?", "chosen": [GOOD], "rejected": [BAD]},
+    {"prompt": [ASKED], "chosen": [GOOD], "rejected": [BAD]},
+    {"prompt": [ASKED], "chosen": "so", "rejected": "no"},
+    {"messages": [ASKED], "chosen": [GOOD], "rejected": [BAD]},
+    {"messages": [ASKED], "chosen": GOOD, "rejected": BAD},
+    {"messages": [ASKED, GOOD], "prompt": "Why?", "chosen": [ASKED, GOOD],
+     "rejected": [ASKED, BAD]},
+    {"conversations": SHAREGPT[0], "chosen": SHAREGPT[1], "rejected": "no"},
+    {"prompt": ["Why?"], "chosen": ["so"], "rejected": ["no"]},
+    {"messages": [ASKED], "chosen": [[GOOD]], "rejected": [[BAD]]},
+])  # fmt: skip
 def test_messages_are_read_wherever_text_is(row, as_csv):
     row = {"user": "ann", **row}
     [choice] = read([cells(row) if as_csv else row])
@@ -299,20 +293,17 @@ def agree(file: Path, columns: Columns) -> None:
     assert pairs >= {Pair.of(row["chosen"], row["rejected"]).key for row in rows}
 
 
-@pytest.mark.parametrize(
-    ("rows", "columns"),
-    [
-        ([{**PAIR, "rejected": ["no", "or"]}, {**PAIR, "weight": 3}], {}),
-        (voted("a", "tie", "b"), {"ties": "half"}),
-        ([{**TWO, "best": best} for best in ("two", "one")],
-         {"first": "response_a", "second": "response_b", "winner": "best",
-          "first_wins": ("one",), "second_wins": ("two",)}),
-        ([{"worker_id": "ann", "chosen": [ASKED, answer], "rejected": [ASKED, BAD]}
-          for answer in (GOOD, message("assistant", "or"))], {}),
-        (rated(*range(4)), {"rating": "score", "margin": 2}),
-        ([{"chosen": "so", "rejected": "no"}] * 2, {"user_name": "me", "prompt_text": "Which?"}),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("rows", "columns"), [
+    ([{**PAIR, "rejected": ["no", "or"]}, {**PAIR, "weight": 3}], {}),
+    (voted("a", "tie", "b"), {"ties": "half"}),
+    ([{**TWO, "best": best} for best in ("two", "one")],
+     {"first": "response_a", "second": "response_b", "winner": "best",
+      "first_wins": ("one",), "second_wins": ("two",)}),
+    ([{"worker_id": "ann", "chosen": [ASKED, answer], "rejected": [ASKED, BAD]}
+      for answer in (GOOD, message("assistant", "or"))], {}),
+    (rated(*range(4)), {"rating": "score", "margin": 2}),
+    ([{"chosen": "so", "rejected": "no"}] * 2, {"user_name": "me", "prompt_text": "Which?"}),
+])  # fmt: skip
 def test_the_tools_read_every_layout_as_prepare_does(tmp_path, rows, columns):
     agree(write(tmp_path, rows), Columns(**columns))
 

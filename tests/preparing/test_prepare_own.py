@@ -254,18 +254,15 @@ def test_no_response_is_on_both_sides_where_responses_are_divided(tmp_path):
     assert again["data_sha256"] == info["data_sha256"] != other["data_sha256"]
 
 
-@pytest.mark.parametrize(
-    ("by", "rows"),
-    [
-        ("responses", ratings()),  # one prompt, few items, each of which many users judge
-        ("pairs", ratings(count=10)),  # fewer than 100 comparisons would be held out
-        ("pairs", ratings(items=15)),  # too few items to divide
-        ("prompts", ratings(prompts=30)),
-        ("dialogs", [{**row, "dialog": row["chosen"]} for row in ratings(prompts=30)]),
-        ("given", [{**row, "dialog": "d", "split": "test" if i % 3 else "train"}
-                   for i, row in enumerate(ratings())]),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("by", "rows"), [
+    ("responses", ratings()),  # one prompt, few items, each of which many users judge
+    ("pairs", ratings(count=10)),  # fewer than 100 comparisons would be held out
+    ("pairs", ratings(items=15)),  # too few items to divide
+    ("prompts", ratings(prompts=30)),
+    ("dialogs", [{**row, "dialog": row["chosen"]} for row in ratings(prompts=30)]),
+    ("given", [{**row, "dialog": "d", "split": "test" if i % 3 else "train"}
+               for i, row in enumerate(ratings())]),
+])  # fmt: skip
 def test_the_default_is_the_hardest_that_leaves_enough(tmp_path, by, rows, capsys):
     info, _ = prepared(tmp_path, rows)
     assert info["split"]["by"] == by and f"--split {by}, the hardest" in info["split"]["sentence"]

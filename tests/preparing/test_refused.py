@@ -184,6 +184,8 @@ def test_what_cannot_be_is_one_line(tmp_path, name, table, case):
 @pytest.mark.parametrize(
     ("name", "source", "message"),
     [
+        ("PersonalLLM", "", "--source is empty"),
+        ("PersonalLLM", "empty/train.parquet", ".*train.parquet is a file; name its folder"),
         ("PersonalLLM", "empty", "--source .*empty has no test rows"),
         ("PRISM", ".", r"--source .* has none of survey.jsonl, survey.jsonl.gz, .*parquet$"),
         ("OwnData", "none.jsonl", "--source .*none.jsonl: there is no such file$"),
