@@ -26,6 +26,7 @@ MEANS = {"train": 0.9, "seen": 0.8, "unseen": 0.77}
 TOY = ("toy", True, {"strength": 3.0}, MEANS)
 WRITE_PLOTS = plots.write_plots
 OWN = ("LoRe K=5", "")
+FEW = {name: made.LABELS[name] for name in ("BT", "LoRe K=5")}
 Rows = dict[str, dict[str, str]]
 
 
@@ -236,7 +237,7 @@ def test_labels_are_free_text(tmp_path):
     """Commas, "chosen" and "asks" in a label say nothing; the fields of the fit do."""
     names = {"reference, chosen": "toy", "A, asks B": "other"}
     labels = {label: (of, True, {}, made.LABELS["LoRe K=5"][3]) for label, of in names.items()}
-    results = made.results(made.LABELS | labels, sweep=True)
+    results = made.results(FEW | labels, sweep=True)
     lore = results["seeds"][0]["methods"]["lore"]
     about = {"label": "ask me", "shots_chosen_by": "information", "random_label": "LoRe K=5"}
     lore["fits"].append(lore["fits"][-1] | about)
@@ -466,7 +467,7 @@ def test_unusual_users_are_those_whose_training_choices_bt_predicts_badly(tmp_pa
 
 
 def test_the_csv_has_one_row_for_each_record_and_a_run_read_twice_is_the_same(tmp_path):
-    results = made.results(seeds=2, sweep=True)
+    results = made.results(FEW, seeds=2, sweep=True)
     found = report(results, tmp_path)
     keys = ["seed", "method", "label", "control", "set", "shots"]
     measured = [f"{m}{end}" for m in ("accuracy", "log_loss") for end in ("", "_low", "_high")]
@@ -561,8 +562,7 @@ def refused(folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> bytes:
-    labels = {name: made.LABELS[name] for name in ("BT", "LoRe K=5")}
-    folder = made.write(made.results(labels, users=3), tmp_path_factory.mktemp("written"))
+    folder = made.write(made.results(FEW, users=3), tmp_path_factory.mktemp("written"))
     return (folder / "results.json").read_bytes()
 
 
@@ -609,7 +609,7 @@ def test_without_a_finished_seed_there_is_nothing_to_report(tmp_path):
 
 def test_the_command_makes_everything_again_and_puts_runs_side_by_side(tmp_path):
     names = {"run": "run", "one/here": f"{tmp_path}/one/here", "two/here": f"{tmp_path}/two/here"}
-    runs = [made.write(made.results(seeds=s), tmp_path / n) for s, n in enumerate(names, 1)]
+    runs = [made.write(made.results(FEW, s), tmp_path / n) for s, n in enumerate(names, 1)]
     text = tables.report(runs[0])
     before = {path.name: path.read_bytes() for path in runs[0].iterdir()}
     for path in runs[0].glob("*.[!j]*"):

@@ -10,6 +10,7 @@ import pytest
 
 import people
 from lore.common.files import InputError
+from lore.experiments import runner
 from lore.experiments.trackers import check_tracker, track
 
 FIT = {"label": "LoRe K=2", "settings": {"rank": 2}, "losses": [0.7, 0.5, 0.4], "loss_step": 10,
@@ -81,8 +82,8 @@ def test_what_is_not_installed_is_refused(monkeypatch, tracker):
     check_tracker("none")
 
 
-@pytest.mark.usefixtures("no_plots")
-def test_a_run_logs_every_fit_of_every_seed(tmp_path, wandb):
+def test_a_run_logs_every_fit_of_every_seed(tmp_path, monkeypatch, wandb):
+    monkeypatch.setattr(runner, "report", lambda folder: "")
     _, folder = people.fit(people.planted(users=4), tmp_path, seeds=(0, 1), log="wandb")
     fits = [
         (repeat["seed"], fit)
