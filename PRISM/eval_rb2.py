@@ -85,8 +85,7 @@ def main(
     if "Mean" in table:
         print("Mean is over the subsets shown and not official: these are not the official rows.")
     if verbose_failures:
-        worst = rb2.worst_failures(bench, list(rewards.values())[-2], top_k)
-        print(worst.to_string(index=False))
+        print(rb2.worst_failures(bench, list(rewards.values())[-2], top_k).to_string(index=False))
 
 
 def check_mode(mode: str, source: rm.Source, heads: Mapping[str, Head]) -> str:

@@ -44,6 +44,16 @@ def _one_rank_after_the_other(X, ranks, trials=(), sizes=()):
 QUICK = {"num_iterations": 20, "few_shot_iterations": 15, "progress": False}
 
 
+@pytest.mark.parametrize(("estimator", "draw"), [
+    (utils.LoRe, torch.randn), (utils.LoRe_regularized, torch.rand),
+])  # fmt: skip
+def test_weights_are_drawn_before_the_basis_as_the_public_code_draws_them(estimator, draw):
+    found = estimator(None, 0.0, USERS, F, 3, generator=5)
+    g = torch.Generator().manual_seed(5)
+    assert torch.equal(found.W0, draw(USERS, 3, generator=g))
+    assert torch.equal(found.V0, torch.randn(F, 3, generator=g))
+
+
 @pytest.mark.slow
 def test_ranks_of_one_run_draw_as_if_fitted_one_after_the_other(X):
     few, test, ranks = [x[:5] for x in X], [x[5:] for x in X], [3, 1, 2, 4]
@@ -172,10 +182,14 @@ def test_prism_dialogues_become_differences():
     X = utils.create_dataset_prism(world)
     torch.testing.assert_close(X[0][2], pairs[2][0] - pairs[2][1])
     assert [len(x) for x in X] == [3, 3]
-    some = utils.create_dataset_prism_shots(world, 1, generator=0)
-    torch.manual_seed(0)
-    kept = X[0][:2] if torch.randperm(2)[0] == 0 else X[0][2:]
-    assert torch.equal(some[0], kept) and torch.equal(some[1], X[1])
+    sizes = set()
+    for seed in range(6):
+        some = utils.create_dataset_prism_shots(world, 1, generator=seed)
+        torch.manual_seed(seed)
+        kept = X[0][:2] if torch.randperm(2)[0] == 0 else X[0][2:]
+        assert torch.equal(some[0], kept) and torch.equal(some[1], X[1])
+        sizes.add(len(kept))
+    assert sizes == {1, 2}
 
 
 @pytest.mark.parametrize(("fraction", "rows"), [(0.5, 3), (0.01, 1), (1.0, 7)])

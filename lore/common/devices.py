@@ -53,7 +53,9 @@ def rows_before(rows: int, processes: int) -> tuple[int, int]:
 
 
 def gather_rows(rows: Tensor, processes: int) -> Tensor:
-    """The rows [n, ...] of all processes, in order; every process gets them all."""
+    """The rows [n, ...] of all processes, in order, which all get them; uncopied where one is."""
+    if processes == 1:
+        return rows
     first, count = rows_before(len(rows), processes)
     whole = rows.new_zeros(count, *rows.shape[1:])
     whole[first : first + len(rows)] = rows

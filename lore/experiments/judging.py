@@ -99,10 +99,10 @@ def evaluate(fit: Fitted, task: Task, own: Tensor) -> Iterator[dict[str, Any]]:
     every = [("train", task.train, fit.users), ("seen", task.seen, fit.users),
              ("few_shot", task.few, own), ("unseen", task.unseen, own)]  # fmt: skip
     sets = {name: (fit.view(data), data, state) for name, data, state in every if data is not None}
-    held_out, kinds = [name for name in ("seen", "unseen") if name in sets], _kinds(task)
+    held_out, of_kind = [name for name in ("seen", "unseen") if name in sets], _kinds(task)
     controlled = fit.personal and fit.controlled
     for name, (view, data, state) in sets.items():
-        more = [name in held_out, kinds.get(name)]
+        more = [name in held_out, of_kind.get(name)]
         if name == "unseen" and controlled:
             more += [fit.adapt(_relabelled(fit, task.few), task.few, task.seed)[None]]
         yield _record(fit, "", name, _measure(fit, view, data, state[None], *more))

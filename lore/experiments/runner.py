@@ -209,7 +209,8 @@ class Experiment:
         }  # fmt: skip
         if task.few is not None and (known := fit.spread(task.few)) is not None:
             facts["known_unseen"] = known
-        fit.save(self.run.folder / fit.written, fit.new_users, facts)
+        new = fit.users[:0] if fit.new_users is None else fit.new_users
+        fit.save(self.run.folder / fit.written, new, facts)
 
     def report(self) -> str:
         """The table, the verdict and where the files lie; empty on all processes but the first."""

@@ -42,7 +42,7 @@ def hold_out(
     InputError where ``by`` asks for what there is not, or nothing is left.
     """
     chosen = by or next(way for way in SAYS if _leaves_enough(table, way, seed))
-    there = bool(table[GIVEN.get(chosen, "user_id")].iloc[0])
+    there = chosen not in GIVEN or bool(table[GIVEN[chosen]].iloc[0])
     require(there, f"--split {chosen}: the rows have none; choose another")
     split = _sides(table, chosen, seed)
     crossing = int((split == "").sum())
@@ -58,7 +58,7 @@ def hold_out(
 def _leaves_enough(table: pd.DataFrame, by: Split, seed: int) -> bool:
     """Whether a default may be this split; pairs always may."""
     if by not in ("prompts", "responses"):
-        return bool(table[GIVEN.get(by, "user_id")].iloc[0])
+        return by not in GIVEN or bool(table[GIVEN[by]].iloc[0])
     names = pd.concat([table.chosen_name, table.rejected_name])
     if (first_prompts(table.chosen) if by == "prompts" else names).nunique() < UNITS:
         return False

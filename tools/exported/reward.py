@@ -78,7 +78,8 @@ def trl_reward(prompts, completions, user=None, **_):
 
 def reward_func(queries, prompts, labels=None, **_):
     """For OpenRLHF's --remote_rm_url reward.py; --label_key names the column with the user."""
-    found = torch.tensor(rewards(queries, labels if any(labels or ()) else None))
+    named = labels is not None and any(labels)
+    found = torch.tensor(rewards(queries, labels if named else None))
     return {"rewards": found, "scores": found, "extra_logs": {}}
 
 
