@@ -1,5 +1,6 @@
 """PAL, VPL and LoRe on a shallow network: equalities, and worlds of their own kind."""
 
+import math
 from dataclasses import replace
 from functools import cache
 
@@ -13,8 +14,10 @@ from lore.learning.comparisons import Comparisons, DenseFeatures, Users
 from lore.learning.kinds import shares_of_test
 from lore.learning.method import Fitted, Task
 from lore.methods import mlp, pal, vpl
+from lore.methods.fitting import networks
 from lore.methods.fitting.geometry import measure
 from lore.methods.fitting.networks import BLOCK, row_scale, solve_weights
+from lore.methods.fitting.validation import hold_out
 from lore.methods.ridge_bt import fit_shared
 from planted import accuracy, adapted, choices
 
@@ -92,6 +95,17 @@ def test_differences_alone_are_refused_in_one_line(name: str) -> None:
 
 
 # -------------------------------------------------------------------------- PAL
+
+
+@pytest.mark.parametrize(("setting", "passes"), [("faithful", 4), ("converged", 2)])
+def test_a_published_budget_is_spent_whole(setting, passes, monkeypatch) -> None:
+    """Where no pass is an improvement that counts."""
+    for name, value in {"PLATEAU": 0, "PATIENCE": 1, "TOLERANCE": 10.0}.items():
+        monkeypatch.setattr(networks, name, value)
+    method = pal.PAL(setting, prototypes=(2,), width=4, epochs=4)
+    task = planted("pal")
+    fit = method.train(task.train, hold_out(task.train, 0), 2, task)
+    assert len(fit.losses) == passes * math.ceil(len(task.train) / fit.batch)
 
 
 def test_linear_pal_with_squared_distances_is_lore_plus_a_quadratic_of_all_users() -> None:

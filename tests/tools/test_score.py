@@ -120,7 +120,10 @@ def test_score_from_the_command_line(world, texts):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"user": ("bob",)}, "--user bob is not in the basis, which has 3 users, such as ann"),
+        (
+            {"user": ("bob",), "lm": ModelChoice("/nowhere/at/all")},  # before it is loaded
+            "--user bob is not in the basis, which has 3 users, such as ann",
+        ),
         ({"user": ()}, "--user is missing: name users, or give --average true"),
         ({"texts": None}, "--texts is missing"),
         ({"out": "found.txt"}, r"end its name in .csv or .jsonl"),
