@@ -27,7 +27,7 @@ from lore.learning.basis import look_up
 from lore.learning.comparisons import Comparisons, Users
 from lore.learning.method import Fitted, Task
 from lore.methods.fitting.geometry import measure
-from lore.methods.fitting.posterior import TOLERANCE, Evidence, Prior, deviations, posteriors
+from lore.methods.fitting.posterior import Evidence, Posterior, Prior, deviations, posteriors
 from lore.methods.fitting.validation import Scores, Split, Tries, Validation
 from lore.methods.ridge_bt import FINE, ROUGH, choose_ridge, fit_shared, precision
 
@@ -40,7 +40,6 @@ FIRST_TAU2, FIRST_PI, FIRST_RANK = 3.0, 10.0, 4
 RANGES = {"l_mu": (1e-3, 1e3), "tau2": (1e-3, 1e4), "pi": (1.0, 300.0), "rank": (1, 64)}
 RISE = 10.0  # EM of a given rank begins with so many times tau2
 ROUNDS, LOW_ROUNDS, FEW_ROUNDS = 5, 8, 2  # of EM: full rank, a given one, from a neighbour's S
-WHILE_FITTING = 1e-4  # tolerance of the log odds in EM
 SCALES = (0.8, 0.9, 1.1, 1.25)  # of all log odds, beside 1
 # Standard errors by which validation has to be better: a personal part than none, EM than an
 # isotropic S, another scale of the log odds than 1.
@@ -104,8 +103,7 @@ class MixedLogit:
         fit.users = fit.mu.new_zeros(task.train.num_users, 0)
         if chosen.tau2:
             view = fit.view(data)
-            fit.prior, push = estimate(view, data, chosen, processes=processes)
-            found = posteriors(view, data, fit.prior, start=push)
+            fit.prior, found = estimate(view, data, chosen, processes=processes)
             fit.users = gather_rows(found.mode, processes).float()
             if len(task.train) * fit.users.shape[1] <= MOST:
                 known = Evidence.of(view, data, found)
@@ -129,39 +127,39 @@ class MixedLogit:
 
 
 def estimate(
-    view: Tensor, users: Users, strengths: Candidate, start: Prior | None = None,
-    push: Tensor | None = None, rounds: int | None = None, processes: int = 1,
-) -> tuple[Prior, Tensor | None]:  # fmt: skip
-    """The users' distribution of tastes N(0, S), by EM with Laplace's posteriors, and their push.
+    view: Tensor, users: Users, strengths: Candidate, prior: Prior | None = None,
+    found: Posterior | None = None, rounds: int | None = None, processes: int = 1,
+    rough: bool = False,
+) -> tuple[Prior, Posterior]:  # fmt: skip
+    """The users' distribution of tastes N(0, S), by EM, and their posteriors, by Laplace's method.
 
     S maximises the probability of the users' choices, given the view [N, 1 + D] of this process's
     users, times an inverse Wishart prior: S = (sum_u E[d_u d_u^T] + pi tau2 I) / (U + pi), every
     expectation given the last S. Of a given rank, S is B B^T + tau2 I: leading eigenvectors alone
     are kept (Tipping and Bishop 1999). All steps but the last are twice as long, as EM's are short,
-    with no variance below the least that S can have. It begins with ``start``, or as the strengths
-    say, and the users' posteriors with ``push``, see ``Posterior``.
+    with no variance below the least that S can have. It begins with a prior and what was found
+    under it or, if ``prior`` is None, as the strengths say, and Newton's method with the latter.
     """
     D = view.shape[1] - 1
     eye = torch.eye(D, dtype=torch.float64, device=view.device)
-    isotropic, mean = strengths.tau2 * eye, eye.new_zeros(D)
-    if math.isinf(strengths.pi):
-        return Prior(mean, isotropic), push
-    first = strengths.start or strengths.tau2 * (RISE if strengths.rank else 1)
-    prior = start or Prior(mean, first * eye)
+    isotropic, mean, em = strengths.tau2 * eye, eye.new_zeros(D), strengths.pi < math.inf
+    if prior is None:
+        first = strengths.start or strengths.tau2 * (RISE if strengths.rank else 1)
+        prior = Prior(mean, first * eye)
+        found = posteriors(view, users, prior, found and found.push, em, rough)
     count = sum_over_processes(eye.new_tensor(float(users.num_users)), processes)
     least = strengths.tau2
     if not strengths.rank:
         least *= strengths.pi / (float(count) + strengths.pi)
     if rounds is None:
         rounds = LOW_ROUNDS if strengths.rank else ROUNDS
-    for left in reversed(range(rounds)):
-        found = posteriors(view, users, prior, WHILE_FITTING, push, moment=True)
-        push = found.push
-        moments = sum_over_processes(found.moment, processes)
+    for left in reversed(range(rounds if em else 0)):
+        moments = sum_over_processes(found.moment.double(), processes)
         S = (moments + strengths.pi * isotropic) / (count + strengths.pi)
         S = prior.cov + (2 if left else 1) * ((S + S.T) / 2 - prior.cov)
         prior = Prior(mean, _leading(S, strengths.rank or D, least))
-    return prior, push
+        found = posteriors(view, users, prior, found.push, rough or left > 0, rough)
+    return prior, found
 
 
 def _leading(S: Tensor, rank: int, rest: float) -> Tensor:
@@ -177,13 +175,13 @@ class Rough(NamedTuple):
     candidate: Candidate
     mu: Tensor  # shared reward among raw features [F]
     prior: Prior | None = None
-    push: Tensor | None = None  # where the posteriors of a neighbour may begin
+    found: Posterior | None = None  # the users', where those of a neighbour may begin
 
 
 class Search:
     """The choice of the strengths: each walks by half decades to where validation is best; ridge BT
-    first, then an isotropic S on all floors, then EM of full and of low rank, from where it is
-    better than that; the richer has to be better by the standard errors above."""
+    first, then an isotropic S on all floors, then EM of full or low rank, whichever begins better;
+    the richer has to be better by the standard errors above."""
 
     def __init__(self, data: Validation) -> None:
         self.data = data
@@ -203,11 +201,10 @@ class Search:
             full = replace(isotropic, pi=FIRST_PI, start=isotropic.tau2)
             rest = max(RANGES["tau2"][0], isotropic.tau2 / RISE)
             low = replace(isotropic, pi=RANGES["pi"][0], rank=FIRST_RANK, tau2=rest)
-            walks = ((full, ("pi", "tau2")), (low, ("rank", "tau2")))
-            found = [self._walk(x, names) for x, names in walks
-                     if self.tries(x) < self.tries(isotropic)]  # fmt: skip
-            rich = min(found, key=self.tries, default=isotropic)
-            best = rich if self._earns(rich, isotropic, RICHER) else isotropic
+            rich, best = min(full, low, key=self.tries), isotropic
+            if self.tries(rich) < self.tries(isotropic):
+                rich = self._walk(rich, ("rank" if rich.rank else "pi", "tau2"))
+                best = rich if self._earns(rich, isotropic, RICHER) else isotropic
             best = best if self._earns(best, ridge, PERSONAL) else ridge
         return best, self._scale(best), first.tried + self.tries.tried
 
@@ -279,17 +276,13 @@ class Search:
         if not candidate.tau2:
             return fit, Rough(candidate, mu)
         by_em = all(x.pi < math.inf and not x.rank for x in (near.candidate, candidate))
-        start = near.prior if alike and by_em else None
-        rounds = FEW_ROUNDS if start else None
-        view = fit.view(data)
-        if near.candidate == candidate:
-            fit.prior, push = near.prior, near.push
-        else:
-            given = start, near.push, rounds, processes
-            fit.prior, push = estimate(view, data, candidate, *given)
-        found = posteriors(view, data, fit.prior, WHILE_FITTING, push)
-        fit.users, fit.tolerance = found.mode, WHILE_FITTING
-        return fit, Rough(candidate, mu, fit.prior, found.push)
+        prior = near.prior if alike and by_em else None
+        fit.prior, found = near.prior, near.found
+        if near.candidate != candidate:
+            given = prior, near.found, FEW_ROUNDS if prior else None, processes, True
+            fit.prior, found = estimate(fit.view(data), data, candidate, *given)
+        fit.users, fit.rough = found.mode, True
+        return fit, Rough(candidate, mu, fit.prior, found)
 
     def _read(self, directions: Tensor, factors: Tensor, data: Comparisons) -> Tensor:
         """Features along stretched directions [N, D], from memory, the first time from data."""
@@ -345,7 +338,7 @@ class MixedFit(Fitted):
         self.label, self.settings, self.file = "Mixed logit", {}, "mixed_logit"
         self.mu, self.directions, self.prior = mu, directions, prior
         self.facts, self.scale, self.read = facts, scale, read
-        self.tolerance, self.evidence = TOLERANCE, None
+        self.rough, self.evidence = False, None
         self.users = mu.new_zeros(0, 0 if prior is None else directions.shape[1])
 
     @property
@@ -368,14 +361,14 @@ class MixedFit(Fitted):
         """Deviations [U', D] given the users' comparisons; nothing is random."""
         if self.prior is None:
             return view.new_zeros(users.num_users, 0)
-        return posteriors(view, users, self.prior, self.tolerance).mode
+        return posteriors(view, users, self.prior, rough=self.rough).mode
 
     def spread(self, data: Comparisons) -> Evidence | None:
         """Users' evidence; None where nothing is personal or there is too much of it."""
         if self.prior is None or len(data) * self.users.shape[1] > MOST:
             return None
         view = self.view(data)
-        return Evidence.of(view, data, posteriors(view, data, self.prior, self.tolerance))
+        return Evidence.of(view, data, posteriors(view, data, self.prior))
 
     def logits(self, view: Tensor, state: Tensor, user: Tensor) -> Tensor:
         """Log odds [N] that the chosen response is preferred, the deviation plugged in."""

@@ -109,7 +109,7 @@ def test_looking_ahead_foretells_the_accuracy_of_people_who_are_asked():
     chances = torch.sigmoid(tastes @ pool.T)
     signs = torch.where(torch.rand(people, 12, generator=rng) < chances, 1.0, -1.0).double()
     answers = (signs[:, :, None] * pool).flatten(0, 1)
-    modes = posteriors(answers, Users([12] * people), prior, tolerance=1e-6).mode
+    modes = posteriors(answers, Users([12] * people), prior).mode
     guesses = targets[:, 0] + modes @ targets[:, 1:].T > 0
     truth = torch.sigmoid(tastes @ targets.T)
     accuracy = torch.where(guesses, truth, 1 - truth).mean()

@@ -17,7 +17,6 @@ class Minimum(NamedTuple):
 
     x: Tensor
     values: list[float]
-    evaluations: int
 
 
 def minimise(
@@ -31,7 +30,7 @@ def minimise(
     whose size the last step corrects and whose shape the memory does.
     """
     value, g = function(x)
-    values, evaluations, memory = [value], 1, Memory(maxlen=MEMORY)
+    values, memory = [value], Memory(maxlen=MEMORY)
     for _ in range(iterations):
         step, slope = _descent(g, memory, inverse)
         if -slope <= 2 * tolerance * (1 + abs(value)):
@@ -39,7 +38,6 @@ def minimise(
         size = 1.0
         for _ in range(30):
             new, g_new = function(x + size * step)
-            evaluations += 1
             if new <= value + ARMIJO * size * slope:
                 break
             bend = new - value - slope * size  # of the parabola through both values
@@ -53,7 +51,7 @@ def minimise(
             memory.append((s, y, curvature))
         x, value, g = x + s, new, g_new
         values.append(value)
-    return Minimum(x, values, evaluations)
+    return Minimum(x, values)
 
 
 def _descent(g: Tensor, memory: Memory, inverse: Inverse) -> tuple[Tensor, float]:

@@ -6,6 +6,7 @@ the curvature there; Newton's finds modes of many users side by side: in the K t
 user has fewer comparisons n, in the dual (Rasmussen and Williams 2006, algorithm 3.1).
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +20,9 @@ from lore.learning.comparisons import Users
 
 ITERATIONS = 60  # of Newton's method; few users need ten
 HALVINGS = 30
-TOLERANCE = 1e-8  # of the log odds, in the last step
+TOLERANCE = 1e-8  # of the log odds, in the last step, whose square is about the error
+ROUGH = 1e-2  # the same in single precision, where settings are compared
+WIDE = 1e5  # a prior variance of log odds that single precision can just do with
 LEAST = 1e-10  # added to the prior's variances, as a share of their mean
 CELLS = 1 << 12  # padded comparisons of the users that are worked on together
 
@@ -64,24 +67,38 @@ class Posterior:
 
 
 def posteriors(
-    view: Tensor, users: Users, prior: Prior, tolerance: float = TOLERANCE,
-    start: Tensor | None = None, moment: bool = False,
+    view: Tensor, users: Users, prior: Prior, start: Tensor | None = None,
+    moment: bool = False, rough: bool = False,
 ) -> Posterior:  # fmt: skip
     """Every user's posterior given all the user's comparisons; the prior where there are none.
 
     The view [N, 1 + K] has the shared reward difference, then what a comparison asks of tastes.
     Newton's method begins with the push [N] of a posterior under a prior nearby, if ``start`` is
-    given, and ends at steps that change no log odds by more than the tolerance.
+    given, and ends at steps that change no log odds by more than a tolerance. ``rough`` asks for
+    single precision, where the prior is not too wide for it.
     """
-    L, mean = prior.factor.to(view.device), prior.mean.to(view.device)
+    given = view, users, prior, start, moment
+    found = _posteriors(*given, torch.float32, ROUGH, WIDE) if rough else None
+    return found or _posteriors(*given, torch.float64, TOLERANCE, math.inf)
+
+
+def _posteriors(
+    view: Tensor, users: Users, prior: Prior, start: Tensor | None, moment: bool,
+    dtype: torch.dtype, tolerance: float, most: float,
+) -> Posterior | None:  # fmt: skip
+    """None where the prior variance of a log odds is above ``most``."""
+    L, mean = (part.to(view.device, dtype) for part in (prior.factor, prior.mean))
     latent = L.new_zeros(users.num_users, len(mean))
     push, slope = L.new_zeros(2, len(users))
+    alike = torch.equal(L, L[0, 0] * torch.eye(len(L)).to(L))  # in all directions
     inverses = (users.counts == 0).sum() * torch.eye(len(L)).to(L)
     for who, rows, there in blocks(users):
         Z = view[rows].to(L)
-        a, Z = Z[..., 0] + Z[..., 1:] @ mean, Z[..., 1:] @ L
+        a, Z = Z[..., 0] + Z[..., 1:] @ mean, Z[..., 1:] * L[0, 0] if alike else Z[..., 1:] @ L
+        if most < math.inf and float(Z.square().sum(2).max()) > most:
+            return None
         w = users.weight.to(L)[rows] * there  # 0 where padded
-        first = None if start is None else start[rows] * there
+        first = None if start is None else start.to(L)[rows] * there
         latent[who], p = _modes(a, Z, w, tolerance, first)
         push[rows[there]], slope[rows[there]] = (w * (1 - p))[there], (w * p * (1 - p))[there]
         if moment:
@@ -131,7 +148,7 @@ def _modes(
         t = _times(G if dual else Z, x)
         far = (height(t, x) < (w * logsigmoid(a)).sum(1))[:, None]
         x, t = x.masked_fill(far, 0), t.masked_fill(far, 0)
-    best = height(t, x)
+    best, slack = height(t, x), torch.finfo(Z.dtype).eps ** 0.6
     for _ in range(ITERATIONS):
         p = torch.sigmoid(a + t)
         slope, rise = w * p * (1 - p), w * (1 - p)
@@ -146,7 +163,7 @@ def _modes(
         size = torch.ones_like(best)[:, None]
         for _ in range(HALVINGS):
             new = height(t + size * change, x + size * step)
-            worse = new < best - 1e-10
+            worse = new < best - slack
             if not worse.any():
                 break
             size[worse] /= 2
