@@ -6,7 +6,6 @@ the curvature there; Newton's finds modes of many users side by side: in the K t
 user has fewer comparisons n, in the dual (Rasmussen and Williams 2006, algorithm 3.1).
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -77,16 +76,7 @@ def posteriors(
     given, and ends at steps that change no log odds by more than a tolerance. ``rough`` asks for
     single precision, where the prior is not too wide for it.
     """
-    given = view, users, prior, start, moment
-    found = _posteriors(*given, torch.float32, ROUGH, WIDE) if rough else None
-    return found or _posteriors(*given, torch.float64, TOLERANCE, math.inf)
-
-
-def _posteriors(
-    view: Tensor, users: Users, prior: Prior, start: Tensor | None, moment: bool,
-    dtype: torch.dtype, tolerance: float, most: float,
-) -> Posterior | None:  # fmt: skip
-    """None where the prior variance of a log odds is above ``most``."""
+    dtype, tolerance = (torch.float32, ROUGH) if rough else (torch.float64, TOLERANCE)
     L, mean = (part.to(view.device, dtype) for part in (prior.factor, prior.mean))
     latent = L.new_zeros(users.num_users, len(mean))
     push, slope = L.new_zeros(2, len(users))
@@ -95,8 +85,8 @@ def _posteriors(
     for who, rows, there in blocks(users):
         Z = view[rows].to(L)
         a, Z = Z[..., 0] + Z[..., 1:] @ mean, Z[..., 1:] * L[0, 0] if alike else Z[..., 1:] @ L
-        if most < math.inf and float(Z.square().sum(2).max()) > most:
-            return None
+        if rough and float(Z.square().sum(2).max()) > WIDE:
+            return posteriors(view, users, prior, start, moment)
         w = users.weight.to(L)[rows] * there  # 0 where padded
         first = None if start is None else start.to(L)[rows] * there
         latent[who], p = _modes(a, Z, w, tolerance, first)
