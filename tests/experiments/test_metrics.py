@@ -16,16 +16,9 @@ def choices(n: int = 30_000, stretch: float = 1.0, users: int = 10) -> tuple[Use
     return Users([n // users] * users), stretch * torch.where(right, z.abs(), -z.abs())
 
 
-def test_calibrated_predictions_have_no_calibration_error_and_overconfident_ones_do() -> None:
-    data, z = choices()
-    assert metrics.calibration_error(z, data.weight) < 0.01
-    assert metrics.calibration_error(3 * z, data.weight) > 0.08
-    assert metrics.calibration_error(z / 3, data.weight) > 0.08
-
-
 def test_calibration_error_is_the_mean_gap_of_bins_of_equal_mass() -> None:
     data, z = choices(n=1500)
-    order = np.argsort(np.abs(z.numpy()), kind="stable").reshape(metrics.BINS, -1)
+    order = np.argsort(np.abs(z.numpy()), kind="stable").reshape(15, -1)
     confidence, right = 1 / (1 + np.exp(-np.abs(z.numpy()))), z.numpy() > 0
     gaps = [abs(confidence[rows].mean() - right[rows].mean()) for rows in order]
     assert metrics.calibration_error(z, data.weight) == pytest.approx(np.mean(gaps))
@@ -33,11 +26,9 @@ def test_calibration_error_is_the_mean_gap_of_bins_of_equal_mass() -> None:
 
 def test_a_weight_of_two_counts_as_two_comparisons() -> None:
     data, z = choices(n=600)
-    twice = z.repeat_interleave(2)
-    weight = 2 * data.weight
+    twice, ones = z.repeat_interleave(2), torch.ones(1200).double()
     for figure in (metrics.calibration_error, metrics.most_confident, metrics.temperature):
-        expected = figure(twice, torch.ones(1200).double())
-        assert figure(z, weight) == pytest.approx(expected, abs=0.02)
+        assert figure(z, 2 * data.weight) == pytest.approx(figure(twice, ones), abs=0.02)
 
 
 def test_the_temperature_undoes_a_stretch_and_is_learned_from_other_users() -> None:
@@ -51,11 +42,10 @@ def test_the_temperature_undoes_a_stretch_and_is_learned_from_other_users() -> N
     assert float((scaled / other)[~even].mean()) == pytest.approx(1, rel=0.05)
 
 
-def test_predictions_are_better_where_they_are_most_confident() -> None:
+def test_the_most_confident_are_the_quarter_of_largest_log_odds() -> None:
     data, z = choices()
     top = z[z.abs().argsort(descending=True)[: len(z) // 4]]
     assert metrics.most_confident(z, data.weight) == pytest.approx(float((top > 0).double().mean()))
-    assert metrics.most_confident(z, data.weight) > float((z > 0).double().mean()) + 0.1
 
 
 def test_brier_score_and_label_sensitivity_by_user() -> None:
