@@ -1,6 +1,5 @@
 """The mixed logit against slow references, and what must hold of it in planted worlds."""
 
-import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -11,32 +10,20 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from scipy.optimize import minimize
-from scipy.special import expit, log_expit, logsumexp
+from scipy.special import expit, log_expit
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from lore.common.files import InputError
 from lore.learning.comparisons import Comparisons, DenseFeatures, RowFeatures, Users
 from lore.learning.method import Task, check
+from lore.methods import mixed_logit
 from lore.methods.fitting import validation
 from lore.methods.fitting.geometry import measure
 from lore.methods.fitting.lbfgs import minimise
-from lore.methods.fitting.posterior import (
-    Prior,
-    blocks,
-    covariances,
-    posteriors,
-)
+from lore.methods.fitting.posterior import Prior, covariances, posteriors
 from lore.methods.fitting.validation import Validation, hold_out, pseudo_new, subset
-from lore.methods.mixed_logit import (
-    Candidate,
-    MixedFit,
-    MixedLogit,
-    Search,
-    _leading,
-    estimate,
-    load,
-)
+from lore.methods.mixed_logit import Candidate, MixedFit, MixedLogit, Search, _leading, estimate
 from lore.methods.ridge_bt import STRENGTHS, RidgeBT, fit_shared, lowest
 from planted import prefer
 
@@ -44,14 +31,9 @@ DOUBLE = torch.float64
 
 
 def world(
-    users: int = 40,
-    pairs: int = 30,
-    F: int = 6,
-    taste: float = 1.0,
-    rank: int = 2,
-    seed: int = 0,
+    users: int = 40, pairs: int = 30, F: int = 6, taste: float = 1.0, rank: int = 2, seed: int = 0,
     weighted: bool = False,
-) -> tuple[Comparisons, Tensor]:
+) -> tuple[Comparisons, Tensor]:  # fmt: skip
     """Users with Gaussian tastes of a rank, their choices by the logit, and rewards [U, F]."""
     g = torch.Generator().manual_seed(seed)
     shared = torch.Generator().manual_seed(99)
@@ -79,7 +61,7 @@ def shots(K: int, counts: list[int], seed: int = 0) -> tuple[Tensor, Users]:
 
 
 def laplace_by_scipy(Z: np.ndarray, weight: np.ndarray, S: np.ndarray) -> tuple:
-    """Mode, covariance and log evidence of one user's taste, from the definitions."""
+    """Mode and covariance of one user's taste, from the definitions."""
     P = np.linalg.inv(S)
 
     def loss(b: np.ndarray) -> float:
@@ -87,9 +69,7 @@ def laplace_by_scipy(Z: np.ndarray, weight: np.ndarray, S: np.ndarray) -> tuple:
 
     b = minimize(loss, np.zeros(len(S)), tol=1e-12).x
     p = expit(Z[:, 0] + Z[:, 1:] @ b)
-    H = P + (Z[:, 1:] * (weight * p * (1 - p))[:, None]).T @ Z[:, 1:]
-    evidence = -loss(b) - np.linalg.slogdet(S)[1] / 2 - np.linalg.slogdet(H)[1] / 2
-    return b, np.linalg.inv(H), evidence
+    return b, np.linalg.inv(P + (Z[:, 1:] * (weight * p * (1 - p))[:, None]).T @ Z[:, 1:])
 
 
 def spread(K: int, seed: int = 0) -> Tensor:
@@ -103,42 +83,23 @@ def spread(K: int, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("K", [1, 3, 12])
 def test_posteriors_are_those_of_the_definitions(K: int) -> None:
-    """Users with fewer comparisons than tastes are solved in the dual, others in the tastes."""
+    """Users with fewer comparisons than tastes are solved in the dual, others in the tastes; where
+    it begins makes no difference."""
     Z, users = shots(K, [3, 40, 0, 1, 7])
-    prior = Prior(torch.zeros(K).double(), spread(K))
+    prior, other = (Prior(torch.zeros(K).double(), S) for S in (spread(K), 9 * spread(K, 1)))
     found = posteriors(Z, users, prior, moment=True)
     cov = covariances(Z, users, prior, found)
     total = torch.zeros(K, K).double()
     for u in range(5):
         rows = users.user == u
-        mode, wanted, _ = laplace_by_scipy(
-            Z[rows].numpy(), users.weight[rows].numpy(), prior.cov.numpy()
-        )
+        given = (part.numpy() for part in (Z[rows], users.weight[rows], prior.cov))
+        mode, wanted = laplace_by_scipy(*given)
         np.testing.assert_allclose(found.mode[u].numpy(), mode, atol=2e-5)
         np.testing.assert_allclose(cov[u].numpy(), wanted, atol=2e-5)
         total += torch.from_numpy(np.outer(mode, mode) + wanted)
     torch.testing.assert_close(found.moment, total, atol=5e-4, rtol=1e-4)
-
-
-def test_a_taste_with_many_choices_is_that_of_numerical_integration() -> None:
-    """Laplace's method is exact in the limit; with 60 choices it is within a twentieth."""
-    Z, users = shots(1, [60])
-    found = posteriors(Z, users, Prior(torch.zeros(1).double(), torch.eye(1).double()))
-    line = np.linspace(-6, 6, 6001)
-    logs = users.weight.numpy() @ log_expit(Z[:, :1].numpy() + Z[:, 1:].numpy() * line)
-    logs = logs - line**2 / 2
-    share = np.exp(logs - logsumexp(logs))
-    mean = share @ line
-    sd = math.sqrt(share @ line**2 - mean**2)
-    assert abs(float(found.mode[0, 0]) - mean) < 0.1 * sd
-
-
-def test_a_start_from_another_prior_changes_nothing() -> None:
-    Z, users = shots(4, [3, 9, 2])
-    prior = Prior(torch.zeros(4).double(), spread(4))
-    other = posteriors(Z, users, Prior(torch.zeros(4).double(), 9 * spread(4, 1)))
-    again = posteriors(Z, users, prior, start=other.push)
-    torch.testing.assert_close(again.mode, posteriors(Z, users, prior).mode, atol=1e-6, rtol=0)
+    again = posteriors(Z, users, prior, start=posteriors(Z, users, other).push)
+    torch.testing.assert_close(again.mode, found.mode, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(("tau2", "norm"), [(1.0, 1.0), (1e4, 1.0), (1e4, 10.0)])
@@ -154,32 +115,6 @@ def test_rough_posteriors_are_nearly_the_precise_ones(tau2: float, norm: float) 
     torch.testing.assert_close(rough.moment.double(), exact.moment, atol=1e-3 * tau2, rtol=0)
 
 
-def test_every_comparison_stands_in_one_block() -> None:
-    users = Users([5, 0, 1, 30, 7, 8, 200, 2])
-    rows = [block[1][block[2]] for block in blocks(users)]
-    assert sorted(torch.cat(rows).tolist()) == list(range(len(users)))
-    for who, numbers, there in blocks(users):
-        for u, row, mask in zip(who, numbers, there, strict=True):
-            assert (users.user[row[mask]] == u).all() and int(mask.sum()) == int(users.counts[u])
-
-
-def test_what_em_maximises_never_falls_while_the_prior_is_estimated() -> None:
-    """The evidence of all choices times the inverse Wishart prior."""
-    data, _ = world(users=30)
-    x = data.features.x
-    view = torch.cat([torch.zeros(len(x), 1).double(), x], 1)
-    evidence = []
-    for rounds in (0, 1, 2, 3, 4, 5, 8):
-        prior, _ = estimate(view, data, Candidate(None, 1.0, 1.0, 1.0), rounds=rounds)
-        parts = zip(view.split(30), data.weight.split(30), strict=True)
-        S = prior.cov.numpy()
-        prior_of_S = -(np.linalg.slogdet(S)[1] + np.trace(np.linalg.inv(S))) / 2
-        by_user = [laplace_by_scipy(Z.numpy(), w.numpy(), S)[2] for Z, w in parts]
-        evidence.append(sum(by_user) + prior_of_S)
-    assert evidence[-1] > evidence[0] + 1
-    assert all(b > a - 0.05 for a, b in itertools.pairwise(evidence))
-
-
 def test_a_covariance_of_a_given_rank_maximises_what_em_maximises() -> None:
     """EM's bound for N(0, S), -tr(S^-1 M) - log det S, is highest at the S of ``_leading`` among
     those of its rank above a given rest; and there are as many variances above the rest."""
@@ -189,16 +124,12 @@ def test_a_covariance_of_a_given_rank_maximises_what_em_maximises() -> None:
     def bound(S: Tensor) -> float:
         return -float((torch.linalg.solve(S, M)).trace() + torch.logdet(S))
 
-    values = torch.linalg.eigvalsh(S)
-    torch.testing.assert_close(values[:-rank], torch.full((3,), rest).double())
-    assert (values[-rank:] > rest).all()
-    g = torch.Generator().manual_seed(1)
-    root = torch.linalg.eigh(S - rest * torch.eye(5))
-    B = root.eigenvectors[:, -rank:] * root.eigenvalues[-rank:].sqrt()
-    for size in (0.01, 0.1, 1.0):
-        for _ in range(30):
-            other = B + size * torch.randn(5, rank, generator=g, dtype=DOUBLE)
-            assert bound(other @ other.T + rest * torch.eye(5)) < bound(S)
+    values, vectors = torch.linalg.eigh(S - rest * torch.eye(5))
+    torch.testing.assert_close(values[:-rank], torch.zeros(3).double())
+    B, g = vectors[:, -rank:] * values[-rank:].sqrt(), torch.Generator().manual_seed(1)
+    for size in torch.logspace(-2, 0, 90):
+        other = B + size * torch.randn(5, rank, generator=g, dtype=DOUBLE)
+        assert bound(other @ other.T + rest * torch.eye(5)) < bound(S)
 
 
 @pytest.mark.parametrize("rank", [2, None])
@@ -206,12 +137,12 @@ def test_long_steps_end_where_short_ones_do(rank: int | None) -> None:
     """S is what plain EM finds, round by round, and nearer after five rounds. The last step is a
     plain one."""
     data, _ = world(users=60)
-    view, strengths = given(data).view(data), Candidate(0.01, 0.5, 0.3, 1.0, rank, start=3.0)
+    view, strengths = given(data).view(data), Candidate(0.01, 0.5, 0.3, 2.0, rank, start=3.0)
     slow = Prior(torch.zeros(6).double(), 3 * torch.eye(6).double())
     plain = []
     for _ in range(150):
         moment = posteriors(view, data, slow, moment=True).moment
-        S = (moment + 0.3 * torch.eye(6)) / 61
+        S = (moment + 2 * 0.3 * torch.eye(6)) / (60 + 2)
         slow = Prior(slow.mean, _leading(S, rank, 0.3) if rank else S)
         plain.append(slow.cov)
     once, prior = (estimate(view, data, strengths, rounds=n)[0] for n in (1, 80))
@@ -219,12 +150,6 @@ def test_long_steps_end_where_short_ones_do(rank: int | None) -> None:
     torch.testing.assert_close(prior.cov, slow.cov, rtol=0.01, atol=0.01)
     near = estimate(view, data, strengths, rounds=5)[0].cov
     assert (near - slow.cov).norm() < 0.7 * (plain[4] - slow.cov).norm()
-
-
-def test_planted_tastes_are_found_in_their_own_directions() -> None:
-    data, rewards = world(users=300, pairs=60, rank=1)
-    values = torch.tensor(given(data, tau2=3.0, pi=1.0).facts["spectrum"])
-    assert values[0] > 4 * values[1]
 
 
 # -------------------------------------------------------------------- the shared reward
@@ -237,14 +162,14 @@ def test_the_ridge_is_that_of_scikit_learn(F: int, strength: float) -> None:
     x = torch.randn(40 * F if F < 100 else 700, F, generator=g, dtype=DOUBLE)
     p = torch.sigmoid(x @ torch.randn(F, generator=g, dtype=DOUBLE) / F**0.5)
     x = x * (2 * (torch.rand(len(x), generator=g) < p).double() - 1)[:, None]
-    data = Comparisons(DenseFeatures(x), [len(x)])
-    geometry = measure(data)
+    data = Comparisons(DenseFeatures(x), [len(x)], 0.5 + torch.rand(len(x), generator=g).double())
+    geometry, weight = measure(data), data.weight.numpy()
     found = fit_shared(data, geometry, strength)
     y = (x / geometry.scale).numpy()
     both, labels = np.concatenate([y, -y]), np.repeat([1, 0], len(y))
     model = LogisticRegression(C=1 / (2 * strength), fit_intercept=False, tol=1e-12, max_iter=20000)
-    mu = model.fit(both, labels).coef_[0]
-    wanted = -log_expit(y @ mu).sum() + strength / 2 * mu @ mu
+    mu = model.fit(both, labels, np.tile(weight, 2)).coef_[0]
+    wanted = -weight @ log_expit(y @ mu) + strength / 2 * mu @ mu
     assert found.values[-1] <= wanted + 1e-5 * max(1, abs(wanted) if F == 576 else 1)
 
 
@@ -285,9 +210,7 @@ def given(
     rank: int | None = None,
 ) -> MixedFit:  # fmt: skip
     """A fit with given strengths."""
-    fit = MixedLogit(floor=floor, l_mu=l_mu, tau2=tau2, pi=pi, rank=rank).fit(task(data))[0]
-    assert isinstance(fit, MixedFit)
-    return fit
+    return MixedLogit(floor=floor, l_mu=l_mu, tau2=tau2, pi=pi, rank=rank).fit(task(data))[0]
 
 
 def own(fit: MixedFit, data: Comparisons) -> Tensor:
@@ -313,42 +236,6 @@ def test_weak_priors_leave_each_user_the_own_fit() -> None:
         torch.testing.assert_close(fit.reward(fit.users[u]), direction, atol=0, rtol=0.01)
 
 
-def test_much_prior_leaves_an_isotropic_covariance() -> None:
-    data, _ = world()
-    view = given(data).view(data)
-    prior, _ = estimate(view, data, Candidate(0.01, 0.5, 2.0, 1e9))
-    torch.testing.assert_close(prior.cov, 2.0 * torch.eye(6).double(), atol=1e-4, rtol=0)
-
-
-def test_the_order_of_users_and_comparisons_does_not_matter() -> None:
-    data, _ = world(users=15)
-    order = torch.randperm(15, generator=torch.Generator().manual_seed(3))
-    rows = torch.cat([torch.randperm(30) + 30 * u for u in order.tolist()])
-    names = [data.names[u] for u in order]
-    other = Comparisons(data.features.select(rows), [30] * 15, data.weight[rows], names)
-    torch.testing.assert_close(
-        own(given(data), data)[rows], own(given(other), other), atol=2e-3, rtol=0
-    )
-
-
-def test_a_weight_of_two_is_the_same_comparison_twice() -> None:
-    data, _ = world(users=10, pairs=10)
-    rows = torch.arange(100).repeat_interleave(2)
-    twice = Comparisons(data.features.select(rows), [20] * 10)
-    heavy = Comparisons(data.features, [10] * 10, torch.full((100,), 2.0).double())
-    a, b = own(given(twice), twice)[::2], own(given(heavy), heavy)
-    torch.testing.assert_close(a, b, atol=5e-3, rtol=5e-3)
-
-
-def test_swapped_labels_mirror_the_probabilities() -> None:
-    data, _ = world(users=12)
-    mirror = data.flipped(torch.ones(len(data), dtype=torch.bool))
-    fit, other = given(data), given(mirror)
-    torch.testing.assert_close(
-        own(fit, data), -other.logits(other.view(data), other.users, data.user), atol=2e-3, rtol=0
-    )
-
-
 def test_features_from_disk_give_the_same() -> None:
     data, _ = world(users=10)
     table = torch.cat([data.features.x, torch.zeros(1, 6).double()])
@@ -365,17 +252,16 @@ def test_a_file_gives_back_rewards_by_name(tmp_path: Path) -> None:
     fit = given(data)
     new = fit.adapt(fit.view(data)[:30], Users([30]), 0)
     fit.save(tmp_path / "m.safetensors", new, {"users": data.names, "users_unseen": ["new"]})
-    saved = load(tmp_path / "m.safetensors")
-    x, Z = data.features.x[:30], fit.view(data)[:30]
-    average = fit.population_state
+    saved = mixed_logit.load(tmp_path / "m.safetensors")
+    x, Z, average = data.features.x[:30].float(), fit.view(data)[:30], fit.population_state
     for name, state in ((data.names[3], fit.users[3]), ("new", new[0]), (None, average)):
         odds = fit.logits(Z, state[None], torch.zeros(30, dtype=torch.long))
-        torch.testing.assert_close(x.float() @ saved.direction(name), odds.float())
+        torch.testing.assert_close(x @ saved.direction(name), odds.float())
     with pytest.raises(InputError, match="Zaphod"):
         saved.direction("Zaphod")
     (tmp_path / "other.safetensors").write_bytes(b"nothing of the kind")
     with pytest.raises(InputError, match="other.safetensors"):
-        load(tmp_path / "other.safetensors")
+        mixed_logit.load(tmp_path / "other.safetensors")
 
 
 def test_a_file_knows_how_uncertain_each_users_reward_is(tmp_path: Path) -> None:
@@ -384,17 +270,14 @@ def test_a_file_knows_how_uncertain_each_users_reward_is(tmp_path: Path) -> None
     facts = {"users": data.names, "users_unseen": ["new", "newer"], "center": torch.zeros(6)}
     facts["known_unseen"] = fit.spread(few)
     fit.save(tmp_path / "m.safetensors", fit.adapt(fit.view(few), few, 0), facts)
-    saved, x = load(tmp_path / "m.safetensors"), torch.eye(6)
-    inverse = fit.prior.cov.inverse()
-    for name, user in ((data.names[0], 0), (data.names[7], 7), ("newer", 1)):
-        Z = fit.view(data)[data.user == user].double()
-        p = (Z[:, 0] + Z[:, 1:] @ fit.users[user].double()).sigmoid()
-        cov = (inverse + (p * (1 - p) * Z[:, 1:].T) @ Z[:, 1:]).inverse()
-        z = x.double() @ fit.directions.double()
-        expected = torch.stack([(row @ cov @ row).sqrt() for row in z])
-        torch.testing.assert_close(saved.deviations(x, name).double(), expected, rtol=1e-3, atol=0)
-    apart = torch.stack([(row @ fit.prior.cov @ row).sqrt() for row in z])
-    torch.testing.assert_close(saved.deviations(x).double(), apart, rtol=1e-3, atol=0)
+    saved, z = mixed_logit.load(tmp_path / "m.safetensors"), fit.directions.double()
+    for name, user in ((data.names[7], 7), ("newer", 1), (None, None)):
+        cov, Z = fit.prior.cov, fit.view(data)[data.user == user].double()
+        if name:
+            p = (Z[:, 0] + Z[:, 1:] @ fit.users[user].double()).sigmoid()
+            cov = (cov.inverse() + (p * (1 - p) * Z[:, 1:].T) @ Z[:, 1:]).inverse()
+        found, expected = saved.deviations(torch.eye(6), name).double(), (z @ cov @ z.T).diagonal()
+        torch.testing.assert_close(found.square(), expected, rtol=2e-3, atol=0)
 
 
 def test_of_too_many_comparisons_no_file_keeps_the_evidence(tmp_path: Path, monkeypatch) -> None:
@@ -403,17 +286,8 @@ def test_of_too_many_comparisons_no_file_keeps_the_evidence(tmp_path: Path, monk
     fit = given(data)
     assert fit.evidence is None and fit.spread(data) is None
     fit.save(tmp_path / "m.safetensors", fit.users[:0], {"users": data.names})
-    assert load(tmp_path / "m.safetensors").deviations(torch.eye(6), data.names[0]) is None
-
-
-@pytest.mark.parametrize("damage", ["lopsided", "indefinite"])
-def test_a_covariance_that_is_none_is_refused(tmp_path: Path, damage: str) -> None:
-    fit = given(world(users=10)[0])
-    fit.prior.cov[0, 1] += 1 if damage == "lopsided" else 0
-    fit.prior.cov[0, 0] -= 0 if damage == "lopsided" else 100
-    fit.save(tmp_path / "m.safetensors", fit.users[:0], {})
-    with pytest.raises(InputError, match="not symmetric and positive definite"):
-        load(tmp_path / "m.safetensors")
+    saved = mixed_logit.load(tmp_path / "m.safetensors")
+    assert saved.deviations(torch.eye(6), data.names[0]) is None
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -423,15 +297,17 @@ def test_a_covariance_that_is_none_is_refused(tmp_path: Path, damage: str) -> No
     ({"evidence_counts": torch.ones(10)}, "evidence_counts are no counts"),
     ({"evidence_counts": torch.tensor([1] * 10)}, "evidence"),
     ({"evidence_counts": None}, "lacks evidence_counts"),
+    ({"covariance": torch.ones(6, 6).triu()}, "not symmetric and positive definite"),
+    ({"covariance": -torch.eye(6)}, "not symmetric and positive definite"),
 ])  # fmt: skip
 def test_a_file_that_was_changed_is_refused(tmp_path: Path, change: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        load(changed_file(tmp_path, **change))
+        mixed_logit.load(changed_file(tmp_path, **change))
 
 
 def test_covariances_of_an_earlier_file_are_left_out_in_plain_words(tmp_path: Path, caplog) -> None:
     gone = {"evidence": None, "evidence_counts": None, "known": torch.eye(6).repeat(10, 1, 1)}
-    saved = load(changed_file(tmp_path, {"users": list("abcdefghij")}, **gone))
+    saved = mixed_logit.load(changed_file(tmp_path, {"users": list("abcdefghij")}, **gone))
     assert saved.deviations(torch.eye(6), "a") is None and saved.direction("a").shape == (6,)
     assert "standard deviations are left out; fit again" in caplog.text
 
@@ -456,41 +332,10 @@ def test_strengths_are_given_together(strengths: dict) -> None:
 # ------------------------------------------------------------------- the choice
 
 
-@pytest.mark.slow
-def test_tastes_are_kept_where_they_are_and_dropped_where_labels_were_permuted() -> None:
-    data, _ = world(users=60, pairs=30, taste=0.8)
-    fit = MixedLogit().fit(task(data))[0]
-    assert fit.describe()["chosen"]["tau2"] > 0
-    g = torch.Generator().manual_seed(5)
-    rows = torch.randperm(len(data), generator=g)
-    mixed_up = Comparisons(data.features.select(rows), data.counts, names=data.names)
-    other = MixedLogit().fit(task(mixed_up))[0]
-    assert other.describe()["chosen"]["tau2"] == 0
-    assert not other.personal
-
-
-def test_users_who_are_all_alike_give_ridge_bt() -> None:
-    data, _ = world(users=40, taste=0.0)
-    ridge, mixed = (method.fit(task(data))[0] for method in (RidgeBT(), MixedLogit()))
-    a, b = ridge.view(data)[:, 0], own(mixed, data)  # type: ignore[arg-type]
-    torch.testing.assert_close(a.sigmoid(), b.sigmoid(), atol=0.02, rtol=0)
-
-
-def test_personal_rewards_beat_the_shared_one_for_seen_and_new_users() -> None:
-    data, rewards = world(users=80, pairs=30)
-    new, new_rewards = world(users=80, pairs=30, seed=1)
-    ridge, mixed = (m.fit(task(data, new))[0] for m in (RidgeBT(), MixedLogit()))
-    test = torch.randn(500, 6, generator=torch.Generator().manual_seed(4), dtype=DOUBLE)
-
-    def accuracy(fit: MixedFit, states: Tensor, truth: Tensor) -> float:
-        found = torch.stack([fit.reward(state) for state in states])
-        return float((((test @ found.T.to(test)) > 0) == ((test @ truth.T) > 0)).double().mean())
-
-    right = (test @ ridge.direction > 0)[:, None] == (test @ rewards.T > 0)
-    shared = float(right.double().mean())
-    assert accuracy(mixed, mixed.users, rewards) > shared + 0.1
-    few = mixed.adapt(mixed.view(new), new, 0)
-    assert accuracy(mixed, few, new_rewards) > shared + 0.1
+@pytest.mark.parametrize("taste", [0.8, 0.0])
+def test_a_personal_part_is_kept_only_where_tastes_differ(taste: float) -> None:
+    fit = MixedLogit().fit(task(world(users=60, taste=taste)[0]))[0]
+    assert (fit.describe()["chosen"]["tau2"] > 0) == fit.personal == (taste > 0)
 
 
 @pytest.mark.slow
@@ -555,18 +400,14 @@ def test_a_walk_ends_though_each_of_two_candidates_may_be_better_than_the_other(
 
     search = object.__new__(Search)
     search.tries = lambda _candidate: Better()
-    first = Candidate(0.01, 1.0, 3.0)
-    assert search._walk(first, ("tau2", "l_mu")) != first
+    assert search._walk(first := Candidate(0.01, 1.0, 3.0), ("tau2", "l_mu")) != first
 
 
 def test_a_choice_looks_at_500_users_at_most() -> None:
     data, _ = world(users=600, pairs=4, F=2)
-    splits = Validation(task(data)).splits
-    assert splits[0].num_users == 500 and splits[0].fit.num_users == 400
-    again = Validation(task(data)).splits
-    assert torch.equal(splits[0].fit.features.x, again[0].fit.features.x)
-    few, _ = world(users=500, pairs=4, F=2)
-    assert Validation(task(few)).splits[0].num_users == 500
+    one, again = (Validation(task(data)).splits[0] for _ in range(2))
+    assert one.num_users == 500 and one.fit.num_users == 400
+    assert torch.equal(one.fit.features.x, again.fit.features.x)
 
 
 @pytest.mark.parametrize(("share", "number"), [(0.4, 1), (1, 1), (2, 2), (3, 3), (9, 4)])
@@ -581,32 +422,20 @@ def test_small_data_are_split_several_times(share: float, number: int, monkeypat
 
 
 def test_dialogues_are_held_out_whole_and_pseudo_new_users_too() -> None:
+    """Which ones depends on users' names, not on their order."""
     data, _ = world(users=20, pairs=12)
     data.dialogs = torch.arange(240) // 3
-    split = hold_out(data, 0)
-    assert split.held is not None
+    split, new = hold_out(data, 0), pseudo_new(data, 0, 2)
     assert not set(split.fit.dialogs.tolist()) & set(split.held.dialogs.tolist())
-    assert len(split.fit) + len(split.held) == 240
-    assert split.whose.tolist() == list(range(20))
-    new = pseudo_new(data, 0, 2)
-    assert new is not None
-    assert int(new.chosen.sum()) == 4
-    assert new.few.names == new.held.names and len(new.few.names) == 4  # a fifth of 20
+    assert len(split.fit) + len(split.held) == 240 and split.whose.tolist() == list(range(20))
+    assert int(new.chosen.sum()) == len(new.few.names) == 4  # a fifth of 20
+    assert new.few.names == new.held.names
     assert (new.few.counts == 6).all() and (new.held.counts == 6).all()
-
-
-def test_what_is_held_out_depends_on_names_not_on_order() -> None:
-    data, _ = world(users=10, pairs=10)
-    order = torch.randperm(10, generator=torch.Generator().manual_seed(1))
-    rows = torch.cat([torch.arange(10) + 10 * u for u in order.tolist()])
-    other = Comparisons(
-        data.features.select(rows), [10] * 10, names=[data.names[u] for u in order]
-    )
-    held = [hold_out(d, 0).held for d in (data, other)]
-    sets = [{tuple(x) for x in h.features.x.tolist()} for h in held if h is not None]
-    assert sets[0] == sets[1]
-    apart = [pseudo_new(d, 0, 3) for d in (data, other)]
-    assert set(apart[0].few.names) == set(apart[1].few.names)
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(1)).tolist()
+    rows, names = torch.arange(240).view(20, 12)[order].flatten(), [data.names[u] for u in order]
+    other = Comparisons(data.features.select(rows), [12] * 20, None, names, data.dialogs[rows])
+    assert set(pseudo_new(other, 0, 2).few.names) == set(new.few.names)
+    assert set(hold_out(other, 0).held.dialogs.tolist()) == set(split.held.dialogs.tolist())
 
 
 def test_users_with_one_comparison_each_leave_nothing_to_choose_on() -> None:
@@ -626,21 +455,15 @@ def prompts_of_all(users: int, prompts: int, pairs: int) -> Comparisons:
     return Comparisons(features, [pairs] * users, names=[str(u) for u in range(users)])
 
 
-def responses_of(data: Comparisons) -> set[int]:
-    x = data.features
-    assert isinstance(x, RowFeatures)
-    return set(x.index.tolist())
-
-
 def test_prompts_that_users_share_are_held_out_of_everybodys_comparisons() -> None:
     data = prompts_of_all(users=40, prompts=120, pairs=30)
     split = Validation(task(data, stream=True)).splits[0]
-    assert split.held is not None and split.new is not None
-    fitted = responses_of(split.fit)
-    assert not fitted & responses_of(split.held)
-    assert not fitted & responses_of(split.new.held)
-    assert not responses_of(split.new.few) & responses_of(split.new.held)
-    assert len(split.held) > 50 and len(split.new.held) > 5
+    new = split.new
+    for fitted, held, least in (
+        (split.fit, split.held, 50), (split.fit, new.held, 5), (new.few, new.held, 5),
+    ):  # fmt: skip
+        assert not set(fitted.features.index.tolist()) & set(held.features.index.tolist())
+        assert len(held) > least
 
 
 def test_new_users_are_scored_with_each_number_of_shots_as_if_it_were_the_only_one() -> None:
