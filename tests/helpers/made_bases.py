@@ -40,18 +40,15 @@ def make_basis(
     return folder / "basis.safetensors"
 
 
-def make_mixed(
-    folder: Path, model: Path | None, features: int = 32, spread: float = 1.0, known: bool = False
-) -> Path:
+def make_mixed(folder: Path, model: Path | None, features: int = 32, known: bool = False) -> Path:
     """A mixed logit's file with the same people: tastes along two directions, half known.
 
     The file may have a center, and how well the tastes are known: those of ann not at all.
     """
     rng = torch.Generator().manual_seed(2)
     directions = torch.randn(features, 3, generator=rng).double() / 100
-    prior = Prior(standard(2).mean, spread**2 * standard(2).cov)
     states = torch.randn(3, 2, generator=rng).double()
-    fit = MixedFit(directions[:, 0], directions[:, 1:], prior, {"chosen": {"rank": 2}})
+    fit = MixedFit(directions[:, 0], directions[:, 1:], standard(2), {"chosen": {"rank": 2}})
     fit.users = states[:2]
     facts = {"users": ["ann", "17"], "users_unseen": ["new"]}
     facts |= {"model": str(model)} if model else {}

@@ -318,16 +318,6 @@ def test_only_the_official_rows_give_an_official_score(tmp_path, source, monkeyp
     assert columns(rows[rows["subset"] == "Math"]) == ["Mean", "Math"]
 
 
-@pytest.mark.parametrize("name", ["scores.csv", "scores/reference.json"])
-def test_results_of_others_are_left_as_they_are(tmp_path, source, model, name):
-    path = tmp_path / name
-    path.parent.mkdir(exist_ok=True)
-    path.write_text('{"scores": "of a match"}')
-    with pytest.raises(InputError, match=f"--results .*{name}: is there and not what this"):
-        evaluate(tmp_path, source=source, model=str(model), mode="lmhead")
-    assert path.read_text() == '{"scores": "of a match"}'
-
-
 WEIGHT, ONES = torch.linspace(-1, 1, 32), torch.ones(4, 1)
 
 
@@ -445,30 +435,3 @@ def test_bad_rows_and_files_are_named(tmp_path, changes, says):
         path.write_text("" if changes == "empty" else f"{first}\n{changes}\n")
     with pytest.raises(InputError, match=says):
         rb2.read_bench(str(path), "test", [], 0)
-
-
-@pytest.mark.parametrize(
-    ("settings", "says"),
-    [
-        ({"subset": ["Maths"]}, "--subset Maths.*Factuality, Focus, Math, Precise IF"),
-        ({"basis": "{basis}", "users": ["dan"]}, "--users dan.*3 users, such as ann, 17, new"),
-        ({"list_users": True}, "--users and --list-users belong to --basis"),
-        ({"users": ["ann"]}, "--users and --list-users belong to --basis"),
-        ({"head_key": "a"}, "belong to --rm_head"),
-        ({"save_csv": "{wide}"}, "--save-csv .*wide.npy: is there and not what this writes"),
-        ({"save_csv": "{wide}", "rm_head": "{wide}"}, "--save-csv .*wide.npy: is what is to be"),
-        ({"save_csv": "{basis}", "basis": "{basis}"}, "--save-csv .*is what is to be read"),
-        ({"mode": "seqclf", "basis": "{basis}"}, "--mode seqclf"),
-        ({"rm_head": "{wide}"}, "head 1 has 33 features.*have 32"),
-        ({"basis": "nowhere.safetensors"}, "nowhere.safetensors.*no such basis"),
-        ({"model": "{missing}"}, "missing.npy cannot be loaded"),
-    ],
-)
-def test_bad_settings_stop_before_any_work(tmp_path, source, model, basis_file, settings, says):
-    np.save(tmp_path / "wide.npy", np.ones(33))
-    files = {name: tmp_path / f"{name}.npy" for name in ("wide", "missing")}
-    files["basis"] = basis_file
-    filled = {k: v.format(**files) if isinstance(v, str) else v for k, v in settings.items()}
-    with pytest.raises(InputError, match=says):
-        evaluate(tmp_path / "out", **{"source": source, "model": str(model), **filled})
-    assert not (tmp_path / "out").exists()

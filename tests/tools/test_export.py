@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -22,7 +20,6 @@ import models
 import people
 import running
 from lore.common.files import UMASK, InputError
-from lore.embeddings.reward_model import ModelChoice
 from lore.experiments.report.intervals import columns, level
 from lore.experiments.results import read_results
 from lore.learning.basis import load_basis, save_basis
@@ -158,14 +155,6 @@ def test_the_mean_reward_is_zero_where_the_head_has_a_bias(llama):
     close(loaded.score(llama.rows).mean(0), torch.zeros(3))
 
 
-def test_a_basis_in_another_unit_is_refused(llama, tmp_path):
-    with safe_open(llama.basis, "pt") as file:
-        notes = file.metadata() | {"unit": "bananas"}
-    save_file(load_file(llama.basis), tmp_path / "other.safetensors", notes)
-    with pytest.raises(InputError, match="its unit is 'bananas', not log odds times 100"):
-        export.main(tmp_path / "other.safetensors", tmp_path / "out")
-
-
 def test_ridge_bt_is_exported_and_bfloat16_keeps_rewards_to_its_precision(llama, tmp_path):
     direction = torch.randn(32, generator=torch.Generator().manual_seed(3)).double()
     facts = {"users": ["ann"], "users_unseen": [], "model": str(llama.model)}
@@ -178,31 +167,7 @@ def test_ridge_bt_is_exported_and_bfloat16_keeps_rewards_to_its_precision(llama,
         assert config_of(out)["dtype"] == ("float32" if dtype == "auto" else dtype)
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"users": ("bob",)}, "--users bob is not in the basis, which has 3 users, such as ann"),
-        ({"users": ("ann",), "average": True}, "exclude each other"),
-        ({"lm": ModelChoice("/nowhere/at/all")}, "cannot be loaded"),
-        ({"out": None}, "--out is missing"),
-        ({"out": Path()}, "already exists"),
-        ({"basis": {"features": 48}}, "the basis has 48 features, the model 32"),
-        ({"basis": {"model": None}}, "name it by --model"),
-        ({"basis": {"weights_sha256": "0" * 64}}, "other weights than .*--any-model true"),
-        ({"basis": {"pool": "layer:2"}}, "layer:2 states, .* --pool last alone can be exported"),
-    ],
-)
-def test_requests_that_cannot_be_met_leave_nothing(llama, tmp_path, given, message):
-    path = make_basis(tmp_path, **{"model": llama.model} | given.get("basis", {}))
-    with pytest.raises(InputError, match=message):
-        export.main(**{"out": tmp_path / "out"} | given | {"basis": path})
-    assert not (tmp_path / "out").exists()
-
-
 def test_export_from_the_command_line_names_users(llama, tmp_path, caplog):
-    for path in (llama.basis, make_mixed(tmp_path, llama.model)):
-        done = running.invoke("tools/export.py", {"basis": path, "list_users": "true"})
-        assert done.out.split() == ["ann", "17", "new"]
     other = make_basis(tmp_path, llama.model, template_sha256="0" * 64)  # taken all the same
     given = {"basis": other, "users": ["17", "ann"], "out": tmp_path / "out", "any_model": "true"}
     done = running.invoke("tools/export.py", given)

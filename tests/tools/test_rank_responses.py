@@ -138,16 +138,6 @@ def test_what_is_left_out_is_a_whole_row_with_all_its_pairs(tmp_path, make, size
     assert "needs two rows" in agreement(one_row)
 
 
-def test_a_mixed_logit_knows_less_with_fewer_choices(tmp_path):
-    fit = load_fit(make_mixed(tmp_path, None)).fit
-    Z = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
-    means = [User(fit, Z[:count]).deviations(Z).mean() for count in range(7)]
-    assert means == sorted(means, reverse=True)
-    sure = User(load_fit(make_mixed(tmp_path, None, spread=1e-4)).fit, Z)
-    assert sure.deviations(Z).max() < 1e-3
-    assert torch.allclose(sure.rewards(Z), Z[:, 0].double(), atol=1e-2)
-
-
 # ----------------------------------------------------------------------------- Files
 
 GOOD = {"prompt": "Which?", "chosen": "a", "rejected": "b"}
@@ -155,38 +145,22 @@ VOTE = {"prompt": "Which?", "response_a": "a", "response_b": "b", "winner": "a"}
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("rows", "message"),
     [
-        ([GOOD, {"prompt": "Which?", "chosen": "a"}], "row 2 has no column rejected"),
         ([GOOD | {"chosen": ""}], "row 1: chosen is empty"),
         ([GOOD, GOOD | {"chosen": "b"}], "row 2: chosen and rejected are equal"),
         ([GOOD | {"prompt": ""}], "row 1: the prompt or a message is empty"),
-        ([GOOD | {"user": "al"}, GOOD | {"user": "bo"}], r"of 2 users \(al, bo\); keep one's"),
         ([GOOD, GOOD | {"user": "bo"}, GOOD | {"user": "al"}], r"\(al, bo\) and 1 that name none"),
         ([VOTE | {"user": "al"}, VOTE | {"user": "bo", "winner": "tie"}], "of 2 users"),
         ([], "is empty"),
-        ({"candidates": Path("absent.jsonl")}, "absent.jsonl cannot be read: .*No such file"),
-        ({"save": Path("found.txt")}, r"\.csv or \.json"),
-        ({"save": Path("missing/found.csv")}, "there is no folder .*missing"),
     ],
 )
-def test_a_bad_file_is_named_before_a_model_is_loaded(world, tmp_path, given, message):
-    if isinstance(given, list):
-        given = {"choices": write_lines(tmp_path / "choices.jsonl", given)}
-    given = {"basis": make_basis(tmp_path, tmp_path / "no-model"), **given}
+def test_choices_that_are_not_clear_are_named(tmp_path, rows, message):
     with pytest.raises(InputError, match=message):
-        rank_responses.main(**world[0] | given)
+        read_user_choices(write_lines(tmp_path / "choices.jsonl", rows))
 
 
-def test_a_model_of_another_width_is_refused(world, model, tmp_path):
-    given = world[0] | {"basis": make_basis(tmp_path, model, features=31)}
-    with pytest.raises(InputError, match="32 features, the basis 31"):
-        rank_responses.main(**given, progress=False)
-
-
-def test_a_row_may_name_several_responses_and_columns_may_have_other_names(
-    world, tmp_path, capsys
-):
+def test_a_row_may_name_several_responses_and_columns_may_have_other_names(world, tmp_path, capsys):
     row = {"ask": "Which?", "chosen": ["a", "b"], "rejected": ["c", "d"]}
     file, columns = write_lines(tmp_path / "rows.jsonl", [row]), Columns(prompt="ask")
     chosen, rejected, number, weight = read_user_choices(file, columns)

@@ -1,6 +1,5 @@
 """Rewards of known users, by the loaded model and by the command."""
 
-from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -10,11 +9,10 @@ import torch
 import models
 import running
 from lore.common.files import InputError
-from lore.embeddings.reward_model import ModelChoice, render_text
+from lore.embeddings.reward_model import render_text
 from lore.learning.basis import load_basis, save_basis
 from lore.methods.saved import load_learned
 from made_bases import CHATS, embed, make_basis, make_mixed, scorer_of, write_lines
-from tools import score
 
 
 @pytest.fixture(scope="module")
@@ -23,13 +21,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("world")
     model = models.tiny_qwen(folder / "model")
     return model, make_mixed(folder, model, known=True)
-
-
-@pytest.fixture
-def texts(tmp_path: Path) -> Path:
-    """CHATS in a file, as prompts and responses and as conversations."""
-    rows = [{"prompt": chat[0]["content"], "response": chat[1]["content"]} for chat in CHATS[:3]]
-    return write_lines(tmp_path / "texts.jsonl", [*rows, *({"messages": c} for c in CHATS[3:])])
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -75,7 +66,7 @@ def test_a_llamas_text_has_one_bos_and_a_long_one_keeps_it_and_its_end(model, tm
     close(rows[0], scorer.engine.model.base_model(cut).last_hidden_state[0, -1])
 
 
-def test_a_basis_has_weights_and_no_deviations_and_pooled_states_are_refused(model, tmp_path):
+def test_a_basis_has_weights_and_no_deviations(model, tmp_path):
     path, rows = make_basis(tmp_path, model), embed(model, tmp_path / "rows")
     learned = load_basis(path)
     learned.center = rows.mean(0)
@@ -84,19 +75,21 @@ def test_a_basis_has_weights_and_no_deviations_and_pooled_states_are_refused(mod
     rewards, deviations = scorer.score(scorer.embed(CHATS), "17")
     close(rewards, (rows - rows.mean(0)) @ learned.V @ learned.W[1] / 100)
     assert deviations is None
-    with pytest.raises(InputError, match="reads layer:2 states: .*by the last token's alone"):
-        scorer_of(make_basis(tmp_path, model, pool="layer:2"))
 
 
-def test_the_command_ranks_within_a_prompt_for_every_user(world, texts):
-    tables = []
-    for ending, read in (("csv", pd.read_csv), ("jsonl", partial(pd.read_json, lines=True))):
-        out = texts.with_name(f"out.{ending}")
+def test_the_command_ranks_within_a_prompt_for_every_user(world, tmp_path):
+    rows = [{"prompt": chat[0]["content"], "response": chat[1]["content"]} for chat in CHATS[:3]]
+    lines = [*rows, *({"messages": chat} for chat in CHATS[3:])]
+    given = {"basis": world[1], "texts": write_lines(tmp_path / "texts.jsonl", lines)}
+    given |= {"user": ["ann", "new"], "average": "true", "dtype": "float32"}
+    for out in ("out.csv", "out.jsonl"):
         for _ in range(2):  # the second time over its own file
-            score.main(world[1], ("ann", "new"), texts, average=True, out=out, progress=False)
-        tables.append(read(out))
-    table, other = tables
-    pd.testing.assert_frame_equal(table, other)
+            done = running.invoke("tools/score.py", given | {"out": tmp_path / out})
+            assert done.status == 0 and not done.out, done.err
+    shown = running.invoke("tools/score.py", given).out
+    assert shown.count("Sing!") == 9 and " deviation " in shown
+    table = pd.read_csv(tmp_path / "out.csv")
+    pd.testing.assert_frame_equal(table, pd.read_json(tmp_path / "out.jsonl", lines=True))
     scorer = scorer_of(world[1])
     found = scorer.embed(CHATS)
     for name, user in (("ann", "ann"), ("new", "new"), ("average user", None)):
@@ -107,39 +100,3 @@ def test_the_command_ranks_within_a_prompt_for_every_user(world, texts):
         places = [some.argsort(descending=True).argsort() + 1 for some in rewards.split(3)]
         assert part["place"].tolist() == torch.cat(places).tolist()
     assert (table.groupby(["user", "prompt"], sort=False)["place"].diff().dropna() == 1).all()
-
-
-def test_score_from_the_command_line(world, texts):
-    given = {"basis": world[1], "user": ["ann", "17"], "texts": texts, "dtype": "float32"}
-    done = running.invoke("tools/score.py", given)
-    assert done.status == 0 and done.out.count("Sing!") == 6 and " deviation " in done.out, done.err
-    done = running.invoke("tools/score.py", {"basis": world[1], "list_users": "true"})
-    assert done.out.split() == ["ann", "17", "new"]
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (
-            {"user": ("bob",), "lm": ModelChoice("/nowhere/at/all")},  # before it is loaded
-            "--user bob is not in the basis, which has 3 users, such as ann",
-        ),
-        ({"user": ()}, "--user is missing: name users, or give --average true"),
-        ({"texts": None}, "--texts is missing"),
-        ({"out": "found.txt"}, r"end its name in .csv or .jsonl"),
-        ({"out": "texts.jsonl"}, "is what is to be read"),
-        ({"out": "thesis.csv"}, "not what this writes"),
-        ({"lm": ModelChoice("/nowhere/at/all")}, "cannot be loaded"),
-    ],
-)
-def test_what_cannot_be_scored_is_one_line_and_replaces_nothing(
-    world, texts, tmp_path, given, message
-):
-    (tmp_path / "thesis.csv").write_text("chapter,words\n")
-    flags = {"basis": world[1], "user": ("ann",), "texts": texts} | given
-    if "out" in given:
-        flags["out"] = tmp_path / given["out"]
-    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
-    with pytest.raises(InputError, match=message):
-        score.main(**flags)
-    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
