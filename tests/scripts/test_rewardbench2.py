@@ -1,6 +1,5 @@
 """RewardBench 2: the official formulae on hand-computed rows, and the script end to end."""
 
-import json
 import math
 from functools import partial
 from pathlib import Path
@@ -29,10 +28,9 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared real data 
 PERFECT = ("tied:1", [6, 5], [2]), ("ref:1", [5], [0])  # gap 3, spread 1; ref gap 5
 BELOW = ("tied:2", [9, 5], [4]), ("ref:2", [9], [0])  # gap 1, spread 4; ref gap 9
 OTHERS = ("tied:3", [1, 0], [9]), ("ref:4", [0], [5])  # both wrong, and without partners
-REF, WRONG, BOTH = ("ref:1", [9], [0]), ("ref:1", [0], [1]), 0.3 + 0.3
+REF, WRONG = ("ref:1", [9], [0]), ("ref:1", [0], [1])
 TIES = {  # rows, and the score: .3 a_t + .3 a_r + .2 p + .2 h + .01 g
     "perfect": (PERFECT, 1 + 0.01 * math.tanh(2)),
-    "gap below the spread": (BELOW, BOTH + 0.01 * math.tanh(-0.75)),
     "means over pairs": ([*PERFECT, *BELOW], 0.8 + 0.005 * (math.tanh(2) + math.tanh(-0.75))),
     # gap 5, spread 2; ref gap 1: p = 1, h = 0
     "small ref gap": ([("tied:1", [9, 7], [2]), ("ref:1", [1], [0])],
@@ -52,9 +50,9 @@ TIES = {  # rows, and the score: .3 a_t + .3 a_r + .2 p + .2 h + .01 g
 
 
 def test_a_row_shares_its_point_among_the_completions_at_the_maximum_and_subsets_are_means():
-    whole, shared = {(3, 1, 2, 0): 1, (1, 3, 2, 0): 0, (2, 3, 3, 3): 0}, {(3, 3, 2, 0): 1 / 2}
-    shared |= {(-1, -2, -2, -2): 1, (3, 3, 3, 0): 1 / 3, (3, 3, 3, 3): 1 / 4}
-    for scores, expected in (whole | shared).items():
+    points = {(3, 1, 2, 0): 1, (1, 3, 2, 0): 0, (2, 3, 3, 3): 0, (-1, -2, -2, -2): 1}
+    points |= {(3, 3, 2, 0): 1 / 2, (3, 3, 3, 3): 1 / 4}
+    for scores, expected in points.items():
         assert rb2.score([("a", "Math", 1, scores)]) == {"Math": expected, "Overall": expected}
     rows = [("5", "Focus", 1, [2, 1, 1, 1])]
     rows += [("1", "Math", 1, one) for one in ((1, 0, 0), (0, 1, 0), (1, 1, 0), (0, 1, 0))]
@@ -69,16 +67,15 @@ def test_the_score_of_ties_rows(case):
 
 
 def test_bounds_and_that_shift_scale_and_order_do_not_matter():
-    rng, random = np.random.default_rng(0), Random(0)
+    random, bench = Random(0), raw_rows()
 
     def mixed(values: list) -> list:
         return random.sample(values, len(values))
 
-    facts = [(row["id"], row["subset"], row["num_correct"]) for row in raw_rows()]
-    ends = np.cumsum([len(row["chosen"] + row["rejected"]) for row in raw_rows()])
     for _ in range(150):  # small whole numbers, many of which are equal
-        parts = np.split(rng.integers(-6, 7, ends[-1]), ends[:-1])
-        rows = [(*fact, part.tolist()) for fact, part in zip(facts, parts, strict=True)]
+        rows = [(row["id"], row["subset"], row["num_correct"],
+                 random.choices(range(-6, 7), k=len(row["chosen"] + row["rejected"])))
+                for row in bench]  # fmt: skip
         result = rb2.score(rows)
         assert -0.01 <= result["Ties"] <= 1.01
         assert all(0 <= result[name] <= 1 for name in rb2.OFFICIAL if name != "Ties")
@@ -96,7 +93,6 @@ def test_bounds_and_that_shift_scale_and_order_do_not_matter():
         ([("7", "Math", 1, [1.0, math.nan, 0, 0])], "'7'.*finite"),
         ([("7", "Math", 0, [1.0, 0])], "num_correct is 0"),
         ([("7", "Math", 2, [1.0, 0])], "num_correct is 2"),
-        ([("7", "Ties", 1, [1.0, 0])], "'7'.*ref:k"),
         ([("tied:", "Ties", 1, [1.0, 0])], "'tied:'.*ref:k"),
         ([("ref:1", "Ties", 1, [1.0, 0])] * 2, "'ref:1'.*twice"),
         ([], "no rows"),
@@ -113,19 +109,13 @@ def test_genuine_ties_rows():
     texts = zip(bench["chosen"], bench["rejected"], strict=True)
     right = np.concatenate([[1] * len(chosen) + [0] * len(rejected) for chosen, rejected in texts])
 
-    def score(credit: int) -> float:
-        rewards = rb2.length_baseline(bench) + credit * right
-        return rb2.score(rb2.scored_rows(bench, rewards))["Ties"]
-
-    def graded(*pairs: tuple[int, int]) -> float:
-        return 0.01 * sum(math.tanh(gap / spread - 1) for gap, spread in pairs) / 4
-
     # Shortest first: the tied gaps are -12, -18, -13, -16 and the spreads 10, 10, 4, 8 characters.
-    assert score(0) == pytest.approx(graded((-12, 10), (-18, 10), (-13, 4), (-16, 8)))
     # With 20 characters of credit for a correct one all rows are right, and one gap of four
     # (tied:49, 7 against a spread of 4) is preferred; the ref gaps are 18, 11, 11, 7.
-    of_20 = graded((8, 10), (2, 10), (7, 4), (4, 8))
-    assert score(20) == pytest.approx(0.3 + 0.3 + 0.2 / 4 + 0.2 / 4 + of_20)
+    for credit, gaps, score in ((0, [-12, -18, -13, -16], 0), (20, [8, 2, 7, 4], 0.6 + 0.4 / 4)):
+        rows = rb2.scored_rows(bench, rb2.length_baseline(bench) + credit * right)
+        graded = np.tanh(np.array(gaps) / [10, 10, 4, 8] - 1).mean()
+        assert rb2.score(rows)["Ties"] == pytest.approx(score + 0.01 * graded)
 
 
 @needs_data
@@ -161,17 +151,10 @@ def source(tmp_path_factory) -> str:
     return str(made_bases.write_lines(path, raw_rows()))
 
 
-@pytest.fixture(scope="module")
-def basis_file(tmp_path_factory) -> str:
-    return str(made_bases.make_basis(tmp_path_factory.mktemp("basis"), None, rank=2))
-
-
 def evaluate(folder: Path, model=None, any_model=False, **settings) -> pd.DataFrame:
     """The table of a run in this process, as it was saved."""
-    heads = {k: settings.pop(k) for k in ("rm_head", "head_key") if k in settings}
-    settings |= {"lm": ModelChoice(model, any_model=any_model), "file": rb2.HeadFile(**heads)}
-    settings |= {"results": str(folder), "progress": False}
-    eval_rb2.main(embeddings=str(folder / "embeddings"), **settings)
+    settings |= {"lm": ModelChoice(model, any_model=any_model), "progress": False}
+    eval_rb2.main(results=str(folder), embeddings=str(folder / "embeddings"), **settings)
     return pd.read_csv(folder / "scores.csv", index_col="reward")
 
 
@@ -197,14 +180,16 @@ def harness_logits(model: str, max_length: int = 2048) -> np.ndarray:
 
 
 @pytest.mark.slow
-def test_script_reports_every_reward_from_one_pass(tmp_path, source, model, basis_file):
+def test_script_reports_every_reward_from_one_pass(tmp_path, source, model):
     head = torch.arange(64.0).reshape(32, 2).cos()
     np.save(tmp_path / "head.npy", head.numpy())
-    flags = {"source": source, "model": model, "basis": basis_file, "users": ["17", "new"]}
-    flags |= {"head-bias": 3, "results": tmp_path / "out", "embeddings": tmp_path / "embeddings"}
-    files = ["--rm_head", str(tmp_path / "head.npy"), "--save_csv", str(tmp_path / "table.csv")]
-    shown = ["--verbose_failures", "--top_k", "2"]
-    done = running.invoke("PRISM/eval_rb2.py", flags, *files, *shown)
+    basis_file = made_bases.make_basis(tmp_path, None, rank=2)
+    done = running.invoke("PRISM/eval_rb2.py", {
+        "source": source, "model": model, "basis": basis_file, "users": ["17", "new"],
+        "rm_head": tmp_path / "head.npy", "head_bias": 3, "save_csv": tmp_path / "table.csv",
+        "results": tmp_path / "out", "embeddings": tmp_path / "embeddings",
+        "verbose_failures": "true", "top_k": 2,
+    })  # fmt: skip
     assert done.status == 0, done.err
     table = pd.read_csv(tmp_path / "out" / "scores.csv", index_col="reward")
     assert list(table.columns) == ["Mean", *rb2.OFFICIAL]
@@ -260,25 +245,17 @@ def test_own_forward_is_the_harness_and_the_reference_row(tmp_path, source, make
         assert apart < 1e-4 if side == "right" else apart > 0.01
 
 
-def test_the_model_is_the_one_the_basis_was_learned_with(tmp_path, source, model, capsys):
-    talk = [{"role": "user", "content": "Hi"}]
-    facts = embed([talk], tmp_path / "rows", model=str(model), progress=False).manifest
+def test_the_model_is_the_one_the_basis_was_learned_with(tmp_path, source, model):
+    facts = embed(made_bases.CHATS, tmp_path / "rows", model=str(model), progress=False).manifest
     hashes = {name: facts[name] for name in ("weights_sha256", "template_sha256")}
     basis = str(made_bases.make_basis(tmp_path, model, **hashes))
     settings = {"source": source, "basis": basis, "subset": ["Math"]}
     assert "reference" in evaluate(tmp_path / "out", **settings).index
-    shard = next((tmp_path / "out" / "embeddings").glob("embeddings-*.safetensors"))
-    before = shard.stat().st_mtime_ns
-    assert "user 17" in evaluate(tmp_path / "out", **settings, users=["17"]).index
-    assert shard.stat().st_mtime_ns == before  # the embeddings that were there
     settings["model"] = str(models.tiny_llama(tmp_path / "other", seed=1))
     with pytest.raises(InputError, match="other weights .*--any-model true"):
         evaluate(tmp_path / "new", **settings)
     assert not (tmp_path / "new").exists()
     assert "basis 1" in evaluate(tmp_path / "new", any_model=True, **settings).index
-    capsys.readouterr()
-    eval_rb2.main(basis=settings["basis"], list_users=True)
-    assert capsys.readouterr().out.split() == ["ann", "17", "new"]
 
 
 def test_model_without_a_head_takes_a_mixed_logit(tmp_path, source):
@@ -287,11 +264,10 @@ def test_model_without_a_head_takes_a_mixed_logit(tmp_path, source):
     table = evaluate(tmp_path / "out", basis=str(path), users=["ann"], **settings)
     rewards = ["shared reward", "taste 1", "taste 2", "average user", "user ann"]
     assert list(table.index) == [*rewards, "shortest response"]
-    store, learned = Store(tmp_path / "out" / "embeddings"), load_learned(path)
-    rows = store.rows(torch.arange(len(store)))
-    for name, user in (("average-user", None), ("user-ann", "ann")):
-        _, scores = saved(tmp_path / "out", name)
-        torch.testing.assert_close(torch.tensor(scores).float(), rows @ learned.direction(user))
+    store = Store(tmp_path / "out" / "embeddings")
+    expected = store.rows(torch.arange(len(store))) @ load_learned(path).direction("ann")
+    _, scores = saved(tmp_path / "out", "user-ann")
+    torch.testing.assert_close(torch.tensor(scores).float(), expected)
     for mode in ("lmhead", "seqclf"):
         with pytest.raises(InputError, match="no score head"):
             evaluate(tmp_path / "out", mode=mode, **settings)
@@ -319,6 +295,7 @@ def test_only_the_official_rows_give_an_official_score(tmp_path, source, monkeyp
 
 
 WEIGHT, ONES = torch.linspace(-1, 1, 32), torch.ones(4, 1)
+WRITE = {".npy": lambda v, p: np.save(p, v), ".pt": torch.save, ".safetensors": save_file}
 
 
 def write(path: Path, value: object) -> str:
@@ -326,8 +303,7 @@ def write(path: Path, value: object) -> str:
     if isinstance(value, bytes):
         path.write_bytes(value)
     else:
-        how = {".npy": lambda v, p: np.save(p, v), ".pt": torch.save, ".safetensors": save_file}
-        how[path.suffix](value, path)
+        WRITE[path.suffix](value, path)
     return str(path)
 
 
@@ -353,8 +329,7 @@ def test_bias_is_a_number_or_a_file(tmp_path):
     two, three = (write(tmp_path / f"{n}.npy", np.arange(1.0, n + 1)) for n in (2, 3))
     for bias, expected in ((None, [0, 0]), ("-0.5", [-0.5, -0.5]), (two, [1, 2])):
         assert [each.bias for each in rb2.HeadFile(head, bias).heads().values()] == expected
-    for wrong, says in ((three, "3 numbers for 2 heads"), ("nan", "--head_bias nan: a finite"),
-                        ("inf", "--head_bias inf: a finite number")):  # fmt: skip
+    for wrong, says in ((three, "3 numbers for 2 heads"), ("nan", "--head_bias nan: a finite")):
         with pytest.raises(InputError, match=says):
             rb2.HeadFile(head, wrong).heads()
 
@@ -415,23 +390,18 @@ def test_what_is_no_plain_head_is_named_in_one_line_and_never_unpickled(
         ({"rejected": ["a", None, "b"]}, "row 2 .*rejected holds something"),
         ({"prompt": None}, "row 2 .*prompt holds something that is not text"),
         ({"prompt": "\ud800"}, "row 2 .*half a surrogate"),
-        ({"rejected": ["a", "\ud800"]}, "row 2 .*half a surrogate"),
         ({"id": "\ud800"}, r"row 2 .*ud800.*half a surrogate"),
-        ({"id": None}, "row 2 .*has an empty id"),
         ({"id": [1]}, "row 2 .*id must be text"),
         ({"subset": ""}, "row 2 .*has an empty subset"),
         ({"num_correct": True}, "row 2 .*num_correct is True"),
         ({"num_correct": 2}, "row 2 .*num_correct is 2, but 1 "),
         ({"subset": "Ties"}, "ref:k"),
-        ("{]", "rows.jsonl row 2 .*JSON"), ("empty", "no rows"), ("missing", "no such file"),
+        (None, "no rows"),
     ],
-)  # fmt: skip
-def test_bad_rows_and_files_are_named(tmp_path, changes, says):
-    path, (first, second, *_) = tmp_path / "rows.jsonl", map(json.dumps, raw_rows())
-    if isinstance(changes, dict):
-        row = json.loads(second) | changes
-        changes = json.dumps({k: v for k, v in row.items() if v != "gone"})
-    if changes != "missing":
-        path.write_text("" if changes == "empty" else f"{first}\n{changes}\n")
+)
+def test_bad_rows_of_a_file_are_named(tmp_path, changes, says):
+    first, second, *_ = raw_rows()
+    changed = {k: v for k, v in (second | (changes or {})).items() if v != "gone"}
+    rows = [first, changed] if changes else []
     with pytest.raises(InputError, match=says):
-        rb2.read_bench(str(path), "test", [], 0)
+        rb2.read_bench(str(made_bases.write_lines(tmp_path / "rows.jsonl", rows)), "test", [], 0)
