@@ -334,7 +334,7 @@ def test_strengths_are_given_together(strengths: dict) -> None:
 
 @pytest.mark.parametrize("taste", [0.8, 0.0])
 def test_a_personal_part_is_kept_only_where_tastes_differ(taste: float) -> None:
-    fit = MixedLogit().fit(task(world(users=60, taste=taste)[0]))[0]
+    fit = MixedLogit().fit(task(world(taste=taste)[0]))[0]
     assert (fit.describe()["chosen"]["tau2"] > 0) == fit.personal == (taste > 0)
 
 
