@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MODELS = models.TREE_KINDS | {
     "llama, pad is eos": partial(models.tiny_llama, pad_is_eos=True),
     "sliding window": models.sliding_window,
-    "SmolLM2": models.smollm2,
+    "SmolLM2": partial(models.smollm2, layers=6),
 }
 METHODS = {
     "auto": {"shard_size": 512},
@@ -259,14 +259,11 @@ def test_long_conversations_are_cut_on_either_side_and_counted(model, make):
 def test_one_bos_whether_template_or_tokenizer_writes_it(model, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(model)
     expected = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
-    text = reward_model.render_text(tokenizer, chat("Hi"))
-    assert text == expected
-    assert tokenizer(text)["input_ids"].count(tokenizer.bos_token_id) == 2  # the trap
-    template, ids = tokenizer.chat_template, render(tokenizer, chat("Hi"))
-    assert tokenizer.decode(ids) == expected
-    for number in (0, 3):
+    assert tokenizer(expected)["input_ids"].count(tokenizer.bos_token_id) == 2  # the trap
+    template = tokenizer.chat_template
+    for number in (1, 0, 3):
         tokenizer.chat_template = template.replace("{{ bos_token }}", "{{ bos_token }}" * number)
-        assert render(tokenizer, chat("Hi")) == ids
+        assert tokenizer.decode(render(tokenizer, chat("Hi"))) == expected
     without = AutoTokenizer.from_pretrained(models.tiny_qwen(tmp_path))
     expected = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nyou<|im_end|>\n"
     assert without.decode(render(without, chat("Hi", "you"))) == expected
@@ -314,8 +311,6 @@ LATE = {
     "fewer tokens than the tokenizer's": (lambda at: edited(at, {EMBED: FEW}, vocab_size=120),
                                           "the model knows 120 tokens only"),
     "not finite": (lambda at: edited(at, {"model.norm.weight": NAN}), "another --dtype"),
-    "another width": (lambda at: edited(at, {}, vocab_size=17),
-                      r"embed_tokens.weight is \[261, 32\], but \[17, 32\] by its config.json"),
     "another head": (lambda at: edited(at, {SCORE: torch.ones(1, 8)}),
                      r"score.weight is \[1, 8\], but \[1, 32\] by its config.json"),
     "fewer layers": (lambda at: edited(at, {}, num_hidden_layers=4),
@@ -463,17 +458,11 @@ def test_a_store_of_something_else_is_refused(change, message, finished, make, t
     assert contents(finished) == before
 
 
-@pytest.mark.slow
-def test_a_read_only_disk_that_was_never_opened_is_read(finished):
+def test_a_read_only_disk_that_was_never_opened_is_read(finished, monkeypatch):
     (finished / embeddings.VERIFIED).unlink(missing_ok=True)
-    mount = f"mount --bind {finished} {finished} && mount -o remount,bind,ro {finished}"
-    alone = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
-    if shutil.which("unshare") is None or subprocess.run([*alone, mount]).returncode:
-        pytest.skip("read-only mounts cannot be made here")
-    code = f"from lore.embeddings.store import *; print(len(Store('{finished}')))"
-    run = [*alone, f'{mount} && {sys.executable} -c "{code}"']
-    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
-    assert (done.stdout.strip(), done.returncode) == (str(len(some_chats())), 0), done.stderr
+    refused = mock.Mock(side_effect=OSError(errno.EROFS, "Read-only file system"))
+    monkeypatch.setattr(Path, "write_bytes", refused)
+    assert len(Store(finished)) == 15 and refused.called
     assert not (finished / embeddings.VERIFIED).exists()
 
 
@@ -510,14 +499,14 @@ def test_a_finished_run_other_order_and_fewer_texts_load_no_model(make, finished
     assert torch.equal(all_rows(store), rows[:3]) and store.manifest["num_distinct"] == 3
 
 
-def test_new_texts_take_a_killed_run_into_account(make, tmp_path, finished, embedded, monkeypatch):
+def test_a_full_disk_keeps_what_is_done(make, tmp_path, finished, embedded, monkeypatch):
     more = [*some_chats(), *(chat("More", "yes " * i) for i in range(1, 7))]
     shutil.copytree(finished, tmp_path / "whole")
     make("whole", more)
     assert embedded() == [4, 2]
-    ends = mock.Mock(side_effect=[None, None, KeyboardInterrupt])  # the head and a shard are done
-    monkeypatch.setattr(os, "fsync", ends)
-    with pytest.raises(KeyboardInterrupt):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "fsync", mock.Mock(side_effect=[None, None, full]))  # head, a shard
+    with pytest.raises(InputError, match="embeddings-.* No space left on device"):
         make("finished", more)
     monkeypatch.undo()
     assert len(Store(finished)) == 15  # what was there is there still
@@ -550,18 +539,6 @@ def test_two_processes_may_complete_the_manifest_at_once(tmp_path, make, finishe
     monkeypatch.setattr(os, "replace", beaten)
     assert len(make()) == 15
     assert contents(tmp_path / "out") == whole
-
-
-def test_a_full_disk_keeps_what_is_done(tmp_path, make, finished, monkeypatch):
-    full = OSError(errno.ENOSPC, "No space left on device")
-    done = [None] * 4  # manifest, head and two shards
-    monkeypatch.setattr(os, "fsync", mock.Mock(side_effect=[*done, full]))
-    with pytest.raises(InputError, match="embeddings-00003.* No space left on device"):
-        make()
-    assert len(contents(tmp_path / "out")) == 4
-    monkeypatch.undo()
-    make()
-    assert contents(tmp_path / "out") == contents(finished)
 
 
 class Embedding(killed.Job):
@@ -629,12 +606,9 @@ def test_the_benchmark_prints_its_cases(model):
     sizes = ["--posts=2", "--dialogues=2", "--prompts=2", "--prism=2", "--parts=1"]
     done = running.invoke("benchmarks/embedding.py", {"model": model}, *sizes)
     assert done.status == 0, done.err
-    lines = [line for line in done.out.splitlines() if line.startswith("|")]
-    table = running.table("\n" + "\n".join(lines))
-    cases = "".join(name[0] for name in table)
-    assert cases in ("abc", "abcd")  # d is of people's data, where these are there
-    for row in list(table.values())[:3]:
-        number = {name: float(cell) for name, cell in row.items()}
-        ratio = number["given"] / number["computed"]
-        assert ratio > 1 and number["given / computed"] == pytest.approx(ratio, rel=2e-3)
-        assert number["ours / floor"] > 0 and number["deviation"] < 1e-5
+    rows = running.table(f"\n{done.out}")
+    assert "".join(name[0] for name in rows) in ("abc", "abcd")  # d is of people's data, if there
+    for row in rows.values():
+        given, computed, deviation = (float(row[n]) for n in ("given", "computed", "deviation"))
+        assert given / computed == pytest.approx(float(row["given / computed"]), rel=2e-3)
+        assert given > computed and deviation < 1e-5
