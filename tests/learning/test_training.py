@@ -1,4 +1,4 @@
-"""The learning core against the plain reference, gradients, properties and bad input."""
+"""The learning core against the plain reference, properties and bad input."""
 
 import functools
 import math
@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,7 +16,6 @@ import utils
 from lore.common.files import InputError
 from lore.learning import comparisons
 from lore.learning.comparisons import Comparisons, RowFeatures
-from lore.learning.training import Training
 from planted import prefer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,17 +28,13 @@ def users(counts, F=12, seed=0, dtype=torch.float64, scale=30.0):
 
 
 COUNTS = [3, 1, 7, 4, 9, 2]
-
-
-def direction(dtype=torch.float64):
-    """A reference [F]."""
-    return users([1], seed=5, dtype=dtype)[0][0]
+REFERENCE = users([1], seed=5)[0][0]
 
 
 def model(K, steps, estimator=utils.LoRe, alpha=0.0, seed=1, **more):
     """A model of the users above, in double precision unless said otherwise."""
     dtype = more.setdefault("dtype", torch.float64)
-    pull = direction(dtype) if alpha else None
+    pull = REFERENCE.to(dtype) if alpha else None
     return estimator(pull, alpha, 6, 12, K, steps, 0.5, generator=seed, **more)
 
 
@@ -89,7 +83,7 @@ JOINT, ALTERNATING = utils.LoRe, utils.LoRe_regularized
 def test_training_follows_the_reference(estimator, alpha, K, shrinkage, weigh, dtype, tolerance):
     X = users(COUNTS, dtype=dtype)
     c, fit = weigh and weigh(X), model(K, 25, estimator, alpha, dtype=dtype, shrinkage=shrinkage)
-    given = X, fit.W0, fit.V0, 25, 0.5, direction(dtype), alpha, c
+    given = X, fit.W0, fit.V0, 25, 0.5, REFERENCE.to(dtype), alpha, c
     joint = estimator is JOINT
     found = reference.joint(*given, shrinkage) if joint else reference.alternating(*given)
     W, V, losses = found[0].softmax(1), *found[1:]
@@ -165,24 +159,6 @@ def test_streamed_features_equal_dense_ones(monkeypatch):
     close(streamed, model(3, 50).train(X))
 
 
-def test_gradients_by_finite_differences():
-    X = users([2, 3], F=4)
-    data = Comparisons.from_list(X)
-    model = utils.LoRe(X[0][0], 0.05, 2, 4, 2, generator=0, dtype=torch.float64, shrinkage=0.0)
-    training = Training([model], data)
-    training._set_gradients(0, of_weights=True, of_basis=True)
-
-    def objective(place: int, i: int, step: float) -> torch.Tensor:
-        moved = [training.V.clone(), training.logits.clone()]
-        moved[place].view(-1)[i] += step
-        return reference.joint_objective(X, reference.ones(X), *moved, X[0][0], 0.05)
-
-    for place, tensor in enumerate((training.V, training.logits)):
-        for i, slope in enumerate(tensor.grad.flatten().tolist()):
-            expected = float(objective(place, i, 1e-5) - objective(place, i, -1e-5)) / 2e-5
-            assert math.isclose(slope, expected, abs_tol=1e-6)
-
-
 @pytest.mark.parametrize("optimizer", [
     torch.optim.AdamW, functools.partial(torch.optim.SGD, lr=20.0, momentum=0.9),
     functools.partial(torch.optim.LBFGS, lr=0.5, max_iter=4),
@@ -195,21 +171,16 @@ def test_other_optimisers_lower_the_loss(optimizer, estimator):
     assert fit.losses[-1] < 0.9 * fit.losses[0]
 
 
-def planted(m, U=120, F=16, K=3, seed=0):
-    """U users with m comparisons each, ordered by V* w* with logistic noise."""
-    g = torch.Generator().manual_seed(seed)
-    V = torch.linalg.qr(torch.randn(F, K, generator=g))[0] * 4
-    torch.manual_seed(seed)
-    W = torch.distributions.Dirichlet(torch.full((K,), 0.3)).sample((U,))
-    X = torch.randn(U, m, F, generator=g)
-    return list(prefer((X @ V @ W[:, :, None])[..., 0], X, -X, g)[0]), V, W
-
-
 @pytest.mark.slow
 def test_what_is_planted_is_recovered_as_comparisons_grow_also_for_new_users():
+    """120 users' m comparisons each are ordered by V* w* with logistic noise."""
     angles = []
     for m in (10, 60, 360):
-        X, V, W = planted(m)
+        g = torch.Generator().manual_seed(0)
+        V = torch.linalg.qr(torch.randn(16, 3, generator=g))[0] * 4
+        W = utils.generate_population([0.3] * 3, 120, g)
+        X = torch.randn(120, m, 16, generator=g)
+        X = list(prefer((X @ V @ W[:, :, None])[..., 0], X, -X, g)[0])
         learned = utils.solve_regularized(None, 0, X[:80], 3, 600, 0.5, generator=0)[1]
         cosines = torch.linalg.svdvals(torch.linalg.qr(learned)[0].T @ torch.linalg.qr(V)[0])
         angles.append(float(cosines.clamp(max=1).acos().max()))  # the largest principal angle
@@ -223,16 +194,6 @@ def test_what_is_planted_is_recovered_as_comparisons_grow_also_for_new_users():
     assert ours > utils.eval_multiple(torch.ones(40, 1), alone, test).mean() + 0.02
 
 
-@given(st.permutations(range(6)), st.floats(-50, 50), st.integers(0, 3))
-@settings(max_examples=10, deadline=None)
-def test_neither_order_nor_a_constant_on_a_users_logits_matters(order, constant, seed):
-    X, fit, moved = users(COUNTS), model(2, 25, seed=seed), model(2, 25, seed=seed)
-    moved.W0 = moved.W0[list(order)] + constant
-    W, V = fit.train(X)
-    shuffled = [X[u][torch.randperm(len(X[u]))] for u in order]
-    close(moved.train(shuffled), (W[list(order)], V))
-
-
 @given(st.integers(0, 100), st.floats(0.1, 10))
 @settings(max_examples=25, deadline=None)
 def test_swapping_chosen_and_rejected_mirrors_the_accuracy_and_scale_does_not_matter(seed, scale):
@@ -243,23 +204,6 @@ def test_swapping_chosen_and_rejected_mirrors_the_accuracy_and_scale_does_not_ma
     assert utils.evaluate_model(-x, V, w) == pytest.approx(1 - accuracy)
     assert utils.evaluate_model(x, V, scale * w) == accuracy
     assert utils.evaluate_model(torch.zeros(4, 5), V, w) == 0  # a tie is not right
-
-
-def test_run_reports_what_its_bases_give_for_every_alpha_and_rank(monkeypatch):
-    X, v, bases, fit = users([8] * 9, dtype=torch.float32), torch.randn(12), [], utils.fit_bases
-    monkeypatch.setattr(utils, "fit_bases", lambda *a, **k: bases.extend(fit(*a, **k)) or bases)
-    train, seen = zip(*(x.split([5, 3]) for x in X), strict=True)
-    sets = train[:6], seen[:6], train[6:], seen[6:]
-    quick = {"num_iterations": 40, "progress": False, "generator": 7}
-    result = utils.run([0, 1, 3], [0.0, 0.1], v[:, None], *sets, 6, 3, "cpu", **quick)
-    assert [len(column) for column in result] == [6] * 8
-    settings = [(basis.settings["alpha"], basis.settings["rank"]) for basis in bases]
-    assert settings == [(alpha, rank) for alpha in (0.0, 0.1) for rank in (0, 1, 3)]
-    assert torch.equal(bases[0].V, v[:, None]) and torch.equal(bases[3].W, torch.ones(6, 1))
-    for basis, mean, std in zip(bases, result.seen, result.seen_std, strict=True):
-        pairs = zip(seen[:6], basis.W, strict=True)
-        of_users = [reference.accuracy(x, basis.V, w) for x, w in pairs]
-        assert (mean, std) == (pytest.approx(np.mean(of_users)), pytest.approx(np.std(of_users)))
 
 
 @pytest.mark.usefixtures("blocks")
