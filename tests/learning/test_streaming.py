@@ -25,9 +25,8 @@ def world(monkeypatch: pytest.MonkeyPatch) -> people.People:
     return people.planted(users=12, dialogues=4, F=5)
 
 
-def assert_same(results: Path) -> list[tuple]:
-    """The same labels, controls, sets and shots, which are returned, and figures that differ by
-    rounding alone."""
+def same_rows(results: Path) -> list[tuple]:
+    """The labels, controls, sets and shots of two runs, whose figures differ by rounding alone."""
     expected, found = (people.records(results / "planted" / name) for name in ("False", "True"))
     assert list(found) == list(expected)
     for row, record in expected.items():
@@ -39,22 +38,16 @@ def assert_same(results: Path) -> list[tuple]:
 
 
 @pytest.mark.slow
-def test_every_method_has_the_same_rows_streamed_and_in_memory(world, tmp_path):
+def test_every_method_and_shots_have_the_same_rows_streamed_and_in_memory(world, tmp_path):
     given = {name: methods.METHODS[name](**quick) for name, quick in planted.QUICK.items()}
     given["methods"] = tuple(methods.METHODS)
     for stream in (False, True):
         people.fit(world, tmp_path, name=str(stream), stream=stream, **given)
-    labels = {label for label, *_ in assert_same(tmp_path)}
+        few = people.settings(tmp_path / "few", name=str(stream), stream=stream)
+        people.vary_fewshot(world.tasks(), few, [0, 1, 2], 2)
+    labels = {label for label, *_ in same_rows(tmp_path)}
     assert "own model" in labels and len(labels) == 3 + len(methods.METHODS)
-
-
-@pytest.mark.slow
-def test_shots_are_varied_alike_streamed_and_in_memory(world, tmp_path):
-    for stream in (False, True):
-        given = people.settings(tmp_path, name=str(stream), stream=stream)
-        people.vary_fewshot(world.tasks(), given, [0, 1, 2], 2)
-    own = [row[3] for row in assert_same(tmp_path) if row[0] == "own model"]
-    assert {1, 2} <= set(own)
+    assert {1, 2} <= {row[3] for row in same_rows(tmp_path / "few") if row[0] == "own model"}
 
 
 def test_own_models_read_a_few_users_at_a_time(world, monkeypatch):
