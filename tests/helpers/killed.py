@@ -12,7 +12,6 @@ import random
 import signal
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Mapping
 from functools import partial
@@ -39,21 +38,9 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 PEOPLE = people.planted(users=8, dialogues=4, F=5)
 QUICK = {"checkpoint_every": 2, "few_shot_iterations": 2, "ridge_bt": RidgeBT(strength=1.0)}
-PATIENCE = 120  # seconds after which a child is taken to hang
+PATIENCE = 120  # seconds after which a child says where it hangs, and ends
 WRITES = {"open", "write", "write_record", "write_end_of_file", "serialize_file",
           "replace", "unlink", "mkdir"}  # fmt: skip
-
-
-def status(number: int) -> int:
-    """How a child ended: -9 by SIGKILL, -6 where it hung and had to say where it was."""
-    until, ended = time.monotonic() + PATIENCE, (0, 0)
-    while ended[0] == 0:
-        if time.monotonic() > until:
-            os.kill(number, signal.SIGABRT)
-            until += PATIENCE
-        time.sleep(0.002)
-        ended = os.waitpid(number, os.WNOHANG)
-    return os.waitstatus_to_exitcode(ended[1])
 
 
 class Job(NamedTuple):
@@ -70,6 +57,7 @@ class Job(NamedTuple):
     def be(self, name: str, rank: int, meeting: str, limit: tuple[str, float] | None) -> None:
         """A process of a run, which ends with SIGKILL at so many "calls", or calls that write; with
         a limit it notes how many there were."""
+        faulthandler.dump_traceback_later(PATIENCE, exit=True)
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(self.processes)}
         if self.processes > 1:
             where = {"init_method": f"file://{meeting}", "rank": rank}
@@ -84,10 +72,8 @@ class Job(NamedTuple):
                     os.kill(os.getpid(), signal.SIGKILL)
 
         sys.setprofile(limit and count)
-        try:
-            self.work(Path(self.folder, name))
-        finally:
-            sys.setprofile(None)
+        self.work(Path(self.folder, name))
+        sys.setprofile(None)
         if limit:
             path = Path(self.folder, f"counts-{rank}")
             path.write_text(json.dumps(counts), encoding="utf-8")
@@ -102,7 +88,7 @@ class Job(NamedTuple):
         for number in children:
             if ends and is_killed:
                 os.kill(number, signal.SIGKILL)
-            ends.append(status(number))
+            ends.append(os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]))
         assert ends[0] == -signal.SIGKILL if is_killed else not any(ends), (name, ends)
 
     def answer(self) -> list[str]:
@@ -123,7 +109,6 @@ class Job(NamedTuple):
 
 def main() -> None:
     """Answer jobs until there are no more."""
-    faulthandler.enable()
     torch.set_num_threads(1)  # a forked child cannot use its parent's threads
     experiments.report = lambda folder: ""  # drawn from the results alone, and dear
     judging.PERMUTATIONS = judging.SHUFFLES = 1  # none of these is kept by itself

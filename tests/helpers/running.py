@@ -13,7 +13,6 @@ import runpy
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -46,18 +45,15 @@ def flags(settings: Flags) -> list[str]:
 def _server() -> str:
     """The socket of warm.py, which runs as long as this process."""
     folder = tempfile.TemporaryDirectory()
-    path = Path(folder.name) / "warm"
+    path = str(Path(folder.name) / "warm")
     server = subprocess.Popen(
-        [sys.executable, warm.__file__, path], env=ENV, stdin=subprocess.PIPE, text=True,
-        start_new_session=True,
+        [sys.executable, warm.__file__, path], env=ENV, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     atexit.register(folder.cleanup)
     atexit.register(server.communicate)  # ends it
-    until = time.monotonic() + 120
-    while not path.exists():
-        assert server.poll() is None and time.monotonic() < until
-        time.sleep(0.05)
-    return str(path)
+    assert server.stdout.readline() == "ready\n"
+    return path
 
 
 def start(
@@ -91,8 +87,8 @@ def fresh(script: str, settings: Flags) -> Outcome:
     """Run a script to its end in a process that imports all by itself, as a user does."""
     path = ROOT / script
     command = [sys.executable, path.name, *flags(settings)]
-    pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
-    return end(subprocess.Popen(command, cwd=path.parent, env=ENV, text=True, **pipes))
+    done = subprocess.run(command, cwd=path.parent, env=ENV, text=True, capture_output=True)
+    return Outcome(done.returncode, done.stdout, done.stderr)
 
 
 def invoke(script: str, settings: Flags, *words: str) -> Outcome:

@@ -23,14 +23,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-STOPS = (signal.SIGTERM, signal.SIGINT)
 
 
 def ask(server: str, number: str, *words: str) -> None:
     """Have a script run and end as it does."""
     with socket.socket(socket.AF_UNIX) as line:
         line.connect(server)
-        for stop in STOPS:
+        for stop in (signal.SIGTERM, signal.SIGINT):
             signal.signal(stop, lambda number, _: line.send(bytes([number])))
         asked = {"number": int(number), "words": words, "cwd": os.getcwd(), "env": dict(os.environ)}
         socket.send_fds(line, [json.dumps(asked).encode()], [0, 1, 2])
@@ -46,9 +45,9 @@ def serve(path: str) -> None:
     """Import, then answer until whoever started this process has ended."""
     warm_up()
     with socket.socket(socket.AF_UNIX) as server:
-        server.bind(f"{path}.part")
+        server.bind(path)
         server.listen()
-        os.rename(f"{path}.part", path)
+        print("ready", flush=True)
         while sys.stdin not in (ready := select.select([server, sys.stdin], [], [], 1)[0]):
             if ready:
                 line = server.accept()[0]
@@ -108,7 +107,7 @@ def keep(line: socket.socket) -> None:
     together = {"WORLD_SIZE": asked["number"], "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     ranks = [together | {"RANK": i, "LOCAL_RANK": i} for i in range(asked["number"])]
     children = {fork(lambda rank=rank: be(asked["words"], rank)) for rank in ranks}
-    statuses = []
+    status = 0  # of the first that fails
     while children:
         if select.select([line], [], [], 0.01)[0]:
             said = line.recv(1)
@@ -116,19 +115,12 @@ def keep(line: socket.socket) -> None:
                 os.killpg(0, signal.SIGKILL)
             for child in children:
                 os.kill(child, said[0])
-        ends = {child: status for child, status in map(end, children) if child}
-        children -= ends.keys()
-        statuses += ends.values()
-        for child in children if any(ends.values()) else ():  # as torchrun does
+        ended, how = os.waitpid(-1, os.WNOHANG)  # 0 where none has ended
+        children -= {ended}
+        for child in children if how else ():  # as torchrun does
             os.kill(child, signal.SIGTERM)
-    failed = [status for status in statuses if status]
-    line.send(str(failed[0] if failed else 0).encode())
-
-
-def end(child: int) -> tuple[int, int]:
-    """A child that has ended, and how; 0 for one that has not."""
-    ended, status = os.waitpid(child, os.WNOHANG)
-    return ended, os.waitstatus_to_exitcode(status)
+        status = status or os.waitstatus_to_exitcode(how)
+    line.send(str(status).encode())
 
 
 def be(words: Sequence[str], rank: Mapping[str, Any]) -> None:
