@@ -1,12 +1,15 @@
 """Faithfulness itself: every default and constant that a publication gives, with its source.
 
-One row is (source, where, settings). Where are scripts (their ``main`` or, for LoRe's settings,
-their ``LORE``), functions or classes of ``utils``, or a method's module or class.
+One row is (source, where, settings). Where are scripts, functions or classes of ``utils``, or a
+method's module or class.
 """
 
+import dataclasses
 import importlib
 import inspect
+from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -69,27 +72,26 @@ TABLE = [
 ]
 
 
+def defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    """The arguments' defaults."""
+    return {name: p.default for name, p in inspect.signature(function).parameters.items()}
+
+
 def default_of(where: str, setting: str) -> Any:
     """The value that a run without flags or arguments has."""
     if where.endswith(".py"):
-        module = worlds.script(where)
-        parameters = inspect.signature(module.main).parameters
-        if setting in parameters and setting != "alpha":
-            return parameters[setting].default
-        group = "sweep" if hasattr(getattr(module, "SWEEP", None), setting) else "lore"
-        settings = parameters[group].default
-        assert settings is getattr(module, group.upper())
-        return getattr(settings, setting)
+        found = defaults(worlds.script(where).main)
+        for group in [found[name] for name in ("lore", "sweep") if name in found]:
+            found |= dataclasses.asdict(group)
+        return found[setting]
     name, _, inside = where.partition(".")
     if name == "utils" and inside:
-        given: dict[str, Any] = {}
-        if inside == "run_regularized":  # hands its arguments on: what reaches ``run``
-            inside = "run"
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(utils, "run", lambda *args, **settings: given.update(settings))
+        given = {}
+        if inside == "run_regularized":  # hands its arguments on
+            with mock.patch.object(utils, "run") as run:
                 utils.run_regularized()
-        parameters = inspect.signature(getattr(utils, inside)).parameters
-        return given.get(setting, parameters[setting].default)
+            inside, given = "run", run.call_args.kwargs
+        return (defaults(getattr(utils, inside)) | given)[setting]
     module = utils if name == "utils" else importlib.import_module(f"lore.methods.{name}")
     found = getattr(getattr(module, inside)() if inside else module, setting)
     return found[0] if setting == "betas" else found

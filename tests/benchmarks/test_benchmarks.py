@@ -63,11 +63,6 @@ def test_a_row_follows_from_what_was_timed(monkeypatch):
     assert core._median([{"seconds": [1, 2]}, {"seconds": [9]}]) == 2
 
 
-def test_a_folder_that_is_no_checkout_is_refused(tmp_path):
-    with pytest.raises(InputError, match=f"--against {tmp_path}: no utils.py"):
-        core.measure(CASES, 1, [tmp_path])
-
-
 def test_growth_is_the_exponent_over_a_decade_and_a_million_users_are_counted_by_proportion():
     values = np.multiply(20, scaling.FACTORS)
     for power in (0.5, 1.0, 2.0):
@@ -110,7 +105,11 @@ def table(printed: str) -> pd.DataFrame:
     return pd.DataFrame.from_dict(running.table(f"\n{printed}"), orient="index")
 
 
-def test_the_flags_of_the_core_make_its_cases(monkeypatch, capsys):
+def test_the_flags_of_the_core_make_its_cases_and_a_checkout_has_utils(
+    monkeypatch, tmp_path, capsys
+):
+    with pytest.raises(InputError, match=f"--against {tmp_path}: no utils.py"):
+        core.measure(CASES, 1, [tmp_path])
     measure = mock.Mock(return_value=[{"case": "x"}])
     monkeypatch.setattr(core, "measure", measure)
     core.main(**Flags(core.main).read([*FLAGS, "--rounds=1"]))

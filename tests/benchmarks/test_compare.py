@@ -24,21 +24,19 @@ def cells(text: str, row: str) -> dict[str, str]:
     return dict(cell for table in tables for cell in table.get(row, {}).items())
 
 
-@pytest.fixture
-def finished(tmp_path: Path) -> Path:
-    """A finished run in which LoRe's accuracy of seen users is eight points above BT's."""
+def test_tables_say_what_finished_runs_hold_and_what_is_not_there(tmp_path, caplog):
+    """LoRe's accuracy of seen users is eight points above BT's."""
     parts, sweep = made.results(seeds=2), made.results(seeds=2, sweep=True)
     for whole, more in zip(parts["seeds"], sweep["seeds"], strict=True):
         for method, part in whole["methods"].items():
             part["records"] += more["methods"][method]["records"]
             part["fits"][0] |= {"parameters": 1234, "tried": [{}] * 6}
     made.write(parts, tmp_path / "Toy" / "compare-prism")
-    return tmp_path
-
-
-def test_tables_say_what_the_runs_hold(finished):
-    compare.main(**NONE, tables_only=True, results=finished, out=finished)
-    text = (finished / "comparison.md").read_text()
+    where = {**NONE, "results": tmp_path, "out": tmp_path}
+    with caplog.at_level("INFO"):
+        compare.main(**where)
+    assert "ukp left out: --ukp nowhere is not there" in caplog.text
+    text = (tmp_path / "comparison.md").read_text()
     bt, lore = cells(text, "BT"), cells(text, "LoRe K=5")
     assert 66 < float(bt["seen"]) < 74
     mean, gain = lore["seen"].split()[:2]
@@ -48,15 +46,9 @@ def test_tables_say_what_the_runs_hold(finished):
     assert lore["repeats"] == "2"
     assert (bt["parameters"], bt["tried"], bt["processor s"]) == ("1,234", "6", "1.5")
     assert float(lore["another user's weights"].split()[1].strip("(+")) == pytest.approx(12, abs=1)
-    assert (finished / "comparison.svg").stat().st_size < 300_000
-
-
-def test_what_is_not_there_is_left_out_with_a_line(finished, caplog):
-    with caplog.at_level("INFO"):
-        compare.main(**NONE, results=finished, out=finished)
-    assert "ukp left out: --ukp nowhere is not there" in caplog.text
+    assert (tmp_path / "comparison.svg").stat().st_size < 300_000
     with pytest.raises(InputError, match="nothing to compare"):
-        compare.main(**NONE, only=("ukp",), results=finished, out=finished)
+        compare.main(**where, only=("ukp",), tables_only=True)
 
 
 def test_planted_tastes_have_the_spread_asked_for():
