@@ -214,3 +214,4 @@ def test_single_functions_are_fits_of_the_classes(X):
     alike(own[2], utils.learn_multiple([X[2]], 20, 0.5)[0])
     accuracies = [reference.accuracy(x, v, torch.ones(1)) for x, v in zip(X, own, strict=True)]
     assert utils.eval_multiple(torch.ones(USERS, 1), own, X) == pytest.approx(accuracies)
+    assert utils.evaluate_model(0 * X[0], V, W[0]) == 0  # a tie is not right

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import reference
 import utils
@@ -104,17 +102,6 @@ def test_few_shot_follows_the_reference(weigh, shrinkage, dtype, tolerance):
     close(fit.train(X, V, c), expected, tolerance)
 
 
-def test_a_comparison_of_weight_two_is_that_comparison_twice():
-    X = users([4, 3])
-    twice = [torch.cat([x, x[:1]]) for x in X]
-    c = [torch.tensor([2.0] + [1.0] * (len(x) - 1)) for x in X]
-    packed = Comparisons.from_list(X, c), Comparisons.from_list(twice)
-    logits = [data.features.x[:, 0] for data in packed]
-    for measure in ("accuracies", "log_losses"):
-        pair = (getattr(data, measure)(z) for data, z in zip(packed, logits, strict=True))
-        torch.testing.assert_close(*pair)
-
-
 LBFGS = functools.partial(torch.optim.LBFGS, lr=0.5)
 
 
@@ -192,18 +179,6 @@ def test_what_is_planted_is_recovered_as_comparisons_grow_also_for_new_users():
     ours = utils.eval_multiple(fitted, learned, test).mean()
     assert ours > utils.eval_multiple(W[80:], V, test).mean() - 0.02
     assert ours > utils.eval_multiple(torch.ones(40, 1), alone, test).mean() + 0.02
-
-
-@given(st.integers(0, 100), st.floats(0.1, 10))
-@settings(max_examples=25, deadline=None)
-def test_swapping_chosen_and_rejected_mirrors_the_accuracy_and_scale_does_not_matter(seed, scale):
-    torch.manual_seed(seed)
-    x, V, w = torch.randn(9, 5), torch.randn(5, 3), torch.rand(3)
-    accuracy = utils.evaluate_model(x, V, w)
-    assert accuracy == pytest.approx(reference.accuracy(x, V, w))
-    assert utils.evaluate_model(-x, V, w) == pytest.approx(1 - accuracy)
-    assert utils.evaluate_model(x, V, scale * w) == accuracy
-    assert utils.evaluate_model(torch.zeros(4, 5), V, w) == 0  # a tie is not right
 
 
 @pytest.mark.usefixtures("blocks")
