@@ -12,7 +12,7 @@ from lore.common.files import InputError
 from lore.elicitation.choices import Pair, read_pool, read_user_choices
 from lore.preparing.messages import structure
 from lore.preparing.own_rows import Choice, Columns, read_choices
-from lore.preparing.raw import Cell, read_file
+from lore.preparing.raw import Cell
 from lore.preparing.tables import Funnel
 
 Rows = list[dict[str, Any]]
@@ -299,10 +299,7 @@ def agree(file: Path, columns: Columns) -> None:
     ([{**TWO, "best": best} for best in ("two", "one")],
      {"first": "response_a", "second": "response_b", "winner": "best",
       "first_wins": ("one",), "second_wins": ("two",)}),
-    ([{"worker_id": "ann", "chosen": [ASKED, answer], "rejected": [ASKED, BAD]}
-      for answer in (GOOD, message("assistant", "or"))], {}),
     (rated(*range(4)), {"rating": "score", "margin": 2}),
-    ([{"chosen": "so", "rejected": "no"}] * 2, {"user_name": "me", "prompt_text": "Which?"}),
 ])  # fmt: skip
 def test_the_tools_read_every_layout_as_prepare_does(tmp_path, rows, columns):
     agree(write(tmp_path, rows), Columns(**columns))
@@ -354,8 +351,3 @@ def test_a_file_that_does_not_say_enough_is_one_line(name, columns, message):
     with pytest.raises(InputError, match=message) as error:
         prepared(case(name), Columns(**columns))
     assert "\n" not in str(error.value) and len(str(error.value)) < 700
-
-
-def test_a_batch_of_a_crowd_site_has_rows_of_missing_cells():
-    rows = [row for _, row in read_file(case("C12-mturk-batch.csv"))]
-    assert len(rows) == 24 and all(row["Reject"] == "" for row in rows)

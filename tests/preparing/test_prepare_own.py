@@ -15,6 +15,7 @@ import running
 import worlds
 from lore.common.files import InputError
 from lore.preparing.own_rows import Columns, read_choices
+from lore.preparing.tables import read_info
 from worlds import own_rows
 
 Rows = list[dict[str, Any]]
@@ -52,11 +53,18 @@ def last(talks: pd.Series) -> pd.Series:
     return talks.map(lambda messages: messages[-1]["content"])
 
 
-def test_every_row_is_a_comparison(tmp_path):
-    rows = own_rows()
-    info, table = prepared(tmp_path)
+def test_every_row_is_a_comparison_by_whichever_names_of_columns(tmp_path):
+    """By the command, which flags tell what the columns are called; users' names are numbers."""
+    names = {"user": "worker_id", "prompt": "post", "chosen": "better", "rejected": "worse"}
+    rows = [{**row, "user": int(row["user"][1:])} for row in own_rows()]
+    source = own(tmp_path, [{names[name]: row[name] for name in row} for row in rows])
+    flags = {"source": source, "out": tmp_path / "data", "embed": "false", **names}
+    outcome = running.invoke("OwnData/prepare.py", flags)
+    assert outcome.status == 0, outcome.err
+    assert "       72  comparisons" in outcome.out.splitlines()
+    info, table = read_info(tmp_path / "data"), worlds.comparisons(tmp_path / "data")
     assert worlds.as_tuples(table, ["user_id"]) == sorted(
-        (r["user"], *(json.dumps(talk(r["prompt"], r[side])) for side in SIDES)) for r in rows
+        (str(r["user"]), *(json.dumps(talk(r["prompt"], r[side])) for side in SIDES)) for r in rows
     )
     assert (table.weight == 1).all() and (table.turn == 0).all()
     assert info["dataset"] == "OwnData" and info["counts"]["comparisons"] == len(rows) == 72
@@ -84,15 +92,14 @@ def test_neither_the_order_of_the_rows_nor_the_format_matters(tmp_path):
         system = {"role": "system", "content": "be, brief"}
         asked = {"role": "user", "content": 'go "on"\nplease'}
         row |= {"weight": 2.0, "messages": [system, *talk(row.pop("prompt"), "x"), asked]}
-    sources = [own(tmp_path, rows, f"mine.{name}") for name in ("jsonl", "jsonl.gz", "parquet")]
+    first = own(tmp_path, rows)
     random.Random(1).shuffle(rows)
-    for i, name in enumerate(("one.jsonl", "two.parquet")):
-        folder = own(tmp_path / "folder", rows[i::2], name).parent
-    table = pd.DataFrame([{**row, "messages": json.dumps(row["messages"])} for row in rows])
-    table.to_csv(tmp_path / "mine.csv", index=False)
-    sources += [folder, tmp_path / "mine.csv"]
-    found = [prepare(source, tmp_path / str(i)) for i, source in enumerate(sources)]
-    assert all({**info, "settings": None} == {**found[0], "settings": None} for info in found)
+    for i, name in enumerate(("one.jsonl.gz", "two.parquet")):
+        folder = own(tmp_path / "folder", rows[i::3], name).parent
+    table = pd.DataFrame([{**row, "messages": json.dumps(row["messages"])} for row in rows[2::3]])
+    table.to_csv(folder / "three.csv", index=False)
+    found = [prepare(source, tmp_path / str(i)) for i, source in enumerate((first, folder))]
+    assert {**found[0], "settings": None} == {**found[1], "settings": None}
     table = worlds.comparisons(tmp_path / "0")
     roles = [message["role"] for message in table.chosen.iloc[0]]
     assert roles == ["system", "user", "assistant", "user", "assistant"]
@@ -112,19 +119,6 @@ def test_a_hub_dataset_with_several_splits_has_them(tmp_path, monkeypatch):
     assert info["overlap"]["pair"] == 0
     del made["test"]
     assert prepare("somebody/something", tmp_path)["counts"]["comparisons"] == 36
-
-
-def test_columns_have_the_names_that_flags_give(tmp_path):
-    names = {"user": "worker_id", "prompt": "post", "chosen": "better", "rejected": "worse"}
-    rows = [{names[name]: cell for name, cell in row.items()} for row in own_rows()]
-    rows = [{**row, "worker_id": int(row["worker_id"][1:])} for row in rows]
-    flags = {"source": own(tmp_path, rows), "out": tmp_path / "a", "embed": "false", **names}
-    outcome = running.invoke("OwnData/prepare.py", flags)
-    assert outcome.status == 0, outcome.err
-    assert "       72  comparisons" in outcome.out.splitlines()
-    table, (_, usual) = worlds.comparisons(tmp_path / "a"), prepared(tmp_path / "usual")
-    assert set(table.user_id) == set("012345")
-    assert worlds.as_tuples(table, ["turn"]) == worlds.as_tuples(usual, ["turn"])
 
 
 def test_lists_of_responses_share_the_weight_of_their_row(tmp_path):
@@ -300,21 +294,13 @@ def test_a_tie_that_counts_both_ways_is_not_judged_again(tmp_path):
     assert info["retest"]["judged_again"] == 2 and info["retest"]["same"] == 1
 
 
-def test_summaries_can_be_divided_and_are_not_by_default(tmp_path):
+def test_summaries_can_be_divided(tmp_path):
     source = worlds.tldr(tmp_path / "raw", workers=6, annotations=60)
-    settings = {"min_annotations": 20, "embed": False}
-    given = worlds.prepare("RedditTLDR", source, tmp_path / "given", **settings)
-    assert given["split"]["by"] == "given" and given["overlap"]["response"] > 0
-    info = worlds.prepare("RedditTLDR", source, tmp_path / "new", **settings, split="responses")
+    settings = {"min_annotations": 20, "embed": False, "split": "responses"}
+    info = worlds.prepare("RedditTLDR", source, tmp_path / "new", **settings)
     train, test = sides(worlds.comparisons(tmp_path / "new"))
     assert train and test and not train & test
     assert info["kinds"]["seen"]["new"] == info["overlap"]["held_out"] > 0
-
-
-def test_one_user_is_prepared_where_both_sides_have_some(tmp_path):
-    counts = prepared(tmp_path, [ONE, {**ONE, "chosen": "c"}])[0]["counts"]
-    assert counts["training comparisons"] == counts["test comparisons"] == 1
-    assert counts["users with comparisons"] == 1
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder that takes no files")

@@ -33,13 +33,12 @@ def heard(*messages: Any) -> dict[str, Any]:
 # (" ... " stands for any words), and settings, if any.
 CASES: dict[tuple[str, str], list[tuple]] = {
     ("RedditTLDR", "train"): [
-        *(({"choice": value}, f"choice must be 0 or 1, not {shown}") for value, shown in (
-            (2, "2"), (0.5, "0.5"), (None, "None"), ("1", "'1'"), (True, "True"), ([1], "[1]"))),
+        *(({"choice": value}, f"choice must be 0 or 1, not {value!r}")
+          for value in (2, 0.5, None, "1", True, [1])),
         ({"worker": None}, "has an empty worker"), ({"worker": GONE}, "has no column worker"),
         *(({"summaries": value}, "summaries must be a list of two, not ") for value in (
             [{"text": "one"}], None, 5, "ab", {"text": "a", "note": "b"})),
         ({"summaries": ["a", "b"]}, "a summary must have a text, unlike 'a'"),
-        ({"summaries": [None, {"text": "b"}]}, "a summary must have a text, unlike None"),
         ({"summaries": [{"text": ["a"]}, {"text": "b"}]}, "a summary must be text, not a list"),
         ({"info": None}, "info must hold the post"), ({"info": "p"}, "info must hold the post"),
         ({"info": {"id": "a", "post": 5}}, "info.post must be text, not a int"),
@@ -109,19 +108,14 @@ CASES: dict[tuple[str, str], list[tuple]] = {
         ({"messages": [USER]}, "has both prompt and messages; leave one out"),
         *(({"prompt": None, "messages": value}, "messages must be a list of role and")
           for value in ({"a": 1}, "[]")),
-        (heard("hello"), "a message must have role and content"),
         (heard({"role": "user"}), "a message must have role and"),
         (heard({"role": "user", "content": ["p"]}), "content must be text, not a list"),
-        (heard({**USER, "role": ""}), "has an empty role"),
         (heard({**USER, "role": "wizard"}), "the role 'wizard' is not known; user, human, "),
-        (heard({"from": 5, "value": "?"}), "the role 5 is not known"),
         (heard(USER, ANSWER), "messages ends with the assistant, so that nothing is to be"),
         ({"prompt": [USER, ANSWER]}, "prompt ends with the assistant"),
         ({"chosen": []}, "chosen is an empty list; give a response or remove the row"),
         ({"chosen": 5}, "chosen must be text, not a int"),
         ({"chosen": [[]]}, "each chosen must be text, not a list"),
-        ({"chosen": [None, {"a": 1}]}, "each chosen must be text, not a dict"),
-        ({"chosen": [ANSWER, "x"]}, "a message must have role and content, unlike 'x'"),
         ({"chosen": [USER]}, "chosen must end with a message of the assistant"),
         ({"chosen": [USER, ANSWER]}, "some of chosen and rejected begin with the assistant"),
         ({"chosen": [{**USER, "content": "Else?"}, ANSWER], "rejected": [USER, ANSWER]},
@@ -133,9 +127,7 @@ CASES: dict[tuple[str, str], list[tuple]] = {
         *(({column: GONE}, f"has no column {column}, only user, prompt, {other}; --{column} says "
            "which one holds it (or give --first, --second and --winner, or --rating)")
           for column, other in (("chosen", "rejected"), ("rejected", "chosen"))),
-        ({"rejected": {"a": 1}}, "rejected must be text, not a dict"),
         ({"rejected": ["a", 5]}, "each rejected must be text, not a int"),
-        ({"rejected": [[USER]]}, "each rejected must end with a message of the assis"),
         ({"split": ["train"]}, "split must be text, not a list"),
         *(({"weight": value}, f"weight must be a number, not {value!r}") for value in (
             {"a": 1}, math.nan, "much")),
