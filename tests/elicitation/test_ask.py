@@ -2,7 +2,6 @@
 
 import io
 import json
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -79,10 +78,7 @@ def test_a_person_is_asked_until_more_answers_would_hardly_matter(world, tmp_pat
     assert "would raise the expected accuracy by less than 1 points" in done.out
     assert profile["questions_still_useful"] == 0
     assert profile["expected_accuracy"] > profile["expected_accuracy_without_answers"]
-    assert len(profile["weights"]) == 3
-    ranked = [row["response"] for row in profile["ranking"]]
-    assert sorted(ranked) == sorted(r["response"] for r in rows(world["candidates"]))
-    assert "\x1b" not in done.out and ranked[0][:20] in done.out
+    assert "\x1b" not in done.out and profile["ranking"][0]["response"][:20] in done.out
     files = flags["basis"], flags["answers"], flags["candidates"]
     rank_responses.main(*files, save=tmp_path / "found.json", progress=False)
     found = json.loads((tmp_path / "found.json").read_text())  # the same from the same answers
@@ -98,11 +94,10 @@ def test_a_killed_session_goes_on_where_it_was(world, tmp_path, monkeypatch):
     process = running.start("tools/ask.py", flags)
     process.stdin.write("a\ns\nb\na\n")
     process.stdin.flush()
-    end = time.monotonic() + 120
     while len(rows(answers)) < 3:
-        assert process.poll() is None and time.monotonic() < end, process.stderr.read()
+        assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.communicate()
     assert not answers.with_suffix(".profile.json").exists()
     resumed = ask(monkeypatch, "b\na\na\nb\n\n", flags)
@@ -129,13 +124,11 @@ def test_a_basis_and_answers_that_do_not_do_are_one_line(world, model, tmp_path,
         ("answers", tmp_path / "ann.csv", "end its name in .jsonl"),
         ("answers", tmp_path / "no" / "ann.jsonl", "there is no folder"),
         ("profile", tmp_path / "ann.txt", "end its name in .json"),
-        ("basis", tmp_path / "none.safetensors", "no such basis file"),
         ("basis", world["pool"], "it is no basis file"),
         ("basis", make_basis(tmp_path, model, rank=1), "knows no differences between users"),
         ("basis", tmp_path / "flat.safetensors", "knows no differences between users"),
         ("pool", holds("same.jsonl", responses=["a", "a"]), "no two different responses"),
         ("pool", holds("empty.jsonl", chosen="a", rejected=""), "row 1: a response is empty"),
-        ("pool", holds("none.jsonl"), "row 1 has no column chosen"),
         ("candidates", world["pool"], "row 1 has no column response"),
         ("tolerance", -1, "--tolerance -1: "),
         ("port", 80, "--port is the page's"),
@@ -180,11 +173,11 @@ def drive(tab: Any, answers: Path) -> None:
     ):  # fmt: skip
         tab.wait(f"document.querySelector('h1')?.innerText.startsWith('Question {number}:')")
         for width in WIDTHS:  # it fits every screen
-            tab.resize(width)
+            screen = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600}
+            tab.tell("Emulation.setDeviceMetricsOverride", **screen)
             inside = "[document.documentElement.scrollWidth, innerWidth]"
             assert tab.value(inside) == [width, width]
-        found = "[...document.querySelectorAll('article p')].map(p => p.textContent)"
-        texts = tab.value(found)
+        texts = tab.value("[...document.querySelectorAll('article p')].map(p => p.textContent)")
         assert shown.setdefault(number, texts) == texts or number == 5  # after another answer to 4
         assert len(rows(answers)) == answered
         if what.startswith("click "):

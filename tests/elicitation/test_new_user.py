@@ -85,13 +85,10 @@ def run(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(folder, model, file, *read)
 
 
-def texts(seed: int, count: int) -> list[str]:
-    draw = np.random.default_rng(seed)
-    return [" ".join(draw.choice(WORDS, size)) for size in draw.integers(3, 18, count)]
-
-
-CANDIDATES = texts(1, 6)
-POOL = [(f"Q{i}", sorted(texts(2, 24)[2 * i : 2 * i + 2])) for i in range(12)]
+DRAW = np.random.default_rng(2)
+TEXTS = [" ".join(DRAW.choice(WORDS, size)) for size in DRAW.integers(3, 18, 30)]
+POOL = [(f"Q{i}", sorted(TEXTS[2 * i : 2 * i + 2])) for i in range(12)]
+CANDIDATES = TEXTS[24:]
 
 
 def same(run: Run, found: dict[str, Any], x: np.ndarray) -> None:

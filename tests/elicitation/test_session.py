@@ -184,9 +184,7 @@ def test_a_page_asks_on_and_an_answer_that_cannot_be_written_is_not_taken_for_on
         form = f"do={word}&question={key}".encode()
         return urllib.request.urlopen(said[1], form, timeout=60).read().decode()
 
-    def full_disk(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
+    full_disk = mock.Mock(side_effect=OSError(28, "No space left on device"))
     assert "Question 2: which is better?" in press("a", own.question().pair.key)
     key = own.question().pair.key
     with monkeypatch.context() as patched, pytest.raises(urllib.error.HTTPError) as refused:

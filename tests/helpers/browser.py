@@ -7,8 +7,10 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
@@ -16,15 +18,14 @@ FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
     "--disable-background-networking", "--disable-component-update",
 ]  # fmt: skip
-PATIENCE = 60  # seconds
 
 
 class Tab:
-    """One page, spoken to by the browser's debugging protocol: the browser reads commands from the
-    file descriptor ``said`` and writes answers to ``heard``."""
+    """One page, spoken to by the browser's debugging protocol: the browser reads commands from what
+    is ``said`` and writes answers to what is ``heard``."""
 
-    def __init__(self, said: int, heard: int) -> None:
-        self.said, self.heard, self.session, self.sent, self.rest = said, heard, {}, 0, b""
+    def __init__(self, said: BinaryIO, heard: BinaryIO) -> None:
+        self.said, self.heard, self.session, self.sent = said, heard, {}, 0
         target = self.tell("Target.createTarget", url="about:blank")
         self.session = self.tell("Target.attachToTarget", flatten=True, **target)
 
@@ -32,22 +33,13 @@ class Tab:
         """Send a command, and what came of it."""
         self.sent += 1
         command = {"id": self.sent, "method": method, "params": parameters, **self.session}
-        os.write(self.said, json.dumps(command).encode() + b"\0")
+        self.said.write(json.dumps(command).encode() + b"\0")
         message = {}
         while message.get("id") != self.sent:  # what it says else is of no interest
-            while b"\0" not in self.rest:
-                more = os.read(self.heard, 1 << 16)
-                assert more, "the browser is gone"
-                self.rest += more
-            line, self.rest = self.rest.split(b"\0", 1)
-            message = json.loads(line)
+            found = takewhile(lambda byte: byte != b"\0", iter(partial(self.heard.read, 1), b""))
+            message = json.loads(b"".join(found))
         assert "result" in message, message
         return message["result"]
-
-    def resize(self, width: int) -> None:
-        """Show the page on another screen."""
-        size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600}
-        self.tell("Emulation.setDeviceMetricsOverride", **size)
 
     def value(self, script: str) -> Any:
         """What a script on the page says."""
@@ -55,14 +47,10 @@ class Tab:
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
-    def wait(self, script: str) -> Any:
-        """What a script says once that is true; the page may change meanwhile."""
-        end = time.monotonic() + PATIENCE
-        while time.monotonic() < end:
-            if value := self.value(f"document.readyState === 'complete' && ({script})"):
-                return value
+    def wait(self, script: str) -> None:
+        """Until a script says what is true; the page may change meanwhile."""
+        while not self.value(f"document.readyState === 'complete' && ({script})"):
             time.sleep(0.05)
-        raise AssertionError(f"{script} is still false on: {self.value('document.body.innerText')}")
 
     def press(self, key: str) -> None:
         """Press a letter and let it go."""
@@ -83,10 +71,9 @@ def a_tab(profile: Path) -> Iterator[Tab]:
     )  # fmt: skip
     os.close(to_browser)
     os.close(from_browser)
-    try:
-        yield Tab(said, heard)
-    finally:
-        process.kill()
-        process.wait()
-        os.close(said)
-        os.close(heard)
+    with open(said, "wb", 0) as commands, open(heard, "rb") as answers:
+        try:
+            yield Tab(commands, answers)
+        finally:
+            process.kill()
+            process.wait()
