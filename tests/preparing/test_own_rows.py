@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_own_data import case
 
 import worlds
 from lore.common.files import InputError
@@ -16,7 +17,6 @@ from lore.preparing.raw import Cell
 from lore.preparing.tables import Funnel
 
 Rows = list[dict[str, Any]]
-CASES = Path(__file__).resolve().parents[3] / "shared" / "cases"
 
 
 def read(rows: Rows, **columns: Any) -> list[Choice]:
@@ -261,7 +261,6 @@ def test_one_name_and_one_prompt_serve_all_rows():
 
 
 def write(folder: Path, rows: Rows) -> Path:
-    """A file of rows."""
     worlds.write(folder / "rows.jsonl", rows)
     return folder / "rows.jsonl"
 
@@ -328,12 +327,6 @@ REFUSED = [
      {"first": "Input.poem1", "second": "Input.poem2", "winner": "Answer.taskAnswers"},
      "Answer.taskAnswers has values that are not understood"),
 ]  # fmt: skip
-
-
-def case(name: str) -> Path:
-    if not (CASES / name).exists():
-        pytest.skip(f"there is no {name}")
-    return CASES / name
 
 
 @pytest.mark.parametrize("name", COUNTS)

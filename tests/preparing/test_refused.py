@@ -7,7 +7,6 @@ import pytest
 
 import worlds
 from lore.common.files import InputError
-from lore.preparing.own_rows import Columns
 
 PLAIN = {name: {} if name == "PRISM" else {"embed": False} for name in worlds.SMALL}
 GONE = object()  # the row lacks the column
@@ -137,8 +136,6 @@ CASES: dict[tuple[str, str], list[tuple]] = {
         ({"timestamp": [1]}, "timestamp must be a number, not [1]"),
         ({"dialog": "d"}, "row 1 has no dialog, but ... row 3 has; fill it in everywhere or leave"),
         ({"split": "train"}, "row 1 has no split, but ... row 3 has; fill it in everywhere or lea"),
-        ({}, "row 1 has no column best, only user, prompt, chosen, rejected; --user says which one "
-         "holds it", {"columns": Columns(user="best")}),
         ({}, "row 1 has no column chosen_wide, which --extra wide reads", {"extra": ("wide",)}),
         *(({"chosen_n": value}, f"chosen_n must be a number, not {value!r}", {"extra": ("n",)})
           for value in ("long", [1])),

@@ -3,6 +3,7 @@
 import gzip
 import json
 from functools import partial
+from unittest import mock
 
 import pandas as pd
 import pyarrow as pa
@@ -166,10 +167,7 @@ def test_a_half_written_folder_is_not_prepared(tmp_path, monkeypatch):
     source = worlds.prism(tmp_path / "raw")
     worlds.prepare("PRISM", source, tmp_path / "data")
     whole = json.loads((tmp_path / "data" / "prepare.json").read_text())
-
-    def full(path, conversations):
-        raise OSError(28, "No space left on device")
-
+    full = mock.Mock(side_effect=OSError(28, "No space left on device"))
     with monkeypatch.context() as patch, pytest.raises(InputError, match="No space left"):
         patch.setattr(preparing, "_write_conversations", full)
         worlds.prepare("PRISM", source, tmp_path / "data")
