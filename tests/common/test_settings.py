@@ -139,15 +139,6 @@ def test_help_explains_each_flag_and_says_what_a_number_may_be(script):
     assert [kind.__name__ for kind in kinds if kind.__name__ not in text] == []
 
 
-def test_values_are_pythons_own():
-    words = "--ranks 1 2 --alpha 1e3 --seeds 4 --name x --rbd.strengths [[1,2]]"
-    read = flags_of(TRAIN).read([*words.split(), "--checkpoint-every", "7"])
-    values = [*read["lore"].ranks, *read["seeds"], read["checkpoint_every"], *read["lore"].alpha]
-    values += [read["name"], *read["rbd"].strengths[0]]
-    assert values == [1, 2, 4, 7, 1e3, "x", 1.0, 2.0]
-    assert [type(value) for value in values] == [int] * 4 + [float, str, float, float]
-
-
 WORDS = {
     "--rank 3": "there is no flag --rank; is it --ranks?",
     "--lore.rank 3": "there is no flag --lore.rank; is it --",
