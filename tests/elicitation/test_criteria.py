@@ -171,10 +171,7 @@ def test_a_shot_is_a_whole_dialogue_where_there_are_dialogues():
         assert all(i % 2 == 0 for i in row[::2])
 
 
-METHODS = Lore(ranks=(3,), iterations=50), PReF(rank=3, strengths=(1.0,))
-
-
-@pytest.mark.parametrize("method", METHODS, ids=("LoRe", "PReF"))
+@pytest.mark.parametrize("method", [Lore(ranks=(3,), iterations=50), PReF(3, strengths=(1.0,))])
 def test_methods_with_a_vector_for_each_user_can_choose_too(method):
     task = planted.task(users=8, shots=12, held_out=20, rank=2)
     fit = next(f for f in method.fit(task) if f.population() is not None)

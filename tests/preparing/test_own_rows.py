@@ -191,12 +191,10 @@ def test_a_text_of_another_file_than_a_table_stays_a_text():
     assert choice.rejected[0][-1]["content"] == "[1]"
 
 
-@pytest.mark.parametrize(
-    "cell", ["[{'role': 'user' 'x': open('f')}]", "[{'role': 'assistant', 'content': f()}]"]
-)
-def test_a_cell_that_begins_as_messages_must_be_some(cell):
-    with pytest.raises(InputError, match="row 1: chosen begins as messages .*JSON nor Python"):
-        structure(Cell(cell), "row 1", "chosen")
+def test_a_cell_that_begins_as_messages_must_be_some():
+    for cell in ("[{'role': 'user' 'x': open('f')}]", "[{'role': 'assistant', 'content': f()}]"):
+        with pytest.raises(InputError, match="row 1: chosen begins as messages .*JSON nor Python"):
+            structure(Cell(cell), "row 1", "chosen")
 
 
 @pytest.mark.parametrize(
