@@ -14,11 +14,20 @@ from lore.methods.fitting.posterior import Evidence, Prior
 from lore.methods.mixed_logit import MixedFit
 from lore.methods.saved import load_learned
 
+
+def talk(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
 CHATS = [
-    [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    talk(question, answer)
     for question in ("Why is the sky blue?", "Sing!")
     for answer in ("Light scatters.", "No idea, sorry", "La la la la la la la la")
 ]
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, atol: float = 1e-5) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=atol)
 
 
 def standard(K: int) -> Prior:

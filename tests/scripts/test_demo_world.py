@@ -50,8 +50,7 @@ def test_more_prompts_than_can_be_written_are_refused_before_anything_is_made(
     monkeypatch.setattr(world, "words", lambda: WORDS | {"topics": two})
     every = 2 * len(WORDS["questions"])
     assert len(world.write_prompts(every, np.random.default_rng(0))) == every
-    for train, head in ((every, 20), (120, 121)):
-        says = f"1 to {every}" if train == every else "at least as many --train-prompts"
+    for train, head, says in ((every, 20, f"1 to {every}"), (120, 121, "as many --train-prompts")):
         with pytest.raises(InputError, match=says):
             world.main(tmp_path / "world", tmp_path / "model", train, 1, head)
     assert not list(tmp_path.iterdir())

@@ -236,11 +236,10 @@ def test_own_forward_is_the_harness_and_the_reference_row(tmp_path, source, make
     for length, side in ((2048, "right"), (60, "right"), (60, "left")):
         settings = {"source": source, "model": model, "max_length": length, "batch_size": 3}
         out = tmp_path / f"{length}-{side}"
-        table = evaluate(out / "own", truncation_side=side, **settings)
-        row = evaluate(out / "head", truncation_side=side, mode="lmhead", **settings)
+        evaluate(out / "own", truncation_side=side, **settings)
+        evaluate(out / "head", truncation_side=side, mode="lmhead", **settings)
         (_, own), (_, head) = saved(out / "own", "model"), saved(out / "head", "reference")
         np.testing.assert_allclose(own, head, rtol=1e-4, atol=1e-4)
-        assert table.loc["model"].to_dict() == pytest.approx(row.loc["reference"].to_dict(), 1e-4)
         apart = np.abs(own - harness_logits(model, length)).max()
         assert apart < 1e-4 if side == "right" else apart > 0.01
 
@@ -343,10 +342,8 @@ class Harmful:
 
 BAD_HEADS = {  # message -> ending and what is wrong -> what the file holds
     "cannot be read": {
-        "npy garbage": b"junk", "pt garbage": b"garbage", "pt empty": b"",
-        "pt pickle of nothing": b"\x80\x02.", "pt pickled": Harmful(),
-        "npy pickled": np.array([Harmful()], dtype=object),
-        "npy that promises too much": np.ones(4, np.float32),
+        "npy empty": b"", "pt garbage": b"garbage", "safetensors garbage": b"{" * 9,
+        "pt pickled": Harmful(), "npy pickled": np.array([Harmful()], dtype=object),
     },
     "a head is one tensor of shape": {
         "npy three dimensions": np.ones((2, 3, 4)), "pt list": [ONES], "pt nest": {"a": {"b": ONES}}
@@ -358,8 +355,7 @@ BAD_HEADS = {  # message -> ending and what is wrong -> what the file holds
     "not finite": {"npy NaN": np.array([1, np.nan]), "pt infinite": ONES / 0},
     "no such head file": {"npy missing": None},
     "one of .npy, .pt, .safetensors": {"bin": b""},
-    "choose one of 1, 2 with --head_k": {"pt names that are numbers": {1: ONES, 2: ONES}},
-    "choose one of None, b with --head_key": {"pt no names": {None: ONES, "b": ONES}},
+    "choose one of 1, None with --head_key": {"pt names of other kinds": {1: ONES, None: ONES}},
     "--head_key": {"pt nothing": {}},
 }  # fmt: skip
 
@@ -373,9 +369,6 @@ def test_what_is_no_plain_head_is_named_in_one_line_and_never_unpickled(
         path = tmp_path / f"head.{what.split()[0]}"
         if value is not None:
             write(path, value)
-        if "promises" in what:
-            long = b"(1000000000000,), }"
-            path.write_bytes(path.read_bytes().replace(b"(4,), }" + 12 * b" ", long))
         with pytest.raises(InputError, match=f"{path.name}: .*{says}") as error:
             rb2.read_head(str(path))
         assert "\n" not in str(error.value) and not Path("trace").exists(), what

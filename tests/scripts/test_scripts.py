@@ -4,7 +4,6 @@ import contextlib
 import functools
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -154,15 +153,6 @@ def test_vary_fewshot_prints_what_it_saves(finished, name):
     assert set(lines["control"]) == {"", *CONTROLS}
 
 
-@pytest.mark.usefixtures("no_plots")
-def test_the_same_command_shows_the_same_run_again(finished, dataset, tmp_path):
-    run = finished("PRISM", "train_basis")
-    copy = shutil.copytree(run.folder.parents[1], tmp_path / "results")
-    where = {"data": dataset("PRISM").data, "results": copy, "run": "here"}
-    again = running.invoke("PRISM/train_basis.py", {**where, **TRAIN["PRISM"], **QUICK})
-    assert again.out == run.outcome.out.replace(str(run.folder.parents[1]), str(copy))
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_plots")
 def test_two_repeats_of_a_command_give_the_same_results(finished, dataset, tmp_path):
@@ -188,12 +178,3 @@ def test_settings_can_be_written_down_and_read_back(tmp_path):
     (tmp_path / "config.yaml").write_text(first.out)
     again = running.invoke(script, {"config": tmp_path / "config.yaml"}, "--print_config")
     assert again.out == first.out and "1.5" in first.out
-
-
-@pytest.mark.parametrize("script", [s for s in SCRIPTS if s.endswith(("_basis.py", "shot.py"))])
-def test_an_unprepared_folder_is_refused(script, tmp_path):
-    outcome = running.invoke(script, {"data": tmp_path / "nothing"})
-    line = outcome.err.strip().splitlines()[-1]
-    assert outcome.status == 2 and line.startswith(f"error: {tmp_path / 'nothing'}")
-    assert "prepare.py" in line and "Traceback" not in outcome.err
-    assert "Results" not in outcome.out

@@ -25,7 +25,7 @@ from lore.experiments.results import read_results
 from lore.learning.basis import load_basis, save_basis
 from lore.methods.ridge_bt import SharedFit
 from lore.methods.saved import load_learned
-from made_bases import CHATS, embed, make_basis, make_mixed, stock_rewards
+from made_bases import CHATS, close, embed, make_basis, make_mixed, stock_rewards
 from tools import export
 
 
@@ -73,10 +73,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Made]:
 @pytest.fixture
 def llama(made) -> Made:
     return made("llama")
-
-
-def close(found: Tensor, expected: Tensor, atol: float = 1e-5) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=atol)
 
 
 def config_of(folder: Path) -> dict[str, Any]:

@@ -16,13 +16,8 @@ from lore.elicitation.choices import read_candidates, read_user_choices
 from lore.elicitation.user import User, agreement, load_fit
 from lore.learning.basis import load_basis, save_basis
 from lore.preparing.own_rows import Columns
-from made_bases import embed, make_basis, make_mixed, stock_rewards, write_lines
+from made_bases import embed, make_basis, make_mixed, stock_rewards, talk, write_lines
 from tools import export, rank_responses
-from utils import PersonalizeBatch
-
-
-def talk(question: str, answer: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 @pytest.fixture(scope="module")
@@ -107,23 +102,6 @@ def test_files_are_taken_by_their_names_and_ranked_within_a_prompt(world, model,
 # --------------------------------------------------------------------- Leave one out
 
 
-@pytest.mark.slow
-def test_leave_one_out_is_the_fit_without_each_choice(tmp_path):
-    fit = load_fit(make_basis(tmp_path, None)).fit
-    Z = 100 * torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
-    draws, odds = torch.Generator().manual_seed(3), []
-    for i in range(5):
-        plain = PersonalizeBatch(1, 3, 3, 500, 0.1)
-        plain.logits = torch.randn(1, 3, generator=draws)  # user by user
-        w = plain.train([torch.cat([Z[:i], Z[i + 1 :]])], torch.eye(3))[0]
-        odds.append((Z[i] @ w).item() / 100)
-    left_out = User(fit, Z, seed=3).leave_one_out(torch.arange(5))
-    assert left_out.tolist() == pytest.approx(odds, rel=1e-4)
-    line = agreement(left_out)
-    assert f"leave-one-out: {sum(x > 0 for x in odds)} of 5 " in line
-    assert f"{sum(math.log1p(math.exp(-x)) for x in odds) / 5:.3f}" in line
-
-
 @pytest.mark.parametrize(("make", "size"), [(make_basis, 100), (make_mixed, 1)])
 def test_what_is_left_out_is_a_whole_row_with_all_its_pairs(tmp_path, make, size):
     fit = load_fit(make(tmp_path, None)).fit
@@ -163,15 +141,14 @@ def test_choices_that_are_not_clear_are_named(tmp_path, rows, message):
 def test_a_row_may_name_several_responses_and_columns_may_have_other_names(world, tmp_path, capsys):
     row = {"ask": "Which?", "chosen": ["a", "b"], "rejected": ["c", "d"]}
     file, columns = write_lines(tmp_path / "rows.jsonl", [row]), Columns(prompt="ask")
-    chosen, rejected, number, weight = read_user_choices(file, columns)
+    chosen, _, number, weight = read_user_choices(file, columns)
     assert chosen == [talk("Which?", text) for text in "aabb"]
-    assert rejected == [talk("Which?", text) for text in "cdcd"]
     assert number.tolist() == [0] * 4 and weight.tolist() == [0.25] * 4
-    (tmp_path / "drafts.csv").write_text('ask,response\nWhich?,"[""e"", ""f""]"\n')
-    drafts = read_candidates(tmp_path / "drafts.csv", columns)
-    assert drafts == [talk("Which?", text) for text in "ef"]
+    drafts = tmp_path / "drafts.csv"
+    drafts.write_text('ask,response\nWhich?,"[""e"", ""f""]"\n')
+    assert read_candidates(drafts, columns) == [talk("Which?", text) for text in "ef"]
     write_lines(file, [row | {"ask": f"{i}?", "user": i % 2 * "al"} for i in range(3)])
-    given = {"choices": file, "candidates": tmp_path / "drafts.csv", "columns": columns}
+    given = {"choices": file, "candidates": drafts, "columns": columns}
     rank_responses.main(**world[0] | given, progress=False)
     assert "of 12 choices predicted from the other rows" in capsys.readouterr().out
 

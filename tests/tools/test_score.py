@@ -12,7 +12,7 @@ from lore.common.files import InputError
 from lore.embeddings.reward_model import render_text
 from lore.learning.basis import load_basis, save_basis
 from lore.methods.saved import load_learned
-from made_bases import CHATS, embed, make_basis, make_mixed, scorer_of, write_lines
+from made_bases import CHATS, close, embed, make_basis, make_mixed, scorer_of, write_lines
 
 
 @pytest.fixture(scope="module")
@@ -21,10 +21,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("world")
     model = models.tiny_qwen(folder / "model")
     return model, make_mixed(folder, model, known=True)
-
-
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_rewards_and_deviations_are_the_equations(world, tmp_path):
@@ -40,9 +36,9 @@ def test_rewards_and_deviations_are_the_equations(world, tmp_path):
         rewards, deviations = scorer.score(found, user)
         if user in states:
             mean = fit.scale * (rows @ fit.mu + rows @ fit.directions @ states[user].double())
-            close(rewards, mean.float())
+            close(rewards, mean.float(), 1e-4)
         expected = torch.stack([(row @ cov.double() @ row).sqrt() for row in z])
-        close(deviations, expected.float())
+        close(deviations, expected.float(), 1e-4)
 
 
 def test_a_text_is_scored_as_its_conversation_whatever_was_stripped_from_its_end(world):
@@ -63,7 +59,7 @@ def test_a_llamas_text_has_one_bos_and_a_long_one_keeps_it_and_its_end(model, tm
     torch.testing.assert_close(rows[1:], rows[:1].expand(2, -1))
     ids = scorer.tokenizer(text, add_special_tokens=False)["input_ids"]
     cut = torch.tensor([ids[:1] + ids[-19:]])
-    close(rows[0], scorer.engine.model.base_model(cut).last_hidden_state[0, -1])
+    close(rows[0], scorer.engine.model.base_model(cut).last_hidden_state[0, -1], 1e-4)
 
 
 def test_a_basis_has_weights_and_no_deviations(model, tmp_path):
@@ -73,7 +69,7 @@ def test_a_basis_has_weights_and_no_deviations(model, tmp_path):
     save_basis(path, learned)
     scorer = scorer_of(path)
     rewards, deviations = scorer.score(scorer.embed(CHATS), "17")
-    close(rewards, (rows - rows.mean(0)) @ learned.V @ learned.W[1] / 100)
+    close(rewards, (rows - rows.mean(0)) @ learned.V @ learned.W[1] / 100, 1e-4)
     assert deviations is None
 
 
