@@ -34,7 +34,6 @@ from lore.learning.basis import load_basis
 from lore.learning.comparisons import Comparisons, draw_shots
 from lore.learning.method import Fitted, Task
 from lore.methods import lore as lore_method
-from lore.methods.baselines import BradleyTerry, Own
 from lore.methods.fitting.validation import Validation, hold_out
 from lore.methods.lore import Lore
 from lore.preparing import tables as preparing
@@ -430,18 +429,15 @@ def test_a_sweep_shuffles_labels_and_then_draws_the_same_shots(task):
 def test_more_shots_tell_tastes_apart(world, tmp_path):
     people.vary_fewshot(world.tasks(), settings(tmp_path), [0, 1, 3, 8], 2)
     folder = tmp_path / "planted" / "here"
-    unseen = {key: r for key, r in records(folder).items() if key[2] == "unseen"}
-    mean = {(la, control, n): np.mean(r["accuracy"]) for (la, control, _, n), r in unseen.items()}
-    lore, own = (
-        [mean[label, "", n] for n in (0, 1, 3, 8) if (label, "", n) in mean]
-        for label in ("LoRe K=2", "own model")
+    found = records(folder)
+    lore, *alike = (
+        [np.mean(found[label, control, "unseen", n]["accuracy"]) for n in (0, 1, 3, 8)]
+        for label, control in (("LoRe K=2", ""), ("LoRe K=2", "population"), ("BT", ""))
     )
-    assert lore[-1] > max(0.85, lore[0]) and own[-1] > own[0] and len(own) == 3
-    for control in ("population", "another", "shuffled"):
-        assert lore[-1] - mean["LoRe K=2", control, 8] > 0.15
-    for key in (("LoRe K=2", "population"), ("BT", ""), ("reference", "")):
-        assert len({mean[(*key, n)] for n in (0, 1, 3, 8)}) == 1
-    assert all(len(r["trials"]) == 1 for (label, *_), r in unseen.items() if label == "own model")
+    assert lore[-1] > max(0.85, lore[0], *np.add(alike, 0.15).flat)
+    assert all(len(set(means)) == 1 for means in alike)
+    own = {n: r["trials"] for (label, _, _, n), r in found.items() if label == "own model"}
+    assert list(own) == [1, 3, 8] and all(len(trials) == 1 for trials in own.values())
     about = saved(folder)["settings"]
     assert (about["shots"], about["trials"], about["unit"]) == ([0, 1, 3, 8], 2, "dialogues")
 
@@ -576,23 +572,22 @@ def test_without_a_name_other_settings_have_another_folder(four, tmp_path):
 @pytest.fixture
 def made(monkeypatch) -> list[tuple[int, str]]:
     """Seed and method of every fit, in turn; that of LoRe at seed 1 is interrupted once."""
-    fits, stopped = [], []
+    fits, stop, fit = [], {(1, "Lore")}, experiments.Timed.fit
 
-    def watched(name: str, fit: Any, method: Any, task: Task) -> list[Fitted]:
-        fits.append((task.seed, name))
-        if fits[-1] == (1, "lore") and not stopped:
-            stopped.append(True)
+    def watched(timed: experiments.Timed, task: Task) -> list[Fitted]:
+        fits.append((task.seed, type(timed.method).__name__))
+        if fits[-1] in stop:
+            stop.clear()
             raise KeyboardInterrupt
-        return fit(method, task)
+        return fit(timed, task)
 
-    for name, method in (("bt", BradleyTerry), ("own", Own), ("lore", Lore)):
-        monkeypatch.setattr(method, "fit", lambda *given, w=(name, method.fit): watched(*w, *given))
+    monkeypatch.setattr(experiments.Timed, "fit", watched)
     return fits
 
 
 def test_finished_methods_and_repeats_are_kept_and_the_missing_ones_fitted(four, tmp_path, made):
     given = {"estimator": "lore_regularized", "alpha": (0.0, 10.0)}
-    names = ("bt", "own", "lore")
+    *always, lore = names = ["Reference", "BradleyTerry", "Own", "RidgeBT", "Lore"]
 
     def run(folder: str, **changes: Any) -> tuple[Path, list[tuple[int, str]]]:
         made.clear()
@@ -603,13 +598,12 @@ def test_finished_methods_and_repeats_are_kept_and_the_missing_ones_fitted(four,
     assert made == [(seed, name) for seed in (0, 1) for name in names]
     whole, _ = run("whole", seeds=(0, 1))
     part, fitted = run("part", seeds=(0, 1))
-    assert fitted == [(1, "lore")] and repeats(part) == repeats(whole)
+    assert fitted == [(1, lore)] and repeats(part) == repeats(whole)
     assert run("part", seeds=(0, 1)) == (part, [])
     assert sorted(p.name for p in part.iterdir()) == sorted(p.name for p in whole.iterdir())
     later, fitted = run("later", methods=())
-    assert fitted == [(0, "bt"), (0, "own")]
-    assert not any(key[0].startswith("LoRe") for key in records(later))
-    assert run("later") == (later, [(0, "lore")])
+    assert fitted == [(0, name) for name in always]
+    assert run("later") == (later, [(0, lore)])
     assert run("later", seeds=(0, 1)) == (later, [(1, name) for name in names])
     for one, other in zip(repeats(later), repeats(whole), strict=True):
         for name, method in other["methods"].items():
@@ -655,7 +649,7 @@ def small_disk(size: int) -> Iterator[None]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [100, 2_500, 20_000])
+@pytest.mark.parametrize("size", [100, 2_500, 5_000, 20_000])
 def test_a_full_disk_loses_nothing(four, of_four, tmp_path, monkeypatch, size):
     monkeypatch.setattr(reports, "write_plots", lambda *_: [])
     monkeypatch.setattr(experiments, "report", reports.report)
@@ -690,22 +684,17 @@ def killed(world: People, results: Path, **changes: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("given", [REGULARIZED, {**QUICK, "alpha": (0.1,)}])
-def test_a_killed_training_goes_on_wherever_it_computes(
-    world, tmp_path, monkeypatch, caplog, given
-):
+def test_a_killed_training_goes_on_from_disk_in_parts(world, tmp_path, monkeypatch, caplog, given):
     """To the bit where nothing else changes, see test_killed.py."""
     _, whole = fit(world, tmp_path / "whole", **given)
-    for way in ("in other parts", "streamed"):
-        killed(world, tmp_path / way, **given)
-        monkeypatch.setattr(comparisons, "PART_BYTES", 8 * 4 * 50)
-        with caplog.at_level("INFO"):
-            _, folder = fit(world, tmp_path / way, stream=way == "streamed", **given)
-        assert "going on from step 15" in caplog.text and not list(folder.glob("state-*"))
-        caplog.clear()
-        for name in ("basis-K02.safetensors", "basis-K03.safetensors"):
-            one, other = (load_basis(f / name) for f in (folder, whole))
-            torch.testing.assert_close((one.V, one.W), (other.V, other.W), rtol=1e-3, atol=1e-3)
-        monkeypatch.undo()
+    killed(world, tmp_path / "killed", **given)
+    monkeypatch.setattr(comparisons, "PART_BYTES", 8 * 4 * 50)
+    with caplog.at_level("INFO"):
+        _, folder = fit(world, tmp_path / "killed", stream=True, **given)
+    assert "going on from step 15" in caplog.text and not list(folder.glob("state-*"))
+    for name in ("basis-K02.safetensors", "basis-K03.safetensors"):
+        one, other = (load_basis(f / name) for f in (folder, whole))
+        torch.testing.assert_close((one.V, one.W), (other.V, other.W), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("changed", ["settings", "data"])
