@@ -21,11 +21,8 @@ STRENGTHS = {"floor": 0.01, "l_mu": 0.3, "tau2": 3.0, "pi": 10.0}
 def test_it_has_150_lines_and_imports_the_readers_alone():
     lines = (running.ROOT / FILE).read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 150
-    ours = [line for line in lines if line.startswith(("from lore", "import lore"))]
-    assert ours == [
-        "from lore.embeddings.store import Store",
-        "from lore.preparing.tables import read_comparisons",
-    ]
+    ours = [line.split()[1] for line in lines if line.startswith(("from lore", "import lore"))]
+    assert ours == ["lore.embeddings.store", "lore.preparing.tables"]
 
 
 @pytest.mark.slow

@@ -43,12 +43,8 @@ def test_tables_have_the_raw_schema_and_depend_on_the_seed():
     assert np.isfinite(scores_of(table)).all()
 
 
-def test_more_prompts_than_can_be_written_are_refused_before_anything_is_made(
-    tmp_path, monkeypatch
-):
-    two = dict([*WORDS["topics"].items()][:2])
-    monkeypatch.setattr(world, "words", lambda: WORDS | {"topics": two})
-    every = 2 * len(WORDS["questions"])
+def test_more_prompts_than_can_be_written_are_refused_before_anything_is_made(tmp_path):
+    every = len(WORDS["topics"]) * len(WORDS["questions"])
     assert len(world.write_prompts(every, np.random.default_rng(0))) == every
     for train, head, says in ((every, 20, f"1 to {every}"), (120, 121, "as many --train-prompts")):
         with pytest.raises(InputError, match=says):

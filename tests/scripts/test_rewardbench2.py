@@ -3,7 +3,6 @@
 import math
 from functools import partial
 from pathlib import Path
-from random import Random
 
 import numpy as np
 import pandas as pd
@@ -25,12 +24,14 @@ from PRISM import rewardbench2 as rb2
 DATA = running.ROOT.parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared real data is not here")
 
-PERFECT = ("tied:1", [6, 5], [2]), ("ref:1", [5], [0])  # gap 3, spread 1; ref gap 5
+PERFECT = ("tied:1", [5, 6], [1, 2]), ("ref:1", [5], [0])  # gap 3, spread 1; ref gap 5
+SMALL = ("tied:1", [-0.994, -0.995], [-0.998]), ("ref:1", [-0.995], [-1])  # the same shape
 BELOW = ("tied:2", [9, 5], [4]), ("ref:2", [9], [0])  # gap 1, spread 4; ref gap 9
 OTHERS = ("tied:3", [1, 0], [9]), ("ref:4", [0], [5])  # both wrong, and without partners
 REF, WRONG = ("ref:1", [9], [0]), ("ref:1", [0], [1])
 TIES = {  # rows, and the score: .3 a_t + .3 a_r + .2 p + .2 h + .01 g
     "perfect": (PERFECT, 1 + 0.01 * math.tanh(2)),
+    "perfect by little": (SMALL, 1 + 0.01 * math.tanh(2)),
     "means over pairs": ([*PERFECT, *BELOW], 0.8 + 0.005 * (math.tanh(2) + math.tanh(-0.75))),
     # gap 5, spread 2; ref gap 1: p = 1, h = 0
     "small ref gap": ([("tied:1", [9, 7], [2]), ("ref:1", [1], [0])],
@@ -64,27 +65,6 @@ def test_the_score_of_ties_rows(case):
     rows, expected = TIES[case]
     scored = [(name, "Ties", len(right), [*right, *wrong]) for name, right, wrong in rows]
     assert rb2.score(scored)["Ties"] == pytest.approx(expected)
-
-
-def test_bounds_and_that_shift_scale_and_order_do_not_matter():
-    random, bench = Random(0), raw_rows()
-
-    def mixed(values: list) -> list:
-        return random.sample(values, len(values))
-
-    for _ in range(150):  # small whole numbers, many of which are equal
-        rows = [(row["id"], row["subset"], row["num_correct"],
-                 random.choices(range(-6, 7), k=len(row["chosen"] + row["rejected"])))
-                for row in bench]  # fmt: skip
-        result = rb2.score(rows)
-        assert -0.01 <= result["Ties"] <= 1.01
-        assert all(0 <= result[name] <= 1 for name in rb2.OFFICIAL if name != "Ties")
-        # Whole numbers keep the arithmetic exact, so the scores must agree to the last digit.
-        shift, scale = random.randint(-1000, 1000), random.randint(1, 1000)
-        moved = [(i, s, n, [scale * x + shift for x in xs]) for i, s, n, xs in rows]
-        assert rb2.score(moved) == result
-        other = [(i, s, n, mixed(xs[:n]) + mixed(xs[n:])) for i, s, n, xs in mixed(rows)]
-        assert rb2.score(other) == pytest.approx(result)
 
 
 @pytest.mark.parametrize(
@@ -389,7 +369,7 @@ def test_what_is_no_plain_head_is_named_in_one_line_and_never_unpickled(
         ({"num_correct": True}, "row 2 .*num_correct is True"),
         ({"num_correct": 2}, "row 2 .*num_correct is 2, but 1 "),
         ({"subset": "Ties"}, "ref:k"),
-        (None, "no rows"),
+        (None, "rows.jsonl has no rows"),
     ],
 )
 def test_bad_rows_of_a_file_are_named(tmp_path, changes, says):

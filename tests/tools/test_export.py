@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -174,9 +175,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_others_made(llama, tmp_path, mo
     (tmp_path / "out.part").mkdir()
     (tmp_path / "out.part" / "thesis.tex").write_text("mine")
 
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
+    full = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
     monkeypatch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", full)
     with pytest.raises(InputError, match="--out .*No space left on device"):
         export.main(llama.basis, tmp_path / "out")

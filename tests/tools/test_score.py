@@ -10,7 +10,6 @@ import models
 import running
 from lore.common.files import InputError
 from lore.embeddings.reward_model import render_text
-from lore.learning.basis import load_basis, save_basis
 from lore.methods.saved import load_learned
 from made_bases import CHATS, close, embed, make_basis, make_mixed, scorer_of, write_lines
 
@@ -60,17 +59,6 @@ def test_a_llamas_text_has_one_bos_and_a_long_one_keeps_it_and_its_end(model, tm
     ids = scorer.tokenizer(text, add_special_tokens=False)["input_ids"]
     cut = torch.tensor([ids[:1] + ids[-19:]])
     close(rows[0], scorer.engine.model.base_model(cut).last_hidden_state[0, -1], 1e-4)
-
-
-def test_a_basis_has_weights_and_no_deviations(model, tmp_path):
-    path, rows = make_basis(tmp_path, model), embed(model, tmp_path / "rows")
-    learned = load_basis(path)
-    learned.center = rows.mean(0)
-    save_basis(path, learned)
-    scorer = scorer_of(path)
-    rewards, deviations = scorer.score(scorer.embed(CHATS), "17")
-    close(rewards, (rows - rows.mean(0)) @ learned.V @ learned.W[1] / 100, 1e-4)
-    assert deviations is None
 
 
 def test_the_command_ranks_within_a_prompt_for_every_user(world, tmp_path):
