@@ -56,6 +56,7 @@ def test_a_llamas_text_has_one_bos_and_a_long_one_keeps_it_and_its_end(model, tm
     text = render_text(scorer.tokenizer, CHATS[0])
     rows = scorer.embed([CHATS[0], text, text.removeprefix("<|begin_of_text|>")])
     torch.testing.assert_close(rows[1:], rows[:1].expand(2, -1))
+    assert scorer.score(rows)[1] is None  # a basis does not say how sure it is
     ids = scorer.tokenizer(text, add_special_tokens=False)["input_ids"]
     cut = torch.tensor([ids[:1] + ids[-19:]])
     close(rows[0], scorer.engine.model.base_model(cut).last_hidden_state[0, -1], 1e-4)
