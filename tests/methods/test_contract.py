@@ -97,7 +97,6 @@ def test_every_method_is_held_to_this_and_has_as_many_configurations_to_try():
 
 
 def test_a_fit_says_what_it_is(fit: Fitted, task: Task):
-    assert fit.label
     assert fit.label.endswith("faithful") == (fit.settings.get("setting") == "faithful")
     assert fit.users.shape == (task.train.num_users, len(fit.population_state))
     about = fit.describe()
@@ -108,12 +107,15 @@ def test_a_fit_says_what_it_is(fit: Fitted, task: Task):
         assert "faithful" in fit.label or about["losses"][-1] < about["losses"][0]
 
 
-def test_own_state_beats_the_populations_and_anothers(fit: Fitted, task: Task):
+def test_own_state_beats_the_populations_and_that_beats_a_coin(fit: Fitted, task: Task):
+    average = fit.population_state.expand(40, -1)
+    if "faithful" not in fit.label or fit.label.startswith("PReF"):  # others learn too little
+        assert accuracy(fit, task.unseen, average) > 0.6
     if not fit.personal or "faithful" in fit.label or fit.label == "PEBS":
         pytest.skip("nothing personal that so few steps, or accuracy, could show")
     for data, own in ((task.seen, fit.users), (task.unseen, adapted(fit, task.few))):
         mine = accuracy(fit, data, own)
-        assert mine > accuracy(fit, data, fit.population_state.expand_as(own)) + 0.02
+        assert mine > accuracy(fit, data, average) + 0.02
         assert mine > accuracy(fit, data, own.roll(1, 0)) + 0.02
 
 
@@ -307,11 +309,3 @@ def test_a_new_method_appears_in_sweeps(settings: Any, tmp_path: Path):
     own = frame[(frame.label == "toy") & frame.control.isna() & (frame.set == "unseen")]
     assert own.shots.tolist() == [0, 2, 8]
     assert any(line.startswith("- toy, unseen users") for line in text.splitlines())
-
-
-@pytest.mark.usefixtures("no_plots")
-def test_an_added_method_is_all_that_is_fitted(settings: Any, monkeypatch: pytest.MonkeyPatch):
-    people.train_basis(made(), dataclasses.replace(settings, methods=("lore",)))
-    for name in ("fit", "fit_shared"):
-        monkeypatch.setattr(methods.METHODS["lore"], name, None)  # is not called again
-    assert "| toy " in people.train_basis(made(), settings)

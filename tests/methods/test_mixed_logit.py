@@ -236,17 +236,6 @@ def test_weak_priors_leave_each_user_the_own_fit() -> None:
         torch.testing.assert_close(fit.reward(fit.users[u]), direction, atol=0, rtol=0.01)
 
 
-def test_features_from_disk_give_the_same() -> None:
-    data, _ = world(users=10)
-    table = torch.cat([data.features.x, torch.zeros(1, 6).double()])
-    rows = torch.arange(len(data))
-    streamed = RowFeatures(lambda i: table[i].float(), 6, rows, torch.full_like(rows, len(data)))
-    disk = Comparisons(streamed, [30] * 10, names=data.names)
-    method = MixedLogit(floor=0.1, l_mu=0.5, tau2=1.0, pi=3.0)
-    logits = [own(method.fit(task(disk, stream=stream))[0], disk) for stream in (True, False)]
-    torch.testing.assert_close(logits[0].sigmoid(), logits[1].sigmoid(), atol=1e-6, rtol=0)
-
-
 def test_a_file_gives_back_rewards_by_name(tmp_path: Path) -> None:
     data, _ = world(users=10)
     fit = given(data)

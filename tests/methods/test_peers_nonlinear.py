@@ -104,8 +104,8 @@ def test_a_published_budget_is_spent_whole(setting, passes, monkeypatch) -> None
         monkeypatch.setattr(networks, name, value)
     method = pal.PAL(setting, prototypes=(2,), width=4, epochs=4)
     task = planted("pal")
-    fit = method.train(task.train, hold_out(task.train, 0), 2, task)
-    assert len(fit.losses) == passes * math.ceil(len(task.train) / fit.batch)
+    fit = method.train(task.few, hold_out(task.few, 0), 2, task)
+    assert len(fit.losses) == passes * math.ceil(len(task.few) / fit.batch)
 
 
 def test_linear_pal_with_squared_distances_is_lore_plus_a_quadratic_of_all_users() -> None:
