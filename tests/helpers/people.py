@@ -4,6 +4,7 @@ Every third comparison or so weighs half or double, and every dialogue has three
 """
 
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,29 +74,25 @@ def planted(users: int = 12, dialogues: int = 16, F: int = 8) -> People:
     rng = np.random.default_rng(3)
     taste, rows = rng.standard_normal(F), []
     x = 20 * rng.standard_normal((users * dialogues * 6, F))
-    for user in range(users):
-        for dialog in range(dialogues):
-            for turn in range(3):
-                first = 2 * len(rows)
-                liked = (x[first] - x[first + 1]) @ taste * (-1) ** user
-                chosen, rejected = (first, first + 1) if liked > 0 else (first + 1, first)
-                rows.append({
-                    "user_id": f"p{user:02d}", "split": "train" if dialog % 2 else "test",
-                    "seen": user % 4 < 2, "dialog_id": f"d{user}.{dialog}", "turn": turn,
-                    "chosen": chosen, "rejected": rejected, "weight": rng.choice([0.5, 1, 2]),
-                })  # fmt: skip
+    for user, dialog, turn in product(range(users), range(dialogues), range(3)):
+        first = 2 * len(rows)
+        liked = (x[first] - x[first + 1]) @ taste * (-1) ** user
+        chosen, rejected = (first, first + 1) if liked > 0 else (first + 1, first)
+        rows.append({
+            "user_id": f"p{user:02d}", "split": "train" if dialog % 2 else "test",
+            "seen": user % 4 < 2, "dialog_id": f"d{user}.{dialog}", "turn": turn,
+            "chosen": chosen, "rejected": rejected, "weight": rng.choice([0.5, 1, 2]),
+        })  # fmt: skip
     head = torch.from_numpy(taste + rng.standard_normal(F)).float()
     info = {"dataset": "planted", "data_sha256": "1" * 64}
     return People(info, Rows(torch.from_numpy(x).float(), head), pd.DataFrame(rows))
 
 
-LORE = set(Lore.__dataclass_fields__)
-
-
 def settings(results: Path, **changes: Any) -> Settings:
     """Settings of a quick run of rank 2, in which ridge BT chooses nothing; changes of LoRe's go to
     LoRe."""
-    lore = {"ranks": (2,), **QUICK, **{k: changes.pop(k) for k in LORE & changes.keys()}}
+    lore = {"ranks": (2,), **QUICK}
+    lore |= {k: changes.pop(k) for k in Lore.__dataclass_fields__ if k in changes}
     given = {"results": results, "name": "here", "progress": False, "device": "cpu"}
     given |= {"lore": Lore(**lore), "ridge_bt": RidgeBT(strength=1.0)}
     return Settings(**given | changes)
