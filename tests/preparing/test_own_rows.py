@@ -124,6 +124,7 @@ NAMED = [{**TWO, "best": "AB"[i % 2]} for i in range(8)]  # names of responses a
         ({**TWO, "preferred": "A"}, {"chosen": "response_a", "rejected": "response_b"},
          "no flag uses the column preferred; .* --winner preferred, else --winner none"),
         ({**TWO, "preferred": "A"}, {"winner": "best"}, "row 1 has no column best, only user"),
+        (PAIR, {"user": "best"}, "row 1 has no column best, only user, prompt, .*; --user says"),
         ({**PAIR, "label": "safe"}, {}, "no flag uses the column label"))),
     (NAMED, {"chosen": "best", "rejected": "response_b"},
      "t.jsonl: best holds nothing but A, B, which are no responses"),
