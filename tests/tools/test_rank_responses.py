@@ -105,6 +105,9 @@ def test_what_is_left_out_is_a_whole_row_with_all_its_pairs(tmp_path, make, size
     for i in range(3):
         expected = User(fit, Z[row != i], weight[row != i]).rewards(Z[row == i])
         torch.testing.assert_close(left_out[row == i], expected, rtol=0.01, atol=0.005)
+    right, loss = int((left_out > 0).sum()), np.log1p(np.exp(-left_out.numpy())).mean()
+    said = f"leave-one-out: {right} of 9 choices predicted from the other rows, log loss {loss:.3f}"
+    assert said in agreement(left_out) and 0 < right < 9
     one_row = User(fit, Z[:3]).leave_one_out(row[:3])  # nothing else to learn from
     assert "needs two rows" in agreement(one_row)
 
