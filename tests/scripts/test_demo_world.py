@@ -174,7 +174,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_stock_transformers_read_a_checkpoint_and_the_first_layers_of_one(checkpoint, tmp_path):
-    assert [path.name for path in checkpoint.parent.iterdir()] == ["model"]
     head = torch.linspace(-1, 1, 576)
     smollm2.save_head(checkpoint, head)
     assert smollm2.reward_model(checkpoint) == checkpoint
