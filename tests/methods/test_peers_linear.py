@@ -319,6 +319,12 @@ def test_shrunk_slopes_are_the_closed_form_written_user_by_user():
         assert found[u] == pytest.approx(0.9 + float(away if u != 2 else 0), rel=1e-9)
 
 
+def test_slopes_are_measured_on_comparisons_that_the_reward_has_not_seen():
+    """As the reward was fitted to them itself, it would seem just sure enough, a slope of 1."""
+    (fit,) = PEBS(strengths=(1e-3,)).fit(planted(tastes(9, apart=0.0), 10, 10))
+    assert float(fit.population_state) < 0.6
+
+
 @pytest.mark.parametrize(("spread", "least", "most"), [(0.0, 0, 0.03), (0.4, 0.08, 0.24)])
 def test_the_prior_finds_the_planted_variance_of_slopes(spread, least, most):
     slope, x = 1 + spread * torch.randn(800, 1).double(), torch.randn(800, 60).double()

@@ -105,9 +105,9 @@ def test_what_is_held_out_has_the_kinds_of_the_test(asked, size):
         new = split.new
         assert not set(new.few.names) & set(split.fit.names)
         if asked is ALL_NEW:
-            fitted = set(split.fit.features.index.tolist())
-            assert not fitted & set(new.held.features.index.tolist())
-            assert not set(new.few.features.index.tolist()) & set(new.held.features.index.tolist())
+            for fitted in (split.fit, new.few):
+                there = set(fitted.features.index.tolist())
+                assert not there & set(new.held.features.index.tolist())
 
 
 def test_a_user_counts_once_seen_or_set_apart():
