@@ -76,6 +76,19 @@ def test_responses_are_ranked_by_the_states_that_the_basis_reads(world, model, t
 
 
 @pytest.mark.slow
+def test_a_mixed_logit_ranks_by_the_deviation_that_the_choices_say(world, model, tmp_path):
+    path = make_mixed(tmp_path, model)
+    chosen, rejected, *_ = read_user_choices(world[0]["choices"])
+    rows = ranked(tmp_path, world[0], basis=path)["ranking"]
+    chats = [*chosen, *rejected, *(talk("Which?", row["response"]) for row in rows)]
+    fit = load_fit(path).fit
+    view = embed(model, tmp_path / "rows", chats).double() @ fit.all_directions()
+    expected = User(fit, view[:15] - view[15:30]).rewards(view[30:] - view[-1])
+    found = torch.tensor([row["reward"] - rows[-1]["reward"] for row in rows]).double()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_files_are_taken_by_their_names_and_ranked_within_a_prompt(world, model, tmp_path):
     """The command in its own folder, by a basis of rank 1 whose model is named by its folder."""
     (tmp_path / "model").symlink_to(model)
