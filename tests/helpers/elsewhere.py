@@ -36,25 +36,22 @@ class Elsewhere(Tensor):
     def __init__(self, inner: Tensor) -> None:
         self.inner = inner
 
-    def __repr__(self) -> str:
-        return f"Elsewhere({self.inner})"
-
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN206
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         return _run(func, args, kwargs or {})
 
 
 class _Factories(TorchDispatchMode):
     """Lets tensors be made on the pretended device."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return _run(func, args, kwargs or {})
 
 
 class _Literals(TorchFunctionMode):
     """Lists become tensors, and tensors lists, on the CPU."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         if func is Tensor.new_tensor and args[0].device == DEVICE:
             kwargs = {"dtype": args[0].dtype, "device": DEVICE, **kwargs}

@@ -149,16 +149,15 @@ class _Handler(BaseHTTPRequestHandler):
     def _about(self, name: str, folder: Path, what: str | None, rest: str | None) -> None:
         held = files(folder)
         if what != "tree":
-            about = {"id": name, "sha": commit(folder), "private": False, "gated": False}
-            about["siblings"] = [{"rfilename": file} for file in held]
-            self._json({**about, "lastModified": "2025-01-01T00:00:00.000Z", "downloads": 0})
+            siblings = [{"rfilename": file} for file in held]
+            self._json({"id": name, "sha": commit(folder), "siblings": siblings})
             return
         inside = unquote(rest.partition("/")[2]).strip("/")
         parents = {str(parent) for path in held for parent in Path(path).parents} - {"."}
-        listed = [{"type": "directory", "path": p, "oid": "0" * 40, "size": 0} for p in parents]
+        listed = [{"type": "directory", "path": path, "oid": ""} for path in parents]
         listed += [{"type": "file", "path": path, "oid": _etag(content), "size": len(content)}
                    for path, content in held.items()]  # fmt: skip
-        below = [each for each in listed if not inside or each["path"].startswith(f"{inside}/")]
+        below = [each for each in listed if each["path"].startswith(inside)]
         self._json(below) if below else self._error(404, "EntryNotFound")
 
     def _file(self, name: str, folder: Path, path: str) -> None:
@@ -169,7 +168,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         start = int(re.fullmatch(r"bytes=(\d+)-.*", self.headers.get("Range", "bytes=0-"))[1])
         rest, headers = content[start:], {"ETag": f'"{_etag(content)}"', "X-Repo-Commit": sha}
-        headers |= {"Accept-Ranges": "bytes", "Content-Length": str(len(rest))}
+        headers |= {"Content-Length": str(len(rest))}
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         cuts = self.server.hub.cut
