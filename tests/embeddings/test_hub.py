@@ -100,10 +100,12 @@ def jobs(out: Path) -> Jobs:
 
     own = partial(prepare, "OwnData", source="somebody/flaky-data")
     llm = partial(prepare, "PersonalLLM")
+    results = {"data": out / "PersonalRewardBench", "results": out / "results", "iterations": 50}
     export = {"basis": out.parent / "basis.safetensors", "users": ["ann"]}
     return {
         **{name: prepare(name, name) for name in SOURCES},  # the first one's log is seen
         "PRISM embeddings": ("PRISM/generate-prism-embeddings.py", {"data": out / "PRISM"}),
+        "personal results": ("PersonalRewardBench/train_basis.py", results | {"ranks": 2}),
         "RewardBench 2": ("PRISM/eval_rb2.py",
                           {"results": out / "rb2", "embeddings": out / "rb2" / "embeddings"}),
         "pinned": llm("pinned", revision="v0.1"),
@@ -163,10 +165,13 @@ def test_default_sources_give_what_local_files_give(hubbed, tmp_path, name):
     assert embedded.manifest["revision"] == hub_module.commit(hubbed.folder / "model")
 
 
-def test_the_benchmark_is_the_hubs(hubbed):
-    ended = hubbed.online["RewardBench 2"]
-    assert ended.status == 0 and "Factuality" in ended.out, ended.err
-    assert (hubbed.folder / "out" / "rb2" / "scores.csv").exists()
+def test_what_is_made_of_the_hubs_benchmarks(hubbed):
+    rewards, results = hubbed.online["RewardBench 2"], hubbed.online["personal results"]
+    assert rewards.status == results.status == 0, rewards.err + results.err
+    assert "Factuality" in rewards.out
+    printed = running.table(results.out)
+    assert {"BT", "Ridge BT", "LoRe, chosen", "Mixed logit"} <= set(printed)
+    assert set(printed["BT"]) == {"seen", "train"}
 
 
 def test_a_revision_is_pinned(hubbed):
