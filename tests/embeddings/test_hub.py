@@ -162,7 +162,7 @@ def test_default_sources_give_what_local_files_give(hubbed, tmp_path, name):
     assert made["data_sha256"] == info["data_sha256"]
     embedded.check(preparing.read_info(tmp_path)["conversations_sha256"])
     assert embedded.manifest["model"] == MODEL and embedded.manifest["weights_sha256"] is None
-    assert embedded.manifest["revision"] == hub_module.commit(hubbed.folder / "model")
+    assert embedded.manifest["revision"] == hubbed.hub.held["models", MODEL]["main"].commit
 
 
 def test_what_is_made_of_the_hubs_benchmarks(hubbed):
@@ -176,7 +176,7 @@ def test_what_is_made_of_the_hubs_benchmarks(hubbed):
 
 def test_a_revision_is_pinned(hubbed):
     pinned, latest = (store(hubbed, name) for name in ("pinned", "PersonalLLM"))
-    assert pinned.manifest["revision"] == hub_module.commit(hubbed.folder / "older")
+    assert pinned.manifest["revision"] == hubbed.hub.held["models", MODEL]["v0.1"].commit
     some = torch.arange(3)
     assert not pinned.rows(some).allclose(latest.rows(some))
 
@@ -184,7 +184,8 @@ def test_a_revision_is_pinned(hubbed):
 def test_what_is_asked_for_and_that_requests_are_not_logged(hubbed):
     asked = hubbed.hub.requests
     assert any("/summarize_from_feedback" in a and "refs%2Fconvert%2Fparquet" in a for a in asked)
-    file = f"/{MODEL}/resolve/{hub_module.commit(hubbed.folder / 'model')}/model.safetensors"
+    commit = hubbed.hub.held["models", MODEL]["main"].commit
+    file = f"/{MODEL}/resolve/{commit}/model.safetensors"
     whole, rest = [line for line in asked if line.startswith("GET") and file in line]
     assert "bytes=" not in whole and "bytes=10485760-" in rest  # where it was cut; chunks are whole
     said = hubbed.online["PersonalLLM"].err  # the first job's, for later ones find the log set up
@@ -246,10 +247,10 @@ def test_an_export_is_pushed_to_a_new_private_repository_and_to_no_other(hubbed)
     hub, outs = hubbed.hub, [hubbed.folder / "out" / f"export-{i}" for i in range(len(PUSHED))]
     done = hubbed.online["push 0"]
     assert done.status == 0 and "uploaded to ann/rewards" in done.out, done.err
-    held = hub_module.files(hub.folders["models", "ann/rewards"]["main"])
+    held = hub.held["models", "ann/rewards"]["main"].files
     ours = {path.name: path.read_bytes() for path in outs[0].iterdir()}
     assert {name: held[name] for name in ours} == ours
     assert hub.private == {"ann/rewards", "ann/more"}
     assert [out.exists() for out in outs] == [True, False, False, False, True]
-    assert hub.folders["models", "somebody/else"] == {"main": hubbed.folder / "own"}
+    assert hub.held["models", "somebody/else"]["main"].files.keys() == {"mine.jsonl"}
     assert (outs[-1] / "config.json").exists()  # the last one had no room

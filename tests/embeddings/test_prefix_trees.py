@@ -1,8 +1,7 @@
-"""Prefix trees: their tokens and cuts; a mask for FlexAttention that is the dense mask's."""
+"""Prefix trees: their cuts; a mask for FlexAttention that is the dense mask's."""
 
 import logging
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any
 from unittest import mock
 
@@ -23,7 +22,6 @@ from lore.embeddings.reward_model import Engine, Source, load_engine
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 SIZES = st.tuples(st.integers(1, 60), st.integers(0, 60))
 NO_BAR = tqdm(disable=True)
-TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=6).map(tuple)
 
 
 @pytest.fixture
@@ -45,28 +43,6 @@ def conversations(groups: int, seed: int = 0) -> list[np.ndarray]:
             turn = np.append(prompt, g.integers(5, 60, g.integers(1, 60)))
             rows += [np.append(turn, g.integers(5, 60, g.integers(1, 40))) for _ in "ab"]
     return sorted(rows, key=tuple)
-
-
-def tree_of(tokens: list[np.ndarray]) -> passes.Pass:
-    """The tree of sorted conversations, the second half of each of which is pooled."""
-    shared = [0] + [passes.shared_prefix(a, b) for a, b in pairwise(tokens)]
-    starts = [len(ids) // 2 for ids in tokens]
-    return passes.tree_pass(list(range(len(tokens))), tokens, starts, shared)
-
-
-@hypothesis.settings(deadline=None)
-@hypothesis.given(st.lists(TOKENS, min_size=1, max_size=8))
-def test_tree_mask_lets_a_token_see_its_ancestors_only(lists):
-    tokens = [np.array(ids) for ids in sorted(set(lists))]
-    tree = tree_of(tokens)
-    sees = passes.tree_mask(tree.ends, torch.float32)[0, 0] == 0
-    pooled = tree.pooled[1].split(tree.counts.tolist())
-    for row, places in zip(tokens, pooled, strict=True):
-        path = sees[places[-1]].nonzero()[:, 0]
-        assert path[len(row) // 2 :].tolist() == places.tolist()
-        assert tree.given["input_ids"][0, path].tolist() == row.tolist()
-        assert tree.given["position_ids"][0, path].tolist() == list(range(len(row)))
-    assert len(tree.ends) == len({ids[: i + 1] for ids in lists for i in range(len(ids))})
 
 
 @hypothesis.settings(deadline=None)
@@ -94,7 +70,8 @@ def test_packing_is_the_cheapest_of_all_cuts(sizes):
 def test_the_block_mask_is_the_dense_mask(length):
     skipped, taken_whole, size = 0, 0, (1, 1, length, length)
     for seed in range(4):
-        ends = tree_of(conversations(6, seed)).ends[:length].clamp(max=length)
+        (tree,) = passes.tree_passes(conversations(6, seed), [0] * 24, 10**6)
+        ends = tree.ends[:length].clamp(max=length)
         ours, dense = passes.tree_blocks(ends, "cpu"), passes.tree_mask(ends, torch.float32)
         sees = create_mask(ours.mask_mod, *size, device="cpu")
         assert torch.equal(sees, dense == 0)
@@ -122,7 +99,7 @@ def test_rows_are_those_of_one_at_a_time_and_a_wrong_block_mask_stops_the_run(en
     causal = mock.Mock(side_effect=lambda ends, device: right(0 * ends + len(ends), device))
     monkeypatch.setattr(reward_model, "tree_blocks", causal)
     engine.checked = False
-    with pytest.raises(InputError, match="does not give what"):
+    with pytest.raises(InputError, match="--method single"):
         engine.embed(conversations(1), NO_BAR)
 
 

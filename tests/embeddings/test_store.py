@@ -29,7 +29,6 @@ import running
 from lore.common.files import InputError, digest
 from lore.embeddings import reward_model
 from lore.embeddings import store as embeddings
-from lore.embeddings.prefix_trees import tree_mask
 from lore.embeddings.reward_model import Engine, render
 from lore.embeddings.store import Store, embed
 
@@ -187,12 +186,6 @@ def forward(read: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Simpl
 
 
 FORWARD = "transformers.LlamaForSequenceClassification.forward"
-OURS = "lore.embeddings.reward_model"
-
-
-def causal(ends: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A token sees all before it, whosever they are."""
-    return tree_mask(0 * ends + len(ends), dtype)
 
 
 def infinite(self: Any, step: Any, right: Any = Engine._forward) -> torch.Tensor:
@@ -205,11 +198,10 @@ def infinite(self: Any, step: Any, right: Any = Engine._forward) -> torch.Tensor
     [
         (FORWARD, forward(lambda states: states[:, 0]), "pools token 1 of"),
         (FORWARD, forward(lambda states: states[:, -1].tanh()), "score head times the last"),
-        (f"{OURS}.tree_mask", causal, "--method single"),
-        (f"{OURS}.Engine._forward", infinite, "--dtype"),
+        ("lore.embeddings.reward_model.Engine._forward", infinite, "--dtype"),
     ],
 )
-def test_another_pooling_head_or_mask_stops_the_run(what, wrong, message, monkeypatch, make):
+def test_another_pooling_or_head_stops_the_run(what, wrong, message, monkeypatch, make):
     monkeypatch.setattr(what, wrong)
     with pytest.raises(InputError, match=message):
         make()

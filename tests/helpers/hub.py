@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,13 +24,27 @@ UPLOAD = re.compile(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main")
 FILE = re.compile(r"/(?:(datasets)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
 
+class Revision:
+    """A repository's files by their paths, and a name made of what they hold."""
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        self.files, listed = files, [[path, _etag(data)] for path, data in files.items()]
+        self.commit = hashlib.sha1(json.dumps(listed).encode()).hexdigest()
+
+
+@functools.cache
+def of_folder(folder: Path) -> Revision:
+    """A folder's content, read once."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return Revision({path.relative_to(folder).as_posix(): path.read_bytes() for path in paths})
+
+
 @dataclass
 class Hub:
     """Repositories, and what goes wrong with them."""
 
     url: str
-    uploads: Path  # what is pushed
-    folders: dict[tuple[str, str], dict[str, Path]] = field(default_factory=dict)  # by revision
+    held: dict[tuple[str, str], dict[str, Revision]] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)  # their paths, with the range of a file
     cut: dict[str, int] = field(default_factory=dict)  # repository/file -> downloads cut in half
     gated: set[str] = field(default_factory=set)  # repositories that need a token
@@ -40,14 +53,7 @@ class Hub:
 
     def add(self, kind: str, name: str, folder: Path, revision: str = "main") -> None:
         """Publish a folder as a revision of a repository."""
-        self.folders.setdefault((kind, name), {})[revision] = folder
-
-    def push(self, name: str, content: dict[str, bytes]) -> None:
-        """Publish a model's files, in a folder of their own, as all of a revision is one."""
-        folder = Path(tempfile.mkdtemp(dir=self.uploads))
-        for path, data in content.items():
-            (folder / path).write_bytes(data)
-        self.add("models", name, folder)
+        self.held.setdefault((kind, name), {})[revision] = of_folder(folder)
 
     def env(self, home: Path, **more: str) -> dict[str, str]:
         """The environment of a client that keeps its caches in ``home``."""
@@ -59,30 +65,13 @@ class Hub:
 @contextmanager
 def serve() -> Iterator[Hub]:
     """A running hub without repositories."""
-    with (
-        tempfile.TemporaryDirectory() as uploads,
-        ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server,
-    ):
-        server.hub = Hub(f"http://127.0.0.1:{server.server_port}", Path(uploads))
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
+        server.hub = Hub(f"http://127.0.0.1:{server.server_port}")
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
             yield server.hub
         finally:
             server.shutdown()
-
-
-@functools.cache
-def files(folder: Path) -> dict[str, bytes]:
-    """A repository's files by their paths."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
-
-
-@functools.cache
-def commit(folder: Path) -> str:
-    """A commit's name, made of what it holds."""
-    listed = [[name, _etag(content)] for name, content in files(folder).items()]
-    return hashlib.sha1(json.dumps(listed).encode()).hexdigest()
 
 
 def _etag(content: bytes) -> str:
@@ -103,16 +92,16 @@ class _Handler(BaseHTTPRequestHandler):
             return
         kind, name, *rest = (file or about).groups()
         revision = rest[0] if file else (rest[1] or "main").partition("/")[0]
-        folders = hub.folders.get((kind or "models", name), {})
-        known = (one for r, one in folders.items() if unquote(revision) in (r, commit(one)))
+        revisions = hub.held.get((kind or "models", name), {})
+        known = (one for r, one in revisions.items() if unquote(revision) in (r, one.commit))
         if name in hub.gated:
             self._error(401, "GatedRepo")
-        elif not (folder := next(known, None)):
-            self._error(404, "RevisionNotFound" if folders else "RepoNotFound")
+        elif not (found := next(known, None)):
+            self._error(404, "RevisionNotFound" if revisions else "RepoNotFound")
         elif file:
-            self._file(name, folder, unquote(rest[1]))
+            self._file(name, found, unquote(rest[1]))
         else:
-            self._about(name, folder, *rest)
+            self._about(name, found, *rest)
 
     do_HEAD = do_GET
 
@@ -125,10 +114,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._json({"errors": [], "warnings": []})
         elif path == "/api/repos/create":
             name = f"{lines[0]['organization']}/{lines[0]['name']}"
-            if ("models", name) in hub.folders:
+            if ("models", name) in hub.held:
                 self._error(409, "RepoExists")
                 return
-            hub.push(name, {".gitattributes": b""})
+            hub.held["models", name] = {"main": Revision({".gitattributes": b""})}
             if lines[0].get("private") or lines[0].get("visibility") == "private":
                 hub.private.add(name)
             self._json({"url": f"{hub.url}/{name}"})
@@ -142,27 +131,27 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             added = [line["value"] for line in lines if line["key"] == "file"]
             added = {file["path"]: base64.b64decode(file["content"]) for file in added}
-            hub.push(match[1], files(hub.folders["models", match[1]]["main"]) | added)
+            revisions = hub.held["models", match[1]]
+            revisions["main"] = Revision(revisions["main"].files | added)
             url = f"{hub.url}/{match[1]}/commit/main"
             self._json({"success": True, "commitUrl": url, "commitOid": "0" * 40})
 
-    def _about(self, name: str, folder: Path, what: str | None, rest: str | None) -> None:
-        held = files(folder)
+    def _about(self, name: str, found: Revision, what: str | None, rest: str | None) -> None:
         if what != "tree":
-            siblings = [{"rfilename": file} for file in held]
-            self._json({"id": name, "sha": commit(folder), "siblings": siblings})
+            siblings = [{"rfilename": path} for path in found.files]
+            self._json({"id": name, "sha": found.commit, "siblings": siblings})
             return
         inside = unquote(rest.partition("/")[2]).strip("/")
-        parents = {str(parent) for path in held for parent in Path(path).parents} - {"."}
+        parents = {str(parent) for path in found.files for parent in Path(path).parents} - {"."}
         listed = [{"type": "directory", "path": path, "oid": ""} for path in parents]
         listed += [{"type": "file", "path": path, "oid": _etag(content), "size": len(content)}
-                   for path, content in held.items()]  # fmt: skip
+                   for path, content in found.files.items()]  # fmt: skip
         below = [each for each in listed if each["path"].startswith(inside)]
         self._json(below) if below else self._error(404, "EntryNotFound")
 
-    def _file(self, name: str, folder: Path, path: str) -> None:
+    def _file(self, name: str, found: Revision, path: str) -> None:
         """A file or, where a range is given, the end of it; half where it is to be cut."""
-        content, sha = files(folder).get(path), commit(folder)
+        content, sha = found.files.get(path), found.commit
         if content is None:
             self._error(404, "EntryNotFound", sha)
             return
