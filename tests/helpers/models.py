@@ -30,9 +30,8 @@ def tiny(
     folder: Path, kind: str, *, pad_is_eos: bool = False,
     form: str = "ForSequenceClassification", seed: int = 0, **config: Any,
 ) -> Path:  # fmt: skip
-    """A random reward model of an architecture, with bytes as tokens, so that nothing needs to be
-    learnt or downloaded. Qwen types have ChatML and no BOS; others a Llama-3-like template and a
-    tokenizer that also adds a BOS."""
+    """A random reward model whose tokens are bytes, so that nothing is learnt or downloaded. Qwen
+    types have ChatML and no BOS, others a Llama-3-like template and a tokenizer that adds a BOS."""
     if kind.startswith("Qwen"):
         template, bos, eos, pad = CHATML_TEMPLATE, None, "<|im_end|>", "<|endoftext|>"
         specials = ["<|im_start|>", eos, pad]
