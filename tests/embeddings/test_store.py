@@ -531,7 +531,7 @@ class Embedding(killed.Job):
 
 
 def kill_at_moments(folder: str, model: str) -> None:
-    """Embed undisturbed, and killed at 20 moments and resumed, in one process and in two."""
+    """Embed undisturbed, and killed at many moments and resumed, in one process and in two."""
     for name in ("load_config", "load_tokenizer", "load_engine"):  # once for all children
         setattr(reward_model, name, cache(getattr(reward_model, name)))
     torch.set_num_threads(1)  # a forked child cannot use its parent's threads

@@ -29,7 +29,7 @@ from lore.experiments import runner as experiments
 from lore.methods.mixed_logit import MixedLogit
 from lore.methods.ridge_bt import RidgeBT
 
-MOMENTS = 20
+MOMENTS = 14
 CASES: dict[str, dict[str, Any]] = {
     "joint": {"methods": ("lore",), "iterations": 10},
     "alternating": {"methods": ("lore",), "iterations": 10, "estimator": "lore_regularized"},
