@@ -1,11 +1,12 @@
 """What the benchmarks share: made-up users, clocks, peak memory, memory bandwidth."""
 
+import ctypes
 import resource
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -58,13 +59,17 @@ def iteration_seconds(work: Callable[[], object], device: str, iterations: int) 
 def extra_memory(work: Callable[[], object], device: str) -> int:
     """Bytes by which the peak memory of this process, or on CUDA of the device, rises in work.
 
-    On a CPU the peak is of the process's life: run it before anything that needs more.
+    On a CPU free memory is given back first, and the peak forgotten, where the system can; else it
+    is of the process's life: run it before anything that needs more.
     """
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         work()
         return torch.cuda.max_memory_allocated(device) - before
+    with suppress(OSError, AttributeError):  # as on Linux with glibc
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     before = _peak()
     work()
     return _peak() - before

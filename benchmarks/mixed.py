@@ -1,4 +1,4 @@
-"""Seconds of the mixed logit, choice included, beside LoRe's 1,000 iterations.
+"""Seconds of the mixed logit, choice included, beside LoRe's 1,000 iterations; and its memory.
 
     python benchmarks/mixed.py                                # 1,000 users x 47, F = 576 and 4096
     python benchmarks/mixed.py --users 100 --features 64      # smaller
@@ -20,7 +20,7 @@ from lore.common.settings import PositiveInt
 from lore.experiments.report.tables import markdown
 from lore.learning.method import Fitted, Task
 from lore.methods import METHODS
-from measure import now
+from measure import extra_memory, now
 
 RANK = 3  # of the planted tastes
 MEASURED = 50  # iterations of LoRe that are timed; a thousand take in proportion
@@ -31,7 +31,7 @@ def main(
     pairs: PositiveInt = 47,
     features: tuple[PositiveInt, ...] = (576, 4096),
 ) -> None:
-    """Print a table of seconds by the clock.
+    """Print a table of seconds by the clock, and of memory beside the features as a share of them.
 
     Args:
         users: Seen users, and as many new ones, whose number of shots the choice knows.
@@ -41,9 +41,13 @@ def main(
     rows = {}
     for F in features:
         task = task_of(users, pairs, F)
-        cells: dict[str, Any] = {}
-        for name in ("ridge_bt", "mixed_logit"):
-            cells[f"{name}, with its choice"], fit = fitted(task, name)
+        cells: dict[str, Any] = {"ridge_bt, with its choice": fitted(task, "ridge_bt")[0]}
+        cells["mixed_logit, with its choice"], fit, with_choice = measured(task)
+        chosen = fit.describe()["chosen"]
+        given = {key: chosen[key] for key in ("l_mu", "tau2", "rank")}
+        given |= {"floor": chosen["floor"] or 0.0, "pi": min(chosen["pi"], 1e9)}
+        cells["its fit alone"], _, alone = measured(task, **given)
+        cells["memory with its choice"], cells["of its fit"] = with_choice, alone
         cells["chosen"] = fit.describe()["note"]
         _, few, many = (
             fitted(task, "lore", ranks=(5,), iterations=steps)[0] for steps in (2, 2, 2 + MEASURED)
@@ -51,6 +55,17 @@ def main(
         cells["lore, rank 5, 1,000 iterations"] = (many - few) * 1000 / MEASURED
         rows[f"F = {F}"] = cells
     print(markdown(pd.DataFrame.from_dict(rows, orient="index").round(1)))
+
+
+def measured(task: Task, **settings: Any) -> tuple[float, Fitted, str]:
+    """Seconds of a mixed logit's fit, the fit, and its memory as a share of the features."""
+    found: list[tuple[float, Fitted]] = []
+
+    def work() -> None:
+        found.append(fitted(task, "mixed_logit", **settings))
+
+    extra = extra_memory(work, task.train.device.type)
+    return *found[0], f"{extra / (4 * len(task.train) * task.train.num_features):.2f}"
 
 
 def fitted(task: Task, name: str, **settings: Any) -> tuple[float, Fitted]:

@@ -207,8 +207,9 @@ class Experiment:
             "center": store.rows(spread.long()).double().mean(0).float(),
             "extra": self.dataset.about.get("extra", []),
         }  # fmt: skip
-        if task.few is not None and (known := fit.spread(task.few)) is not None:
-            facts["known_unseen"] = known
+        for key, data in {"known": task.train, "known_unseen": task.few}.items():
+            if data is not None and (known := fit.spread(data)) is not None:
+                facts[key] = known
         new = fit.users[:0] if fit.new_users is None else fit.new_users
         fit.save(self.run.folder / fit.written, new, facts)
 

@@ -74,6 +74,13 @@ class DenseFeatures:
         """X^T G [F, C] for G [N, C]."""
         return _backproject(self._parts(G.dtype), G, self.num_features)
 
+    def squared(self) -> Tensor:
+        """X^T X [F, F] in float32."""
+        total = torch.zeros(self.num_features, self.num_features, device=self.device)
+        for _, x in self._parts(total.dtype):
+            total.addmm_(x.T, x)
+        return total
+
     def select(self, rows: Tensor) -> "DenseFeatures":
         """Some of the comparisons, by their numbers [n]."""
         return DenseFeatures(self.x[rows.to(self.x.device)], self.device)
@@ -98,13 +105,15 @@ class RowFeatures:
         both = torch.cat([torch.as_tensor(chosen).long(), torch.as_tensor(rejected).long()])
         self.index, places = torch.unique(both, return_inverse=True)
         self.chosen, self.rejected = places.to(self.device).chunk(2)
+        self.table: Tensor | None = None  # the distinct rows [R, F], where they are held in memory
 
     def __len__(self) -> int:
         return len(self.chosen)
 
     def _parts(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         for part in _chunks(len(self.index), self.num_features, self.device):
-            yield part, self.rows(self.index[part]).to(self.device, dtype)
+            x = self.rows(self.index[part]) if self.table is None else self.table[part]
+            yield part, x.to(self.device, dtype)
 
     def pairs(self, of: Callable[[Tensor], Tensor] | None = None) -> "Pairs":
         """The two embeddings of every comparison, or what a function makes of distinct rows
@@ -140,6 +149,16 @@ class RowFeatures:
         coin = coin.to(self.device)
         chosen = torch.where(coin, self.rejected, self.chosen)
         return self._with(chosen, torch.where(coin, self.chosen, self.rejected))
+
+    def held(self) -> "Features":
+        """The same held in memory: the distinct rows, or the differences where these are fewer."""
+        if len(self.index) >= len(self):
+            return self.dense()
+        table = self.rows(self.index).to(self.device, torch.float32)
+        given = table.__getitem__, self.num_features, self.chosen, self.rejected, self.device
+        held = RowFeatures(*given)
+        held.table = table
+        return held
 
     def dense(self, dtype: torch.dtype = torch.float32) -> DenseFeatures:
         """The same differences, held in memory: [N, F]."""
@@ -324,6 +343,11 @@ class Comparisons(Users):
         """The same with the differences [N, F] held in memory."""
         dense = isinstance(self.features, DenseFeatures)
         return self if dense else self._with(self.features.dense())
+
+    def held(self) -> "Comparisons":
+        """The same, read from memory alone: distinct rows or differences, whichever are fewer."""
+        dense = isinstance(self.features, DenseFeatures)
+        return self if dense else self._with(self.features.held())
 
     def _with(self, features: Features) -> "Comparisons":
         return Comparisons(features, self.counts, self.weight, self.names, self.dialogs)

@@ -108,8 +108,8 @@ class Fitted:
 
     def save(self, path: Path, new: Tensor, facts: Mapping[str, Any]) -> None:
         """Keep what tools need in one file, with the new users' states [U', S]. The facts are
-        dataset, model, seed and more, the users' names, ``users`` and ``users_unseen``, and
-        ``known_unseen``, the new users' ``spread``, where it is known."""
+        dataset, model, seed and more, the users' names, ``users`` and ``users_unseen``, and the
+        ``spread`` of both, ``known`` and ``known_unseen``, where it is known."""
 
 
 class Method(Protocol):

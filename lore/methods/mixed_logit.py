@@ -27,7 +27,14 @@ from lore.learning.basis import look_up
 from lore.learning.comparisons import Comparisons, Users
 from lore.learning.method import Fitted, Task
 from lore.methods.fitting.geometry import measure
-from lore.methods.fitting.posterior import Evidence, Posterior, Prior, deviations, posteriors
+from lore.methods.fitting.posterior import (
+    Evidence,
+    Posterior,
+    Prior,
+    Unheld,
+    deviations,
+    posteriors,
+)
 from lore.methods.fitting.validation import Scores, Split, Tries, Validation
 from lore.methods.ridge_bt import FINE, ROUGH, choose_ridge, fit_shared, precision
 
@@ -46,6 +53,9 @@ SCALES = (0.8, 0.9, 1.1, 1.25)  # of all log odds, beside 1
 PERSONAL, RICHER, SCALED = 2.0, 1.0, 2.0
 SHOWN = 8  # directions in reports
 MOST = 1 << 25  # numbers of users' evidence that a file keeps; of more it keeps none
+# Numbers along the directions, or their share of the features, that are held while EM takes its
+# steps; more are computed anew in each.
+HELD, LITTLE = 1 << 22, 0.05
 FORMAT = "mixed-logit 2"
 
 
@@ -102,12 +112,11 @@ class MixedLogit:
         fit = MixedFit(geometry.raw(shared.x)[:, 0], directions, None, facts, scale)
         fit.users = fit.mu.new_zeros(task.train.num_users, 0)
         if chosen.tau2:
-            view = fit.view(data)
+            D, F = directions.shape[1], data.num_features
+            few = len(data) * D <= HELD or D <= LITTLE * F
+            view = fit.view(data) if few else Unheld(data, fit.all_directions().to(precision(data)))
             fit.prior, found = estimate(view, data, chosen, processes=processes)
             fit.users = gather_rows(found.mode, processes).float()
-            if len(task.train) * fit.users.shape[1] <= MOST:
-                known = Evidence.of(view, data, found)
-                fit.evidence = Evidence(*(gather_rows(part, processes) for part in known))
             facts["spectrum"] = fit._principal()[1].square().tolist()
             facts["parameters"] += fit.users.numel()
         log.info("mixed logit: %s", facts["note"])
@@ -127,7 +136,7 @@ class MixedLogit:
 
 
 def estimate(
-    view: Tensor, users: Users, strengths: Candidate, prior: Prior | None = None,
+    view: Tensor | Unheld, users: Users, strengths: Candidate, prior: Prior | None = None,
     found: Posterior | None = None, rounds: int | None = None, processes: int = 1,
     rough: bool = False,
 ) -> tuple[Prior, Posterior]:  # fmt: skip
@@ -157,8 +166,9 @@ def estimate(
         moments = sum_over_processes(found.moment.double(), processes)
         S = (moments + strengths.pi * isotropic) / (count + strengths.pi)
         S = prior.cov + (2 if left else 1) * ((S + S.T) / 2 - prior.cov)
-        prior = Prior(mean, _leading(S, strengths.rank or D, least))
-        found = posteriors(view, users, prior, found.push, rough or left > 0, rough)
+        prior, push = Prior(mean, _leading(S, strengths.rank or D, least)), found.push
+        del found  # its memory is needed
+        found = posteriors(view, users, prior, push, rough or left > 0, rough)
     return prior, found
 
 
@@ -328,7 +338,6 @@ class MixedFit(Fitted):
     Among raw features: the shared reward mu [F], and directions [F, D] along which users differ by
     N(0, S), the prior, which is None where nothing is personal. ``scale`` is of all log odds;
     ``read`` gives comparisons' features along the directions [N, D], by a product if None.
-    ``evidence`` is the seen users', where there is not too much of it.
     """
 
     def __init__(
@@ -338,7 +347,7 @@ class MixedFit(Fitted):
         self.label, self.settings, self.file = "Mixed logit", {}, "mixed_logit"
         self.mu, self.directions, self.prior = mu, directions, prior
         self.facts, self.scale, self.read = facts, scale, read
-        self.rough, self.evidence = False, None
+        self.rough = False
         self.users = mu.new_zeros(0, 0 if prior is None else directions.shape[1])
 
     @property
@@ -414,8 +423,8 @@ class MixedFit(Fitted):
         facts = dict(facts)
         tensors = {"mu": self.mu, "directions": self.directions, "users": self.users}
         tensors |= {"users_unseen": new, "center": facts.pop("center", None)}
-        for end, known in (("", self.evidence), ("_unseen", facts.pop("known_unseen", None))):
-            if known is not None:
+        for end in ("", "_unseen"):
+            if (known := facts.pop(f"known{end}", None)) is not None:
                 tensors |= {f"evidence{end}": known.rows, f"evidence_counts{end}": known.counts}
         if self.prior is not None:
             tensors["covariance"] = self.prior.cov
@@ -427,7 +436,8 @@ class MixedFit(Fitted):
 
 class Saved:
     """A mixed logit read from its file: the fit, the new users' deviations [U', D], the facts
-    (dataset, model, seed and more), the conversations' mean embedding [F], see ``Basis``.
+    (dataset, model, seed and more), the conversations' mean embedding [F], see ``Basis``, and the
+    evidence of the fit's users and the new ones, where the file has it.
 
     ``names`` are those whose rewards can be asked for, seen users first; ``known`` their rows of
     evidence [n, D], where the file has them; ``settings`` the fit's, and the facts but for names.
@@ -438,15 +448,15 @@ class Saved:
 
     def __init__(
         self, fit: MixedFit, new: Tensor, facts: dict[str, Any], center: Tensor | None = None,
-        known_unseen: Evidence | None = None,
+        evidence: Sequence[Evidence | None] = (None, None),
     ) -> None:  # fmt: skip
         self.fit, self.new, self.facts, self.center = fit, new, facts, center
         self.states, self.known = {}, {}
-        people = {"users": (fit.users, fit.evidence), "users_unseen": (new, known_unseen)}
-        for key, (states, evidence) in people.items():
+        people = {"users": (fit.users, evidence[0]), "users_unseen": (new, evidence[1])}
+        for key, (states, found) in people.items():
             self.states |= zip(facts.get(key, ()), states, strict=False)
-            if evidence is not None:
-                rows = evidence.rows.split(evidence.counts.tolist())
+            if found is not None:
+                rows = found.rows.split(found.counts.tolist())
                 self.known |= zip(facts.get(key, ()), rows, strict=False)
         about = {key: facts[key] for key in facts if key not in people}
         self.settings = {"estimator": "mixed logit", **fit.facts.get("chosen", {}), **about}
@@ -529,5 +539,5 @@ def load(path: Path) -> Saved:
         scale = math.nan
     require(0 < scale < math.inf, f"{path}: its scale is not a positive number; {remedy}")
     mixed = MixedFit(mu, directions, prior, fit, scale)
-    mixed.users, mixed.evidence = states[0], evidence[0]
-    return Saved(mixed, states[1], facts, center, evidence[1])
+    mixed.users = states[0]
+    return Saved(mixed, states[1], facts, center, evidence)

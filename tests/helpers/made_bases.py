@@ -63,9 +63,9 @@ def make_mixed(folder: Path, model: Path | None, features: int = 32, known: bool
     facts |= {"model": str(model)} if model else {}
     if known:
         more = torch.tensor([[0.5, 0.1], [0.1, 0.2]]).inverse() - torch.eye(2)
-        fit.evidence = Evidence(torch.linalg.cholesky(more).T, torch.tensor([0, 2]))
+        seen = Evidence(torch.linalg.cholesky(more).T, torch.tensor([0, 2]))
         unseen = Evidence((0.3**-1 - 1) ** 0.5 * torch.eye(2), torch.tensor([2]))
-        facts |= {"known_unseen": unseen, "center": torch.ones(features)}
+        facts |= {"known": seen, "known_unseen": unseen, "center": torch.ones(features)}
     fit.save(folder / "mixed_logit.safetensors", states[2:], facts)
     return folder / "mixed_logit.safetensors"
 

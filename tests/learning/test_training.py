@@ -13,7 +13,7 @@ import reference
 import utils
 from lore.common.files import InputError
 from lore.learning import comparisons
-from lore.learning.comparisons import Comparisons, RowFeatures
+from lore.learning.comparisons import Comparisons, DenseFeatures, RowFeatures
 from planted import prefer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,6 +144,24 @@ def test_streamed_features_equal_dense_ones(monkeypatch):
     torch.testing.assert_close(stream.dense(torch.float64).x, torch.cat(X))
     streamed = utils.train_together([model(3, 50)], Comparisons(stream, COUNTS))[0]
     close(streamed, model(3, 50).train(X))
+
+
+@pytest.mark.parametrize(("rows", "kind"), [(9, RowFeatures), (200, DenseFeatures)])
+def test_what_is_held_in_memory_is_read_once(rows, kind):
+    """Distinct rows or differences, whichever are fewer, with the same products."""
+    g = torch.Generator().manual_seed(3)
+    table, read = torch.randn(rows, 12, generator=g), []
+    chosen, rejected = (torch.randint(rows, (26,), generator=g) for _ in range(2))
+    stream = RowFeatures(lambda index: read.append(index) or table[index], 12, chosen, rejected)
+    held, x = stream.held(), table[chosen] - table[rejected]
+    V, G = torch.randn(12, 2, generator=g), torch.randn(26, 2, generator=g)
+    read.clear()
+    assert isinstance(held, kind)
+    torch.testing.assert_close(held.project(V), x @ V)
+    some = held.select(torch.arange(3, 9))
+    torch.testing.assert_close(some.project(V), x[3:9] @ V)
+    torch.testing.assert_close(held.backproject(G), x.T @ G)
+    assert not read
 
 
 @pytest.mark.parametrize("optimizer", [

@@ -15,6 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from lore.common.files import InputError
+from lore.learning import comparisons
 from lore.learning.comparisons import Comparisons, DenseFeatures, RowFeatures, Users
 from lore.learning.method import Task, check
 from lore.methods import mixed_logit
@@ -169,6 +170,17 @@ def test_long_steps_end_where_short_ones_do(rank: int | None) -> None:
     assert (near - slow.cov).norm() < 0.7 * (plain[4] - slow.cov).norm()
 
 
+def test_a_view_that_is_not_held_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where comparisons along the directions are many: they are computed anew in every step."""
+    data, _ = world(users=20, weighted=True)
+    held = given(data)
+    monkeypatch.setattr(mixed_logit, "HELD", 0)
+    monkeypatch.setattr(MixedFit, "view", None)  # which holds it
+    fit = given(data)
+    torch.testing.assert_close(fit.prior.cov, held.prior.cov, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(fit.users, held.users)
+
+
 # -------------------------------------------------------------------- the shared reward
 
 
@@ -203,7 +215,11 @@ def test_a_wrong_first_curvature_costs_the_minimiser_little(factor: float, most:
     assert found.values[-1] < 1e-8 and len(tried) < most
 
 
-def test_scale_and_leading_directions_are_those_of_the_features() -> None:
+@pytest.mark.parametrize("small", [1000, 0])
+def test_scale_and_leading_directions_are_those_of_the_features(small: int, monkeypatch) -> None:
+    """Found with a matrix of second moments, or by passes over the features alone."""
+    monkeypatch.setattr("lore.methods.fitting.geometry.SMALL", small)
+    monkeypatch.setitem(comparisons.CHUNK_BYTES, "cpu", 4 * 90 * 70)  # 70 comparisons at a time
     x = torch.randn(300, 90, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
     x = x * (0.9 ** torch.arange(90))
     geometry = measure(Comparisons(DenseFeatures(x), [300]))
@@ -274,7 +290,7 @@ def test_a_file_knows_how_uncertain_each_users_reward_is(tmp_path: Path) -> None
     data, _ = world(users=10)
     fit, few = given(data), data.share(0, 5)  # two of them
     facts = {"users": data.names, "users_unseen": ["new", "newer"], "center": torch.zeros(6)}
-    facts["known_unseen"] = fit.spread(few)
+    facts |= {"known": fit.spread(data), "known_unseen": fit.spread(few)}
     fit.save(tmp_path / "m.safetensors", fit.adapt(fit.view(few), few, 0), facts)
     saved, z = mixed_logit.load(tmp_path / "m.safetensors"), fit.directions.double()
     for name, user in ((data.names[7], 7), ("newer", 1), (None, None)):
@@ -290,7 +306,7 @@ def test_of_too_many_comparisons_no_file_keeps_the_evidence(tmp_path: Path, monk
     monkeypatch.setattr("lore.methods.mixed_logit.MOST", 10)
     data, _ = world(users=10)
     fit = given(data)
-    assert fit.evidence is None and fit.spread(data) is None
+    assert fit.spread(data) is None
     fit.save(tmp_path / "m.safetensors", fit.users[:0], {"users": data.names})
     saved = mixed_logit.load(tmp_path / "m.safetensors")
     assert saved.deviations(torch.eye(6), data.names[0]) is None
@@ -320,8 +336,10 @@ def test_covariances_of_an_earlier_file_are_left_out_in_plain_words(tmp_path: Pa
 
 def changed_file(folder: Path, facts: dict | None = None, **tensors: Tensor | None) -> Path:
     """A fit's file with other facts and tensors, a center among them; None takes one out."""
-    fit, path = given(world(users=10)[0]), folder / "m.safetensors"
-    fit.save(path, fit.users[:0], {"center": torch.zeros(6), **(facts or {})})
+    data, path = world(users=10)[0], folder / "m.safetensors"
+    fit = given(data)
+    about = {"known": fit.spread(data), "center": torch.zeros(6), **(facts or {})}
+    fit.save(path, fit.users[:0], about)
     with safe_open(path, "pt") as file:
         note = file.metadata()
         found = {name: file.get_tensor(name) for name in file.keys()} | tensors  # noqa: SIM118

@@ -8,11 +8,12 @@ from torch import Tensor
 
 from lore.common.devices import sum_over_processes
 from lore.common.files import require
-from lore.learning.comparisons import Comparisons
+from lore.learning.comparisons import Comparisons, DenseFeatures
 
 DIRECTIONS = 64
 ROUNDS = 4  # of the subspace iteration; the spectra of language models fall fast
 PROBES = 16
+SMALL = 1000  # features F of which an F x F matrix costs less than the passes it saves
 
 
 @dataclass
@@ -69,15 +70,22 @@ def measure(data: Comparisons, processes: int = 1, directions: int = DIRECTIONS)
 
     Randomised subspace iteration, then Rayleigh and Ritz (Halko, Martinsson and Tropp 2011); what
     the leading directions leave of the trace is estimated with random signs (Hutch++, Meyer et
-    al. 2021), always the same, to about one per cent of the scale. No F x F matrix is formed: 2 N F
-    D operations a pass over this process's comparisons. InputError where all differences are zero.
+    al. 2021), always the same, to about one per cent of the scale. An F x F matrix is formed only
+    where F is small: else it takes 2 N F D operations a pass over this process's comparisons.
+    InputError where all differences are zero.
     """
     generator = torch.Generator().manual_seed(0)
     F, D = data.num_features, min(directions, data.num_features)
     Q = torch.randn(F, min(F, D + 8), generator=generator).to(data.device)
     count = int(sum_over_processes(torch.tensor(float(len(data))), processes))
 
+    whole = None  # one product, where it costs less than the passes below
+    if isinstance(data.features, DenseFeatures) and F <= SMALL:
+        whole = sum_over_processes(data.features.squared(), processes)
+
     def moment(V: Tensor) -> Tensor:
+        if whole is not None:
+            return whole @ V / count
         return sum_over_processes(data.backproject(data.project(V)), processes) / count
 
     Q = torch.linalg.qr(Q)[0]

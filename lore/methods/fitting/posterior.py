@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from lore.learning.comparisons import Users
+from lore.learning.comparisons import Comparisons, Users
 
 ITERATIONS = 60  # of Newton's method; few users need ten
 HALVINGS = 30
@@ -23,7 +23,8 @@ TOLERANCE = 1e-8  # of the log odds, in the last step, whose square is about the
 ROUGH = 1e-2  # the same in single precision, where settings are compared
 WIDE = 1e5  # a prior variance of log odds that single precision can just do with
 LEAST = 1e-10  # added to the prior's variances, as a share of their mean
-CELLS = 1 << 12  # padded comparisons of the users that are worked on together
+CELLS = 2048  # padded comparisons of the users that are worked on together
+FEW_CELLS = 512  # the same where even the view is too much to hold
 
 
 @dataclass
@@ -65,8 +66,21 @@ class Posterior:
     moment: Tensor | None = None  # [K, K]
 
 
+class Unheld:
+    """A view [N, 1 + K], features along directions [F, 1 + K], computed where it is read."""
+
+    def __init__(self, data: Comparisons, directions: Tensor) -> None:
+        self.features, self.directions = data.features, directions
+        self.shape, self.device = (len(data), directions.shape[1]), data.device
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        """Of comparisons, by their numbers [...]: [..., 1 + K]."""
+        found = self.features.select(rows.flatten()).project(self.directions)
+        return found.view(*rows.shape, -1)
+
+
 def posteriors(
-    view: Tensor, users: Users, prior: Prior, start: Tensor | None = None,
+    view: Tensor | Unheld, users: Users, prior: Prior, start: Tensor | None = None,
     moment: bool = False, rough: bool = False,
 ) -> Posterior:  # fmt: skip
     """Every user's posterior given all the user's comparisons; the prior where there are none.
@@ -82,7 +96,7 @@ def posteriors(
     push, slope = L.new_zeros(2, len(users))
     alike = torch.equal(L, L[0, 0] * torch.eye(len(L)).to(L))  # in all directions
     inverses = (users.counts == 0).sum() * torch.eye(len(L)).to(L)
-    for who, rows, there in blocks(users):
+    for who, rows, there in blocks(users, FEW_CELLS if isinstance(view, Unheld) else CELLS):
         Z = view[rows].to(L)
         a, Z = Z[..., 0] + Z[..., 1:] @ mean, Z[..., 1:] * L[0, 0] if alike else Z[..., 1:] @ L
         if rough and float(Z.square().sum(2).max()) > WIDE:
@@ -92,17 +106,17 @@ def posteriors(
         latent[who], p = _modes(a, Z, w, tolerance, first)
         push[rows[there]], slope[rows[there]] = (w * (1 - p))[there], (w * p * (1 - p))[there]
         if moment:
-            inverses += _sum_of_inverses((w * p * (1 - p)).sqrt()[..., None] * Z)
+            _add_inverses(inverses, Z.mul_((w * p * (1 - p)).sqrt()[..., None]))
     found = Posterior(mean + latent @ L.T, push, slope)
     if moment:
         found.moment = L @ (latent.T @ latent + inverses) @ L.T
     return found
 
 
-def blocks(users: Users) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def blocks(users: Users, cells: int = CELLS) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Users with about as many comparisons each: their numbers [B], those of their comparisons
-    [B, n], padded with the first, and which of these are theirs. Users without any are in no block.
-    """
+    [B, n], padded with the first, and which of these are theirs; at most so many cells, if not of a
+    single user. Users without any are in no block."""
     order = users.counts.argsort()
     order = order[users.counts[order] > 0]
     starts = users.counts.cumsum(0) - users.counts
@@ -110,7 +124,7 @@ def blocks(users: Users) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     while first < len(order):
         counts = users.counts[order[first:]].tolist()
         most, end = 2 * counts[0] + 8, 1
-        while end < len(counts) and counts[end] <= most and (end + 1) * counts[end] <= CELLS:
+        while end < len(counts) and counts[end] <= most and (end + 1) * counts[end] <= cells:
             end += 1
         who = order[first : first + end]
         place = torch.arange(counts[end - 1], device=users.device)
@@ -213,12 +227,13 @@ def _inverses(Z: Tensor) -> Tensor:
     return _plus_one(-T.mT @ T)
 
 
-def _sum_of_inverses(Z: Tensor) -> Tensor:
-    """Sum over users of (I + Z^T Z)^-1 [K, K]."""
+def _add_inverses(total: Tensor, Z: Tensor) -> None:
+    """Adds the sum over users of (I + Z^T Z)^-1 to a total [K, K]."""
     if Z.shape[1] > Z.shape[2]:
-        return _inverses(Z).sum(0)
-    T = _lowered(Z).flatten(0, 1)
-    return len(Z) * torch.eye(Z.shape[2]).to(Z) - T.T @ T
+        total += _inverses(Z).sum(0)
+    else:
+        T = _lowered(Z)
+        total.addbmm_(T.mT, T, alpha=-1).diagonal().add_(len(Z))
 
 
 def _lowered(Z: Tensor) -> Tensor:

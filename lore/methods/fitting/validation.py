@@ -312,10 +312,10 @@ class Split(HeldOut):
             own = _split(train, fit & there, (side == HELD_OUT) & there)
         held = own.held
         if not task.stream:
-            own.fit = own.fit.in_memory()
-            held = None if held is None else held.in_memory()
+            own.fit = own.fit.held()
+            held = None if held is None else held.held()
             if new is not None:
-                self.new = replace(new, few=new.few.in_memory(), held=new.held.in_memory())
+                self.new = replace(new, few=new.few.held(), held=new.held.held())
         super().__init__(own.fit, held, own.whose)
         self.seen_rows = rows[self.whose]
 
