@@ -339,15 +339,12 @@ class Comparisons(Users):
         """Chosen and rejected swapped where the coin [N] is true."""
         return self._with(self.features.flipped(coin))
 
-    def in_memory(self) -> "Comparisons":
-        """The same with the differences [N, F] held in memory."""
-        dense = isinstance(self.features, DenseFeatures)
-        return self if dense else self._with(self.features.dense())
-
-    def held(self) -> "Comparisons":
-        """The same, read from memory alone: distinct rows or differences, whichever are fewer."""
-        dense = isinstance(self.features, DenseFeatures)
-        return self if dense else self._with(self.features.held())
+    def in_memory(self, rows: bool = False) -> "Comparisons":
+        """The same read from memory alone, where the differences [N, F] are held or, if asked for
+        and there are fewer of them, distinct ``rows``."""
+        if isinstance(self.features, DenseFeatures):
+            return self
+        return self._with(self.features.held() if rows else self.features.dense())
 
     def _with(self, features: Features) -> "Comparisons":
         return Comparisons(features, self.counts, self.weight, self.names, self.dialogs)

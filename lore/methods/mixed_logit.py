@@ -530,9 +530,6 @@ def load(path: Path) -> Saved:
             total = int(counts.sum()) if counts.dtype == torch.long and (counts >= 0).all() else -1
             require(total >= 0, f"{path}: evidence_counts{end} are no counts; {remedy}")
             evidence[-1] = Evidence(tensor(f"evidence{end}", total, size), counts)
-    if "known" in found:
-        log.warning("%s keeps its users' covariances, which are no longer read: their standard "
-                    "deviations are left out; fit again to have them", path)  # fmt: skip
     try:
         scale = float(text.get("scale", ""))
     except ValueError:

@@ -327,13 +327,6 @@ def test_a_file_that_was_changed_is_refused(tmp_path: Path, change: dict, messag
         mixed_logit.load(changed_file(tmp_path, **change))
 
 
-def test_covariances_of_an_earlier_file_are_left_out_in_plain_words(tmp_path: Path, caplog) -> None:
-    gone = {"evidence": None, "evidence_counts": None, "known": torch.eye(6).repeat(10, 1, 1)}
-    saved = mixed_logit.load(changed_file(tmp_path, {"users": list("abcdefghij")}, **gone))
-    assert saved.deviations(torch.eye(6), "a") is None and saved.direction("a").shape == (6,)
-    assert "standard deviations are left out; fit again" in caplog.text
-
-
 def changed_file(folder: Path, facts: dict | None = None, **tensors: Tensor | None) -> Path:
     """A fit's file with other facts and tensors, a center among them; None takes one out."""
     data, path = world(users=10)[0], folder / "m.safetensors"

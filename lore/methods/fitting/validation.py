@@ -312,10 +312,10 @@ class Split(HeldOut):
             own = _split(train, fit & there, (side == HELD_OUT) & there)
         held = own.held
         if not task.stream:
-            own.fit = own.fit.held()
-            held = None if held is None else held.held()
+            own.fit, held = (x and x.in_memory(rows=True) for x in (own.fit, held))
             if new is not None:
-                self.new = replace(new, few=new.few.held(), held=new.held.held())
+                few, there = (x.in_memory(rows=True) for x in (new.few, new.held))
+                self.new = replace(new, few=few, held=there)
         super().__init__(own.fit, held, own.whose)
         self.seen_rows = rows[self.whose]
 
