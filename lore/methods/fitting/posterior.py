@@ -178,7 +178,7 @@ def _modes(
 
 
 def _times(matrix: Tensor, vector: Tensor) -> Tensor:
-    return (matrix @ vector[..., None])[..., 0]
+    return (vector[:, None] @ matrix.mT)[:, 0]  # several times faster than a matrix by columns
 
 
 def _solve(matrix: Tensor, vector: Tensor) -> Tensor:
@@ -224,7 +224,7 @@ def _inverses(Z: Tensor) -> Tensor:
     if Z.shape[1] > Z.shape[2]:
         return torch.cholesky_inverse(torch.linalg.cholesky(_plus_one(Z.mT @ Z)))
     T = _lowered(Z)
-    return _plus_one(-T.mT @ T)
+    return _plus_one(-T @ T.mT)
 
 
 def _add_inverses(total: Tensor, Z: Tensor) -> None:
@@ -233,10 +233,10 @@ def _add_inverses(total: Tensor, Z: Tensor) -> None:
         total += _inverses(Z).sum(0)
     else:
         T = _lowered(Z)
-        total.addbmm_(T.mT, T, alpha=-1).diagonal().add_(len(Z))
+        total.addbmm_(T, T.mT, alpha=-1).diagonal().add_(len(Z))
 
 
 def _lowered(Z: Tensor) -> Tensor:
-    """C^-1 Z with C C^T = I + Z Z^T, so that (I + Z^T Z)^-1 = I - T^T T (Woodbury)."""
+    """T = Z^T C^-T with C C^T = I + Z Z^T, so that (I + Z^T Z)^-1 = I - T T^T (Woodbury)."""
     factor = torch.linalg.cholesky(_plus_one(Z @ Z.mT))
-    return torch.linalg.solve_triangular(factor, Z, upper=False)
+    return torch.linalg.solve_triangular(factor.mT, Z.mT, upper=True, left=False)
