@@ -155,8 +155,8 @@ class RowFeatures:
         if len(self.index) >= len(self):
             return self.dense()
         table = self.rows(self.index).to(self.device, torch.float32)
-        given = table.__getitem__, self.num_features, self.chosen, self.rejected, self.device
-        held = RowFeatures(*given)
+        ends = self.chosen.cpu(), self.rejected.cpu()
+        held = RowFeatures(table.__getitem__, self.num_features, *ends, self.device)
         held.table = table
         return held
 

@@ -36,6 +36,8 @@ from lore.learning.method import Fitted, Task
 from lore.methods import lore as lore_method
 from lore.methods.fitting.validation import Validation, hold_out
 from lore.methods.lore import Lore
+from lore.methods.mixed_logit import MixedLogit
+from lore.methods.saved import load_learned
 from lore.preparing import tables as preparing
 from people import People, fit, records, repeats, saved, settings
 
@@ -635,6 +637,17 @@ def test_basis_files_are_named_as_written_and_hold_their_repeat(four, tmp_path):
             assert about["rank"] == fit_["settings"].get("rank", 1)
             users = saved(folder)["seeds"][about["seed"]]["users"]
             assert {"seen": basis.users, "unseen": basis.users_unseen} == users
+
+
+def test_a_mixed_logits_file_knows_how_uncertain_seen_and_new_users_are(four, tmp_path):
+    strengths = MixedLogit(floor=0.1, l_mu=1.0, tau2=1.0, pi=1e9)
+    _, folder = tiny(four, tmp_path, methods=("mixed_logit",), mixed_logit=strengths)
+    found = load_learned(folder / "mixed_logit.safetensors")
+    users = saved(folder)["seeds"][0]["users"]
+    x = torch.eye(found.fit.mu.shape[0])
+    average = found.deviations(x)
+    assert {*found.known} == {*found.names} == {*users["seen"], *users["unseen"]}
+    assert all((found.deviations(x, name) < average).any() for name in found.names)
 
 
 @contextlib.contextmanager

@@ -79,9 +79,6 @@ def spread(K: int, seed: int = 0) -> Tensor:
     return root @ root.T + 0.3 * torch.eye(K).double()
 
 
-# -------------------------------------------------------------------- posteriors
-
-
 @pytest.mark.parametrize("K", [1, 3, 12])
 def test_posteriors_are_those_of_the_definitions(K: int) -> None:
     """Users with fewer comparisons than tastes are solved in the dual, others in the tastes; where
@@ -181,9 +178,6 @@ def test_a_view_that_is_not_held_gives_the_same(monkeypatch: pytest.MonkeyPatch)
     torch.testing.assert_close(fit.users, held.users)
 
 
-# -------------------------------------------------------------------- the shared reward
-
-
 @pytest.mark.parametrize("F", [1, 6, 20, 576])
 @pytest.mark.parametrize("strength", [1e-12, 1e-6, 1e-2, 1.0, 100.0])
 def test_the_ridge_is_that_of_scikit_learn(F: int, strength: float) -> None:
@@ -233,9 +227,6 @@ def test_scale_and_leading_directions_are_those_of_the_features(small: int, monk
         assert float(stretched.square().sum(1).mean()) == pytest.approx(1, rel=0.02)
         there = here.stretched(here.raw(here.directions))
         torch.testing.assert_close(there, here.directions, atol=1e-4, rtol=0)
-
-
-# ------------------------------------------------------------------- properties
 
 
 def given(
@@ -346,9 +337,6 @@ def test_strengths_are_given_together(strengths: dict) -> None:
         check("mixed_logit", MixedLogit(**strengths), task(world(users=3)[0]))
 
 
-# ------------------------------------------------------------------- the choice
-
-
 @pytest.mark.parametrize("taste", [0.8, 0.0])
 def test_a_personal_part_is_kept_only_where_tastes_differ(taste: float) -> None:
     fit = MixedLogit().fit(task(world(taste=taste)[0]))[0]
@@ -404,9 +392,6 @@ def test_intervals_with_everything_estimated_cover_less(pairs, F, taste, rank, c
     with capsys.disabled():
         print(f"\n90 % cover {100 * covered:.0f} %: {pairs} comparisons, F {F}, rank {rank}")
     assert 0.5 < covered < 0.97
-
-
-# ------------------------------------------------------------------- validation
 
 
 @pytest.mark.timeout(20)
