@@ -6,6 +6,7 @@ the curvature there; Newton's finds modes of many users side by side: in the K t
 user has fewer comparisons n, in the dual (Rasmussen and Williams 2006, algorithm 3.1).
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +20,8 @@ from lore.learning.comparisons import Comparisons, Users
 
 ITERATIONS = 60  # of Newton's method; few users need ten
 HALVINGS = 30
-TOLERANCE = 1e-8  # of the log odds, in the last step, whose square is about the error
+KEEP = 0.1  # a step that changes no log odds by more leaves the curvature nearly as it was
+TOLERANCE = 1e-8  # of the log odds, in the last step; the error is smaller
 ROUGH = 1e-2  # the same in single precision, where settings are compared
 WIDE = 1e5  # a prior variance of log odds that single precision can just do with
 LEAST = 1e-10  # added to the prior's variances, as a share of their mean
@@ -152,17 +154,21 @@ def _modes(
         t = _times(G if dual else Z, x)
         far = (height(t, x) < (w * logsigmoid(a)).sum(1))[:, None]
         x, t = x.masked_fill(far, 0), t.masked_fill(far, 0)
-    best, slack = height(t, x), torch.finfo(Z.dtype).eps ** 0.6
+    best, slack, moved = height(t, x), torch.finfo(Z.dtype).eps ** 0.6, math.inf
     for _ in range(ITERATIONS):
         p = torch.sigmoid(a + t)
-        slope, rise = w * p * (1 - p), w * (1 - p)
-        if dual:  # algorithm 3.1's a less x
-            root, b = slope.sqrt(), slope * t + rise
-            inner = _plus_one((root[:, :, None] * G).mul_(root[:, None]))
-            step = b - root * _solve(inner, root * _times(G, b)) - x
+        if moved > KEEP:
+            root = (w * p * (1 - p)).sqrt()[..., None]
+            H = (root * G).mul_(root.mT) if dual else (Y := root * Z).mT @ Y
+            C = torch.linalg.cholesky(_plus_one(H))
+        rise = w * (1 - p)
+        if dual:  # (I + W G)^-1 (rise - x), where algorithm 3.1 has B = C C^T
+            step = rise - x
+            right = root * _times(G, step)[..., None]
+            step = step - (root * torch.cholesky_solve(right, C))[..., 0]
             change = _times(G, step)
         else:
-            step = _solve(_plus_one(Z.mT @ (slope[..., None] * Z)), _times(Z.mT, rise) - x)
+            step = torch.cholesky_solve((_times(Z.mT, rise) - x)[..., None], C)[..., 0]
             change = _times(Z, step)
         size = torch.ones_like(best)[:, None]
         for _ in range(HALVINGS):
@@ -172,17 +178,14 @@ def _modes(
                 break
             size[worse] /= 2
         x, t, best = x + size * step, t + size * change, new
-        if float((size * change).abs().max()) <= tolerance:
+        moved = float((size * change).abs().max())
+        if moved <= tolerance:
             break
     return (_times(Z.mT, x) if dual else x), torch.sigmoid(a + t)
 
 
 def _times(matrix: Tensor, vector: Tensor) -> Tensor:
     return (vector[:, None] @ matrix.mT)[:, 0]  # several times faster than a matrix by columns
-
-
-def _solve(matrix: Tensor, vector: Tensor) -> Tensor:
-    return torch.cholesky_solve(vector[..., None], torch.linalg.cholesky(matrix))[..., 0]
 
 
 def _plus_one(matrix: Tensor) -> Tensor:
