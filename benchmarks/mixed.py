@@ -42,13 +42,11 @@ def main(
     for F in features:
         task = task_of(users, pairs, F)
         cells: dict[str, Any] = {"ridge_bt, with its choice": fitted(task, "ridge_bt")[0]}
-        cells["mixed_logit, with its choice"], fit, with_choice = measured(task)
-        chosen = fit.describe()["chosen"]
-        given = {key: chosen[key] for key in ("l_mu", "tau2", "rank")}
-        given |= {"floor": chosen["floor"] or 0.0, "pi": min(chosen["pi"], 1e9)}
-        cells["its fit alone"], _, alone = measured(task, **given)
-        cells["memory with its choice"], cells["of its fit"] = with_choice, alone
-        cells["chosen"] = fit.describe()["note"]
+        size = 4 * len(task.train) * F  # bytes of the features
+        found = both(task)
+        for name, (seconds, _, extra) in found.items():
+            cells |= {f"mixed_logit, {name}": seconds, f"its memory, {name}": f"{extra / size:.2f}"}
+        cells["chosen"] = found["with its choice"][1].describe()["note"]
         _, few, many = (
             fitted(task, "lore", ranks=(5,), iterations=steps)[0] for steps in (2, 2, 2 + MEASURED)
         )
@@ -57,15 +55,25 @@ def main(
     print(markdown(pd.DataFrame.from_dict(rows, orient="index").round(1)))
 
 
-def measured(task: Task, **settings: Any) -> tuple[float, Fitted, str]:
-    """Seconds of a mixed logit's fit, the fit, and its memory as a share of the features."""
+def both(task: Task) -> dict[str, tuple[float, Fitted, int]]:
+    """Seconds, fit and bytes beside the features of a mixed logit with its choice, and of the last
+    fit alone, with the settings that were chosen."""
+    whole = measured(task)
+    chosen = whole[1].describe()["chosen"]
+    given = {key: chosen[key] for key in ("l_mu", "tau2", "rank")}
+    given |= {"floor": chosen["floor"] or 0.0, "pi": min(chosen["pi"], 1e9)}
+    return {"with its choice": whole, "settings given": measured(task, **given)}
+
+
+def measured(task: Task, **settings: Any) -> tuple[float, Fitted, int]:
+    """Seconds, fit and bytes beside the features of a mixed logit with some settings."""
     found: list[tuple[float, Fitted]] = []
 
     def work() -> None:
         found.append(fitted(task, "mixed_logit", **settings))
 
     extra = extra_memory(work, task.train.device.type)
-    return *found[0], f"{extra / (4 * len(task.train) * task.train.num_features):.2f}"
+    return *found[0], extra
 
 
 def fitted(task: Task, name: str, **settings: Any) -> tuple[float, Fitted]:
