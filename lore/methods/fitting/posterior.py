@@ -26,7 +26,7 @@ ROUGH = 1e-2  # the same in single precision, where settings are compared
 WIDE = 1e5  # a prior variance of log odds that single precision can just do with
 LEAST = 1e-10  # added to the prior's variances, as a share of their mean
 CELLS = 4096  # padded comparisons of the users that are worked on together
-FEW_CELLS = 512  # the same where even the view is too much to hold
+FEW_CELLS = 384  # the same where even the view is too much to hold
 
 
 @dataclass
