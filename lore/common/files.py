@@ -27,7 +27,8 @@ def require(condition: bool, message: str) -> None:
 
 def write_whole(path: Path, write: Callable[[Path], Any], lasting: bool = False) -> None:
     """Let ``write`` make a file beside the path, then put it in place, whole; or InputError. What
-    is ``lasting`` is on the disk first, so that a power cut does not lose it."""
+    is ``lasting`` is on the disk first, so that a power cut does not lose it. It makes this file
+    alone: safetensors' own writer makes another, which stays where it is killed."""
     draft = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,7 +36,6 @@ def write_whole(path: Path, write: Callable[[Path], Any], lasting: bool = False)
         if lasting:
             with draft.open("rb+") as file:
                 os.fsync(file.fileno())
-        draft.chmod(0o666 & ~UMASK)  # safetensors keeps its files from all but their owner
         os.replace(draft, path)
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError
         raise InputError(f"{path}: cannot be written ({error}); what was there is kept") from error

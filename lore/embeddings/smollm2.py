@@ -17,7 +17,7 @@ from unittest import mock
 import numpy as np
 import torch
 from filelock import FileLock
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -64,7 +64,7 @@ def save_head(folder: Path, head: Tensor) -> None:
     size, shape = read_json(folder / "config.json")["hidden_size"], tuple(head.shape)
     require(shape == (size,), f"the head has shape {shape}; ({size},) is expected")
     tensors = {"score.weight": head[None].float().contiguous()}
-    write_whole(folder / HEAD, lambda draft: save_file(tensors, draft, {"format": "pt"}))
+    write_whole(folder / HEAD, lambda draft: draft.write_bytes(save(tensors, {"format": "pt"})))
     _write_index(folder, read_json(folder / INDEX)["weight_map"] | {"score.weight": HEAD})
 
 

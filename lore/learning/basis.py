@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from lore.common.files import InputError, require, write_whole
@@ -95,7 +95,8 @@ def save_basis(path: str | Path, basis: Basis) -> None:
     notes = {"users": [*map(str, basis.users)], "users_unseen": [*map(str, basis.users_unseen)]}
     notes |= {"settings": basis.settings}
     metadata = {name: json.dumps(note, default=str) for name, note in notes.items()}
-    write_whole(Path(path), lambda draft: save_file(kept, draft, metadata | {"unit": UNIT}))
+    content = save(kept, metadata | {"unit": UNIT})
+    write_whole(Path(path), lambda draft: draft.write_bytes(content))
 
 
 def load_basis(path: str | Path) -> Basis:

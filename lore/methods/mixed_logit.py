@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from lore.common.devices import gather_rows, sum_over_processes
@@ -431,7 +431,7 @@ class MixedFit(Fitted):
         about = {"format": FORMAT, "facts": json.dumps(facts), "scale": repr(self.scale)}
         about["fit"] = json.dumps(self.facts)
         tensors = {k: x.cpu().contiguous() for k, x in tensors.items() if x is not None}
-        write_whole(path, lambda draft: save_file(tensors, draft, about))
+        write_whole(path, lambda draft: draft.write_bytes(save(tensors, about)))
 
 
 class Saved:

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from torch import Tensor
 
 from lore.common import files
@@ -302,7 +302,7 @@ def write_prepared(
             info["kinds"] = count_kinds(table)
         else:
             path, content = folder / SCORES, [[k, table[k].tolist()] for k in sorted(table)]
-            files.write_whole(path, lambda draft: save_file(table, draft))
+            files.write_whole(path, lambda draft: draft.write_bytes(save(table)))
         info |= {"conversations_sha256": texts, "data_sha256": digest([texts, content])}
         info["files"] = {file.name: files.file_sha256(file) for file in (talks, path)}
         files.write_text(note, json.dumps(info, indent=2))
