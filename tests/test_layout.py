@@ -92,7 +92,6 @@ def test_a_star_import_of_utils_gives_the_published_names() -> None:
     assert [name for name in PUBLISHED if name not in names] == []
 
 
-def test_what_is_written_whole_is_written_by_no_writer_with_a_temporary_file_of_its_own() -> None:
-    """As safetensors' has: it would stay where the process is killed."""
-    texts = {path: path.read_text(encoding="utf-8") for path in ROOT.glob("lore/**/*.py")}
-    assert not [path for path, text in texts.items() if "draft: save_file(" in text]
+def test_no_writer_leaves_a_temporary_file_of_its_own_where_it_is_killed() -> None:
+    modules = [path.read_text(encoding="utf-8") for path in ROOT.glob("lore/**/*.py")]
+    assert not any("draft: save_file(" in text for text in modules)  # safetensors' own would

@@ -36,6 +36,7 @@ def write_whole(path: Path, write: Callable[[Path], Any], lasting: bool = False)
         if lasting:
             with draft.open("rb+") as file:
                 os.fsync(file.fileno())
+        draft.chmod(0o666 & ~UMASK)  # some keep their files from all but their owner
         os.replace(draft, path)
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError
         raise InputError(f"{path}: cannot be written ({error}); what was there is kept") from error

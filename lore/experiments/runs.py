@@ -26,10 +26,11 @@ class Run:
     @classmethod
     def start(cls, folder: Path, settings: Mapping[str, Any]) -> "Run":
         """Go on with what is in a folder, if anything; nothing is written yet. InputError if it
-        holds other settings, damaged results, or files that no run wrote."""
+        holds other settings, damaged results, or files that no run wrote; drafts of one that was
+        killed are none."""
         settings = plain(settings)
         found, begun = read_written(folder), read_json(folder / "settings.json")
-        empty = not folder.is_dir() or not any(folder.iterdir())
+        empty = not folder.is_dir() or all(file.suffix == ".part" for file in folder.iterdir())
         require(found or begun or empty, f"{folder} holds files that no run wrote: choose another "
                 "--name, or move them")  # fmt: skip
         # Either may have been removed, or copied from another run

@@ -39,8 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
 PEOPLE = people.planted(users=8, dialogues=4, F=5)
 QUICK = {"checkpoint_every": 2, "few_shot_iterations": 2, "ridge_bt": RidgeBT(strength=1.0)}
 PATIENCE = 120  # seconds after which a child says where it hangs, and ends
-WRITES = {"open", "write", "write_record", "write_end_of_file", "serialize_file",
-          "replace", "unlink", "mkdir"}  # fmt: skip
+WRITES = {"open", "write", "write_record", "write_end_of_file", "replace", "unlink", "mkdir"}
 
 
 class Job(NamedTuple):

@@ -148,7 +148,6 @@ def test_streamed_features_equal_dense_ones(monkeypatch):
 
 @pytest.mark.parametrize(("rows", "kind"), [(9, RowFeatures), (200, DenseFeatures)])
 def test_what_is_held_in_memory_is_read_once(rows, kind):
-    """Distinct rows or differences, whichever are fewer, with the same products."""
     g = torch.Generator().manual_seed(3)
     table, read = torch.randn(rows, 12, generator=g), []
     chosen, rejected = (torch.randint(rows, (26,), generator=g) for _ in range(2))
@@ -158,8 +157,7 @@ def test_what_is_held_in_memory_is_read_once(rows, kind):
     read.clear()
     assert isinstance(held, kind)
     torch.testing.assert_close(held.project(V), x @ V)
-    some = held.select(torch.arange(3, 9))
-    torch.testing.assert_close(some.project(V), x[3:9] @ V)
+    torch.testing.assert_close(held.select(torch.arange(3, 9)).project(V), x[3:9] @ V)
     torch.testing.assert_close(held.backproject(G), x.T @ G)
     assert not read
 

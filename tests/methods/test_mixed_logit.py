@@ -168,7 +168,6 @@ def test_long_steps_end_where_short_ones_do(rank: int | None) -> None:
 
 
 def test_a_view_that_is_not_held_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where comparisons along the directions are many: they are computed anew in every step."""
     data, _ = world(users=20, weighted=True)
     held = given(data)
     monkeypatch.setattr(mixed_logit, "HELD", 0)
@@ -211,7 +210,6 @@ def test_a_wrong_first_curvature_costs_the_minimiser_little(factor: float, most:
 
 @pytest.mark.parametrize("small", [1000, 0])
 def test_scale_and_leading_directions_are_those_of_the_features(small: int, monkeypatch) -> None:
-    """Found with a matrix of second moments, or by passes over the features alone."""
     monkeypatch.setattr("lore.methods.fitting.geometry.SMALL", small)
     monkeypatch.setitem(comparisons.CHUNK_BYTES, "cpu", 4 * 90 * 70)  # 70 comparisons at a time
     x = torch.randn(300, 90, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
