@@ -37,7 +37,7 @@ from lore.elicitation.criteria import (
     choose_shots,
     next_question,
 )
-from lore.experiments.report.intervals import bootstrap, shots_to_reach
+from lore.experiments.report.intervals import bootstrap
 from lore.experiments.report.tables import markdown
 from lore.experiments.results import MEASURES
 from lore.learning.comparisons import Comparisons, Shots, draw_shots
@@ -267,6 +267,18 @@ def table(world: World, curves: Curves) -> pd.DataFrame:
                 cells[f"to reach random's {most}, by {figure.name}"] = _span(needs, shots[-1])
         rows[rule] = cells
     return pd.DataFrame.from_dict(rows, orient="index").fillna("")
+
+
+def shots_to_reach(shots: Sequence[float], values: Sequence[float], level: float) -> float:
+    """The least number of shots at which a curve, straight between its values at ascending shots,
+    reaches a level; infinity where it stays below."""
+    for i, value in enumerate(values):
+        if value >= level:
+            if not i:
+                return float(shots[0])
+            share = (level - values[i - 1]) / (value - values[i - 1])
+            return float(shots[i - 1] + share * (shots[i] - shots[i - 1]))
+    return math.inf
 
 
 def crossing(

@@ -9,21 +9,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lore.common.cli import cli
 from lore.common.files import require
-from lore.common.settings import NonNegativeInt
 from lore.experiments.report.intervals import columns
 from lore.experiments.report.tables import Table, markdown, measure_table, report
 from lore.experiments.results import read_results
 
 
-def main(
-    runs: tuple[Path, ...] = (), only: tuple[str, ...] = (), ranks: tuple[NonNegativeInt, ...] = ()
-) -> None:
+def main(runs: tuple[Path, ...] = (), only: tuple[str, ...] = ()) -> None:
     """Make the tables and plots of runs again from their results.json, without training.
 
     Args:
         runs: Folders of runs; several are also put side by side in one table.
         only: Print only these labels, such as "LoRe K=5"; the files in the folders have all.
-        ranks: Of the fits with a rank above 1, print only these; the files have all.
     """
     require(bool(runs), "name at least one run's folder: python tools/report.py results/PRISM/...")
     names = [run.name for run in runs]
@@ -33,11 +29,7 @@ def main(
     require(not unknown, f"--only {' '.join(unknown)}: these runs have {', '.join(sorted(known))}")
     texts = []
     for run, results in zip(runs, read.values(), strict=True):
-        shown = [label for label in results.labels if not only or label in only]
-        if ranks:
-            rank = {label: results.says(label, "settings").get("rank") or 0 for label in shown}
-            shown = [label for label in shown if rank[label] in (0, 1, *ranks)]
-        texts.append(report(run, shown if only or ranks else ()))
+        texts.append(report(run, [label for label in results.labels if label in only]))
     if len(runs) > 1:  # their accuracies in one table, a column for each set or number of shots
         together: Table = {}
         for name, results in read.items():

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 
 UMASK = os.umask(0)  # is read only by setting it
 os.umask(UMASK)
@@ -38,7 +37,7 @@ def write_whole(path: Path, write: Callable[[Path], Any], lasting: bool = False)
                 os.fsync(file.fileno())
         draft.chmod(0o666 & ~UMASK)  # some keep their files from all but their owner
         os.replace(draft, path)
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError
         raise InputError(f"{path}: cannot be written ({error}); what was there is kept") from error
     finally:
         with suppress(OSError):  # it is gone when all went well

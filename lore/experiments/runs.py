@@ -25,9 +25,8 @@ class Run:
 
     @classmethod
     def start(cls, folder: Path, settings: Mapping[str, Any]) -> "Run":
-        """Go on with what is in a folder, if anything; nothing is written yet. InputError if it
-        holds other settings, damaged results, or files that no run wrote; drafts of one that was
-        killed are none."""
+        """Go on with what is in a folder, drafts aside; nothing is written yet. InputError if it
+        holds other settings, damaged results, or files that no run wrote."""
         settings = plain(settings)
         found, begun = read_written(folder), read_json(folder / "settings.json")
         empty = not folder.is_dir() or all(file.suffix == ".part" for file in folder.iterdir())

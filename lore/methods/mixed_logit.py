@@ -10,6 +10,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,14 +28,7 @@ from lore.learning.basis import look_up
 from lore.learning.comparisons import Comparisons, Users
 from lore.learning.method import Fitted, Task
 from lore.methods.fitting.geometry import measure
-from lore.methods.fitting.posterior import (
-    Evidence,
-    Posterior,
-    Prior,
-    Unheld,
-    deviations,
-    posteriors,
-)
+from lore.methods.fitting.posterior import Evidence, Lazy, Posterior, Prior, deviations, posteriors
 from lore.methods.fitting.validation import Scores, Split, Tries, Validation
 from lore.methods.ridge_bt import FINE, ROUGH, choose_ridge, fit_shared, precision
 
@@ -53,9 +47,7 @@ SCALES = (0.8, 0.9, 1.1, 1.25)  # of all log odds, beside 1
 PERSONAL, RICHER, SCALED = 2.0, 1.0, 2.0
 SHOWN = 8  # directions in reports
 MOST = 1 << 25  # numbers of users' evidence that a file keeps; of more it keeps none
-# Numbers along the directions, or their share of the features, that are held while EM takes its
-# steps; more are computed anew in each.
-HELD, LITTLE = 1 << 22, 0.05
+HELD, LITTLE = 1 << 22, 0.05  # numbers of a view, or their share of the features, that EM holds
 FORMAT = "mixed-logit 2"
 
 
@@ -114,7 +106,7 @@ class MixedLogit:
         if chosen.tau2:
             D, F = directions.shape[1], data.num_features
             few = len(data) * D <= HELD or D <= LITTLE * F
-            view = fit.view(data) if few else Unheld(data, fit.all_directions().to(precision(data)))
+            view = fit.view(data) if few else Lazy(data, fit.all_directions().to(precision(data)))
             fit.prior, found = estimate(view, data, chosen, processes=processes)
             fit.users = gather_rows(found.mode, processes).float()
             facts["spectrum"] = fit._principal()[1].square().tolist()
@@ -136,7 +128,7 @@ class MixedLogit:
 
 
 def estimate(
-    view: Tensor | Unheld, users: Users, strengths: Candidate, prior: Prior | None = None,
+    view: Tensor | Lazy, users: Users, strengths: Candidate, prior: Prior | None = None,
     found: Posterior | None = None, rounds: int | None = None, processes: int = 1,
     rough: bool = False,
 ) -> tuple[Prior, Posterior]:  # fmt: skip
@@ -304,13 +296,11 @@ class Search:
 def _apart(one: Candidate, other: Candidate) -> float:
     """How far two candidates are apart, for the choice of where a fit begins."""
 
-    def steps(name: str, low: float, high: float) -> float:
-        found = (getattr(x, name) for x in (one, other))
-        a, b = (high if x is None else min(max(x, low), high) for x in found)
-        return abs(math.log(a / b))
+    def places(some: Candidate) -> list[float]:
+        strengths = max(some.tau2, 1e-9), min(some.pi, 1e3), some.l_mu, some.rank or 1e9
+        return [math.log(strength) for strength in strengths]
 
-    far = steps("tau2", 1e-9, 1e9) + steps("pi", 1.0, 1e3) + steps("l_mu", 1e-9, 1e9)
-    far += steps("rank", 1, 1e9)
+    far = sum(abs(a - b) for a, b in zip(places(one), places(other), strict=True))
     return far + 100 * (one.floor != other.floor)
 
 
@@ -428,20 +418,17 @@ class MixedFit(Fitted):
                 tensors |= {f"evidence{end}": known.rows, f"evidence_counts{end}": known.counts}
         if self.prior is not None:
             tensors["covariance"] = self.prior.cov
-        about = {"format": FORMAT, "facts": json.dumps(facts), "scale": repr(self.scale)}
-        about["fit"] = json.dumps(self.facts)
+        about = {"format": FORMAT, "scale": repr(self.scale)}
+        about |= {"facts": json.dumps(facts), "fit": json.dumps(self.facts)}
         tensors = {k: x.cpu().contiguous() for k, x in tensors.items() if x is not None}
         write_whole(path, lambda draft: draft.write_bytes(save(tensors, about)))
 
 
 class Saved:
     """A mixed logit read from its file: the fit, the new users' deviations [U', D], the facts
-    (dataset, model, seed and more), the conversations' mean embedding [F], see ``Basis``, and the
-    evidence of the fit's users and the new ones, where the file has it.
-
-    ``names`` are those whose rewards can be asked for, seen users first; ``known`` their rows of
-    evidence [n, D], where the file has them; ``settings`` the fit's, and the facts but for names.
-    """
+    (dataset, model, seed and more), the conversations' mean embedding [F], see ``Basis``, and seen
+    and new users' evidence, if any. ``names`` are those whose rewards can be asked for, seen users
+    first, ``known`` their rows of evidence [n, D], ``settings`` the fit's, and the other facts."""
 
     method = "a mixed logit"
     use = "Users' rewards are the shared reward plus their own parts along the tastes and others."
@@ -507,22 +494,19 @@ def load(path: Path) -> Saved:
         fine = torch.allclose(S, S.T, rtol=1e-6) and float(torch.linalg.eigvalsh(S).min()) > 0
         require(fine, f"{path}: its covariance is not symmetric and positive definite")
         prior = Prior(mu.new_zeros(size).double(), S)
-    notes = []
+    notes = {}
     for name in ("fit", "facts"):
-        try:
-            notes.append(json.loads(text.get(name, "")))
-        except (ValueError, RecursionError):
-            notes.append(None)
-        fine = isinstance(notes[-1], dict)
+        with suppress(ValueError, RecursionError):
+            notes[name] = json.loads(text.get(name, ""))
+        fine = isinstance(notes.get(name), dict)
         require(fine, f"{path}: its {name} are not readable; remove the file")
-    fit, facts = notes
-    states, evidence = [], []
+    facts, states, evidence, scale = notes["facts"], [], [], math.nan
     for end in ("", "_unseen"):
         key = f"users{end}"
         states.append(tensor(key, None, size))
         names = facts.get(key, [""] * len(states[-1]))
-        fits = isinstance(names, list) and len(names) == len(states[-1])
-        fits = fits and all(isinstance(name, str) for name in names)
+        fits = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        fits = fits and len(names) == len(states[-1])
         require(fits, f"{path}: its {key} are not as expected; {remedy}")
         evidence.append(None)
         if f"evidence{end}" in found:
@@ -530,11 +514,9 @@ def load(path: Path) -> Saved:
             total = int(counts.sum()) if counts.dtype == torch.long and (counts >= 0).all() else -1
             require(total >= 0, f"{path}: evidence_counts{end} are no counts; {remedy}")
             evidence[-1] = Evidence(tensor(f"evidence{end}", total, size), counts)
-    try:
+    with suppress(ValueError):
         scale = float(text.get("scale", ""))
-    except ValueError:
-        scale = math.nan
     require(0 < scale < math.inf, f"{path}: its scale is not a positive number; {remedy}")
-    mixed = MixedFit(mu, directions, prior, fit, scale)
+    mixed = MixedFit(mu, directions, prior, notes["fit"], scale)
     mixed.users = states[0]
     return Saved(mixed, states[1], facts, center, evidence)

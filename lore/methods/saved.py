@@ -12,11 +12,8 @@ Learned = Basis | mixed_logit.Saved
 
 
 def load_learned(path: str | Path) -> Learned:
-    """Read a basis file or a mixed logit's.
-
-    Raises:
-        InputError: it is missing, damaged or no such file, or was learned with further features.
-    """
+    """Read a basis file or a mixed logit's; InputError if it is missing, damaged or no such file,
+    or was learned with further features."""
     try:
         with safe_open(path, "pt") as file:
             mixed = (file.metadata() or {}).get("format") == mixed_logit.FORMAT

@@ -123,3 +123,11 @@ def test_a_larger_pool_has_better_questions_to_choose_from(tiny, tmp_path, monke
     rows = [line.split("|")[1:-1] for line in body.splitlines()[2:]]
     chosen = [float(row[2].split(",")[0]) for row in rows]
     assert chosen[1] > chosen[0]
+
+
+@pytest.mark.parametrize(("curve", "level", "shots"), [
+    ([0.5, 0.6, 0.7], 0.65, 15), ([0.5, 0.6, 0.7], 0.4, 0), ([0.5, 0.6, 0.7], 0.71, math.inf),
+    ([0.5, 0.7, 0.6], 0.65, 7.5),
+])  # fmt: skip
+def test_a_level_is_reached_on_a_straight_line_between_two_numbers(curve, level, shots):
+    assert questions.shots_to_reach([0, 10, 20], curve, level) == pytest.approx(shots)

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import json
-import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -243,7 +242,6 @@ def test_labels_are_free_text(tmp_path):
     assert read_results(tmp_path).judged == ["LoRe K=5", "reference, chosen", "A, asks B"]
     row = found.table("Differences of accuracy")["ask me minus the same with random shots"]
     assert [row[column] for column in ("0 shots", "1 shot")] == ["+0.0 [0.0, 0.0]"] * 2
-    assert "- ask me: 5 do what this many random shots do: " in found.text
     lines = tables.markdown({"a|b": {"x": "1"}, "c": {}}).splitlines()
     assert lines[2].startswith("| a\\|b ") and len({len(line) for line in lines}) == 1
 
@@ -289,36 +287,6 @@ def test_a_user_who_is_in_more_repeats_counts_in_each():
     summary = intervals.summarise([samples])
     assert summary.repeats == pytest.approx([3.5 / 7, 3 / 7])
     assert summary.low < summary.mean < summary.high <= 0.75
-
-
-@pytest.mark.parametrize(("curve", "level", "shots"), [
-    ([0.5, 0.6, 0.7], 0.65, 15), ([0.5, 0.6, 0.7], 0.4, 0), ([0.5, 0.6, 0.7], 0.71, math.inf),
-    ([0.5, 0.7, 0.6], 0.65, 7.5),
-])  # fmt: skip
-def test_a_level_is_reached_on_a_straight_line_between_two_numbers(curve, level, shots):
-    assert intervals.shots_to_reach([0, 10, 20], curve, level) == pytest.approx(shots)
-
-
-def asked(gain: float, users: int = 40) -> Results:
-    """Accuracy grows by .01 a random shot; that of a chosen one is ``gain`` times as much."""
-    names = pd.Index([f"u{u}" for u in range(users)])
-    base = 0.5 + 0.1 * np.random.default_rng(0).random(users)
-    found = [
-        {"seed": 0, "label": label, "control": "", "set": "unseen", "shots": shots, "users": names,
-         "accuracy": list(base + slope * shots), "log_loss": list(1 - base - slope * shots)}
-        for label, slope in (("A", 0.01), ("B", 0.01 * gain)) for shots in (0, 10, 20)
-    ]  # fmt: skip
-    fits = [{"label": "A"}, {"label": "B", "random_label": "A"}]
-    return Results({}, [{"methods": {"a": {"fits": fits}}}], found, {"A": "a", "B": "a"})
-
-
-def test_chosen_shots_count_as_many_random_ones_as_reach_their_level():
-    for gain, worth in ((1.5, 15), (0.5, 5), (1.0, 10), (3.0, math.inf)):  # 20 were drawn
-        for measure in ("accuracy", "log_loss"):
-            found = intervals.equivalent_random_shots(asked(gain), "B", measure, 10)
-            assert found == pytest.approx((worth,) * 3)  # users differ by a constant: no spread
-    found = intervals.equivalent_random_shots(asked(1.5, users=4), "B", "accuracy", 10)
-    assert found[0] == pytest.approx(15) and all(map(math.isnan, found[1:]))
 
 
 # ------------------------------------------------------------------ Differences
@@ -603,10 +571,8 @@ def test_the_command_makes_everything_again_and_puts_runs_side_by_side(tmp_path)
             assert cells == {row: cells[part].split(" [")[0] for row, cells in alone.items()}
 
 
-def test_the_command_shows_only_the_ranks_or_labels_that_are_named(plain):
+def test_the_command_shows_only_the_labels_that_are_named(plain):
     run = str(plain.folder)
-    shown = running.invoke("tools/report.py", {}, run, "--ranks", "5").out
-    assert "LoRe K=5" in shown and "LoRe K=2" not in shown and "own model" in shown
     shown = running.invoke("tools/report.py", {}, run, "--only", "LoRe K=2").out
     assert "LoRe K=2" in shown and "LoRe K=5" not in shown
     assert "LoRe K=5" in (plain.folder / "table.md").read_text()  # the files have all

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 
 from lore.experiments.results import Results, Samples, shots_name
 
@@ -90,39 +89,6 @@ def difference(
         rest = results.figures(*other, name, measure, shots)
         apart.append({seed: own[seed] - rest[seed] for seed in own if seed in rest})
     return summarise(apart)
-
-
-def shots_to_reach(shots: Sequence[float], values: Sequence[float], level: float) -> float:
-    """The least number of shots at which a curve, straight between its values at ascending shots,
-    reaches a level; infinity where it stays below."""
-    for i, value in enumerate(values):
-        if value >= level:
-            if not i:
-                return float(shots[0])
-            share = (level - values[i - 1]) / (value - values[i - 1])
-            return float(shots[i - 1] + share * (shots[i] - shots[i - 1]))
-    return math.inf
-
-
-def equivalent_random_shots(
-    results: Results, label: str, measure: str, shots: int
-) -> tuple[float, float, float] | None:
-    """How many random shots reach what so many chosen ones of a label do, with the ends of its 95 %
-    interval, users being resampled with both curves of theirs. Infinity means more than were drawn
-    at random; None, that either curve was not recorded."""
-    random = results.says(label, "random_label") or ""
-    every = {size: results.figures(random, "", "unseen", measure, size) for size in results.shots()}
-    curve = {size: pd.DataFrame(found).mean(axis=1) for size, found in every.items() if found}
-    chosen = results.figures(label, "", "unseen", measure, shots)
-    if not curve or not chosen:
-        return None
-    users = pd.DataFrame(curve | {"chosen": pd.DataFrame(chosen).mean(axis=1)}).dropna()
-    values = users.to_numpy() * (1 if measure == "accuracy" else -1)
-    every = np.vstack([np.ones(len(users)), _resamples(len(users))]) @ values / len(users)
-    middle, *drawn = (shots_to_reach(list(curve), row[:-1], row[-1]) for row in every)
-    if len(users) < LEAST_USERS:
-        return middle, math.nan, math.nan
-    return middle, *map(float, np.quantile(drawn, (0.025, 0.975), method="inverted_cdf"))
 
 
 class Column(NamedTuple):

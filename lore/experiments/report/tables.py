@@ -18,7 +18,6 @@ from lore.experiments.report.verdict import CHANCE, others, verdict
 from lore.experiments.results import ALWAYS, MEASURES, Results, read_results, row_name, shots_name
 
 INTERVAL = "mean [95 % interval over users]"
-ABOUT = 10  # chosen shots that are counted in random ones
 
 Table = dict[str, dict[str, str]]  # row -> column -> cell
 Cells = dict[tuple[str, str], Summary | None]  # by row and column
@@ -176,26 +175,9 @@ def notes(results: Results) -> list[str]:
         for note, count in list(counts.items())[: 1 if len(counts) > 3 else None]:
             often = f" ({count} of {repeats} repeats)" if count < repeats else ""
             lines.append(f"{label}: {note}{often}")
-        if results.says(label, "random_label"):
-            lines += _in_random_shots(results, label)
     for method in dict.fromkeys(results.methods.values()):
         lines += _cost(results, method)
     return lines
-
-
-def _in_random_shots(results: Results, label: str) -> list[str]:
-    """How many random shots reach what about ten chosen ones do, by accuracy and log loss."""
-    sizes = [size for size in results.shots() if size]
-    if not sizes:
-        return []
-    shots, parts = min(sizes, key=lambda size: abs(size - ABOUT)), []
-    for measure in ALWAYS:
-        found = intervals.equivalent_random_shots(results, label, measure, shots)
-        if found:
-            mean, *ends = (f"{x:.1f}" if x <= sizes[-1] else f"over {sizes[-1]}" for x in found)
-            between = "" if np.isnan(found[1]) else f" [{', '.join(ends)}]"
-            parts.append(f"{mean}{between} by {MEASURES[measure].name}")
-    return [f"{label}: {shots} do what this many random shots do: {', '.join(parts)}"]
 
 
 def _cost(results: Results, method: str) -> list[str]:

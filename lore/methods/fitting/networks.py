@@ -171,7 +171,8 @@ class Network(Fitted):
                 self.epochs = number
                 continue
             with torch.no_grad():
-                now = float(held.losses(self, self.states(data)).mean())
+                logits = held.logits_of_held(self, self.states(data))
+                now = float(held.held.log_losses(logits).mean())
             if now < best - TOLERANCE:
                 best, self.epochs = now, number
                 kept = [p.detach().clone() for p in parameters]

@@ -68,7 +68,7 @@ class Posterior:
     moment: Tensor | None = None  # [K, K]
 
 
-class Unheld:
+class Lazy:
     """A view [N, 1 + K], features along directions [F, 1 + K], computed where it is read."""
 
     def __init__(self, data: Comparisons, directions: Tensor) -> None:
@@ -82,7 +82,7 @@ class Unheld:
 
 
 def posteriors(
-    view: Tensor | Unheld, users: Users, prior: Prior, start: Tensor | None = None,
+    view: Tensor | Lazy, users: Users, prior: Prior, start: Tensor | None = None,
     moment: bool = False, rough: bool = False,
 ) -> Posterior:  # fmt: skip
     """Every user's posterior given all the user's comparisons; the prior where there are none.
@@ -98,7 +98,7 @@ def posteriors(
     push, slope = L.new_zeros(2, len(users))
     alike = torch.equal(L, L[0, 0] * torch.eye(len(L)).to(L))  # in all directions
     inverses = (users.counts == 0).sum() * torch.eye(len(L)).to(L)
-    for who, rows, there in blocks(users, FEW_CELLS if isinstance(view, Unheld) else CELLS):
+    for who, rows, there in blocks(users, FEW_CELLS if isinstance(view, Lazy) else CELLS):
         Z = view[rows].to(L)
         a, Z = Z[..., 0] + Z[..., 1:] @ mean, Z[..., 1:] * L[0, 0] if alike else Z[..., 1:] @ L
         if rough and float(Z.square().sum(2).max()) > WIDE:

@@ -50,12 +50,8 @@ class HeldOut:
     held: Comparisons | None
     whose: Tensor
 
-    def losses(self, fitted: Fitted, users: Tensor) -> Tensor:
-        """Mean log loss of each user of ``held``, given the states [U, S] of ``fit``'s users."""
-        return self.held.log_losses(self.held_logits(fitted, users))
-
-    def held_logits(self, fitted: Fitted, users: Tensor) -> Tensor:
-        """Log odds of ``held``'s comparisons, as for ``losses``."""
+    def logits_of_held(self, fitted: Fitted, users: Tensor) -> Tensor:
+        """Log odds of ``held``'s comparisons, given the states [U, S] of ``fit``'s users."""
         states = users[self.whose.to(users.device)]
         return fitted.logits(fitted.view(self.held), states, self.held.user)
 
@@ -330,7 +326,7 @@ class Split(HeldOut):
 
     def logits(self, fitted: Fitted) -> tuple[Tensor | None, list[Tensor]]:
         """Log odds of ``held``, and of the new users' held-out comparisons by number of shots."""
-        seen = None if self.held is None else self.held_logits(fitted, fitted.users)
+        seen = None if self.held is None else self.logits_of_held(fitted, fitted.users)
         if self.new is None:
             return seen, []
         few, held, data = fitted.view(self.new.few), fitted.view(self.new.held), self.new.held
